@@ -1,0 +1,44 @@
+# make demo: the paper's networks in miniature. make test: the tests. make lint: style.
+# Everything runs in .venv, which the first of them makes; the paths are relative, so that the
+# checkout may lie in a folder with spaces in its name.
+
+EXTRA ?= cpu
+PY := .venv/bin/python
+READY := .venv/ready-$(EXTRA)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench
+
+help:
+	@echo "make demo    train the paper's five networks in miniature and write their report"
+	@echo "make test    run the tests"
+	@echo "make lint    check style; make format mends it"
+	@echo "make bench   run the benchmarks (alone on the machine, please)"
+
+# The first Python of 3.11 to 3.13 that really starts. A new setup.cfg installs anew.
+$(READY): setup.cfg pyproject.toml
+	@set -e; for python in "$$PYTHON" python3 python3.13 python3.12 python3.11; do \
+	  if [ -n "$$python" ] && "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; \
+	  then found="$$python"; break; fi; done; \
+	if [ -z "$$found" ]; then echo "error: no Python 3.11, 3.12 or 3.13 found; install one, or name it: make PYTHON=/path/to/python ..." >&2; exit 2; fi; \
+	echo "Setting up .venv with $$("$$found" --version), TensorFlow for $(EXTRA); this takes a minute or two."; \
+	"$$found" -m venv --clear .venv; \
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRA),dev]"; \
+	touch $(READY)
+
+demo: $(READY)
+	@$(PY) -m launch.reproduce --scale=digits --workdir=runs/digits
+
+test: $(READY)
+	@$(PY) -m pytest -n 2 tests
+
+lint: $(READY)
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+format: $(READY)
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+bench: $(READY)
+	@for benchmark in benchmarks/*.py; do echo "== $$benchmark"; $(PY) "$$benchmark" || exit 1; done

@@ -1,0 +1,19 @@
+"""Batch normalization (Ioffe & Szegedy 2015) for TensorFlow and Keras."""
+
+import importlib.util
+
+__version__ = "0.1.0"
+
+if importlib.util.find_spec("tensorflow") is None:
+    raise ImportError(
+        "bn_keras needs TensorFlow and found none: install exactly one of its extras,"
+        " 'bn_keras[cpu]', 'bn_keras[gpu]' or 'bn_keras[tpu]'."
+    )
+
+import keras
+
+if keras.backend.backend() != "tensorflow":
+    raise ImportError(
+        f"bn_keras needs Keras on TensorFlow, but Keras runs on {keras.backend.backend()!r}:"
+        " set KERAS_BACKEND=tensorflow."
+    )

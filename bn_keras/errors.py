@@ -1,0 +1,23 @@
+"""What can go wrong by the user's doing, apart from what is a bug in here."""
+
+
+class UsageError(ValueError):
+    """Something was asked for that can't be done.
+
+    The message is one line: what was given, what is accepted, what to do. The launchers print
+    it alone, without a traceback, and exit with status 2.
+    """
+
+
+class TrainingDivergedError(ArithmeticError):
+    """The loss or a variable is no longer finite.
+
+    The launchers print the message alone and exit with status 3.
+
+    Attributes:
+      step: the first step whose loss was not finite, counted from 1.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step

@@ -1,0 +1,99 @@
+"""Every setting there is, with its meaning: the schema that the other configs start from.
+
+The values are those of BN-Baseline on ImageNet. What the paper does not state is marked "ours".
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+
+    # Everything random follows from it: the weights, the order of the examples, distortions.
+    config.seed = 0
+
+    config.data = ConfigDict()
+    # "digits" (comes with scikit-learn), "synthetic", or the TFDS name of an image
+    # classification set: "mnist", "cifar10", "imagenet2012", ...
+    config.data.name = "imagenet2012"
+    # Where TFDS finds or prepares the set; "" is its own default, ~/tensorflow_datasets.
+    config.data.data_dir = ""
+    config.data.train_split = "train"
+    config.data.validation_split = "validation"
+    # Side in pixels of the square image that the network sees; 0 keeps the size of the data.
+    config.data.image_size = 224
+    # "inception": area 8-100%, aspect 3/4-4/3, resized (GoogLeNet); "shift": by up to an eighth
+    # of the side, padded with the mean grey; "none": the whole image.
+    config.data.crop = "inception"
+    # Mirrored left to right with probability 1/2.
+    config.data.mirror = True
+    # Strength of the photometric distortions; 1 is full, 0 is none.
+    config.data.distortion = 1.0
+    # Pixels thresholded at one half to 0 and 1 (the paper's section 4.1); else scaled to [-1, 1].
+    config.data.binary = False
+    # "examples": permuted within shards; "shards": only the order of the shards changes.
+    config.data.shuffle = "shards"
+
+    config.model = ConfigDict()
+    # "inception" (Figure 5) or "mlp" (section 4.1).
+    config.model.name = "inception"
+    # inception: "inception", "bn_baseline", "bn_x5", "bn_x30", "bn_x5_sigmoid";
+    # mlp: "baseline", "bn".
+    config.model.variant = "bn_baseline"
+    # Factor on every number of channels.
+    config.model.width = 1.0
+    # "imagenet": 7x7 separable with stride 2, pool, 3x3, pool; "cifar": 3x3 with stride 2 and no
+    # pools; "digits": 3x3 with stride 1 and no pools.
+    config.model.stem = "imagenet"
+    # A Keras initializer's name for all kernels, or "normal" with initializer_stddev.
+    config.model.initializer = "he_normal"
+    config.model.initializer_stddev = 0.01
+    # Fraction of the activations dropped before the classifier while training.
+    config.model.dropout = 0.4
+    config.model.local_response_normalization = True
+
+    config.batch_norm = ConfigDict()
+    # Fraction of the moving statistics that is kept at each step (TF-Slim's value).
+    config.batch_norm.momentum = 0.9997
+    # Added to the variance, under the root (TF-Slim's value).
+    config.batch_norm.epsilon = 1e-3
+    # Batch statistics over all replicas instead of over each one's own examples.
+    config.batch_norm.synchronized = False
+
+    config.train = ConfigDict()
+    config.train.steps = 13_300_000
+    config.train.global_batch_size = 32
+    # SGD's momentum (GoogLeNet).
+    config.train.momentum = 0.9
+    # Weight of the L2 penalty l2/2 * |w|^2 on kernels (TF-Slim's value).
+    config.train.l2 = 4e-5
+    # A Keras dtype policy: "float32", "mixed_bfloat16".
+    config.train.precision = "float32"
+    # Steps that run on the device between two looks at the loss; each gives a line of metrics.
+    config.train.steps_per_loop = 500
+
+    config.schedule = ConfigDict()
+    # Learning rate at reference_batch_size; it scales linearly with train.global_batch_size.
+    config.schedule.base_rate = 0.0015
+    config.schedule.reference_batch_size = 32
+    # The rate rises linearly from 0 over these epochs.
+    config.schedule.warmup_epochs = 0.0
+    # The rate is multiplied by decay_factor every decay_epochs (GoogLeNet); 1 holds it constant.
+    config.schedule.decay_factor = 0.96
+    config.schedule.decay_epochs = 8.0
+
+    config.evaluation = ConfigDict()
+    config.evaluation.every_steps = 20_000
+    config.evaluation.global_batch_size = 32
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_steps = 5_000
+    config.checkpoint.keep = 3
+
+    config.distribution = ConfigDict()
+    # "one_device" or "mirrored".
+    config.distribution.strategy = "mirrored"
+    # 0 takes every accelerator, or one CPU replica where there is none; n > 0 takes n of them.
+    config.distribution.replicas = 0
+
+    return config.lock()

@@ -1,0 +1,34 @@
+"""Every test sees two logical CPU devices, so that two replicas can be tried anywhere."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+
+import keras
+import pytest
+import tensorflow as tf
+
+NUM_REPLICAS = 2
+
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0],
+    [tf.config.LogicalDeviceConfiguration()] * NUM_REPLICAS,
+)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Fixed weights, and no graph or policy left over from the test before."""
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(0)
+    policy = keras.config.dtype_policy()
+    yield
+    keras.config.set_dtype_policy(policy)
+
+
+@pytest.fixture
+def two_replicas():
+    """A MirroredStrategy over two CPU replicas."""
+    return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(NUM_REPLICAS)])
