@@ -1,0 +1,239 @@
+"""A data set joined with what is done to its images, as the input of a strategy.
+
+The batch of step s is a pure function of (seed, s): no iterator state is ever saved, and a run
+that starts at step k sees what the unbroken run sees from there on. The global batch is the unit
+of everything random, and a replica takes its rows of it, so that the number of replicas changes
+nothing.
+"""
+
+import math
+
+import tensorflow as tf
+from ml_collections import ConfigDict
+
+from bn_keras.data import images as images_lib
+from bn_keras.data import sources
+from bn_keras.data.images import Preprocessing
+from bn_keras.errors import UsageError
+
+# What one element of the inner dataset may hold: several steps' batches, which pays tf.data's
+# cost per element (some 50 microseconds) once for all of them.
+CHUNK_BYTES = 2**21
+MAX_CHUNK_STEPS = 16
+# Elements prepared ahead.
+PREFETCH = 2
+
+
+class Data:
+    """A data set as a trainer sees it; made by `open_data`.
+
+    Attributes:
+      class_names: one a class, in the order of the labels.
+      num_classes: their number.
+      input_shape: (H, W, C) of what the network is fed.
+      num_train_examples, num_validation_examples: sizes of the two splits.
+    """
+
+    def __init__(self, source: sources.Source, preprocessing: Preprocessing, seed: int) -> None:
+        self.class_names = source.class_names
+        self.num_classes = len(source.class_names)
+        self.num_train_examples = source.train.num_examples
+        self.num_validation_examples = source.validation.num_examples
+        self.input_shape = (*preprocessing.size, source.train.images.shape[-1])
+        self._train = _ArrayBatches(source.train, preprocessing, seed)
+        self._validation = _ArrayBatches(source.validation, preprocessing, None)
+
+    def train_batches(
+        self, strategy: tf.distribute.Strategy, global_batch_size: int, start_step: int = 0
+    ) -> tf.distribute.DistributedDataset:
+        """The endless training input, from step `start_step` on (the first step is 0).
+
+        Args:
+          strategy: where it goes; replica r takes rows [r * b, (r + 1) * b) of a global batch.
+          global_batch_size: examples a step, over all replicas.
+          start_step: a run resumed after k steps gives k.
+
+        Returns:
+          A distributed dataset of (images float32 [b, H, W, C], labels int32 [b]).
+
+        Raises:
+          UsageError: the replicas do not divide the global batch.
+        """
+        _check_divides(strategy, global_batch_size)
+        return strategy.distribute_datasets_from_function(
+            lambda context: self._train.dataset(_Rows(global_batch_size, context), start_step).map(
+                lambda images, labels, weights: (images, labels)
+            )
+        )
+
+    def validation_batches(
+        self, strategy: tf.distribute.Strategy, global_batch_size: int
+    ) -> tuple[tf.distribute.DistributedDataset, int]:
+        """Every validation example once, in full batches, the last padded.
+
+        Args:
+          strategy: as in `train_batches`.
+          global_batch_size: as in `train_batches`.
+
+        Returns:
+          A distributed dataset of (images float32 [b, H, W, C], labels int32 [b],
+          weights float32 [b]: 1, or 0 for padding), and the number of steps of one pass. The
+          dataset goes on with the next pass after that.
+
+        Raises:
+          UsageError: the replicas do not divide the global batch.
+        """
+        _check_divides(strategy, global_batch_size)
+        dataset = strategy.distribute_datasets_from_function(
+            lambda context: self._validation.dataset(_Rows(global_batch_size, context), 0)
+        )
+        return dataset, math.ceil(self.num_validation_examples / global_batch_size)
+
+
+def open_data(config: ConfigDict, seed: int) -> Data:
+    """Opens what `config.data` describes.
+
+    Args:
+      config: the section `data` of the config.
+      seed: the order and the distortions of the training examples follow from it.
+
+    Raises:
+      UsageError: a setting is not among the accepted, or the data set can't be had as asked.
+    """
+    accepted = {"crop": images_lib.CROPS, "shuffle": ("examples", "shards")}
+    for key, values in accepted.items():
+        if config[key] not in values:
+            raise UsageError(
+                f"data.{key} is {config[key]!r}: accepted are {', '.join(map(repr, values))}"
+            )
+    if config.image_size < 0:
+        raise UsageError(f"data.image_size is {config.image_size}: it is a side in pixels or 0")
+    if not 0 <= config.distortion <= 1:
+        raise UsageError(f"data.distortion is {config.distortion}: it lies between 0 and 1")
+    source = sources.open_source(
+        config.name,
+        config.data_dir,
+        config.train_split,
+        config.validation_split,
+        config.image_size,
+    )
+    size = (config.image_size,) * 2 if config.image_size else source.train.images.shape[1:3]
+    preprocessing = Preprocessing(
+        size=size,
+        crop=config.crop,
+        mirror=config.mirror,
+        distortion=config.distortion,
+        binary=config.binary,
+    )
+    return Data(source, preprocessing, seed)
+
+
+class _Rows:
+    """The rows of each global batch that one input pipeline feeds, and to how many replicas."""
+
+    def __init__(self, global_batch_size: int, context: tf.distribute.InputContext) -> None:
+        self.global_batch_size = global_batch_size
+        self.num_replicas = context.num_replicas_in_sync // context.num_input_pipelines
+        self.count = global_batch_size // context.num_input_pipelines
+        self.per_replica_batch_size = self.count // self.num_replicas
+        self.first = context.input_pipeline_id * self.count
+
+
+class _ArrayBatches:
+    """Batches of a split in memory, made whole: no step is taken example by example."""
+
+    def __init__(
+        self, arrays: sources.Arrays, preprocessing: Preprocessing, seed: int | None
+    ) -> None:
+        """A seed makes it training input; None makes it one pass after the other, in order."""
+        with tf.device("CPU:0"):
+            self._images = tf.constant(arrays.images)
+            self._labels = tf.constant(arrays.labels)
+        self._white = arrays.white
+        self._num_examples = arrays.num_examples
+        self._preprocessing = preprocessing
+        self._image_shape = (*preprocessing.size, arrays.images.shape[-1])
+        self._seed = seed
+
+    def dataset(self, rows: _Rows, start_step: int) -> tf.data.Dataset:
+        """Endless (images, labels, weights) of one replica's batch, replica by replica."""
+        step_bytes = 4 * rows.global_batch_size * math.prod(self._image_shape)
+        # The same for any number of replicas: random numbers are drawn by the chunk.
+        steps = max(1, min(MAX_CHUNK_STEPS, CHUNK_BYTES // step_bytes))
+        chunks = tf.data.Dataset.counter(start_step // steps).map(
+            lambda chunk: self._chunk(chunk, steps, rows)
+        )
+        batches = chunks.prefetch(PREFETCH).unbatch()
+        skipped = start_step % steps * rows.num_replicas
+        return _plain(batches.skip(skipped) if skipped else batches)
+
+    def _chunk(self, chunk: tf.Tensor, steps: int, rows: _Rows) -> tuple[tf.Tensor, ...]:
+        """Several steps' batches: tensors [steps * replicas, per-replica batch, ...]."""
+        step = chunk * steps + tf.range(steps, dtype=tf.int64)[:, None]
+        row = rows.first + tf.range(rows.count, dtype=tf.int64)
+        if self._seed is None:
+            examples, weights = self._in_order(step, row, rows.global_batch_size)
+            uniforms = None
+        else:
+            examples, weights = self._shuffled(step * rows.global_batch_size + row)
+            uniforms = self._uniforms(chunk, steps, rows)
+        indices = tf.cast(examples % self._images.shape[0], tf.int32)
+        images = self._preprocessing.from_pool(self._images, indices, uniforms, self._white)
+        shape = [steps * rows.num_replicas, rows.per_replica_batch_size]
+        return (
+            tf.reshape(images, [*shape, *self._image_shape]),
+            tf.reshape(tf.gather(self._labels, indices), shape),
+            tf.reshape(weights, shape),
+        )
+
+    def _shuffled(self, positions: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Examples [n] at places in the endless row of epochs, and weights of 1."""
+        positions = tf.reshape(positions, [-1])
+        epochs = positions // self._num_examples
+        # The raw op, because tf.random.experimental.index_shuffle pads the wrong axis of a
+        # matrix of seeds.
+        examples = tf.raw_ops.RandomIndexShuffle(
+            index=positions % self._num_examples,
+            seed=tf.stack([tf.fill(tf.shape(epochs), _int64(self._seed)), epochs, epochs], axis=1),
+            max_index=_int64(self._num_examples - 1),
+        )
+        return examples, tf.ones_like(examples, tf.float32)
+
+    def _in_order(
+        self, step: tf.Tensor, row: tf.Tensor, global_batch_size: int
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Examples [n] of one pass after the other, and weights of 0 where a pass is padded."""
+        num_steps = math.ceil(self._num_examples / global_batch_size)
+        places = tf.reshape(step % num_steps * global_batch_size + row, [-1])
+        weights = tf.cast(places < self._num_examples, tf.float32)
+        return tf.minimum(places, self._num_examples - 1), weights
+
+    def _uniforms(self, chunk: tf.Tensor, steps: int, rows: _Rows) -> tf.Tensor:
+        """Random numbers [n, NUM_UNIFORMS], drawn for all rows of which these are taken."""
+        drawn = tf.random.stateless_uniform(
+            [steps, rows.global_batch_size, images_lib.NUM_UNIFORMS],
+            seed=tf.stack([_int64(self._seed), chunk]),
+        )
+        own = drawn[:, rows.first : rows.first + rows.count]
+        return tf.reshape(own, [-1, images_lib.NUM_UNIFORMS])
+
+
+def _check_divides(strategy: tf.distribute.Strategy, global_batch_size: int) -> None:
+    if global_batch_size < 1 or global_batch_size % strategy.num_replicas_in_sync:
+        raise UsageError(
+            f"a global batch of {global_batch_size} can't be split over "
+            f"{strategy.num_replicas_in_sync} replicas: take a positive multiple of their number"
+        )
+
+
+def _plain(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Without tf.data's tuning and rewriting, which cost more than they find to do here."""
+    options = tf.data.Options()
+    options.deterministic = True
+    options.autotune.enabled = False
+    options.experimental_optimization.apply_default_optimizations = False
+    return dataset.with_options(options)
+
+
+def _int64(value: int) -> tf.Tensor:
+    return tf.constant(value, tf.int64)
