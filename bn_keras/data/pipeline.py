@@ -16,11 +16,11 @@ from bn_keras.data import sources
 from bn_keras.data.images import Preprocessing
 from bn_keras.errors import UsageError
 
-# What one element of the inner dataset may hold: several steps' batches, which pays tf.data's
-# cost per element (some 50 microseconds) once for all of them.
-CHUNK_BYTES = 2**21
+# Batches of small images are made several steps at a time, since tf.data's cost for an element
+# (some 100 microseconds) is a good part of a small network's step.
+CHUNK_BYTES = 2**22
 MAX_CHUNK_STEPS = 16
-# Elements prepared ahead.
+# Chunks prepared ahead.
 PREFETCH = 2
 
 
@@ -61,9 +61,7 @@ class Data:
         """
         _check_divides(strategy, global_batch_size)
         return strategy.distribute_datasets_from_function(
-            lambda context: self._train.dataset(_Rows(global_batch_size, context), start_step).map(
-                lambda images, labels, weights: (images, labels)
-            )
+            lambda context: self._train.dataset(_Rows(global_batch_size, context), start_step)
         )
 
     def validation_batches(
@@ -156,7 +154,7 @@ class _ArrayBatches:
         self._seed = seed
 
     def dataset(self, rows: _Rows, start_step: int) -> tf.data.Dataset:
-        """Endless (images, labels, weights) of one replica's batch, replica by replica."""
+        """Endless batches of one replica each, replica by replica, step by step."""
         step_bytes = 4 * rows.global_batch_size * math.prod(self._image_shape)
         # The same for any number of replicas: random numbers are drawn by the chunk.
         steps = max(1, min(MAX_CHUNK_STEPS, CHUNK_BYTES // step_bytes))
@@ -165,48 +163,38 @@ class _ArrayBatches:
         )
         batches = chunks.prefetch(PREFETCH).unbatch()
         skipped = start_step % steps * rows.num_replicas
-        return _plain(batches.skip(skipped) if skipped else batches)
+        # One thread keeps up with steps of 100 microseconds and takes no core from the network.
+        return _plain(batches.skip(skipped) if skipped else batches, threads=1)
 
     def _chunk(self, chunk: tf.Tensor, steps: int, rows: _Rows) -> tuple[tf.Tensor, ...]:
         """Several steps' batches: tensors [steps * replicas, per-replica batch, ...]."""
         step = chunk * steps + tf.range(steps, dtype=tf.int64)[:, None]
         row = rows.first + tf.range(rows.count, dtype=tf.int64)
         if self._seed is None:
-            examples, weights = self._in_order(step, row, rows.global_batch_size)
+            num_steps = math.ceil(self._num_examples / rows.global_batch_size)
+            examples = tf.reshape(step % num_steps * rows.global_batch_size + row, [-1])
+            weights = [tf.cast(examples < self._num_examples, tf.float32)]
             uniforms = None
         else:
-            examples, weights = self._shuffled(step * rows.global_batch_size + row)
+            examples = self._shuffled(tf.reshape(step * rows.global_batch_size + row, [-1]))
+            weights = []
             uniforms = self._uniforms(chunk, steps, rows)
         indices = tf.cast(examples % self._images.shape[0], tf.int32)
         images = self._preprocessing.from_pool(self._images, indices, uniforms, self._white)
         shape = [steps * rows.num_replicas, rows.per_replica_batch_size]
-        return (
-            tf.reshape(images, [*shape, *self._image_shape]),
-            tf.reshape(tf.gather(self._labels, indices), shape),
-            tf.reshape(weights, shape),
-        )
+        batches = [images, tf.gather(self._labels, indices), *weights]
+        return tuple(tf.reshape(batch, [*shape, *batch.shape[1:]]) for batch in batches)
 
-    def _shuffled(self, positions: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Examples [n] at places in the endless row of epochs, and weights of 1."""
-        positions = tf.reshape(positions, [-1])
+    def _shuffled(self, positions: tf.Tensor) -> tf.Tensor:
+        """The examples at these places in the endless row of epochs, int64 [n] both."""
         epochs = positions // self._num_examples
         # The raw op, because tf.random.experimental.index_shuffle pads the wrong axis of a
         # matrix of seeds.
-        examples = tf.raw_ops.RandomIndexShuffle(
+        return tf.raw_ops.RandomIndexShuffle(
             index=positions % self._num_examples,
             seed=tf.stack([tf.fill(tf.shape(epochs), _int64(self._seed)), epochs, epochs], axis=1),
             max_index=_int64(self._num_examples - 1),
         )
-        return examples, tf.ones_like(examples, tf.float32)
-
-    def _in_order(
-        self, step: tf.Tensor, row: tf.Tensor, global_batch_size: int
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Examples [n] of one pass after the other, and weights of 0 where a pass is padded."""
-        num_steps = math.ceil(self._num_examples / global_batch_size)
-        places = tf.reshape(step % num_steps * global_batch_size + row, [-1])
-        weights = tf.cast(places < self._num_examples, tf.float32)
-        return tf.minimum(places, self._num_examples - 1), weights
 
     def _uniforms(self, chunk: tf.Tensor, steps: int, rows: _Rows) -> tf.Tensor:
         """Random numbers [n, NUM_UNIFORMS], drawn for all rows of which these are taken."""
@@ -226,10 +214,11 @@ def _check_divides(strategy: tf.distribute.Strategy, global_batch_size: int) -> 
         )
 
 
-def _plain(dataset: tf.data.Dataset) -> tf.data.Dataset:
+def _plain(dataset: tf.data.Dataset, threads: int) -> tf.data.Dataset:
     """Without tf.data's tuning and rewriting, which cost more than they find to do here."""
     options = tf.data.Options()
     options.deterministic = True
+    options.threading.private_threadpool_size = threads
     options.autotune.enabled = False
     options.experimental_optimization.apply_default_optimizations = False
     return dataset.with_options(options)
