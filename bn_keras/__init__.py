@@ -17,3 +17,7 @@ if keras.backend.backend() != "tensorflow":
         f"bn_keras needs Keras on TensorFlow, but Keras runs on {keras.backend.backend()!r}:"
         " set KERAS_BACKEND=tensorflow."
     )
+
+from bn_keras.batch_norm import BatchNormalization  # noqa: E402
+
+__all__ = ["BatchNormalization"]
