@@ -10,6 +10,8 @@ import keras
 import pytest
 import tensorflow as tf
 
+from bn_keras.distribution import make_strategy
+
 NUM_REPLICAS = 2
 
 tf.config.set_logical_device_configuration(
@@ -31,4 +33,4 @@ def seeded():
 @pytest.fixture
 def two_replicas():
     """A MirroredStrategy over two CPU replicas."""
-    return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(NUM_REPLICAS)])
+    return make_strategy("mirrored", NUM_REPLICAS)

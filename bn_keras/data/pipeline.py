@@ -7,7 +7,9 @@ nothing.
 """
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
@@ -20,8 +22,13 @@ from bn_keras.errors import UsageError
 # (some 100 microseconds) is a good part of a small network's step.
 CHUNK_BYTES = 2**22
 MAX_CHUNK_STEPS = 16
-# Chunks prepared ahead.
+# Chunks or batches prepared ahead.
 PREFETCH = 2
+# Records that are shuffled with each other; two to three times as much is held in memory.
+GROUP_BYTES = 2**29
+
+# What a permutation is of.
+EXAMPLES, SHARDS = 0, 1
 
 
 class Data:
@@ -34,14 +41,20 @@ class Data:
       num_train_examples, num_validation_examples: sizes of the two splits.
     """
 
-    def __init__(self, source: sources.Source, preprocessing: Preprocessing, seed: int) -> None:
+    def __init__(
+        self, source: sources.Source, preprocessing: Preprocessing, seed: int, shuffle: str
+    ) -> None:
         self.class_names = source.class_names
         self.num_classes = len(source.class_names)
         self.num_train_examples = source.train.num_examples
         self.num_validation_examples = source.validation.num_examples
-        self.input_shape = (*preprocessing.size, source.train.images.shape[-1])
-        self._train = _ArrayBatches(source.train, preprocessing, seed)
-        self._validation = _ArrayBatches(source.validation, preprocessing, None)
+        self.input_shape = (*preprocessing.size, source.train.image_shape[-1])
+        if isinstance(source.train, sources.Arrays):
+            self._train = _ArrayBatches(source.train, preprocessing, seed)
+            self._validation = _ArrayBatches(source.validation, preprocessing, None)
+        else:
+            self._train = _ShardBatches(source.train, preprocessing, seed, shuffle)
+            self._validation = _ShardBatches(source.validation, preprocessing, None, shuffle)
 
     def train_batches(
         self, strategy: tf.distribute.Strategy, global_batch_size: int, start_step: int = 0
@@ -115,7 +128,12 @@ def open_data(config: ConfigDict, seed: int) -> Data:
         config.validation_split,
         config.image_size,
     )
-    size = (config.image_size,) * 2 if config.image_size else source.train.images.shape[1:3]
+    size = (config.image_size,) * 2 if config.image_size else source.train.image_shape[:2]
+    if None in size:
+        raise UsageError(
+            f"data.image_size is 0, which keeps the size of the data, but the images of "
+            f"{config.name!r} differ in size: give the side in pixels"
+        )
     preprocessing = Preprocessing(
         size=size,
         crop=config.crop,
@@ -123,7 +141,7 @@ def open_data(config: ConfigDict, seed: int) -> Data:
         distortion=config.distortion,
         binary=config.binary,
     )
-    return Data(source, preprocessing, seed)
+    return Data(source, preprocessing, seed, config.shuffle)
 
 
 class _Rows:
@@ -176,7 +194,9 @@ class _ArrayBatches:
             weights = [tf.cast(examples < self._num_examples, tf.float32)]
             uniforms = None
         else:
-            examples = self._shuffled(tf.reshape(step * rows.global_batch_size + row, [-1]))
+            places = tf.reshape(step * rows.global_batch_size + row, [-1])
+            epochs, places = places // self._num_examples, places % self._num_examples
+            examples = _permuted(places, self._num_examples, self._seed, EXAMPLES, epochs)
             weights = []
             uniforms = self._uniforms(chunk, steps, rows)
         indices = tf.cast(examples % self._images.shape[0], tf.int32)
@@ -184,17 +204,6 @@ class _ArrayBatches:
         shape = [steps * rows.num_replicas, rows.per_replica_batch_size]
         batches = [images, tf.gather(self._labels, indices), *weights]
         return tuple(tf.reshape(batch, [*shape, *batch.shape[1:]]) for batch in batches)
-
-    def _shuffled(self, positions: tf.Tensor) -> tf.Tensor:
-        """The examples at these places in the endless row of epochs, int64 [n] both."""
-        epochs = positions // self._num_examples
-        # The raw op, because tf.random.experimental.index_shuffle pads the wrong axis of a
-        # matrix of seeds.
-        return tf.raw_ops.RandomIndexShuffle(
-            index=positions % self._num_examples,
-            seed=tf.stack([tf.fill(tf.shape(epochs), _int64(self._seed)), epochs, epochs], axis=1),
-            max_index=_int64(self._num_examples - 1),
-        )
 
     def _uniforms(self, chunk: tf.Tensor, steps: int, rows: _Rows) -> tf.Tensor:
         """Random numbers [n, NUM_UNIFORMS], drawn for all rows of which these are taken."""
@@ -206,6 +215,132 @@ class _ArrayBatches:
         return tf.reshape(own, [-1, images_lib.NUM_UNIFORMS])
 
 
+class _ShardBatches:
+    """Batches of a split that is read from its files, decoded example by example.
+
+    The order is that of groups of shards. In training the shards are permuted anew each epoch
+    and cut into groups; with shuffle "examples" a group is read into memory whole and its records
+    permuted. So the place of an example follows from (seed, epoch) alone, and to start anywhere
+    takes reading one group. Every input pipeline reads every record, and decodes only its rows.
+    """
+
+    def __init__(
+        self, shards: sources.Shards, preprocessing: Preprocessing, seed: int | None, shuffle: str
+    ) -> None:
+        """A seed makes it training input; None makes it one pass after the other, in order."""
+        self._shards = shards
+        self._preprocessing = preprocessing
+        self._seed = seed
+        self._within_groups = seed is not None and shuffle == "examples"
+        num_shards = len(shards.lengths)
+        fitting = GROUP_BYTES * num_shards // (shards.num_examples * shards.example_bytes)
+        self._group_shards = max(1, min(fitting, num_shards)) if self._within_groups else 1
+        self._num_groups = math.ceil(num_shards / self._group_shards)
+
+    def dataset(self, rows: _Rows, start_step: int) -> tf.data.Dataset:
+        """Endless batches of one replica each, replica by replica, step by step."""
+        num_examples = self._shards.num_examples
+        num_steps = math.ceil(num_examples / rows.global_batch_size)
+        # A pass of evaluation ends with a padded batch, an epoch of training within one.
+        padding = num_steps * rows.global_batch_size - num_examples if self._seed is None else 0
+        start = start_step * rows.global_batch_size
+
+        def own_records(group: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            places, records, weights = self._group(group, padding)
+            row = places % rows.global_batch_size
+            own = (places >= start) & (row >= rows.first) & (row < rows.first + rows.count)
+            return places[own], records[own], weights[own]
+
+        epoch, place = divmod(start, num_examples + padding)
+        first = epoch * self._num_groups + self._group_of(epoch, place)
+        examples = tf.data.Dataset.counter(first).map(own_records).prefetch(1).unbatch()
+        images = examples.map(self._decode, num_parallel_calls=tf.data.AUTOTUNE)
+        batches = images.batch(rows.per_replica_batch_size, drop_remainder=True)
+        endless = tf.data.experimental.assert_cardinality(tf.data.experimental.INFINITE_CARDINALITY)
+        return _plain(batches.prefetch(PREFETCH).apply(endless))
+
+    def _group(self, group: tf.Tensor, padding: int) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Reads one group of shards.
+
+        Args:
+          group: its number in the endless row of epochs, int64.
+          padding: how often the last record of an epoch is repeated after it, with weight 0.
+
+        Returns:
+          Places in the endless row of epochs, records and weights, [n] each.
+        """
+        epoch, number = group // self._num_groups, group % self._num_groups
+        order, begins = self._shard_order(epoch)
+        shards = order[number * self._group_shards :][: self._group_shards]
+        begin = begins[number * self._group_shards]
+        count = tf.reduce_sum(tf.gather(_int64(self._shards.lengths), shards))
+        records = self._shards.records(shards).batch(count).get_single_element()
+        tf.debugging.assert_equal(
+            tf.size(records, tf.int64), count, "a file holds fewer records than the set's info says"
+        )
+        if self._within_groups:
+            records = tf.gather(
+                records, _permuted(tf.range(count), count, self._seed, EXAMPLES, group)
+            )
+        last = tf.cast(tf.equal(number, self._num_groups - 1), tf.int64)
+        index = tf.range(count + last * padding)
+        places = epoch * (self._shards.num_examples + padding) + begin + index
+        weights = tf.cast(index < count, tf.float32)
+        return places, tf.gather(records, tf.minimum(index, count - 1)), weights
+
+    def _shard_order(self, epoch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """The shards in the order of an epoch, and the place where each begins in it."""
+        num_shards = len(self._shards.lengths)
+        order = tf.range(num_shards, dtype=tf.int64)
+        if self._seed is not None:
+            order = _permuted(order, num_shards, self._seed, SHARDS, epoch)
+        return order, tf.cumsum(tf.gather(_int64(self._shards.lengths), order), exclusive=True)
+
+    def _group_of(self, epoch: int, place: int) -> int:
+        """The group that holds the example at this place in an epoch."""
+        with tf.device("CPU:0"):
+            _, begins = self._shard_order(_int64(epoch))
+        return int(np.searchsorted(begins.numpy()[:: self._group_shards], place, "right")) - 1
+
+    def _decode(
+        self, place: tf.Tensor, record: tf.Tensor, weight: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        encoded, label = self._shards.parse(record)
+        channels = self._shards.image_shape[-1]
+        if self._seed is None:
+            return self._preprocessing.from_encoded(encoded, None, channels), label, weight
+        uniforms = tf.random.stateless_uniform(
+            [images_lib.NUM_UNIFORMS], seed=tf.stack([_int64(self._seed), place])
+        )
+        return self._preprocessing.from_encoded(encoded, uniforms, channels), label
+
+
+def _permuted(
+    indices: tf.Tensor, count: tf.Tensor, seed: int, stream: int, number: tf.Tensor
+) -> tf.Tensor:
+    """Where a random permutation of `count` things takes each of the indices.
+
+    Args:
+      indices: int64 [n] in [0, count).
+      count: how many things there are.
+      seed: with stream and number, it determines the permutation.
+      stream: what is permuted, so that different things are permuted differently.
+      number: int64, one for all or [n], one each: the epoch, for example.
+
+    Returns:
+      int64 [n].
+    """
+    number = tf.broadcast_to(number, tf.shape(indices))
+    same = tf.ones_like(number)
+    # The raw op, because tf.random.experimental.index_shuffle pads the wrong axis of a matrix of
+    # seeds.
+    return tf.raw_ops.RandomIndexShuffle(
+        index=indices,
+        seed=tf.stack([same * seed, same * stream, number], axis=1),
+        max_index=tf.cast(count, tf.int64) - 1,
+    )
+
+
 def _check_divides(strategy: tf.distribute.Strategy, global_batch_size: int) -> None:
     if global_batch_size < 1 or global_batch_size % strategy.num_replicas_in_sync:
         raise UsageError(
@@ -214,15 +349,16 @@ def _check_divides(strategy: tf.distribute.Strategy, global_batch_size: int) -> 
         )
 
 
-def _plain(dataset: tf.data.Dataset, threads: int) -> tf.data.Dataset:
+def _plain(dataset: tf.data.Dataset, threads: int = 0) -> tf.data.Dataset:
     """Without tf.data's tuning and rewriting, which cost more than they find to do here."""
     options = tf.data.Options()
     options.deterministic = True
-    options.threading.private_threadpool_size = threads
+    if threads:
+        options.threading.private_threadpool_size = threads
     options.autotune.enabled = False
     options.experimental_optimization.apply_default_optimizations = False
     return dataset.with_options(options)
 
 
-def _int64(value: int) -> tf.Tensor:
+def _int64(value: int | Sequence[int]) -> tf.Tensor:
     return tf.constant(value, tf.int64)

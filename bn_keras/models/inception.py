@@ -1,0 +1,320 @@
+"""Figure 5 of the paper as a table of rows, and the one builder of all its networks."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+from bn_keras.batch_norm import BatchNormalization
+from bn_keras.errors import UsageError
+
+
+class Row(NamedTuple):
+    """An Inception module of Figure 5; the numbers are output channels.
+
+    Attributes:
+      name: the paper's name of the module.
+      stride: 2 halves the map; such a module passes its pool on unprojected.
+      conv1x1: of the 1x1 branch; 0 leaves the branch out.
+      reduce3x3, conv3x3: of the 1x1 and the 3x3 convolution of the 3x3 branch.
+      reduce_double, conv_double: of the 1x1 and of both 3x3 of the double branch.
+      pool: "avg" or "max", 3x3 with the module's stride.
+      projection: of the 1x1 convolution after the pool; 0 passes the pool on as it is.
+    """
+
+    name: str
+    stride: int
+    conv1x1: int
+    reduce3x3: int
+    conv3x3: int
+    reduce_double: int
+    conv_double: int
+    pool: str
+    projection: int
+
+
+# 4c and 4d with the paper's projection of 128 contradict its stated 576 output channels; 96
+# satisfies every stated size, so that the builder's pool_projection replaces these two.
+FIGURE_5 = (
+    Row("3a", 1, 64, 64, 64, 64, 96, "avg", 32),
+    Row("3b", 1, 64, 64, 96, 64, 96, "avg", 64),
+    Row("3c", 2, 0, 128, 160, 64, 96, "max", 0),
+    Row("4a", 1, 224, 64, 96, 96, 128, "avg", 128),
+    Row("4b", 1, 192, 96, 128, 96, 128, "avg", 128),
+    Row("4c", 1, 160, 128, 160, 128, 160, "avg", 128),
+    Row("4d", 1, 96, 128, 192, 160, 192, "avg", 128),
+    Row("4e", 2, 0, 128, 192, 192, 256, "max", 0),
+    Row("5a", 1, 352, 192, 320, 160, 224, "avg", 128),
+    Row("5b", 1, 352, 192, 320, 192, 224, "max", 128),
+)
+
+
+class Stem(NamedTuple):
+    """What precedes module 3a.
+
+    Attributes:
+      size, stride: of the first convolution.
+      separable: whether it is a separable one with depth multiplier 8.
+      pools: whether a 3x3 max pool of stride 2 follows each of the stem's two stages.
+    """
+
+    size: int
+    stride: int
+    separable: bool
+    pools: bool
+
+
+STEMS = {
+    "imagenet": Stem(size=7, stride=2, separable=True, pools=True),
+    "cifar": Stem(size=3, stride=2, separable=False, pools=False),
+    "digits": Stem(size=3, stride=1, separable=False, pools=False),
+}
+
+
+class Variant(NamedTuple):
+    """What tells the networks of section 4.2.2 apart inside the model.
+
+    Attributes:
+      batch_norm: BN before every nonlinearity, in place of the biases.
+      activation: the nonlinearity.
+      dropout: fraction dropped before the classifier.
+      local_response_normalization: in the stem, as GoogLeNet has it.
+    """
+
+    batch_norm: bool
+    activation: str
+    dropout: float
+    local_response_normalization: bool
+
+
+_ACCELERATED = Variant(True, "relu", dropout=0.0, local_response_normalization=False)
+
+VARIANTS = {
+    "inception": Variant(False, "relu", dropout=0.4, local_response_normalization=True),
+    "bn_baseline": Variant(True, "relu", dropout=0.4, local_response_normalization=True),
+    "bn_x5": _ACCELERATED,
+    "bn_x30": _ACCELERATED,
+    "bn_x5_sigmoid": _ACCELERATED._replace(activation="sigmoid"),
+}
+
+
+@keras.saving.register_keras_serializable("bn_keras")
+class LocalResponseNormalization(keras.layers.Layer):
+    """GoogLeNet's local response normalization over 5 neighbouring channels.
+
+    Caffe's alpha 1e-4 is divided by the window there; TensorFlow's is not, so that it is 2e-5
+    here. Computed in float32, for which alone the CPU has a kernel of known accuracy.
+
+    Source: GoogLeNet's public prototxt (local_size 5, alpha 1e-4, beta 0.75).
+    """
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Maps [N, H, W, C] to the same shape and dtype."""
+        outputs = tf.nn.local_response_normalization(
+            tf.cast(inputs, tf.float32), depth_radius=2, bias=1.0, alpha=2e-5, beta=0.75
+        )
+        return tf.cast(outputs, inputs.dtype)
+
+
+def BNInception(
+    variant: str = "bn_baseline",
+    classes: int = 1000,
+    input_shape: Sequence[int] = (224, 224, 3),
+    width: float = 1.0,
+    stem: str = "imagenet",
+    *,
+    pool_projection: int = 96,
+    separable_stem: bool | None = None,
+    kernel_initializer: str | keras.initializers.Initializer = "he_normal",
+    dropout: float | None = None,
+    local_response_normalization: bool | None = None,
+    momentum: float = 0.9997,
+    epsilon: float = 1e-3,
+    synchronized: bool = False,
+    name: str | None = None,
+) -> keras.Model:
+    """Builds the network of Figure 5 in one of the variants of section 4.2.2.
+
+    Convolutions pad to the same size and are followed by BN and the nonlinearity; the variant
+    "inception" has biases instead of BN. The output of module 3a is that of the layer "3a", and
+    so on to "5b". Logits come out, float32 under any dtype policy.
+
+    Args:
+      variant: "inception", "bn_baseline", "bn_x5", "bn_x30" or "bn_x5_sigmoid".
+      classes: number of logits.
+      input_shape: (height, width, channels) of the images; height and width may be None, else
+        at least the network's total stride (32 with the ImageNet stem, 8 and 4 with the others).
+      width: factor on every number of channels, which is rounded and at least 1.
+      stem: "imagenet", as in the paper; "cifar", a 3x3 convolution with stride 2 in place of the
+        7x7 and no pools; "digits", the same with stride 1.
+      pool_projection: channels projected after the pools of 4c and 4d; 96 gives the paper's
+        output sizes, 128 is what its table says.
+      separable_stem: whether the first convolution is separable, with depth multiplier 8; None
+        is as the stem has it, which is True for "imagenet" only.
+      kernel_initializer: for every kernel, each of which takes its own draw.
+      dropout: fraction of the features dropped before the classifier; None is the variant's.
+      local_response_normalization: after the two stages of the stem; None is the variant's.
+      momentum: fraction of BN's moving statistics kept at each step; TF-Slim's by default.
+      epsilon: added to BN's variance under the root; TF-Slim's by default.
+      synchronized: whether BN takes its batch statistics over all replicas.
+      name: of the model; None is the variant's.
+
+    Returns:
+      A functional model from [N, height, width, channels] to [N, classes].
+
+    Raises:
+      UsageError: an unknown variant or stem, or a value outside of its range.
+
+    Source: Ioffe & Szegedy 2015, Figure 5 and section 4.2; GoogLeNet (arXiv 1409.4842) for
+    dropout and local response normalization.
+    """
+    chosen = _lookup("variant", variant, VARIANTS)
+    entry = _lookup("stem", stem, STEMS)
+    if separable_stem is not None:
+        entry = entry._replace(separable=separable_stem)
+    if dropout is not None:
+        chosen = chosen._replace(dropout=dropout)
+    if local_response_normalization is not None:
+        chosen = chosen._replace(local_response_normalization=local_response_normalization)
+    _check(classes, input_shape, width, chosen.dropout, entry)
+
+    net = _Layers(
+        batch_norm=dict(momentum=momentum, epsilon=epsilon, synchronized=synchronized)
+        if chosen.batch_norm
+        else None,
+        activation=chosen.activation,
+        initializer=keras.initializers.get(kernel_initializer),
+        width=width,
+    )
+    images = keras.Input(tuple(input_shape), name="images")
+    x = _stem(net, images, entry, chosen.local_response_normalization)
+    for row in FIGURE_5:
+        if row.name in ("4c", "4d"):
+            row = row._replace(projection=pool_projection)
+        x = _module(net, x, row)
+    x = keras.layers.GlobalAveragePooling2D(name="features")(x)
+    if chosen.dropout:
+        x = keras.layers.Dropout(chosen.dropout, name="dropout")(x)
+    logits = keras.layers.Dense(
+        classes, kernel_initializer=net.initializer.clone(), dtype="float32", name="logits"
+    )(x)
+    return keras.Model(images, logits, name=name or variant)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layers:
+    """What all convolutions of one network have in common.
+
+    Each kernel gets a clone of the initializer, since one instance draws the same values for
+    all kernels of the same shape.
+    """
+
+    batch_norm: dict | None
+    activation: str
+    initializer: keras.initializers.Initializer
+    width: float
+
+    def conv(
+        self,
+        x: keras.KerasTensor,
+        filters: int,
+        size: int,
+        name: str,
+        strides: int = 1,
+        separable: bool = False,
+    ) -> keras.KerasTensor:
+        """Convolution, BN in place of the bias, nonlinearity."""
+        arguments = dict(
+            filters=max(1, round(filters * self.width)),
+            kernel_size=size,
+            strides=strides,
+            padding="same",
+            use_bias=self.batch_norm is None,
+            name=f"{name}_conv",
+        )
+        if separable:
+            layer = keras.layers.SeparableConv2D(
+                **arguments,
+                depth_multiplier=8,
+                depthwise_initializer=self.initializer.clone(),
+                pointwise_initializer=self.initializer.clone(),
+            )
+        else:
+            layer = keras.layers.Conv2D(**arguments, kernel_initializer=self.initializer.clone())
+        x = layer(x)
+        if self.batch_norm is not None:
+            x = BatchNormalization(**self.batch_norm, name=f"{name}_bn")(x)
+        return keras.layers.Activation(self.activation, name=f"{name}_{self.activation}")(x)
+
+
+def _pool(x: keras.KerasTensor, kind: str, strides: int, name: str) -> keras.KerasTensor:
+    layer = {"avg": keras.layers.AveragePooling2D, "max": keras.layers.MaxPooling2D}[kind]
+    return layer(3, strides=strides, padding="same", name=name)(x)
+
+
+def _stem(net: _Layers, x: keras.KerasTensor, stem: Stem, lrn: bool) -> keras.KerasTensor:
+    x = net.conv(x, 64, stem.size, "stem_1", strides=stem.stride, separable=stem.separable)
+    if stem.pools:
+        x = _pool(x, "max", 2, "stem_1_pool")
+    if lrn:
+        x = LocalResponseNormalization(name="stem_1_lrn")(x)
+    x = net.conv(x, 64, 1, "stem_2_reduce")
+    x = net.conv(x, 192, 3, "stem_2")
+    if lrn:
+        x = LocalResponseNormalization(name="stem_2_lrn")(x)
+    if stem.pools:
+        x = _pool(x, "max", 2, "stem_2_pool")
+    return x
+
+
+def _module(net: _Layers, x: keras.KerasTensor, row: Row) -> keras.KerasTensor:
+    branches = []
+    if row.conv1x1:
+        branches.append(net.conv(x, row.conv1x1, 1, f"{row.name}_1x1"))
+
+    single = net.conv(x, row.reduce3x3, 1, f"{row.name}_3x3_reduce")
+    branches.append(net.conv(single, row.conv3x3, 3, f"{row.name}_3x3", strides=row.stride))
+
+    double = net.conv(x, row.reduce_double, 1, f"{row.name}_double_reduce")
+    double = net.conv(double, row.conv_double, 3, f"{row.name}_double_1")
+    branches.append(
+        net.conv(double, row.conv_double, 3, f"{row.name}_double_2", strides=row.stride)
+    )
+
+    pool = _pool(x, row.pool, row.stride, f"{row.name}_pool")
+    if row.projection:
+        pool = net.conv(pool, row.projection, 1, f"{row.name}_projection")
+    branches.append(pool)
+    return keras.layers.Concatenate(name=row.name)(branches)
+
+
+def _lookup(what: str, given: str, table: dict) -> NamedTuple:
+    if given not in table:
+        raise UsageError(f"unknown {what} {given!r}: accepted are {', '.join(table)}")
+    return table[given]
+
+
+def _check(
+    classes: int, input_shape: Sequence[int], width: float, dropout: float, stem: Stem
+) -> None:
+    if classes < 1:
+        raise UsageError(f"classes is {classes}: it has to be at least 1")
+    if not width > 0:
+        raise UsageError(f"width is {width}: it has to be greater than 0")
+    if not 0 <= dropout < 1:
+        raise UsageError(f"dropout is {dropout}: it has to be at least 0 and less than 1")
+    if len(input_shape) != 3:
+        raise UsageError(
+            f"input_shape is {tuple(input_shape)}: it has to be (height, width, channels)"
+        )
+    strides = [stem.stride, *(row.stride for row in FIGURE_5)] + [2, 2] * stem.pools
+    smallest = math.prod(strides)
+    if any(side is not None and side < smallest for side in input_shape[:2]):
+        raise UsageError(
+            f"input_shape is {tuple(input_shape)}: this stem takes images of at least"
+            f" {smallest}x{smallest} pixels; smaller ones need another stem"
+            f" ({', '.join(STEMS)}) or a larger data.image_size"
+        )

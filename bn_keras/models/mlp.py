@@ -1,0 +1,76 @@
+"""The network of the paper's section 4.1."""
+
+from collections.abc import Sequence
+
+import keras
+
+from bn_keras.batch_norm import BatchNormalization
+from bn_keras.errors import UsageError
+
+VARIANTS = ("baseline", "bn")
+
+
+def SigmoidMLP(
+    variant: str = "bn",
+    classes: int = 10,
+    input_shape: Sequence[int] = (28, 28, 1),
+    *,
+    units: Sequence[int] = (100, 100, 100),
+    kernel_initializer: str | keras.initializers.Initializer | None = None,
+    momentum: float = 0.99,
+    epsilon: float = 1e-3,
+    synchronized: bool = False,
+    name: str | None = None,
+) -> keras.Model:
+    """Builds fully connected sigmoid layers and a linear classifier, with or without BN.
+
+    BN stands before each sigmoid, in place of the bias. The input of the last hidden layer's
+    sigmoids, whose percentiles Figure 1 shows, is that of the layer "sigmoid_3".
+
+    Args:
+      variant: "bn" or "baseline", which has biases instead of BN.
+      classes: number of logits.
+      input_shape: of one example; flattened.
+      units: of the hidden layers, in order.
+      kernel_initializer: for every kernel; None is a Gaussian of standard deviation 0.1 (the
+        paper: "small random Gaussian values"; the number is ours).
+      momentum: fraction of BN's moving statistics kept at each step.
+      epsilon: added to BN's variance under the root.
+      synchronized: whether BN takes its batch statistics over all replicas.
+      name: of the model; None is "mlp_" and the variant's.
+
+    Returns:
+      A functional model from [N, *input_shape] to logits [N, classes], float32.
+
+    Raises:
+      UsageError: an unknown variant.
+
+    Source: Ioffe & Szegedy 2015, section 4.1.
+    """
+    if variant not in VARIANTS:
+        raise UsageError(f"unknown variant {variant!r}: accepted are {', '.join(VARIANTS)}")
+    if kernel_initializer is None:
+        kernel_initializer = keras.initializers.RandomNormal(stddev=0.1)
+    # Cloned for each kernel: one instance draws the same values for all of the same shape.
+    initializer = keras.initializers.get(kernel_initializer)
+    x = images = keras.Input(tuple(input_shape), name="images")
+    x = keras.layers.Flatten(name="flatten")(x)
+    for i, width in enumerate(units, start=1):
+        x = keras.layers.Dense(
+            width,
+            use_bias=variant == "baseline",
+            kernel_initializer=initializer.clone(),
+            name=f"dense_{i}",
+        )(x)
+        if variant == "bn":
+            x = BatchNormalization(
+                momentum=momentum, epsilon=epsilon, synchronized=synchronized, name=f"bn_{i}"
+            )(x)
+        x = keras.layers.Activation("sigmoid", name=f"sigmoid_{i}")(x)
+    logits = keras.layers.Dense(
+        classes,
+        kernel_initializer=initializer.clone(),
+        dtype="float32",
+        name="logits",
+    )(x)
+    return keras.Model(images, logits, name=name or f"mlp_{variant}")

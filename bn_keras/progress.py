@@ -1,0 +1,79 @@
+"""What a run shows while it goes on."""
+
+import sys
+import time
+from types import TracebackType
+
+from absl import logging
+from tqdm import tqdm
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """A bar with step, loss, accuracy, images/s and time left; lines in a log where it's piped.
+
+    Args:
+      label: of the run.
+      step: where it starts.
+      steps: where it ends.
+    """
+
+    def __init__(self, label: str, step: int, steps: int) -> None:
+        self._label = label
+        self._steps = steps
+        self._validation = ""
+        self._last_line = 0.0
+        self._terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            desc=label,
+            initial=step,
+            total=steps,
+            disable=not self._terminal,
+            dynamic_ncols=True,
+            bar_format="{desc} |{bar:12}| {n_fmt}/{total_fmt}{postfix}, {remaining} left",
+        )
+
+    def building(self) -> None:
+        """Says that the graph is being built."""
+        self._bar.set_postfix_str("building the graph")
+        if not self._terminal:
+            logging.info("%s: building the graph", self._label)
+
+    def start(self) -> None:
+        """Starts the clock from which the time left is estimated."""
+        self._bar.unpause()
+        self._bar.start_t = self._bar.last_print_t = time.time()
+        self._last_line = time.monotonic()
+
+    def update(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
+        """Shows a step, with the means over the steps since the one shown before."""
+        text = f"loss {loss:.4f}, accuracy {accuracy:.3f}{self._validation}"
+        text += f", {images_per_second:,.0f} images/s"
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(step - self._bar.n)
+        self._log(step, text)
+
+    def evaluated(self, step: int, accuracy: float) -> None:
+        """Shows what an evaluation found."""
+        self._validation = f" (validation {accuracy:.3f})"
+
+    def _log(self, step: int, text: str) -> None:
+        now = time.monotonic()
+        if self._terminal or (
+            now - self._last_line < _SECONDS_BETWEEN_LINES and step < self._steps
+        ):
+            return
+        self._last_line = now
+        logging.info("%s: step %d/%d, %s", self._label, step, self._steps, text)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.close()

@@ -1,0 +1,274 @@
+"""Trains a network as its config says; `train_and_evaluate` reads from top to bottom."""
+
+import hashlib
+import os
+import time
+from collections.abc import Mapping
+
+import keras
+import numpy as np
+import tensorflow as tf
+from ml_collections import ConfigDict
+
+from bn_keras import distribution, models
+from bn_keras.checkpoint import Checkpoints
+from bn_keras.data import pipeline
+from bn_keras.errors import TrainingDivergedError, UsageError
+from bn_keras.evaluate import make_evaluator
+from bn_keras.progress import Progress
+from bn_keras.schedule import ExamplesSchedule
+from bn_keras.workdir import MetricsWriter, Workdir
+
+
+def train_and_evaluate(
+    config: ConfigDict, workdir: str | os.PathLike, label: str = ""
+) -> dict[str, float]:
+    """Trains to config.train.steps, or goes on to there from the last checkpoint.
+
+    A workdir is resumed if it holds a run of the same config, which then goes on as though it
+    had never stopped: what metrics.jsonl has beyond the checkpoint is dropped and written again.
+
+    Args:
+      config: as configs/default.py.
+      workdir: folder of the run: config.json, metrics.jsonl, TensorBoard events, checkpoints.
+      label: what the progress bar calls the run.
+
+    Returns:
+      The last line of metrics.jsonl: "step", "examples", "validation/accuracy" and others.
+
+    Raises:
+      UsageError: a value in the config that can't be meant, or a workdir of another run.
+      TrainingDivergedError: the loss or a variable is no longer finite.
+    """
+    _check(config)
+    run = Workdir(workdir)
+    run.check(config)
+    if run.is_finished():
+        return run.read_metrics()[-1]
+    strategy = distribution.make_strategy(**config.distribution)
+    data = pipeline.open_data(config.data, seed=config.seed)
+
+    keras.utils.set_random_seed(config.seed)
+    keras.config.set_dtype_policy(config.train.precision)
+    with strategy.scope():
+        model = models.from_config(config, data.input_shape, data.num_classes)
+        optimizer = keras.optimizers.SGD(
+            make_schedule(config, data.num_train_examples), momentum=config.train.momentum
+        )
+        optimizer.build(model.trainable_variables)
+    steps, global_batch_size = config.train.steps, config.train.global_batch_size
+    trainer = Trainer(model, optimizer, strategy, global_batch_size, config.train.l2)
+    evaluate = make_evaluator(model, data, strategy, config.evaluation.global_batch_size)
+
+    checkpoints = Checkpoints(run.checkpoints, model, optimizer, strategy, config.checkpoint.keep)
+    step = checkpoints.restore()
+    batches = iter(data.train_batches(strategy, global_batch_size, start_step=step))
+    run.create(config)
+    run.drop_metrics_after(step)
+    with (
+        MetricsWriter(run, global_batch_size) as metrics,
+        Progress(label or run.path.name, step, steps) as progress,
+    ):
+        progress.building()
+        trainer.trace(batches)
+        progress.start()
+        while step < steps:
+            stop = _next_stop(step, config)
+            rate = float(optimizer.learning_rate)
+            began = time.perf_counter()
+            loss, accuracy, finite_steps = trainer.train(batches, stop - step)
+            images_per_second = (stop - step) * global_batch_size / (time.perf_counter() - began)
+            if finite_steps < stop - step:
+                metrics.write(step + finite_steps + 1, {Workdir.DIVERGED: True})
+                raise _diverged("loss", step + finite_steps + 1, rate, checkpoints)
+            step = stop
+            values = {
+                "train/loss": loss,
+                "train/accuracy": accuracy,
+                "train/learning_rate": rate,
+                "train/images_per_second": images_per_second,
+            }
+            metrics.write(step, values)
+            progress.update(step, loss, accuracy, images_per_second)
+            if step % config.evaluation.every_steps == 0 and step < steps:
+                validation = evaluate()
+                metrics.write(step, _named("validation", validation))
+                progress.evaluated(step, validation["accuracy"])
+            if step % config.checkpoint.every_steps == 0 or step == steps:
+                if not _is_finite(model):
+                    raise _diverged("network", step, rate, checkpoints)
+                checkpoints.save(step)
+        last = _named("validation", evaluate())
+        metrics.write(step, last | {Workdir.FINISHED: _digest(model, optimizer)})
+    return run.read_metrics()[-1]
+
+
+class Trainer:
+    """The training step, and a loop of such steps that stays on the device.
+
+    The loss is the mean softmax cross-entropy over the global batch. L2 enters as l2 * w in the
+    gradients of kernels, which is what the penalty l2/2 * |w|^2 amounts to; the loss that is
+    reported is without it. Each replica's gradients are of its part of the global mean, and the
+    optimizer sums them over the replicas.
+
+    Args:
+      model: from images to logits.
+      optimizer: built on the model's trainable variables.
+      strategy: in whose scope both were made.
+      global_batch_size: examples per step, over all replicas.
+      l2: weight of the penalty.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        optimizer: keras.optimizers.Optimizer,
+        strategy: tf.distribute.Strategy,
+        global_batch_size: int,
+        l2: float = 0.0,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.strategy = strategy
+        self.global_batch_size = global_batch_size
+        self._l2_per_replica = l2 / strategy.num_replicas_in_sync
+        with strategy.scope():
+            # Loss, hits, and steps until the loss stopped being finite. Each replica adds up its
+            # own: reading them sums over the replicas, which then costs nothing in a step.
+            self._sums = tf.Variable(
+                tf.zeros([3]),
+                trainable=False,
+                synchronization=tf.VariableSynchronization.ON_READ,
+                aggregation=tf.VariableAggregation.SUM,
+            )
+
+    def train_step(self, images: tf.Tensor, labels: tf.Tensor) -> None:
+        """Takes one step on a replica's part of the global batch.
+
+        Args:
+          images: float32 [N, H, W, C].
+          labels: int32 [N].
+        """
+        variables = self.model.trainable_variables
+        with tf.GradientTape() as tape:
+            logits = self.model(images, training=True)
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+            loss = tf.reduce_sum(losses) / self.global_batch_size
+        gradients = tape.gradient(loss, [v.value for v in variables])
+        if self._l2_per_replica:
+            gradients = [
+                g + self._l2_per_replica * v.value if v.name.endswith("kernel") else g
+                for g, v in zip(gradients, variables, strict=True)
+            ]
+        self.optimizer.apply(gradients, variables)
+
+        hits = tf.argmax(logits, axis=-1, output_type=tf.int32) == labels
+        # The sum stays non-finite once it is, so that this counts up to the first such step.
+        finite = tf.math.is_finite(self._sums[0] + loss)
+        self._sums.assign_add(
+            [loss, tf.reduce_sum(tf.cast(hits, tf.float32)), tf.cast(finite, tf.float32)]
+        )
+
+    @tf.function
+    def _train_loop(self, batches: tf.distribute.DistributedIterator, num_steps: tf.Tensor) -> None:
+        for _ in tf.range(num_steps):
+            self.strategy.run(self.train_step, args=next(batches))
+
+    def trace(self, batches: tf.distribute.DistributedIterator) -> None:
+        """Builds the graph of the loop, which takes seconds, without taking a step."""
+        self._train_loop.get_concrete_function(batches, tf.constant(0))
+
+    def train(
+        self, batches: tf.distribute.DistributedIterator, num_steps: int
+    ) -> tuple[float, float, int]:
+        """Takes steps on the next batches.
+
+        Returns:
+          Mean loss and mean accuracy over the steps, and how many of the steps came before the
+          first whose loss was not finite.
+        """
+        self._sums.assign(tf.zeros([3]))
+        self._train_loop(batches, tf.constant(num_steps))
+        loss, hits, _ = (float(s) for s in self._sums.read_value())
+        local = self.strategy.experimental_local_results(self._sums)
+        finite_steps = int(min(float(s[2]) for s in local))
+        return loss / num_steps, hits / (num_steps * self.global_batch_size), finite_steps
+
+
+def make_schedule(config: ConfigDict, num_train_examples: int) -> ExamplesSchedule:
+    """Makes the schedule of config.schedule, whose epochs become examples."""
+    schedule = config.schedule
+    return ExamplesSchedule(
+        schedule.base_rate,
+        config.train.global_batch_size,
+        reference_batch_size=schedule.reference_batch_size,
+        decay_factor=schedule.decay_factor,
+        decay_examples=max(1, round(schedule.decay_epochs * num_train_examples)),
+        warmup_examples=round(schedule.warmup_epochs * num_train_examples),
+    )
+
+
+def _check(config: ConfigDict) -> None:
+    positive = (
+        "train.steps",
+        "train.global_batch_size",
+        "train.steps_per_loop",
+        "schedule.reference_batch_size",
+        "schedule.base_rate",
+        "schedule.decay_factor",
+        "schedule.decay_epochs",
+        "evaluation.every_steps",
+        "evaluation.global_batch_size",
+        "checkpoint.every_steps",
+        "checkpoint.keep",
+    )
+    for key in positive:
+        section, name = key.split(".")
+        if not config[section][name] > 0:
+            raise UsageError(f"{key} is {config[section][name]}: it has to be greater than 0")
+    for key in ("train.momentum", "train.l2", "schedule.warmup_epochs"):
+        section, name = key.split(".")
+        if not config[section][name] >= 0:
+            raise UsageError(f"{key} is {config[section][name]}: it has to be 0 or more")
+    precisions = ("float32", "mixed_bfloat16")
+    if config.train.precision not in precisions:
+        raise UsageError(
+            f"unknown train.precision {config.train.precision!r}: accepted are"
+            f" {', '.join(precisions)}"
+        )
+
+
+def _next_stop(step: int, config: ConfigDict) -> int:
+    """Gives the step up to which nothing but training is due."""
+    periods = (
+        config.train.steps_per_loop,
+        config.evaluation.every_steps,
+        config.checkpoint.every_steps,
+    )
+    return min(config.train.steps, *(step - step % period + period for period in periods))
+
+
+def _is_finite(model: keras.Model) -> bool:
+    return all(np.isfinite(v.numpy()).all() for v in model.trainable_variables)
+
+
+def _diverged(what: str, step: int, rate: float, checkpoints: Checkpoints) -> TrainingDivergedError:
+    good = f"the last good checkpoint is {checkpoints.latest}"
+    return TrainingDivergedError(
+        f"the {what} is not finite at step {step} (learning rate {rate:.6g});"
+        f" {good if checkpoints.latest else 'there is no checkpoint yet'};"
+        " lower schedule.base_rate and give a new workdir",
+        step,
+    )
+
+
+def _named(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{name}": value for name, value in values.items()}
+
+
+def _digest(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> str:
+    digest = hashlib.sha256()
+    for variable in (*model.variables, *optimizer.variables):
+        digest.update(variable.name.encode())
+        digest.update(np.ascontiguousarray(variable.numpy()).tobytes())
+    return digest.hexdigest()

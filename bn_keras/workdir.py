@@ -1,0 +1,151 @@
+"""The folder of a run: its config, its metrics and its checkpoints, local or in a bucket."""
+
+import json
+import os
+from collections.abc import Mapping
+from types import TracebackType
+
+import tensorflow as tf
+from etils import epath
+from ml_collections import ConfigDict
+
+from bn_keras.errors import UsageError
+
+# What may differ between two starts of one run: where the data lies doesn't change what it is.
+_LOCATIONS = ("data.data_dir",)
+
+
+class Workdir:
+    """Opens the folder of one run, new or begun before.
+
+    Nothing is written before `create`, so that a run that can't start leaves nothing behind.
+
+    Args:
+      path: of the folder; gs://... works as well.
+    """
+
+    # Stands in the last line of a finished run's metrics: a hash over all of its variables.
+    FINISHED = "variables_sha256"
+    # Stands in the line of the step at which a run's loss stopped being finite.
+    DIVERGED = "diverged"
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = epath.Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self._config = self.path / "config.json"
+
+    def check(self, config: ConfigDict) -> None:
+        """Raises UsageError if the folder holds a run of another config, or something else."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"workdir {self.path} is a file: name a folder")
+        if not self._config.exists():
+            return
+        before, now = _flat(self.read_config()), _flat(config)
+        differing = [
+            f"{key}={before.get(key)!r} (now {now.get(key)!r})"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and key not in _LOCATIONS
+        ]
+        if differing:
+            raise UsageError(
+                f"workdir {self.path} holds a run of another config, with {', '.join(differing)}:"
+                " give another workdir, or the same config to go on with that run"
+            )
+
+    def create(self, config: ConfigDict) -> None:
+        """Makes the folder and writes the config into it; keeps what is there.
+
+        Raises:
+          UsageError: the folder can't be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not self._config.exists():
+                _write_atomically(self._config, json.dumps(config.to_dict(), indent=2) + "\n")
+        except (OSError, tf.errors.OpError) as error:
+            reason = getattr(error, "strerror", None) or getattr(error, "message", error)
+            raise UsageError(f"workdir {self.path} can't be written: {reason}") from None
+
+    def read_config(self) -> ConfigDict:
+        """Gives the config of the run.
+
+        Raises:
+          UsageError: there is no run in the folder, or its config can't be read.
+        """
+        if not self._config.exists():
+            raise UsageError(f"workdir {self.path} holds no run: it has no config.json")
+        try:
+            return ConfigDict(json.loads(self._config.read_text())).lock()
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{self._config} is no JSON: {error}") from None
+
+    def read_metrics(self) -> list[dict]:
+        """Gives the lines of metrics.jsonl in order; a last line cut short is left out."""
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_text().split("\n")
+        return [json.loads(line) for line in lines[:-1]]
+
+    def is_finished(self) -> bool:
+        """Tells whether the run got to its last step."""
+        lines = self.read_metrics()
+        return bool(lines) and self.FINISHED in lines[-1]
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Keeps only the lines of metrics.jsonl up to a step, where a resumed run goes on."""
+        if self.metrics.exists():
+            kept = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
+            _write_atomically(self.metrics, "".join(kept))
+
+
+class MetricsWriter:
+    """Appends numbers to a run's metrics.jsonl and to its TensorBoard events.
+
+    Args:
+      workdir: of the run, created.
+      global_batch_size: by which steps turn into examples.
+    """
+
+    def __init__(self, workdir: Workdir, global_batch_size: int) -> None:
+        self._global_batch_size = global_batch_size
+        self._lines = workdir.metrics.open("a")
+        self._events = tf.summary.create_file_writer(os.fspath(workdir.path))
+
+    def write(self, step: int, values: Mapping[str, float | str]) -> None:
+        """Writes one line: step, examples, and the values under their names."""
+        line = {"step": step, "examples": step * self._global_batch_size, **values}
+        self._lines.write(json.dumps(line) + "\n")
+        self._lines.flush()
+        with self._events.as_default(step=step):
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    tf.summary.scalar(name, value)
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._lines.close()
+        self._events.close()
+
+
+def _write_atomically(path: epath.Path, text: str) -> None:
+    unfinished = path.parent / f"{path.name}.unfinished"
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def _flat(config: ConfigDict, prefix: str = "") -> dict[str, object]:
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,12 @@
+"""BN-Baseline in miniature on CIFAR-10; see cifar10_inception.py.
+
+python -m launch.train --config=configs/cifar10_bn_baseline.py --workdir=runs/cifar10_bn_baseline
+"""
+
+from ml_collections import ConfigDict
+
+from configs import cifar10_inception, networks
+
+
+def get_config() -> ConfigDict:
+    return networks.derive(cifar10_inception.get_config(), "bn_baseline")

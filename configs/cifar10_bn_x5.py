@@ -1,0 +1,12 @@
+"""BN-x5 in miniature on CIFAR-10; see cifar10_inception.py.
+
+python -m launch.train --config=configs/cifar10_bn_x5.py --workdir=runs/cifar10_bn_x5
+"""
+
+from ml_collections import ConfigDict
+
+from configs import cifar10_inception, networks
+
+
+def get_config() -> ConfigDict:
+    return networks.derive(cifar10_inception.get_config(), "bn_x5")

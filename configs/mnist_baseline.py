@@ -1,0 +1,38 @@
+"""The network of section 4.1 without BN, on MNIST: 50,000 steps of 60 examples.
+
+python -m launch.train --config=configs/mnist_baseline.py --workdir=runs/mnist_baseline
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    config = default.get_config().copy_and_resolve_references()
+    config.data.name = "mnist"
+    config.data.validation_split = "test"
+    config.data.image_size = 0
+    config.data.crop = "none"
+    config.data.mirror = False
+    config.data.distortion = 0.0
+    # In memory there are no shards whose order could change.
+    config.data.shuffle = "examples"
+    config.data.binary = True
+    config.model.name = "mlp"
+    config.model.variant = "baseline"
+    # "Small random Gaussian values"; the deviation, the rate and plain SGD are ours.
+    config.model.initializer = "normal"
+    config.model.initializer_stddev = 0.1
+    config.batch_norm.momentum = 0.99
+    config.train.steps = 50_000
+    config.train.global_batch_size = 60
+    config.train.momentum = 0.0
+    config.train.l2 = 0.0
+    config.schedule.base_rate = 0.1
+    config.schedule.reference_batch_size = 60
+    config.schedule.decay_factor = 1.0
+    config.evaluation.every_steps = 1_000
+    config.evaluation.global_batch_size = 1_000
+    config.distribution.strategy = "one_device"
+    return config.lock()

@@ -1,0 +1,14 @@
+"""The network of section 4.1 with BN, on MNIST: 50,000 steps of 60 examples.
+
+python -m launch.train --config=configs/mnist_bn.py --workdir=runs/mnist_bn
+"""
+
+from ml_collections import ConfigDict
+
+from configs import mnist_baseline
+
+
+def get_config() -> ConfigDict:
+    config = mnist_baseline.get_config().copy_and_resolve_references()
+    config.model.variant = "bn"
+    return config.lock()

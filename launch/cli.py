@@ -1,0 +1,148 @@
+"""What the commands have in common: quiet start-up, flags, errors on one line, exit statuses.
+
+0: done. 1: a bug, with its traceback. 2: what was asked for can't be done. 3: the training
+diverged. 130: interrupted.
+"""
+
+import contextlib
+import logging as std_logging
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+
+# Read by TensorFlow when it is imported, which is after this module.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from configs import default
+
+_OURS = [pathlib.Path(__file__).resolve().parents[1] / name for name in ("bn_keras", "launch")]
+_OVERRIDE = "--config."
+
+
+def define_config(required: bool = True) -> flags.FlagHolder[ConfigDict]:
+    """Defines --config and its overrides --config.KEY=VALUE."""
+    holder = config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Python file with get_config(), such as configs/bn_x5.py. --config.KEY=VALUE overrides one"
+        " of its values; configs/default.py says what each means.",
+        lock_config=True,
+    )
+    if required:
+        flags.mark_flag_as_required("config")
+    return holder
+
+
+def define_workdir() -> flags.FlagHolder[str]:
+    """Defines --workdir, which has to be given."""
+    return flags.DEFINE_string(
+        "workdir", None, "Folder of the run: config, metrics, checkpoints.", required=True
+    )
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags, runs a command's main function and exits with its status."""
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    app.run(lambda _: _exit_with_status(main), flags_parser=_parse_flags)
+
+
+def _exit_with_status(main: Callable[[], None]) -> None:
+    # Only now, since a flag that can't be parsed should not have to wait for TensorFlow.
+    with _native_stderr_closed():
+        import tensorflow as tf
+
+        from bn_keras.errors import TrainingDivergedError, UsageError
+    tf.get_logger().setLevel("ERROR")
+    logging.get_absl_logger().addFilter(_is_ours)
+
+    try:
+        main()
+    except UsageError as error:
+        _fail(error, 2)
+    except TrainingDivergedError as error:
+        _fail(error, 3)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on from the last checkpoint", 130)
+
+
+def _is_ours(record: std_logging.LogRecord) -> bool:
+    # TensorFlow and TFDS tell through the same logger how they go about their work.
+    parents = pathlib.Path(record.pathname).resolve().parents
+    return record.levelno >= std_logging.WARNING or any(folder in parents for folder in _OURS)
+
+
+@contextlib.contextmanager
+def _native_stderr_closed() -> Iterator[None]:
+    """Drops what TensorFlow's libraries print when loaded, before their log levels hold."""
+    stderr = os.dup(2)
+    with open(os.devnull, "w") as devnull:
+        os.dup2(devnull.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+        if "config" in flags.FLAGS and flags.FLAGS["config"].present:
+            # A file that could not be loaded is reported at the first look at its config.
+            flags.FLAGS["config"].value.seed  # noqa: B018
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        _fail(_explain_override(argv) or _explain_flag(error), 2)
+    if len(rest) > 1:
+        _fail(f"unexpected argument {rest[1]!r}: values are given as --flag=value", 2)
+    return rest
+
+
+def _explain_override(argv: list[str]) -> str | None:
+    """Says what is wrong with the first --config.KEY=VALUE that names no key of the schema."""
+    for argument in argv:
+        if not argument.startswith(_OVERRIDE):
+            continue
+        key, _, given = argument.removeprefix(_OVERRIDE).partition("=")
+        node = default.get_config()
+        for i, part in enumerate(path := key.split(".")):
+            if not isinstance(node, ConfigDict) or part not in node:
+                section = ".".join(path[:i])
+                keys = ", ".join(sorted(node)) if isinstance(node, ConfigDict) else "no keys"
+                return f"unknown config key {key!r}: {section or 'the config'} has {keys}"
+            node = node[part]
+        if isinstance(node, ConfigDict):
+            return f"{_OVERRIDE}{key} is a section: override one of {', '.join(sorted(node))}"
+        if not _is_a(given, type(node)):
+            return f"{_OVERRIDE}{key} takes a value of type {type(node).__name__}, not {given!r}"
+    return None
+
+
+def _is_a(given: str, kind: type) -> bool:
+    if kind is bool:
+        return given.lower() in ("true", "false", "1", "0", "")
+    try:
+        kind(given)
+    except ValueError:
+        return False
+    return True
+
+
+def _explain_flag(error: Exception) -> str:
+    # What config_flags says of a file is several lines, of which the last has the reason.
+    reason = str(error.args[0] if error.args else error).strip().splitlines()[-1].strip()
+    if "must have a value other than None" in reason:
+        return f"--{reason.split('--')[1].split('=')[0]} is missing: see --help"
+    if isinstance(error, OSError) or "get_config" in reason:
+        return f"--config can't be loaded: {reason}"
+    return reason
+
+
+def _fail(reason: object, status: int) -> None:
+    print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
+    sys.exit(status)
