@@ -22,10 +22,10 @@ CROPS = ("inception", "shift", "none")
 # GoogLeNet's training crop (arXiv 1409.4842, section 6).
 MIN_AREA = 0.08
 MIN_ASPECT, MAX_ASPECT = 3 / 4, 4 / 3
-# Side of the evaluation crop over the shorter side of the image (224 of 256).
-EVALUATION_FRACTION = 224 / 256
-# Farthest that "shift" moves an image, as a fraction of its side.
-MAX_SHIFT = 1 / 8
+# Side of the evaluation crop over the shorter side of the image: 224 of 256, as a fraction.
+EVALUATION_FRACTION = (7, 8)
+# "shift" moves an image by at most its side over this.
+SHIFT_DIVISOR = 8
 
 # Distortions at strength 1: TF-Slim's, for the same networks.
 MAX_BRIGHTNESS = 32 / 255
@@ -73,51 +73,86 @@ class Preprocessing:
         Returns:
           float32 [n, *size, C].
         """
+        image_size = tuple(pool.shape[1:3])
         training = uniforms is not None
-        moving = training and (self.crop != "none" or self.mirror)
-        if not moving and self._evaluation_window(pool.shape[1:3]) == (0, 0, *self.size):
-            pixels = tf.gather(pool, indices)
+        window = self._centre(*image_size)
+        mirrored = uniforms[:, MIRROR] < 0.5 if training and self.mirror else None
+        if training and self.crop == "inception":
+            windows = inception_windows(uniforms[:, CROP], *image_size)
+            pixels = resample(pool, indices, windows, mirrored, self.size, white / 2)
+        elif training and (self.crop == "shift" or self.mirror) or window != (0, 0, *self.size):
+            windows = tf.broadcast_to(tf.constant(window, tf.float32), [tf.size(indices), 4])
+            if training and self.crop == "shift":
+                moved = tf.cast(shifts(uniforms[:, CROP][:, :2], *self.size), tf.float32)
+                scale = [window[2] / self.size[0], window[3] / self.size[1]]
+                windows -= tf.pad(moved * scale, [[0, 0], [0, 2]])
+            method = "nearest" if window[2:] == self.size else "bilinear"
+            pixels = resample(pool, indices, windows, mirrored, self.size, white / 2, method)
         else:
-            windows, exact = self._windows(pool.shape[1:3], uniforms)
-            mirrored = uniforms[:, MIRROR] < 0.5 if training and self.mirror else None
-            pixels = resample(
-                pool,
-                indices,
-                tf.broadcast_to(windows, [tf.shape(indices)[0], 4]),
-                mirrored,
-                self.size,
-                fill=white / 2,
-                method="nearest" if exact else "bilinear",
-            )
-        if training and self.distortion:
-            pixels = distort(
-                tf.cast(pixels, tf.float32) / white, uniforms[:, COLOUR], self.distortion
-            )
-            white = 1
-        return to_network(pixels, white, self.binary)
+            pixels = tf.gather(pool, indices)
+        return self._finish(pixels, uniforms, white)
 
-    def _windows(
-        self, image_size: tuple[int, int], uniforms: tf.Tensor | None
-    ) -> tuple[tf.Tensor, bool]:
-        """Windows [n or 1, 4], and whether all of them have the result's size."""
-        if uniforms is not None and self.crop == "inception":
-            return inception_windows(uniforms[:, CROP], *image_size), False
-        window = self._evaluation_window(image_size)
-        windows = tf.constant([window], tf.float32)
-        if uniforms is not None and self.crop == "shift":
-            moved = shifts(uniforms[:, CROP][:, :2], *self.size)
-            scale = tf.constant(window[2:], tf.float32) / tf.constant(self.size, tf.float32)
-            windows -= tf.pad(moved * scale, [[0, 0], [0, 2]])
-        return windows, window[2:] == self.size
+    def from_encoded(
+        self, encoded: tf.Tensor, uniforms: tf.Tensor | None, channels: int
+    ) -> tf.Tensor:
+        """Decodes one image, of a JPEG only the part that is shown.
 
-    def _evaluation_window(self, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """The part of an image that is shown where nothing is random."""
-        height, width = image_size
-        if self.crop == "inception":
-            return centre_window(height, width, EVALUATION_FRACTION)
-        if self.size[0] * width == self.size[1] * height:
-            return 0, 0, height, width
-        return centre_window(height, width, 1.0)
+        In training the decoder takes its fast integer transform and plain chroma upscaling.
+
+        Args:
+          encoded: a string: JPEG, PNG, BMP or GIF.
+          uniforms: float32 [NUM_UNIFORMS] in [0, 1), or None for evaluation as in `from_pool`.
+          channels: of the result, 1 or 3.
+
+        Returns:
+          float32 [*size, channels].
+        """
+        training = uniforms is not None
+
+        def window_in(height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
+            if training and self.crop == "inception":
+                return inception_windows(uniforms[None, CROP], height, width)[0]
+            return tf.stack(self._centre(height, width))
+
+        def decode_part() -> tf.Tensor:
+            shape = tf.io.extract_jpeg_shape(encoded)
+            return tf.io.decode_and_crop_jpeg(
+                encoded,
+                window_in(shape[0], shape[1]),
+                channels=channels,
+                fancy_upscaling=not training,
+                dct_method="INTEGER_FAST" if training else "INTEGER_ACCURATE",
+            )
+
+        def decode_all() -> tf.Tensor:
+            image = tf.io.decode_image(encoded, channels=channels, expand_animations=False)
+            shape = tf.shape(image)
+            top, left, height, width = tf.unstack(window_in(shape[0], shape[1]))
+            return image[top : top + height, left : left + width]
+
+        pixels = tf.cond(tf.io.is_jpeg(encoded), decode_part, decode_all)
+        pixels = tf.image.resize(tf.ensure_shape(pixels, [None, None, channels]), self.size)
+        if training and self.crop == "shift":
+            pixels = shift(pixels, shifts(uniforms[None, CROP][:, :2], *self.size)[0], 255 / 2)
+        if training and self.mirror:
+            pixels = tf.cond(
+                uniforms[MIRROR] < 0.5, lambda: tf.reverse(pixels, axis=[1]), lambda: pixels
+            )
+        return self._finish(pixels[None], uniforms[None] if training else None, 255)[0]
+
+    def _centre(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """The window that is shown where none is drawn."""
+        fraction = EVALUATION_FRACTION if self.crop == "inception" else (1, 1)
+        return centre_window(height, width, self.size, fraction)
+
+    def _finish(self, pixels: tf.Tensor, uniforms: tf.Tensor | None, white: int) -> tf.Tensor:
+        """Distorts pixels in [0, white] and brings them to the network's range."""
+        pixels = tf.cast(pixels, tf.float32)
+        if uniforms is not None and self.distortion:
+            pixels = distort(pixels, uniforms[:, COLOUR], self.distortion, white)
+        if self.binary:
+            return tf.cast(pixels >= white / 2, tf.float32)
+        return pixels * (2 / white) - 1
 
 
 def inception_windows(uniforms: tf.Tensor, height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
@@ -159,14 +194,31 @@ def inception_windows(uniforms: tf.Tensor, height: tf.Tensor, width: tf.Tensor) 
     return tf.cast(tf.stack([top, left, crop_height, crop_width], axis=-1), tf.int32)
 
 
-def centre_window(height: int, width: int, fraction: float) -> tuple[int, int, int, int]:
-    """The centred square of the given fraction of the shorter side: top, left, height, width."""
-    side = max(round(min(height, width) * fraction), 1)
-    return (height - side) // 2, (width - side) // 2, side, side
+def centre_window(
+    height: int, width: int, size: tuple[int, int], fraction: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """The centred window of a size's shape that fills a fraction of what fits into an image.
+
+    Args:
+      height: of the image in pixels, a number or a tensor.
+      width: likewise.
+      size: height and width whose ratio the window takes.
+      fraction: numerator and denominator.
+
+    Returns:
+      Top, left, height and width in pixels, as numbers or tensors as the image's are.
+    """
+    tall, wide = height * size[1], width * size[0]
+    numerator, denominator = fraction
+    fitting = (tall + wide - abs(tall - wide)) // 2 * numerator
+    # Rounded up, so that a tiny image still has a pixel to show.
+    crop_height = -(-fitting // (denominator * size[1]))
+    crop_width = -(-fitting // (denominator * size[0]))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
 def shifts(uniforms: tf.Tensor, height: int, width: int) -> tf.Tensor:
-    """Whole pixels to move an image by, at most an eighth of each side either way.
+    """Pixels to move an image by, at most an eighth of each side either way.
 
     Args:
       uniforms: float32 [n, 2] in [0, 1).
@@ -174,10 +226,21 @@ def shifts(uniforms: tf.Tensor, height: int, width: int) -> tf.Tensor:
       width: likewise.
 
     Returns:
-      float32 [n, 2] of whole numbers: down and right.
+      int32 [n, 2]: down and right.
     """
-    largest = tf.constant([int(height * MAX_SHIFT), int(width * MAX_SHIFT)], tf.float32)
-    return tf.minimum(tf.floor(uniforms * (2 * largest + 1)), 2 * largest) - largest
+    largest = tf.constant([height // SHIFT_DIVISOR, width // SHIFT_DIVISOR])
+    choices = 2 * largest + 1
+    drawn = tf.cast(uniforms * tf.cast(choices, tf.float32), tf.int32)
+    return tf.minimum(drawn, choices - 1) - largest
+
+
+def shift(image: tf.Tensor, moved: tf.Tensor, fill: float) -> tf.Tensor:
+    """Moves one image [H, W, C] down and right by int32 [2] pixels, as `shifts` gives them."""
+    height, width, _ = image.shape
+    rows, columns = height // SHIFT_DIVISOR, width // SHIFT_DIVISOR
+    padded = tf.pad(image, [[rows] * 2, [columns] * 2, [0, 0]], constant_values=fill)
+    begin = tf.concat([[rows, columns] - moved, [0]], axis=0)
+    return tf.slice(padded, begin, image.shape)
 
 
 def resample(
@@ -219,7 +282,7 @@ def resample(
     )
 
 
-def distort(images: tf.Tensor, uniforms: tf.Tensor, strength: float) -> tf.Tensor:
+def distort(images: tf.Tensor, uniforms: tf.Tensor, strength: float, white: float) -> tf.Tensor:
     """Changes brightness, contrast, saturation and hue by one affine map of each image's colours.
 
     Brightness adds, contrast scales about the image's own mean colour, saturation scales the
@@ -227,28 +290,30 @@ def distort(images: tf.Tensor, uniforms: tf.Tensor, strength: float) -> tf.Tenso
     once, at the end. Single-channel images get the first two.
 
     Args:
-      images: float32 [n, H, W, 1 or 3] in [0, 1].
+      images: float32 [n, H, W, 1 or 3] in [0, white].
       uniforms: float32 [n, 4] in [0, 1): brightness, contrast, saturation, hue.
-      strength: 1 is TF-Slim's range (brightness within 32/255, contrast and saturation within
-        0.5 to 1.5, hue within a fifth of a turn); smaller ranges in proportion.
+      strength: 1 is TF-Slim's range (brightness within 32/255 of white, contrast and saturation
+        within 0.5 to 1.5, hue within a fifth of a turn); smaller ranges in proportion.
+      white: value of a fully lit pixel.
 
     Returns:
-      Same shape and dtype, in [0, 1].
+      Same shape, dtype and range.
 
     Source: Howard 2013, arXiv 1312.5402; TF-Slim's inception_preprocessing for the ranges.
     """
-    matrices, offsets = colour_maps(uniforms, strength, tf.reduce_mean(images, axis=[1, 2]))
-    if images.shape[-1] == 1:
-        distorted = images * matrices[:, None] + offsets[:, None, None]
-    else:
-        pixels = tf.reshape(images, [-1, images.shape[1] * images.shape[2], 3])
-        pixels = tf.matmul(pixels, matrices, transpose_b=True) + offsets[:, None]
-        distorted = tf.reshape(pixels, tf.shape(images))
-    return tf.clip_by_value(distorted, 0.0, 1.0)
+    _, height, width, channels = images.shape
+    means = tf.reduce_mean(tf.reduce_mean(images, axis=1), axis=1)
+    matrices, offsets = colour_maps(uniforms, strength, means, white)
+    pixels = tf.reshape(images, [-1, height * width, channels])
+    pixels = tf.matmul(pixels, matrices, transpose_b=True)
+    # Added a row of the image at a time: three numbers at a time take three times as long.
+    rows = tf.reshape(pixels, [-1, height, width * channels])
+    rows = tf.clip_by_value(rows + tf.tile(offsets, [1, width])[:, None], 0.0, white)
+    return tf.reshape(rows, [-1, height, width, channels])
 
 
 def colour_maps(
-    uniforms: tf.Tensor, strength: float, means: tf.Tensor
+    uniforms: tf.Tensor, strength: float, means: tf.Tensor, white: float
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """The affine maps of `distort`: colour -> matrix @ colour + offset.
 
@@ -256,12 +321,13 @@ def colour_maps(
       uniforms: as in `distort`.
       strength: as in `distort`.
       means: float32 [n, C], each image's mean colour, C 1 or 3.
+      white: as in `distort`.
 
     Returns:
       Matrices [n, C, C] and offsets [n, C], float32.
     """
     signed = strength * (2 * uniforms - 1)
-    brightness = MAX_BRIGHTNESS * signed[:, 0, None]
+    brightness = white * MAX_BRIGHTNESS * signed[:, 0, None]
     contrast = 1 + MAX_CONTRAST * signed[:, 1, None]
     if means.shape[-1] == 1:
         chroma = tf.ones_like(contrast)[:, None]
@@ -283,11 +349,3 @@ def _chroma_maps(cosine: tf.Tensor, sine: tf.Tensor) -> tf.Tensor:
         tf.constant(to_rgb @ part @ to_yiq, tf.float32) for part in (y, i + q, quarter)
     )
     return keep + cosine[:, None, None] * scale + sine[:, None, None] * rotate
-
-
-def to_network(pixels: tf.Tensor, white: float, binary: bool) -> tf.Tensor:
-    """Pixels in [0, white] to what a network is fed: [-1, 1], or 0 and 1 when binary."""
-    pixels = tf.cast(pixels, tf.float32)
-    if binary:
-        return tf.cast(pixels >= white / 2, tf.float32)
-    return pixels * (2 / white) - 1

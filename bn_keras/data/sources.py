@@ -3,10 +3,13 @@
 import dataclasses
 import difflib
 import math
-import os
-from collections.abc import Iterable
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable
 
 import numpy as np
+import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from bn_keras.errors import UsageError
@@ -15,6 +18,10 @@ EMBEDDED = ("digits", "synthetic")
 
 # Sets whose decoded images take more than this are read from their files as training goes on.
 MEMORY_LIMIT_BYTES = 2**30
+# Read ahead of a file that is read as training goes on.
+READ_BYTES = 2**20
+# How long the server of a set that has to be downloaded may take to answer.
+CONNECTION_SECONDS = 5
 
 SYNTHETIC_POOL = 64
 SYNTHETIC_CLASSES = 1000
@@ -43,20 +50,67 @@ class Arrays:
         if not self.num_examples:
             object.__setattr__(self, "num_examples", len(self.labels))
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        return self.images.shape[1:]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """A split in TFRecord files, read as training goes on; the images stay encoded until used.
+
+    A shard is a run of consecutive records of one file.
+
+    Attributes:
+      paths: of each shard's file.
+      skips: records of the file before each shard.
+      lengths: records in each shard.
+      example_bytes: mean size of a record.
+      image_shape: (H, W, C), where H and W are None if they differ between images.
+      parse: a function of a record, a string tensor, to (encoded image, label), in TensorFlow.
+    """
+
+    paths: tuple[str, ...]
+    skips: tuple[int, ...]
+    lengths: tuple[int, ...]
+    example_bytes: int
+    image_shape: tuple[int | None, int | None, int]
+    parse: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+
+    @property
+    def num_examples(self) -> int:
+        """Records in all shards."""
+        return sum(self.lengths)
+
+    def records(self, shards: tf.Tensor) -> tf.data.Dataset:
+        """The records of the shards with these numbers, int64 [n], one shard after the other."""
+        paths, skips, lengths = map(tf.constant, (self.paths, self.skips, self.lengths))
+
+        def read(shard: tf.Tensor) -> tf.data.Dataset:
+            records = tf.data.TFRecordDataset(paths[shard], buffer_size=READ_BYTES)
+            return records.skip(tf.cast(skips, tf.int64)[shard]).take(
+                tf.cast(lengths, tf.int64)[shard]
+            )
+
+        return tf.data.Dataset.from_tensor_slices(shards).flat_map(read)
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A data set: its classes and the two splits that are used of it."""
+    """A data set: its classes and the two splits that are used of it, both of the same kind."""
 
     class_names: tuple[str, ...]
-    train: Arrays
-    validation: Arrays
+    train: Arrays | Shards
+    validation: Arrays | Shards
 
 
 def open_source(
     name: str, data_dir: str, train_split: str, validation_split: str, image_size: int
 ) -> Source:
     """Opens a data set by name.
+
+    What fits into MEMORY_LIMIT_BYTES is read at once, if all its images have one size.
 
     Args:
       name: "digits", "synthetic", or a TFDS name.
@@ -68,16 +122,16 @@ def open_source(
     Raises:
       UsageError: there is no such set or split, or it has no images with labels.
     """
-    if name in EMBEDDED:
-        if name == "digits":
-            class_names, splits = tuple("0123456789"), _digits()
-        else:
-            class_names, splits = _synthetic(image_size)
-        for split in (train_split, validation_split):
-            if split not in splits:
-                raise _unknown_split(name, split, splits)
-        return Source(class_names, splits[train_split], splits[validation_split])
-    return _open_tfds(name, data_dir, train_split, validation_split)
+    if name == "digits":
+        class_names, splits = tuple("0123456789"), _digits()
+    elif name == "synthetic":
+        class_names, splits = _synthetic(image_size)
+    else:
+        return _open_tfds(name, data_dir, train_split, validation_split)
+    for split in (train_split, validation_split):
+        if split not in splits:
+            raise _unknown_split(name, split, splits)
+    return Source(class_names, splits[train_split], splits[validation_split])
 
 
 def _digits() -> dict[str, Arrays]:
@@ -125,16 +179,19 @@ def _open_tfds(name: str, data_dir: str, train_split: str, validation_split: str
     tfds.disable_progress_bar()
     builder = _prepared_builder(name, data_dir)
     image, label = _image_and_label(name, builder.info)
-    features = builder.info.features
-    splits = [
-        _tfds_arrays(builder, split, image, label) for split in (train_split, validation_split)
-    ]
-    return Source(tuple(features[label].names), *splits)
+    splits = [_tfds_split(name, builder.info, split) for split in (train_split, validation_split)]
+    height, width, channels = builder.info.features[image].shape
+    decoded_bytes = sum(split.num_examples for split in splits) * math.prod(
+        (height or 0, width or 0, channels)
+    )
+    read = _read_arrays if 0 < decoded_bytes <= MEMORY_LIMIT_BYTES else _list_shards
+    class_names = tuple(builder.info.features[label].names)
+    return Source(class_names, *(read(builder, split, image, label) for split in splits))
 
 
 def _prepared_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     """The builder of a set that is on disk, after preparing it where that is needed."""
-    if data_dir and not os.path.isdir(data_dir):
+    if data_dir and not tf.io.gfile.isdir(data_dir):
         raise UsageError(
             f"data.data_dir {data_dir!r} is not a folder: give the folder that holds the prepared "
             "TFDS sets, or '' for TFDS's default"
@@ -145,6 +202,7 @@ def _prepared_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         raise _unknown_name(name) from None
     if not builder.is_prepared():
         try:
+            _check_reachable(builder)
             builder.download_and_prepare()
         except Exception as error:
             raise UsageError(
@@ -155,15 +213,26 @@ def _prepared_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     return builder
 
 
+def _check_reachable(builder: tfds.core.DatasetBuilder) -> None:
+    """Raises OSError if a set's server can't be reached, which TFDS tries for minutes."""
+    if urllib.request.getproxies() or builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+        return
+    urls = map(urllib.parse.urlsplit, builder.url_infos)
+    for host in sorted({url.hostname for url in urls if url.scheme in ("http", "https")}):
+        try:
+            socket.create_connection((host, 443), timeout=CONNECTION_SECONDS).close()
+        except OSError as error:
+            raise OSError(f"no connection to {host}: {error.strerror or error}") from error
+
+
 def _image_and_label(name: str, info: tfds.core.DatasetInfo) -> tuple[str, str]:
     """The names of the set's image and label features."""
     features = info.features
-    keys = info.supervised_keys or ("image", "label")
-    if (
-        len(keys) == 2
-        and all(key in features for key in keys)
-        and isinstance(features[keys[0]], tfds.features.Image)
-        and isinstance(features[keys[1]], tfds.features.ClassLabel)
+    keys = tuple(info.supervised_keys or ("image", "label"))
+    kinds = (tfds.features.Image, tfds.features.ClassLabel)
+    if len(keys) == 2 and all(
+        isinstance(key, str) and key in features and isinstance(features[key], kind)
+        for key, kind in zip(keys, kinds, strict=True)
     ):
         return keys
     raise UsageError(
@@ -172,13 +241,46 @@ def _image_and_label(name: str, info: tfds.core.DatasetInfo) -> tuple[str, str]:
     )
 
 
-def _tfds_arrays(builder: tfds.core.DatasetBuilder, split: str, image: str, label: str) -> Arrays:
-    """Reads a whole split, in the order of its files."""
+def _tfds_split(name: str, info: tfds.core.DatasetInfo, split: str) -> tfds.core.SplitInfo:
     try:
-        builder.info.splits[split]
+        return info.splits[split]
     except (KeyError, ValueError):
-        raise _unknown_split(builder.name, split, builder.info.splits) from None
-    examples = builder.as_dataset(split=split, shuffle_files=False, batch_size=-1)
+        raise _unknown_split(name, split, info.splits) from None
+
+
+def _list_shards(
+    builder: tfds.core.DatasetBuilder, split: tfds.core.SplitInfo, image: str, label: str
+) -> Shards:
+    """A split as the files it lies in."""
+    if builder.info.file_format != tfds.core.FileFormat.TFRECORD:
+        raise UsageError(
+            f"data set {builder.name!r} is stored as {builder.info.file_format.value}, too large "
+            "to hold in memory: prepare it as tfrecord to stream it"
+        )
+    wanted = tfds.decode.PartialDecoding({image: True, label: True})
+    features = wanted.extract_features(builder.info.features)
+
+    def parse(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        example = features.deserialize_example(record, decoders={image: tfds.decode.SkipDecoding()})
+        return example[image], tf.cast(example[label], tf.int32)
+
+    files = split.file_instructions
+    num_records = sum(whole.num_examples for whole in builder.info.splits.values())
+    return Shards(
+        paths=tuple(file.filename for file in files),
+        skips=tuple(file.skip for file in files),
+        lengths=tuple(file.take for file in files),
+        example_bytes=builder.info.dataset_size // num_records,
+        image_shape=builder.info.features[image].shape,
+        parse=parse,
+    )
+
+
+def _read_arrays(
+    builder: tfds.core.DatasetBuilder, split: tfds.core.SplitInfo, image: str, label: str
+) -> Arrays:
+    """A whole split, in the order of its files."""
+    examples = builder.as_dataset(split=split.name, shuffle_files=False, batch_size=-1)
     return Arrays(examples[image].numpy(), examples[label].numpy().astype(np.int32))
 
 
