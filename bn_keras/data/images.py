@@ -160,8 +160,9 @@ def inception_windows(uniforms: tf.Tensor, height: tf.Tensor, width: tf.Tensor) 
 
     The area is uniform between 8% of the image and the largest that an aspect ratio within
     3/4 to 4/3 leaves room for (all of it, in a photograph of 4:3); the aspect ratio is
-    log-uniform among those whose window of that area fits. That is the law of drawing both until
-    the window fits, without the loop.
+    log-uniform among those whose window of that area fits. Nothing is drawn twice; the custom of
+    drawing both until the window fits makes large areas rarer than the even distribution that
+    GoogLeNet states.
 
     Args:
       uniforms: float32 [n, 4] in [0, 1): area, aspect ratio, vertical and horizontal place.
@@ -270,9 +271,10 @@ def resample(
       float32 [n, *size, C].
     """
     top, left, height, width = tf.unstack(tf.cast(windows, tf.float32), axis=-1)
-    # Shrunk by a thousandth of a pixel, so that rounding puts no edge pixel outside.
-    top, bottom = top + 0.001, top + height - 1.001
-    left, right = left + 0.001, left + width - 1.001
+    # A thousandth of a pixel further in, so that rounding puts no edge pixel outside.
+    inwards = tf.where(height > 1, 0.001, 0.0), tf.where(width > 1, 0.001, 0.0)
+    top, bottom = top + inwards[0], top + height - 1 - inwards[0]
+    left, right = left + inwards[1], left + width - 1 - inwards[1]
     if mirrored is not None:
         left, right = tf.where(mirrored, right, left), tf.where(mirrored, left, right)
     rows, columns = max(images.shape[1] - 1, 1), max(images.shape[2] - 1, 1)

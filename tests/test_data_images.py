@@ -1,0 +1,267 @@
+"""Crops, mirrors and colours against NumPy and tf.image."""
+
+import cmath
+import math
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from bn_keras.data import images as images_lib
+from bn_keras.data.images import NUM_UNIFORMS, Preprocessing
+
+COLUMNS = {"brightness": 0, "contrast": 1, "saturation": 2, "hue": 3}
+
+
+def uniforms(n, columns=NUM_UNIFORMS, seed=0):
+    return np.random.default_rng(seed).random((n, columns), np.float32)
+
+
+def pool(n=5, height=12, width=10, channels=3, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, height, width, channels), np.uint8)
+
+
+def preprocessing(**changes):
+    settings = {"size": (12, 10), "crop": "none", "mirror": False, "distortion": 0.0}
+    return Preprocessing(**{**settings, "binary": False, **changes})
+
+
+def bilinear(image, rows, columns):
+    """The image at these rows and columns, interpolated in float64."""
+    image = image.astype(np.float64)
+    top = np.clip(np.floor(rows).astype(int), 0, image.shape[0] - 2)
+    left = np.clip(np.floor(columns).astype(int), 0, image.shape[1] - 2)
+    down, right = (rows - top)[:, None, None], (columns - left)[None, :, None]
+    rows_of = lambda i: image[i][:, left] * (1 - right) + image[i][:, left + 1] * right  # noqa: E731
+    return rows_of(top) * (1 - down) + rows_of(top + 1) * down
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (224, 224), (100, 900)])
+def test_inception_windows_lie_inside_with_the_stated_areas_and_aspects(height, width):
+    windows = images_lib.inception_windows(uniforms(20_000, 4), height, width).numpy()
+    top, left, crop_height, crop_width = windows.T
+    assert (top >= 0).all() and (left >= 0).all()
+    assert (top + crop_height <= height).all() and (left + crop_width <= width).all()
+
+    largest = min(1, 4 / 3 * height / width, width / height / (3 / 4))
+    areas = crop_height * crop_width / (height * width)
+    # Sides are whole pixels: half a pixel either way, of at least 80.
+    np.testing.assert_allclose(
+        np.quantile(areas, [0, 0.25, 0.5, 0.75, 1]),
+        np.interp([0, 0.25, 0.5, 0.75, 1], [0, 1], [0.08, largest]),
+        atol=0.02,
+    )
+    aspects = crop_width / crop_height
+    assert 3 / 4 * 0.98 < aspects.min() and aspects.max() < 4 / 3 * 1.02
+    for place, room in ((top, height - crop_height), (left, width - crop_width)):
+        wide = room >= 20
+        np.testing.assert_allclose(np.mean(place[wide] / room[wide]), 0.5, atol=0.02)
+
+
+def test_inception_windows_of_a_tiny_image_have_a_pixel():
+    windows = images_lib.inception_windows(uniforms(100, 4), 1, 2).numpy()
+    assert (windows[:, 2:] >= 1).all() and (windows[:, :2] + windows[:, 2:] <= [1, 2]).all()
+
+
+@pytest.mark.parametrize(
+    ("image", "size", "fraction", "expected"),
+    [
+        ((256, 256), (224, 224), (7, 8), (16, 16, 224, 224)),
+        ((256, 400), (224, 224), (7, 8), (16, 88, 224, 224)),
+        ((512, 400), (224, 224), (7, 8), (81, 25, 350, 350)),
+        ((300, 400), (224, 224), (1, 1), (0, 50, 300, 300)),
+        ((300, 400), (30, 40), (1, 1), (0, 0, 300, 400)),
+        ((300, 400), (20, 40), (1, 1), (50, 0, 200, 400)),
+        ((1, 1), (224, 224), (7, 8), (0, 0, 1, 1)),
+    ],
+)
+def test_centre_window(image, size, fraction, expected):
+    assert images_lib.centre_window(*image, size, fraction) == expected
+    as_tensors = images_lib.centre_window(*map(tf.constant, image), size, fraction)
+    assert tuple(int(number) for number in as_tensors) == expected
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_resample_interpolates_between_the_corner_pixels_of_the_window(mirrored):
+    images = pool()
+    windows = np.array([[2, 1, 7, 5], [0, 0, 12, 10], [11, 9, 1, 1]])
+    indices = [3, 0, 4]
+    got = images_lib.resample(
+        tf.constant(images), indices, windows, tf.constant([mirrored] * 3), (6, 8), 0.0
+    )
+    for index, (top, left, height, width), result in zip(indices, windows, got, strict=True):
+        expected = bilinear(
+            images[index],
+            np.linspace(top, top + height - 1, 6),
+            np.linspace(left, left + width - 1, 8),
+        )
+        # The corners are taken 0.001 pixels further in: 0.26 of 255 at most in each direction.
+        np.testing.assert_allclose(result, expected[:, ::-1] if mirrored else expected, atol=0.6)
+
+
+def test_shift_in_memory_moves_whole_pixels_and_fills_with_grey():
+    images, draws = pool(n=40, height=32, width=24), uniforms(40)
+    treatment = preprocessing(size=(32, 24), crop="shift", mirror=True)
+    got = treatment.from_pool(tf.constant(images), tf.range(40), tf.constant(draws), 255)
+    moves = images_lib.shifts(draws[:, :2], 32, 24).numpy()
+    assert set(moves[:, 0]) <= set(range(-4, 5)) and set(moves[:, 1]) <= set(range(-3, 4))
+    assert len(set(moves[:, 0])) == 9 and len(set(moves[:, 1])) == 7
+    for image, (down, right), draw, result in zip(images, moves, draws, got, strict=True):
+        padded = np.pad(image.astype(np.float32), [(4, 4), (3, 3), (0, 0)], constant_values=127.5)
+        expected = padded[4 - down : 36 - down, 3 - right : 27 - right]
+        if draw[images_lib.MIRROR] < 0.5:
+            expected = expected[:, ::-1]
+        np.testing.assert_allclose(result, expected / 127.5 - 1, atol=1e-6)
+
+
+def test_shift_of_one_image_equals_the_one_in_memory():
+    images, draws = pool(height=32, width=24), uniforms(5)
+    treatment = preprocessing(size=(32, 24), crop="shift", mirror=True, distortion=1.0)
+    in_memory = treatment.from_pool(tf.constant(images), tf.range(5), tf.constant(draws), 255)
+    for image, draw, expected in zip(images, draws, in_memory, strict=True):
+        got = treatment.from_encoded(tf.io.encode_png(image), tf.constant(draw), 3)
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_nothing_asked_is_the_image_itself():
+    images = pool()
+    got = preprocessing().from_pool(tf.constant(images), [4, 2], tf.constant(uniforms(2)), 255)
+    np.testing.assert_allclose(got, images[[4, 2]] / 127.5 - 1, atol=1e-6)
+
+
+def test_evaluation_ignores_what_is_random():
+    images = pool(height=16, width=16)
+    treatment = preprocessing(size=(14, 14), crop="inception", mirror=True, distortion=1.0)
+    got = treatment.from_pool(tf.constant(images), tf.range(5), None, 255)
+    np.testing.assert_allclose(got, images[:, 1:15, 1:15] / 127.5 - 1, atol=1e-6)
+
+
+def test_binary_is_thresholded_at_one_half():
+    images = np.arange(17, dtype=np.uint8).reshape(1, 1, 17, 1)
+    treatment = preprocessing(size=(1, 17), binary=True)
+    got = treatment.from_pool(tf.constant(images), [0], None, 16).numpy().ravel()
+    np.testing.assert_array_equal(got, [0.0] * 8 + [1.0] * 9)
+
+
+def photograph(height=90, width=120):
+    """A smooth picture with some noise."""
+    rows, columns = np.mgrid[:height, :width]
+    waves = [rows / height, columns / width, (rows + columns) / (height + width)]
+    noise = np.random.default_rng(0).random((height, width, 3))
+    return (200 * np.stack(waves, axis=-1) + 55 * noise).astype(np.uint8)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_jpeg_part_equals_the_part_of_the_whole(training):
+    """The crop inside the decoder against the same crop of the whole picture."""
+    encoded = tf.io.encode_jpeg(photograph(), chroma_downsampling=False)
+    method = "INTEGER_FAST" if training else "INTEGER_ACCURATE"
+    whole = tf.io.encode_png(tf.io.decode_jpeg(encoded, dct_method=method))
+    treatment = preprocessing(size=(32, 32), crop="inception", mirror=True)
+    for draw in uniforms(5):
+        draw = tf.constant(draw) if training else None
+        got, expected = (treatment.from_encoded(each, draw, 3) for each in (encoded, whole))
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("encode", [tf.io.encode_png, tf.io.encode_jpeg])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_images_take_the_channels_that_are_asked(encode, channels):
+    encoded = encode(np.full((20, 30, 1), 204, np.uint8))
+    got = preprocessing(size=(8, 8)).from_encoded(encoded, None, channels)
+    np.testing.assert_allclose(got, np.full((8, 8, channels), 0.6), atol=2 / 127.5)
+
+
+def colours(**wanted):
+    """A row of uniform numbers that gives these signed amounts and nothing else, at strength 1."""
+    row = np.full((1, 4), 0.5, np.float32)
+    for name, amount in wanted.items():
+        row[0, COLUMNS[name]] = (amount + 1) / 2
+    return tf.constant(row)
+
+
+@pytest.fixture
+def mild():
+    """An image far enough from black and white that no distortion clips it."""
+    return np.random.default_rng(1).uniform(0.4, 0.6, (1, 9, 7, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("amount", [-1.0, 0.3, 1.0])
+def test_brightness_and_contrast_agree_with_tf_image(mild, amount):
+    brightness = images_lib.distort(mild, colours(brightness=amount), 1.0, 1.0)
+    expected = tf.image.adjust_brightness(mild, amount * images_lib.MAX_BRIGHTNESS)
+    np.testing.assert_allclose(brightness, expected, atol=2e-6)
+    contrast = images_lib.distort(mild, colours(contrast=amount), 1.0, 1.0)
+    expected = tf.image.adjust_contrast(mild, 1 + amount * images_lib.MAX_CONTRAST)
+    np.testing.assert_allclose(contrast, expected, atol=2e-6)
+
+
+def with_chroma(image, change):
+    """Multiplies V + jU, the chroma of YUV (ITU-R BT.470), by a complex number, in float64.
+
+    I + jQ is the same number turned by 33 degrees. (tf.image's YIQ has rounded tables.)
+    """
+    luma = image.astype(np.float64) @ [0.299, 0.587, 0.114]
+    chroma = 0.877283 * (image[..., 0] - luma) + 0.492111j * (image[..., 2] - luma)
+    chroma = change * chroma
+    red, blue = luma + chroma.real / 0.877283, luma + chroma.imag / 0.492111
+    green = (luma - 0.299 * red - 0.114 * blue) / 0.587
+    return np.stack([red, green, blue], axis=-1)
+
+
+@pytest.mark.parametrize("amount", [-1.0, 0.3, 1.0])
+def test_saturation_and_hue_scale_and_turn_the_chroma(mild, amount):
+    saturation = images_lib.distort(mild, colours(saturation=amount), 1.0, 1.0)
+    factor = 1 + amount * images_lib.MAX_SATURATION
+    expected = with_chroma(mild, factor)
+    np.testing.assert_allclose(saturation, expected, atol=1e-5)
+    hue = images_lib.distort(mild, colours(hue=amount), 1.0, 1.0)
+    turn = 2 * math.pi * amount * images_lib.MAX_HUE_TURN
+    expected = with_chroma(mild, cmath.exp(1j * turn))
+    np.testing.assert_allclose(hue, expected, atol=1e-5)
+
+
+def test_saturation_agrees_with_mixing_with_grey(mild):
+    """What torchvision and Pillow do: a mixture of the image and its luma."""
+    got = images_lib.distort(mild, colours(saturation=-0.8), 1.0, 1.0)
+    grey = tf.image.rgb_to_grayscale(mild)
+    np.testing.assert_allclose(got, 0.6 * mild + 0.4 * grey, atol=2e-4)
+
+
+def test_the_four_together_are_the_four_one_after_the_other(mild):
+    amounts = {"hue": 0.7, "brightness": -0.6, "saturation": 0.5, "contrast": -0.9}
+    together = images_lib.distort(mild, colours(**amounts), 1.0, 1.0)
+    for names in (list(amounts), list(amounts)[::-1]):
+        image = mild
+        for name in names:
+            image = images_lib.distort(image, colours(**{name: amounts[name]}), 1.0, 1.0)
+        np.testing.assert_allclose(image, together, atol=2e-6)
+
+
+def test_distortion_clips_and_keeps_each_image_to_itself():
+    images = tf.constant(pool(4).astype(np.float32))
+    draws = tf.constant(uniforms(4, 4))
+    got = images_lib.distort(images, draws, 1.0, 255.0).numpy()
+    assert got.min() == 0 and got.max() == 255
+    for i in range(4):
+        alone = images_lib.distort(images[i : i + 1], draws[i : i + 1], 1.0, 255.0)
+        np.testing.assert_allclose(got[i], alone[0], atol=1e-4)
+
+
+def test_strength_scales_the_distortion_and_zero_is_none(mild):
+    draws = tf.constant(uniforms(1, 4))
+    np.testing.assert_allclose(images_lib.distort(mild, draws, 0.0, 1.0), mild, atol=2e-6)
+    half = images_lib.distort(mild, (draws - 0.5) / 2 + 0.5, 1.0, 1.0)
+    np.testing.assert_allclose(images_lib.distort(mild, draws, 0.5, 1.0), half, atol=2e-6)
+    assert np.abs(half - mild).max() > 0.01
+
+
+def test_grey_images_are_distorted_in_brightness_and_contrast_alone():
+    images = tf.constant(pool(3, channels=1).astype(np.float32) / 2 + 64)
+    draws = uniforms(3, 4)
+    got = images_lib.distort(images, tf.constant(draws), 1.0, 255.0)
+    contrast, brightness = 0.5 + draws[:, 1], (2 * draws[:, 0] - 1) * 32
+    means = images.numpy().mean(axis=(1, 2, 3))
+    expected = (images - means[:, None, None, None]) * contrast[:, None, None, None]
+    expected += (means + brightness)[:, None, None, None]
+    np.testing.assert_allclose(got, np.clip(expected, 0, 255), atol=1e-3)
