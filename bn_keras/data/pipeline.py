@@ -275,9 +275,9 @@ class _ShardBatches:
         begin = begins[number * self._group_shards]
         count = tf.reduce_sum(tf.gather(_int64(self._shards.lengths), shards))
         records = self._shards.records(shards).batch(count).get_single_element()
-        tf.debugging.assert_equal(
-            tf.size(records, tf.int64), count, "a file holds fewer records than the set's info says"
-        )
+        complete = tf.equal(tf.size(records, tf.int64), count)
+        paths = tf.gather(self._shards.paths, shards)
+        tf.debugging.Assert(complete, ["fewer records than the data set's info says in", paths])
         if self._within_groups:
             records = tf.gather(
                 records, _permuted(tf.range(count), count, self._seed, EXAMPLES, group)

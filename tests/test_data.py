@@ -1,0 +1,468 @@
+"""The order of examples, for every source: nothing lost, nothing twice, the same from anywhere."""
+
+import math
+import os
+import socket
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from bn_keras.data import pipeline, sources
+from bn_keras.errors import UsageError
+from configs import default
+
+NUM_EXAMPLES = 47
+NUM_VALIDATION_EXAMPLES = 21
+NUM_SHARDS = 5
+GLOBAL_BATCH_SIZE = 8
+
+
+class TinyThumbnails(tfds.core.GeneratorBasedBuilder):
+    """Images of one size, each of a class of its own, so that a label names its example."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    ENCODING, SHAPE, LABEL = "png", (12, 10, 3), "label"
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=self.SHAPE, encoding_format=self.ENCODING),
+            "label": tfds.features.ClassLabel(num_classes=NUM_EXAMPLES),
+            "score": tfds.features.Scalar(tf.float32),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("image", self.LABEL),
+        )
+
+    def _split_generators(self, dl_manager):
+        return {
+            "train": self._generate_examples(NUM_EXAMPLES),
+            "validation": self._generate_examples(NUM_VALIDATION_EXAMPLES),
+        }
+
+    def _generate_examples(self, count):
+        for label in range(count):
+            random = np.random.default_rng(label)
+            height, width = self.SHAPE[:2]
+            shape = (height or 20 + label % 7, width or 30 - label % 5, 3)
+            image = random.integers(0, 256, shape, np.uint8)
+            yield label, {"image": image, "label": label, "score": label / 2}
+
+
+class TinyPhotographs(TinyThumbnails):
+    """The same as JPEGs of many sizes."""
+
+    ENCODING, SHAPE = "jpeg", (None, None, 3)
+
+
+class TinyScores(TinyThumbnails):
+    """Images with a number where the class should be."""
+
+    LABEL = "score"
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """A folder of prepared TFDS sets."""
+    folder = tmp_path_factory.mktemp("tfds")
+    tfds.disable_progress_bar()
+    for builder in (TinyThumbnails, TinyPhotographs, TinyScores):
+        settings = tfds.download.DownloadConfig(num_shards=NUM_SHARDS)
+        builder(data_dir=folder).download_and_prepare(download_config=settings)
+    return str(folder)
+
+
+def settings(**changes):
+    config = default.get_config().data.copy_and_resolve_references()
+    config.update({"image_size": 8, "shuffle": "examples", **changes})
+    return config
+
+
+@pytest.fixture(params=["arrays", "examples", "shards"])
+def open_tiny(request, data_dir):
+    """Opens the tiny set by way of each kind of source, everything random switched on."""
+    name = "tiny_thumbnails" if request.param == "arrays" else "tiny_photographs"
+    shuffle = "shards" if request.param == "shards" else "examples"
+    kind = pipeline._ArrayBatches if request.param == "arrays" else pipeline._ShardBatches
+
+    def opened(seed=3, **changes):
+        config = settings(name=name, data_dir=data_dir, shuffle=shuffle, **changes)
+        data = pipeline.open_data(config, seed=seed)
+        assert isinstance(data._train, kind) and isinstance(data._validation, kind)
+        return data
+
+    return opened
+
+
+class Pipelines:
+    """Stands for a strategy of several hosts: the datasets of all of them in one process."""
+
+    def __init__(self, num_pipelines, num_replicas):
+        self.num_replicas_in_sync = num_replicas
+        self._contexts = [
+            tf.distribute.InputContext(num_pipelines, index, num_replicas)
+            for index in range(num_pipelines)
+        ]
+
+    def distribute_datasets_from_function(self, dataset_fn):
+        return [dataset_fn(context) for context in self._contexts]
+
+    def replica_batches(self, datasets, steps):
+        """Per step, the batches of all replicas in order."""
+        local = self.num_replicas_in_sync // len(self._contexts)
+        iterators = [iter(dataset) for dataset in datasets]
+        return [
+            [[part.numpy() for part in next(it)] for it in iterators for _ in range(local)]
+            for _ in range(steps)
+        ]
+
+    def global_batches(self, datasets, steps):
+        """Per step, the replicas' batches put together."""
+        return [
+            [np.concatenate(parts) for parts in zip(*replicas, strict=True)]
+            for replicas in self.replica_batches(datasets, steps)
+        ]
+
+
+ONE = Pipelines(1, 1)
+
+
+def train(data, steps, start_step=0, global_batch_size=GLOBAL_BATCH_SIZE, strategy=ONE):
+    """The global batches of the first steps: a list of [images, labels]."""
+    datasets = data.train_batches(strategy, global_batch_size, start_step)
+    return strategy.global_batches(datasets, steps)
+
+
+def labels_of(batches):
+    return np.concatenate([labels for _, labels, *_ in batches])
+
+
+def assert_same(got, expected):
+    for one, other in zip(got, expected, strict=True):
+        for a, b in zip(one, other, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_attributes(open_tiny):
+    data = open_tiny()
+    assert data.num_classes == NUM_EXAMPLES and data.input_shape == (8, 8, 3)
+    assert data.class_names == tuple(str(label) for label in range(NUM_EXAMPLES))
+    assert data.num_train_examples == NUM_EXAMPLES
+    assert data.num_validation_examples == NUM_VALIDATION_EXAMPLES
+
+
+def test_an_epoch_is_a_permutation_and_each_another(open_tiny):
+    steps = NUM_EXAMPLES  # Batches of 8: eight epochs.
+    epochs = labels_of(train(open_tiny(), steps)).reshape(GLOBAL_BATCH_SIZE, NUM_EXAMPLES)
+    for epoch in epochs:
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(NUM_EXAMPLES))
+    assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+    other = labels_of(train(open_tiny(seed=4), steps)).reshape(epochs.shape)
+    assert (other != epochs).any(axis=1).all()
+
+
+def test_an_example_looks_different_each_time(open_tiny):
+    images = {}
+    for batch_images, labels in train(open_tiny(), 2 * NUM_EXAMPLES // GLOBAL_BATCH_SIZE + 2):
+        for image, label in zip(batch_images, labels, strict=True):
+            images.setdefault(label, []).append(image)
+    twice = [seen for seen in images.values() if len(seen) > 1]
+    assert len(twice) == NUM_EXAMPLES
+    assert all(np.abs(seen[0] - seen[1]).max() > 0.01 for seen in twice)
+
+
+def test_started_at_a_step_it_goes_on_like_the_unbroken_one(open_tiny):
+    unbroken = train(open_tiny(), 44)
+    # The data are opened anew, as by another process. Within the first epoch, around its end (47
+    # examples: step 5.9), and far beyond; in memory a chunk holds 16 steps.
+    data = open_tiny()
+    for start_step in (1, 5, 6, 16, 39):
+        assert_same(train(data, 5, start_step), unbroken[start_step : start_step + 5])
+
+
+@pytest.mark.parametrize(("num_pipelines", "num_replicas"), [(1, 2), (2, 4)])
+def test_replicas_together_see_what_one_would(open_tiny, num_pipelines, num_replicas):
+    data, strategy = open_tiny(), Pipelines(num_pipelines, num_replicas)
+    rows = GLOBAL_BATCH_SIZE // num_replicas
+    datasets = data.train_batches(strategy, GLOBAL_BATCH_SIZE, 3)
+    for replicas, (images, labels) in zip(
+        strategy.replica_batches(datasets, 14), train(data, 14, start_step=3), strict=True
+    ):
+        for r, (own_images, own_labels) in enumerate(replicas):
+            np.testing.assert_array_equal(own_images, images[r * rows : (r + 1) * rows])
+            np.testing.assert_array_equal(own_labels, labels[r * rows : (r + 1) * rows])
+
+
+def test_under_a_mirrored_strategy(open_tiny, two_replicas):
+    data = open_tiny()
+    distributed = iter(data.train_batches(two_replicas, GLOBAL_BATCH_SIZE, start_step=4))
+    for expected in train(data, 4, start_step=4):
+        batch = next(distributed)
+        got = [np.concatenate([value.numpy() for value in part.values]) for part in batch]
+        assert_same([got], [expected])
+
+    dataset, num_steps = data.validation_batches(two_replicas, GLOBAL_BATCH_SIZE)
+    distributed, seen = iter(dataset), []
+    for _ in range(num_steps):
+        _, labels, weights = next(distributed)
+        for own_labels, own_weights in zip(labels.values, weights.values, strict=True):
+            seen += list(own_labels.numpy()[own_weights.numpy() == 1])
+    assert sorted(seen) == list(range(NUM_VALIDATION_EXAMPLES))
+
+
+def test_shapes_are_static_and_the_training_input_endless(open_tiny):
+    data, half = open_tiny(), GLOBAL_BATCH_SIZE // 2
+    (dataset,) = data.train_batches(Pipelines(1, 2), GLOBAL_BATCH_SIZE)
+    images, labels = dataset.element_spec
+    assert images == tf.TensorSpec([half, 8, 8, 3]) and labels == tf.TensorSpec([half], tf.int32)
+    assert dataset.cardinality() == tf.data.INFINITE_CARDINALITY
+    (dataset,), _ = data.validation_batches(Pipelines(1, 2), GLOBAL_BATCH_SIZE)
+    assert dataset.element_spec == (images, labels, tf.TensorSpec([half]))
+
+
+@pytest.mark.parametrize(
+    ("global_batch_size", "strategy"),
+    [(4, ONE), (7, ONE), (32, Pipelines(1, 2)), (4, Pipelines(2, 2)), (16, Pipelines(2, 4))],
+)
+def test_validation_counts_every_example_once(open_tiny, global_batch_size, strategy):
+    data = open_tiny()
+    datasets, num_steps = data.validation_batches(strategy, global_batch_size)
+    assert num_steps == math.ceil(NUM_VALIDATION_EXAMPLES / global_batch_size)
+    batches = strategy.global_batches(datasets, 2 * num_steps)
+    for one_pass in (batches[:num_steps], batches[num_steps:]):
+        labels, weights = (np.concatenate([batch[i] for batch in one_pass]) for i in (1, 2))
+        assert set(weights) <= {0.0, 1.0}
+        np.testing.assert_array_equal(
+            np.sort(labels[weights == 1]), np.arange(NUM_VALIDATION_EXAMPLES)
+        )
+    assert_same(batches[num_steps:], batches[:num_steps])
+
+
+def test_reading_from_files_gives_the_images_of_memory(data_dir, monkeypatch):
+    config = settings(name="tiny_thumbnails", data_dir=data_dir, image_size=0, crop="none")
+    in_memory = pipeline.open_data(config, seed=0)
+    monkeypatch.setattr(sources, "MEMORY_LIMIT_BYTES", 0)
+    streamed = pipeline.open_data(config, seed=0)
+    assert isinstance(streamed._train, pipeline._ShardBatches)
+    assert streamed.input_shape == in_memory.input_shape == (12, 10, 3)
+    both = []
+    for data in (in_memory, streamed):
+        datasets, num_steps = data.validation_batches(ONE, 7)
+        assert num_steps == 3
+        images, labels, _ = zip(*ONE.global_batches(datasets, num_steps), strict=True)
+        order = np.argsort(np.concatenate(labels))
+        both.append(np.concatenate(images)[order])
+    np.testing.assert_allclose(both[0], both[1], atol=1e-6)
+    expected = [
+        np.random.default_rng(label).integers(0, 256, (12, 10, 3), np.uint8)
+        for label in range(NUM_VALIDATION_EXAMPLES)
+    ]
+    np.testing.assert_allclose(both[1], np.stack(expected) / 127.5 - 1, atol=1e-6)
+
+
+def shards_in_order(data_dir, split):
+    """The labels of each shard, in the order of its file."""
+    config = settings(name="tiny_photographs", data_dir=data_dir)
+    source = sources.open_source(config.name, data_dir, split, "validation", 0)
+    return [
+        [int(source.train.parse(record)[1]) for record in source.train.records([shard])]
+        for shard in range(len(source.train.lengths))
+    ]
+
+
+def epoch_in(shards, epoch):
+    """Cuts an epoch's labels where another shard begins: the shards' numbers and the runs."""
+    shard_of = {label: number for number, shard in enumerate(shards) for label in shard}
+    numbers = [shard_of[label] for label in epoch]
+    cuts = [0, *(np.flatnonzero(np.diff(numbers)) + 1), len(epoch)]
+    runs = [list(epoch[a:b]) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [numbers[cut] for cut in cuts[:-1]], runs
+
+
+def test_shuffling_shards_permutes_nothing_else(data_dir):
+    config = settings(name="tiny_photographs", data_dir=data_dir, shuffle="shards")
+    shards = shards_in_order(data_dir, "train")
+    assert len(shards) == NUM_SHARDS
+    epochs = labels_of(train(pipeline.open_data(config, 0), NUM_EXAMPLES)).reshape(8, -1)
+    orders = set()
+    for epoch in epochs:
+        numbers, runs = epoch_in(shards, epoch)
+        assert runs == [shards[number] for number in numbers]
+        orders.add(tuple(numbers))
+    assert len(orders) > 1
+
+
+@pytest.mark.parametrize("group_shards", [1, 2])
+def test_shuffling_examples_mixes_within_groups_of_shards(data_dir, monkeypatch, group_shards):
+    config = settings(name="tiny_photographs", data_dir=data_dir, shuffle="examples")
+    shards = shards_in_order(data_dir, "train")
+    bytes_of_a_shard = sum(
+        os.path.getsize(os.path.join(folder, file))
+        for folder, _, files in os.walk(os.path.join(data_dir, "tiny_photographs"))
+        for file in files
+        if "train" in file
+    ) / len(shards)
+    monkeypatch.setattr(pipeline, "GROUP_BYTES", int((group_shards + 0.5) * bytes_of_a_shard))
+    epochs = labels_of(train(pipeline.open_data(config, 0), NUM_EXAMPLES)).reshape(8, -1)
+    orders = set()
+    for epoch in epochs:
+        begin, members = 0, []
+        shard_of = {label: number for number, shard in enumerate(shards) for label in shard}
+        while begin < NUM_EXAMPLES:
+            # A group holds whole shards, so its first examples tell how long it is.
+            group = {shard_of[epoch[begin]]}
+            while len(group) < group_shards and sum(len(shards[n]) for n in group) < len(
+                epoch[begin:]
+            ):
+                group.add(
+                    next(shard_of[label] for label in epoch[begin:] if shard_of[label] not in group)
+                )
+            wanted = sorted(label for number in group for label in shards[number])
+            got = epoch[begin : begin + len(wanted)]
+            np.testing.assert_array_equal(np.sort(got), wanted)
+            assert list(got) != wanted
+            begin += len(wanted)
+            members.append(frozenset(group))
+        orders.add(tuple(members))
+    assert len(orders) > 1
+
+
+def test_starting_in_the_middle_reads_only_what_comes(tmp_path, monkeypatch):
+    """The files of the shards before the start of a run may be gone."""
+    tfds.disable_progress_bar()
+    download = tfds.download.DownloadConfig(num_shards=NUM_SHARDS)
+    TinyPhotographs(data_dir=tmp_path).download_and_prepare(download_config=download)
+    monkeypatch.setattr(pipeline, "GROUP_BYTES", 0)
+    data = pipeline.open_data(settings(name="tiny_photographs", data_dir=str(tmp_path)), seed=0)
+    whole = train(data, 11, global_batch_size=4)
+    shards = shards_in_order(str(tmp_path), "train")
+    last = next(n for n, shard in enumerate(shards) if whole[-1][1][-1] in shard)
+    paths = data._train._shards.paths
+    for path in (path for number, path in enumerate(paths) if number != last):
+        records = list(tf.data.TFRecordDataset(path).as_numpy_iterator())
+        with tf.io.TFRecordWriter(path) as writer:
+            writer.write(records[0])
+    assert_same(train(data, 1, start_step=10, global_batch_size=4), whole[-1:])
+    with pytest.raises(tf.errors.OpError, match="fewer records.*tiny_photographs-train"):
+        train(data, 1)
+
+
+def test_slices_of_splits(data_dir, monkeypatch):
+    config = settings(
+        name="tiny_thumbnails",
+        data_dir=data_dir,
+        train_split="train[10:40]",
+        validation_split="train[:10]+train[40:]",
+    )
+    for limit in (sources.MEMORY_LIMIT_BYTES, 0):
+        monkeypatch.setattr(sources, "MEMORY_LIMIT_BYTES", limit)
+        data = pipeline.open_data(config, seed=0)
+        assert (data.num_train_examples, data.num_validation_examples) == (30, 17)
+        trained = set(labels_of(train(data, 5, global_batch_size=6)))
+        datasets, num_steps = data.validation_batches(ONE, 17)
+        validated = set(labels_of(ONE.global_batches(datasets, num_steps)))
+        assert len(trained) == 30 and len(validated) == 17 and not trained & validated
+
+
+def test_digits():
+    plain = {"image_size": 0, "crop": "none", "mirror": False, "distortion": 0.0}
+    data = pipeline.open_data(settings(name="digits", **plain), seed=0)
+    assert data.input_shape == (8, 8, 1) and data.num_classes == 10
+    assert (data.num_train_examples, data.num_validation_examples) == (1442, 355)
+
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    datasets, num_steps = data.validation_batches(ONE, 355)
+    [(images, labels, weights)] = ONE.global_batches(datasets, num_steps)
+    assert weights.all()
+    held_out = np.concatenate([np.flatnonzero(digits.target == d)[4::5] for d in range(10)])
+    held_out = np.sort(held_out)
+    np.testing.assert_array_equal(labels, digits.target[held_out])
+    # Exact: 17 grey levels, white is 16.
+    np.testing.assert_array_equal(images[..., 0], digits.images[held_out] / 8 - 1)
+    assert np.bincount(labels).min() >= 34 and np.bincount(labels).max() <= 36
+
+    [(trained, _)] = train(data, 1, global_batch_size=1442)
+    assert len({image.tobytes() for image in [*trained, *images]}) == 1797
+
+    binary = pipeline.open_data(settings(name="digits", **plain, binary=True), seed=0)
+    [(images, _)] = train(binary, 1)
+    assert set(images.ravel()) == {0.0, 1.0}
+
+
+def test_synthetic():
+    data = pipeline.open_data(settings(name="synthetic", image_size=20), seed=0)
+    assert data.input_shape == (20, 20, 3) and data.num_classes == 1000
+    assert data.num_train_examples == 1_281_167
+    batches = train(data, 4, global_batch_size=64)
+    labels = labels_of(batches)
+    assert labels.min() >= 0 and labels.max() < 1000 and len(set(labels)) > 32
+    datasets, num_steps = data.validation_batches(ONE, 300)
+    validation = ONE.global_batches(datasets, num_steps)
+    assert sum(weights.sum() for *_, weights in validation) == data.num_validation_examples
+    # The same label is the same image, so that there is something to learn.
+    images, seen, _ = validation[0]
+    for label in set(seen):
+        same = images[seen == label]
+        np.testing.assert_array_equal(same, np.broadcast_to(same[:1], same.shape))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "cifar11"}, "unknown data set 'cifar11': did you mean .*'cifar10'.*'digits'"),
+        ({"name": "qqqqqqqqq"}, "unknown data set 'qqqqqqqqq': accepted are 'digits'"),
+        ({"train_split": "trian"}, "no split 'trian': it has 'train', 'validation'"),
+        ({"validation_split": "test"}, "no split 'test': it has 'train', 'validation'"),
+        ({"train_split": "train[:"}, r"no split 'train\[:'"),
+        ({"name": "digits", "train_split": "all"}, "'digits' has no split 'all': it has 'train'"),
+        ({"crop": "center"}, "data.crop is 'center': accepted are 'inception', 'shift', 'none'"),
+        ({"shuffle": "all"}, "data.shuffle is 'all': accepted are 'examples', 'shards'"),
+        ({"name": "tiny_scores"}, "'tiny_scores' has no image with a class label.*image, label"),
+        ({"image_size": 0}, "images of 'tiny_photographs' differ in size: give the side"),
+        ({"image_size": -1}, "data.image_size is -1"),
+        ({"name": "synthetic", "image_size": 0}, "'synthetic' images have no size of their own"),
+        ({"distortion": -0.5}, "data.distortion is -0.5"),
+        ({"data_dir": "no/such/folder"}, "data.data_dir 'no/such/folder' is not a folder"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_clear_line(data_dir, changes, message):
+    config = settings(name="tiny_photographs", data_dir=data_dir)
+    config.update(changes)
+    with pytest.raises(UsageError, match=message) as caught:
+        pipeline.open_data(config, seed=0)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_set_that_cannot_be_downloaded_names_the_embedded_one(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    config = settings(name="cifar100", data_dir=str(tmp_path))
+    with pytest.raises(UsageError) as caught:
+        pipeline.open_data(config, seed=0)
+    message = str(caught.value)
+    assert "\n" not in message and "'cifar100'" in message and str(tmp_path) in message
+    assert "no connection to www.cs.toronto.edu" in message and "'digits'" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_imagenet_without_its_archives_says_what_to_do(tmp_path):
+    config = settings(name="imagenet2012", data_dir=str(tmp_path))
+    with pytest.raises(UsageError, match="imagenet2012.*[Mm]anual") as caught:
+        pipeline.open_data(config, seed=0)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("global_batch_size", [9, 0, -2])
+def test_a_batch_that_the_replicas_do_not_divide(two_replicas, global_batch_size):
+    data = pipeline.open_data(settings(name="digits"), seed=0)
+    for open_batches in (data.train_batches, data.validation_batches):
+        with pytest.raises(UsageError, match=f"batch of {global_batch_size} .* 2 replicas"):
+            open_batches(two_replicas, global_batch_size)
