@@ -19,5 +19,6 @@ if keras.backend.backend() != "tensorflow":
     )
 
 from bn_keras.batch_norm import BatchNormalization  # noqa: E402
+from bn_keras.models import BNInception, SigmoidMLP  # noqa: E402
 
-__all__ = ["BatchNormalization"]
+__all__ = ["BNInception", "BatchNormalization", "SigmoidMLP"]

@@ -5,6 +5,7 @@ import tensorflow as tf
 from etils import epath
 
 from bn_keras.batch_norm import merge_moving_statistics
+from bn_keras.errors import UsageError
 
 
 class Checkpoints:
@@ -31,7 +32,6 @@ class Checkpoints:
     ) -> None:
         self._model = model
         self._strategy = strategy
-        self._partial = optimizer is None
         parts = {"model": _named(model.variables)}
         if optimizer is not None:
             parts["optimizer"] = _named(optimizer.variables)
@@ -60,12 +60,22 @@ class Checkpoints:
         self._manager.save(checkpoint_number=step)
 
     def restore(self) -> int:
-        """Reads the latest one, if there is one, and gives its step, else 0."""
+        """Reads the latest one, if there is one, and gives its step, else 0.
+
+        Raises:
+          UsageError: it is of another network.
+        """
         if self.latest:
-            status = self._manager.checkpoint.restore(self.latest)
-            status.assert_existing_objects_matched()
-            if self._partial:
-                status.expect_partial()
+            try:
+                status = self._manager.checkpoint.restore(self.latest)
+                status.assert_existing_objects_matched()
+            except (AssertionError, ValueError):
+                # Their messages list every variable with its values.
+                raise UsageError(
+                    f"checkpoint {self.latest} does not fit this network: it was written by"
+                    " another one, or by another version of bn_keras"
+                ) from None
+            status.expect_partial()
         return self.latest_step
 
 

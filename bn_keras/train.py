@@ -1,6 +1,7 @@
 """Trains a network as its config says; `train_and_evaluate` reads from top to bottom."""
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from collections.abc import Mapping
 import keras
 import numpy as np
 import tensorflow as tf
+from absl import logging
 from ml_collections import ConfigDict
 
 from bn_keras import distribution, models
@@ -65,6 +67,16 @@ def train_and_evaluate(
     batches = iter(data.train_batches(strategy, global_batch_size, start_step=step))
     run.create(config)
     run.drop_metrics_after(step)
+    logging.info(
+        "%s: %s with %s parameters on %s, %d replica(s), in %s, %s",
+        label or run.path.name,
+        model.name,
+        f"{sum(math.prod(v.shape) for v in model.trainable_variables):,}",
+        config.data.name,
+        strategy.num_replicas_in_sync,
+        run.path,
+        f"goes on from step {step}" if step else "from the start",
+    )
     with (
         MetricsWriter(run, global_batch_size) as metrics,
         Progress(label or run.path.name, step, steps) as progress,

@@ -2,8 +2,8 @@
 
     python -m launch.train --config=configs/bn_baseline.py --workdir=runs/imagenet_bn_baseline
 
-Expected: 72.2% top-1 after 13.3e6 steps, 72.7% at best (the paper's number; this run has not been made here). The time
-depends on the accelerators; one CPU core would take years.
+Expected: 72.2% top-1 after 13.3e6 steps, 72.7% at best (the paper's numbers).
+This run has not been made here; on CPUs alone it would take years.
 """
 
 from ml_collections import ConfigDict

@@ -2,8 +2,8 @@
 
     python -m launch.train --config=configs/bn_x30.py --workdir=runs/imagenet_bn_x30
 
-Expected: 72.2% top-1 after 2.7e6 steps, 74.8% after 6e6 (the paper's number; this run has not been made here). The time
-depends on the accelerators; one CPU core would take years.
+Expected: 72.2% top-1 after 2.7e6 steps, 74.8% after 6e6 (the paper's numbers).
+This run has not been made here; on CPUs alone it would take years.
 """
 
 from ml_collections import ConfigDict

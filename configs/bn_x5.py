@@ -2,8 +2,8 @@
 
     python -m launch.train --config=configs/bn_x5.py --workdir=runs/imagenet_bn_x5
 
-Expected: 72.2% top-1 after 2.1e6 steps, 73.0% at best (the paper's number; this run has not been made here). The time
-depends on the accelerators; one CPU core would take years.
+Expected: 72.2% top-1 after 2.1e6 steps, 73.0% at best (the paper's numbers).
+This run has not been made here; on CPUs alone it would take years.
 """
 
 from ml_collections import ConfigDict

@@ -2,8 +2,8 @@
 
     python -m launch.train --config=configs/bn_x5_sigmoid.py --workdir=runs/imagenet_bn_x5_sigmoid
 
-Expected: 69.8% top-1 at best (the paper's number; this run has not been made here). The time
-depends on the accelerators; one CPU core would take years.
+Expected: 69.8% top-1 at best (the paper's numbers).
+This run has not been made here; on CPUs alone it would take years.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """Every setting there is, with its meaning: the schema that the other configs start from.
 
-The values are those of the paper's Inception on ImageNet, from which configs/networks.py derives the
-other four networks. What the paper leaves open names its source.
+The values are those of the paper's Inception on ImageNet, from which configs/networks.py derives
+the other four networks. What the paper leaves open names its source.
 """
 
 from ml_collections import ConfigDict

@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     config = inception.get_config().copy_and_resolve_references()
     config.data.name = "digits"
     config.data.image_size = 0
-    config.data.crop = "shift"
+    config.data.crop = "none"
     # A mirrored digit is another digit, or none.
     config.data.mirror = False
     config.data.distortion = 0.0

@@ -2,8 +2,8 @@
 
     python -m launch.train --config=configs/inception.py --workdir=runs/imagenet_inception
 
-Expected: 72.2% top-1 after 31.0e6 steps (the paper's number; this run has not been made here). The time
-depends on the accelerators; one CPU core would take years.
+Expected: 72.2% top-1 after 31.0e6 steps (the paper's numbers).
+This run has not been made here; on CPUs alone it would take years.
 """
 
 from ml_collections import ConfigDict

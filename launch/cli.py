@@ -38,11 +38,11 @@ def define_config(required: bool = True) -> flags.FlagHolder[ConfigDict]:
     return holder
 
 
-def define_workdir() -> flags.FlagHolder[str]:
+def define_workdir(
+    meaning: str = "Folder of the run: its config, metrics and checkpoints.",
+) -> flags.FlagHolder[str]:
     """Defines --workdir, which has to be given."""
-    return flags.DEFINE_string(
-        "workdir", None, "Folder of the run: config, metrics, checkpoints.", required=True
-    )
+    return flags.DEFINE_string("workdir", None, meaning, required=True)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -6,14 +6,12 @@ Example:
   python -m launch.search --config=configs/digits_inception.py --workdir=runs/search
 """
 
-import pathlib
-
-from absl import flags, logging
+from absl import flags
 
 from launch import cli
 
 _CONFIG = cli.define_config()
-_WORKDIR = cli.define_workdir()
+_WORKDIR = cli.define_workdir("Folder with a folder for each run.")
 _INITIALIZERS = flags.DEFINE_list(
     "initializers", ["he_normal", "glorot_uniform"], "Values of config.model.initializer."
 )
@@ -24,24 +22,16 @@ _BASE_RATES = flags.DEFINE_list(
 
 def main() -> None:
     """Trains every combination and prints them, the best first."""
-    from bn_keras.errors import TrainingDivergedError
-    from bn_keras.report import Run
-    from bn_keras.train import train_and_evaluate
+    from bn_keras.experiment import run_all
 
-    folder = pathlib.Path(_WORKDIR.value)
-    runs = []
+    configs = {}
     for initializer in _INITIALIZERS.value:
         for base_rate in _BASE_RATES.value:
             config = _CONFIG.value.copy_and_resolve_references()
             config.model.initializer = initializer
             config.schedule.base_rate = float(base_rate)
-            title = f"{initializer}, {base_rate}"
-            workdir = folder / f"{initializer}_{base_rate}"
-            try:
-                train_and_evaluate(config, workdir, label=title)
-            except TrainingDivergedError as error:
-                logging.warning("%s: %s", title, error)
-            runs.append(Run.read(title, workdir))
+            configs[f"{initializer} {base_rate}"] = config
+    runs = run_all(configs, _WORKDIR.value)
 
     runs.sort(key=lambda run: (-run.best_accuracy, run.lowest_loss))
     print("best validation accuracy, lowest training loss: initializer, base rate")

@@ -274,3 +274,13 @@ def test_every_key_of_the_config_is_read(tmp_path, monkeypatch, short_figure_5):
         for key in section
     }
     assert keys - read == set()
+
+
+def test_a_checkpoint_of_another_network_is_one_line(tmp_path):
+    train_and_evaluate(small_mlp(**{"train.steps": 2}), tmp_path)
+    Workdir(tmp_path).path.joinpath("config.json").unlink()
+    other = small_mlp(**{"train.steps": 2, "model.variant": "baseline"})
+    Workdir(tmp_path).create(other)
+    with pytest.raises(UsageError, match="step-2 does not fit this network") as caught:
+        evaluate_workdir(tmp_path)
+    assert "\n" not in str(caught.value)

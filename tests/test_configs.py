@@ -1,0 +1,93 @@
+"""Every config loads, is locked, has the schema of default.py, and is the paper's."""
+
+import importlib
+import pathlib
+
+import pytest
+
+from configs import default, networks
+
+CONFIGS = pathlib.Path(default.__file__).parent
+NAMES = sorted(p.stem for p in CONFIGS.glob("*.py") if "get_config" in p.read_text())
+
+
+def load(name):
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+def shape_of(config):
+    """The keys and the types of their values, all the way down."""
+    return {
+        key: shape_of(value) if hasattr(value, "items") else type(value)
+        for key, value in config.items()
+    }
+
+
+def test_all_that_are_promised_are_there():
+    miniatures = {f"{d}_{n}" for d in ("digits", "cifar10") for n in networks.NETWORKS}
+    promised = {"default", *networks.NETWORKS, "mnist_baseline", "mnist_bn"} | miniatures
+    assert promised <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_locked_and_follows_the_schema(name):
+    config = load(name)
+    assert shape_of(config) == shape_of(default.get_config())
+    with pytest.raises(AttributeError):
+        config.train.stepz = 3
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "default"])
+def test_its_first_lines_give_the_command(name):
+    text = (CONFIGS / f"{name}.py").read_text()
+    assert f"python -m launch.train --config=configs/{name}.py" in text
+
+
+# Section 4.2.2: the learning rates; section 4.2.1: L2 / 5, decay 6 times faster, no dropout.
+@pytest.mark.parametrize(
+    "name, rate, l2, decay_epochs, dropout",
+    [
+        ("inception", 0.0015, 4e-5, 8, 0.4),
+        ("bn_baseline", 0.0015, 4e-5, 8, 0.4),
+        ("bn_x5", 0.0075, 8e-6, 8 / 6, 0.0),
+        ("bn_x30", 0.045, 8e-6, 8 / 6, 0.0),
+        ("bn_x5_sigmoid", 0.0075, 8e-6, 8 / 6, 0.0),
+    ],
+)
+def test_the_imagenet_configs_are_the_papers(name, rate, l2, decay_epochs, dropout):
+    config = load(name)
+    assert config.model.variant == name
+    assert config.data.name == "imagenet2012"
+    assert config.train.global_batch_size == 32
+    assert config.schedule.base_rate == pytest.approx(rate)
+    assert config.train.l2 == pytest.approx(l2)
+    assert config.schedule.decay_epochs == pytest.approx(decay_epochs)
+    assert config.model.dropout == dropout
+    accelerated = dropout == 0.0
+    assert config.model.local_response_normalization != accelerated
+    assert (config.data.shuffle == "examples") == accelerated
+    assert (config.data.distortion < 1) == accelerated
+
+
+@pytest.mark.parametrize("data", ["digits", "cifar10"])
+@pytest.mark.parametrize(
+    "variant, rate", [("bn_baseline", 1), ("bn_x5", 5), ("bn_x30", 30), ("bn_x5_sigmoid", 5)]
+)
+def test_miniatures_differ_from_inception_as_the_papers_networks_do(data, variant, rate):
+    inception, config = load(f"{data}_inception"), load(f"{data}_{variant}")
+    assert config.schedule.base_rate == pytest.approx(rate * inception.schedule.base_rate)
+    for key in ("steps", "global_batch_size", "momentum"):
+        assert config.train[key] == inception.train[key]
+    assert config.model.initializer == inception.model.initializer
+    assert config.model.width == inception.model.width
+
+
+def test_mnist_is_section_4_1():
+    baseline, bn = load("mnist_baseline"), load("mnist_bn")
+    for config in (baseline, bn):
+        assert config.train.steps == 50_000 and config.train.global_batch_size == 60
+        assert config.data.binary and config.data.crop == "none" and not config.data.mirror
+        assert config.train.l2 == 0.0
+    bn.unlock()
+    bn.model.variant = "baseline"
+    assert bn.to_dict() == baseline.to_dict()

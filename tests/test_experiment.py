@@ -1,0 +1,41 @@
+"""Runs that belong together: each is made once, and one that diverges stops none of the others."""
+
+import pytest
+
+from bn_keras import experiment
+from bn_keras.errors import UsageError
+from bn_keras.workdir import Workdir
+from configs import mnist_bn
+
+
+def small(**overrides):
+    config = mnist_bn.get_config().copy_and_resolve_references()
+    config.data.name = "digits"
+    config.data.validation_split = "validation"
+    config.train.steps = 4
+    config.evaluation.global_batch_size = 100
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+def test_every_run_is_made_once_and_divergence_is_a_result(tmp_path, monkeypatch):
+    configs = {
+        "Good One": small(),
+        "bad": small(**{"model.variant": "baseline", "schedule.base_rate": 1e38}),
+        "good-two": small(seed=1),
+    }
+    first = experiment.run_all(configs, tmp_path)
+    assert [run.title for run in first] == list(configs)
+    assert [bool(run.diverged_at) for run in first] == [False, True, False]
+    assert {p.name for p in tmp_path.iterdir()} == {"good_one", "bad", "good_two"}
+    assert first[0].metrics[-1][Workdir.FINISHED] != first[2].metrics[-1][Workdir.FINISHED]
+
+    del configs["bad"]
+    monkeypatch.setattr("bn_keras.data.pipeline.open_data", None)
+    again = experiment.run_all(configs, tmp_path)
+    assert [run.metrics for run in again] == [first[0].metrics, first[2].metrics]
+
+
+def test_what_cannot_be_meant_is_not_taken_for_divergence(tmp_path):
+    with pytest.raises(UsageError, match="tiny"):
+        experiment.run_all({"wrong": small(**{"data.crop": "tiny"})}, tmp_path)

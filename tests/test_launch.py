@@ -1,0 +1,112 @@
+"""The commands as a user meets them: in a process of their own, from the checkout's root."""
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+DIGITS = (
+    "--config=configs/mnist_bn.py",
+    "--config.data.name=digits",
+    "--config.data.validation_split=validation",
+    "--config.evaluation.global_batch_size=100",
+)
+
+
+def launch(command, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", f"launch.{command}", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def assert_fails_on_one_line(done, status, *parts):
+    assert done.returncode == status, done.stderr
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("I")]
+    assert len(errors) == 1 and errors[0].startswith("error: "), done.stderr
+    for part in parts:
+        assert part in errors[0]
+
+
+# None of these has to wait for TensorFlow.
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["--workdir=w"], ["--config is missing"]),
+        (["--config=configs/bn_x5.py"], ["--workdir is missing"]),
+        (["--config=configs/nope.py", "--workdir=w"], ["can't be loaded", "configs/nope.py"]),
+        (["--config=configs/networks.py", "--workdir=w"], ["can't be loaded", "get_config"]),
+        ([*DIGITS, "--workdir=w", "--config.train.stepz=3"], ["'train.stepz'", "steps_per_loop"]),
+        ([*DIGITS, "--workdir=w", "--config.trian.steps=3"], ["'trian.steps'", "train"]),
+        ([*DIGITS, "--workdir=w", "--config.train.steps=many"], ["type int, not 'many'"]),
+        ([*DIGITS, "--workdir=w", "--config.train.steps=1.5"], ["type int, not '1.5'"]),
+        ([*DIGITS, "--workdir=w", "--config.train.l2=low"], ["type float, not 'low'"]),
+        ([*DIGITS, "--workdir=w", "--config.data.mirror=maybe"], ["type bool, not 'maybe'"]),
+        ([*DIGITS, "--workdir=w", "--config.train=3"], ["is a section", "global_batch_size"]),
+        ([*DIGITS, "--workdir=w", "--stepz=3"], ["stepz"]),
+        ([*DIGITS, "--workdir=w", "more"], ["unexpected argument 'more'"]),
+    ],
+)
+def test_flags_that_cannot_be_meant(arguments, parts, tmp_path):
+    done = launch("train", *arguments)
+    assert_fails_on_one_line(done, 2, *parts)
+    assert not (ROOT / "w").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "reproduce", "search"])
+def test_help_shows_an_example(command):
+    done = launch(command, "--help")
+    assert f"python -m launch.{command} --" in done.stdout
+    assert "--workdir" in done.stdout
+
+
+def test_a_value_that_cannot_be_meant(tmp_path):
+    done = launch("train", *DIGITS, f"--workdir={tmp_path / 'w'}", "--config.data.name=digitz")
+    assert_fails_on_one_line(done, 2, "digitz")
+    assert not (tmp_path / "w").exists()
+
+
+def test_divergence_has_its_own_status(tmp_path):
+    done = launch(
+        "train",
+        *DIGITS,
+        f"--workdir={tmp_path}",
+        "--config.model.variant=baseline",
+        "--config.schedule.base_rate=1e38",
+    )
+    assert_fails_on_one_line(done, 3, "not finite at step", "learning rate 1e+38")
+
+
+def test_killed_started_again_and_evaluated(tmp_path):
+    arguments = [
+        *DIGITS,
+        f"--workdir={tmp_path}",
+        "--config.train.steps=20000",
+        "--config.train.steps_per_loop=100",
+        "--config.checkpoint.every_steps=1000",
+    ]
+    command = [sys.executable, "-m", "launch.train", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (tmp_path / "checkpoints" / "checkpoint").exists():
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    reached = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert 1000 <= reached < 20_000
+
+    done = launch("train", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "goes on from step" in done.stderr and str(tmp_path) in done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "train/loss" in line]
+    assert steps == list(range(100, 20_001, 100))
+
+    evaluated = json.loads(launch("evaluate", f"--workdir={tmp_path}").stdout)
+    assert evaluated["step"] == 20_000
+    assert evaluated["accuracy"] == pytest.approx(lines[-1]["validation/accuracy"])
