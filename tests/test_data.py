@@ -1,7 +1,6 @@
 """The order of examples, for every source: nothing lost, nothing twice, the same from anywhere."""
 
 import math
-import os
 import socket
 
 import numpy as np
@@ -15,7 +14,7 @@ from configs import default
 
 NUM_EXAMPLES = 47
 NUM_VALIDATION_EXAMPLES = 21
-NUM_SHARDS = 5
+NUM_SHARDS = 7
 GLOBAL_BATCH_SIZE = 8
 
 
@@ -164,6 +163,28 @@ def test_an_epoch_is_a_permutation_and_each_another(open_tiny):
     assert (other != epochs).any(axis=1).all()
 
 
+def orders(count, seeds, epochs):
+    """The order of `count` examples, a row for each seed and epoch."""
+    indices = tf.tile(tf.range(count, dtype=tf.int64), [len(epochs)])
+    number = tf.repeat(tf.constant(epochs, tf.int64), count)
+    rows = [pipeline._permuted(indices, count, seed, pipeline.EXAMPLES, number) for seed in seeds]
+    return np.concatenate([row.numpy().reshape(-1, count) for row in rows])
+
+
+def test_orders_are_as_different_as_random_ones():
+    """TensorFlow's index_shuffle by itself repeats after 256 seeds, and neighbours correlate."""
+    many = orders(47, seeds=[0], epochs=range(2000))
+    assert len({tuple(order) for order in many}) == 2000
+    # Each place meets each example equally often: chi-square over its degrees of freedom is
+    # 1 +- 0.2 for one place, the mean over 47 places hardly leaves 1.
+    counts = np.stack([np.bincount(place, minlength=47) for place in many.T])
+    np.testing.assert_allclose(((counts - 2000 / 47) ** 2).mean() * 47 / 2000, 1, atol=0.15)
+    for large in (orders(60_000, [0], range(3)), orders(60_000, range(3), [0])):
+        np.testing.assert_allclose(np.corrcoef(large), np.eye(3), atol=0.02)
+        # Neighbours in memory are neighbours in the order once an epoch, by chance.
+        assert ((np.diff(large, axis=1) == 1).sum(axis=1) < 10).all()
+
+
 def test_an_example_looks_different_each_time(open_tiny):
     images = {}
     for batch_images, labels in train(open_tiny(), 2 * NUM_EXAMPLES // GLOBAL_BATCH_SIZE + 2):
@@ -273,13 +294,22 @@ def shards_in_order(data_dir, split):
     ]
 
 
-def epoch_in(shards, epoch):
-    """Cuts an epoch's labels where another shard begins: the shards' numbers and the runs."""
+def whole_shards(shards, epoch):
+    """Cuts an epoch's labels wherever those so far make up whole shards.
+
+    Returns:
+      Pairs of the numbers of the shards in a piece and the piece's labels.
+    """
     shard_of = {label: number for number, shard in enumerate(shards) for label in shard}
-    numbers = [shard_of[label] for label in epoch]
-    cuts = [0, *(np.flatnonzero(np.diff(numbers)) + 1), len(epoch)]
-    runs = [list(epoch[a:b]) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
-    return [numbers[cut] for cut in cuts[:-1]], runs
+    pieces, numbers, labels = [], set(), []
+    for label in epoch:
+        numbers.add(shard_of[label])
+        labels.append(label)
+        if len(labels) == sum(len(shards[number]) for number in numbers):
+            pieces.append((tuple(sorted(numbers)), labels))
+            numbers, labels = set(), []
+    assert not labels
+    return pieces
 
 
 def test_shuffling_shards_permutes_nothing_else(data_dir):
@@ -289,9 +319,9 @@ def test_shuffling_shards_permutes_nothing_else(data_dir):
     epochs = labels_of(train(pipeline.open_data(config, 0), NUM_EXAMPLES)).reshape(8, -1)
     orders = set()
     for epoch in epochs:
-        numbers, runs = epoch_in(shards, epoch)
-        assert runs == [shards[number] for number in numbers]
-        orders.add(tuple(numbers))
+        pieces = whole_shards(shards, epoch)
+        assert [labels for _, labels in pieces] == [shards[number] for (number,), _ in pieces]
+        orders.add(tuple(numbers for numbers, _ in pieces))
     assert len(orders) > 1
 
 
@@ -299,34 +329,18 @@ def test_shuffling_shards_permutes_nothing_else(data_dir):
 def test_shuffling_examples_mixes_within_groups_of_shards(data_dir, monkeypatch, group_shards):
     config = settings(name="tiny_photographs", data_dir=data_dir, shuffle="examples")
     shards = shards_in_order(data_dir, "train")
-    bytes_of_a_shard = sum(
-        os.path.getsize(os.path.join(folder, file))
-        for folder, _, files in os.walk(os.path.join(data_dir, "tiny_photographs"))
-        for file in files
-        if "train" in file
-    ) / len(shards)
-    monkeypatch.setattr(pipeline, "GROUP_BYTES", int((group_shards + 0.5) * bytes_of_a_shard))
+    info = TinyPhotographs(data_dir=data_dir).info
+    shard_bytes = info.splits["train"].num_bytes / NUM_SHARDS
+    monkeypatch.setattr(pipeline, "GROUP_BYTES", int((group_shards + 0.5) * shard_bytes))
     epochs = labels_of(train(pipeline.open_data(config, 0), NUM_EXAMPLES)).reshape(8, -1)
     orders = set()
     for epoch in epochs:
-        begin, members = 0, []
-        shard_of = {label: number for number, shard in enumerate(shards) for label in shard}
-        while begin < NUM_EXAMPLES:
-            # A group holds whole shards, so its first examples tell how long it is.
-            group = {shard_of[epoch[begin]]}
-            while len(group) < group_shards and sum(len(shards[n]) for n in group) < len(
-                epoch[begin:]
-            ):
-                group.add(
-                    next(shard_of[label] for label in epoch[begin:] if shard_of[label] not in group)
-                )
-            wanted = sorted(label for number in group for label in shards[number])
-            got = epoch[begin : begin + len(wanted)]
-            np.testing.assert_array_equal(np.sort(got), wanted)
-            assert list(got) != wanted
-            begin += len(wanted)
-            members.append(frozenset(group))
-        orders.add(tuple(members))
+        pieces = whole_shards(shards, epoch)
+        sizes = [len(numbers) for numbers, _ in pieces]
+        assert sizes == ([1] * NUM_SHARDS if group_shards == 1 else [2, 2, 2, 1])
+        for numbers, labels in pieces:
+            assert list(labels) != [label for number in numbers for label in shards[number]]
+        orders.add(tuple(numbers for numbers, _ in pieces))
     assert len(orders) > 1
 
 
@@ -337,7 +351,7 @@ def test_starting_in_the_middle_reads_only_what_comes(tmp_path, monkeypatch):
     TinyPhotographs(data_dir=tmp_path).download_and_prepare(download_config=download)
     monkeypatch.setattr(pipeline, "GROUP_BYTES", 0)
     data = pipeline.open_data(settings(name="tiny_photographs", data_dir=str(tmp_path)), seed=0)
-    whole = train(data, 11, global_batch_size=4)
+    whole = train(data, 22, global_batch_size=2)
     shards = shards_in_order(str(tmp_path), "train")
     last = next(n for n, shard in enumerate(shards) if whole[-1][1][-1] in shard)
     paths = data._train._shards.paths
@@ -345,7 +359,7 @@ def test_starting_in_the_middle_reads_only_what_comes(tmp_path, monkeypatch):
         records = list(tf.data.TFRecordDataset(path).as_numpy_iterator())
         with tf.io.TFRecordWriter(path) as writer:
             writer.write(records[0])
-    assert_same(train(data, 1, start_step=10, global_batch_size=4), whole[-1:])
+    assert_same(train(data, 1, start_step=21, global_batch_size=2), whole[-1:])
     with pytest.raises(tf.errors.OpError, match="fewer records.*tiny_photographs-train"):
         train(data, 1)
 

@@ -320,6 +320,10 @@ def _permuted(
 ) -> tf.Tensor:
     """Where a random permutation of `count` things takes each of the indices.
 
+    As TensorFlow's index_shuffle, which is used here with seeds mixed well and twice its rounds:
+    by itself it looks at the lowest byte of each seed alone, and permutes 60,000 things alike for
+    seeds that are neighbours (a correlation of 0.9). It also pads a matrix of seeds wrongly.
+
     Args:
       indices: int64 [n] in [0, count).
       count: how many things there are.
@@ -330,15 +334,25 @@ def _permuted(
     Returns:
       int64 [n].
     """
-    number = tf.broadcast_to(number, tf.shape(indices))
-    same = tf.ones_like(number)
-    # The raw op, because tf.random.experimental.index_shuffle pads the wrong axis of a matrix of
-    # seeds.
-    return tf.raw_ops.RandomIndexShuffle(
-        index=indices,
-        seed=tf.stack([same * seed, same * stream, number], axis=1),
-        max_index=tf.cast(count, tf.int64) - 1,
+    key = _mixed(_int64(2 * seed + stream)) + tf.cast(number, tf.uint64)
+    words = tf.broadcast_to(_mixed(key), tf.shape(indices))[:, None] + tf.constant(
+        [1, 2, 3], tf.uint64
     )
+    return tf.raw_ops.RandomIndexShuffle(
+        index=indices, seed=_mixed(words), max_index=tf.cast(count, tf.int64) - 1, rounds=8
+    )
+
+
+def _mixed(numbers: tf.Tensor) -> tf.Tensor:
+    """Integers to uint64 that look random, one to one: the finalizer of SplitMix64.
+
+    Source: Steele, Lea and Flood 2014, Fast splittable pseudorandom number generators.
+    """
+    mixed = tf.cast(numbers, tf.uint64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        shifted = tf.bitwise.right_shift(mixed, tf.constant(shift, tf.uint64))
+        mixed = tf.bitwise.bitwise_xor(mixed, shifted) * tf.constant(factor, tf.uint64)
+    return mixed
 
 
 def _check_divides(strategy: tf.distribute.Strategy, global_batch_size: int) -> None:
