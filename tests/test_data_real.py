@@ -1,0 +1,100 @@
+"""Real data sets, where they are: see BN_KERAS_DATA."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from bn_keras.data import pipeline
+from configs import default
+
+DATA = Path(os.environ.get("BN_KERAS_DATA") or Path(__file__).parents[2] / "shared" / "data")
+STRATEGY = tf.distribute.get_strategy()
+
+
+def settings(**changes):
+    config = default.get_config().data.copy_and_resolve_references()
+    config.update(changes)
+    return config
+
+
+def folder(*names):
+    path = DATA.joinpath(*names)
+    if not path.exists():
+        pytest.skip(f"{path} is not there: set BN_KERAS_DATA to the folder of the data")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_train_examples", "input_shape"),
+    [("mnist", 60_000, (28, 28, 1)), ("cifar10", 50_000, (32, 32, 3))],
+)
+def test_small_sets(name, num_train_examples, input_shape):
+    data_dir = folder("tfds", name) and str(DATA / "tfds")
+    config = settings(name=name, data_dir=data_dir, validation_split="test", image_size=0)
+    config.update({"crop": "none", "mirror": False, "distortion": 0.0})
+    data = pipeline.open_data(config, seed=0)
+    assert (data.input_shape, data.num_classes) == (input_shape, 10)
+    assert (data.num_train_examples, data.num_validation_examples) == (num_train_examples, 10_000)
+    dataset, num_steps = data.validation_batches(STRATEGY, 300)
+    counts = np.zeros(10)
+    for images, labels, weights in dataset.take(num_steps):
+        counts += np.bincount(labels, weights, minlength=10)
+        assert float(tf.reduce_min(images)) == -1 and float(tf.reduce_max(images)) == 1
+    assert counts.sum() == 10_000 and counts.min() > 850
+
+    # The first examples of the test set, read by TFDS itself.
+    builder = tfds.builder(name, data_dir=data_dir)
+    examples = builder.as_dataset(split="test[:300]", shuffle_files=False, batch_size=-1)
+    images, labels, _ = next(iter(dataset))
+    np.testing.assert_allclose(images, examples["image"].numpy() / np.float32(127.5) - 1, atol=1e-6)
+    np.testing.assert_array_equal(labels, examples["label"])
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    """TFDS's imagenet2012, prepared from archives in the official layout."""
+    manual_dir = folder("imagenet_manual")
+    data_dir = tmp_path_factory.mktemp("imagenet")
+    tfds.disable_progress_bar()
+    builder = tfds.builder("imagenet2012", data_dir=data_dir)
+    download = tfds.download.DownloadConfig(manual_dir=manual_dir, num_shards=8)
+    builder.download_and_prepare(download_config=download)
+    return builder
+
+
+def test_imagenet(imagenet):
+    data_dir = str(Path(imagenet.data_dir).parents[1])
+    data = pipeline.open_data(settings(data_dir=data_dir, shuffle="examples"), seed=0)
+    assert (data.num_classes, data.input_shape) == (1000, (224, 224, 3))
+    num_examples = {name: split.num_examples for name, split in imagenet.info.splits.items()}
+    assert data.num_train_examples == num_examples["train"]
+
+    batches = list(data.train_batches(STRATEGY, 50).take(4).as_numpy_iterator())
+    resumed = list(data.train_batches(STRATEGY, 50, start_step=3).take(1).as_numpy_iterator())
+    for got, expected in zip(resumed[0], batches[3], strict=True):
+        np.testing.assert_array_equal(got, expected)
+    for images, labels in batches:
+        assert images.shape == (50, 224, 224, 3) and images.min() >= -1 and images.max() <= 1
+        # Photographs, not noise and not blank.
+        assert (images.std(axis=(1, 2, 3)) > 0.02).all()
+        assert np.abs(np.diff(images, axis=2)).mean() < 0.2
+        assert labels.min() >= 0 and labels.max() < 1000
+
+    # Evaluation is a fixed crop: here by decoding the whole picture first.
+    dataset, num_steps = data.validation_batches(STRATEGY, 32)
+    validation = list(dataset.take(num_steps).as_numpy_iterator())
+    assert sum(weights.sum() for *_, weights in validation) == num_examples["validation"]
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    examples = imagenet.as_dataset(split="validation", shuffle_files=False, decoders=decoders)
+    images, labels, _ = validation[0]
+    for image, label, example in zip(images[:8], labels[:8], examples, strict=False):
+        whole = tf.io.decode_jpeg(example["image"], channels=3, dct_method="INTEGER_ACCURATE")
+        side = -(-min(whole.shape[:2]) * 7 // 8)
+        top, left = (whole.shape[0] - side) // 2, (whole.shape[1] - side) // 2
+        crop = whole[top : top + side, left : left + side]
+        np.testing.assert_allclose(image, tf.image.resize(crop, (224, 224)) / 127.5 - 1, atol=1e-5)
+        assert label == example["label"]
