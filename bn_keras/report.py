@@ -189,8 +189,8 @@ def paper_order(runs: Sequence[Run]) -> list[str]:
         ),
     ]
     return [
-        f"- {'As in' if holds else 'Otherwise than in'} the paper: {statement}"
-        f"{'.' if holds else ' does not hold here.'}"
+        f"- {'As in the paper' if holds else 'Not as in the paper'}:"
+        f" {statement}: {'yes' if holds else 'no'}."
         for statement, holds in statements
     ]
 

@@ -20,6 +20,9 @@ from ml_collections import ConfigDict, config_flags
 
 from configs import default
 
+# The flags defined in here are those of the command that asks for them: --help shows them there.
+flags.disclaim_key_flags()
+
 _OURS = [pathlib.Path(__file__).resolve().parents[1] / name for name in ("bn_keras", "launch")]
 _OVERRIDE = "--config."
 
@@ -43,6 +46,15 @@ def define_workdir(
 ) -> flags.FlagHolder[str]:
     """Defines --workdir, which has to be given."""
     return flags.DEFINE_string("workdir", None, meaning, required=True)
+
+
+def parse(kind: type, given: str, flag: str) -> int | float:
+    """Reads one value of a list flag; raises UsageError if it is no number of that kind."""
+    from bn_keras.errors import UsageError
+
+    if not _is_a(given, kind):
+        raise UsageError(f"{flag} takes values of type {kind.__name__}, not {given!r}")
+    return kind(given)
 
 
 def run(main: Callable[[], None]) -> None:

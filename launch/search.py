@@ -1,10 +1,13 @@
-"""Tries initializations and base rates for one network and ranks them.
+"""Tries initializations and base rates for one network and ranks them by validation accuracy.
 
 So were the miniatures' values found, for Inception alone.
 
 Example:
   python -m launch.search --config=configs/digits_inception.py --workdir=runs/search
 """
+
+import itertools
+import statistics
 
 from absl import flags
 
@@ -16,28 +19,37 @@ _INITIALIZERS = flags.DEFINE_list(
     "initializers", ["he_normal", "glorot_uniform"], "Values of config.model.initializer."
 )
 _BASE_RATES = flags.DEFINE_list(
-    "base_rates", ["0.003", "0.01", "0.03", "0.1"], "Values of config.schedule.base_rate."
+    "base_rates", ["0.003", "0.01", "0.03"], "Values of config.schedule.base_rate."
 )
+_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Values of config.seed to average over.")
 
 
 def main() -> None:
     """Trains every combination and prints them, the best first."""
     from bn_keras.experiment import run_all
 
+    settings = list(itertools.product(_INITIALIZERS.value, _BASE_RATES.value))
     configs = {}
-    for initializer in _INITIALIZERS.value:
-        for base_rate in _BASE_RATES.value:
+    for initializer, base_rate in settings:
+        for seed in _SEEDS.value:
             config = _CONFIG.value.copy_and_resolve_references()
             config.model.initializer = initializer
-            config.schedule.base_rate = float(base_rate)
-            configs[f"{initializer} {base_rate}"] = config
-    runs = run_all(configs, _WORKDIR.value)
+            config.schedule.base_rate = cli.parse(float, base_rate, "--base_rates")
+            config.seed = cli.parse(int, seed, "--seeds")
+            configs[f"{initializer} {base_rate} seed {seed}"] = config
+    runs = iter(run_all(configs, _WORKDIR.value))
 
-    runs.sort(key=lambda run: (-run.best_accuracy, run.lowest_loss))
-    print("best validation accuracy, lowest training loss: initializer, base rate")
-    for run in runs:
-        diverged = f" (diverged at step {run.diverged_at})" if run.diverged_at else ""
-        print(f"{run.best_accuracy:.4f}  {run.lowest_loss:.4f}: {run.title}{diverged}")
+    rows = []
+    for initializer, base_rate in settings:
+        seeds = list(itertools.islice(runs, len(_SEEDS.value)))
+        accuracy = statistics.mean(run.best_accuracy for run in seeds)
+        loss = statistics.mean(run.lowest_loss for run in seeds)
+        diverged = sum(run.diverged_at is not None for run in seeds)
+        rows.append((-accuracy, loss, f"{initializer:16} {base_rate:9} {diverged:8}"))
+    print(f"means over {len(_SEEDS.value)} seeds, the best first")
+    print("best validation accuracy  lowest training loss  initializer      base rate  diverged")
+    for accuracy, loss, setting in sorted(rows):
+        print(f"{-accuracy:24.4f}  {loss:20.4f}  {setting}")
 
 
 if __name__ == "__main__":

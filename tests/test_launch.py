@@ -61,16 +61,23 @@ def test_flags_that_cannot_be_meant(arguments, parts, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "reproduce", "search"])
-def test_help_shows_an_example(command):
+def test_help_shows_the_flags_and_an_example(command):
     done = launch(command, "--help")
     assert f"python -m launch.{command} --" in done.stdout
-    assert "--workdir" in done.stdout
+    assert "--workdir: Folder" in done.stdout
+    assert ("--config: Python file" in done.stdout) == (command != "reproduce")
+    assert max(map(len, done.stdout.splitlines())) <= 100
 
 
 def test_a_value_that_cannot_be_meant(tmp_path):
     done = launch("train", *DIGITS, f"--workdir={tmp_path / 'w'}", "--config.data.name=digitz")
     assert_fails_on_one_line(done, 2, "digitz")
     assert not (tmp_path / "w").exists()
+
+
+def test_a_list_with_a_value_that_cannot_be_meant(tmp_path):
+    done = launch("search", *DIGITS, f"--workdir={tmp_path / 'w'}", "--base_rates=0.1,high")
+    assert_fails_on_one_line(done, 2, "--base_rates takes values of type float, not 'high'")
 
 
 def test_divergence_has_its_own_status(tmp_path):
