@@ -2,12 +2,13 @@
 
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import keras
 import tensorflow as tf
 
 from bn_keras import ops
+from bn_keras.errors import UsageError
 
 
 @keras.saving.register_keras_serializable("bn_keras")
@@ -20,12 +21,20 @@ class BatchNormalization(keras.layers.Layer):
       - Statistics and parameters are float32 at least, whatever the dtype of the activations.
       - A batch of which nothing counts (empty, or all masked) leaves the moving statistics alone.
       - Frozen (trainable=False) is inference.
+      - `training` may be a tensor; both modes are then computed and one is chosen.
+      - A mask says which values make up the statistics; all values are normalized. It has the
+        input's shape without `axis`; or, where only that fits, without the last axis, which is
+        how keras.layers.Masking makes it.
+      - Of several ghost batches in one step, the moving statistics take the count-weighted mean.
+      - Replicas that aren't synchronized keep moving statistics of their own between two calls
+        of merge_moving_statistics (MergeMovingStatistics in `fit`).
 
     Args:
       axis: the axis, or list of axes, with statistics and parameters of their own; the others are
         reduced over. [1, 2, 3] of images is the per-activation transform.
       momentum: fraction of the moving statistics that is kept at each step, in [0, 1]; None
-        averages over all batches so far with equal weight.
+        averages over all batches so far with equal weight, which takes one more weight, the last:
+        how many there were.
       epsilon: added to the variance under the root, > 0.
       center, scale: whether there is a beta, a gamma.
       beta_initializer, gamma_initializer, moving_mean_initializer,
@@ -41,7 +50,8 @@ class BatchNormalization(keras.layers.Layer):
       sync_group_size: with synchronized, how many consecutive replicas share their statistics;
         None is all of them.
       virtual_batch_size: statistics of ghost batches of so many consecutive examples; None is of
-        the whole batch. Without effect at inference.
+        the whole batch. Without effect at inference. With synchronized, the replicas' first ghost
+        batches make up one, and so on; all replicas then need equally many.
       **kwargs: name, dtype, trainable.
 
     Raises:
@@ -76,8 +86,8 @@ class BatchNormalization(keras.layers.Layer):
         **kwargs: object,
     ) -> None:
         super().__init__(**kwargs)
-        self.axis = int(axis) if not isinstance(axis, list | tuple) else [int(a) for a in axis]
-        self.momentum = momentum if momentum is None else float(momentum)
+        self.axis = [int(a) for a in axis] if isinstance(axis, list | tuple) else int(axis)
+        self.momentum = None if momentum is None else float(momentum)
         self.epsilon = float(epsilon)
         self.center = center
         self.scale = scale
@@ -97,119 +107,398 @@ class BatchNormalization(keras.layers.Layer):
         self.sync_group_size = sync_group_size
         self.virtual_batch_size = virtual_batch_size
         self.supports_masking = True
+        self._merge_weight = None
+        self._check_arguments()
 
     def build(self, input_shape: Sequence[int | None]) -> None:
-        """Makes the weights, in Keras' order."""
-        shape = (input_shape[self.axis],)
+        """Makes the weights, in Keras' order, each of the shape of `axis`."""
+        self._axes = _normalized_axes(self.axis, input_shape)
+        self._shape = tuple(input_shape[a] for a in self._axes)
+        if None in self._shape:
+            raise UsageError(
+                f"axis={self.axis} of the input {tuple(input_shape)} has no known size:"
+                " give keras.Input one"
+            )
+        if self.virtual_batch_size is not None and 0 in self._axes:
+            raise UsageError(
+                f"axis={self.axis} includes the batch, which virtual_batch_size splits:"
+                " give one of them"
+            )
         self.gamma = self.beta = None
         if self.scale:
-            self.gamma = self.add_weight(
-                shape=shape,
-                name="gamma",
-                initializer=self.gamma_initializer,
-                regularizer=self.gamma_regularizer,
-                constraint=self.gamma_constraint,
-                autocast=False,
+            self.gamma = self._add_weight(
+                "gamma", self.gamma_initializer, self.gamma_regularizer, self.gamma_constraint
             )
         if self.center:
-            self.beta = self.add_weight(
-                shape=shape,
-                name="beta",
-                initializer=self.beta_initializer,
-                regularizer=self.beta_regularizer,
-                constraint=self.beta_constraint,
-                autocast=False,
+            self.beta = self._add_weight(
+                "beta", self.beta_initializer, self.beta_regularizer, self.beta_constraint
             )
-        self.moving_mean = self.add_weight(
-            shape=shape,
-            name="moving_mean",
-            initializer=self.moving_mean_initializer,
-            trainable=False,
-            autocast=False,
+        self.moving_mean = self._add_statistic("moving_mean", self.moving_mean_initializer)
+        self.moving_variance = self._add_statistic(
+            "moving_variance", self.moving_variance_initializer
         )
-        self.moving_variance = self.add_weight(
-            shape=shape,
-            name="moving_variance",
-            initializer=self.moving_variance_initializer,
-            trainable=False,
-            autocast=False,
+        if self.renorm:
+            self.moving_stddev = self._add_statistic("moving_stddev", self._initial_stddev)
+            self.renorm_mean = self._add_statistic("renorm_mean", self.moving_mean_initializer)
+            self.renorm_stddev = self._add_statistic("renorm_stddev", self._initial_stddev)
+        if self.momentum is None:
+            self.num_updates = self.add_weight(
+                shape=(), name="num_updates", initializer="zeros", dtype="int64", trainable=False
+            )
+        if self._may_diverge():
+            # How many values went into the moving statistics since the last merge. No weight of
+            # the layer, and tracked by nobody: every save comes right after a merge.
+            object.__setattr__(self, "_merge_weight", _per_replica_sum())
+        self.input_spec = keras.InputSpec(
+            ndim=len(input_shape), axes=dict(zip(self._axes, self._shape, strict=True))
         )
 
     def call(
-        self, inputs: tf.Tensor, training: bool | None = None, mask: tf.Tensor | None = None
+        self,
+        inputs: tf.Tensor,
+        training: bool | tf.Tensor | None = None,
+        mask: tf.Tensor | None = None,
     ) -> tf.Tensor:
-        """Normalizes by the batch's statistics in training, by the moving ones otherwise."""
-        parameters = [p if p is None else tf.convert_to_tensor(p) for p in (self.gamma, self.beta)]
-        if not (training and self.trainable):
-            mean = tf.convert_to_tensor(self.moving_mean)
-            variance = tf.convert_to_tensor(self.moving_variance)
-            return ops.normalize(inputs, mean, variance, *parameters, self.epsilon)
-        gather = self._gather if self._num_replicas() > 1 and self.synchronized else None
-        outputs, moments = ops.batch_normalize(inputs, *parameters, self.epsilon, gather=gather)
-        self._update(moments)
-        return outputs
+        """Normalizes by the batch's statistics in training, by the moving ones otherwise.
 
-    def _update(self, moments: ops.Moments) -> None:
+        Args:
+          inputs: of any rank from 2 on.
+          training: a bool, a boolean scalar tensor, or None, which is False.
+          mask: nonzero where a value counts in the statistics.
+        """
+        mask = self._full_mask(mask, inputs)
+        x = ops.channels_last(inputs, self._axes)
+        if isinstance(training, tf.Tensor | tf.Variable) and self.trainable:
+            training = tf.cast(training, tf.bool)
+            # Both, and one of them chosen: in a branch of tf.cond no collective can run.
+            y = tf.where(training, self._train(x, mask, training), self._infer(x))
+        else:
+            y = self._train(x, mask) if training and self.trainable else self._infer(x)
+        return tf.cast(ops.channels_back(y, inputs, self._axes), self.compute_dtype)
+
+    def _infer(self, x: tf.Tensor) -> tf.Tensor:
+        mean, variance = _flat(self.moving_mean), _flat(self.moving_variance)
+        return ops.normalize(x, mean, variance, *self._parameters(), self.epsilon)
+
+    def _train(
+        self, x: tf.Tensor, mask: tf.Tensor | None, if_: bool | tf.Tensor = True
+    ) -> tf.Tensor:
+        """Normalizes, and updates the moving statistics if `if_`."""
+        self._check_batch(x)
+        if self.renorm:
+            # The correction goes on top of x_hat, which half precision would round once more.
+            x = tf.cast(x, ops.statistics_dtype(x.dtype))
+        y, moments = ops.batch_normalize(
+            x,
+            *((None, None) if self.renorm else self._parameters()),
+            self.epsilon,
+            mask=mask,
+            group_size=self.virtual_batch_size,
+            gather=self._gather if self._is_synchronized() else None,
+        )
+        if self.renorm:
+            y = self._renormalize(y, moments)
+        self._update(moments, if_)
+        return y
+
+    def _renormalize(self, x_hat: tf.Tensor, moments: ops.Moments) -> tf.Tensor:
+        """Corrects x_hat towards the renorm statistics.
+
+        Source: Ioffe 2017 (arXiv 1702.03275), Algorithm 1.
+        """
+        floor = self.epsilon**0.5
+        stddev = tf.maximum(tf.cast(_flat(self.renorm_stddev), x_hat.dtype), floor)
+        r = tf.sqrt(moments.variance[0] + self.epsilon) / stddev
+        d = (moments.mean[0] - tf.cast(_flat(self.renorm_mean), x_hat.dtype)) / stddev
+        r, d = self._clipped(r, d)
+        gamma, beta = (p if p is None else tf.cast(p, x_hat.dtype) for p in self._parameters())
+        scale, offset = (r, d) if gamma is None else (r * gamma, d * gamma)
+        return x_hat * scale + (offset if beta is None else offset + beta)
+
+    def _clipped(self, r: tf.Tensor, d: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        clip = self.renorm_clipping
+        if clip.get("rmin") is not None:
+            r = tf.maximum(r, clip["rmin"])
+        if clip.get("rmax") is not None:
+            r = tf.minimum(r, clip["rmax"])
+        if clip.get("dmax") is not None:
+            d = tf.clip_by_value(d, -clip["dmax"], clip["dmax"])
+        return r, d
+
+    def _update(self, moments: ops.Moments, if_: bool | tf.Tensor) -> None:
+        """Moves the moving statistics on, where the batch had anything to say."""
         count, mean, variance = moments
-        if self.unbiased:
-            variance = variance * count / tf.maximum(count - 1, 1)
-        for moving, batch in ((self.moving_mean, mean[0]), (self.moving_variance, variance[0])):
-            old = tf.convert_to_tensor(moving)
-            new = old * self.momentum + batch * (1 - self.momentum)
-            moving.assign(tf.where(count[0] > 0, new, old))
+        total = tf.reduce_sum(count, axis=0)
+        updates = tf.logical_and(total > 0, if_)
+        share = tf.math.divide_no_nan(count, total)
+        # Bessel's correction enters here; a single value is taken for two.
+        correction = count / tf.maximum(count - 1, 1) if self.unbiased else 1.0
+        new_mean = tf.reduce_sum(share * mean, axis=0)
+        new_variance = tf.reduce_sum(share * variance * correction, axis=0)
+        keep = self.momentum
+        if keep is None:
+            done = self.num_updates.value + tf.cast(tf.reduce_any(updates), tf.int64)
+            self.num_updates.assign(done)
+            keep = 1 - 1 / tf.cast(tf.maximum(done, 1), tf.float64)
 
-    def _num_replicas(self) -> int:
+        def move(moving: keras.Variable, new: tf.Tensor, keep: float | tf.Tensor) -> tf.Tensor:
+            old = _flat(moving)
+            kept, rate = keep, 1 - keep
+            if isinstance(keep, tf.Tensor):
+                kept, rate = tf.cast(kept, old.dtype), tf.cast(rate, old.dtype)
+            moved = tf.where(updates, old * kept + tf.cast(new, old.dtype) * rate, old)
+            moving.assign(tf.reshape(moved, self._shape))
+            return moved
+
+        move(self.moving_mean, new_mean, keep)
+        if not self.renorm:
+            move(self.moving_variance, new_variance, keep)
+        else:
+            # Keras' choice: the standard deviation moves, and the variance follows from it.
+            stddev = move(self.moving_stddev, tf.sqrt(new_variance + self.epsilon), keep)
+            self.moving_variance.assign(
+                tf.reshape(tf.nn.relu(tf.square(stddev) - self.epsilon), self._shape)
+            )
+            move(self.renorm_mean, new_mean, self.renorm_momentum)
+            biased = tf.reduce_sum(share * variance, axis=0)
+            move(self.renorm_stddev, tf.sqrt(biased + self.epsilon), self.renorm_momentum)
+        if self._merge_weight is not None:
+            values = tf.cast(tf.reduce_mean(total), tf.float32)
+            self._merge_weight.assign_add(tf.where(if_, values, 0.0))
+
+    # --- Replicas.
+
+    def _is_synchronized(self) -> bool:
         context = tf.distribute.get_replica_context()
-        return context.num_replicas_in_sync if context else 1
+        return self.synchronized and context is not None and context.num_replicas_in_sync > 1
 
     def _gather(self, packed: tf.Tensor) -> tf.Tensor:
-        context = tf.distribute.get_replica_context()
-        replicas = context.num_replicas_in_sync
-        own = tf.equal(tf.range(replicas), context.replica_id_in_sync_group)
-        rows = tf.where(own[:, None], packed[None], tf.zeros([], packed.dtype))
-        return context.all_reduce(tf.distribute.ReduceOp.SUM, rows)
+        return _gather_replicas(packed, self.sync_group_size)
+
+    def _may_diverge(self) -> bool:
+        """Tells whether the replicas' moving statistics may come to differ."""
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        alike = self.synchronized and self.sync_group_size in (None, replicas)
+        return replicas > 1 and not alike
+
+    def _replica_state(self) -> list[tf.Tensor]:
+        """What a merge has to know of a replica, all flat."""
+        variables = [self.moving_mean, self.moving_variance]
+        if self.renorm:
+            variables += [self.renorm_mean, self.renorm_stddev]
+        if self.momentum is None:
+            variables += [self.num_updates]
+        return [tf.reshape(self._merge_weight, [1]), *map(_flat, variables)]
+
+    def _merge(self, weight: tf.Tensor, *states: tf.Tensor) -> None:
+        """Takes the replicas' states, stacked in front, and makes them one."""
+        states = list(states)
+
+        def assign(variable: keras.Variable, value: tf.Tensor) -> None:
+            variable.assign(tf.cast(tf.reshape(value, variable.shape), variable.dtype))
+
+        mean, variance = _mixture(weight, states.pop(0), states.pop(0))
+        assign(self.moving_mean, mean)
+        assign(self.moving_variance, variance)
+        if self.renorm:
+            assign(self.moving_stddev, tf.sqrt(variance + self.epsilon))
+            mean, variance = _mixture(weight, states.pop(0), tf.square(states.pop(0)))
+            assign(self.renorm_mean, mean)
+            assign(self.renorm_stddev, tf.sqrt(variance))
+        if self.momentum is None:
+            assign(self.num_updates, tf.reduce_max(states.pop(0)))
+        self._merge_weight.assign(0.0)
+
+    # --- Shapes and checks.
+
+    def _parameters(self) -> tuple[tf.Tensor | None, tf.Tensor | None]:
+        return tuple(None if p is None else _flat(p) for p in (self.gamma, self.beta))
+
+    def _add_weight(
+        self, name: str, initializer: object, regularizer: object, constraint: object
+    ) -> keras.Variable:
+        return self.add_weight(
+            shape=self._shape,
+            name=name,
+            initializer=initializer,
+            regularizer=regularizer,
+            constraint=constraint,
+            autocast=False,
+        )
+
+    def _add_statistic(self, name: str, initializer: object) -> keras.Variable:
+        return self.add_weight(
+            shape=self._shape, name=name, initializer=initializer, trainable=False, autocast=False
+        )
+
+    def _initial_stddev(self, shape: Sequence[int], dtype: str | None = None) -> tf.Tensor:
+        # A clone: an initializer that is asked twice may refuse, or draw anew.
+        initializer = self.moving_variance_initializer
+        if isinstance(initializer, keras.initializers.Initializer):
+            initializer = initializer.clone()
+        return keras.ops.sqrt(initializer(shape, dtype=dtype))
+
+    def _full_mask(self, mask: tf.Tensor | None, inputs: tf.Tensor) -> tf.Tensor | None:
+        """Gives the mask with every axis of the input, channels last."""
+        if mask is None:
+            return None
+        mask = tf.convert_to_tensor(mask)
+        rank = inputs.shape.rank
+
+        def fits(axes: Sequence[int]) -> bool:
+            return mask.shape.rank == len(axes) and all(
+                m in (1, None) or inputs.shape[a] in (m, None)
+                for m, a in zip(mask.shape, axes, strict=True)
+            )
+
+        reduced = [a for a in range(rank) if a not in self._axes]
+        if fits(reduced):
+            for a in self._axes:
+                mask = tf.expand_dims(mask, a)
+        elif fits(range(rank - 1)):
+            mask = tf.broadcast_to(mask[..., None], tf.shape(inputs))
+        else:
+            raise UsageError(
+                f"{self.name}: a mask of shape {tuple(mask.shape)} does not fit an input of shape"
+                f" {tuple(inputs.shape)} with axis={self.axis}: give it the input's shape without"
+                " axis"
+            )
+        return ops.channels_last(mask, self._axes)
+
+    def _check_batch(self, x: tf.Tensor) -> None:
+        size = self.virtual_batch_size
+        if size is None:
+            return
+        message = (
+            f"{self.name}: virtual_batch_size={size} does not divide the batch of this replica:"
+            " give batches that are a multiple of it (drop_remainder=True), or another size"
+        )
+        if x.shape[0] is None:
+            tf.debugging.assert_equal(tf.shape(x)[0] % size, 0, message)
+        elif x.shape[0] % size:
+            raise UsageError(f"{message}; the batch is {x.shape[0]}")
+
+    def _check_arguments(self) -> None:
+        for name in ("momentum", "renorm_momentum"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise UsageError(
+                    f"{name}={value}: it is the fraction that is kept, from 0 to 1"
+                    " (PyTorch's momentum is 1 minus it)"
+                )
+        if not self.epsilon > 0:
+            raise UsageError(f"epsilon={self.epsilon}: it has to be greater than 0")
+        for name in ("virtual_batch_size", "sync_group_size"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value > 0):
+                raise UsageError(
+                    f"{name}={value!r}: it has to be a whole number from 1 on, or None"
+                )
+        if self.sync_group_size is not None and not self.synchronized:
+            raise UsageError(
+                f"sync_group_size={self.sync_group_size} without synchronized=True has no meaning:"
+                " set synchronized=True as well"
+            )
+        if self.renorm:
+            self._check_renorm()
+
+    def _check_renorm(self) -> None:
+        keys = ["rmax", "rmin", "dmax"]
+        clipping = self.renorm_clipping
+        if set(clipping) - set(keys):
+            raise UsageError(
+                f"Received invalid keys for renorm_clipping: {clipping}; accepted are {keys}"
+            )
+        rmin, rmax, dmax = (clipping.get(k) for k in ("rmin", "rmax", "dmax"))
+        if rmin is not None and rmax is not None and rmax < rmin:
+            raise UsageError(
+                f"rmax should be greater than rmin in renorm_clipping: rmax={rmax}, rmin={rmin}"
+            )
+        if dmax is not None and dmax < 0:
+            raise UsageError(f"dmax should be non-negative in renorm_clipping: dmax={dmax}")
+        if self.virtual_batch_size is not None:
+            raise UsageError(
+                f"renorm=True with virtual_batch_size={self.virtual_batch_size}: renorm undoes"
+                " what ghost batches are for; give one of them"
+            )
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> Sequence[int | None]:
         """The shape of the input."""
+        _normalized_axes(self.axis, input_shape)
         return input_shape
 
     def get_config(self) -> dict:
-        """The arguments."""
-        return {
+        """The arguments; ours only where they say something that Keras' layer can't.
+
+        So a layer that does what Keras' does has a config that Keras' takes, and the other way.
+        """
+        config = {
             **super().get_config(),
             "axis": self.axis,
             "momentum": self.momentum,
             "epsilon": self.epsilon,
             "center": self.center,
             "scale": self.scale,
-            "beta_initializer": keras.initializers.serialize(self.beta_initializer),
-            "gamma_initializer": keras.initializers.serialize(self.gamma_initializer),
-            "moving_mean_initializer": keras.initializers.serialize(self.moving_mean_initializer),
-            "moving_variance_initializer": keras.initializers.serialize(
-                self.moving_variance_initializer
-            ),
-            "beta_regularizer": keras.regularizers.serialize(self.beta_regularizer),
-            "gamma_regularizer": keras.regularizers.serialize(self.gamma_regularizer),
-            "beta_constraint": keras.constraints.serialize(self.beta_constraint),
-            "gamma_constraint": keras.constraints.serialize(self.gamma_constraint),
+            "synchronized": self.synchronized,
             "renorm": self.renorm,
             "renorm_clipping": self.renorm_clipping,
             "renorm_momentum": self.renorm_momentum,
-            "synchronized": self.synchronized,
-            "unbiased": self.unbiased,
-            "sync_group_size": self.sync_group_size,
-            "virtual_batch_size": self.virtual_batch_size,
         }
+        for name in ("beta", "gamma", "moving_mean", "moving_variance"):
+            initializer = getattr(self, f"{name}_initializer")
+            config[f"{name}_initializer"] = keras.initializers.serialize(initializer)
+        for name in ("beta", "gamma"):
+            regularizer = getattr(self, f"{name}_regularizer")
+            config[f"{name}_regularizer"] = keras.regularizers.serialize(regularizer)
+            constraint = getattr(self, f"{name}_constraint")
+            config[f"{name}_constraint"] = keras.constraints.serialize(constraint)
+        ours = {name: getattr(self, name) for name in _NOT_IN_KERAS}
+        return config | {name: value for name, value in ours.items() if value}
+
+    @classmethod
+    def from_config(cls, config: dict) -> "BatchNormalization":
+        """Makes the layer of a config, ours or Keras': one without "unbiased" is biased."""
+        return cls(**{"unbiased": False, **config})
+
+
+_NOT_IN_KERAS = ("unbiased", "sync_group_size", "virtual_batch_size")
+
+
+class MergeMovingStatistics(keras.callbacks.Callback):
+    """Merges the replicas' moving statistics in `fit`, `evaluate` and `predict`.
+
+    Before each evaluation and at the end of each epoch; list it before whatever saves.
+    """
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        """Merges for what is saved after an epoch."""
+        self._merge()
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        """Merges for what is saved after training."""
+        self._merge()
+
+    def on_test_begin(self, logs: dict | None = None) -> None:
+        """Merges for the evaluation."""
+        self._merge()
+
+    def on_predict_begin(self, logs: dict | None = None) -> None:
+        """Merges for the prediction."""
+        self._merge()
+
+    def _merge(self) -> None:
+        merge_moving_statistics(self.model, self.model.distribute_strategy)
 
 
 def merge_moving_statistics(
     model: keras.Model, strategy: tf.distribute.Strategy | None = None
 ) -> None:
-    """Gives all replicas the same moving statistics: the mixture's mean and variance.
+    """Gives all replicas the same moving statistics: mean and variance of their mixture.
 
-    Call it from Python, outside strategy.run, before each save and each evaluation. Layers that
+    Call it from Python, outside strategy.run, before each save and each evaluation: layers that
     aren't synchronized keep the statistics of their own replica's batches, and only the first
-    replica's would be saved. One collective for the whole model; nothing at one replica.
+    replica's would be saved. Each replica weighs as much as the values that it has seen since
+    the last merge. One collective for the whole model; nothing to do at one replica.
 
     Args:
       model: with BatchNormalization layers anywhere inside.
@@ -221,36 +510,121 @@ def merge_moving_statistics(
     layers = [
         layer
         for layer in model._flatten_layers()
-        if isinstance(layer, BatchNormalization) and not layer.synchronized
+        if isinstance(layer, BatchNormalization) and layer.built and layer._merge_weight is not None
     ]
     if strategy.num_replicas_in_sync == 1 or not layers:
         return
+    key = (strategy, *map(id, layers))
     merges = _merges.setdefault(model, {})
-    if strategy not in merges:
-        variables = [(layer.moving_mean, layer.moving_variance) for layer in layers]
-        merges[strategy] = tf.function(
-            lambda: strategy.run(functools.partial(_merge_in_replica, variables))
+    if key not in merges:
+        merges[key] = tf.function(
+            lambda: strategy.run(functools.partial(_merge_in_replica, layers)), autograph=False
         )
-    merges[strategy]()
+    merges[key]()
 
 
-# One traced merge for each model and strategy; gone with the model.
+# The traced merges of each model; gone with the model.
 _merges: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def _merge_in_replica(variables: Sequence[tuple[keras.Variable, keras.Variable]]) -> None:
+def _merge_in_replica(layers: Sequence[BatchNormalization]) -> None:
+    states = [layer._replica_state() for layer in layers]
+    doubles = any(t.dtype == tf.float64 for state in states for t in state)
+    dtype = tf.float64 if doubles else tf.float32
+    packed = tf.concat([tf.cast(t, dtype) for state in states for t in state], axis=0)
+    gathered = _gather_replicas(packed)
+    sizes = [t.shape[0] for state in states for t in state]
+    parts = iter(tf.split(gathered, sizes, axis=1))
+    for layer, state in zip(layers, states, strict=True):
+        layer._merge(*(next(parts) for _ in state))
+
+
+def _mixture(
+    weight: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Gives mean and variance [C] of a mixture of R parts, from [R, 1], [R, C] and [R, C].
+
+    In differences from the first part, so that parts that agree come out as they went in, to the
+    bit. Without any weight, all weigh the same.
+    """
+    total = tf.reduce_sum(weight)
+    share = tf.where(total > 0, weight / tf.maximum(total, 1), 1 / weight.shape[0])
+    merged = mean[0] + tf.reduce_sum(share * (mean - mean[0]), axis=0)
+    within = variance[0] + tf.reduce_sum(share * (variance - variance[0]), axis=0)
+    between = tf.reduce_sum(share * tf.square(mean - merged), axis=0)
+    return merged, within + between
+
+
+def _gather_replicas(packed: tf.Tensor, group_size: int | None = None) -> tf.Tensor:
+    """Gives the [P] of each replica of this one's group as [R, P], by one all-reduce.
+
+    Each replica fills a row of its own and leaves the others 0; the sum is then exact, and the
+    same everywhere.
+    """
     context = tf.distribute.get_replica_context()
-    replicas = context.num_replicas_in_sync
-    flat = [tf.cast(v, tf.float64) for pair in zip(*variables, strict=True) for v in pair]
-    packed = tf.concat(flat, axis=0)
-    own = tf.equal(tf.range(replicas), context.replica_id_in_sync_group)
+    replicas, replica = context.num_replicas_in_sync, context.replica_id_in_sync_group
+    group_size = group_size or replicas
+    if replicas % group_size:
+        raise UsageError(
+            f"sync_group_size={group_size} does not divide the {replicas} replicas: give a"
+            " divisor, or None for all of them"
+        )
+    own = tf.equal(tf.range(replicas), replica)
     rows = tf.where(own[:, None], packed[None], tf.zeros([], packed.dtype))
-    rows = context.all_reduce(tf.distribute.ReduceOp.SUM, rows)
-    means, stds = tf.split(rows, 2, axis=1)
-    # Differences from the first replica's, so that merging what agrees changes no bit of it.
-    mean = means[0] + tf.reduce_mean(means - means[0], axis=0)
-    variance = stds[0] + tf.reduce_mean(stds - stds[0] + tf.square(means - mean), axis=0)
-    sizes = [pair[0].shape[0] for pair in variables]
-    for column, merged in enumerate((mean, variance)):
-        for pair, value in zip(variables, tf.split(merged, sizes), strict=True):
-            pair[column].assign(tf.cast(value, pair[column].dtype))
+    rows = _in_order(
+        lambda rows: context.all_reduce(tf.distribute.ReduceOp.SUM, rows), rows, replica
+    )
+    first = replica // group_size * group_size
+    return rows[first : first + group_size]
+
+
+def _in_order(
+    collective: Callable[[tf.Tensor], tf.Tensor], x: tf.Tensor, replica: int | tf.Tensor
+) -> tf.Tensor:
+    """Runs a collective after those before it in this graph.
+
+    Parallel branches would otherwise start theirs in whatever order, another one in each worker,
+    and could wait for each other forever (tensorflow#42111).
+    """
+    if tf.executing_eagerly():
+        return collective(x)
+    name = f"bn_keras/collectives/{tf.get_static_value(replica)}"
+    # A function's graph inherits the collections of the one around it.
+    before = [t for t in x.graph.get_collection(name) if t.graph is x.graph]
+    with tf.control_dependencies(before[-1:]):
+        x = tf.identity(x)
+    result = collective(x)
+    result.graph.add_to_collection(name, result)
+    return result
+
+
+def _per_replica_sum() -> tf.Variable:
+    return tf.Variable(
+        0.0,
+        trainable=False,
+        synchronization=tf.VariableSynchronization.ON_READ,
+        aggregation=tf.VariableAggregation.SUM,
+    )
+
+
+def _normalized_axes(axis: int | Sequence[int], shape: Sequence[int | None]) -> list[int]:
+    """Gives the axes from 0 on and in order."""
+    rank = len(shape)
+    given = [axis] if isinstance(axis, int) else list(axis)
+    if not given or not all(-rank <= a < rank for a in given):
+        raise UsageError(
+            f"axis={axis} is out of bounds for an input of shape {tuple(shape)}: accepted are"
+            f" {-rank} to {rank - 1}"
+        )
+    axes = sorted(a % rank for a in given)
+    if len(set(axes)) < len(axes):
+        raise UsageError(f"axis={axis} names an axis of the input {tuple(shape)} twice")
+    if len(axes) == rank:
+        raise UsageError(
+            f"axis={axis} leaves no axis of the input {tuple(shape)} to take statistics over"
+        )
+    return axes
+
+
+def _flat(variable: keras.Variable) -> tf.Tensor:
+    return tf.reshape(tf.convert_to_tensor(variable), [-1])

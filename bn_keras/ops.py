@@ -1,7 +1,11 @@
 """The batch-normalizing transform as functions of tensors, forward and backward.
 
-Everything here takes activations with the channels last, [N, ..., C], and knows no layer and no
-strategy: what crosses replicas comes in as a callable, `gather`.
+Activations come with the channels last, [N, ..., C]. Nothing here knows a layer or a strategy:
+what crosses replicas comes in as a callable, `gather`.
+
+There are two ways to the same numbers. `_Fused` calls TensorFlow's fused kernels, which pass over
+memory about as rarely as can be; `_Plain` is made of ordinary operations, takes every dtype and
+mask, and is differentiable, so that it also serves as the gradient's gradient.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,10 +13,10 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-# What TensorFlow's fused kernels take; they compute in float32 for all three.
+# What the fused kernels take; they compute in float32 for all three.
 _FUSED_DTYPES = (tf.float16, tf.bfloat16, tf.float32)
 
-# [P] of this replica -> [R, P], the same on each of the R replicas that share their statistics,
+# [P] of this replica -> [R, P] of the R replicas that share their statistics, the same on each,
 # in one collective. Has to be differentiable.
 Gather = Callable[[tf.Tensor], tf.Tensor]
 
@@ -23,8 +27,8 @@ class Moments(NamedTuple):
     Attributes:
       count: [G, 1], or [G, C] where a mask differs by channel: how many values went in.
       mean: [G, C].
-      variance: [G, C], biased: over count, as the paper's Algorithm 1. Where count is 0, so are
-        mean and variance.
+      variance: [G, C], biased: over count, as in Algorithm 1. Bessel's correction is not in it.
+        Where count is 0, so are mean and variance.
     """
 
     count: tf.Tensor
@@ -33,7 +37,7 @@ class Moments(NamedTuple):
 
 
 def statistics_dtype(dtype: tf.DType) -> tf.DType:
-    """The dtype in which activations of a dtype are summed: float32, or float64 for float64."""
+    """Gives the dtype in which activations of a dtype are summed: float32, or their own float64."""
     return tf.float64 if dtype == tf.float64 else tf.float32
 
 
@@ -45,14 +49,17 @@ def normalize(
     beta: tf.Tensor | None,
     epsilon: float,
 ) -> tf.Tensor:
-    """Maps x to gamma * (x - mean) / sqrt(variance + epsilon) + beta, given the statistics.
+    """Maps x to gamma * (x - mean) / sqrt(variance + epsilon) + beta, by given statistics.
 
-    Computed in float32 (float64 for float64) whatever the dtype of x.
+    Computed in float32 (float64 for float64) whatever the dtype of x. Mean and variance are
+    constants to the gradient.
 
     Args:
       x: [N, ..., C] activations.
-      mean, variance: [C].
-      gamma, beta: [C]; None is 1 and 0.
+      mean: [C].
+      variance: [C], >= 0.
+      gamma: [C]; None is 1.
+      beta: [C]; None is 0.
       epsilon: added under the root, > 0.
 
     Returns:
@@ -61,13 +68,11 @@ def normalize(
     Source: Ioffe & Szegedy 2015, Algorithm 1, lines 3 and 4.
     """
     dtype = statistics_dtype(x.dtype)
-    gamma, beta = _or_default(gamma, beta, mean)
+    mean, variance = (tf.stop_gradient(tf.cast(t, dtype)) for t in (mean, variance))
+    gamma, beta = _or_default(gamma, beta, x)
     if x.dtype in _FUSED_DTYPES:
-        return tf.reshape(
-            _fused_inference(_as_images(x), mean, variance, gamma, beta, epsilon), tf.shape(x)
-        )
-    scale = gamma * tf.math.rsqrt(variance + epsilon)
-    return tf.cast((tf.cast(x, dtype) - mean) * scale + beta, x.dtype)
+        return _like(_kernel_inference(_as_images(x), mean, variance, gamma, beta, epsilon), x)
+    return (x - mean) * (gamma * tf.math.rsqrt(variance + epsilon)) + beta
 
 
 def batch_normalize(
@@ -77,24 +82,26 @@ def batch_normalize(
     epsilon: float,
     *,
     mask: tf.Tensor | None = None,
-    num_groups: int | tf.Tensor = 1,
+    group_size: int | None = None,
     gather: Gather | None = None,
 ) -> tuple[tf.Tensor, Moments]:
     """Normalizes x by the statistics of the batch itself.
 
-    Decisions: statistics are in float32, or float64 for float64. The replicas' counts, means and
-    sums of squared deviations are merged, never sums of squares, so that no mean is too large.
-    One collective forward and one backward. The gradients of gamma and beta are this replica's
-    own: adding up the replicas' is the optimizer's business, and doing it here would count it
-    twice. The gradient has a gradient.
+    Decisions: statistics are in float32, or float64 for float64. Parts are merged by count, mean
+    and variance, never by sums of squares, so that no mean is too large. One collective forward
+    and one backward. The gradients of gamma and beta are this replica's own: adding up the
+    replicas' is the optimizer's business, and doing it here would count it twice. The gradient
+    has a gradient.
 
     Args:
       x: [N, ..., C] activations; N may be 0.
-      gamma, beta: [C]; None is 1 and 0.
+      gamma: [C]; None is 1.
+      beta: [C]; None is 0.
       epsilon: added under the root, > 0.
-      mask: True where a value counts, broadcastable to x; None is everywhere. What doesn't count
-        is normalized all the same.
-      num_groups: G, into how many ghost batches of N / G consecutive examples x is split.
+      mask: nonzero where a value counts, of x's rank, each axis as in x or 1; None is everywhere.
+        What doesn't count is normalized all the same.
+      group_size: how many consecutive examples make a ghost batch with statistics of its own; has
+        to divide N. None is all.
       gather: brings the replicas together; None is this replica alone.
 
     Returns:
@@ -102,135 +109,207 @@ def batch_normalize(
 
     Source: Ioffe & Szegedy 2015, Algorithm 1, and the gradients in section 3.
     """
-    dtype = statistics_dtype(x.dtype)
-    channels = tf.ones([tf.shape(x)[-1]], dtype)
-    gamma, beta = _or_default(gamma, beta, channels)
-    weights = None if mask is None else _weights(mask, x, num_groups, dtype)
-    fused = x.dtype in _FUSED_DTYPES and mask is None and _is_one(num_groups)
+    gamma, beta = _or_default(gamma, beta, x)
+    plain = _Plain(epsilon, group_size, gather, mask, x)
+    num_groups = _num_groups(x, group_size)
+    # Splitting takes a number of groups that is known when the graph is built.
+    fusable = x.dtype in _FUSED_DTYPES and mask is None and num_groups
+    transform = _Fused(epsilon, num_groups, gather) if fusable else plain
 
     @tf.custom_gradient
-    def transform(x, gamma, beta):
-        if fused and gather is None:
-            y, moments, reserved = _fused_training(_as_images(x), gamma, beta, epsilon)
-        elif fused:
-            moments = _merge(gather, _fused_training(_as_images(x), gamma, beta, epsilon)[1])
-            y = _fused_inference(
-                _as_images(x), moments.mean[0], moments.variance[0], gamma, beta, epsilon
-            )
-        else:
-            rows = _as_rows(x, num_groups, dtype)
-            moments = _merge(gather, _moments(rows, weights))
-            x_hat = _x_hat(rows, moments, epsilon)
-            y = tf.cast(x_hat * gamma + beta, x.dtype)
-        y = tf.reshape(y, tf.shape(x))
+    def forward(x, gamma, beta):  # noqa: ANN001
+        y, moments, residuals = transform.forward(x, gamma, beta)
 
         @tf.custom_gradient
-        def backward(dy, x, gamma):
-            if fused and gather is None:
-                gradients = _fused_training_backward(
-                    _as_images(dy), _as_images(x), gamma, reserved, epsilon
-                )
-            elif fused:
-                gradients = _fused_synchronized_backward(
-                    _as_images(dy), _as_images(x), gamma, moments, epsilon, gather
-                )
-            else:
-                gradients = _backward(
-                    _as_rows(dy, num_groups, dtype),
-                    _as_rows(x, num_groups, dtype),
-                    gamma,
-                    moments,
-                    weights,
-                    epsilon,
-                    gather,
-                )
-            dx, dgamma, dbeta = gradients
-
+        def backward(dy, x, gamma):  # noqa: ANN001
             def second_order(*upstream):
                 with tf.GradientTape() as tape:
                     tape.watch([dy, x, gamma])
-                    dy_rows = _as_rows(dy, num_groups, dtype)
-                    rows = _as_rows(x, num_groups, dtype)
-                    # Anew from x, since they too change with it.
-                    moments = _merge(gather, _moments(rows, weights))
-                    dx, dgamma, dbeta = _backward(
-                        dy_rows, rows, gamma, moments, weights, epsilon, gather
-                    )
-                    outputs = (tf.cast(tf.reshape(dx, tf.shape(x)), x.dtype), dgamma, dbeta)
+                    # The moments anew from x, since they too change with it.
+                    outputs = plain.backward(dy, x, gamma, plain.moments(x))
                 return tape.gradient(outputs, [dy, x, gamma], upstream)
 
-            return (tf.cast(tf.reshape(dx, tf.shape(x)), x.dtype), dgamma, dbeta), second_order
+            return transform.backward(dy, x, gamma, residuals), second_order
 
         return (y, *moments), lambda dy, *_: backward(dy, x, gamma)
 
-    y, *moments = transform(x, gamma, beta)
+    y, *moments = forward(x, gamma, beta)
     return y, Moments(*map(tf.stop_gradient, moments))
 
 
-# --- What every device and dtype can do. Rows are [G, M, C] in the statistics' dtype.
+class _Plain:
+    """The transform in ordinary operations, on rows [G, M, C] in the statistics' dtype."""
+
+    def __init__(
+        self,
+        epsilon: float,
+        group_size: int | None,
+        gather: Gather | None,
+        mask: tf.Tensor | None,
+        x: tf.Tensor,
+    ) -> None:
+        self._epsilon = epsilon
+        self._group_size = group_size
+        self._gather = gather
+        self._kept = None
+        if mask is not None:
+            like = _dims(x)[:-1] + _dims(mask)[-1:]
+            self._kept = self._rows(tf.broadcast_to(tf.cast(mask, tf.bool), like))
+
+    def forward(
+        self, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor
+    ) -> tuple[tf.Tensor, Moments, Moments]:
+        moments = self.moments(x)
+        scale = gamma * tf.math.rsqrt(moments.variance + self._epsilon)
+        y = (self._float_rows(x) - moments.mean[:, None]) * scale[:, None] + beta
+        return _like(y, x), moments, moments
+
+    def moments(self, x: tf.Tensor) -> Moments:
+        """Takes the corrected two-pass algorithm: a mean, and the mean of what is left."""
+        rows = self._float_rows(x)
+        if self._kept is None:
+            groups, values, _ = _dims(rows)
+            count = tf.fill([groups, 1], tf.cast(values, rows.dtype))
+        else:
+            count = tf.reduce_sum(tf.cast(self._kept, rows.dtype), axis=1)
+        mean = tf.math.divide_no_nan(tf.reduce_sum(self._keep(rows), axis=1), count)
+        deviation = self._keep(rows - mean[:, None])
+        rest = tf.math.divide_no_nan(tf.reduce_sum(deviation, axis=1), count)
+        squares = tf.math.divide_no_nan(tf.reduce_sum(tf.square(deviation), axis=1), count)
+        moments = Moments(count, mean + rest, tf.nn.relu(squares - tf.square(rest)))
+        return _merged(self._gather, moments)
+
+    def backward(
+        self, dy: tf.Tensor, x: tf.Tensor, gamma: tf.Tensor, moments: Moments
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        dy_rows = self._float_rows(dy)
+        deviation_scale = tf.math.rsqrt(moments.variance + self._epsilon)
+        x_hat = (self._float_rows(x) - moments.mean[:, None]) * deviation_scale[:, None]
+        if self._kept is not None:
+            # What doesn't count may be NaN; where its dy is 0 it takes no part.
+            x_hat = tf.where(self._kept | (dy_rows != 0), x_hat, 0.0)
+        dgamma = tf.reduce_sum(dy_rows * x_hat, axis=1)
+        dbeta = tf.reduce_sum(dy_rows, axis=1)
+        mean_dy, mean_dy_x_hat = _shared_means(self._gather, dbeta, dgamma, moments.count)
+        through_moments = self._keep(mean_dy[:, None] + x_hat * mean_dy_x_hat[:, None])
+        dx = (gamma * deviation_scale)[:, None] * (dy_rows - through_moments)
+        return _like(dx, x), tf.reduce_sum(dgamma, axis=0), tf.reduce_sum(dbeta, axis=0)
+
+    def _rows(self, x: tf.Tensor) -> tf.Tensor:
+        dims = _dims(x)
+        if self._group_size is None:
+            return tf.reshape(x, [1, -1, dims[-1]])
+        return tf.reshape(x, [-1, _product([self._group_size, *dims[1:-1]]), dims[-1]])
+
+    def _float_rows(self, x: tf.Tensor) -> tf.Tensor:
+        return tf.cast(self._rows(x), statistics_dtype(x.dtype))
+
+    def _keep(self, rows: tf.Tensor) -> tf.Tensor:
+        return rows if self._kept is None else tf.where(self._kept, rows, 0.0)
 
 
-def _moments(rows: tf.Tensor, weights: tf.Tensor | None) -> Moments:
-    if weights is None:
-        count = tf.cast(tf.shape(rows)[1], rows.dtype) * tf.ones([tf.shape(rows)[0], 1], rows.dtype)
-        kept = rows
-    else:
-        count = tf.reduce_sum(weights, axis=1)
-        kept = tf.where(weights > 0, rows, 0.0)
-    mean = tf.math.divide_no_nan(tf.reduce_sum(kept, axis=1), count)
-    deviation = rows - mean[:, None]
-    if weights is not None:
-        deviation = tf.where(weights > 0, deviation, 0.0)
-    squares = tf.reduce_sum(tf.square(deviation), axis=1)
-    return Moments(count, mean, tf.math.divide_no_nan(squares, count))
+class _Fused:
+    """The transform by TensorFlow's fused kernels, on images [N, H, W, C], a group at a time."""
+
+    def __init__(self, epsilon: float, num_groups: int, gather: Gather | None) -> None:
+        self._epsilon = epsilon
+        self._num_groups = num_groups
+        self._gather = gather
+
+    def forward(
+        self, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor
+    ) -> tuple[tf.Tensor, Moments, object]:
+        groups = self._groups(x)
+        trained = [_kernel_training(images, gamma, beta, self._epsilon) for images in groups]
+        ys, moments, residuals = zip(*trained, strict=True)
+        moments = Moments(*(tf.stack(m) for m in zip(*moments, strict=True)))
+        if self._gather is not None:
+            # The kernel was only asked for the moments.
+            residuals = moments = _merged(self._gather, moments)
+            ys = [
+                _kernel_inference(images, mean, variance, gamma, beta, self._epsilon)
+                for images, mean, variance in self._by_group(groups, *moments[1:])
+            ]
+        return _like(_joined(ys), x), moments, residuals
+
+    def backward(
+        self, dy: tf.Tensor, x: tf.Tensor, gamma: tf.Tensor, residuals: object
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        dys, groups = self._groups(dy), self._groups(x)
+        if self._gather is None:
+            gradients = [
+                _kernel_gradient(dy, images, gamma, reserved, self._epsilon, is_training=True)
+                for dy, (images, *reserved) in zip(dys, residuals, strict=True)
+            ]
+            dxs, dgammas, dbetas = zip(*gradients, strict=True)
+        else:
+            dxs, dgammas, dbetas = self._synchronized_backward(dys, groups, gamma, residuals)
+        return _like(_joined(dxs), x), tf.add_n(dgammas), tf.add_n(dbetas)
+
+    def _synchronized_backward(
+        self,
+        dys: Sequence[tf.Tensor],
+        groups: Sequence[tf.Tensor],
+        gamma: tf.Tensor,
+        moments: Moments,
+    ) -> tuple[list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]:
+        # With the statistics taken for constants, the kernel gives gamma / sigma * dy and this
+        # replica's two sums in one go.
+        gradients = [
+            _kernel_gradient(
+                dy, images, gamma, (mean, variance, []), self._epsilon, is_training=False
+            )
+            for dy, images, mean, variance in self._by_group(dys, groups, *moments[1:])
+        ]
+        direct, dgammas, dbetas = zip(*gradients, strict=True)
+        means = _shared_means(self._gather, tf.stack(dbetas), tf.stack(dgammas), moments.count)
+        scales = -gamma * tf.math.rsqrt(moments.variance + self._epsilon)
+        # What passes through the moments, scale * (mean_dy + x_hat * mean_dy_x_hat), is an affine
+        # map of x_hat, and so a normalization as well.
+        dxs = [
+            dx
+            + _kernel_inference(
+                images, mean, variance, scale * mean_dy_x_hat, scale * mean_dy, self._epsilon
+            )
+            for dx, images, mean, variance, scale, mean_dy, mean_dy_x_hat in self._by_group(
+                direct, groups, *moments[1:], scales, *means
+            )
+        ]
+        return dxs, dgammas, dbetas
+
+    def _groups(self, x: tf.Tensor) -> list[tf.Tensor]:
+        images = _as_images(x)
+        return [images] if self._num_groups == 1 else tf.split(images, self._num_groups)
+
+    def _by_group(self, *parts: tf.Tensor | Sequence[tf.Tensor]) -> zip:
+        unstacked = [
+            tf.unstack(p, self._num_groups) if isinstance(p, tf.Tensor) else p for p in parts
+        ]
+        return zip(*unstacked, strict=True)
 
 
-def _x_hat(rows: tf.Tensor, moments: Moments, epsilon: float) -> tf.Tensor:
-    return (rows - moments.mean[:, None]) * tf.math.rsqrt(moments.variance + epsilon)[:, None]
+# --- What parts of a batch make together.
 
 
-def _backward(
-    dy: tf.Tensor,
-    rows: tf.Tensor,
-    gamma: tf.Tensor,
-    moments: Moments,
-    weights: tf.Tensor | None,
-    epsilon: float,
-    gather: Gather | None,
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    x_hat = _x_hat(rows, moments, epsilon)
-    sum_dy = tf.reduce_sum(dy, axis=1)
-    # A position that doesn't count may hold NaN; with dy = 0 it adds nothing.
-    product = dy * x_hat if weights is None else tf.math.multiply_no_nan(x_hat, dy)
-    sum_dy_x_hat = tf.reduce_sum(product, axis=1)
-    mean_dy, mean_dy_x_hat = _shared_means(sum_dy, sum_dy_x_hat, moments.count, gather)
-    through_moments = mean_dy[:, None] + x_hat * mean_dy_x_hat[:, None]
-    if weights is not None:
-        through_moments = tf.where(weights > 0, through_moments, 0.0)
-    scale = gamma * tf.math.rsqrt(moments.variance + epsilon)
-    dx = scale[:, None] * (dy - through_moments)
-    return dx, tf.reduce_sum(sum_dy_x_hat, axis=0), tf.reduce_sum(sum_dy, axis=0)
-
-
-# --- What crosses replicas.
-
-
-def _merge(gather: Gather | None, moments: Moments) -> Moments:
-    """Merges the replicas' moments: the law of total variance, exact at any mean."""
+def _merged(gather: Gather | None, moments: Moments) -> Moments:
+    """Merges the replicas' moments by the law of total variance, exact at any mean."""
     if gather is None:
         return moments
     count, mean, variance = _gathered(gather, moments)
     total = tf.reduce_sum(count, axis=0)
     share = tf.math.divide_no_nan(count, total)
-    merged_mean = tf.reduce_sum(share * mean, axis=0)
+    rough = tf.reduce_sum(share * mean, axis=0)
+    # Of differences from a rough mean, so that rounding is in proportion to those.
+    merged = rough + tf.reduce_sum(share * (mean - rough), axis=0)
     within = tf.reduce_sum(share * variance, axis=0)
-    between = tf.reduce_sum(share * tf.square(mean - merged_mean), axis=0)
-    return Moments(total, merged_mean, within + between)
+    between = tf.reduce_sum(share * tf.square(mean - merged), axis=0)
+    return Moments(total, merged, within + between)
 
 
 def _shared_means(
-    sum_dy: tf.Tensor, sum_dy_x_hat: tf.Tensor, count: tf.Tensor, gather: Gather | None
+    gather: Gather | None, sum_dy: tf.Tensor, sum_dy_x_hat: tf.Tensor, count: tf.Tensor
 ) -> list[tf.Tensor]:
+    """Gives the means of dy and dy * x_hat over everything that shares its statistics."""
     sums = [sum_dy, sum_dy_x_hat]
     if gather is not None:
         sums = [tf.reduce_sum(s, axis=0) for s in _gathered(gather, sums)]
@@ -240,38 +319,63 @@ def _shared_means(
 def _gathered(gather: Gather, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
     """Gives each tensor with the replicas stacked in front, by a single collective."""
     packed = gather(tf.concat([tf.reshape(t, [-1]) for t in tensors], axis=0))
-    parts = tf.split(packed, [tf.size(t) for t in tensors], axis=1)
+    parts = tf.split(packed, [_product(_dims(t)) for t in tensors], axis=1)
     return [
-        tf.reshape(p, tf.concat([tf.shape(p)[:1], tf.shape(t)], axis=0))
+        tf.reshape(p, [-1, *_dims(t)[:-1], _dims(t)[-1]])
         for p, t in zip(parts, tensors, strict=True)
     ]
 
 
-# --- TensorFlow's fused kernels. Images are [N, H, W, C]; there is one group.
+# --- TensorFlow's fused kernels.
 
 
-def _fused_training(
+def _kernel_training(
     images: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float
-) -> tuple[tf.Tensor, Moments, list[tf.Tensor]]:
-    empty = tf.zeros([0])
-    y, mean, unbiased, *reserved = tf.raw_ops.FusedBatchNormV3(
-        x=images,
-        scale=gamma,
-        offset=beta,
-        mean=empty,
-        variance=empty,
-        epsilon=epsilon,
-        is_training=True,
-    )
-    count = tf.cast(tf.reduce_prod(tf.shape(images)[:-1]), tf.float32)
-    # The kernel applies Bessel's correction to the variance that it returns (not to the one it
-    # normalizes by), with m - 1 no less than 1; and of nothing it returns NaN.
+) -> tuple[tf.Tensor, Moments, tuple]:
+    """Gives y, the moments ([1], [C], [C]), and what the gradient needs: images and reserves."""
+    count = tf.cast(_product(_dims(images)[:-1]), tf.float32)
+
+    def kernel(images: tf.Tensor) -> tuple:
+        return tuple(
+            tf.raw_ops.FusedBatchNormV3(
+                x=images,
+                scale=gamma,
+                offset=beta,
+                mean=[],
+                variance=[],
+                epsilon=epsilon,
+                is_training=True,
+            )
+        )
+
+    def drowns(images: tf.Tensor, shift: tf.Tensor, y: tf.Tensor, *rest: tf.Tensor) -> tf.Tensor:
+        mean, variance, *_ = rest
+        return tf.reduce_any(count * tf.abs(mean) > 2.0**25 * tf.sqrt(variance + epsilon))
+
+    def centered(images: tf.Tensor, shift: tf.Tensor, y: tf.Tensor, *rest: tf.Tensor) -> tuple:
+        mean = rest[0]
+        images = tf.cast(tf.cast(images, tf.float32) - mean, images.dtype)
+        return images, shift + mean, *kernel(images)
+
+    state = (images, tf.zeros_like(gamma), *kernel(images))
+    if not _has_accelerator():
+        # On the CPU the kernel adds up its values one by one in float32: where the sum's spacing
+        # outgrows the deviations, they drown (at 400,000 values, a mean of 300 standard
+        # deviations). The mean, as far as it came, is taken off and all is done again.
+        state = tf.while_loop(drowns, centered, state, maximum_iterations=4)
+    images, shift, y, mean, unbiased, *reserved = state
+    # The kernel applies Bessel's correction to the variance that it returns (not to the one that
+    # it normalizes by), with m - 1 no less than 1; and of nothing it returns NaN.
     variance = unbiased * tf.math.divide_no_nan(tf.maximum(count - 1, 1), count)
-    mean, variance = (tf.where(count > 0, t, 0.0)[None] for t in (mean, variance))
-    return y, Moments(tf.reshape(count, [1, 1]), mean, variance), reserved
+    mean, variance = (tf.where(count > 0, t, 0.0) for t in (mean + shift, variance))
+    return y, Moments(count[None], mean, variance), (images, *reserved)
 
 
-def _fused_inference(
+def _has_accelerator() -> bool:
+    return any(d.device_type != "CPU" for d in tf.config.list_logical_devices())
+
+
+def _kernel_inference(
     images: tf.Tensor,
     mean: tf.Tensor,
     variance: tf.Tensor,
@@ -290,44 +394,11 @@ def _fused_inference(
     )[0]
 
 
-def _fused_training_backward(
+def _kernel_gradient(
     dy: tf.Tensor,
     images: tf.Tensor,
     gamma: tf.Tensor,
     reserved: Sequence[tf.Tensor],
-    epsilon: float,
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    return _fused_gradient(dy, images, gamma, *reserved, epsilon=epsilon, is_training=True)
-
-
-def _fused_synchronized_backward(
-    dy: tf.Tensor,
-    images: tf.Tensor,
-    gamma: tf.Tensor,
-    moments: Moments,
-    epsilon: float,
-    gather: Gather,
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    mean, variance = moments.mean[0], moments.variance[0]
-    # With the statistics taken for constants, the kernel gives gamma / sigma * dy and this
-    # replica's two sums in one go.
-    direct, dgamma, dbeta = _fused_gradient(
-        dy, images, gamma, mean, variance, tf.zeros([0]), epsilon=epsilon, is_training=False
-    )
-    mean_dy, mean_dy_x_hat = _shared_means(dbeta[None], dgamma[None], moments.count, gather)
-    scale = gamma * tf.math.rsqrt(variance + epsilon)
-    # -scale * (mean_dy + x_hat * mean_dy_x_hat) is an affine map of x, so it is a normalization.
-    through_moments = _fused_inference(
-        images, mean, variance, -scale * mean_dy_x_hat[0], -scale * mean_dy[0], epsilon
-    )
-    return direct + through_moments, dgamma, dbeta
-
-
-def _fused_gradient(
-    dy: tf.Tensor,
-    images: tf.Tensor,
-    gamma: tf.Tensor,
-    *reserved: tf.Tensor,
     epsilon: float,
     is_training: bool,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -345,43 +416,78 @@ def _fused_gradient(
     )
 
 
-# --- Shapes.
+# --- Shapes. A dimension is an int where it is known, else a scalar tensor.
+
+
+def channels_last(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
+    """Brings some axes to the end and makes one of them.
+
+    Args:
+      x: of any shape.
+      axes: which, ascending, from 0 on.
+    """
+    rank = x.shape.rank
+    reduced = [a for a in range(rank) if a not in axes]
+    if reduced != list(range(len(reduced))):
+        x = tf.transpose(x, [*reduced, *axes])
+    if len(axes) == 1:
+        return x
+    dims = _dims(x)
+    return tf.reshape(x, [*dims[: len(reduced)], _product(dims[len(reduced) :])])
+
+
+def channels_back(y: tf.Tensor, x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
+    """Undoes channels_last(x, axes) for a y of the same shape."""
+    dims = _dims(x)
+    order = [a for a in range(len(dims)) if a not in axes] + list(axes)
+    if len(axes) > 1:
+        y = tf.reshape(y, [dims[a] for a in order])
+    if order != sorted(order):
+        y = tf.transpose(y, [order.index(a) for a in range(len(order))])
+    return y
+
+
+def _dims(x: tf.Tensor) -> list[int | tf.Tensor]:
+    return [tf.shape(x)[i] if d is None else d for i, d in enumerate(x.shape)]
+
+
+def _product(dims: Sequence[int | tf.Tensor]) -> int | tf.Tensor:
+    product = 1
+    for d in dims:
+        product = product * d
+    return product
 
 
 def _as_images(x: tf.Tensor) -> tf.Tensor:
     """Views [N, ..., C] as [N, H, W, C], which is all that the kernels take."""
-    if x.shape.rank == 4:
+    dims = _dims(x)
+    if len(dims) == 4:
         return x
-    shape = tf.shape(x)
-    middle = tf.reduce_prod(shape[1:-1])
-    images = tf.reshape(x, tf.stack([shape[0], middle, 1, shape[-1]]))
-    images.set_shape([x.shape[0], None, 1, x.shape[-1]])
-    return images
+    if len(dims) < 4:
+        return tf.reshape(x, [dims[0]] + [1] * (4 - len(dims)) + dims[1:])
+    return tf.reshape(x, [dims[0], _product(dims[1:-2]), dims[-2], dims[-1]])
 
 
-def _as_rows(x: tf.Tensor, num_groups: int | tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-    """Views [N, ..., C] as [G, M, C]."""
-    shape = tf.shape(x)
-    rows = tf.reduce_prod(shape[:-1]) // num_groups
-    return tf.cast(tf.reshape(x, tf.stack([num_groups, rows, shape[-1]])), dtype)
+def _like(y: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
+    """Gives y in the shape and dtype of x."""
+    return tf.reshape(tf.cast(y, x.dtype), _dims(x))
 
 
-def _weights(
-    mask: tf.Tensor, x: tf.Tensor, num_groups: int | tf.Tensor, dtype: tf.DType
-) -> tf.Tensor:
-    """Gives the mask as [G, M, 1], or as [G, M, C] where it differs by channel."""
-    per_channel = mask.shape[-1] != 1
-    shape = tf.shape(x) if per_channel else tf.concat([tf.shape(x)[:-1], [1]], axis=0)
-    return _as_rows(tf.broadcast_to(tf.cast(mask, dtype), shape), num_groups, dtype)
+def _joined(parts: Sequence[tf.Tensor]) -> tf.Tensor:
+    return parts[0] if len(parts) == 1 else tf.concat(parts, axis=0)
+
+
+def _num_groups(x: tf.Tensor, group_size: int | None) -> int:
+    """Gives the number of ghost batches, 0 where it isn't known."""
+    if group_size is None:
+        return 1
+    return (x.shape[0] or 0) // group_size
 
 
 def _or_default(
-    gamma: tf.Tensor | None, beta: tf.Tensor | None, like: tf.Tensor
+    gamma: tf.Tensor | None, beta: tf.Tensor | None, x: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    gamma = tf.ones_like(like) if gamma is None else tf.cast(gamma, like.dtype)
-    beta = tf.zeros_like(like) if beta is None else tf.cast(beta, like.dtype)
+    dtype, channels = statistics_dtype(x.dtype), x.shape[-1]
+    gamma = tf.ones([channels], dtype) if gamma is None else tf.cast(gamma, dtype)
+    beta = tf.zeros([channels], dtype) if beta is None else tf.cast(beta, dtype)
     return gamma, beta
-
-
-def _is_one(num_groups: int | tf.Tensor) -> bool:
-    return isinstance(num_groups, int) and num_groups == 1
