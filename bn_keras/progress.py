@@ -31,7 +31,7 @@ class Progress:
             total=steps,
             disable=not self._terminal,
             dynamic_ncols=True,
-            bar_format="{desc} |{bar:12}| {n_fmt}/{total_fmt}{postfix}, {remaining} left",
+            bar_format="{desc} |{bar:12}| step {n_fmt}/{total_fmt}{postfix}, {remaining} left",
         )
 
     def building(self) -> None:

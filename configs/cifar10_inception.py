@@ -20,6 +20,8 @@ def get_config() -> ConfigDict:
     config.data.shuffle = "examples"
     config.model.width = 0.25
     config.model.stem = "cifar"
+    # Remembers ten steps: with 0.99 a short run would show the lag of the average for its first
+    # hundred steps and more, and not the network.
     config.batch_norm.momentum = 0.9
     config.schedule.base_rate = 0.01
     config.train.steps = 1500

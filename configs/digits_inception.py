@@ -1,6 +1,16 @@
 """Inception in miniature on scikit-learn's digits, which come with it: 8x8 pixels, 10 classes.
 
-python -m launch.train --config=configs/digits_inception.py --workdir=runs/digits_inception
+    python -m launch.train --config=configs/digits_inception.py --workdir=runs/digits_inception
+
+About half a minute on 2 cores; 97.7% validation accuracy (mean over 3 seeds). The initialization
+and the base rate are Inception's best of
+
+    python -m launch.search --config=configs/digits_inception.py --workdir=runs/search \\
+        --base_rates=0.003,0.005,0.01,0.02
+
+where the rates 0.003 and 0.01 tie in accuracy (97.8% and 97.7%) and 0.01 has half the training
+loss; with Glorot weights the accuracy stayed below 92% at any rate. The other networks' rates are
+the paper's multiples of it.
 """
 
 from ml_collections import ConfigDict
@@ -20,9 +30,10 @@ def get_config() -> ConfigDict:
     config.data.shuffle = "examples"
     config.model.width = 0.125
     config.model.stem = "digits"
+    # Remembers ten steps: with 0.99 a short run would show the lag of the average for its first
+    # hundred steps and more, and not the network.
     config.batch_norm.momentum = 0.9
     config.schedule.base_rate = 0.01
-    config.schedule.decay_epochs = 8.0
     config.train.steps = 600
     config.train.steps_per_loop = 20
     config.evaluation.every_steps = 20
