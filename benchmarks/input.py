@@ -1,0 +1,171 @@
+"""What the input costs: next to a small network's step, and in images/s from real photographs.
+
+    python benchmarks/input.py [folder]
+
+The folder may hold `tfds/mnist`, prepared by TFDS (else the digits are taken), and
+`imagenet_manual` with ImageNet's archives, or a sample of them in the same layout, which are
+prepared in a temporary folder (else that part is left out).
+"""
+
+import os
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from bn_keras.data import images as images_lib
+from bn_keras.data import pipeline
+from configs import default, mnist_bn
+
+STEPS, ROUNDS = 500, 15
+PHOTOGRAPH_BATCHES, PHOTOGRAPH_ROUNDS = 40, 3
+STRATEGY = tf.distribute.get_strategy()
+
+
+def main(folder):
+    small_network(folder)
+    if (folder / "imagenet_manual").is_dir():
+        with tempfile.TemporaryDirectory() as data_dir:
+            photographs(folder / "imagenet_manual", data_dir)
+    else:
+        print("photographs: left out, no folder with imagenet_manual was given")
+
+
+def small_network(folder):
+    """A step of the section 4.1 network alone, and fed."""
+    config = mnist_bn.get_config().data.copy_and_resolve_references()
+    if (folder / "tfds" / "mnist").is_dir():
+        config.data_dir = str(folder / "tfds")
+    else:
+        config.update({"name": "digits", "validation_split": "validation"})
+    data = pipeline.open_data(config, seed=0)
+    batches = iter(data.train_batches(STRATEGY, 60))
+    train_step = mlp_step(data.input_shape)
+    constant = next(batches)
+
+    @tf.function
+    def bare(steps):
+        for _ in tf.range(steps):
+            STRATEGY.run(train_step, args=constant)
+
+    @tf.function
+    def fed(steps):
+        for _ in tf.range(steps):
+            STRATEGY.run(train_step, args=next(batches))
+
+    # Taking turns, so that a slow moment of the machine hits both.
+    seconds = {bare: [], fed: []}
+    for loop in seconds:
+        loop(tf.constant(STEPS))
+    for _ in range(ROUNDS):
+        for loop, times in seconds.items():
+            begin = time.perf_counter()
+            loop(tf.constant(STEPS))
+            times.append(time.perf_counter() - begin)
+    print(f"{config.name}, batch 60, three layers of 100 sigmoids:")
+    for name, times in zip(("one constant batch", "fed"), seconds.values(), strict=True):
+        print(f"{name:40}{1e6 * statistics.median(times) / STEPS:6.0f} us/step")
+    ratio = statistics.median(f / b for b, f in zip(*seconds.values(), strict=True))
+    print(f"{'fed / constant':40}{ratio:6.2f}")
+
+
+def mlp_step(input_shape):
+    """A training step in plain TensorFlow, so that the least possible hides the input."""
+    sizes = [input_shape[0] * input_shape[1], 100, 100, 100, 10]
+    kernels = [
+        tf.Variable(tf.random.stateless_normal(shape, [0, 0]) * 0.05)
+        for shape in zip(sizes, sizes[1:], strict=False)
+    ]
+    biases = [tf.Variable(tf.zeros([size])) for size in sizes[1:]]
+    variables = kernels + biases
+    velocities = [tf.Variable(tf.zeros_like(variable)) for variable in variables]
+    total = tf.Variable(0.0)
+
+    def step(images, labels):
+        with tf.GradientTape() as tape:
+            x = tf.reshape(images, [images.shape[0], -1])
+            for kernel, bias in zip(kernels[:-1], biases[:-1], strict=True):
+                x = tf.sigmoid(x @ kernel + bias)
+            logits = x @ kernels[-1] + biases[-1]
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+            loss = tf.reduce_mean(losses)
+        gradients = tape.gradient(loss, variables)
+        for variable, velocity, gradient in zip(variables, velocities, gradients, strict=True):
+            variable.assign_sub(0.01 * velocity.assign(0.9 * velocity + gradient))
+        total.assign_add(loss)
+
+    return step
+
+
+def photographs(manual_dir, data_dir):
+    """Images/s with every distortion on, against the usual input without any."""
+    import keras_cv
+
+    tfds.disable_progress_bar()
+    builder = tfds.builder("imagenet2012", data_dir=data_dir)
+    download = tfds.download.DownloadConfig(manual_dir=manual_dir, num_shards=4)
+    builder.download_and_prepare(download_config=download)
+    config = default.get_config().data.copy_and_resolve_references()
+    config.update({"data_dir": data_dir, "shuffle": "examples"})
+    plain = config.copy_and_resolve_references()
+    plain.distortion = 0.0
+    jitter = keras_cv.layers.RandomColorJitter((0, 255), 32 / 255, 0.5, (0.25, 0.75), 0.2)
+    datasets = {
+        "decode_and_crop_jpeg + resize + flip": usual(builder),
+        "the same + keras_cv.RandomColorJitter": usual(builder).map(
+            lambda images, labels: (jitter(images, training=True), labels)
+        ),
+        "bn_keras, no distortion": train_batches(plain),
+        "bn_keras, full distortion": train_batches(config),
+    }
+    rates = {name: [] for name in datasets}
+    for _ in range(PHOTOGRAPH_ROUNDS):
+        for name, dataset in datasets.items():
+            rates[name].append(images_per_second(dataset))
+    for name, values in rates.items():
+        ratio = statistics.median(
+            value / usual for value, usual in zip(values, next(iter(rates.values())), strict=True)
+        )
+        print(f"{name:40}{statistics.median(values):6.0f} images/s{ratio:6.2f}")
+
+
+def images_per_second(dataset):
+    """Of a pipeline that runs alone, from cold buffers to cold buffers but for its first batch."""
+    batches = iter(dataset)
+    next(batches)
+    begin = time.perf_counter()
+    for _ in range(PHOTOGRAPH_BATCHES):
+        next(batches)
+    return PHOTOGRAPH_BATCHES * 32 / (time.perf_counter() - begin)
+
+
+def train_batches(config):
+    return pipeline.open_data(config, seed=0).train_batches(STRATEGY, 32)
+
+
+def usual(builder):
+    """What one writes by hand: TensorFlow's defaults throughout."""
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    examples = builder.as_dataset(split="train", decoders=decoders, shuffle_files=True)
+
+    def decode(example):
+        height, width, _ = tf.unstack(tf.io.extract_jpeg_shape(example["image"]))
+        window = images_lib.inception_windows(tf.random.uniform([1, 4]), height, width)[0]
+        image = tf.io.decode_and_crop_jpeg(example["image"], window, channels=3)
+        image = tf.image.resize(image, (224, 224))
+        return tf.image.random_flip_left_right(image), example["label"]
+
+    examples = examples.shuffle(300).repeat().map(decode, num_parallel_calls=tf.data.AUTOTUNE)
+    return examples.batch(32, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "."))
