@@ -1,0 +1,287 @@
+"""The transform against the paper in float64, and its gradients against finite differences."""
+
+import numpy as np
+import pytest
+import reference
+import tensorflow as tf
+
+from bn_keras import ops
+
+EPSILON = 1e-3
+TOLERANCE = {"float64": 1e-12, "float32": 3e-6, "float16": 4e-3, "bfloat16": 3e-2}
+
+
+def _parameters(channels, rng):
+    return rng.uniform(0.5, 2, channels), rng.normal(size=channels)
+
+
+def _close(actual, expected, tolerance):
+    expected = np.asarray(expected, np.float64)
+    scale = max(np.abs(expected).max(initial=0), 1e-6)
+    actual = np.asarray(tf.cast(actual, tf.float64))
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual / scale, expected / scale, rtol=0, atol=tolerance)
+
+
+def _run(x, gamma, beta, dy, **kwargs):
+    """y, moments, and the gradients of x, gamma, beta, from within a tf.function."""
+
+    @tf.function
+    def run(x, gamma, beta, dy):
+        with tf.GradientTape() as tape:
+            tape.watch([x, gamma, beta])
+            y, moments = ops.batch_normalize(x, gamma, beta, EPSILON, **kwargs)
+        return y, moments, tape.gradient(y, [x, gamma, beta], dy)
+
+    parameters = [tf.cast(p, ops.statistics_dtype(x.dtype)) for p in (gamma, beta)]
+    return run(x, *parameters, tf.cast(dy, x.dtype))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(16, 3), (6, 5, 3), (4, 3, 5, 2), (2, 3, 2, 4, 3)])
+def test_values_and_gradients_are_the_papers(shape, dtype):
+    rng = np.random.default_rng(0)
+    x = tf.cast(rng.normal(2, 3, shape), dtype)
+    dy = tf.cast(rng.normal(size=shape), dtype)
+    gamma, beta = _parameters(shape[-1], rng)
+    y, moments, gradients = _run(x, gamma, beta, dy)
+    exact_x, exact_dy = (np.asarray(tf.cast(t, tf.float64)) for t in (x, dy))
+    expected = reference.batch_normalize(exact_x, gamma, beta, EPSILON)
+    tolerance = TOLERANCE[dtype]
+    assert y.dtype == dtype
+    _close(y, expected[0], tolerance)
+    # Whatever the activations are, the statistics are float32 at least.
+    assert moments.mean.dtype == ("float64" if dtype == "float64" else "float32")
+    _close(moments.mean[0], expected[1], min(tolerance, 3e-6))
+    _close(moments.variance[0], expected[2], min(tolerance, 3e-6))
+    assert moments.count[0] == x.shape.num_elements() // shape[-1]
+    exact = reference.gradients(exact_dy, exact_x, gamma, EPSILON)
+    for actual, wanted in zip(gradients, exact, strict=True):
+        _close(actual, wanted, 10 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_normalize_is_the_affine_map(dtype):
+    rng = np.random.default_rng(1)
+    x = tf.cast(rng.normal(size=(4, 3, 5, 2)), dtype)
+    mean, variance = rng.normal(size=2), rng.uniform(0.1, 2, 2)
+    gamma, beta = _parameters(2, rng)
+    y = ops.normalize(x, mean, variance, gamma, beta, EPSILON)
+    exact = np.asarray(tf.cast(x, tf.float64))
+    _close(y, gamma * (exact - mean) / np.sqrt(variance + EPSILON) + beta, TOLERANCE[dtype])
+    assert y.dtype == dtype
+
+
+def _mask(shape, rng):
+    return (rng.random((*shape[:-1], 1)) < 0.6).astype(np.float32)
+
+
+def _gather_of_one(packed):
+    return packed[None]
+
+
+PATHS = {
+    "fused": {},
+    "synchronized": {"gather": _gather_of_one},
+    "ghost": {"group_size": 2},
+    "ghost, synchronized": {"group_size": 2, "gather": _gather_of_one},
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_path_takes_the_same_statistics(path, masked):
+    rng = np.random.default_rng(2)
+    shape, options = (6, 3, 2, 4), PATHS[path]
+    x, dy = (tf.cast(rng.normal(1, 2, shape), tf.float32) for _ in range(2))
+    gamma, beta = _parameters(4, rng)
+    mask = _mask(shape, rng) if masked else None
+    y, moments, gradients = _run(x, gamma, beta, dy, mask=mask, **options)
+    size = options.get("group_size", 6)
+    groups = [slice(i, i + size) for i in range(0, 6, size)]
+    parts = [mask if mask is None else np.broadcast_to(mask, shape)[g] for g in groups]
+    expected = [
+        reference.batch_normalize(x[g], gamma, beta, EPSILON, mask=m)
+        for g, m in zip(groups, parts, strict=True)
+    ]
+    _close(y, np.concatenate([e[0] for e in expected]), 3e-6)
+    for i in (1, 2):
+        _close(moments[i], np.stack([e[i] for e in expected]), 3e-6)
+    exact = [
+        reference.gradients(dy[g], x[g], gamma, EPSILON, mask=m)
+        for g, m in zip(groups, parts, strict=True)
+    ]
+    _close(gradients[0], np.concatenate([e[0] for e in exact]), 3e-5)
+    for i in (1, 2):
+        _close(gradients[i], sum(e[i] for e in exact), 3e-5)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("options", ["fused", "synchronized", "ghost", "masked", "float64"])
+def test_second_order_gradients_by_finite_differences(options, graph):
+    """Of a function of dx, dgamma and dbeta, for every input that they depend on."""
+    rng = np.random.default_rng(3)
+    shape = (4, 3, 2)
+    # The fused kernels have no float64: the differences are taken in float64, whose gradient
+    # is compared, and the float32 paths are held against it.
+    kwargs = dict(PATHS.get(options, {}))
+    if options == "masked":
+        kwargs["mask"] = _mask(shape, rng)
+    inputs = [rng.normal(size=shape), *_parameters(2, rng), rng.normal(size=shape)]
+    probes = [rng.normal(size=s) for s in (shape, (2,), (2,))]
+
+    def objective(x, gamma, beta, dy):
+        with tf.GradientTape() as tape:
+            tape.watch([x, gamma, beta])
+            y, _ = ops.batch_normalize(x, gamma, beta, EPSILON, **kwargs)
+            loss = tf.reduce_sum(y * dy + tf.sin(y))
+        gradients = tape.gradient(loss, [x, gamma, beta])
+        return tf.add_n(
+            [
+                tf.reduce_sum(tf.cast(p, g.dtype) * g**2)
+                for p, g in zip(probes, gradients, strict=True)
+            ]
+        )
+
+    def second(dtype):
+        def gradient(*tensors):
+            with tf.GradientTape() as tape:
+                tape.watch(tensors)
+                value = objective(*tensors)
+            return tape.gradient(value, tensors)
+
+        tensors = [tf.constant(i, dtype) for i in inputs]
+        return (tf.function(gradient) if graph else gradient)(*tensors)
+
+    def difference(index, direction, step=1e-5):
+        moved = [
+            [i + s * step * direction if n == index else i for n, i in enumerate(inputs)]
+            for s in (1, -1)
+        ]
+        values = [float(objective(*map(tf.constant, m))) for m in moved]
+        return (values[0] - values[1]) / (2 * step)
+
+    exact = second(tf.float64)
+    for index, gradient in enumerate(exact):
+        direction = rng.normal(size=inputs[index].shape)
+        expected = difference(index, direction)
+        assert np.sum(gradient.numpy() * direction) == pytest.approx(expected, rel=2e-6)
+    if options != "float64":
+        for actual, wanted in zip(second(tf.float32), exact, strict=True):
+            _close(actual, wanted, 3e-4)
+
+
+@pytest.mark.parametrize("options", ["fused", "synchronized", "masked"])
+@pytest.mark.parametrize("mean", [0.0, 1e2, 1e4])
+def test_large_means_cost_no_more_than_float32_itself(options, mean):
+    rng = np.random.default_rng(4)
+    x = (mean + rng.normal(size=(64, 7, 7, 3))).astype(np.float32)
+    kwargs = dict(PATHS.get(options, {}))
+    if options == "masked":
+        kwargs["mask"] = np.ones((1, 1, 1, 1))
+    y, moments = ops.batch_normalize(x, None, None, EPSILON, **kwargs)
+    expected = reference.batch_normalize(x, 1.0, 0.0, EPSILON)
+    # float32 rounds the mean itself by this much, and the kernel adds up 3,000 values.
+    spacing = 16 * mean * 2**-24
+    np.testing.assert_allclose(y, expected[0], atol=1e-5 + spacing)
+    np.testing.assert_allclose(moments.variance[0], expected[2], rtol=1e-5 + spacing**2)
+
+
+@pytest.mark.parametrize("mean", [1e3, 1e4, 1e6])
+@pytest.mark.parametrize("synchronized", [False, True])
+def test_means_do_not_drown_the_sums_of_a_large_batch(mean, synchronized):
+    """400,000 values added up one by one in float32 miss a mean of 1e4 by 12: Keras' layer does."""
+    rng = np.random.default_rng(5)
+    x = (mean + rng.normal(size=(32, 112, 112, 1))).astype(np.float32)
+    gather = _gather_of_one if synchronized else None
+    y, moments, _ = _run(tf.constant(x), np.ones(1), np.zeros(1), x - mean, gather=gather)
+    expected = reference.batch_normalize(x, 1.0, 0.0, EPSILON)
+    np.testing.assert_allclose(moments.variance[0], expected[2], rtol=1e-3)
+    np.testing.assert_allclose(y, expected[0], atol=2e-3 + 4 * mean * 2**-24)
+
+
+def test_tiny_variances_keep_their_digits():
+    rng = np.random.default_rng(6)
+    x = (1 + 1e-4 * rng.normal(size=(256, 4))).astype(np.float32)
+    y, moments = ops.batch_normalize(x, None, None, 1e-10)
+    expected = reference.batch_normalize(x, 1.0, 0.0, 1e-10)
+    # The mean is off by a few times 2**-24, that is 0.2% of the deviations.
+    np.testing.assert_allclose(moments.variance[0], expected[2], rtol=1e-4)
+    np.testing.assert_allclose(y, expected[0], atol=5e-3)
+
+
+@pytest.mark.parametrize("options", [*PATHS, "masked"])
+def test_nothing_is_no_nan(options):
+    kwargs = dict(PATHS.get(options, {}))
+    x = tf.zeros([0 if options != "masked" else 4, 3, 2])
+    if options == "masked":
+        kwargs["mask"] = np.zeros((4, 3, 1))
+    y, moments, gradients = _run(x, np.ones(2), np.zeros(2), x, **kwargs)
+    for t in (y, *moments, *gradients):
+        assert np.isfinite(t).all()
+    assert y.shape == x.shape
+    assert tf.reduce_sum(moments.count) == 0
+
+
+def test_what_is_masked_may_be_nan():
+    """NaN where the mask is off stays there: neither statistics nor gradients see it."""
+    rng = np.random.default_rng(7)
+    shape = (6, 4, 3)
+    mask = _mask(shape, rng)
+    x = np.where(mask > 0, rng.normal(size=shape), np.nan).astype(np.float32)
+    dy = (rng.normal(size=shape) * mask).astype(np.float32)
+    y, moments, gradients = _run(tf.constant(x), np.ones(3), np.zeros(3), dy, mask=mask)
+    valid = np.nan_to_num(x)
+    expected = reference.batch_normalize(valid, 1.0, 0.0, EPSILON, mask=mask)
+    _close(moments.mean[0], expected[1], 3e-6)
+    _close(tf.where(mask > 0, y, 0.0), expected[0] * mask, 3e-6)
+    exact = reference.gradients(dy, valid, np.ones(3), EPSILON, mask=mask)
+    _close(tf.where(mask > 0, gradients[0], 0.0), exact[0] * mask, 3e-5)
+    _close(gradients[1], exact[1], 3e-5)
+
+
+def test_a_dynamic_batch_gives_what_a_static_one_does():
+    rng = np.random.default_rng(8)
+    x, dy = (rng.normal(size=(6, 3, 2)).astype(np.float32) for _ in range(2))
+    for options in PATHS.values():
+
+        @tf.function(input_signature=[tf.TensorSpec([None, None, 2])] * 2)
+        def dynamic(x, dy, options=options):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y, moments = ops.batch_normalize(x, None, None, EPSILON, **options)
+            return y, moments, tape.gradient(y, x, dy)
+
+        y, moments, (dx, *_) = _run(tf.constant(x), np.ones(2), np.zeros(2), dy, **options)
+        for actual, expected in zip(
+            tf.nest.flatten(dynamic(x, dy)), [y, *moments, dx], strict=True
+        ):
+            _close(actual, expected, 3e-6)
+
+
+def test_xla_compiles_forward_and_backward():
+    rng = np.random.default_rng(9)
+    x, dy = (tf.constant(rng.normal(size=(4, 3, 3, 2)), tf.float32) for _ in range(2))
+    for options in (*PATHS.values(), {"mask": _mask(x.shape, rng)}):
+
+        def run(x, dy, options=options):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y, moments = ops.batch_normalize(x, None, None, EPSILON, **options)
+            return y, moments, tape.gradient(y, x, dy)
+
+        compiled = tf.function(run, jit_compile=True)(x, dy)
+        for actual, expected in zip(
+            tf.nest.flatten(compiled), tf.nest.flatten(run(x, dy)), strict=True
+        ):
+            _close(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize("axes", [[1], [3], [1, 2, 3], [0, 2]])
+def test_channels_last_and_back(axes):
+    x = tf.reshape(tf.range(120), [2, 3, 4, 5])
+    moved = ops.channels_last(x, axes)
+    reduced = tuple(a for a in range(4) if a not in axes)
+    expected = np.sum(x, reduced).reshape(-1)
+    np.testing.assert_array_equal(np.sum(moved, tuple(range(len(reduced)))), expected)
+    np.testing.assert_array_equal(ops.channels_back(moved, x, axes), x)
