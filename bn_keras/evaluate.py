@@ -38,7 +38,6 @@ def evaluate_workdir(workdir: str, config: ConfigDict | None = None) -> dict[str
         )
     strategy = distribution.make_strategy(**config.distribution)
     data = pipeline.open_data(config.data, seed=config.seed)
-    keras.config.set_dtype_policy(config.train.precision)
     with strategy.scope():
         model = models.from_config(config, data.input_shape, data.num_classes)
     checkpoints = Checkpoints(run.checkpoints, model, None, strategy)

@@ -51,7 +51,6 @@ def train_and_evaluate(
     data = pipeline.open_data(config.data, seed=config.seed)
 
     keras.utils.set_random_seed(config.seed)
-    keras.config.set_dtype_policy(config.train.precision)
     with strategy.scope():
         model = models.from_config(config, data.input_shape, data.num_classes)
         optimizer = keras.optimizers.SGD(
@@ -91,8 +90,7 @@ def train_and_evaluate(
             loss, accuracy, finite_steps = trainer.train(batches, stop - step)
             images_per_second = (stop - step) * global_batch_size / (time.perf_counter() - began)
             if finite_steps < stop - step:
-                metrics.write(step + finite_steps + 1, {Workdir.DIVERGED: True})
-                raise _diverged("loss", step + finite_steps + 1, rate, checkpoints)
+                raise _diverged("loss", step + finite_steps + 1, rate, checkpoints, metrics)
             step = stop
             values = {
                 "train/loss": loss,
@@ -108,7 +106,7 @@ def train_and_evaluate(
                 progress.evaluated(step, validation["accuracy"])
             if step % config.checkpoint.every_steps == 0 or step == steps:
                 if not _is_finite(model):
-                    raise _diverged("network", step, rate, checkpoints)
+                    raise _diverged("network", step, rate, checkpoints, metrics)
                 checkpoints.save(step)
         last = _named("validation", evaluate())
         metrics.write(step, last | {Workdir.FINISHED: _digest(model, optimizer)})
@@ -242,12 +240,6 @@ def _check(config: ConfigDict) -> None:
         section, name = key.split(".")
         if not config[section][name] >= 0:
             raise UsageError(f"{key} is {config[section][name]}: it has to be 0 or more")
-    precisions = ("float32", "mixed_bfloat16")
-    if config.train.precision not in precisions:
-        raise UsageError(
-            f"unknown train.precision {config.train.precision!r}: accepted are"
-            f" {', '.join(precisions)}"
-        )
 
 
 def _next_stop(step: int, config: ConfigDict) -> int:
@@ -264,7 +256,10 @@ def _is_finite(model: keras.Model) -> bool:
     return all(np.isfinite(v.numpy()).all() for v in model.trainable_variables)
 
 
-def _diverged(what: str, step: int, rate: float, checkpoints: Checkpoints) -> TrainingDivergedError:
+def _diverged(
+    what: str, step: int, rate: float, checkpoints: Checkpoints, metrics: MetricsWriter
+) -> TrainingDivergedError:
+    metrics.write(step, {Workdir.DIVERGED: True})
     good = f"the last good checkpoint is {checkpoints.latest}"
     return TrainingDivergedError(
         f"the {what} is not finite at step {step} (learning rate {rate:.6g});"

@@ -190,6 +190,29 @@ def test_divergence_after_a_checkpoint_names_it(tmp_path, monkeypatch):
         train_and_evaluate(config, tmp_path)
 
 
+def test_a_network_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
+    train = Trainer.train
+
+    def overflowing(self, batches, num_steps):
+        result = train(self, batches, num_steps)
+        if int(self.optimizer.iterations) > 25:
+            self.model.trainable_variables[0].assign(self.model.trainable_variables[0] * np.inf)
+        return result
+
+    monkeypatch.setattr(Trainer, "train", overflowing)
+    config = small_mlp(**{"train.steps": 30})
+    with pytest.raises(TrainingDivergedError, match="the network is not finite at step 30"):
+        train_and_evaluate(config, tmp_path)
+    assert [p.stem for p in (tmp_path / "checkpoints").glob("*.index")] == ["step-25"]
+    assert Workdir(tmp_path).read_metrics()[-1]["diverged"]
+
+
+def test_mixed_precision_trains_and_leaves_keras_as_it_was(tmp_path):
+    config = small_mlp(**{"train.precision": "mixed_bfloat16"})
+    assert train_and_evaluate(config, tmp_path)["validation/accuracy"] > 0.8
+    assert keras.config.dtype_policy().name == "float32"
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [

@@ -13,7 +13,7 @@ __all__ = ["BNInception", "SigmoidMLP", "from_config"]
 
 
 def from_config(config: ConfigDict, input_shape: Sequence[int], classes: int) -> keras.Model:
-    """Builds the network that config.model and config.batch_norm describe.
+    """Builds the network of config.model and config.batch_norm, in config.train.precision.
 
     Args:
       config: as configs/default.py.
@@ -23,24 +23,47 @@ def from_config(config: ConfigDict, input_shape: Sequence[int], classes: int) ->
     Raises:
       UsageError: an unknown name, or a value that the network can't take.
     """
-    options = dict(
-        variant=config.model.variant,
-        classes=classes,
-        input_shape=input_shape,
-        kernel_initializer=_initializer(config.model),
-        **config.batch_norm,
-    )
-    if config.model.name == "inception":
-        return BNInception(
-            **options,
-            width=config.model.width,
-            stem=config.model.stem,
-            dropout=config.model.dropout,
-            local_response_normalization=config.model.local_response_normalization,
+    build = _BUILDERS.get(config.model.name)
+    if build is None:
+        raise UsageError(
+            f"unknown model.name {config.model.name!r}: accepted are {', '.join(_BUILDERS)}"
         )
-    if config.model.name == "mlp":
-        return SigmoidMLP(**options)
-    raise UsageError(f"unknown model.name {config.model.name!r}: accepted are inception, mlp")
+    if config.train.precision not in _PRECISIONS:
+        raise UsageError(
+            f"unknown train.precision {config.train.precision!r}: accepted are"
+            f" {', '.join(_PRECISIONS)}"
+        )
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(config.train.precision)
+    try:
+        return build(
+            config.model,
+            variant=config.model.variant,
+            classes=classes,
+            input_shape=input_shape,
+            kernel_initializer=_initializer(config.model),
+            **config.batch_norm,
+        )
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def _inception(model: ConfigDict, **options: object) -> keras.Model:
+    return BNInception(
+        **options,
+        width=model.width,
+        stem=model.stem,
+        dropout=model.dropout,
+        local_response_normalization=model.local_response_normalization,
+    )
+
+
+def _mlp(model: ConfigDict, **options: object) -> keras.Model:
+    return SigmoidMLP(**options)
+
+
+_BUILDERS = {"inception": _inception, "mlp": _mlp}
+_PRECISIONS = ("float32", "mixed_bfloat16")
 
 
 def _initializer(model: ConfigDict) -> keras.initializers.Initializer:
