@@ -1,28 +1,20 @@
 """Runs that belong together: each is made once, and one that diverges stops none of the others."""
 
 import pytest
+from small import small_mlp
 
 from bn_keras import experiment
 from bn_keras.errors import UsageError
 from bn_keras.workdir import Workdir
-from configs import mnist_bn
 
-
-def small(**overrides):
-    config = mnist_bn.get_config().copy_and_resolve_references()
-    config.data.name = "digits"
-    config.data.validation_split = "validation"
-    config.train.steps = 4
-    config.evaluation.global_batch_size = 100
-    config.update_from_flattened_dict(overrides)
-    return config
+FEW = {"train.steps": 4}
 
 
 def test_every_run_is_made_once_and_divergence_is_a_result(tmp_path, monkeypatch):
     configs = {
-        "Good One": small(),
-        "bad": small(**{"model.variant": "baseline", "schedule.base_rate": 1e38}),
-        "good-two": small(seed=1),
+        "Good One": small_mlp(**FEW),
+        "bad": small_mlp(**FEW, **{"model.variant": "baseline", "schedule.base_rate": 1e38}),
+        "good-two": small_mlp(**FEW, seed=1),
     }
     first = experiment.run_all(configs, tmp_path)
     assert [run.title for run in first] == list(configs)
@@ -38,4 +30,4 @@ def test_every_run_is_made_once_and_divergence_is_a_result(tmp_path, monkeypatch
 
 def test_what_cannot_be_meant_is_not_taken_for_divergence(tmp_path):
     with pytest.raises(UsageError, match="tiny"):
-        experiment.run_all({"wrong": small(**{"data.crop": "tiny"})}, tmp_path)
+        experiment.run_all({"wrong": small_mlp(**{"data.crop": "tiny"})}, tmp_path)

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from small import small_mlp
 
 from bn_keras.data import pipeline
 from bn_keras.errors import TrainingDivergedError, UsageError
@@ -13,23 +14,7 @@ from bn_keras.evaluate import evaluate_workdir
 from bn_keras.models import SigmoidMLP, inception
 from bn_keras.train import Trainer, train_and_evaluate
 from bn_keras.workdir import Workdir
-from configs import default, digits_bn_x5, mnist_bn
-
-
-def small_mlp(**overrides):
-    """The network of section 4.1 on digits, for a few steps."""
-    config = mnist_bn.get_config().copy_and_resolve_references()
-    config.data.name = "digits"
-    config.data.validation_split = "validation"
-    config.train.steps = 60
-    config.train.steps_per_loop = 10
-    config.evaluation.every_steps = 20
-    config.evaluation.global_batch_size = 100
-    config.checkpoint.every_steps = 25
-    config.batch_norm.momentum = 0.9
-    config.schedule.base_rate = 0.5
-    config.update_from_flattened_dict(overrides)
-    return config
+from configs import default, digits_bn_x5
 
 
 @pytest.fixture

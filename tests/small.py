@@ -1,0 +1,19 @@
+"""A run that takes a second, for tests of what surrounds the training."""
+
+from configs import mnist_bn
+
+
+def small_mlp(**overrides):
+    """The network of section 4.1 on digits, for a few steps."""
+    config = mnist_bn.get_config().copy_and_resolve_references()
+    config.data.name = "digits"
+    config.data.validation_split = "validation"
+    config.train.steps = 60
+    config.train.steps_per_loop = 10
+    config.evaluation.every_steps = 20
+    config.evaluation.global_batch_size = 100
+    config.checkpoint.every_steps = 25
+    config.batch_norm.momentum = 0.9
+    config.schedule.base_rate = 0.5
+    config.update_from_flattened_dict(overrides)
+    return config
