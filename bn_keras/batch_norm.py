@@ -184,7 +184,7 @@ class BatchNormalization(keras.layers.Layer):
         self, x: tf.Tensor, mask: tf.Tensor | None, if_: bool | tf.Tensor = True
     ) -> tf.Tensor:
         """Normalizes, and updates the moving statistics if `if_`."""
-        self._check_batch(x)
+        x = self._checked(x)
         if self.renorm:
             # The correction goes on top of x_hat, which half precision would round once more.
             x = tf.cast(x, ops.statistics_dtype(x.dtype))
@@ -365,18 +365,21 @@ class BatchNormalization(keras.layers.Layer):
             )
         return ops.channels_last(mask, self._axes)
 
-    def _check_batch(self, x: tf.Tensor) -> None:
+    def _checked(self, x: tf.Tensor) -> tf.Tensor:
+        """Gives x, if the ghost batches divide it."""
         size = self.virtual_batch_size
-        if size is None:
-            return
+        if size is None or x.shape[0] is not None and x.shape[0] % size == 0:
+            return x
         message = (
             f"{self.name}: virtual_batch_size={size} does not divide the batch of this replica:"
             " give batches that are a multiple of it (drop_remainder=True), or another size"
         )
-        if x.shape[0] is None:
-            tf.debugging.assert_equal(tf.shape(x)[0] % size, 0, message)
-        elif x.shape[0] % size:
+        if x.shape[0] is not None:
             raise UsageError(f"{message}; the batch is {x.shape[0]}")
+        with tf.control_dependencies(
+            [tf.debugging.assert_equal(tf.shape(x)[0] % size, 0, message)]
+        ):
+            return tf.identity(x)
 
     def _check_arguments(self) -> None:
         for name in ("momentum", "renorm_momentum"):

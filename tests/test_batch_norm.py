@@ -1,0 +1,415 @@
+"""The layer in one process on one device: statistics, modes, weights, files, refusals."""
+
+import keras
+import numpy as np
+import pytest
+import reference
+import tensorflow as tf
+
+from bn_keras import BatchNormalization, replace_batch_norm
+from bn_keras.errors import UsageError
+
+EPSILON = 1e-3
+
+
+def _data(*shape, seed=0, mean=2.0):
+    return np.random.default_rng(seed).normal(mean, 3, shape).astype(np.float32)
+
+
+def _fresh(layer, rank=2):
+    """The layer built over three channels, with parameters that show."""
+    layer.build((None,) * (rank - 1) + (3,))
+    layer.gamma.assign([0.5, 1, 2])
+    layer.beta.assign([1, -1, 0])
+    return layer
+
+
+# --- Moving statistics.
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_moving_statistics_follow_the_batches(unbiased):
+    layer = BatchNormalization(momentum=0.7, unbiased=unbiased)
+    mean, variance = np.zeros(3), np.ones(3)
+    for step in range(4):
+        x = _data(5, 2, 3, seed=step)
+        layer(x, training=True)
+        _, batch_mean, batch_variance, count = reference.batch_normalize(x, 1, 0, EPSILON)
+        if unbiased:
+            batch_variance = reference.unbiased(batch_variance, count)
+        mean = reference.moving(mean, batch_mean, 0.7)
+        variance = reference.moving(variance, batch_variance, 0.7)
+    np.testing.assert_allclose(layer.moving_mean, mean, rtol=1e-5)
+    np.testing.assert_allclose(layer.moving_variance, variance, rtol=1e-5)
+    # Inference takes just these.
+    x = _data(4, 2, 3, seed=9)
+    np.testing.assert_allclose(
+        layer(x), (x - mean) / np.sqrt(variance + EPSILON), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_two_values_have_an_unbiased_variance_of_two():
+    x = np.array([[0.0], [2.0]], np.float32)
+    for unbiased, expected in ((True, 2), (False, 1)):
+        layer = BatchNormalization(momentum=0.0, unbiased=unbiased)
+        layer(x, training=True)
+        assert layer.moving_variance.numpy() == pytest.approx(expected)
+    keras_layer = keras.layers.BatchNormalization(momentum=0.0)
+    keras_layer(x, training=True)
+    assert keras_layer.moving_variance.numpy() == pytest.approx(1)
+
+
+def test_without_momentum_the_average_is_over_all_batches():
+    layer = BatchNormalization(momentum=None, unbiased=False)
+    batches = [_data(6, 3, seed=s) for s in range(5)]
+    for x in batches:
+        layer(x, training=True)
+    np.testing.assert_allclose(layer.moving_mean, np.mean(batches, (0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(
+        layer.moving_variance, np.mean([b.var(0) for b in batches], 0), rtol=1e-5
+    )
+    assert layer.num_updates.numpy() == 5
+    layer(np.zeros((0, 3), np.float32), training=True)
+    assert layer.num_updates.numpy() == 5
+
+
+@pytest.mark.parametrize("empty", ["no examples", "all masked"])
+@pytest.mark.parametrize("renorm", [False, True])
+def test_a_batch_of_nothing_changes_nothing(empty, renorm):
+    x = _data(0 if empty == "no examples" else 4, 5, 3)
+    kwargs = {"mask": np.zeros((4, 5), bool)} if empty == "all masked" else {}
+
+    def change(layer):
+        layer(_data(8, 5, 3), training=True)
+        before = [v.numpy() for v in layer.non_trainable_variables]
+        layer(x, training=True, **kwargs)
+        after = [v.numpy() for v in layer.non_trainable_variables]
+        return [np.abs(a - b).max() for a, b in zip(after, before, strict=True)]
+
+    assert change(BatchNormalization(momentum=0.5, renorm=renorm)) == [0] * (5 if renorm else 2)
+    theirs = change(keras.layers.BatchNormalization(momentum=0.5))
+    assert not max(theirs) == 0  # NaN, or dragged towards 0
+
+
+def test_frozen_is_inference():
+    layer = _fresh(BatchNormalization())
+    layer.trainable = False
+    x, before = _data(6, 3), layer.get_weights()
+    np.testing.assert_array_equal(layer(x, training=True), layer(x, training=False))
+    np.testing.assert_array_equal(layer(x, training=tf.constant(True)), layer(x, training=False))
+    for after, old in zip(layer.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(after, old)
+
+
+# --- Modes.
+
+
+@pytest.mark.parametrize("synchronized", [False, True])
+def test_training_may_be_a_tensor(synchronized):
+    layers = [_fresh(BatchNormalization(momentum=0.5, synchronized=synchronized)) for _ in "ab"]
+    x = tf.constant(_data(6, 3))
+
+    @tf.function
+    def run(x, training):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layers[0](x, training=training)
+        return y, tape.gradient(y, x, y)
+
+    for training in (True, False):
+        y, dx = run(x, tf.constant(training))
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            expected = layers[1](x, training=training)
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(dx, tape.gradient(expected, x, expected), atol=1e-5)
+        for a, b in zip(*(layer.get_weights() for layer in layers), strict=True):
+            np.testing.assert_array_equal(a, b)
+    with pytest.raises(Exception, match="symbolic"):
+        layer = keras.layers.BatchNormalization()
+        layer.build((None, 3))
+        tf.function(lambda t: layer(x, training=t))(tf.constant(True))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "mixed_bfloat16", "float32", "float64"])
+def test_dtypes(dtype):
+    layer = BatchNormalization(dtype=dtype, momentum=0.5)
+    # In float16 the squares of these would overflow.
+    x = tf.cast(_data(64, 3, mean=500.0), layer.compute_dtype)
+    y = layer(x, training=True)
+    assert y.dtype == layer.compute_dtype
+    expected = reference.batch_normalize(tf.cast(x, tf.float64), 1, 0, EPSILON)
+    np.testing.assert_allclose(
+        tf.cast(y, tf.float64), expected[0], atol={"mixed_bfloat16": 2e-2}.get(dtype, 3e-3)
+    )
+    np.testing.assert_allclose(layer.moving_mean, expected[1] / 2, rtol=2e-3)
+
+
+# --- Axes.
+
+
+@pytest.mark.parametrize(
+    "axis, shape",
+    [
+        (1, (4, 3, 5)),
+        (1, (4, 3, 5, 2)),
+        ([1, 2, 3], (6, 2, 3, 2)),
+        ([-1, 1], (3, 2, 4, 3)),
+        (0, (3, 5)),
+    ],
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_any_axes(axis, shape, masked):
+    layer = BatchNormalization(axis=axis, momentum=0.0, unbiased=False)
+    x, rng = _data(*shape), np.random.default_rng(1)
+    keep = sorted(a % len(shape) for a in np.atleast_1d(axis))
+    mask = full = None
+    if masked:
+        mask = rng.random([d for a, d in enumerate(shape) if a not in keep]) < 0.7
+        full = np.broadcast_to(np.expand_dims(mask, keep), shape)
+    layer.build(shape)
+    assert layer.gamma.shape == tuple(shape[a] for a in keep)
+    layer.gamma.assign(rng.uniform(0.5, 2, layer.gamma.shape))
+    with tf.GradientTape() as tape:
+        x = tf.constant(x)
+        tape.watch(x)
+        y = layer(x, training=True, mask=mask)
+    gamma = layer.gamma.numpy()
+    expected = reference.batch_normalize(x, gamma, 0, EPSILON, axis, full)
+    np.testing.assert_allclose(y, expected[0], atol=3e-5)
+    np.testing.assert_allclose(layer.moving_mean, expected[1], rtol=1e-4)
+    np.testing.assert_allclose(layer.moving_variance, expected[2], rtol=1e-4)
+    dy = rng.normal(size=shape).astype(np.float32)
+    dx, dgamma = tape.gradient(y, [x, layer.gamma.value], dy)
+    exact = reference.gradients(dy, x, gamma, EPSILON, axis, full)
+    np.testing.assert_allclose(dx, exact[0], atol=3e-5)
+    np.testing.assert_allclose(dgamma, exact[1], atol=3e-4)
+    np.testing.assert_allclose(layer(x), y, atol=1e-4)
+
+
+def test_keras_takes_a_mask_off_the_last_axis_only():
+    x, mask = _data(4, 3, 5), np.ones((4, 5), bool)
+    BatchNormalization(axis=1)(x, training=True, mask=mask)
+    with pytest.raises(Exception, match="(?i)incompatible|broadcast"):
+        keras.layers.BatchNormalization(axis=1)(x, training=True, mask=mask)
+    with pytest.raises(TypeError):
+        keras.layers.BatchNormalization(axis=[1, 2])
+
+
+def test_a_mask_of_kerass_own_making_fits_as_well():
+    x = _data(5, 2, 4)
+    x[:, 1] = 0
+    layer = BatchNormalization(axis=1, momentum=0.0)
+    layer(keras.layers.Masking()(x), training=True)
+    # Nothing of the second channel counts, so its statistics stay.
+    np.testing.assert_allclose(layer.moving_mean, [x[:, 0].mean(), 0], rtol=1e-5)
+    np.testing.assert_allclose(layer.moving_variance[1], 1)
+
+
+# --- Ghost batches.
+
+
+def test_ghost_batches_are_batches():
+    plain, ghost = (
+        _fresh(BatchNormalization(momentum=0.5, virtual_batch_size=v), rank=3) for v in (None, 4)
+    )
+    x = _data(12, 5, 3)
+    y = ghost(x, training=True)
+    means, variances = [], []
+    for part, expected in zip(np.split(x, 3), np.split(y, 3), strict=True):
+        np.testing.assert_allclose(plain(part, training=True), expected, atol=1e-5)
+        _, mean, variance, count = reference.batch_normalize(part, 1, 0, EPSILON)
+        means.append(mean)
+        variances.append(reference.unbiased(variance, count))
+    # One step, one update: Algorithm 2 averages over the batches.
+    np.testing.assert_allclose(ghost.moving_mean, 0.5 * np.mean(means, 0), rtol=1e-5)
+    np.testing.assert_allclose(ghost.moving_variance, 0.5 + 0.5 * np.mean(variances, 0), rtol=1e-5)
+    # Inactive at inference, where any batch will do.
+    plain.set_weights(ghost.get_weights())
+    np.testing.assert_allclose(ghost(x[:7]), plain(x[:7]), rtol=1e-6)
+
+
+# --- Renorm.
+
+
+def test_renorm_is_keras_renorm():
+    clipping = {"rmin": 0.6, "rmax": 1.5, "dmax": 0.4}
+    ours, theirs = (
+        _fresh(
+            cls(renorm=True, renorm_clipping=clipping, renorm_momentum=0.6, momentum=0.8, **kw),
+            rank=3,
+        )
+        for cls, kw in (
+            (BatchNormalization, {"unbiased": False}),
+            (keras.layers.BatchNormalization, {}),
+        )
+    )
+    for step in range(4):
+        x, results = tf.constant(_data(6, 4, 3, seed=step)), []
+        for layer in (ours, theirs):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = layer(x, training=True)
+                loss = tf.reduce_sum(tf.sin(y))
+            variables = [v.value for v in layer.trainable_variables]
+            results.append([y, *tape.gradient(loss, [x, *variables])])
+        for a, b in zip(*results, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        for a, b in zip(ours.get_weights(), theirs.get_weights(), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+# --- Weights, configs, files.
+
+
+def _network(layer):
+    inputs = keras.Input((4, 4, 2))
+    x = keras.layers.Conv2D(3, 3, use_bias=False, name="conv")(inputs)
+    outputs = keras.layers.Dense(2, name="out")(keras.layers.Flatten()(layer(x)))
+    model = keras.Model(inputs, outputs)
+    rng = np.random.default_rng(3)
+    model.set_weights([rng.uniform(0.5, 1.5, w.shape) for w in model.get_weights()])
+    return model
+
+
+@pytest.mark.parametrize("suffix", [".weights.h5", ".keras"])
+@pytest.mark.parametrize("renorm", [False, True])
+def test_weights_pass_both_ways(tmp_path, suffix, renorm):
+    x = _data(3, 4, 4, 2)
+    pair = [BatchNormalization, keras.layers.BatchNormalization]
+    for source, target in (pair, pair[::-1]):
+        saved = _network(source(renorm=renorm, name="bn"))
+        path = str(tmp_path / f"{source.__module__}{suffix}")
+        saved.save_weights(path) if suffix == ".weights.h5" else saved.save(path)
+        loaded = _network(target(renorm=renorm, name="bn"))
+        loaded.set_weights([0 * w for w in loaded.get_weights()])
+        loaded.load_weights(path)
+        assert [w.path for w in saved.weights] == [w.path for w in loaded.weights]
+        np.testing.assert_allclose(loaded(x), saved(x), rtol=1e-5, atol=1e-5)
+
+
+def test_whole_models_pass_both_ways(tmp_path):
+    x = _data(3, 4, 4, 2)
+    theirs = _network(keras.layers.BatchNormalization(name="bn"))
+    theirs.save(tmp_path / "theirs.keras")
+    ours = replace_batch_norm(keras.models.load_model(tmp_path / "theirs.keras"))
+    ours.save(tmp_path / "ours.keras")
+    again = keras.models.load_model(tmp_path / "ours.keras")
+    assert isinstance(again.get_layer("bn"), BatchNormalization)
+    assert not again.get_layer("bn").unbiased
+    back = keras.layers.BatchNormalization.from_config(again.get_layer("bn").get_config())
+    back.build((None, 2, 2, 3))
+    back.set_weights(again.get_layer("bn").get_weights())
+    features = _data(2, 2, 2, 3)
+    np.testing.assert_allclose(back(features), again.get_layer("bn")(features), atol=1e-5)
+    for model in (ours, again):
+        np.testing.assert_allclose(model(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"axis": [1, 2], "momentum": None, "scale": False},
+        {"unbiased": False, "synchronized": True, "sync_group_size": 2},
+        {"virtual_batch_size": 4, "gamma_regularizer": "l2", "beta_constraint": "non_neg"},
+        {"renorm": True, "renorm_clipping": {"rmax": 2.0}, "renorm_momentum": 0.9},
+    ],
+)
+def test_a_config_makes_the_same_layer(arguments):
+    layer = BatchNormalization(**arguments)
+    again = keras.layers.deserialize(keras.layers.serialize(layer))
+    assert isinstance(again, BatchNormalization)
+    for name in ("axis", "momentum", "unbiased", "sync_group_size", "virtual_batch_size", "renorm"):
+        assert getattr(again, name) == getattr(layer, name)
+    assert again.get_config() == layer.get_config()
+
+
+def test_saved_model(tmp_path):
+    model = _network(BatchNormalization())
+    x = _data(3, 4, 4, 2)
+    model.export(tmp_path / "served", verbose=False)
+    served = tf.saved_model.load(tmp_path / "served")
+    np.testing.assert_allclose(served.serve(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_fit_trains_like_keras_own(jit_compile):
+    x, y = _data(24, 4, 4, 2), _data(24, 2, seed=1)
+    weights = []
+    for layer in (BatchNormalization(unbiased=False), keras.layers.BatchNormalization()):
+        model = _network(layer)
+        model.compile(keras.optimizers.SGD(0.01), "mse", jit_compile=jit_compile)
+        model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0)
+        weights.append(model.get_weights())
+    for ours, theirs in zip(*weights, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_scaling_the_kernel_before_it_changes_nothing():
+    """Section 3.3: BN((aW)u) = BN(Wu), and the gradient of aW is 1/a of that of W."""
+    u, kernel = _data(64, 5), np.random.default_rng(1).normal(size=(5, 3))
+    layer = BatchNormalization(epsilon=1e-12)
+    outputs, gradients = [], []
+    for a in (1.0, 8.0):
+        w = tf.Variable(a * kernel, dtype=tf.float32)
+        with tf.GradientTape() as tape:
+            y = layer(tf.constant(u) @ w, training=True)
+            loss = tf.reduce_sum(tf.sin(y))
+        outputs.append(y)
+        gradients.append(a * tape.gradient(loss, w))
+    np.testing.assert_allclose(*outputs, atol=1e-5)
+    np.testing.assert_allclose(*gradients, rtol=1e-2, atol=1e-3)
+
+
+# --- Refusals.
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"momentum": 1.1}, r"momentum=1\.1.*from 0 to 1"),
+        ({"renorm_momentum": -1}, "renorm_momentum=-1"),
+        ({"epsilon": 0}, r"epsilon=0\.0.*greater than 0"),
+        ({"virtual_batch_size": 0}, "virtual_batch_size=0"),
+        ({"sync_group_size": 2}, "synchronized=True"),
+        ({"renorm": True, "virtual_batch_size": 2}, "give one of them"),
+        ({"renorm": True, "renorm_clipping": {"max": 1}}, "invalid keys.*rmax"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        BatchNormalization(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, shape, message",
+    [
+        ({"axis": 3}, (2, 3, 4), r"axis=3 is out of bounds.*-3 to 2"),
+        ({"axis": [1, -2]}, (2, 3, 4), "twice"),
+        ({"axis": [0, 1, 2]}, (2, 3, 4), "no axis"),
+        ({"axis": []}, (2, 3), "out of bounds"),
+        ({"axis": 1}, (2, None, 4), "no known size"),
+        ({"axis": 0, "virtual_batch_size": 2}, (2, 3), "includes the batch"),
+    ],
+)
+def test_an_input_that_does_not_fit_is_refused(arguments, shape, message):
+    with pytest.raises(UsageError, match=message):
+        BatchNormalization(**arguments).build(shape)
+
+
+def test_a_mask_of_the_wrong_rank_is_refused():
+    with pytest.raises(UsageError, match=r"mask of shape \(2, 3, 4\).*\(2, 3, 4\)"):
+        BatchNormalization()(np.zeros((2, 3, 4), np.float32), mask=np.ones((2, 3, 4)))
+    with pytest.raises(UsageError, match=r"mask of shape \(2, 5\)"):
+        BatchNormalization()(np.zeros((2, 3, 4), np.float32), mask=np.ones((2, 5)))
+
+
+def test_a_batch_that_the_ghosts_do_not_divide_is_refused():
+    layer = BatchNormalization(virtual_batch_size=4)
+    with pytest.raises(UsageError, match="virtual_batch_size=4 does not divide.*the batch is 6"):
+        layer(_data(6, 3), training=True)
+    run = tf.function(lambda x: layer(x, training=True), input_signature=[tf.TensorSpec([None, 3])])
+    assert run(_data(8, 3)).shape == (8, 3)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="virtual_batch_size=4"):
+        run(_data(6, 3))

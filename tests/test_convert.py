@@ -1,0 +1,137 @@
+"""Models whose Keras layers were replaced are the same models."""
+
+import keras
+import numpy as np
+import pytest
+
+from bn_keras import BatchNormalization, replace_batch_norm
+from bn_keras.errors import UsageError
+
+KERAS_BN = keras.layers.BatchNormalization
+
+
+def _block(inputs, name):
+    x = keras.layers.Conv2D(4, 3, padding="same", use_bias=False)(inputs)
+    return keras.layers.ReLU()(KERAS_BN(name=name, momentum=0.8)(x))
+
+
+def _functional():
+    """Branches, a nested model used twice, a shared layer."""
+    inner_inputs = keras.Input((6, 6, 4))
+    inner = keras.Model(inner_inputs, _block(inner_inputs, "inner_bn"), name="inner")
+    shared = KERAS_BN(axis=1, scale=False, name="shared")
+    inputs = keras.Input((6, 6, 4))
+    x = keras.layers.Add()([inner(_block(inputs, "a")), inner(_block(inputs, "b"))])
+    outputs = keras.layers.Concatenate()([shared(x), shared(inputs)])
+    return keras.Model(inputs, [outputs, x], name="net")
+
+
+def _sequential():
+    return keras.Sequential(
+        [keras.Input((5, 3)), keras.layers.Dense(4), KERAS_BN(epsilon=0.1), keras.layers.Flatten()]
+    )
+
+
+def _wrapped():
+    inputs = keras.Input((5, 6, 4))
+    x = keras.layers.TimeDistributed(KERAS_BN(name="wrapped", center=False))(inputs)
+    nested = keras.Sequential([keras.Input((6, 4)), KERAS_BN(name="deep")])
+    return keras.Model(inputs, keras.layers.TimeDistributed(nested)(x))
+
+
+def _lambda():
+    inputs = keras.Input((4,))
+    x = keras.layers.Lambda(lambda t: 2 * t, output_shape=(4,))(inputs)
+    return keras.Model(inputs, KERAS_BN(renorm=True)(x))
+
+
+MODELS = {f.__name__: f for f in (_functional, _sequential, _wrapped, _lambda)}
+
+
+def _random_weights(model):
+    rng = np.random.default_rng(0)
+    model.set_weights([rng.uniform(0.5, 1.5, w.shape) for w in model.get_weights()])
+
+
+def _norms(model, cls):
+    return [layer for layer in model._flatten_layers() if type(layer) is cls]
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_the_same_network_comes_out(make):
+    model = make()
+    _random_weights(model)
+    for index, layer in enumerate(_norms(model, KERAS_BN)):
+        layer.trainable = index % 2 == 0
+    replaced = replace_batch_norm(model)
+    assert type(replaced) is type(model)
+    assert not _norms(replaced, KERAS_BN)
+    before, after = _norms(model, KERAS_BN), _norms(replaced, BatchNormalization)
+    assert [(b.name, b.trainable) for b in before] == [(a.name, a.trainable) for a in after]
+    assert not any(a.unbiased for a in after)
+    assert [w.path for w in replaced.weights] == [w.path for w in model.weights]
+    x = np.random.default_rng(1).normal(size=(4, *model.input_shape[1:])).astype(np.float32)
+    for training in (False, True, False):
+        # The last look is at what training did to the moving statistics.
+        for a, b in zip(
+            keras.tree.flatten(replaced(x, training=training)),
+            keras.tree.flatten(model(x, training=training)),
+            strict=True,
+        ):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_it_shares_nothing_with_the_given_model():
+    model = _sequential()
+    replaced = replace_batch_norm(model)
+    kept = model.get_weights()
+    replaced.set_weights([w + 1 for w in kept])
+    for a, b in zip(model.get_weights(), kept, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_frozen_model_stays_frozen():
+    model = _functional()
+    model.trainable = False
+    assert not replace_batch_norm(model).trainable_variables
+    model.get_layer("a").trainable = True
+    assert len(replace_batch_norm(model).trainable_variables) == len(model.trainable_variables)
+
+
+def test_mixed_precision_is_kept():
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    model = _sequential()
+    keras.config.set_dtype_policy("float32")
+    (norm,) = _norms(replace_batch_norm(model), BatchNormalization)
+    assert norm.compute_dtype == "bfloat16"
+    assert norm.variable_dtype == "float32"
+
+
+@pytest.mark.parametrize("name", ["MobileNetV2", "ResNet50"])
+def test_keras_applications(name):
+    model = getattr(keras.applications, name)(weights=None, input_shape=(64, 64, 3), classes=10)
+    _random_weights(model)
+    replaced = replace_batch_norm(model)
+    assert len(_norms(replaced, BatchNormalization)) == len(_norms(model, KERAS_BN)) > 50
+    x = np.random.default_rng(1).normal(size=(2, 64, 64, 3)).astype(np.float32)
+    np.testing.assert_allclose(replaced(x), model(x), rtol=1e-3, atol=1e-5)
+
+
+def test_what_cannot_be_replaced_is_refused():
+    class Hidden(keras.Model):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.norm = KERAS_BN()
+
+        def call(self, x):
+            return self.norm(x)
+
+    inputs = keras.Input((3,))
+    with pytest.raises(UsageError, match="made by its parent's code"):
+        replace_batch_norm(keras.Model(inputs, Hidden()(inputs)))
+    hidden = Hidden()
+    hidden(np.zeros((2, 3)))
+    with pytest.raises(UsageError, match="subclassed Hidden"):
+        replace_batch_norm(hidden)
+    with pytest.raises(UsageError, match="no weights yet"):
+        replace_batch_norm(keras.Sequential([KERAS_BN()]))
