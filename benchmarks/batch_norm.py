@@ -1,0 +1,180 @@
+"""The layer alone against Keras' layer and the raw kernels, forward and backward, on the CPU.
+
+    python benchmarks/batch_norm.py [part ...]
+
+Parts: float32, bfloat16, inference, shapes, ghost, masked; all without any.
+"""
+
+import os
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+from timing import compare, table
+
+from bn_keras import BatchNormalization
+
+# What BN-Inception normalizes, from its stem to its end, with 32 images.
+SHAPES = [
+    (32, 112, 112, 64),
+    (32, 56, 56, 192),
+    (32, 28, 28, 256),
+    (32, 14, 14, 576),
+    (32, 7, 7, 1024),
+]
+
+
+def _name(shape):
+    return "×".join(map(str, shape))
+
+
+def _training(layer, x, dy, mask=None):
+    layer.build(x.shape)
+
+    @tf.function
+    def step(x, dy):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, training=True, mask=mask)
+        variables = [v.value for v in layer.trainable_variables]
+        return y, tape.gradient(y, [x, *variables], dy)
+
+    return lambda: step(x, dy)
+
+
+def _raw_training(x, dy):
+    """Only the two kernels, with the moving statistics that every layer has to keep."""
+    channels = x.shape[-1]
+    gamma, beta = tf.Variable(tf.ones(channels)), tf.Variable(tf.zeros(channels))
+    moving = [tf.Variable(tf.zeros(channels)), tf.Variable(tf.ones(channels))]
+
+    @tf.function
+    def step(x, dy):
+        y, mean, variance, *reserved = tf.raw_ops.FusedBatchNormV3(
+            x=x, scale=gamma, offset=beta, mean=[], variance=[], epsilon=1e-3, is_training=True
+        )
+        for old, new in zip(moving, (mean, variance), strict=True):
+            old.assign(0.99 * old + 0.01 * new)
+        dx, dgamma, dbeta, *_ = tf.raw_ops.FusedBatchNormGradV3(
+            y_backprop=dy,
+            x=x,
+            scale=gamma,
+            reserve_space_1=reserved[0],
+            reserve_space_2=reserved[1],
+            reserve_space_3=reserved[2],
+            epsilon=1e-3,
+            is_training=True,
+        )
+        return y, dx, dgamma, dbeta
+
+    return lambda: step(x, dy)
+
+
+def _inputs(shape, dtype="float32"):
+    return tuple(tf.cast(tf.random.normal(shape), dtype) for _ in range(2))
+
+
+def training(dtype):
+    rows, policy = {}, "mixed_bfloat16" if dtype == "bfloat16" else dtype
+    for shape in SHAPES:
+        x, dy = _inputs(shape, dtype)
+        rows[_name(shape)] = compare(
+            {
+                "ours": _training(BatchNormalization(dtype=policy), x, dy),
+                "raw kernels": _raw_training(x, dy),
+                "Keras": _training(keras.layers.BatchNormalization(dtype=policy), x, dy),
+            }
+        )
+    ratios = {"Keras/ours": ("Keras", "ours"), "ours/raw": ("ours", "raw kernels")}
+    table(f"Forward and backward, {dtype}", rows, ratios)
+
+
+def inference():
+    rows = {}
+    for shape in SHAPES:
+        x, _ = _inputs(shape)
+        one, zero = tf.ones(shape[-1]), tf.zeros(shape[-1])
+        functions = {
+            "raw kernel": lambda x: tf.raw_ops.FusedBatchNormV3(
+                x=x, scale=one, offset=zero, mean=zero, variance=one, is_training=False
+            )[0]
+        }
+        for name, cls in (("ours", BatchNormalization), ("Keras", keras.layers.BatchNormalization)):
+            layer = cls()
+            layer.build(shape)
+            functions[name] = layer
+        calls = {n: (lambda f=tf.function(f), x=x: f(x)) for n, f in functions.items()}
+        rows[_name(shape)] = compare(calls, rounds=15)
+    table(
+        "Inference, float32",
+        rows,
+        {"ours/raw": ("ours", "raw kernel"), "Keras/ours": ("Keras", "ours")},
+    )
+
+
+def shapes():
+    """Rank 2, and statistics of each activation (section 4.2.3)."""
+    rows = {}
+    for shape, axis in (
+        ((60, 100), -1),
+        ((1024, 256), -1),
+        ((8192, 1024), -1),
+        ((32, 7, 7, 1024), [1, 2, 3]),
+        ((32, 28, 28, 256), [1, 2, 3]),
+    ):
+        x, dy = _inputs(shape)
+        flat = [tf.reshape(t, [shape[0], -1]) for t in (x, dy)]
+        rows[f"{_name(shape)}, axis={axis}"] = compare(
+            {
+                "ours": _training(BatchNormalization(axis=axis), x, dy),
+                # Keras has no axis lists: it gets the activations in a row.
+                "Keras": _training(keras.layers.BatchNormalization(), *flat),
+            },
+            rounds=15,
+        )
+    table("Other shapes, forward and backward, float32", rows, {"Keras/ours": ("Keras", "ours")})
+
+
+def ghost():
+    rows = {}
+    for shape in SHAPES:
+        x, dy = _inputs(shape)
+        functions = {"plain": _training(BatchNormalization(), x, dy)}
+        for size in (16, 8):
+            layer = BatchNormalization(virtual_batch_size=size)
+            functions[f"ghosts of {size}"] = _training(layer, x, dy)
+        rows[_name(shape)] = compare(functions)
+    ratios = {f"{size}/plain": (f"ghosts of {size}", "plain") for size in (16, 8)}
+    table("Ghost batches, forward and backward, float32", rows, ratios)
+
+
+def masked():
+    rows = {}
+    for shape in SHAPES[1:]:
+        x, dy = _inputs(shape)
+        mask = tf.constant(np.random.default_rng(0).random(shape[:-1]) < 0.8)
+        rows[_name(shape)] = compare(
+            {
+                "ours": _training(BatchNormalization(), x, dy, mask),
+                "Keras": _training(keras.layers.BatchNormalization(), x, dy, mask),
+            }
+        )
+    table("Masked, forward and backward, float32", rows, {"Keras/ours": ("Keras", "ours")})
+
+
+PARTS = {
+    "float32": lambda: training("float32"),
+    "bfloat16": lambda: training("bfloat16"),
+    "inference": inference,
+    "shapes": shapes,
+    "ghost": ghost,
+    "masked": masked,
+}
+
+if __name__ == "__main__":
+    print(f"TensorFlow {tf.__version__}, Keras {keras.__version__}, {os.cpu_count()} CPU cores")
+    for part in sys.argv[1:] or PARTS:
+        PARTS[part]()

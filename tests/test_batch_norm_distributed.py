@@ -1,0 +1,390 @@
+"""Several replicas with different data are one replica with all of it."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import reference
+import tensorflow as tf
+
+from bn_keras import BatchNormalization
+from bn_keras.batch_norm import MergeMovingStatistics, merge_moving_statistics
+from bn_keras.errors import UsageError
+
+EPSILON = 1e-3
+GAMMA, BETA = np.array([0.5, 1.0, 2.0]), np.array([1.0, -1.0, 0.0])
+
+
+def _data(*shape, mean=0.0, seed=0):
+    rng = np.random.default_rng(seed)
+    # No two examples, and so no two replicas, are alike.
+    drift = np.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+    return (mean + drift + 3 * rng.normal(size=shape)).astype(np.float32)
+
+
+def _split(strategy, array, at):
+    parts = [array[:at], array[at:]]
+    return strategy.experimental_distribute_values_from_function(
+        lambda context: tf.constant(parts[context.replica_id_in_sync_group])
+    )
+
+
+def _local(strategy, value):
+    return [v.numpy() for v in strategy.experimental_local_results(value)]
+
+
+def _make(strategy, shape=(None, None, 3), **arguments):
+    with strategy.scope():
+        layer = BatchNormalization(momentum=0.5, unbiased=False, **arguments)
+        layer.build(shape)
+        layer.gamma.assign(GAMMA)
+        layer.beta.assign(BETA)
+    return layer
+
+
+def _train(strategy, layer, x, dy, mask=None):
+    """One call on each replica: y, dx, dgamma, dbeta."""
+
+    @tf.function(reduce_retracing=True)
+    def train(x, dy, mask):
+        def step(x, dy, mask):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = layer(x, training=True, mask=mask)
+            return y, *tape.gradient(y, [x, layer.gamma.value, layer.beta.value], dy)
+
+        return strategy.run(step, args=(x, dy, mask))
+
+    return [_local(strategy, r) for r in train(x, dy, mask)]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("at", [4, 6, 8])
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+def test_synchronized_is_the_joined_batch(two_replicas, at, mean, masked):
+    """Equal, unequal and empty replicas; outputs, gradients, and statistics on each."""
+    x, dy = _data(8, 5, 3, mean=mean), _data(8, 5, 3, seed=1)
+    mask = np.random.default_rng(2).random((8, 5)) < 0.6 if masked else None
+    full = np.broadcast_to(mask[..., None], x.shape) if masked else None
+    layer = _make(two_replicas, synchronized=True)
+    masks = None if mask is None else _split(two_replicas, mask, at)
+    y, dx, dgamma, dbeta = _train(
+        two_replicas, layer, _split(two_replicas, x, at), _split(two_replicas, dy, at), masks
+    )
+    expected = reference.batch_normalize(x, GAMMA, BETA, EPSILON, mask=full)
+    exact = reference.gradients(dy, x, GAMMA, EPSILON, mask=full)
+    spacing = 8 * mean * 2**-24
+    np.testing.assert_allclose(np.concatenate(y), expected[0], atol=1e-5 + spacing)
+    np.testing.assert_allclose(np.concatenate(dx), exact[0], atol=1e-4 + 4 * spacing)
+    # Each replica's own: the optimizer sums them.
+    np.testing.assert_allclose(sum(dgamma), exact[1], atol=1e-3 + 200 * spacing)
+    np.testing.assert_allclose(sum(dbeta), exact[2], rtol=1e-4)
+    np.testing.assert_allclose(dbeta[0], dy[:at].sum((0, 1)), rtol=1e-4, atol=1e-3)
+    for means, variances in zip(
+        _local(two_replicas, layer.moving_mean.value),
+        _local(two_replicas, layer.moving_variance.value),
+        strict=True,
+    ):
+        np.testing.assert_allclose(means, 0.5 * expected[1], rtol=1e-5, atol=1e-5)
+        # The replicas' means lie apart by about a deviation, and are rounded to the spacing.
+        np.testing.assert_allclose(variances, 0.5 + 0.5 * expected[2], rtol=1e-5 + spacing / 10)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_keras_synchronized_fails_at_that(two_replicas, masked):
+    """Rows 1 and 2 of the field's table: cancellation, and a mask that undoes the sync."""
+    x = _data(8, 5, 3, mean=0.0 if masked else 1e4)
+    mask = _split(two_replicas, np.ones((8, 5), bool), 4) if masked else None
+    with two_replicas.scope():
+        layer = keras.layers.BatchNormalization(synchronized=True)
+        layer.build((None, None, 3))
+    run = tf.function(
+        lambda x, m: two_replicas.run(lambda x, m: layer(x, training=True, mask=m), args=(x, m))
+    )
+    y = np.concatenate(_local(two_replicas, run(_split(two_replicas, x, 4), mask)))
+    expected = reference.batch_normalize(x, 1, 0, EPSILON)[0]
+    assert np.abs(y - expected).max() > 0.1
+
+
+def test_ghost_batches_join_across_replicas(two_replicas):
+    """The k-th ghost batch of each replica makes one statistical batch."""
+    x, dy = _data(8, 5, 3), _data(8, 5, 3, seed=1)
+    layer = _make(two_replicas, synchronized=True, virtual_batch_size=2)
+    y, dx, dgamma, _ = _train(
+        two_replicas, layer, _split(two_replicas, x, 4), _split(two_replicas, dy, 4)
+    )
+    y, dx = np.concatenate(y), np.concatenate(dx)
+    exact_dgamma = 0
+    for members in ([0, 1, 4, 5], [2, 3, 6, 7]):
+        expected = reference.batch_normalize(x[members], GAMMA, BETA, EPSILON)
+        exact = reference.gradients(dy[members], x[members], GAMMA, EPSILON)
+        np.testing.assert_allclose(y[members], expected[0], atol=1e-5)
+        np.testing.assert_allclose(dx[members], exact[0], atol=1e-4)
+        exact_dgamma = exact_dgamma + exact[1]
+    np.testing.assert_allclose(sum(dgamma), exact_dgamma, atol=1e-3)
+
+
+def test_training_as_a_tensor_synchronizes_too(two_replicas):
+    x = _data(8, 5, 3)
+    layer = _make(two_replicas, synchronized=True)
+
+    @tf.function
+    def run(x, training):
+        return two_replicas.run(lambda x: layer(x, training=training), args=(x,))
+
+    y = _local(two_replicas, run(_split(two_replicas, x, 3), tf.constant(True)))
+    expected = reference.batch_normalize(x, GAMMA, BETA, EPSILON)[0]
+    np.testing.assert_allclose(np.concatenate(y), expected, atol=1e-5)
+    before = layer.moving_mean.numpy()
+    run(_split(two_replicas, x, 3), tf.constant(False))
+    np.testing.assert_array_equal(layer.moving_mean.numpy(), before)
+
+
+def test_second_order_gradients_cross_replicas(two_replicas):
+    """Of the sum of both replicas' losses, against one replica with all examples."""
+    x = _data(8, 5, 3)
+    layer = _make(two_replicas, synchronized=True)
+    single = BatchNormalization()
+    single.build((None, None, 3))
+    single.gamma.assign(GAMMA)
+    single.beta.assign(BETA)
+
+    def penalty(layer, x):
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                loss = tf.reduce_sum(layer(x, training=True) ** 3)
+            norm = tf.reduce_sum(inner.gradient(loss, x) ** 2)
+        return outer.gradient(norm, x)
+
+    run = tf.function(
+        lambda x: two_replicas.run(lambda x: penalty(layer, x), args=(x,)), reduce_retracing=True
+    )
+    got = np.concatenate(_local(two_replicas, run(_split(two_replicas, x, 5))))
+    expected = penalty(single, tf.constant(x)).numpy()
+    np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_one_packed_collective_each_way_in_a_fixed_order(two_replicas, monkeypatch):
+    """Two parallel layers, whose collectives could start in any order (tensorflow#42111)."""
+    calls = []
+    context_class = type(_context_of(two_replicas))
+    original = context_class.all_reduce
+
+    def counted(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        calls.append((tf.get_static_value(self.replica_id_in_sync_group), args[1], result))
+        return result
+
+    monkeypatch.setattr(context_class, "all_reduce", counted)
+    layers = [_make(two_replicas, synchronized=True) for _ in "ab"]
+
+    @tf.function
+    def run(x):
+        def step(x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = layers[0](x, training=True) * layers[1](x, training=True)
+            return tape.gradient(y, x)
+
+        return two_replicas.run(step, args=(x,))
+
+    run.get_concrete_function(_split(two_replicas, _data(8, 5, 3), 4))
+    for replica in (0, 1):
+        own = [(given, result) for r, given, result in calls if r == replica]
+        assert len(own) == 4  # two layers, forward and backward
+        for (_, before), (given, _) in zip(own, own[1:], strict=False):
+            assert before.op in _ancestors(given.op)
+
+
+def _context_of(strategy):
+    contexts = []
+    strategy.run(lambda: contexts.append(tf.distribute.get_replica_context()))
+    return contexts[0]
+
+
+def _ancestors(op):
+    seen, stack = set(), [op]
+    while stack:
+        op = stack.pop()
+        if op not in seen:
+            seen.add(op)
+            stack += [t.op for t in op.inputs] + list(op.control_inputs)
+    return seen
+
+
+# --- Merged moving statistics.
+
+
+def _model(strategy, **arguments):
+    with strategy.scope():
+        inner_inputs = keras.Input((3,))
+        inner = keras.Model(
+            inner_inputs, BatchNormalization(name="inner", **arguments)(inner_inputs)
+        )
+        inputs = keras.Input((3,))
+        return keras.Model(inputs, BatchNormalization(name="outer", **arguments)(inner(inputs)))
+
+
+def _step(strategy, model, x):
+    tf.function(lambda x: strategy.run(lambda x: model(x, training=True), args=(x,)))(x)
+
+
+@pytest.mark.parametrize("renorm", [False, True])
+def test_merged_statistics_are_those_of_the_mixture(two_replicas, renorm):
+    model = _model(two_replicas, momentum=0.5, unbiased=False, renorm=renorm)
+    x = _data(8, 3)
+    _step(two_replicas, model, _split(two_replicas, x, 6))
+    layers = [v for v in model._flatten_layers() if isinstance(v, BatchNormalization)]
+    assert len(layers) == 2
+    before = [
+        [_local(two_replicas, v.value) for v in (layer.moving_mean, layer.moving_variance)]
+        for layer in layers
+    ]
+    assert np.abs(before[0][0][0] - before[0][0][1]).max() > 1
+    merge_moving_statistics(model, two_replicas)
+    for layer, (means, variances) in zip(layers, before, strict=True):
+        # The first replica has seen 6 examples, the second 2.
+        mean, variance = reference.mixture([6, 2], np.stack(means), np.stack(variances))
+        for value in _local(two_replicas, layer.moving_mean.value):
+            np.testing.assert_allclose(value, mean, rtol=1e-5, atol=1e-6)
+        for value in _local(two_replicas, layer.moving_variance.value):
+            np.testing.assert_allclose(value, variance, rtol=1e-5)
+        if renorm:
+            np.testing.assert_allclose(
+                layer.moving_stddev.value, np.sqrt(variance + EPSILON), rtol=1e-5
+            )
+    # To merge what agrees changes no bit of it.
+    merged = [_local(two_replicas, v.value) for v in model.variables]
+    merge_moving_statistics(model, two_replicas)
+    for a, b in zip(merged, [_local(two_replicas, v.value) for v in model.variables], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_replica_that_saw_nothing_has_no_say(two_replicas):
+    model = _model(two_replicas, momentum=0.5)
+    x = _data(8, 3)
+    _step(two_replicas, model, _split(two_replicas, x, 8))
+    expected = _local(two_replicas, model.get_layer("outer").moving_variance.value)[0]
+    assert np.isfinite(expected).all()
+    merge_moving_statistics(model, two_replicas)
+    for value in _local(two_replicas, model.get_layer("outer").moving_variance.value):
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
+def test_one_collective_merges_a_model_and_is_traced_once(two_replicas, monkeypatch):
+    model = _model(two_replicas, momentum=None)
+    _step(two_replicas, model, _split(two_replicas, _data(8, 3), 6))
+    context_class, calls = type(_context_of(two_replicas)), []
+    original = context_class.all_reduce
+    monkeypatch.setattr(
+        context_class,
+        "all_reduce",
+        lambda self, *args, **kw: calls.append(self) or original(self, *args, **kw),
+    )
+    for _ in range(3):
+        merge_moving_statistics(model, two_replicas)
+    assert len(calls) == 2  # once in each replica's trace
+    assert _local(two_replicas, model.get_layer("outer").num_updates.value) == [1, 1]
+
+
+def test_one_replica_or_synchronized_layers_need_no_merge(two_replicas):
+    single = _model(tf.distribute.get_strategy())
+    merge_moving_statistics(single)
+    model = _model(two_replicas, synchronized=True)
+    x = _data(8, 3)
+    _step(two_replicas, model, _split(two_replicas, x, 5))
+    before = [_local(two_replicas, v.value) for v in model.variables]
+    for first, second in before:
+        np.testing.assert_array_equal(first, second)
+    merge_moving_statistics(model, two_replicas)
+    for a, b in zip(before, [_local(two_replicas, v.value) for v in model.variables], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_fit_merges_by_its_callback(two_replicas):
+    """Nine examples in batches of eight: the last batch leaves one replica empty."""
+    x, y = _data(9, 3), np.zeros((9, 3), np.float32)
+    for layer, merged in ((BatchNormalization, True), (keras.layers.BatchNormalization, False)):
+        with two_replicas.scope():
+            model = keras.Sequential([keras.Input((3,)), layer()])
+            model.compile("sgd", "mse")
+        callbacks = [MergeMovingStatistics()] if merged else []
+        model.fit(x, y, batch_size=8, epochs=1, verbose=0, callbacks=callbacks)
+        first, second = _local(two_replicas, model.layers[0].moving_variance.value)
+        assert (np.isfinite(second).all() and np.array_equal(first, second)) == merged
+
+
+def test_groups_have_to_divide_the_replicas(two_replicas):
+    layer = _make(two_replicas, synchronized=True, sync_group_size=3)
+    x = _split(two_replicas, _data(4, 5, 3), 2)
+    with pytest.raises(UsageError, match="sync_group_size=3 does not divide the 2 replicas"):
+        two_replicas.run(lambda x: layer(x, training=True), args=(x,))
+
+
+# --- Other numbers of replicas need processes of their own.
+
+
+def _run_script(name, environment, *arguments):
+    root = pathlib.Path(__file__).parent
+    path = os.pathsep.join([str(root.parent), str(root)])
+    return subprocess.Popen(
+        [sys.executable, str(root / name), *arguments],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _finished(processes):
+    try:
+        outputs = [p.communicate(timeout=120) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    for process, (_, error) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, error[-3000:]
+    return outputs
+
+
+def test_groups_of_two_among_four_replicas():
+    _finished([_run_script("four_replicas.py", {})])
+
+
+def test_two_processes_are_one_with_the_joined_batch(tmp_path):
+    with socket.socket() as a, socket.socket() as b:
+        for s in (a, b):
+            s.bind(("localhost", 0))
+        cluster = {"worker": [f"localhost:{s.getsockname()[1]}" for s in (a, b)]}
+    files = [str(tmp_path / f"{index}.npz") for index in (0, 1)]
+    _finished(
+        [
+            _run_script(
+                "two_workers.py",
+                {
+                    "TF_CONFIG": json.dumps(
+                        {"cluster": cluster, "task": {"type": "worker", "index": i}}
+                    )
+                },
+                files[i],
+            )
+            for i in (0, 1)
+        ]
+    )
+    workers = [np.load(f) for f in files]
+    from two_workers import DATA, train
+
+    expected = train(tf.distribute.get_strategy(), DATA)
+    for worker in workers:
+        for name, value in expected.items():
+            np.testing.assert_allclose(worker[name], value, rtol=2e-4, atol=2e-5, err_msg=name)
+    for name in expected:
+        np.testing.assert_array_equal(workers[0][name], workers[1][name])
