@@ -245,48 +245,59 @@ class _ShardBatches:
         padding = num_steps * rows.global_batch_size - num_examples if self._seed is None else 0
         start = start_step * rows.global_batch_size
 
-        def own_records(group: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            places, records, weights = self._group(group, padding)
-            row = places % rows.global_batch_size
-            own = (places >= start) & (row >= rows.first) & (row < rows.first + rows.count)
-            return places[own], records[own], weights[own]
+        def own_records(group: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            return self._records(group, rows, start, padding)
 
         epoch, place = divmod(start, num_examples + padding)
         first = epoch * self._num_groups + self._group_of(epoch, place)
-        examples = tf.data.Dataset.counter(first).map(own_records).prefetch(1).unbatch()
-        images = examples.map(self._decode, num_parallel_calls=tf.data.AUTOTUNE)
-        batches = images.batch(rows.per_replica_batch_size, drop_remainder=True)
+        records = tf.data.Dataset.counter(first).map(own_records).prefetch(1).unbatch()
+        examples = records.map(self._decode, num_parallel_calls=tf.data.AUTOTUNE)
+        batches = examples.batch(rows.per_replica_batch_size, drop_remainder=True)
         endless = tf.data.experimental.assert_cardinality(tf.data.experimental.INFINITE_CARDINALITY)
         return _plain(batches.prefetch(PREFETCH).apply(endless))
 
-    def _group(self, group: tf.Tensor, padding: int) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    def _records(
+        self, group: tf.Tensor, rows: _Rows, start: int, padding: int
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         """Reads one group of shards.
 
         Args:
           group: its number in the endless row of epochs, int64.
+          rows: of the global batches, the ones to keep.
+          start: place in the endless row of epochs before which nothing is kept.
           padding: how often the last record of an epoch is repeated after it, with weight 0.
 
         Returns:
-          Places in the endless row of epochs, records and weights, [n] each.
+          Records, string [n], and what goes with them: in training random numbers
+          [n, NUM_UNIFORMS], else weights [n].
         """
         epoch, number = group // self._num_groups, group % self._num_groups
         order, begins = self._shard_order(epoch)
         shards = order[number * self._group_shards :][: self._group_shards]
-        begin = begins[number * self._group_shards]
         count = tf.reduce_sum(tf.gather(_int64(self._shards.lengths), shards))
         records = self._shards.records(shards).batch(count).get_single_element()
         complete = tf.equal(tf.size(records, tf.int64), count)
         paths = tf.gather(self._shards.paths, shards)
         tf.debugging.Assert(complete, ["fewer records than the data set's info says in", paths])
-        if self._within_groups:
-            records = tf.gather(
-                records, _permuted(tf.range(count), count, self._seed, EXAMPLES, group)
-            )
+
         last = tf.cast(tf.equal(number, self._num_groups - 1), tf.int64)
         index = tf.range(count + last * padding)
-        places = epoch * (self._shards.num_examples + padding) + begin + index
-        weights = tf.cast(index < count, tf.float32)
-        return places, tf.gather(records, tf.minimum(index, count - 1)), weights
+        begin = begins[number * self._group_shards]
+        place = epoch * (self._shards.num_examples + padding) + begin + index
+        row = place % rows.global_batch_size
+        own = (place >= start) & (row >= rows.first) & (row < rows.first + rows.count)
+        index = index[own]
+        if self._seed is None:
+            weights = tf.cast(index < count, tf.float32)
+            return tf.gather(records, tf.minimum(index, count - 1)), weights
+        # Drawn for the whole group at once: for each example alone takes as long as its crop.
+        drawn = tf.random.stateless_uniform(
+            tf.stack([count, images_lib.NUM_UNIFORMS]), seed=tf.stack([_int64(self._seed), group])
+        )
+        uniforms = tf.gather(drawn, index)
+        if self._within_groups:
+            index = _permuted(index, count, self._seed, EXAMPLES, group)
+        return tf.gather(records, index), uniforms
 
     def _shard_order(self, epoch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """The shards in the order of an epoch, and the place where each begins in it."""
@@ -302,17 +313,13 @@ class _ShardBatches:
             _, begins = self._shard_order(_int64(epoch))
         return int(np.searchsorted(begins.numpy()[:: self._group_shards], place, "right")) - 1
 
-    def _decode(
-        self, place: tf.Tensor, record: tf.Tensor, weight: tf.Tensor
-    ) -> tuple[tf.Tensor, ...]:
+    def _decode(self, record: tf.Tensor, extra: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """One example of what `_records` returns."""
         encoded, label = self._shards.parse(record)
         channels = self._shards.image_shape[-1]
         if self._seed is None:
-            return self._preprocessing.from_encoded(encoded, None, channels), label, weight
-        uniforms = tf.random.stateless_uniform(
-            [images_lib.NUM_UNIFORMS], seed=tf.stack([_int64(self._seed), place])
-        )
-        return self._preprocessing.from_encoded(encoded, uniforms, channels), label
+            return self._preprocessing.from_encoded(encoded, None, channels), label, extra
+        return self._preprocessing.from_encoded(encoded, extra, channels), label
 
 
 def _permuted(
