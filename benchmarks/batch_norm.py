@@ -92,27 +92,31 @@ def training(dtype):
     table(f"Forward and backward, {dtype}", rows, ratios)
 
 
+def _raw_inference(shape):
+    one, zero = tf.ones(shape[-1]), tf.zeros(shape[-1])
+    return lambda x: tf.raw_ops.FusedBatchNormV3(
+        x=x, scale=one, offset=zero, mean=zero, variance=one, is_training=False
+    )[0]
+
+
+def _inference(function, x):
+    function = tf.function(function)
+    return lambda: function(x)
+
+
 def inference():
     rows = {}
     for shape in SHAPES:
+        ours, theirs = BatchNormalization(), keras.layers.BatchNormalization()
         x, _ = _inputs(shape)
-        one, zero = tf.ones(shape[-1]), tf.zeros(shape[-1])
-        functions = {
-            "raw kernel": lambda x: tf.raw_ops.FusedBatchNormV3(
-                x=x, scale=one, offset=zero, mean=zero, variance=one, is_training=False
-            )[0]
-        }
-        for name, cls in (("ours", BatchNormalization), ("Keras", keras.layers.BatchNormalization)):
-            layer = cls()
+        for layer in (ours, theirs):
             layer.build(shape)
-            functions[name] = layer
-        calls = {n: (lambda f=tf.function(f), x=x: f(x)) for n, f in functions.items()}
-        rows[_name(shape)] = compare(calls, rounds=15)
-    table(
-        "Inference, float32",
-        rows,
-        {"ours/raw": ("ours", "raw kernel"), "Keras/ours": ("Keras", "ours")},
-    )
+        functions = {"raw kernel": _raw_inference(shape), "ours": ours, "Keras": theirs}
+        rows[_name(shape)] = compare(
+            {name: _inference(f, x) for name, f in functions.items()}, rounds=25
+        )
+    ratios = {"ours/raw": ("ours", "raw kernel"), "Keras/ours": ("Keras", "ours")}
+    table("Inference, float32", rows, ratios)
 
 
 def shapes():

@@ -630,4 +630,5 @@ def _normalized_axes(axis: int | Sequence[int], shape: Sequence[int | None]) -> 
 
 
 def _flat(variable: keras.Variable) -> tf.Tensor:
-    return tf.reshape(tf.convert_to_tensor(variable), [-1])
+    value = tf.convert_to_tensor(variable)
+    return value if value.shape.rank == 1 else tf.reshape(value, [-1])

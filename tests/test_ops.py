@@ -11,6 +11,13 @@ EPSILON = 1e-3
 TOLERANCE = {"float64": 1e-12, "float32": 3e-6, "float16": 4e-3, "bfloat16": 3e-2}
 
 
+@pytest.fixture(autouse=True)
+def small_inputs_are_fused_too(monkeypatch):
+    """By default, inputs as small as those of the tests don't go through the kernels."""
+    monkeypatch.setattr(ops, "_PAYS_IN_TRAINING", 0)
+    monkeypatch.setattr(ops, "_PAYS_AT_INFERENCE", 0)
+
+
 def _parameters(channels, rng):
     return rng.uniform(0.5, 2, channels), rng.normal(size=channels)
 
@@ -285,3 +292,18 @@ def test_channels_last_and_back(axes):
     expected = np.sum(x, reduced).reshape(-1)
     np.testing.assert_array_equal(np.sum(moved, tuple(range(len(reduced)))), expected)
     np.testing.assert_array_equal(ops.channels_back(moved, x, axes), x)
+
+
+def test_small_inputs_take_the_shorter_way(monkeypatch):
+    """And get the same numbers: below some size a kernel costs more than it saves."""
+    rng = np.random.default_rng(10)
+    x, dy = (tf.constant(rng.normal(size=(6, 3, 2)), tf.float32) for _ in range(2))
+    fused = _run(x, np.ones(2), np.zeros(2), dy)
+    monkeypatch.undo()
+    plain = tf.function(lambda x: ops.batch_normalize(x, None, None, EPSILON)[0])
+    kinds = {op.type for op in plain.get_concrete_function(x).graph.get_operations()}
+    assert "FusedBatchNormV3" not in kinds
+    for actual, expected in zip(
+        tf.nest.flatten(_run(x, np.ones(2), np.zeros(2), dy)), tf.nest.flatten(fused), strict=True
+    ):
+        _close(actual, expected, 1e-5)

@@ -1,0 +1,119 @@
+"""Whole training steps of 32 images of 224², with our layer, with Keras', and without any.
+
+    python benchmarks/batch_norm_networks.py [network ...]
+
+Networks: inception-float32, inception-bfloat16, resnet50, mobilenetv2, memory; all without any.
+The first are BN-Inception; resnet50 and mobilenetv2 are those of keras.applications before and
+after replace_batch_norm. memory is the peak of BN-Inception's step, in processes of their own.
+"""
+
+import os
+import resource
+import subprocess
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import tensorflow as tf
+from timing import compare, table
+
+from bn_keras import BatchNormalization, BNInception, replace_batch_norm
+
+IMAGES, SIDE, CLASSES = 32, 224, 1000
+
+
+def _exchanged(model, make):
+    """The model with make(config) in place of each of our layers."""
+
+    def clone(layer):
+        if isinstance(layer, BatchNormalization):
+            return make(layer.get_config() | {"unbiased": False})
+        return type(layer).from_config(layer.get_config())
+
+    return keras.models.clone_model(model, clone_function=clone)
+
+
+def _keras_layer(config):
+    config.pop("unbiased")
+    return keras.layers.BatchNormalization.from_config(config)
+
+
+def _identity(config):
+    return keras.layers.Identity(name=config["name"], dtype=config["dtype"])
+
+
+def _inception(layer):
+    model = BNInception(input_shape=(SIDE, SIDE, 3), classes=CLASSES)
+    if layer == "ours":
+        return model
+    return _exchanged(model, _keras_layer if layer == "Keras" else _identity)
+
+
+def _step(model):
+    """One step of SGD on a constant batch, which takes the loading of images out of it."""
+    optimizer = keras.optimizers.SGD(1e-6, momentum=0.9)
+    optimizer.build(model.trainable_variables)
+    images = tf.random.normal([IMAGES, SIDE, SIDE, 3])
+    labels = tf.random.uniform([IMAGES], maxval=CLASSES, dtype=tf.int32)
+
+    @tf.function
+    def step():
+        with tf.GradientTape() as tape:
+            logits = model(images, training=True)
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+            loss = tf.reduce_mean(losses)
+        variables = model.trainable_variables
+        optimizer.apply(tape.gradient(loss, [v.value for v in variables]), variables)
+        return loss
+
+    return lambda: float(step())
+
+
+def inception(policy):
+    keras.config.set_dtype_policy(policy)
+    layers = ("ours", "Keras", "none")
+    row = compare({name: _step(_inception(name)) for name in layers}, rounds=4, block=2)
+    keras.config.set_dtype_policy("float32")
+    ratios = {"Keras/ours": ("Keras", "ours"), "ours/none": ("ours", "none")}
+    table(f"A step of BN-Inception, {policy}", {f"{IMAGES}×{SIDE}²": row}, ratios)
+
+
+def application(name):
+    before = getattr(keras.applications, name)(
+        weights=None, classifier_activation=None, classes=CLASSES
+    )
+    functions = {"after": _step(replace_batch_norm(before)), "before": _step(before)}
+    row = compare(functions, rounds=3, block=2)
+    ratios = {"before/after": ("before", "after")}
+    table(f"A step of {name} before and after replace_batch_norm", {"float32": row}, ratios)
+
+
+def memory():
+    print("\nPeak memory of the process after three steps of BN-Inception, float32\n")
+    for layer in ("ours", "Keras"):
+        command = [sys.executable, __file__, f"memory-{layer}"]
+        print(f"{layer}: {subprocess.check_output(command, text=True).strip()} MiB", flush=True)
+
+
+def _memory_of(layer):
+    step = _step(_inception(layer))
+    for _ in range(3):
+        step()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+
+
+NETWORKS = {
+    "inception-float32": lambda: inception("float32"),
+    "inception-bfloat16": lambda: inception("mixed_bfloat16"),
+    "resnet50": lambda: application("ResNet50"),
+    "mobilenetv2": lambda: application("MobileNetV2"),
+    "memory": memory,
+}
+_CHILDREN = {
+    f"memory-{layer}": (lambda layer=layer: _memory_of(layer)) for layer in ("ours", "Keras")
+}
+
+if __name__ == "__main__":
+    for network in sys.argv[1:] or NETWORKS:
+        (NETWORKS | _CHILDREN)[network]()

@@ -1,0 +1,91 @@
+"""PyTorch's batch normalization, step by step the same (make test-peers installs it)."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from bn_keras import BatchNormalization
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed: make test-peers")
+
+KINDS = {
+    2: (torch.nn.BatchNorm1d, (16, 3)),
+    3: (torch.nn.BatchNorm1d, (6, 3, 5)),
+    4: (torch.nn.BatchNorm2d, (4, 3, 5, 6)),
+    5: (torch.nn.BatchNorm3d, (3, 3, 2, 4, 3)),
+}
+
+
+@pytest.mark.parametrize("rank", KINDS)
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_outputs_gradients_and_running_statistics(rank, axis, momentum):
+    """Four steps of SGD on each, then inference. Their momentum is the fraction taken in."""
+    cls, shape = KINDS[rank]
+    rng = np.random.default_rng(rank)
+    theirs = cls(3, eps=1e-3, momentum=momentum)
+    ours = BatchNormalization(
+        axis=axis, momentum=None if momentum is None else 1 - momentum, epsilon=1e-3
+    )
+    ours.build(shape if axis == 1 else _last(np.zeros(shape)).shape)
+    gamma, beta = rng.uniform(0.5, 2, 3), rng.normal(size=3)
+    with torch.no_grad():
+        theirs.weight.copy_(torch.tensor(gamma))
+        theirs.bias.copy_(torch.tensor(beta))
+    ours.gamma.assign(gamma)
+    ours.beta.assign(beta)
+    place = (lambda a: a) if axis == 1 else _last
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1)
+    for _ in range(4):
+        x, weights = (rng.normal(1, 2, shape).astype(np.float32) for _ in range(2))
+        inputs = torch.tensor(x, requires_grad=True)
+        y = theirs(inputs)
+        optimizer.zero_grad()
+        loss = (torch.sin(y) * torch.tensor(weights)).mean()
+        loss.backward()
+        with tf.GradientTape() as tape:
+            ours_inputs = tf.constant(place(x))
+            tape.watch(ours_inputs)
+            outputs = ours(ours_inputs, training=True)
+            loss = tf.reduce_mean(tf.sin(outputs) * place(weights))
+        variables = [ours.gamma.value, ours.beta.value]
+        dx, dgamma, dbeta = tape.gradient(loss, [ours_inputs, *variables])
+        _close(outputs, place(y.detach().numpy()))
+        _close(dx, place(inputs.grad.numpy()))
+        _close(dgamma, theirs.weight.grad.numpy())
+        _close(dbeta, theirs.bias.grad.numpy())
+        optimizer.step()
+        for variable, gradient in zip(variables, (dgamma, dbeta), strict=True):
+            variable.assign_sub(0.1 * gradient)
+        _close(ours.moving_mean, theirs.running_mean.numpy())
+        # Both take the unbiased variance here, and the biased one to normalize by.
+        _close(ours.moving_variance, theirs.running_var.numpy())
+    theirs.eval()
+    x = rng.normal(1, 2, shape).astype(np.float32)
+    _close(ours(place(x)), place(theirs(torch.tensor(x)).detach().numpy()))
+
+
+def test_second_order():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(8, 3)).astype(np.float32)
+    theirs, ours = torch.nn.BatchNorm1d(3, eps=1e-3), BatchNormalization()
+    inputs = torch.tensor(x, requires_grad=True)
+    (first,) = torch.autograd.grad((theirs(inputs) ** 3).sum(), inputs, create_graph=True)
+    (second,) = torch.autograd.grad((first**2).sum(), inputs)
+    with tf.GradientTape() as outer:
+        tensor = tf.constant(x)
+        outer.watch(tensor)
+        with tf.GradientTape() as inner:
+            inner.watch(tensor)
+            loss = tf.reduce_sum(ours(tensor, training=True) ** 3)
+        norm = tf.reduce_sum(inner.gradient(loss, tensor) ** 2)
+    _close(outer.gradient(norm, tensor), second.numpy(), 1e-4)
+
+
+def _last(array):
+    return np.moveaxis(array, 1, -1)
+
+
+def _close(actual, expected, tolerance=2e-5):
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(np.asarray(actual) / scale, expected / scale, rtol=0, atol=tolerance)
