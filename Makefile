@@ -5,13 +5,18 @@
 EXTRA ?= cpu
 PY := .venv/bin/python
 READY := .venv/ready-$(EXTRA)
+# PyTorch has an environment of its own, since nothing else needs it. On Linux its plain wheel brings
+# CUDA along: set PIP_INDEX_URL or PIP_EXTRA_INDEX_URL to PyTorch's CPU wheels, and pip takes those.
+PEERS := .venv-peers/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench
+.PHONY: help demo test test-peers lint format bench
 
 help:
 	@echo "make demo    train the paper's five networks in miniature and write their report"
 	@echo "make test    run the tests"
+	@echo "make test-peers"
+	@echo "             compare the layer with PyTorch's"
 	@echo "make lint    check style; make format mends it"
 	@echo "make bench   run the benchmarks (alone on the machine, please)"
 
@@ -31,6 +36,15 @@ demo: $(READY)
 
 test: $(READY)
 	@$(PY) -m pytest -n 2 tests
+
+$(PEERS): $(READY)
+	@set -e; echo "Setting up .venv-peers with PyTorch."; \
+	$(PY) -m venv --clear .venv-peers; \
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRA),dev]" torch==2.13.0; \
+	touch $(PEERS)
+
+test-peers: $(PEERS)
+	@.venv-peers/bin/python -m pytest tests/peers
 
 lint: $(READY)
 	@$(PY) -m ruff check .
