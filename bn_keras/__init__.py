@@ -21,5 +21,12 @@ if keras.backend.backend() != "tensorflow":
 from bn_keras.batch_norm import BatchNormalization  # noqa: E402
 from bn_keras.convert import replace_batch_norm  # noqa: E402
 from bn_keras.models import BNInception, SigmoidMLP  # noqa: E402
+from bn_keras.population import estimate_population_statistics  # noqa: E402
 
-__all__ = ["BNInception", "BatchNormalization", "SigmoidMLP", "replace_batch_norm"]
+__all__ = [
+    "BNInception",
+    "BatchNormalization",
+    "SigmoidMLP",
+    "estimate_population_statistics",
+    "replace_batch_norm",
+]
