@@ -69,7 +69,7 @@ class PopulationReport:
             "  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]).rstrip()
             for first, *rest in head + body
         ]
-        return "\n".join([f"Population statistics of {self.num_batches} batches", *lines])
+        return "\n".join([f"Population statistics, num_batches={self.num_batches}", *lines])
 
 
 def estimate_population_statistics(
@@ -103,7 +103,8 @@ def estimate_population_statistics(
         counts in E[x] only. Sums run in float64, over means and variances, never over squares.
       - A mini-batch is what the layer normalizes together: each use of a shared layer, each ghost
         batch, and each replica's part, except that replicas which are synchronized make up one.
-        What a mask leaves out is not in it.
+        What a mask leaves out is not in it. (keras.layers.RNN calls its cell once more for the
+        first time step, which therefore counts twice, in training as here.)
       - Frozen layers, and layers that the model doesn't run through, keep their statistics.
       - Nothing else moves: what the pass itself changes, such as the generators of dropout (which
         do draw anew for each batch), is put back, on each replica. So it is, with the moving

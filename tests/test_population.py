@@ -1,0 +1,445 @@
+"""Algorithm 2, lines 7 to 10, against the paper in float64."""
+
+import re
+import sys
+
+import keras
+import numpy as np
+import pytest
+import reference
+import tensorflow as tf
+
+from bn_keras import BatchNormalization, estimate_population_statistics
+from bn_keras.errors import UsageError
+from bn_keras.population import PopulationEstimator, preserved_state
+
+KERAS_BN = keras.layers.BatchNormalization
+EPSILON = 1e-3
+
+
+def _batches(sizes, *shape, mean=0.0):
+    """Batches of the given sizes, whose means lie apart."""
+    rng = np.random.default_rng(0)
+    return [
+        (mean + rng.normal() + rng.uniform(1, 3, shape[-1:]) * rng.normal(size=(n, *shape))).astype(
+            np.float32
+        )
+        for n in sizes
+    ]
+
+
+def _dataset(batches):
+    spec = tf.TensorSpec([None, *batches[0].shape[1:]], tf.float32)
+    return tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=spec)
+
+
+def _algorithm_2(batches, axis=-1):
+    """E[x] and Var[x] over mini-batches, from the definition."""
+    moments = [reference.batch_normalize(x, 1, 0, EPSILON, axis)[1:] for x in batches if x.size]
+    means, variances, counts = (np.stack(m) for m in zip(*moments, strict=True))
+    several = counts.min(axis=tuple(range(1, counts.ndim))) > 1
+    unbiased = reference.unbiased(variances[several], counts[several])
+    return np.average(means, 0, counts), np.average(unbiased, 0, counts[several])
+
+
+def _model(layers, *shape):
+    return keras.Sequential([keras.Input(shape), *layers])
+
+
+def _norms(model):
+    return [x for x in model._flatten_layers() if isinstance(x, BatchNormalization | KERAS_BN)]
+
+
+def _randomize(model):
+    rng = np.random.default_rng(1)
+    for v in model.weights:
+        v.assign(rng.uniform(0.5, 1.5, v.shape))
+
+
+def _check(layer, expected, rtol=1e-5, atol=1e-6):
+    mean, variance = expected
+    np.testing.assert_allclose(layer.moving_mean, mean.reshape(layer.moving_mean.shape), rtol, atol)
+    np.testing.assert_allclose(layer.moving_variance, variance.reshape(mean.shape), rtol)
+
+
+def _local(strategy, variable):
+    return [c.numpy() for c in strategy.experimental_local_results(variable.value)]
+
+
+def _state(model, strategy):
+    return {v.path: _local(strategy, v) for v in model.variables}
+
+
+def _changed(before, after):
+    return {
+        path.split("/")[-1]
+        for path, values in before.items()
+        if not np.array_equal(values, after[path])
+    }
+
+
+@pytest.mark.parametrize("cls", [BatchNormalization, KERAS_BN])
+@pytest.mark.parametrize("shape, axis", [((3,), -1), ((4, 5, 3), -1), ((3, 5), 1)])
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+def test_one_layer_is_the_definition(cls, shape, axis, mean):
+    batches = _batches([6] * 5, *shape, mean=mean)
+    model = _model([cls(axis=axis, momentum=0.9)], *shape)
+    estimate_population_statistics(model, _dataset(batches), num_batches=4)
+    # A mean of 6 values near 1e4 is known to its spacing, and so is what deviates from it.
+    rtol = 1e-5 if mean == 0 else 1e-3
+    _check(model.layers[0], _algorithm_2(batches[:4], axis), rtol)
+
+
+@pytest.mark.parametrize("precision, rtol", [("float32", 1e-5), ("mixed_bfloat16", 2e-2)])
+def test_the_second_layer_sees_what_it_sees_in_training(precision, rtol):
+    keras.config.set_dtype_policy(precision)
+    model = _model(
+        [
+            keras.layers.Dense(5, use_bias=False),
+            BatchNormalization(),
+            keras.layers.ReLU(),
+            keras.layers.Dense(4),
+            BatchNormalization(unbiased=False),
+        ],
+        3,
+    )
+    _randomize(model)
+    batches = _batches([8] * 6, 3)
+    dense_1, first, _, dense_2, second = model.layers
+    kernel_1, kernel_2, bias_2 = (np.float64(w) for w in [dense_1.kernel, *dense_2.weights])
+    gamma, beta = np.float64(first.gamma), np.float64(first.beta)
+    hidden = [x @ kernel_1 for x in batches]
+    normalized = [reference.batch_normalize(h, gamma, beta, EPSILON)[0] for h in hidden]
+    deep = [np.maximum(n, 0) @ kernel_2 + bias_2 for n in normalized]
+    estimate_population_statistics(model, _dataset(batches), num_batches=6)
+    _check(first, _algorithm_2(hidden), rtol, atol=rtol)
+    _check(second, _algorithm_2(deep), rtol)
+    # The inference network would give the second layer something else.
+    mean, variance = _algorithm_2(hidden)
+    folded = [gamma * (h - mean) / np.sqrt(variance + EPSILON) + beta for h in hidden]
+    other = _algorithm_2([np.maximum(f, 0) @ kernel_2 + bias_2 for f in folded])
+    assert np.abs(other[1] / second.moving_variance - 1).min() > 2 * rtol
+
+
+def test_the_mean_does_not_depend_on_the_split():
+    x = np.concatenate(_batches([24], 3))
+    found = []
+    for sizes in ([6, 6, 6, 6], [24], [11, 3, 1, 9]):
+        model = _model([BatchNormalization()], 3)
+        parts = np.split(x, np.cumsum(sizes)[:-1])
+        estimate_population_statistics(model, _dataset(parts), num_batches=len(parts))
+        _check(model.layers[0], _algorithm_2(parts))
+        found.append(model.layers[0])
+    for layer in found[1:]:
+        np.testing.assert_allclose(layer.moving_mean, found[0].moving_mean, atol=1e-6)
+
+
+def test_the_variance_is_that_within_the_batches():
+    """Moving whole batches apart doesn't change it; that of all values pooled would grow."""
+    batches = _batches([8] * 4, 3)
+    variances = []
+    for spread in (0, 10):
+        model = _model([BatchNormalization()], 3)
+        moved = [x + spread * i for i, x in enumerate(batches)]
+        estimate_population_statistics(model, _dataset(moved), num_batches=4)
+        variances.append(model.layers[0].moving_variance.numpy())
+    np.testing.assert_allclose(*variances, rtol=1e-4)
+    assert np.all(np.concatenate(moved).var(0) > 10 * variances[1])
+
+
+@pytest.mark.parametrize("cls", [BatchNormalization, KERAS_BN])
+def test_batches_weigh_by_their_size(cls):
+    """The one of a single value counts in the mean only, the empty one nowhere."""
+    batches = _batches([8, 3, 1, 0, 5], 3)
+    model = _model([cls()], 3)
+    estimate_population_statistics(model, _dataset(batches), num_batches=5)
+    _check(model.layers[0], _algorithm_2(batches))
+
+
+def test_each_use_of_a_shared_layer_is_a_mini_batch():
+    a, b = keras.Input([3]), keras.Input([3])
+    shared = BatchNormalization()
+    model = keras.Model([a, b], [shared(a), shared(b)])
+    batches = _batches([6] * 8, 3)
+    pairs = list(zip(batches[:4], batches[4:], strict=True))
+    estimate_population_statistics(model, [((x, y), 0) for x, y in pairs], num_batches=4)
+    _check(shared, _algorithm_2(batches))
+
+
+@pytest.mark.parametrize("cls", [BatchNormalization, KERAS_BN])
+def test_nested_models_and_wrappers(cls):
+    nested = _model([cls(name="deep")], 2, 3)
+    wrapped = keras.layers.TimeDistributed(cls(name="wrapped"))
+    inputs = keras.Input([4, 2, 3])
+    model = keras.Model(inputs, keras.layers.TimeDistributed(nested)(wrapped(inputs)))
+    batches = _batches([6] * 4, 4, 2, 3)
+    report = estimate_population_statistics(model, batches, num_batches=4)
+    assert [row.layer.split("/")[-1] for row in report.rows] == ["wrapped", "deep"]
+    steps = [x[:, t] for x in batches for t in range(4)]
+    _check(wrapped.layer, _algorithm_2(steps))
+    normalized = [reference.batch_normalize(x, 1, 0, EPSILON)[0] for x in steps]
+    _check(nested.layers[0], _algorithm_2(normalized), atol=1e-5)
+
+
+def test_inside_a_loop_of_the_graph():
+    """Where moments can't leave the loop as tensors."""
+
+    class Loop(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.norm = BatchNormalization()
+
+        def build(self, shape):
+            self.norm.build((shape[0], *shape[2:]))
+
+        def call(self, inputs, training=None):
+            def body(t, total):
+                return total + self.norm(inputs[:, t], training=training)
+
+            return keras.ops.fori_loop(0, inputs.shape[1], body, tf.zeros_like(inputs[:, 0]))
+
+    loop = Loop()
+    model = _model([loop], 4, 3)
+    batches = _batches([6] * 3, 4, 3)
+    estimate_population_statistics(model, batches, num_batches=3)
+    _check(loop.norm, _algorithm_2([x[:, t] for x in batches for t in range(4)]))
+
+
+def test_axis_lists_ghost_batches_and_images_with_labels():
+    layer = BatchNormalization(axis=[1, 2], virtual_batch_size=2)
+    model = _model([layer], 4, 3, 5)
+    batches = _batches([6] * 3, 4, 3, 5)
+    labels = [np.zeros(6)] * 3
+    estimate_population_statistics(model, list(zip(batches, labels, strict=True)), num_batches=3)
+    ghosts = [ghost for x in batches for ghost in np.split(x, 3)]
+    _check(layer, _algorithm_2(ghosts, axis=[1, 2]))
+
+
+@pytest.mark.parametrize("cls", [BatchNormalization, KERAS_BN])
+def test_what_is_masked_is_not_in_it(cls):
+    model = _model([keras.layers.Masking(), cls()], 4, 3)
+    batches = _batches([5] * 4, 4, 3)
+    kept = []
+    for i, x in enumerate(batches):
+        mask = np.random.default_rng(i).random(x.shape[:2]) < (0.6 if i else 0)
+        x[~mask] = 0
+        kept.append(x[mask])
+    assert kept[0].size == 0
+    estimate_population_statistics(model, batches, num_batches=4)
+    # Keras divides by the count plus 1e-7.
+    _check(model.layers[1], _algorithm_2(kept))
+
+
+@pytest.mark.parametrize("synchronized", [False, True])
+@pytest.mark.parametrize("distributed", [False, True])
+def test_replicas(two_replicas, synchronized, distributed):
+    batches = _batches([8, 8, 5, 4], 3)
+    with two_replicas.scope():
+        layer = BatchNormalization(synchronized=synchronized)
+        model = _model([layer], 3)
+    data = _dataset(batches)
+    if distributed:
+        data = iter(two_replicas.experimental_distribute_dataset(data))
+    # None is the strategy that the model was made under.
+    given = two_replicas if distributed else None
+    estimate_population_statistics(model, data, num_batches=4, strategy=given)
+    halves = [half for x in batches for half in np.split(x, [-(-len(x) // 2)])]
+    mean, variance = _algorithm_2(batches if synchronized else halves)
+    for values, expected in ((layer.moving_mean, mean), (layer.moving_variance, variance)):
+        for local in _local(two_replicas, values):
+            np.testing.assert_allclose(local, expected, rtol=1e-5)
+
+
+def _stateful_model():
+    frozen = BatchNormalization(name="frozen", trainable=False)
+    return _model(
+        [
+            keras.layers.Dropout(0.5),
+            BatchNormalization(momentum=None),
+            keras.layers.Dense(3),
+            BatchNormalization(renorm=True),
+            frozen,
+            keras.layers.SpectralNormalization(keras.layers.Dense(3)),
+            KERAS_BN(),
+        ],
+        3,
+    )
+
+
+def test_nothing_else_moves(two_replicas):
+    with two_replicas.scope():
+        model = _stateful_model()
+    _randomize(model)
+    batches = _batches([8] * 3, 3)
+    before = _state(model, two_replicas)
+    report = estimate_population_statistics(model, _dataset(batches), 3, update=False)
+    assert not _changed(before, _state(model, two_replicas))
+    assert "frozen" not in str(report)
+    estimate_population_statistics(model, _dataset(batches), 3)
+    after = _state(model, two_replicas)
+    moved = {"moving_mean", "moving_variance", "moving_stddev"}
+    assert _changed(before, after) == moved
+    assert not any("frozen" in p for p in before if not np.array_equal(before[p], after[p]))
+    renorm = model.layers[3]
+    stddev = np.sqrt(renorm.moving_variance.numpy() + EPSILON)
+    np.testing.assert_allclose(renorm.moving_stddev, stddev, rtol=1e-6)
+
+
+def test_dropout_draws_anew_for_each_batch():
+    model = _model([keras.layers.Dropout(0.5, seed=1), BatchNormalization()], 50)
+    ones = [np.ones([4, 50], np.float32)] * 2
+    mean = []
+    for num_batches in (1, 2):
+        estimate_population_statistics(model, ones, num_batches)
+        mean.append(model.layers[1].moving_mean.numpy())
+    assert np.abs(mean[0] - mean[1]).max() > 0.2
+
+
+def test_restored_on_error(two_replicas):
+    with two_replicas.scope():
+        model = _stateful_model()
+    _randomize(model)
+    for v in model.non_trainable_variables:
+        if v.name == "moving_mean":
+            for i, local in enumerate(two_replicas.experimental_local_results(v.value)):
+                local.assign_add(tf.fill([3], float(i)))
+    before = _state(model, two_replicas)
+
+    def broken():
+        yield from _batches([8] * 2, 3)
+        raise RuntimeError("the disk is gone")
+
+    data = tf.data.Dataset.from_generator(broken, output_signature=tf.TensorSpec([8, 3]))
+    with pytest.raises(tf.errors.OpError, match="the disk is gone"):
+        estimate_population_statistics(model, data, num_batches=9)
+    assert not _changed(before, _state(model, two_replicas))
+    with pytest.raises(UsageError, match="ended after 2 of num_batches=3 batches"):
+        estimate_population_statistics(model, _dataset(_batches([8] * 2, 3)), num_batches=3)
+    assert not _changed(before, _state(model, two_replicas))
+    # And the layers take moving averages again.
+    data = two_replicas.experimental_distribute_dataset(_dataset(_batches([8], 3)))
+    two_replicas.run(lambda x: model(x, training=True), args=(next(iter(data)),))
+    assert "moving_mean" in _changed(before, _state(model, two_replicas))
+
+
+@pytest.mark.parametrize(
+    "sizes, bad, message",
+    [
+        ([1, 1], 1.0, "saw no mini-batch of two values .* larger batches"),
+        ([0, 0], 1.0, "saw no mini-batch of two values"),
+        ([4, 4], np.nan, "not finite"),
+    ],
+)
+def test_too_little_or_bad_data(sizes, bad, message):
+    model = _model([BatchNormalization(), BatchNormalization()], 3)
+    before = _state(model, tf.distribute.get_strategy())
+    with pytest.raises(UsageError, match=message) as error:
+        estimate_population_statistics(model, [bad * x for x in _batches(sizes, 3)], 2)
+    assert "\n" not in str(error.value)
+    assert not _changed(before, _state(model, tf.distribute.get_strategy()))
+
+
+def test_what_can_not_be_meant(two_replicas):
+    with pytest.raises(UsageError, match="num_batches is 0"):
+        estimate_population_statistics(_model([BatchNormalization()], 3), [], 0)
+    with pytest.raises(UsageError, match="1 found, of which none is both built and trainable"):
+        estimate_population_statistics(_model([BatchNormalization(trainable=False)], 3), [], 1)
+    with two_replicas.scope():
+        model = _model([BatchNormalization()], 3)
+    with pytest.raises(UsageError, match="a list, which 2 replicas can't share"):
+        estimate_population_statistics(model, _batches([4], 3), 1)
+
+
+def test_layers_that_are_not_run_through_are_left_alone():
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = BatchNormalization(), BatchNormalization(name="unused")
+
+        def build(self, shape):
+            self.used.build(shape)
+            self.unused.build(shape)
+
+        def call(self, inputs, training=None):
+            return self.used(inputs, training=training)
+
+    model = Model()
+    model.build((None, 3))
+    report = estimate_population_statistics(model, _batches([4], 3), 1)
+    assert len(report.rows) == 1 and "unused" not in report.rows[0].layer
+    np.testing.assert_array_equal(model.unused.moving_variance, np.ones(3))
+
+
+def test_the_report_says_how_far(two_replicas):
+    with two_replicas.scope():
+        model = _model([BatchNormalization(epsilon=0.5), BatchNormalization(name="other")], 2)
+    layer = model.layers[0]
+    moving_mean = np.array([[0, 1], [-3, 2]])
+    moving_variance = np.array([[1, 2], [0.5, 8]])
+    for i in range(2):
+        for v, values in (
+            (layer.moving_mean, moving_mean),
+            (layer.moving_variance, moving_variance),
+        ):
+            two_replicas.experimental_local_results(v.value)[i].assign(values[i])
+    batches = _batches([8] * 3, 2)
+    report = estimate_population_statistics(model, _dataset(batches), 3)
+    mean, variance = _algorithm_2([half for x in batches for half in np.split(x, 2)])
+    distance = np.abs(moving_mean - mean) / np.sqrt(variance + 0.5)
+    ratio = (moving_variance + 0.5) / (variance + 0.5)
+    row = report.rows[0]
+    assert (report.num_batches, row.layer, row.channels) == (3, layer.path, 2)
+    found = [
+        row.mean_distance_average,
+        row.mean_distance_largest,
+        row.variance_ratio_smallest,
+        row.variance_ratio_average,
+        row.variance_ratio_largest,
+    ]
+    expected = [distance.mean(), distance.max(), ratio.min(), ratio.prod() ** 0.25, ratio.max()]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    # Once written, nothing is off.
+    again = estimate_population_statistics(model, _dataset(batches), 3)
+    assert max(row.mean_distance_largest for row in again.rows) < 1e-6
+    assert max(abs(row.variance_ratio_largest - 1) for row in again.rows) < 1e-6
+
+
+def test_the_report_is_a_table():
+    model = _model([BatchNormalization(name="a"), BatchNormalization(name="a_longer_name")], 2)
+    title, _, head, *body = str(
+        estimate_population_statistics(model, _batches([8], 2), 1)
+    ).splitlines()
+    assert title == "Population statistics, num_batches=1"
+    assert [line.split()[0] for line in body] == [layer.path for layer in model.layers]
+    ends = [[m.end() for m in re.finditer(r"\S+", line)][1:] for line in (head, *body)]
+    assert ends[0] == ends[1] == ends[2] and len(ends[0]) == 6
+
+
+def test_an_estimator_is_traced_once_and_starts_anew():
+    traces = []
+
+    class Traced(keras.layers.Layer):
+        def call(self, inputs):
+            traces.append(inputs.shape)
+            return inputs
+
+    model = _model([Traced(), BatchNormalization()], 3)
+    estimator = PopulationEstimator(model)
+    traces.clear()
+    for seed in range(3):
+        batches = [x + seed for x in _batches([6] * 2, 3)]
+        with preserved_state(model):
+            estimator.estimate(batches, 2)
+            _check(model.layers[1], _algorithm_2(batches))
+        np.testing.assert_array_equal(model.layers[1].moving_mean, np.zeros(3))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_bar_on_a_terminal_only(terminal, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    model = _model([BatchNormalization()], 3)
+    estimate_population_statistics(model, _batches([4] * 2, 3), 2)
+    shown = capsys.readouterr().err
+    assert ("population statistics" in shown and "2/2" in shown) == terminal
+    assert terminal or not shown
