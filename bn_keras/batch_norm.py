@@ -173,7 +173,7 @@ class BatchNormalization(keras.layers.Layer):
             # Both, and one of them chosen: in a branch of tf.cond no collective can run.
             y = tf.where(training, self._train(x, mask, training), self._infer(x))
         else:
-            y = self._train(x, mask) if training and self.trainable else self._infer(x)
+            y = self._train(x, mask) if self.trainable and training else self._infer(x)
         return tf.cast(ops.channels_back(y, inputs, self._axes), self.compute_dtype)
 
     def _infer(self, x: tf.Tensor) -> tf.Tensor:
@@ -184,7 +184,7 @@ class BatchNormalization(keras.layers.Layer):
         self, x: tf.Tensor, mask: tf.Tensor | None, if_: bool | tf.Tensor = True
     ) -> tf.Tensor:
         """Normalizes, and updates the moving statistics if `if_`."""
-        x = self._checked(x)
+        x, dtype = self._checked(x), x.dtype
         if self.renorm:
             # The correction goes on top of x_hat, which half precision would round once more.
             x = tf.cast(x, ops.statistics_dtype(x.dtype))
@@ -197,7 +197,7 @@ class BatchNormalization(keras.layers.Layer):
             gather=self._gather if self._is_synchronized() else None,
         )
         if self.renorm:
-            y = self._renormalize(y, moments)
+            y = tf.cast(self._renormalize(y, moments), dtype)
         self._update(moments, if_)
         return y
 
