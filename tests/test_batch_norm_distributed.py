@@ -211,6 +211,33 @@ def test_one_packed_collective_each_way_in_a_fixed_order(two_replicas, monkeypat
             assert before.op in _ancestors(given.op)
 
 
+def test_keras_takes_more_collectives_and_no_kernel(two_replicas, monkeypatch):
+    """Row 7 of the field's table."""
+    context_class, calls = type(_context_of(two_replicas)), []
+    original = context_class.all_reduce
+
+    def counted(self, *args, **kwargs):
+        calls.append(self)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(context_class, "all_reduce", counted)
+    x = _split(two_replicas, _data(8, 5, 3), 4)
+    found = {}
+    for layer in (BatchNormalization, keras.layers.BatchNormalization):
+        with two_replicas.scope():
+            layer = layer(synchronized=True)
+            layer.build((None, None, 3))
+        calls.clear()
+        run = tf.function(
+            lambda x, layer=layer: two_replicas.run(lambda x: layer(x, training=True), args=(x,))
+        )
+        kinds = {op.type for op in run.get_concrete_function(x).graph.get_operations()}
+        found[type(layer)] = len(calls) / 2, "FusedBatchNormV3" in kinds
+    assert found[BatchNormalization] == (1, True)
+    collectives, fused = found[keras.layers.BatchNormalization]
+    assert collectives > 1 and not fused
+
+
 def _context_of(strategy):
     contexts = []
     strategy.run(lambda: contexts.append(tf.distribute.get_replica_context()))
