@@ -56,20 +56,28 @@ class PopulationReport:
     rows: tuple[LayerReport, ...]
 
     def __str__(self) -> str:
-        head = [
-            ("", "", "mean off by", "(deviations)", "variance", "moving/", "population"),
-            ("layer", "channels", "average", "largest", "smallest", "average", "largest"),
-        ]
+        head = ("layer", "channels", "average", "largest", "smallest", "average", "largest")
         body = [
             (name, str(channels), *(f"{number:.4g}" for number in numbers))
             for name, channels, *numbers in map(dataclasses.astuple, self.rows)
         ]
-        widths = [max(map(len, column)) for column in zip(*head, *body, strict=True)]
+        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
         lines = [
-            "  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]).rstrip()
-            for first, *rest in head + body
+            "  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])])
+            for first, *rest in (head, *body)
         ]
-        return "\n".join([f"Population statistics, num_batches={self.num_batches}", *lines])
+        # Each over the last of its columns.
+        end, ratio = len(lines[0]), sum(widths[-3:]) + 6
+        above = "mean distance".rjust(end - ratio) + "variance ratio".rjust(ratio)
+        return "\n".join(
+            [
+                f"Population statistics E, Var of num_batches={self.num_batches}",
+                "mean distance: |moving mean - E| / sqrt(Var + epsilon)",
+                "variance ratio: (moving variance + epsilon) / (Var + epsilon)",
+                above,
+                *lines,
+            ]
+        )
 
 
 def estimate_population_statistics(
@@ -168,8 +176,8 @@ class PopulationEstimator:
         self, dataset: Iterable, num_batches: int, *, update: bool = True
     ) -> PopulationReport:
         """Estimates, as estimate_population_statistics."""
-        if not num_batches >= 1:
-            raise UsageError(f"num_batches is {num_batches}: it has to be 1 or more")
+        if not (isinstance(num_batches, int | np.integer) and num_batches >= 1):
+            raise UsageError(f"num_batches is {num_batches}: it has to be a whole number from 1 on")
         batches = _distributed(dataset, self._strategy)
         with preserved_state(self._model, self._strategy):
             self._pass(batches, num_batches)
@@ -315,7 +323,11 @@ def _observed_moments(
     mean, variance = type(layer)._moments(layer, inputs, mask)
     if mask is None:
         count = tf.cast([tf.size(inputs) // inputs.shape[layer.axis]], tf.float64)
+        if layer.synchronized:
+            context = tf.distribute.get_replica_context()
+            count = context.all_reduce(tf.distribute.ReduceOp.SUM, count)
     else:
+        # With a mask, Keras synchronizes nothing.
         counted = tf.cast(tf.cast(mask, tf.bool), tf.float64)[..., tf.newaxis]
         counted = tf.broadcast_to(counted, tf.shape(inputs))
         count = tf.reduce_sum(counted, axis=layer._reduction_axes)
