@@ -28,6 +28,7 @@ from bn_keras.train import Trainer, train_and_evaluate
 from configs import mnist_bn
 
 SHORT, LONG, ROUNDS = 2_000, 22_000, 3
+LIMIT = 1.3
 
 
 def make_config(data_dir):
@@ -80,8 +81,9 @@ def main():
     bare_step, step = statistics.median(bare), statistics.median(trained)
     print(
         f"{config.data.name}: a step through the trainer {step * 1e6:.0f} us, bare"
-        f" {bare_step * 1e6:.0f} us, ratio {step / bare_step:.2f}"
+        f" {bare_step * 1e6:.0f} us, ratio {step / bare_step:.2f} (at most {LIMIT} is wanted)"
     )
+    sys.exit(step / bare_step > LIMIT)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Batch normalization (Ioffe & Szegedy 2015) for TensorFlow and Keras."""
 
 import importlib.util
+import os
 
 __version__ = "0.1.0"
 
@@ -10,12 +11,20 @@ if importlib.util.find_spec("tensorflow") is None:
         " 'bn_keras[cpu]', 'bn_keras[gpu]' or 'bn_keras[tpu]'."
     )
 
-import keras
+# Keras reads it when it is imported; unset, a keras.json could name another backend.
+_backend = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+if _backend != "tensorflow":
+    raise ImportError(
+        f"bn_keras needs Keras on TensorFlow, but KERAS_BACKEND is {_backend!r}:"
+        " set KERAS_BACKEND=tensorflow."
+    )
+
+import keras  # noqa: E402
 
 if keras.backend.backend() != "tensorflow":
     raise ImportError(
-        f"bn_keras needs Keras on TensorFlow, but Keras runs on {keras.backend.backend()!r}:"
-        " set KERAS_BACKEND=tensorflow."
+        f"bn_keras needs Keras on TensorFlow, but Keras already runs on"
+        f" {keras.backend.backend()!r}: import bn_keras first, or set KERAS_BACKEND=tensorflow."
     )
 
 from bn_keras.batch_norm import BatchNormalization  # noqa: E402

@@ -63,17 +63,17 @@ class Checkpoints:
         """Reads the latest one, if there is one, and gives its step, else 0.
 
         Raises:
-          UsageError: it is of another network.
+          UsageError: it is damaged, or of another network.
         """
         if self.latest:
             try:
                 status = self._manager.checkpoint.restore(self.latest)
                 status.assert_existing_objects_matched()
-            except (AssertionError, ValueError):
-                # Their messages list every variable with its values.
+            except (AssertionError, ValueError, IndexError, tf.errors.OpError):
+                # Their messages list every variable with its values, or nothing of use.
                 raise UsageError(
-                    f"checkpoint {self.latest} does not fit this network: it was written by"
-                    " another one, or by another version of bn_keras"
+                    f"checkpoint {self.latest} does not fit this network: it is damaged, or was"
+                    " written by another network or another version of bn_keras"
                 ) from None
             status.expect_partial()
         return self.latest_step

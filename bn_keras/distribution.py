@@ -59,6 +59,12 @@ def _mirrored_on_cpu(count: int) -> tf.distribute.Strategy:
     )
 
 
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _split_cpu(count: int) -> None:
     """Makes at least `count` logical devices out of the CPU."""
     cpu = tf.config.list_physical_devices("CPU")[0]
@@ -68,7 +74,7 @@ def _split_cpu(count: int) -> None:
     try:
         # Each replica's kernels get their share of the cores; all of them contending for all
         # cores takes half as long again for a small network.
-        cores = os.cpu_count() or 1
+        cores = _usable_cores()
         tf.config.threading.set_intra_op_parallelism_threads(max(1, cores // count))
         tf.config.set_logical_device_configuration(
             cpu, [tf.config.LogicalDeviceConfiguration()] * count

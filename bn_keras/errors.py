@@ -15,7 +15,8 @@ class TrainingDivergedError(ArithmeticError):
     The launchers print the message alone and exit with status 3.
 
     Attributes:
-      step: the first step whose loss was not finite, counted from 1.
+      step: the first step whose loss was not finite, counted from 1, or the one at which the
+        network was found not to be.
     """
 
     def __init__(self, message: str, step: int) -> None:

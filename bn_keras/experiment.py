@@ -11,13 +11,14 @@ from ml_collections import ConfigDict
 from bn_keras.errors import TrainingDivergedError
 from bn_keras.report import Run
 from bn_keras.train import train_and_evaluate
+from bn_keras.workdir import Workdir
 
 
 def run_all(configs: Mapping[str, ConfigDict], folder: str | os.PathLike) -> list[Run]:
     """Trains a network per config, each in a folder of its own.
 
-    What is finished is not run again, and what was stopped goes on. A network that diverges is a
-    result like another: its run says so, and the next one is trained.
+    What is finished is not run again, and what was stopped goes on. A network that diverges is
+    finished too: its run says so, and the next one is trained.
 
     Args:
       configs: by title; the folders are named after the titles, in lower case.
@@ -29,9 +30,15 @@ def run_all(configs: Mapping[str, ConfigDict], folder: str | os.PathLike) -> lis
     runs = []
     for title, config in configs.items():
         workdir = Path(folder) / re.sub(r"[^a-z0-9.]+", "_", title.lower())
-        try:
-            train_and_evaluate(config, workdir, label=title)
-        except TrainingDivergedError as error:
-            logging.warning("%s: %s", title, error)
+        Workdir(workdir).check(config)
+        if not _has_diverged(workdir):
+            try:
+                train_and_evaluate(config, workdir, label=title)
+            except TrainingDivergedError as error:
+                logging.warning("%s: %s", title, error)
         runs.append(Run.read(title, workdir))
     return runs
+
+
+def _has_diverged(workdir: Path) -> bool:
+    return any(Workdir.DIVERGED in line for line in Workdir(workdir).read_metrics()[-1:])

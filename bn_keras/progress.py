@@ -1,5 +1,6 @@
 """What a run shows while it goes on."""
 
+import shutil
 import sys
 import time
 from types import TracebackType
@@ -30,8 +31,9 @@ class Progress:
             initial=step,
             total=steps,
             disable=not self._terminal,
-            dynamic_ncols=True,
-            bar_format="{desc} |{bar:12}| step {n_fmt}/{total_fmt}{postfix}, {remaining} left",
+            # What is left of the line is the bar's, so that a narrow terminal loses that first.
+            ncols=min(110, shutil.get_terminal_size().columns),
+            bar_format="{desc}|{bar}|{n_fmt}/{total_fmt}{postfix}, {remaining} left",
         )
 
     def building(self) -> None:
@@ -49,7 +51,7 @@ class Progress:
     def update(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
         """Shows a step, with the means over the steps since the one shown before."""
         text = f"loss {loss:.4f}, accuracy {accuracy:.3f}{self._validation}"
-        text += f", {images_per_second:,.0f} images/s"
+        text += f", {images_per_second:.0f} images/s"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(step - self._bar.n)
         self._log(step, text)

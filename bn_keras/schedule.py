@@ -3,6 +3,8 @@
 import keras
 import tensorflow as tf
 
+from bn_keras.errors import UsageError
+
 
 @keras.saving.register_keras_serializable("bn_keras")
 class ExamplesSchedule(keras.optimizers.schedules.LearningRateSchedule):
@@ -16,8 +18,11 @@ class ExamplesSchedule(keras.optimizers.schedules.LearningRateSchedule):
       global_batch_size: examples per step, over all replicas.
       reference_batch_size: the paper's 32, unless the rate was found at another one.
       decay_factor: what the rate is multiplied by after each decay_examples; 1 holds it.
-      decay_examples: examples between two decays.
+      decay_examples: examples between two decays; needed unless decay_factor is 1.
       warmup_examples: examples over which the rate rises linearly to its full value.
+
+    Raises:
+      UsageError: a decay without its examples.
 
     Source: Ioffe & Szegedy 2015, section 4.2.1; GoogLeNet (arXiv 1409.4842, section 6) for the
     decay of 4% every 8 epochs; Goyal et al. 2017 (arXiv 1706.02677) for scaling and warm-up.
@@ -30,9 +35,11 @@ class ExamplesSchedule(keras.optimizers.schedules.LearningRateSchedule):
         *,
         reference_batch_size: int = 32,
         decay_factor: float = 1.0,
-        decay_examples: int = 1,
+        decay_examples: int | None = None,
         warmup_examples: int = 0,
     ) -> None:
+        if decay_factor != 1 and not decay_examples:
+            raise UsageError(f"decay_factor is {decay_factor}: decay_examples has to be given too")
         self.base_rate = base_rate
         self.global_batch_size = global_batch_size
         self.reference_batch_size = reference_batch_size
@@ -49,8 +56,9 @@ class ExamplesSchedule(keras.optimizers.schedules.LearningRateSchedule):
             return rate
         # In int64: float32 can't count examples beyond 1.6e7.
         examples = tf.cast(step, tf.int64) * self.global_batch_size
-        decays = tf.cast(examples // self.decay_examples, tf.float32)
-        rate *= tf.pow(tf.constant(self.decay_factor, tf.float32), decays)
+        if self.decay_factor != 1:
+            decays = tf.cast(examples // self.decay_examples, tf.float32)
+            rate *= tf.pow(tf.constant(self.decay_factor, tf.float32), decays)
         if self.warmup_examples:
             seen = tf.cast(examples + self.global_batch_size, tf.float32)
             rate *= tf.minimum(1.0, seen / self.warmup_examples)

@@ -29,6 +29,7 @@ def train_and_evaluate(
 
     A workdir is resumed if it holds a run of the same config, which then goes on as though it
     had never stopped: what metrics.jsonl has beyond the checkpoint is dropped and written again.
+    TensorBoard's events can't be cut; it shows those steps twice.
 
     Args:
       config: as configs/default.py.
@@ -63,6 +64,11 @@ def train_and_evaluate(
 
     checkpoints = Checkpoints(run.checkpoints, model, optimizer, strategy, config.checkpoint.keep)
     step = checkpoints.restore()
+    if not checkpoints.latest and run.last_step() >= config.checkpoint.every_steps:
+        raise UsageError(
+            f"the run in {run.path} got to step {run.last_step()}, but its checkpoints are gone:"
+            " put them back, or give a new workdir"
+        )
     batches = iter(data.train_batches(strategy, global_batch_size, start_step=step))
     run.create(config)
     run.drop_metrics_after(step)
@@ -105,7 +111,7 @@ def train_and_evaluate(
                 metrics.write(step, _named("validation", validation))
                 progress.evaluated(step, validation["accuracy"])
             if step % config.checkpoint.every_steps == 0 or step == steps:
-                if not _is_finite(model):
+                if not _is_finite(model.variables + optimizer.variables):
                     raise _diverged("network", step, rate, checkpoints, metrics)
                 checkpoints.save(step)
         last = _named("validation", evaluate())
@@ -226,6 +232,8 @@ def _check(config: ConfigDict) -> None:
         "schedule.reference_batch_size",
         "schedule.base_rate",
         "schedule.decay_factor",
+        "model.width",
+        "model.initializer_stddev",
         "schedule.decay_epochs",
         "evaluation.every_steps",
         "evaluation.global_batch_size",
@@ -234,12 +242,18 @@ def _check(config: ConfigDict) -> None:
     )
     for key in positive:
         section, name = key.split(".")
-        if not config[section][name] > 0:
+        if not 0 < config[section][name] < math.inf:
             raise UsageError(f"{key} is {config[section][name]}: it has to be greater than 0")
-    for key in ("train.momentum", "train.l2", "schedule.warmup_epochs"):
+    for key in ("train.l2", "schedule.warmup_epochs"):
         section, name = key.split(".")
-        if not config[section][name] >= 0:
+        if not 0 <= config[section][name] < math.inf:
             raise UsageError(f"{key} is {config[section][name]}: it has to be 0 or more")
+    if not 0 <= config.train.momentum < 1:
+        raise UsageError(
+            f"train.momentum is {config.train.momentum}: it has to be at least 0 and less than 1"
+        )
+    if not 0 <= config.seed < 2**32:
+        raise UsageError(f"seed is {config.seed}: it has to be from 0 to {2**32 - 1}")
 
 
 def _next_stop(step: int, config: ConfigDict) -> int:
@@ -252,8 +266,8 @@ def _next_stop(step: int, config: ConfigDict) -> int:
     return min(config.train.steps, *(step - step % period + period for period in periods))
 
 
-def _is_finite(model: keras.Model) -> bool:
-    return all(np.isfinite(v.numpy()).all() for v in model.trainable_variables)
+def _is_finite(variables: list[keras.Variable]) -> bool:
+    return all(np.isfinite(v.numpy()).all() for v in variables)
 
 
 def _diverged(

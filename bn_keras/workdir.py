@@ -1,6 +1,7 @@
 """The folder of a run: its config, its metrics and its checkpoints, local or in a bucket."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from types import TracebackType
@@ -11,6 +12,8 @@ from ml_collections import ConfigDict
 
 from bn_keras.errors import UsageError
 
+# What the config of a run has at least.
+_SECTIONS = {"model", "batch_norm", "data", "train"}
 # What may differ between two starts of one run: where the data lies doesn't change what it is.
 _LOCATIONS = ("data.data_dir",)
 
@@ -41,6 +44,7 @@ class Workdir:
             raise UsageError(f"workdir {self.path} is a file: name a folder")
         if not self._config.exists():
             return
+        self.read_metrics()
         before, now = _flat(self.read_config()), _flat(config)
         differing = [
             f"{key}={before.get(key)!r} (now {now.get(key)!r})"
@@ -54,13 +58,14 @@ class Workdir:
             )
 
     def create(self, config: ConfigDict) -> None:
-        """Makes the folder and writes the config into it; keeps what is there.
+        """Makes the folder and writes the config into it; keeps what is there of a run.
 
         Raises:
           UsageError: the folder can't be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self.metrics.touch()
             if not self._config.exists():
                 _write_atomically(self._config, json.dumps(config.to_dict(), indent=2) + "\n")
         except (OSError, tf.errors.OpError) as error:
@@ -76,16 +81,35 @@ class Workdir:
         if not self._config.exists():
             raise UsageError(f"workdir {self.path} holds no run: it has no config.json")
         try:
-            return ConfigDict(json.loads(self._config.read_text())).lock()
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{self._config} is no JSON: {error}") from None
+            config = json.loads(self._config.read_text())
+        except (ValueError, OSError) as error:
+            raise UsageError(f"{self._config} can't be read: {error}") from None
+        if not isinstance(config, dict) or not _SECTIONS <= config.keys():
+            raise UsageError(f"{self._config} is no config: it lacks {', '.join(_SECTIONS)}")
+        return ConfigDict(config).lock()
 
     def read_metrics(self) -> list[dict]:
         """Gives the lines of metrics.jsonl in order; a last line cut short is left out."""
         if not self.metrics.exists():
             return []
-        lines = self.metrics.read_text().split("\n")
-        return [json.loads(line) for line in lines[:-1]]
+        try:
+            *lines, _ = self.metrics.read_text().split("\n")
+        except OSError as error:
+            raise UsageError(f"{self.metrics} can't be read: {error.strerror}") from None
+        return [self._parse(number, line) for number, line in enumerate(lines, start=1)]
+
+    def _parse(self, number: int, line: str) -> dict:
+        try:
+            return json.loads(line) | {}
+        except (ValueError, TypeError):
+            raise UsageError(
+                f"line {number} of {self.metrics} is damaged: mend or delete it, or give a new"
+                " workdir"
+            ) from None
+
+    def last_step(self) -> int:
+        """Gives the step of the last line of metrics; 0 where there is none."""
+        return max((line["step"] for line in self.read_metrics()), default=0)
 
     def is_finished(self) -> bool:
         """Tells whether the run got to its last step."""
@@ -114,8 +138,10 @@ class MetricsWriter:
 
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
         """Writes one line: step, examples, and the values under their names."""
-        line = {"step": step, "examples": step * self._global_batch_size, **values}
-        self._lines.write(json.dumps(line) + "\n")
+        line = {"step": step, "examples": step * self._global_batch_size}
+        # JSON has no number for what is not finite.
+        line |= {k: None if _is_infinite_or_nan(v) else v for k, v in values.items()}
+        self._lines.write(json.dumps(line, allow_nan=False) + "\n")
         self._lines.flush()
         with self._events.as_default(step=step):
             for name, value in values.items():
@@ -133,6 +159,10 @@ class MetricsWriter:
     ) -> None:
         self._lines.close()
         self._events.close()
+
+
+def _is_infinite_or_nan(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _write_atomically(path: epath.Path, text: str) -> None:

@@ -5,8 +5,7 @@
 About half a minute on 2 cores; 97.7% validation accuracy (mean over 3 seeds). The initialization
 and the base rate are Inception's best of
 
-    python -m launch.search --config=configs/digits_inception.py --workdir=runs/search \\
-        --base_rates=0.003,0.005,0.01,0.02
+    python -m launch.search --config=configs/digits_inception.py --workdir=runs/search --base_rates=0.003,0.005,0.01,0.02
 
 where the rates 0.003 and 0.01 tie in accuracy (97.8% and 97.7%) and 0.01 has half the training
 loss; with Glorot weights the accuracy stayed below 92% at any rate. The other networks' rates are

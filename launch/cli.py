@@ -66,10 +66,13 @@ def run(main: Callable[[], None]) -> None:
 
 def _exit_with_status(main: Callable[[], None]) -> None:
     # Only now, since a flag that can't be parsed should not have to wait for TensorFlow.
-    with _native_stderr_closed():
-        import tensorflow as tf
+    try:
+        with _native_stderr_closed():
+            import tensorflow as tf
 
-        from bn_keras.errors import TrainingDivergedError, UsageError
+            from bn_keras.errors import TrainingDivergedError, UsageError
+    except ImportError as error:
+        _fail(error, 2)
     tf.get_logger().setLevel("ERROR")
     logging.get_absl_logger().addFilter(_is_ours)
 
@@ -79,8 +82,11 @@ def _exit_with_status(main: Callable[[], None]) -> None:
         _fail(error, 2)
     except TrainingDivergedError as error:
         _fail(error, 3)
+    except tf.errors.ResourceExhaustedError as error:
+        reason = error.message.splitlines()[0]
+        _fail(f"out of memory ({reason}): lower train.global_batch_size or data.image_size", 2)
     except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on from the last checkpoint", 130)
+        _fail("interrupted; a training goes on from its last checkpoint", 130)
 
 
 def _is_ours(record: std_logging.LogRecord) -> bool:

@@ -8,6 +8,7 @@ Example:
 
 import importlib
 import pathlib
+import shlex
 
 from absl import flags
 
@@ -33,11 +34,12 @@ def main() -> None:
         configs[network.title] = config
     runs = run_all(configs, _WORKDIR.value)
 
-    command = f"python -m launch.reproduce --scale={_SCALE.value} --workdir={_WORKDIR.value}"
-    if _STEPS.value:
-        command += f" --steps={_STEPS.value}"
+    command = ["python", "-m", "launch.reproduce"]
+    for flag in (_SCALE, _WORKDIR, _STEPS, _DATA_DIR):
+        if flag.present or flag is _SCALE:
+            command.append(f"--{flag.name}={flag.value}")
     folder = pathlib.Path(_WORKDIR.value)
-    print("\n" + write_report(runs, folder, command))
+    print("\n" + write_report(runs, folder, shlex.join(command)))
     print(f"The report is {folder / 'report.md'}, with its plot {folder / 'accuracy.png'}.")
 
 

@@ -1,6 +1,7 @@
 """The commands as a user meets them: in a process of their own, from the checkout's root."""
 
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -18,10 +19,11 @@ DIGITS = (
 )
 
 
-def launch(command, *arguments):
+def launch(command, *arguments, **environment):
     return subprocess.run(
         [sys.executable, "-m", f"launch.{command}", *map(str, arguments)],
         cwd=ROOT,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
     )
@@ -108,6 +110,13 @@ def test_killed_started_again_and_evaluated(tmp_path):
     assert 1000 <= reached < 20_000
 
     done = launch("train", *arguments)
+    unbroken = [f"--workdir={tmp_path / 'unbroken'}" if "--workdir" in a else a for a in arguments]
+    launch("train", *unbroken)
+    last_lines = [
+        json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        for folder in (tmp_path, tmp_path / "unbroken")
+    ]
+    assert last_lines[0] == last_lines[1] and len(last_lines[0]["variables_sha256"]) == 64
     assert done.returncode == 0, done.stderr
     assert "goes on from step" in done.stderr and str(tmp_path) in done.stderr
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -117,3 +126,8 @@ def test_killed_started_again_and_evaluated(tmp_path):
     evaluated = json.loads(launch("evaluate", f"--workdir={tmp_path}").stdout)
     assert evaluated["step"] == 20_000
     assert evaluated["accuracy"] == pytest.approx(lines[-1]["validation/accuracy"])
+
+
+def test_another_backend_is_one_line(tmp_path):
+    done = launch("evaluate", f"--workdir={tmp_path}", KERAS_BACKEND="jax")
+    assert_fails_on_one_line(done, 2, "KERAS_BACKEND is 'jax'", "KERAS_BACKEND=tensorflow")

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 
+from bn_keras.errors import UsageError
 from bn_keras.schedule import ExamplesSchedule
 from bn_keras.train import make_schedule
 from configs import bn_x5, bn_x30, inception
@@ -55,6 +56,11 @@ def test_the_papers_schedules(config, start, steps, share):
 def test_accelerated_networks_decay_six_times_faster():
     slow, fast = (make_schedule(c.get_config(), IMAGENET) for c in (inception, bn_x5))
     assert slow.decay_examples == pytest.approx(6 * fast.decay_examples, rel=1e-6)
+
+
+def test_a_decay_without_its_examples_is_refused():
+    with pytest.raises(UsageError, match="decay_examples has to be given"):
+        ExamplesSchedule(0.5, 32, decay_factor=0.9)
 
 
 def test_it_survives_serialization():

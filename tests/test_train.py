@@ -1,6 +1,7 @@
 """The trainer learns, resumes to the bit, and stops cleanly where it has to."""
 
 import json
+import shutil
 
 import keras
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import tensorflow as tf
 from small import small_mlp
 
+from bn_keras import train
 from bn_keras.data import pipeline
 from bn_keras.errors import TrainingDivergedError, UsageError
 from bn_keras.evaluate import evaluate_workdir
@@ -42,15 +44,15 @@ def small_inception(**overrides):
 
 
 def kill_after(monkeypatch, steps):
-    """Makes the trainer stop as by kill -9 once it has taken so many steps."""
-    train, taken = Trainer.train, 0
+    """Makes the trainer stop between two loops once it has taken so many steps."""
+    take_steps, taken = Trainer.train, 0
 
     def killed(self, batches, num_steps):
         nonlocal taken
         taken += num_steps
         if taken > steps:
             raise KeyboardInterrupt
-        return train(self, batches, num_steps)
+        return take_steps(self, batches, num_steps)
 
     monkeypatch.setattr(Trainer, "train", killed)
 
@@ -164,11 +166,11 @@ def test_divergence_after_a_checkpoint_names_it(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         kill_after(patch, 30)
         train_and_evaluate(config, tmp_path)
-    train = Trainer.train
+    take_steps = Trainer.train
 
     def diverging(self, batches, num_steps):
         self.model.trainable_variables[0].assign(self.model.trainable_variables[0] * np.inf)
-        return train(self, batches, num_steps)
+        return take_steps(self, batches, num_steps)
 
     monkeypatch.setattr(Trainer, "train", diverging)
     with pytest.raises(TrainingDivergedError, match="at step 26 .*checkpoint is .*step-25"):
@@ -176,10 +178,10 @@ def test_divergence_after_a_checkpoint_names_it(tmp_path, monkeypatch):
 
 
 def test_a_network_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
-    train = Trainer.train
+    take_steps = Trainer.train
 
     def overflowing(self, batches, num_steps):
-        result = train(self, batches, num_steps)
+        result = take_steps(self, batches, num_steps)
         if int(self.optimizer.iterations) > 25:
             self.model.trainable_variables[0].assign(self.model.trainable_variables[0] * np.inf)
         return result
@@ -210,6 +212,13 @@ def test_mixed_precision_trains_and_leaves_keras_as_it_was(tmp_path):
         ({**TWO_REPLICAS, "train.global_batch_size": 61}, "61"),
         ({"train.steps": 0}, "train.steps is 0"),
         ({"train.momentum": -0.5}, "train.momentum is -0.5"),
+        ({"train.momentum": 1.5}, "train.momentum is 1.5"),
+        ({"train.l2": float("inf")}, "train.l2 is inf"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**33}, "seed is 8589934592"),
+        ({"model.width": float("inf")}, "model.width is inf"),
+        ({"model.initializer": "constant"}, "unknown model.initializer 'constant'"),
+        ({"model.initializer_stddev": -1.0}, "model.initializer_stddev is -1"),
         ({"train.precision": "float8"}, "unknown train.precision 'float8'"),
         ({"schedule.base_rate": float("nan")}, "schedule.base_rate is nan"),
         ({"model.name": "inception", "model.variant": "bn_x5"}, "at least 32x32"),
@@ -270,6 +279,8 @@ def test_every_key_of_the_config_is_read(tmp_path, monkeypatch, short_figure_5):
 
     sections = {"": config} | {k: v for k, v in config.items() if isinstance(v, kind)}
     monkeypatch.setattr(kind, "__getitem__", recording)
+    # It looks at many keys, but only at what they may be.
+    monkeypatch.setattr(train, "_check", lambda config: None)
     monkeypatch.setattr(Workdir, "create", lambda self, config: self.path.mkdir())
     train_and_evaluate(config, tmp_path / "run")
     monkeypatch.undo()
@@ -292,3 +303,25 @@ def test_a_checkpoint_of_another_network_is_one_line(tmp_path):
     with pytest.raises(UsageError, match="step-2 does not fit this network") as caught:
         evaluate_workdir(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", ["index", "data-00000-of-00001"])
+def test_a_truncated_checkpoint_is_one_line(ending, tmp_path):
+    config = small_mlp(**{"train.steps": 2})
+    train_and_evaluate(config, tmp_path)
+    file = tmp_path / "checkpoints" / f"step-2.{ending}"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UsageError, match="step-2 .*damaged") as caught:
+        evaluate_workdir(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_lost_checkpoints_do_not_cost_the_metrics(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        kill_after(patch, 33)
+        train_and_evaluate(small_mlp(), tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(UsageError, match="got to step 30, but its checkpoints are gone"):
+        train_and_evaluate(small_mlp(), tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == before

@@ -2,6 +2,9 @@
 
 import json
 
+import pytest
+
+from bn_keras.errors import UsageError
 from bn_keras.workdir import MetricsWriter, Workdir
 from configs import default
 
@@ -10,7 +13,10 @@ def test_the_config_comes_back_as_it_was(tmp_path):
     config = default.get_config()
     Workdir(tmp_path / "new" / "run").create(config)
     assert Workdir(tmp_path / "new" / "run").read_config() == config
-    assert [p.name for p in (tmp_path / "new" / "run").iterdir()] == ["config.json"]
+    assert {p.name for p in (tmp_path / "new" / "run").iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+    }
 
 
 def test_only_the_place_of_the_data_may_differ(tmp_path):
@@ -52,3 +58,31 @@ def test_a_run_is_finished_when_its_last_line_says_so(tmp_path):
         assert not workdir.is_finished()
         metrics.write(2, {Workdir.FINISHED: "0" * 64})
     assert workdir.is_finished()
+
+
+def test_what_is_not_finite_is_null_since_json_has_no_number_for_it(tmp_path):
+    workdir = Workdir(tmp_path)
+    with MetricsWriter(workdir, 32) as metrics:
+        metrics.write(1, {"validation/loss": float("inf"), "train/loss": float("nan")})
+    assert workdir.read_metrics() == [
+        {"step": 1, "examples": 32, "validation/loss": None, "train/loss": None}
+    ]
+
+
+@pytest.mark.parametrize("text", ["[1]", "{}", '{"model": {}}', '{"model"'])
+def test_a_damaged_config_is_named(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UsageError, match="config.json (can't be read|is no config)") as caught:
+        Workdir(tmp_path).read_config()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_line_of_metrics_is_named_and_kept(tmp_path):
+    config = default.get_config()
+    workdir = Workdir(tmp_path)
+    workdir.create(config)
+    damaged = '{"step": 1}\n{"step": 2, \n{"step": 3}\n'
+    workdir.metrics.write_text(damaged)
+    with pytest.raises(UsageError, match="line 2 of .*metrics.jsonl is damaged"):
+        workdir.check(config)
+    assert workdir.metrics.read_text() == damaged

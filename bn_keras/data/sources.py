@@ -198,7 +198,7 @@ def _prepared_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         )
     try:
         builder = tfds.builder(name, data_dir=data_dir or None, try_gcs=False)
-    except tfds.core.registered.DatasetNotFoundError:
+    except (tfds.core.registered.DatasetNotFoundError, ValueError, AssertionError):
         raise _unknown_name(name) from None
     if not builder.is_prepared():
         try:
@@ -243,9 +243,12 @@ def _image_and_label(name: str, info: tfds.core.DatasetInfo) -> tuple[str, str]:
 
 def _tfds_split(name: str, info: tfds.core.DatasetInfo, split: str) -> tfds.core.SplitInfo:
     try:
-        return info.splits[split]
+        found = info.splits[split]
     except (KeyError, ValueError):
         raise _unknown_split(name, split, info.splits) from None
+    if not found.num_examples:
+        raise UsageError(f"split {split!r} of data set {name!r} is empty: take more of it")
+    return found
 
 
 def _list_shards(

@@ -70,9 +70,12 @@ def _initializer(model: ConfigDict) -> keras.initializers.Initializer:
     if model.initializer == "normal":
         return keras.initializers.RandomNormal(stddev=model.initializer_stddev)
     try:
-        return keras.initializers.get(model.initializer)
-    except ValueError:
+        initializer = keras.initializers.get(model.initializer)
+    except (ValueError, KeyError):  # what a name asks for beyond itself, as constant does
+        initializer = None
+    if initializer is None or "seed" not in initializer.get_config():
         raise UsageError(
             f"unknown model.initializer {model.initializer!r}: accepted are 'normal' and the"
-            " names of Keras initializers, such as 'he_normal' or 'glorot_uniform'"
-        ) from None
+            " names of Keras' random initializers, such as 'he_normal' or 'glorot_uniform'"
+        )
+    return initializer

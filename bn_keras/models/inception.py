@@ -302,8 +302,8 @@ def _check(
 ) -> None:
     if classes < 1:
         raise UsageError(f"classes is {classes}: it has to be at least 1")
-    if not width > 0:
-        raise UsageError(f"width is {width}: it has to be greater than 0")
+    if not 0 < width < math.inf:
+        raise UsageError(f"width is {width}: it has to be a number greater than 0")
     if not 0 <= dropout < 1:
         raise UsageError(f"dropout is {dropout}: it has to be at least 0 and less than 1")
     if len(input_shape) != 3:
@@ -315,6 +315,6 @@ def _check(
     if any(side is not None and side < smallest for side in input_shape[:2]):
         raise UsageError(
             f"input_shape is {tuple(input_shape)}: this stem takes images of at least"
-            f" {smallest}x{smallest} pixels; smaller ones need another stem"
-            f" ({', '.join(STEMS)}) or a larger data.image_size"
+            f" {smallest}x{smallest} pixels; enlarge smaller ones, or take another stem of"
+            f" {', '.join(STEMS)}"
         )
