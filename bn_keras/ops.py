@@ -8,6 +8,7 @@ memory about as rarely as can be; `_Plain` is made of ordinary operations, takes
 mask, and is differentiable, so that it also serves as the gradient's gradient.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -172,7 +173,7 @@ class _Plain:
     ) -> tuple[tf.Tensor, Moments, Moments]:
         moments = self.moments(x)
         scale = gamma * tf.math.rsqrt(moments.variance + self._epsilon)
-        y = (self._float_rows(x) - moments.mean[:, None]) * scale[:, None] + beta
+        y = (self._float_rows(x) - tf.expand_dims(moments.mean, 1)) * tf.expand_dims(scale, 1) + beta
         return _like(y, x), moments, moments
 
     def moments(self, x: tf.Tensor) -> Moments:
@@ -184,7 +185,7 @@ class _Plain:
         else:
             count = tf.reduce_sum(tf.cast(self._kept, rows.dtype), axis=1)
         mean = tf.math.divide_no_nan(tf.reduce_sum(self._keep(rows), axis=1), count)
-        deviation = self._keep(rows - mean[:, None])
+        deviation = self._keep(rows - tf.expand_dims(mean, 1))
         rest = tf.math.divide_no_nan(tf.reduce_sum(deviation, axis=1), count)
         squares = tf.math.divide_no_nan(tf.reduce_sum(tf.square(deviation), axis=1), count)
         moments = Moments(count, mean + rest, tf.nn.relu(squares - tf.square(rest)))
@@ -195,15 +196,15 @@ class _Plain:
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         dy_rows = self._float_rows(dy)
         deviation_scale = tf.math.rsqrt(moments.variance + self._epsilon)
-        x_hat = (self._float_rows(x) - moments.mean[:, None]) * deviation_scale[:, None]
+        x_hat = (self._float_rows(x) - tf.expand_dims(moments.mean, 1)) * tf.expand_dims(deviation_scale, 1)
         if self._kept is not None:
             # What doesn't count may be NaN; where its dy is 0 it takes no part.
             x_hat = tf.where(self._kept | (dy_rows != 0), x_hat, 0.0)
         dgamma = tf.reduce_sum(dy_rows * x_hat, axis=1)
         dbeta = tf.reduce_sum(dy_rows, axis=1)
         mean_dy, mean_dy_x_hat = _shared_means(self._gather, dbeta, dgamma, moments.count)
-        through_moments = self._keep(mean_dy[:, None] + x_hat * mean_dy_x_hat[:, None])
-        dx = (gamma * deviation_scale)[:, None] * (dy_rows - through_moments)
+        through_moments = self._keep(tf.expand_dims(mean_dy, 1) + x_hat * tf.expand_dims(mean_dy_x_hat, 1))
+        dx = tf.expand_dims(gamma * deviation_scale, 1) * (dy_rows - through_moments)
         return _like(dx, x), tf.reduce_sum(dgamma, axis=0), tf.reduce_sum(dbeta, axis=0)
 
     def _rows(self, x: tf.Tensor) -> tf.Tensor:
@@ -389,8 +390,15 @@ def _kernel_training(
 
 def _pays_to_fuse(x: tf.Tensor, from_size: int) -> bool:
     size = x.shape.num_elements()
+    if _kernel_threads() == 1:
+        # Waking up the other threads is most of what a small call costs.
+        from_size //= 16
     small = size is not None and size < from_size
     return x.dtype in _FUSED_DTYPES and (not small or _has_accelerator())
+
+
+def _kernel_threads() -> int:
+    return tf.config.threading.get_intra_op_parallelism_threads() or os.cpu_count() or 1
 
 
 def _has_accelerator() -> bool:

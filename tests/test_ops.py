@@ -307,3 +307,17 @@ def test_small_inputs_take_the_shorter_way(monkeypatch):
         tf.nest.flatten(_run(x, np.ones(2), np.zeros(2), dy)), tf.nest.flatten(fused), strict=True
     ):
         _close(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize("threads, fused", [(1, True), (2, False)])
+def test_small_tensors_go_through_the_kernel_where_it_has_no_threads_to_wake(
+    threads, fused, monkeypatch
+):
+    monkeypatch.setattr(ops, "_kernel_threads", lambda: threads)
+
+    @tf.function
+    def transform(x):
+        return ops.batch_normalize(x, None, None, 1e-3)[0]
+
+    graph = transform.get_concrete_function(tf.TensorSpec([16, 8, 8, 16])).graph
+    assert ("FusedBatchNormV3" in {op.type for op in graph.get_operations()}) == fused
