@@ -13,7 +13,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import tensorflow as tf
-from timing import compare, table
+from _timing import compare, table
 
 from bn_keras import BatchNormalization
 

@@ -16,7 +16,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import tensorflow as tf
-from timing import compare, table
+from _timing import compare, table
 
 from bn_keras import BatchNormalization, BNInception, replace_batch_norm
 

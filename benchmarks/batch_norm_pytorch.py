@@ -8,8 +8,8 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import tensorflow as tf
+from _timing import compare, table
 from batch_norm import SHAPES, _inputs, _name, _raw_training, _training
-from timing import compare, table
 
 from bn_keras import BatchNormalization
 

@@ -173,7 +173,7 @@ class _Plain:
     ) -> tuple[tf.Tensor, Moments, Moments]:
         moments = self.moments(x)
         scale = gamma * tf.math.rsqrt(moments.variance + self._epsilon)
-        y = (self._float_rows(x) - tf.expand_dims(moments.mean, 1)) * tf.expand_dims(scale, 1) + beta
+        y = (self._float_rows(x) - _over_rows(moments.mean)) * tf.expand_dims(scale, 1) + beta
         return _like(y, x), moments, moments
 
     def moments(self, x: tf.Tensor) -> Moments:
@@ -185,7 +185,7 @@ class _Plain:
         else:
             count = tf.reduce_sum(tf.cast(self._kept, rows.dtype), axis=1)
         mean = tf.math.divide_no_nan(tf.reduce_sum(self._keep(rows), axis=1), count)
-        deviation = self._keep(rows - tf.expand_dims(mean, 1))
+        deviation = self._keep(rows - _over_rows(mean))
         rest = tf.math.divide_no_nan(tf.reduce_sum(deviation, axis=1), count)
         squares = tf.math.divide_no_nan(tf.reduce_sum(tf.square(deviation), axis=1), count)
         moments = Moments(count, mean + rest, tf.nn.relu(squares - tf.square(rest)))
@@ -196,15 +196,17 @@ class _Plain:
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         dy_rows = self._float_rows(dy)
         deviation_scale = tf.math.rsqrt(moments.variance + self._epsilon)
-        x_hat = (self._float_rows(x) - tf.expand_dims(moments.mean, 1)) * tf.expand_dims(deviation_scale, 1)
+        x_hat = (self._float_rows(x) - _over_rows(moments.mean)) * tf.expand_dims(
+            deviation_scale, 1
+        )
         if self._kept is not None:
             # What doesn't count may be NaN; where its dy is 0 it takes no part.
             x_hat = tf.where(self._kept | (dy_rows != 0), x_hat, 0.0)
         dgamma = tf.reduce_sum(dy_rows * x_hat, axis=1)
         dbeta = tf.reduce_sum(dy_rows, axis=1)
         mean_dy, mean_dy_x_hat = _shared_means(self._gather, dbeta, dgamma, moments.count)
-        through_moments = self._keep(tf.expand_dims(mean_dy, 1) + x_hat * tf.expand_dims(mean_dy_x_hat, 1))
-        dx = tf.expand_dims(gamma * deviation_scale, 1) * (dy_rows - through_moments)
+        through_moments = self._keep(_over_rows(mean_dy) + x_hat * _over_rows(mean_dy_x_hat))
+        dx = _over_rows(gamma * deviation_scale) * (dy_rows - through_moments)
         return _like(dx, x), tf.reduce_sum(dgamma, axis=0), tf.reduce_sum(dbeta, axis=0)
 
     def _rows(self, x: tf.Tensor) -> tf.Tensor:
@@ -298,6 +300,11 @@ class _Fused:
             tf.unstack(p, self._num_groups) if isinstance(p, tf.Tensor) else p for p in parts
         ]
         return zip(*unstacked, strict=True)
+
+
+def _over_rows(t: tf.Tensor) -> tf.Tensor:
+    """Gives [G, C] the axis of the rows [G, M, C]."""
+    return tf.expand_dims(t, 1)
 
 
 # --- What parts of a batch make together.
