@@ -173,7 +173,7 @@ class _Plain:
     ) -> tuple[tf.Tensor, Moments, Moments]:
         moments = self.moments(x)
         scale = gamma * tf.math.rsqrt(moments.variance + self._epsilon)
-        y = (self._float_rows(x) - _over_rows(moments.mean)) * tf.expand_dims(scale, 1) + beta
+        y = (self._float_rows(x) - _over_rows(moments.mean)) * _over_rows(scale) + beta
         return _like(y, x), moments, moments
 
     def moments(self, x: tf.Tensor) -> Moments:
@@ -196,9 +196,7 @@ class _Plain:
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         dy_rows = self._float_rows(dy)
         deviation_scale = tf.math.rsqrt(moments.variance + self._epsilon)
-        x_hat = (self._float_rows(x) - _over_rows(moments.mean)) * tf.expand_dims(
-            deviation_scale, 1
-        )
+        x_hat = (self._float_rows(x) - _over_rows(moments.mean)) * _over_rows(deviation_scale)
         if self._kept is not None:
             # What doesn't count may be NaN; where its dy is 0 it takes no part.
             x_hat = tf.where(self._kept | (dy_rows != 0), x_hat, 0.0)

@@ -313,6 +313,7 @@ def test_small_inputs_take_the_shorter_way(monkeypatch):
 def test_small_tensors_go_through_the_kernel_where_it_has_no_threads_to_wake(
     threads, fused, monkeypatch
 ):
+    monkeypatch.setattr(ops, "_PAYS_IN_TRAINING", 2**16)
     monkeypatch.setattr(ops, "_kernel_threads", lambda: threads)
 
     @tf.function
