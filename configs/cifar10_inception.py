@@ -1,6 +1,9 @@
 """Inception in miniature on CIFAR-10: a quarter of the width, a 3x3 stem with stride 2.
 
-python -m launch.train --config=configs/cifar10_inception.py --workdir=runs/cifar10_inception
+    python -m launch.train --config=configs/cifar10_inception.py --workdir=runs/cifar10_inception
+
+Some 4 minutes on 2 cores; 38.5% validation accuracy. The base rate is not the outcome of a search
+yet.
 """
 
 from ml_collections import ConfigDict
