@@ -3,7 +3,6 @@
 import shutil
 import sys
 import time
-from types import TracebackType
 
 from absl import logging
 from tqdm import tqdm
@@ -33,7 +32,7 @@ class Progress:
             disable=not self._terminal,
             # What is left of the line is the bar's, so that a narrow terminal loses that first.
             ncols=min(110, shutil.get_terminal_size().columns),
-            bar_format="{desc}|{bar}|{n_fmt}/{total_fmt}{postfix}, {remaining} left",
+            bar_format="{desc}|{bar}|{n_fmt}/{total_fmt}, {remaining} left{postfix}",
         )
 
     def building(self) -> None:
@@ -50,8 +49,9 @@ class Progress:
 
     def update(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
         """Shows a step, with the means over the steps since the one shown before."""
-        text = f"loss {loss:.4f}, accuracy {accuracy:.3f}{self._validation}"
-        text += f", {images_per_second:.0f} images/s"
+        # The validation comes last: it is what a narrow terminal can best do without.
+        text = f"loss {loss:.4f}, accuracy {accuracy:.3f}, {images_per_second:.0f} images/s"
+        text += self._validation
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(step - self._bar.n)
         self._log(step, text)
@@ -72,10 +72,5 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._bar.close()

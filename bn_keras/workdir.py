@@ -4,7 +4,6 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from types import TracebackType
 
 import tensorflow as tf
 from etils import epath
@@ -151,12 +150,7 @@ class MetricsWriter:
     def __enter__(self) -> "MetricsWriter":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._lines.close()
         self._events.close()
 
