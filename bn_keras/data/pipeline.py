@@ -278,7 +278,12 @@ class _ShardBatches:
         records = self._shards.records(shards).batch(count).get_single_element()
         complete = tf.equal(tf.size(records, tf.int64), count)
         paths = tf.gather(self._shards.paths, shards)
-        tf.debugging.Assert(complete, ["fewer records than the data set's info says in", paths])
+        check = tf.debugging.Assert(
+            complete, ["fewer records than the data set's info says in", paths]
+        )
+        # Before a gather can fail with an error that says less.
+        with tf.control_dependencies([check]):
+            records = tf.identity(records)
 
         last = tf.cast(tf.equal(number, self._num_groups - 1), tf.int64)
         index = tf.range(count + last * padding)
