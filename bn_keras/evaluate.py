@@ -6,11 +6,11 @@ import keras
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from bn_keras import distribution, models
+from bn_keras import distribution
 from bn_keras.batch_norm import merge_moving_statistics
-from bn_keras.checkpoint import Checkpoints
 from bn_keras.data import pipeline
 from bn_keras.errors import UsageError
+from bn_keras.trained import load_trained
 from bn_keras.workdir import Workdir
 
 
@@ -26,26 +26,28 @@ def evaluate_workdir(workdir: str, config: ConfigDict | None = None) -> dict[str
       As make_evaluator, with the checkpoint's "step".
 
     Raises:
-      UsageError: no run or no checkpoint in the folder, or a config of another network.
+      UsageError: no run or no checkpoint in the folder, a config of another network, or data of
+        other classes.
     """
-    run = Workdir(workdir)
-    trained = run.read_config()
+    trained = Workdir(workdir).read_config()
     config = config or trained
     if (config.model, config.batch_norm) != (trained.model, trained.batch_norm):
         raise UsageError(
-            f"the config's network is not that of the run in {run.path}: leave the config out to"
+            f"the config's network is not that of the run in {workdir}: leave the config out to"
             " evaluate with the run's own"
         )
     strategy = distribution.make_strategy(**config.distribution)
+    network = load_trained(workdir, strategy)
     data = pipeline.open_data(config.data, seed=config.seed)
-    with strategy.scope():
-        model = models.from_config(config, data.input_shape, data.num_classes)
-    checkpoints = Checkpoints(run.checkpoints, model, None, strategy)
-    if not checkpoints.latest:
-        raise UsageError(f"the run in {run.path} has no checkpoint yet: let it train on")
-    step = checkpoints.restore()
-    evaluate = make_evaluator(model, data, strategy, config.evaluation.global_batch_size)
-    return {"step": step, **evaluate()}
+    if (data.class_names, data.input_shape) != (network.class_names, network.input_shape):
+        raise UsageError(
+            f"{config.data.name} has {data.num_classes} classes and images of {data.input_shape},"
+            f" but the network in {workdir} was trained for {len(network.class_names)} classes,"
+            f" which may go by other names, and {network.input_shape}: give the data it was"
+            " trained for"
+        )
+    evaluate = make_evaluator(network.model, data, strategy, config.evaluation.global_batch_size)
+    return {"step": network.step, **evaluate()}
 
 
 def make_evaluator(

@@ -70,7 +70,7 @@ def train_and_evaluate(
             " put them back, or give a new workdir"
         )
     batches = iter(data.train_batches(strategy, global_batch_size, start_step=step))
-    run.create(config)
+    run.create(config, data.input_shape, data.class_names)
     run.drop_metrics_after(step)
     logging.info(
         "%s: %s with %s parameters on %s, %d replica(s), in %s, %s",

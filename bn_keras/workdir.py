@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import tensorflow as tf
 from etils import epath
@@ -36,6 +36,7 @@ class Workdir:
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self._config = self.path / "config.json"
+        self._interface = self.path / "interface.json"
 
     def check(self, config: ConfigDict) -> None:
         """Raises UsageError if the folder holds a run of another config, or something else."""
@@ -56,17 +57,27 @@ class Workdir:
                 " give another workdir, or the same config to go on with that run"
             )
 
-    def create(self, config: ConfigDict) -> None:
-        """Makes the folder and writes the config into it; keeps what is there of a run.
+    def create(
+        self, config: ConfigDict, input_shape: Sequence[int], class_names: Sequence[str]
+    ) -> None:
+        """Makes the folder and writes into it what the run is; keeps what is there of it.
+
+        Args:
+          config: of the run.
+          input_shape: (height, width, channels) of what its network is fed.
+          class_names: one a logit, in their order.
 
         Raises:
           UsageError: the folder can't be written.
         """
+        interface = {"input_shape": list(input_shape), "class_names": list(class_names)}
+        contents = {self._config: config.to_dict(), self._interface: interface}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.metrics.touch()
-            if not self._config.exists():
-                _write_atomically(self._config, json.dumps(config.to_dict(), indent=2) + "\n")
+            for file, content in contents.items():
+                if not file.exists():
+                    _write_atomically(file, json.dumps(content, indent=2) + "\n")
         except (OSError, tf.errors.OpError) as error:
             reason = getattr(error, "strerror", None) or getattr(error, "message", error)
             raise UsageError(f"workdir {self.path} can't be written: {reason}") from None
@@ -86,6 +97,21 @@ class Workdir:
         if not isinstance(config, dict) or not _SECTIONS <= config.keys():
             raise UsageError(f"{self._config} is no config: it lacks {', '.join(_SECTIONS)}")
         return ConfigDict(config).lock()
+
+    def read_interface(self) -> tuple[tuple[int, int, int], tuple[str, ...]]:
+        """Gives the input shape and the class names of the run's network, as `create` got them.
+
+        Raises:
+          UsageError: they can't be read.
+        """
+        try:
+            interface = json.loads(self._interface.read_text())
+            return tuple(interface["input_shape"]), tuple(interface["class_names"])
+        except (ValueError, OSError, KeyError, TypeError):
+            raise UsageError(
+                f"{self._interface} is missing or damaged: start the run's training again, which"
+                " writes it"
+            ) from None
 
     def read_metrics(self) -> list[dict]:
         """Gives the lines of metrics.jsonl in order; a last line cut short is left out."""

@@ -84,7 +84,7 @@ def test_the_report_is_written_from_workdirs(tmp_path):
     runs = []
     for given in as_in_the_paper():
         workdir = Workdir(tmp_path / given.title)
-        workdir.create(given.config)
+        workdir.create(given.config, (8, 8, 1), "0123456789")
         with MetricsWriter(workdir, 32) as metrics:
             for line in given.metrics:
                 metrics.write(line["step"], {k: v for k, v in line.items() if k != "step"})

@@ -15,6 +15,7 @@ from bn_keras.errors import TrainingDivergedError, UsageError
 from bn_keras.evaluate import evaluate_workdir
 from bn_keras.models import SigmoidMLP, inception
 from bn_keras.train import Trainer, train_and_evaluate
+from bn_keras.trained import load_trained
 from bn_keras.workdir import Workdir
 from configs import default, digits_bn_x5
 
@@ -260,11 +261,22 @@ def test_evaluating_refuses_what_is_no_run_or_another_network(tmp_path):
     with pytest.raises(UsageError, match="holds no run"):
         evaluate_workdir(tmp_path)
     config = small_mlp(**{"train.steps": 2})
-    Workdir(tmp_path).create(config)
+    Workdir(tmp_path).create(config, (8, 8, 1), "0123456789")
     with pytest.raises(UsageError, match="no checkpoint yet"):
         evaluate_workdir(tmp_path)
     with pytest.raises(UsageError, match="not that of the run"):
         evaluate_workdir(tmp_path, small_mlp(**{"model.variant": "baseline"}))
+
+
+def test_data_of_other_classes_is_refused(tmp_path):
+    config = small_mlp(**{"train.steps": 2})
+    train_and_evaluate(config, tmp_path)
+    assert load_trained(tmp_path).class_names == tuple("0123456789")
+    interface = tmp_path / "interface.json"
+    interface.write_text(interface.read_text().replace('"9"', '"nine"'))
+    with pytest.raises(UsageError, match="digits has 10 classes .* other names") as caught:
+        evaluate_workdir(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_every_key_of_the_config_is_read(tmp_path, monkeypatch, short_figure_5):
@@ -281,7 +293,7 @@ def test_every_key_of_the_config_is_read(tmp_path, monkeypatch, short_figure_5):
     monkeypatch.setattr(kind, "__getitem__", recording)
     # It looks at many keys, but only at what they may be.
     monkeypatch.setattr(train, "_check", lambda config: None)
-    monkeypatch.setattr(Workdir, "create", lambda self, config: self.path.mkdir())
+    monkeypatch.setattr(Workdir, "create", lambda self, *run: self.path.mkdir())
     train_and_evaluate(config, tmp_path / "run")
     monkeypatch.undo()
 
@@ -299,7 +311,7 @@ def test_a_checkpoint_of_another_network_is_one_line(tmp_path):
     train_and_evaluate(small_mlp(**{"train.steps": 2}), tmp_path)
     Workdir(tmp_path).path.joinpath("config.json").unlink()
     other = small_mlp(**{"train.steps": 2, "model.variant": "baseline"})
-    Workdir(tmp_path).create(other)
+    Workdir(tmp_path).create(other, (8, 8, 1), "0123456789")
     with pytest.raises(UsageError, match="step-2 does not fit this network") as caught:
         evaluate_workdir(tmp_path)
     assert "\n" not in str(caught.value)

@@ -8,20 +8,32 @@ from bn_keras.errors import UsageError
 from bn_keras.workdir import MetricsWriter, Workdir
 from configs import default
 
+INTERFACE = ((8, 8, 1), ("cat", "dog"))
+
 
 def test_the_config_comes_back_as_it_was(tmp_path):
     config = default.get_config()
-    Workdir(tmp_path / "new" / "run").create(config)
+    Workdir(tmp_path / "new" / "run").create(config, *INTERFACE)
     assert Workdir(tmp_path / "new" / "run").read_config() == config
+    assert Workdir(tmp_path / "new" / "run").read_interface() == INTERFACE
     assert {p.name for p in (tmp_path / "new" / "run").iterdir()} == {
         "config.json",
+        "interface.json",
         "metrics.jsonl",
     }
 
 
+@pytest.mark.parametrize("text", [None, "", "{", "[1]", '{"input_shape": [8, 8, 1]}'])
+def test_a_lost_or_damaged_interface_is_named(text, tmp_path):
+    if text is not None:
+        (tmp_path / "interface.json").write_text(text)
+    with pytest.raises(UsageError, match="interface.json is missing or damaged"):
+        Workdir(tmp_path).read_interface()
+
+
 def test_only_the_place_of_the_data_may_differ(tmp_path):
     config = default.get_config()
-    Workdir(tmp_path).create(config)
+    Workdir(tmp_path).create(config, *INTERFACE)
     config.data.data_dir = "/elsewhere"
     Workdir(tmp_path).check(config)
 
@@ -80,7 +92,7 @@ def test_a_damaged_config_is_named(text, tmp_path):
 def test_a_damaged_line_of_metrics_is_named_and_kept(tmp_path):
     config = default.get_config()
     workdir = Workdir(tmp_path)
-    workdir.create(config)
+    workdir.create(config, *INTERFACE)
     damaged = '{"step": 1}\n{"step": 2, \n{"step": 3}\n'
     workdir.metrics.write_text(damaged)
     with pytest.raises(UsageError, match="line 2 of .*metrics.jsonl is damaged"):

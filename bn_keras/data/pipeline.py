@@ -134,14 +134,18 @@ def open_data(config: ConfigDict, seed: int) -> Data:
             f"data.image_size is 0, which keeps the size of the data, but the images of "
             f"{config.name!r} differ in size: give the side in pixels"
         )
-    preprocessing = Preprocessing(
+    return Data(source, make_preprocessing(config, size), seed, config.shuffle)
+
+
+def make_preprocessing(config: ConfigDict, size: tuple[int, int]) -> Preprocessing:
+    """Makes what `config.data` asks for, to images of this height and width."""
+    return Preprocessing(
         size=size,
         crop=config.crop,
         mirror=config.mirror,
         distortion=config.distortion,
         binary=config.binary,
     )
-    return Data(source, preprocessing, seed, config.shuffle)
 
 
 class _Rows:
