@@ -198,7 +198,7 @@ class BatchNormalization(keras.layers.Layer):
         )
         if self.renorm:
             y = tf.cast(self._renormalize(y, moments), dtype)
-        self._update(moments, if_)
+        self.update_moving_statistics(moments, if_)
         return y
 
     def _renormalize(self, x_hat: tf.Tensor, moments: ops.Moments) -> tf.Tensor:
@@ -225,8 +225,18 @@ class BatchNormalization(keras.layers.Layer):
             d = tf.clip_by_value(d, -clip["dmax"], clip["dmax"])
         return r, d
 
-    def _update(self, moments: ops.Moments, if_: bool | tf.Tensor) -> None:
-        """Moves the moving statistics on, where the batch had anything to say."""
+    def update_moving_statistics(self, moments: ops.Moments, if_: bool | tf.Tensor = True) -> None:
+        """Moves the moving statistics on, where the batch had anything to say.
+
+        Each call in training mode comes by here once, in the replica's context. Whoever makes
+        other use of batch statistics overrides it, or puts a function in its place on one layer
+        for a while, as population.py does.
+
+        Args:
+          moments: of the G ghost batches of the call, synchronized as the layer is; variances
+            are biased.
+          if_: whether the call is in training mode, where `training` is a tensor.
+        """
         count, mean, variance = moments
         total = tf.reduce_sum(count, axis=0)
         updates = tf.logical_and(total > 0, if_)

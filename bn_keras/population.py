@@ -302,7 +302,7 @@ def _observed(
     """Hands the moments of each training-mode call to `add`."""
     if isinstance(layer, BatchNormalization):
         # In the place of the moving average.
-        name, observer = "_update", add
+        name, observer = "update_moving_statistics", add
     else:
         name, observer = "_moments", functools.partial(_observed_moments, layer, add)
     setattr(layer, name, observer)
