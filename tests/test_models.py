@@ -1,12 +1,21 @@
 """The networks have the paper's table, sizes, parameter counts and variants."""
 
+import math
+
 import keras
 import numpy as np
 import pytest
 
+from bn_keras.batch_norm import BatchNormalization
 from bn_keras.errors import UsageError
 from bn_keras.models import BNInception, SigmoidMLP
-from bn_keras.models.inception import FIGURE_5, STEMS, VARIANTS, LocalResponseNormalization
+from bn_keras.models.inception import (
+    FIGURE_5,
+    PRESETS,
+    STEMS,
+    VARIANTS,
+    LocalResponseNormalization,
+)
 
 
 def trainable_parameters(model):
@@ -26,6 +35,17 @@ def trainable_parameters(model):
 def test_parameter_counts(pool_projection, separable_stem, parameters):
     model = BNInception(pool_projection=pool_projection, separable_stem=separable_stem)
     assert trainable_parameters(model) == parameters
+
+
+def test_parameters_of_the_caffe_ports():
+    # The count that pytorchcv asserts of its own.
+    assert trainable_parameters(BNInception(preset="caffe")) == 11_295_240
+
+
+def test_variables_of_tf_slim():
+    # The count that TF-Slim's own test asserts, of the base with its moving statistics.
+    model = BNInception(preset="slim")
+    assert model.count_params() - model.get_layer("logits").count_params() == 10_173_112
 
 
 def test_output_sizes_are_those_of_figure_5():
@@ -71,6 +91,37 @@ def test_variants_differ_as_the_paper_says(variant):
         layer.activation.__name__ for layer in layers_of(model, keras.layers.Activation)
     }
     assert nonlinearity == {"sigmoid" if variant == "bn_x5_sigmoid" else "relu"}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_bias_stands_in_front_of_bn_but_in_caffes_ports(variant, preset):
+    model = small(variant, preset=preset, stem="imagenet", input_shape=(32, 32, 3))
+    for conv in layers_of(model, keras.layers.Conv2D):
+        (following,) = (node.operation for node in conv._outbound_nodes)
+        has_bn = isinstance(following, BatchNormalization)
+        assert conv.use_bias == (not has_bn or preset == "caffe")
+        assert has_bn or variant == "inception"
+
+
+# PyTorch's rules: floor((n + 2p - k) / 2) + 1, and for the pools, with p = 0, the ceiling.
+@pytest.mark.parametrize("side", [32, 33, 64, 224])
+def test_caffes_sizes_are_those_of_pytorch(side):
+    def conv(n, k):
+        return (n + 2 * (k // 2) - k) // 2 + 1
+
+    def pool(n):
+        return math.ceil((n - 3) / 2) + 1
+
+    model = small(preset="caffe", stem="imagenet", input_shape=(side, side, 3))
+    first = conv(side, 7)
+    second = pool(first)
+    third = pool(second)
+    assert model.get_layer("stem_1_conv").output.shape[1] == first
+    assert model.get_layer("stem_1_pool").output.shape[1] == second
+    assert model.get_layer("3a").output.shape[1] == third
+    assert model.get_layer("3c").output.shape[1] == conv(third, 3)
+    assert model.get_layer("5b").output.shape[1] == conv(conv(third, 3), 3)
 
 
 def test_width_scales_every_convolution():
@@ -134,6 +185,8 @@ def test_the_smallest_image_is_accepted_and_a_smaller_one_refused(stem, smallest
     [
         (dict(variant="bn_x7"), "unknown variant 'bn_x7': accepted are inception, bn_baseline"),
         (dict(stem="huge"), "unknown stem 'huge': accepted are imagenet, cifar, digits"),
+        (dict(preset="mxnet"), "unknown preset 'mxnet': accepted are paper, slim, caffe"),
+        (dict(preset="caffe", input_shape=(10, 10, 1)), "module 4e gets maps of 5x5"),
         (dict(classes=0), "classes is 0"),
         (dict(width=0), "width is 0"),
         (dict(dropout=1.0), "dropout is 1.0"),

@@ -101,6 +101,38 @@ VARIANTS = {
 }
 
 
+class Preset(NamedTuple):
+    """How the network of one origin is built where Figure 5 leaves it open.
+
+    Attributes:
+      pool_projection: channels projected after the pools of 4c and 4d.
+      separable_stem: whether the 7x7 convolution is a separable one.
+      separable_bn: whether BN follows the separable convolution, in place of a bias.
+      conv_bias: whether the convolutions in front of BN have a bias as well.
+      gamma: whether BN has a gamma; beta it has always.
+      epsilon: added to BN's variance under the root.
+      symmetric: convolutions of stride 2 pad both sides alike, pools of stride 2 only the far one,
+        and the average pools count their padding as zeros; else all pad to TensorFlow's "same",
+        which splits the padding by the size of the map, and averages leave it out.
+    """
+
+    pool_projection: int
+    separable_stem: bool
+    separable_bn: bool
+    conv_bias: bool
+    gamma: bool
+    epsilon: float
+    symmetric: bool
+
+
+# slim: `separable_conv2d` is outside of inception_v2_arg_scope, which is what brings BN.
+PRESETS = {
+    "paper": Preset(96, True, True, conv_bias=False, gamma=True, epsilon=1e-3, symmetric=False),
+    "slim": Preset(96, True, False, conv_bias=False, gamma=False, epsilon=1e-3, symmetric=False),
+    "caffe": Preset(128, False, True, conv_bias=True, gamma=True, epsilon=1e-5, symmetric=True),
+}
+
+
 @keras.saving.register_keras_serializable("bn_keras")
 class LocalResponseNormalization(keras.layers.Layer):
     """GoogLeNet's local response normalization over 5 neighbouring channels.
@@ -126,21 +158,26 @@ def BNInception(
     width: float = 1.0,
     stem: str = "imagenet",
     *,
-    pool_projection: int = 96,
+    preset: str = "paper",
+    pool_projection: int | None = None,
     separable_stem: bool | None = None,
     kernel_initializer: str | keras.initializers.Initializer = "he_normal",
     dropout: float | None = None,
     local_response_normalization: bool | None = None,
     momentum: float = 0.9997,
-    epsilon: float = 1e-3,
+    epsilon: float | None = None,
     synchronized: bool = False,
     name: str | None = None,
 ) -> keras.Model:
     """Builds the network of Figure 5 in one of the variants of section 4.2.2.
 
-    Convolutions pad to the same size and are followed by BN and the nonlinearity; the variant
-    "inception" has biases instead of BN. The output of module 3a is that of the layer "3a", and
-    so on to "5b". Logits come out, float32 under any dtype policy.
+    Convolutions are followed by BN and the nonlinearity; the variant "inception" has biases
+    instead of BN. The output of module 3a is that of the layer "3a", and so on to "5b". Logits
+    come out, float32 under any dtype policy.
+
+    A preset is built as the weights of its origin need it. They also need that origin's images:
+    RGB in [-1, 1] for TF-Slim; for the ports of the Caffe model, whatever their weights say, as
+    BGR in [0, 255] less (104, 117, 128) for Cadene's.
 
     Args:
       variant: "inception", "bn_baseline", "bn_x5", "bn_x30" or "bn_x5_sigmoid".
@@ -150,15 +187,18 @@ def BNInception(
       width: factor on every number of channels, which is rounded and at least 1.
       stem: "imagenet", as in the paper; "cifar", a 3x3 convolution with stride 2 in place of the
         7x7 and no pools; "digits", the same with stride 1.
+      preset: "paper"; "slim", TF-Slim's inception_v2, whose BN has no gamma and whose separable
+        convolution has a bias in place of BN; "caffe", its PyTorch ports (pytorchcv, Cadene), which
+        have biases in front of BN, a plain stem, epsilon 1e-5 and Caffe's padding.
       pool_projection: channels projected after the pools of 4c and 4d; 96 gives the paper's
-        output sizes, 128 is what its table says.
+        output sizes, 128 is what its table says; None is the preset's.
       separable_stem: whether the first convolution is separable, with depth multiplier 8; None
-        is as the stem has it, which is True for "imagenet" only.
+        is as the preset has it with the stem "imagenet", and False with the others.
       kernel_initializer: for every kernel, each of which takes its own draw.
       dropout: fraction of the features dropped before the classifier; None is the variant's.
       local_response_normalization: after the two stages of the stem; None is the variant's.
       momentum: fraction of BN's moving statistics kept at each step; TF-Slim's by default.
-      epsilon: added to BN's variance under the root; TF-Slim's by default.
+      epsilon: added to BN's variance under the root; None is the preset's.
       synchronized: whether BN takes its batch statistics over all replicas.
       name: of the model; None is the variant's.
 
@@ -166,23 +206,33 @@ def BNInception(
       A functional model from [N, height, width, channels] to [N, classes].
 
     Raises:
-      UsageError: an unknown variant or stem, or a value outside of its range.
+      UsageError: an unknown variant, stem or preset, or a value outside of its range.
 
     Source: Ioffe & Szegedy 2015, Figure 5 and section 4.2; GoogLeNet (arXiv 1409.4842) for
-    dropout and local response normalization.
+    dropout and local response normalization; the presets from the code of their origins.
     """
-    chosen = _lookup("variant", variant, VARIANTS)
+    chosen = _lookup(
+        "variant",
+        variant,
+        VARIANTS,
+        dropout=dropout,
+        local_response_normalization=local_response_normalization,
+    )
+    origin = _lookup("preset", preset, PRESETS, pool_projection=pool_projection, epsilon=epsilon)
     entry = _lookup("stem", stem, STEMS)
-    if separable_stem is not None:
-        entry = entry._replace(separable=separable_stem)
-    if dropout is not None:
-        chosen = chosen._replace(dropout=dropout)
-    if local_response_normalization is not None:
-        chosen = chosen._replace(local_response_normalization=local_response_normalization)
+    if separable_stem is None:
+        separable_stem = entry.separable and origin.separable_stem
+    entry = entry._replace(separable=separable_stem)
     _check(classes, input_shape, width, chosen.dropout, entry)
 
     net = _Layers(
-        batch_norm=dict(momentum=momentum, epsilon=epsilon, synchronized=synchronized)
+        origin,
+        batch_norm=dict(
+            momentum=momentum,
+            epsilon=origin.epsilon,
+            scale=origin.gamma,
+            synchronized=synchronized,
+        )
         if chosen.batch_norm
         else None,
         activation=chosen.activation,
@@ -193,7 +243,7 @@ def BNInception(
     x = _stem(net, images, entry, chosen.local_response_normalization)
     for row in FIGURE_5:
         if row.name in ("4c", "4d"):
-            row = row._replace(projection=pool_projection)
+            row = row._replace(projection=origin.pool_projection)
         x = _module(net, x, row)
     x = keras.layers.GlobalAveragePooling2D(name="features")(x)
     if chosen.dropout:
@@ -212,6 +262,7 @@ class _Layers:
     all kernels of the same shape.
     """
 
+    preset: Preset
     batch_norm: dict | None
     activation: str
     initializer: keras.initializers.Initializer
@@ -227,14 +278,18 @@ class _Layers:
         separable: bool = False,
     ) -> keras.KerasTensor:
         """Convolution, BN in place of the bias, nonlinearity."""
+        normalized = self.batch_norm is not None and (self.preset.separable_bn or not separable)
         arguments = dict(
             filters=max(1, round(filters * self.width)),
             kernel_size=size,
             strides=strides,
             padding="same",
-            use_bias=self.batch_norm is None,
+            use_bias=self.preset.conv_bias or not normalized,
             name=f"{name}_conv",
         )
+        if self.preset.symmetric and strides > 1:
+            x = keras.layers.ZeroPadding2D(size // 2, name=f"{name}_pad")(x)
+            arguments["padding"] = "valid"
         if separable:
             layer = keras.layers.SeparableConv2D(
                 **arguments,
@@ -245,20 +300,29 @@ class _Layers:
         else:
             layer = keras.layers.Conv2D(**arguments, kernel_initializer=self.initializer.clone())
         x = layer(x)
-        if self.batch_norm is not None:
+        if normalized:
             x = BatchNormalization(**self.batch_norm, name=f"{name}_bn")(x)
         return keras.layers.Activation(self.activation, name=f"{name}_{self.activation}")(x)
 
-
-def _pool(x: keras.KerasTensor, kind: str, strides: int, name: str) -> keras.KerasTensor:
-    layer = {"avg": keras.layers.AveragePooling2D, "max": keras.layers.MaxPooling2D}[kind]
-    return layer(3, strides=strides, padding="same", name=name)(x)
+    def pool(self, x: keras.KerasTensor, kind: str, strides: int, name: str) -> keras.KerasTensor:
+        """Pool of 3x3, "avg" or "max"."""
+        padding = "same"
+        # A maximum of stride 1 takes the same values either way.
+        if self.preset.symmetric and (kind == "avg" or strides > 1):
+            # Caffe rounds sizes up, which is one row and column on the far side. A zero is no
+            # maximum's loss there: whatever is pooled comes from nonlinearities that are never
+            # negative.
+            margin = 1 if kind == "avg" else ((0, 1), (0, 1))
+            x = keras.layers.ZeroPadding2D(margin, name=f"{name}_pad")(x)
+            padding = "valid"
+        layer = {"avg": keras.layers.AveragePooling2D, "max": keras.layers.MaxPooling2D}[kind]
+        return layer(3, strides=strides, padding=padding, name=name)(x)
 
 
 def _stem(net: _Layers, x: keras.KerasTensor, stem: Stem, lrn: bool) -> keras.KerasTensor:
     x = net.conv(x, 64, stem.size, "stem_1", strides=stem.stride, separable=stem.separable)
     if stem.pools:
-        x = _pool(x, "max", 2, "stem_1_pool")
+        x = net.pool(x, "max", 2, "stem_1_pool")
     if lrn:
         x = LocalResponseNormalization(name="stem_1_lrn")(x)
     x = net.conv(x, 64, 1, "stem_2_reduce")
@@ -266,7 +330,7 @@ def _stem(net: _Layers, x: keras.KerasTensor, stem: Stem, lrn: bool) -> keras.Ke
     if lrn:
         x = LocalResponseNormalization(name="stem_2_lrn")(x)
     if stem.pools:
-        x = _pool(x, "max", 2, "stem_2_pool")
+        x = net.pool(x, "max", 2, "stem_2_pool")
     return x
 
 
@@ -284,17 +348,24 @@ def _module(net: _Layers, x: keras.KerasTensor, row: Row) -> keras.KerasTensor:
         net.conv(double, row.conv_double, 3, f"{row.name}_double_2", strides=row.stride)
     )
 
-    pool = _pool(x, row.pool, row.stride, f"{row.name}_pool")
+    pool = net.pool(x, row.pool, row.stride, f"{row.name}_pool")
     if row.projection:
         pool = net.conv(pool, row.projection, 1, f"{row.name}_projection")
     branches.append(pool)
+    if len({branch.shape[1:3] for branch in branches}) > 1:
+        raise UsageError(
+            f"module {row.name} gets maps of {x.shape[1]}x{x.shape[2]} from such images, which"
+            " this preset does not halve evenly: give sides that are a multiple of 32 pixels (8 or"
+            " 4 with the other stems), or another preset"
+        )
     return keras.layers.Concatenate(name=row.name)(branches)
 
 
-def _lookup(what: str, given: str, table: dict) -> NamedTuple:
+def _lookup(what: str, given: str, table: dict, **overrides: object) -> NamedTuple:
+    """Gives the entry of the table, with what of the overrides is not None in its place."""
     if given not in table:
         raise UsageError(f"unknown {what} {given!r}: accepted are {', '.join(table)}")
-    return table[given]
+    return table[given]._replace(**{k: v for k, v in overrides.items() if v is not None})
 
 
 def _check(
