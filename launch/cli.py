@@ -57,11 +57,20 @@ def parse(kind: type, given: str, flag: str) -> int | float:
     return kind(given)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the flags, runs a command's main function and exits with its status."""
+def run(main: Callable[..., None], positional: str = "") -> None:
+    """Parses the flags, runs a command's main function and exits with its status.
+
+    Args:
+      main: without arguments; or, where positional is given, taking those as a list.
+      positional: what the command calls its arguments that are no flags, of which it then takes
+        one or more.
+    """
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
-    app.run(lambda _: _exit_with_status(main), flags_parser=_parse_flags)
+    app.run(
+        lambda argv: _exit_with_status(lambda: main(argv[1:]) if positional else main()),
+        flags_parser=lambda argv: _parse_flags(argv, positional),
+    )
 
 
 def _exit_with_status(main: Callable[[], None]) -> None:
@@ -108,7 +117,7 @@ def _native_stderr_closed() -> Iterator[None]:
             os.close(stderr)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def _parse_flags(argv: list[str], positional: str) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
         if "config" in flags.FLAGS and flags.FLAGS["config"].present:
@@ -116,7 +125,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
             flags.FLAGS["config"].value.seed  # noqa: B018
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         _fail(_explain_override(argv) or _explain_flag(error), 2)
-    if len(rest) > 1:
+    if positional and len(rest) == 1:
+        _fail(f"{positional} is missing: see --help", 2)
+    if not positional and len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}: values are given as --flag=value", 2)
     return rest
 
