@@ -1,0 +1,172 @@
+"""How other projects name the tensors of BN-Inception, and lay them out."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from bn_keras.models.inception import FIGURE_5
+
+
+class Project(NamedTuple):
+    """How a project names the tensors of the network, and lays them out.
+
+    Attributes:
+      network: what messages call it.
+      images: what it was trained on, for the user to bring about.
+      layers: its name of each layer of ours.
+      variables: its name of each kind of variable, with what goes between both.
+      axes: by rank, where the axes of our variables lie in its tensors.
+    """
+
+    network: str
+    images: str
+    layers: dict[str, str]
+    variables: dict[str, str]
+    axes: dict[int, tuple[int, ...]]
+
+
+def _layers(
+    stem: Sequence[str],
+    modules: Sequence[str],
+    branches: dict[str, str],
+    halving: dict[str, str],
+    conv: str,
+    batch_norm: str,
+    logits: str,
+) -> dict[str, str]:
+    """Names every layer.
+
+    Args:
+      stem: of its three convolutions.
+      modules: what the names in each row of Figure 5 begin with.
+      branches: of the convolutions inside a module, by our name.
+      halving: the same, of the modules of stride 2.
+      conv, batch_norm: what follows in the name of a convolution and of its BN.
+      logits: of the classifier.
+    """
+    convolutions = dict(zip(("stem_1", "stem_2_reduce", "stem_2"), stem, strict=True))
+    for row, module in zip(FIGURE_5, modules, strict=True):
+        for ours, theirs in (branches if row.stride == 1 else halving).items():
+            convolutions[f"{row.name}_{ours}"] = module + theirs
+    names = {"logits": logits}
+    for ours, theirs in convolutions.items():
+        names[f"{ours}_conv"] = theirs + conv
+        names[f"{ours}_bn"] = theirs + batch_norm
+    return names
+
+
+_TORCH = dict(
+    variables={
+        "kernel": ".weight",
+        "bias": ".bias",
+        "gamma": ".weight",
+        "beta": ".bias",
+        "moving_mean": ".running_mean",
+        "moving_variance": ".running_var",
+    },
+    # [out, in, height, width] and [out, in].
+    axes={4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)},
+)
+
+PYTORCHCV = Project(
+    network="pytorchcv's bninception",
+    images="RGB, (x / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225) of x in 0..255",
+    layers=_layers(
+        stem=[f"features.init_block.{name}" for name in ("conv1", "conv2.conv1", "conv2.conv2")],
+        # 3a, 3b; 3c, 4a to 4d; 4e, 5a, 5b.
+        modules=[
+            f"features.stage{stage}.unit{unit + 1}.branches."
+            for stage, units in ((1, 2), (2, 5), (3, 3))
+            for unit in range(units)
+        ],
+        branches={
+            "1x1": "branch1",
+            "3x3_reduce": "branch2.conv1",
+            "3x3": "branch2.conv2",
+            "double_reduce": "branch3.conv1",
+            "double_1": "branch3.conv2",
+            "double_2": "branch3.conv3",
+            "projection": "branch4.conv",
+        },
+        halving={
+            "3x3_reduce": "branch1.conv1",
+            "3x3": "branch1.conv2",
+            "double_reduce": "branch2.conv1",
+            "double_1": "branch2.conv2",
+            "double_2": "branch2.conv3",
+        },
+        conv=".conv",
+        batch_norm=".bn",
+        logits="output",
+    ),
+    **_TORCH,
+)
+
+_CAFFE_BRANCHES = {
+    "1x1": "1x1",
+    "3x3_reduce": "3x3_reduce",
+    "3x3": "3x3",
+    "double_reduce": "double_3x3_reduce",
+    "double_1": "double_3x3_1",
+    "double_2": "double_3x3_2",
+    "projection": "pool_proj",
+}
+
+CADENE = Project(
+    network="Cadene's bninception",
+    images="BGR, x - (104, 117, 128) of x in 0..255",
+    layers=_layers(
+        stem=("conv1_7x7_s2", "conv2_3x3_reduce", "conv2_3x3"),
+        modules=[f"inception_{row.name}_" for row in FIGURE_5],
+        branches=_CAFFE_BRANCHES,
+        halving=_CAFFE_BRANCHES,
+        conv="",
+        batch_norm="_bn",
+        logits="last_linear",
+    ),
+    **_TORCH,
+)
+
+SLIM_SCOPE = "InceptionV2/"
+SLIM_STEM = f"{SLIM_SCOPE}Conv2d_1a_7x7"
+
+SLIM = Project(
+    network="TF-Slim's inception_v2",
+    images="RGB, x / 127.5 - 1 of x in 0..255",
+    layers=_layers(
+        stem=(SLIM_STEM, f"{SLIM_SCOPE}Conv2d_2b_1x1", f"{SLIM_SCOPE}Conv2d_2c_3x3"),
+        modules=[
+            f"{SLIM_SCOPE}Mixed_{name}/"
+            for name in ("3b", "3c", "4a", "4b", "4c", "4d", "4e", "5a", "5b", "5c")
+        ],
+        branches={
+            "1x1": "Branch_0/Conv2d_0a_1x1",
+            "3x3_reduce": "Branch_1/Conv2d_0a_1x1",
+            "3x3": "Branch_1/Conv2d_0b_3x3",
+            "double_reduce": "Branch_2/Conv2d_0a_1x1",
+            "double_1": "Branch_2/Conv2d_0b_3x3",
+            "double_2": "Branch_2/Conv2d_0c_3x3",
+            "projection": "Branch_3/Conv2d_0b_1x1",
+        },
+        halving={
+            "3x3_reduce": "Branch_0/Conv2d_0a_1x1",
+            "3x3": "Branch_0/Conv2d_1a_3x3",
+            "double_reduce": "Branch_1/Conv2d_0a_1x1",
+            "double_1": "Branch_1/Conv2d_0b_3x3",
+            "double_2": "Branch_1/Conv2d_1a_3x3",
+        },
+        conv="",
+        batch_norm="/BatchNorm",
+        logits=f"{SLIM_SCOPE}Logits/Conv2d_1c_1x1",
+    ),
+    variables={
+        "kernel": "/weights",
+        "depthwise_kernel": "/depthwise_weights",
+        "pointwise_kernel": "/pointwise_weights",
+        "bias": "/biases",
+        "gamma": "/gamma",
+        "beta": "/beta",
+        "moving_mean": "/moving_mean",
+        "moving_variance": "/moving_variance",
+    },
+    axes={rank: tuple(range(rank)) for rank in (1, 2, 4)},
+)

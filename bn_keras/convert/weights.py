@@ -1,0 +1,283 @@
+"""The weights of other projects' BN-Inception, read into the preset that is built like theirs.
+
+Weights mean what they did only with the images that they were trained on. Nothing here alters the
+images or the first kernel; bring RGB images of 0 to 255 into the form of
+
+| project | channels | values |
+|---|---|---|
+| pytorchcv | RGB | (x / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225) |
+| Cadene's pretrainedmodels, and TSN's from which it comes | BGR | x - (104, 117, 128) |
+| TF-Slim | RGB | x / 127.5 - 1 |
+
+TF-Slim's published weights have 1001 classes, of which the first is "background", before
+ImageNet's 1000; all of them are kept.
+"""
+
+import contextlib
+import math
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from bn_keras.convert.projects import CADENE, PYTORCHCV, SLIM, SLIM_SCOPE, SLIM_STEM, Project
+from bn_keras.errors import UsageError
+from bn_keras.models.inception import BNInception
+
+Shape = tuple[int, ...]
+
+
+def from_pytorch(
+    source: str | os.PathLike | Mapping[str, object],
+    input_shape: Sequence[int | None] = (224, 224, 3),
+    **options: object,
+) -> keras.Model:
+    """Reads the weights of a PyTorch port of the Caffe model into the preset "caffe".
+
+    The ports are pytorchcv's `bninception` and that of Cadene's pretrainedmodels; which one is
+    seen from the names. "module." of DataParallel in front of every name, BN vectors of [1, C] as
+    PyTorch had them before 0.4, and a checkpoint that holds a "state_dict" are understood; the
+    counts of num_batches_tracked are left out.
+
+    A .pth file needs PyTorch, with weights_only=True. Where there is none, write the tensors where
+    there is one: numpy.savez(PATH, **{k: v.numpy() for k, v in model.state_dict().items()}).
+
+    Args:
+      source: path of an .npz or of a file of torch.save; or a state dict, of tensors or arrays.
+      input_shape: of the images, as BNInception takes it.
+      **options: others of BNInception, such as synchronized, momentum or dropout.
+
+    Returns:
+      A new model with as many classes as the classifier in the file, from images in the project's
+      form (see the module's table) to logits.
+
+    Raises:
+      UsageError: no such file, no state dict in it, or not exactly the tensors of this network.
+
+    Source: issue 4; [1, C] is yjxiong/tsn-pytorch#62.
+    """
+    if isinstance(source, Mapping):
+        origin, tensors = "the state dict", source
+    else:
+        origin, tensors = os.fspath(source), _read_state_dict(pathlib.Path(source))
+    tensors = {
+        str(name).removeprefix("module."): tensor
+        for name, tensor in tensors.items()
+        if not str(name).endswith("num_batches_tracked")
+    }
+    owners = {name.rpartition(".")[0] for name in tensors}
+    project = max(
+        (PYTORCHCV, CADENE), key=lambda project: len(owners.intersection(project.layers.values()))
+    )
+    return _fill(
+        project,
+        origin,
+        {name: tuple(getattr(tensor, "shape", ())) for name, tensor in tensors.items()},
+        lambda name: _to_numpy(tensors[name]),
+        dict(preset="caffe", input_shape=input_shape, **options),
+    )
+
+
+def from_slim(
+    path: str | os.PathLike,
+    input_shape: Sequence[int | None] = (224, 224, 3),
+    **options: object,
+) -> keras.Model:
+    """Reads a checkpoint of TF-Slim's inception_v2 into the preset "slim".
+
+    Of a training's checkpoint the variables themselves are taken, not their moving averages;
+    slots and what lies outside of the scope InceptionV2 are left out.
+
+    Args:
+      path: of the checkpoint, in TensorFlow's first or second format; one of its files, or its
+        folder, will do.
+      input_shape: of the images, as BNInception takes it.
+      **options: others of BNInception, such as synchronized, momentum or dropout.
+
+    Returns:
+      A new model with as many classes as the classifier in the file (with the published weights
+      1001, "background" first), from RGB images in [-1, 1] to logits. Its stem is separable or
+      plain, as in the file.
+
+    Raises:
+      UsageError: no such checkpoint, or not exactly the variables of this network.
+
+    Source: issue 4.
+    """
+    origin = os.fspath(path)
+    with _reading(origin, "a TensorFlow checkpoint"):
+        reader = tf.train.load_checkpoint(
+            re.sub(r"\.(index|meta|data-\d+-of-\d+)$", "", os.fspath(path))
+        )
+    shapes = {
+        name: tuple(shape)
+        for name, shape in reader.get_variable_to_shape_map().items()
+        if name.startswith(SLIM_SCOPE)
+    }
+    # An optimizer's slots and moving averages are called VARIABLE/SLOT.
+    shapes = {n: shape for n, shape in shapes.items() if n.rpartition("/")[0] not in shapes}
+    separable = f"{SLIM_STEM}/weights" not in shapes
+    return _fill(
+        SLIM,
+        origin,
+        shapes,
+        reader.get_tensor,
+        dict(preset="slim", separable_stem=separable, input_shape=input_shape, **options),
+    )
+
+
+def convert_weights(
+    weights: str | os.PathLike, output: str | os.PathLike, source: str | None = None
+) -> None:
+    """Reads a file of other weights and writes the model.
+
+    Args:
+      weights: path, as from_pytorch or from_slim takes it.
+      output: path to write, ending in ".keras" (which keras.models.load_model reads after
+        `import bn_keras`) or in ".weights.h5".
+      source: "pytorch" or "slim"; None takes paths ending in .npz, .pt, .pth or .tar for
+        PyTorch's.
+
+    Raises:
+      UsageError: weights that can't be read, or an output that can't be written.
+    """
+    output = pathlib.Path(output)
+    if not output.name.endswith((".keras", ".weights.h5")):
+        raise UsageError(f"{output} can't be written: give a name ending in .keras or .weights.h5")
+    if not output.parent.is_dir():
+        raise UsageError(f"{output} can't be written: there is no folder {output.parent}")
+    if source is None:
+        suffix = pathlib.Path(weights).suffix
+        source = "pytorch" if suffix in (".npz", ".pt", ".pth", ".tar") else "slim"
+    model = {"pytorch": from_pytorch, "slim": from_slim}[source](weights)
+    try:
+        model.save(output) if output.suffix == ".keras" else model.save_weights(output)
+    except OSError as error:
+        raise UsageError(f"{output} can't be written: {error}") from error
+    logging.info("Written: %s.", output)
+
+
+class _Expected(NamedTuple):
+    """A tensor that has to be in the file.
+
+    Attributes:
+      variable: where it goes.
+      shape: that it has to have there; leading axes of size 1 don't count, since TF-Slim's
+        classifier is a 1x1 convolution and old PyTorch's BN vectors are [1, C].
+      axes: which of its axes become those of the variable.
+    """
+
+    variable: keras.Variable
+    shape: Shape
+    axes: tuple[int, ...]
+
+
+def _fill(
+    project: Project,
+    origin: str,
+    shapes: Mapping[str, Shape],
+    read: Callable[[str], np.ndarray],
+    options: dict,
+) -> keras.Model:
+    """Makes the network and fills it, if the file's tensors are exactly those expected.
+
+    Args:
+      project: whose file it is.
+      origin: what messages call the file.
+      shapes: of all its tensors, by name.
+      read: gives one of them.
+      options: of BNInception, but for the classes.
+    """
+    classes = shapes.get(project.layers["logits"] + project.variables["bias"], (1000,))
+    # Of all variants this one has neither dropout nor local response normalization.
+    defaults = dict(variant="bn_x5", classes=math.prod(classes), name="bn_inception")
+    model = BNInception(**defaults | options)
+    expected = dict(_expected(project, model))
+    _check(f"{origin} does not hold {project.network}", shapes, expected)
+    with _reading(origin, project.network):
+        for name, (variable, shape, axes) in expected.items():
+            variable.assign(np.reshape(read(name), shape).transpose(axes))
+    logging.info(
+        "Read %s with %d classes; it takes images as %s.",
+        project.network,
+        model.output_shape[-1],
+        project.images,
+    )
+    return model
+
+
+def _expected(project: Project, model: keras.Model) -> Iterator[tuple[str, _Expected]]:
+    for layer in model.layers:
+        for variable in layer.weights:
+            axes = project.axes[len(variable.shape)]
+            shape = tuple(variable.shape[i] for i in np.argsort(axes))
+            name = project.layers[layer.name] + project.variables[variable.name]
+            yield name, _Expected(variable, shape, axes)
+
+
+def _check(refusal: str, shapes: Mapping[str, Shape], expected: Mapping[str, _Expected]) -> None:
+    """Raises UsageError, which names them, if any tensor is missing, extra or misshapen."""
+    faults = {
+        "missing": [name for name in expected if name not in shapes],
+        "extra": [name for name in shapes if name not in expected],
+        "misshapen": [
+            f"{name} of {shapes[name]} instead of {shape}"
+            for name, (_, shape, _) in expected.items()
+            if name in shapes and _significant(shapes[name]) != _significant(shape)
+        ],
+    }
+    told = [f"{len(names)} {fault} ({_first(names)})" for fault, names in faults.items() if names]
+    if told:
+        raise UsageError(f"{refusal}: of its {len(expected)} tensors, {', '.join(told)}")
+
+
+def _significant(shape: Shape) -> Shape:
+    return shape[next((i for i, size in enumerate(shape) if size != 1), len(shape)) :]
+
+
+def _first(names: Sequence[str], most: int = 3) -> str:
+    more = [f"{len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*names[:most], *more])
+
+
+def _read_state_dict(path: pathlib.Path) -> Mapping[str, object]:
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}")
+    if path.suffix == ".npz":
+        with _reading(path, "an .npz file"), np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    try:
+        import torch
+    except ImportError as error:
+        raise UsageError(
+            f"{path} takes PyTorch to be read, which is not installed: install torch, or write an"
+            " .npz where it is, by numpy.savez(PATH, **{k: v.numpy() for k, v in"
+            " model.state_dict().items()})"
+        ) from error
+    with _reading(path, "a file of torch.save with a state dict"):
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(loaded, Mapping):
+            raise TypeError(f"it holds a {type(loaded).__name__}")
+        return loaded.get("state_dict", loaded)
+
+
+@contextlib.contextmanager
+def _reading(origin: str | os.PathLike, kind: str) -> Iterator[None]:
+    """Tells in one line what another library could not read."""
+    try:
+        yield
+    # Each library has errors of its own for a damaged file, and none documents them.
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UsageError(f"{origin} can't be read as {kind}: {reason[0]}") from error
+
+
+def _to_numpy(tensor: object) -> np.ndarray:
+    # NumPy has no bfloat16 of PyTorch's.
+    return tensor.detach().float().numpy() if hasattr(tensor, "detach") else np.asarray(tensor)
