@@ -10,12 +10,16 @@ from bn_keras import distribution
 from bn_keras.batch_norm import merge_moving_statistics
 from bn_keras.data import pipeline
 from bn_keras.errors import UsageError
+from bn_keras.population import estimate_population_statistics
 from bn_keras.trained import load_trained
 from bn_keras.workdir import Workdir
 
 
 def evaluate_workdir(workdir: str, config: ConfigDict | None = None) -> dict[str, float]:
-    """Evaluates the latest checkpoint of a run.
+    """Evaluates the network of a run as it was finished, or its latest checkpoint.
+
+    That is by the statistics of the population where the run took these, or where the config
+    asks for them in whatever way; they are then taken here. Else it is by the moving ones.
 
     Args:
       workdir: of the run.
@@ -23,7 +27,7 @@ def evaluate_workdir(workdir: str, config: ConfigDict | None = None) -> dict[str
         lie elsewhere, and the devices may be others.
 
     Returns:
-      As make_evaluator, with the checkpoint's "step".
+      As make_evaluator, with the "step" and the "statistics": "moving" or "population".
 
     Raises:
       UsageError: no run or no checkpoint in the folder, a config of another network, or data of
@@ -47,7 +51,14 @@ def evaluate_workdir(workdir: str, config: ConfigDict | None = None) -> dict[str
             " trained for"
         )
     evaluate = make_evaluator(network.model, data, strategy, config.evaluation.global_batch_size)
-    return {"step": network.step, **evaluate()}
+    statistics = network.statistics
+    if statistics == "moving" and config.population.when != "never":
+        batches = data.train_batches(strategy, config.train.global_batch_size)
+        estimate_population_statistics(
+            network.model, batches, config.population.num_batches, strategy
+        )
+        statistics = "population"
+    return {"step": network.step, "statistics": statistics, **evaluate()}
 
 
 def make_evaluator(

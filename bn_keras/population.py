@@ -13,7 +13,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from bn_keras import ops
-from bn_keras.batch_norm import BatchNormalization
+from bn_keras.batch_norm import BatchNormalization, merge_moving_statistics
 from bn_keras.errors import UsageError
 
 _LAYERS = (BatchNormalization, keras.layers.BatchNormalization)
@@ -192,6 +192,19 @@ class PopulationEstimator:
                 _assign(sums.layer, *population, self._strategy)
         return PopulationReport(num_batches, tuple(rows))
 
+    @contextlib.contextmanager
+    def applied(self, dataset: Iterable, num_batches: int) -> Iterator[PopulationReport]:
+        """Has the model hold population statistics for a while, and its own again afterwards.
+
+        The replicas' moving statistics are merged first, as they are for an evaluation by these.
+
+        Args:
+          dataset, num_batches: as estimate_population_statistics.
+        """
+        merge_moving_statistics(self._model, self._strategy)
+        with preserved_state(self._model, self._strategy):
+            yield self.estimate(dataset, num_batches)
+
     def _pass(self, batches: Iterable, num_batches: int) -> None:
         """Sums over batches, whatever the model's state may become of it."""
         seen = 0
@@ -202,6 +215,8 @@ class PopulationEstimator:
                 total=num_batches,
                 unit="batch",
                 disable=not sys.stderr.isatty(),
+                # Goes again where it stands below another one, such as a training's.
+                leave=None,
                 dynamic_ncols=True,
             ) as bar,
         ):

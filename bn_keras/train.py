@@ -1,10 +1,11 @@
 """Trains a network as its config says; `train_and_evaluate` reads from top to bottom."""
 
+import contextlib
 import hashlib
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import keras
 import numpy as np
@@ -17,6 +18,7 @@ from bn_keras.checkpoint import Checkpoints
 from bn_keras.data import pipeline
 from bn_keras.errors import TrainingDivergedError, UsageError
 from bn_keras.evaluate import make_evaluator
+from bn_keras.population import PopulationEstimator
 from bn_keras.progress import Progress
 from bn_keras.schedule import ExamplesSchedule
 from bn_keras.workdir import MetricsWriter, Workdir
@@ -31,9 +33,14 @@ def train_and_evaluate(
     had never stopped: what metrics.jsonl has beyond the checkpoint is dropped and written again.
     TensorBoard's events can't be cut; it shows those steps twice.
 
+    Where config.population says so, evaluations go by the population's statistics. Training
+    doesn't notice: afterwards the moving ones are back, and they are what the checkpoints hold.
+    At the end the network is saved once more, with the population's, as what becomes of the run.
+
     Args:
       config: as configs/default.py.
-      workdir: folder of the run: config.json, metrics.jsonl, TensorBoard events, checkpoints.
+      workdir: folder of the run: config.json, metrics.jsonl, TensorBoard events, checkpoints,
+        and the network with population statistics.
       label: what the progress bar calls the run.
 
     Returns:
@@ -61,6 +68,7 @@ def train_and_evaluate(
     steps, global_batch_size = config.train.steps, config.train.global_batch_size
     trainer = Trainer(model, optimizer, strategy, global_batch_size, config.train.l2)
     evaluate = make_evaluator(model, data, strategy, config.evaluation.global_batch_size)
+    with_statistics = _make_statistics(config, model, data, strategy)
 
     checkpoints = Checkpoints(run.checkpoints, model, optimizer, strategy, config.checkpoint.keep)
     step = checkpoints.restore()
@@ -106,16 +114,23 @@ def train_and_evaluate(
             }
             metrics.write(step, values)
             progress.update(step, loss, accuracy, images_per_second)
-            if step % config.evaluation.every_steps == 0 and step < steps:
-                validation = evaluate()
+            is_evaluated = step % config.evaluation.every_steps == 0 and step < steps
+            is_saved = step % config.checkpoint.every_steps == 0 or step == steps
+            if (is_evaluated or is_saved) and not _is_finite(model.variables + optimizer.variables):
+                raise _diverged("network", step, rate, checkpoints, metrics)
+            if is_evaluated:
+                with with_statistics(step) as statistics:
+                    validation = evaluate() | {"statistics": statistics}
                 metrics.write(step, _named("validation", validation))
                 progress.evaluated(step, validation["accuracy"])
-            if step % config.checkpoint.every_steps == 0 or step == steps:
-                if not _is_finite(model.variables + optimizer.variables):
-                    raise _diverged("network", step, rate, checkpoints, metrics)
+            if is_saved:
                 checkpoints.save(step)
-        last = _named("validation", evaluate())
-        metrics.write(step, last | {Workdir.FINISHED: _digest(model, optimizer)})
+        with with_statistics(step) as statistics:
+            validation = evaluate() | {"statistics": statistics}
+            if statistics == "population":
+                Checkpoints(run.population, model, None, strategy).save(step)
+        finished = {Workdir.FINISHED: _digest(model, optimizer)}
+        metrics.write(step, _named("validation", validation) | finished)
     return run.read_metrics()[-1]
 
 
@@ -224,6 +239,31 @@ def make_schedule(config: ConfigDict, num_train_examples: int) -> ExamplesSchedu
     )
 
 
+def _make_statistics(
+    config: ConfigDict, model: keras.Model, data: pipeline.Data, strategy: tf.distribute.Strategy
+) -> Callable[[int], contextlib.AbstractContextManager[str]]:
+    """Makes what gives the model, for a while, the statistics to evaluate a step by.
+
+    It yields which ones these are, "moving" or "population".
+    """
+    when, num_batches = config.population.when, config.population.num_batches
+    if when == "never":
+        return lambda step: contextlib.nullcontext("moving")
+    estimator = PopulationEstimator(model, strategy)
+    # The same each time, so that two evaluations differ by the network alone.
+    batches = data.train_batches(strategy, config.train.global_batch_size)
+
+    @contextlib.contextmanager
+    def with_statistics(step: int) -> Iterator[str]:
+        if when == "end" and step < config.train.steps:
+            yield "moving"
+        else:
+            with estimator.applied(batches, num_batches):
+                yield "population"
+
+    return with_statistics
+
+
 def _check(config: ConfigDict) -> None:
     positive = (
         "train.steps",
@@ -237,6 +277,7 @@ def _check(config: ConfigDict) -> None:
         "schedule.decay_epochs",
         "evaluation.every_steps",
         "evaluation.global_batch_size",
+        "population.num_batches",
         "checkpoint.every_steps",
         "checkpoint.keep",
     )
@@ -251,6 +292,11 @@ def _check(config: ConfigDict) -> None:
     if not 0 <= config.train.momentum < 1:
         raise UsageError(
             f"train.momentum is {config.train.momentum}: it has to be at least 0 and less than 1"
+        )
+    if config.population.when not in ("never", "end", "evaluations"):
+        raise UsageError(
+            f"unknown population.when {config.population.when!r}: accepted are never, end,"
+            " evaluations"
         )
     if not 0 <= config.seed < 2**32:
         raise UsageError(f"seed is {config.seed}: it has to be from 0 to {2**32 - 1}")

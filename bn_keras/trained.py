@@ -16,12 +16,14 @@ from bn_keras.workdir import Workdir
 
 
 class TrainedNetwork(NamedTuple):
-    """The network of a run's latest checkpoint.
+    """The network of a run: as it was finished, or of the latest checkpoint.
 
     Attributes:
       model: from images float32 [N, *input_shape] to logits [N, classes].
       config: of the run.
       step: of the checkpoint.
+      statistics: by which its BatchNormalization layers normalize: "moving", or "population"
+        where the run took these at its end.
       input_shape: (height, width, channels).
       class_names: one a logit, in their order.
       preprocessing: what brings an image to input_shape.
@@ -30,6 +32,7 @@ class TrainedNetwork(NamedTuple):
     model: keras.Model
     config: ConfigDict
     step: int
+    statistics: str
     input_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     preprocessing: Preprocessing
@@ -53,9 +56,11 @@ def load_trained(
     strategy = strategy or tf.distribute.get_strategy()
     with strategy.scope():
         model = models.from_config(config, input_shape, len(class_names))
-    checkpoints = Checkpoints(run.checkpoints, model, None, strategy)
+    statistics, checkpoints = "population", Checkpoints(run.population, model, None, strategy)
+    if not checkpoints.latest:
+        statistics, checkpoints = "moving", Checkpoints(run.checkpoints, model, None, strategy)
     if not checkpoints.latest:
         raise UsageError(f"the run in {run.path} has no checkpoint yet: let it train on")
     step = checkpoints.restore()
     preprocessing = make_preprocessing(config.data, input_shape[:2])
-    return TrainedNetwork(model, config, step, input_shape, class_names, preprocessing)
+    return TrainedNetwork(model, config, step, statistics, input_shape, class_names, preprocessing)

@@ -34,6 +34,8 @@ class Workdir:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = epath.Path(path)
         self.checkpoints = self.path / "checkpoints"
+        # The finished network with population statistics, where the run took them.
+        self.population = self.path / "population"
         self.metrics = self.path / "metrics.jsonl"
         self._config = self.path / "config.json"
         self._interface = self.path / "interface.json"

@@ -87,6 +87,14 @@ def get_config() -> ConfigDict:
     config.evaluation.every_steps = 20_000
     config.evaluation.global_batch_size = 32
 
+    config.population = ConfigDict()
+    # When the moving statistics give way to those of the population (Algorithm 2): "never"; "end":
+    # for the last evaluation and in the finished network; "evaluations": for each evaluation too.
+    config.population.when = "never"
+    # They are taken over so many batches, the first of the training. Each costs about what a
+    # training step costs without its backward pass.
+    config.population.num_batches = 100
+
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 5_000
     config.checkpoint.keep = 3
