@@ -1,7 +1,7 @@
 """What the commands have in common: quiet start-up, flags, errors on one line, exit statuses.
 
 0: done. 1: a bug, with its traceback. 2: what was asked for can't be done. 3: the training
-diverged. 130: interrupted.
+diverged. 4: a job in the cloud failed. 130: interrupted.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 # Read by TensorFlow when it is imported, which is after this module.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -67,10 +68,18 @@ def run(main: Callable[..., None], positional: str = "") -> None:
     """
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
+    # A flag may stand behind the arguments, too.
+    flags.FLAGS.set_gnu_getopt(True)
     app.run(
         lambda argv: _exit_with_status(lambda: main(argv[1:]) if positional else main()),
         flags_parser=lambda argv: _parse_flags(argv, positional),
     )
+
+
+def fail(reason: object, status: int) -> NoReturn:
+    """Prints an error on one line and exits with a status."""
+    print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
+    sys.exit(status)
 
 
 def _exit_with_status(main: Callable[[], None]) -> None:
@@ -81,21 +90,21 @@ def _exit_with_status(main: Callable[[], None]) -> None:
 
             from bn_keras.errors import TrainingDivergedError, UsageError
     except ImportError as error:
-        _fail(error, 2)
+        fail(error, 2)
     tf.get_logger().setLevel("ERROR")
     logging.get_absl_logger().addFilter(_is_ours)
 
     try:
         main()
     except UsageError as error:
-        _fail(error, 2)
+        fail(error, 2)
     except TrainingDivergedError as error:
-        _fail(error, 3)
+        fail(error, 3)
     except tf.errors.ResourceExhaustedError as error:
         reason = error.message.splitlines()[0]
-        _fail(f"out of memory ({reason}): lower train.global_batch_size or data.image_size", 2)
+        fail(f"out of memory ({reason}): lower train.global_batch_size or data.image_size", 2)
     except KeyboardInterrupt:
-        _fail("interrupted; a training goes on from its last checkpoint", 130)
+        fail("interrupted; a training goes on from its last checkpoint", 130)
 
 
 def _is_ours(record: std_logging.LogRecord) -> bool:
@@ -124,11 +133,11 @@ def _parse_flags(argv: list[str], positional: str) -> list[str]:
             # A file that could not be loaded is reported at the first look at its config.
             flags.FLAGS["config"].value.seed  # noqa: B018
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        _fail(_explain_override(argv) or _explain_flag(error), 2)
+        fail(_explain_override(argv) or _explain_flag(error), 2)
     if positional and len(rest) == 1:
-        _fail(f"{positional} is missing: see --help", 2)
+        fail(f"{positional} is missing: see --help", 2)
     if not positional and len(rest) > 1:
-        _fail(f"unexpected argument {rest[1]!r}: values are given as --flag=value", 2)
+        fail(f"unexpected argument {rest[1]!r}: values are given as --flag=value", 2)
     return rest
 
 
@@ -170,8 +179,3 @@ def _explain_flag(error: Exception) -> str:
     if isinstance(error, OSError) or "get_config" in reason:
         return f"--config can't be loaded: {reason}"
     return reason
-
-
-def _fail(reason: object, status: int) -> None:
-    print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
-    sys.exit(status)
