@@ -29,6 +29,7 @@ if keras.backend.backend() != "tensorflow":
 
 from bn_keras.batch_norm import BatchNormalization  # noqa: E402
 from bn_keras.convert import replace_batch_norm  # noqa: E402
+from bn_keras.fold import fold_batch_norm  # noqa: E402
 from bn_keras.models import BNInception, SigmoidMLP  # noqa: E402
 from bn_keras.population import estimate_population_statistics  # noqa: E402
 
@@ -37,5 +38,6 @@ __all__ = [
     "BatchNormalization",
     "SigmoidMLP",
     "estimate_population_statistics",
+    "fold_batch_norm",
     "replace_batch_norm",
 ]

@@ -1,0 +1,493 @@
+"""A folded network computes what the network did, without its BatchNormalization."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from bn_keras import BatchNormalization, BNInception, SigmoidMLP, fold, fold_batch_norm
+from bn_keras.errors import UsageError
+from bn_keras.fold import unfoldable
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+KERAS_BN = keras.layers.BatchNormalization
+BATCH_NORMS = (BatchNormalization, KERAS_BN)
+L = keras.layers
+
+
+def trained(model, seed=0):
+    """Gives all weights values that a trained network could have, the signs of gamma too."""
+    rng = np.random.default_rng(seed)
+
+    def value(variable):
+        shape = variable.shape
+        if variable.name == "gamma":
+            return rng.uniform(0.5, 1.5, shape) * rng.choice([-1, 0, 1], shape, p=[0.2, 0.1, 0.7])
+        if variable.name == "moving_variance":
+            return rng.uniform(0.2, 3, shape)
+        if "kernel" in variable.name:
+            return rng.normal(size=shape) * np.prod(shape[:-1]) ** -0.5
+        return rng.normal(size=shape) * 0.5
+
+    for variable in model.weights:
+        variable.assign(value(variable))
+    return model
+
+
+def batch_norms(model):
+    return [layer for layer in model._flatten_layers() if isinstance(layer, BATCH_NORMS)]
+
+
+def example(model, batch=3):
+    rng = np.random.default_rng(1)
+    return rng.normal(size=(batch, *model.input_shape[1:])).astype(np.float32)
+
+
+def run(model, x, training=False):
+    outputs = keras.tree.flatten(model(x, training=training))
+    return [keras.ops.convert_to_numpy(y).astype(np.float64) for y in outputs]
+
+
+def assert_same(folded, model, rtol=1e-5, batch=3):
+    x = example(model, batch)
+    for a, b in zip(run(folded, x), run(model, x), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max())
+
+
+def chain(input_shape, *layers):
+    x = inputs = keras.Input(input_shape)
+    for layer in layers:
+        x = layer(x)
+    return keras.Model(inputs, x, name="chain")
+
+
+FOLDABLE = {
+    "Conv1D": ((7, 3), lambda **k: L.Conv1D(4, 3, strides=2, padding="causal", **k)),
+    "Conv2D": ((6, 7, 3), lambda **k: L.Conv2D(4, 3, padding="same", **k)),
+    "Conv2D grouped": ((6, 7, 4), lambda **k: L.Conv2D(6, 3, groups=2, dilation_rate=2, **k)),
+    "Conv3D": ((4, 5, 6, 2), lambda **k: L.Conv3D(3, 2, **k)),
+    "DepthwiseConv1D": ((7, 3), lambda **k: L.DepthwiseConv1D(3, depth_multiplier=2, **k)),
+    "DepthwiseConv2D": ((6, 7, 3), lambda **k: L.DepthwiseConv2D(3, depth_multiplier=2, **k)),
+    "SeparableConv1D": ((7, 3), lambda **k: L.SeparableConv1D(4, 3, **k)),
+    "SeparableConv2D": ((6, 7, 3), lambda **k: L.SeparableConv2D(4, 3, depth_multiplier=8, **k)),
+    "Conv1DTranspose": ((7, 3), lambda **k: L.Conv1DTranspose(4, 3, strides=2, **k)),
+    "Conv2DTranspose": ((6, 7, 3), lambda **k: L.Conv2DTranspose(4, 3, strides=2, **k)),
+    "Conv3DTranspose": ((3, 4, 5, 3), lambda **k: L.Conv3DTranspose(2, 2, **k)),
+    "Dense": ((5,), lambda **k: L.Dense(4, **k)),
+    "Dense of a sequence": ((6, 5), lambda **k: L.Dense(4, **k)),
+}
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("shape, make", FOLDABLE.values(), ids=FOLDABLE)
+def test_every_layer_with_a_kernel_takes_the_next_one_up(shape, make, bias):
+    """In float64, where rounding hides nothing."""
+    norm = KERAS_BN(epsilon=0.1, dtype="float64") if bias else BatchNormalization(dtype="float64")
+    model = trained(chain(shape, make(use_bias=bias, dtype="float64"), norm))
+    folded, report = fold_batch_norm(model, example(model))
+    assert [type(x) for x in folded.layers] == [type(x) for x in model.layers[:-1]]
+    assert report.folded == (norm.path,) and not report.kept
+    assert_same(folded, model, rtol=1e-12)
+
+
+def test_folded_weights_are_those_of_float64_rounded_once():
+    model = trained(chain((6, 6, 3), L.Conv2D(4, 3), KERAS_BN(scale=False)))
+    kernel, bias, beta, mean, variance = (w.astype(np.float64) for w in model.get_weights())
+    scale = 1 / np.sqrt(variance + 1e-3)
+    folded, _ = fold_batch_norm(model)
+    expected = [kernel * scale, (bias - mean) * scale + beta]
+    for weight, value in zip(folded.get_weights(), expected, strict=True):
+        np.testing.assert_array_equal(weight, value.astype(np.float32))
+
+
+def _application(name):
+    return getattr(keras.applications, name)(
+        weights=None, input_shape=(64, 64, 3), classes=10, classifier_activation=None
+    )
+
+
+NETWORKS = {
+    "bn_baseline": (lambda: BNInception("bn_baseline", 10, (32, 32, 3), 0.1), 69),
+    "bn_x5_sigmoid": (lambda: BNInception("bn_x5_sigmoid", 10, (8, 8, 3), 0.1, "cifar"), 69),
+    "mlp": (lambda: SigmoidMLP(), 3),
+    "ResNet50": (lambda: _application("ResNet50"), 53),
+    "MobileNetV2": (lambda: _application("MobileNetV2"), 52),
+}
+
+
+@pytest.mark.parametrize("make, number", NETWORKS.values(), ids=NETWORKS)
+def test_whole_networks(make, number):
+    model = trained(make())
+    folded, report = fold_batch_norm(model, example(model))
+    assert len(report.folded) == len(batch_norms(model)) == number
+    assert not batch_norms(folded) and not report.kept and report.top1_agreement == 1
+    assert_same(folded, model)
+    names = [layer.name for layer in model.layers if not isinstance(layer, BATCH_NORMS)]
+    assert sorted(layer.name for layer in folded.layers) == sorted(names)
+    assert {w.path for w in folded.weights} >= {
+        w.path for w in model.weights if w.path.split("/")[-2] in names
+    }
+
+
+@pytest.mark.parametrize("name", ["bn_baseline", "MobileNetV2"])
+def test_half_precision_loses_nothing_more(name):
+    """Both are as far from the float32 network, within a factor."""
+    make, _ = NETWORKS[name]
+    exact = trained(make())
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    model = make()
+    keras.config.set_dtype_policy("float32")
+    model.set_weights(exact.get_weights())
+    folded, _ = fold_batch_norm(model, example(model))
+    assert all(w.dtype == "float32" for w in folded.weights)
+    for layer in folded.layers[1:]:
+        assert layer.compute_dtype == model.get_layer(layer.name).compute_dtype
+    x = example(model, 8)
+    truth, before, after = (run(m, x)[0] for m in (exact, model, folded))
+    assert 0 < np.std(after - truth) < 1.5 * np.std(before - truth)
+
+
+def test_the_given_model_is_left_alone():
+    model = trained(chain((6, 6, 3), L.Conv2D(4, 3), BatchNormalization(), L.ReLU()))
+    model.compile("sgd", "mse")
+    kept, calls = model.get_weights(), [len(x._inbound_nodes) for x in model.layers]
+    folded, _ = fold_batch_norm(model)
+    expected = run(folded, example(model))
+    for a, b in zip(model.get_weights(), kept, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert [len(x._inbound_nodes) for x in model.layers] == calls
+    assert not folded.compiled
+    trained(model, seed=1)
+    np.testing.assert_array_equal(run(folded, example(model)), expected)
+
+
+class Custom(L.Conv2D):
+    pass
+
+
+def _two_outputs():
+    inputs = keras.Input((6, 6, 3))
+    x = L.Conv2D(4, 3, name="conv")(inputs)
+    y = L.ReLU()(KERAS_BN(name="bn")(x))
+    return keras.Model(inputs, {"before": x, "after": y})
+
+
+def _branch():
+    inputs = keras.Input((6, 6, 3))
+    x = L.Conv2D(4, 3, name="conv")(inputs)
+    return keras.Model(inputs, L.Add(name="add")([x, KERAS_BN(name="bn")(x)]))
+
+
+def _concatenated():
+    inputs = keras.Input((6, 6, 3))
+    x = L.Concatenate(name="cat")([L.Conv2D(4, 3)(inputs), L.Conv2D(2, 3)(inputs)])
+    return keras.Model(inputs, BatchNormalization(name="bn")(x))
+
+
+def _shared_conv():
+    inputs = keras.Input((6, 6, 3))
+    conv = L.Conv2D(4, 3, name="conv")
+    return keras.Model(
+        inputs, [KERAS_BN(name="bn")(conv(inputs)), L.ReLU()(conv(keras.ops.flip(inputs, 1)))]
+    )
+
+
+def _shared_with_a_bad_place():
+    inputs = keras.Input((6, 6, 4))
+    bn = KERAS_BN(name="bn")
+    return keras.Model(inputs, [bn(L.Conv2D(4, 3)(inputs)), bn(inputs)])
+
+
+def _after_nested():
+    inner = keras.Sequential([keras.Input((6, 6, 3)), L.Conv2D(4, 3)], name="inner")
+    return chain((6, 6, 3), inner, KERAS_BN(name="bn"))
+
+
+def _lora():
+    conv = L.Conv2D(4, 3, name="conv")
+    model = chain((6, 6, 3), conv, KERAS_BN(name="bn"))
+    conv.enable_lora(2)
+    return model
+
+
+KEPT = {
+    "input": (lambda: chain((6, 6, 3), KERAS_BN(name="bn"), L.Conv2D(4, 3)), "InputLayer"),
+    "pooling": (lambda: chain((6, 6, 3), L.MaxPooling2D(), KERAS_BN(name="bn")), "MaxPooling2D"),
+    "activation": (
+        lambda: chain((6, 6, 3), L.Conv2D(4, 3, activation="relu"), KERAS_BN(name="bn")),
+        "its activation inside",
+    ),
+    "per activation": (
+        lambda: chain((6, 6, 3), L.Conv2D(4, 3), BatchNormalization([1, 2, 3], name="bn")),
+        "axis=[1, 2, 3] is not that layer's channels",
+    ),
+    "other axis": (
+        lambda: chain((6, 6, 3), L.Conv2D(4, 3), KERAS_BN(axis=1, name="bn")),
+        "axis=1 is not that layer's channels",
+    ),
+    "other axis of Dense": (
+        lambda: chain((6, 3), L.Dense(4), KERAS_BN(axis=1, name="bn")),
+        "axis=1 is not that layer's channels",
+    ),
+    "subclass": (lambda: chain((6, 6, 3), Custom(4, 3), KERAS_BN(name="bn")), "follows Custom"),
+    "vector": (lambda: chain((5,), BatchNormalization(name="bn")), "InputLayer"),
+    "outputs": (_two_outputs, "Conv2D 'conv', whose output goes to the outputs too"),
+    "branch": (_branch, "Conv2D 'conv', whose output goes to Add 'add' too"),
+    "concatenated": (_concatenated, "follows Concatenate 'cat'"),
+    "shared convolution": (_shared_conv, "Conv2D 'conv', which is used elsewhere too"),
+    "shared": (_shared_with_a_bad_place, "is shared, and in one place follows InputLayer"),
+    "after nested": (_after_nested, "follows Sequential 'inner'"),
+    "lora": (_lora, "LoRA"),
+}
+
+
+@pytest.mark.parametrize("make, reason", KEPT.values(), ids=KEPT)
+def test_what_cannot_be_folded_is_one_affine_layer(make, reason):
+    model = trained(make())
+    folded, report = fold_batch_norm(model)
+    assert not report.folded and list(report.kept) == ["bn"] and reason in report.kept["bn"]
+    assert unfoldable(model) == report.kept
+    assert type(folded.get_layer("bn")) in (L.DepthwiseConv2D, L.Rescaling)
+    assert_same(folded, model)
+    # Also while what else there is trains on.
+    x = example(model)
+    for a, b in zip(run(folded, x, training=True), run(model, x), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_an_affine_layer_has_the_dtype_of_the_layer():
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    for model in (_concatenated(), chain((6, 5), L.ReLU(), KERAS_BN(name="bn"))):
+        folded, _ = fold_batch_norm(trained(model))
+        assert folded.get_layer("bn").compute_dtype == folded.output.dtype == "bfloat16"
+        assert_same(folded, model, rtol=2**-6)
+
+
+def _block(x, conv, bn):
+    return L.ReLU()(bn(conv(x)))
+
+
+def _siamese():
+    """One convolution and one BN, in the same order in two places."""
+    conv, bn = L.Conv2D(4, 3), KERAS_BN()
+    inputs = keras.Input((6, 6, 3))
+    return keras.Model(
+        inputs, L.Add()([_block(x, conv, bn) for x in (inputs, keras.ops.flip(inputs, 1))])
+    )
+
+
+def _one_norm_of_two():
+    bn = BatchNormalization()
+    inputs = keras.Input((6, 6, 3))
+    return keras.Model(inputs, [_block(inputs, L.Conv2D(4, size), bn) for size in (1, 3)])
+
+
+def _nested():
+    """A nested model in two places, one in it, a BN that is an output, and keywords."""
+    deep = keras.Sequential([keras.Input((4, 4, 4)), L.DepthwiseConv2D(2), KERAS_BN()], name="deep")
+    inner = chain((6, 6, 3), L.Conv2D(4, 3), BatchNormalization(), deep)
+    inputs = keras.Input((6, 6, 3))
+    y = inner(inputs, training=False)
+    z = inner(keras.ops.flip(inputs, 1))
+    x = L.Conv2D(4, 3)(inputs)
+    return keras.Model(inputs, (y, [z, KERAS_BN()(inputs=x)]))
+
+
+def _pieces_of_one():
+    """Two nested models that share layers and calls."""
+    x = inputs = keras.Input((6, 6, 3))
+    for _ in range(2):
+        x = _block(x, L.Conv2D(3, 3, padding="same"), KERAS_BN())
+    whole = keras.Model(inputs, x)
+    half = keras.Model(inputs, whole.layers[3].output)
+    outer = keras.Input((6, 6, 3))
+    return keras.Model(outer, [whole(outer), half(outer)])
+
+
+SHARED = {f.__name__: f for f in (_siamese, _one_norm_of_two, _nested, _pieces_of_one)}
+
+
+@pytest.mark.parametrize("make", SHARED.values(), ids=SHARED)
+def test_shared_and_nested_layers_are_folded_where_every_place_allows_it(make):
+    model = trained(make())
+    folded, report = fold_batch_norm(model)
+    assert not report.kept and not batch_norms(folded)
+    assert keras.tree.map_structure(lambda t: t.shape, folded.output) == (
+        keras.tree.map_structure(lambda t: t.shape, model.output)
+    )
+    kernels = [w for w in model.weights if "kernel" in w.name]
+    assert len([w for w in folded.weights if "kernel" in w.name]) == len(kernels)
+    assert_same(folded, model)
+
+
+def test_a_network_on_a_backbone_in_a_sequential_model():
+    backbone = keras.applications.MobileNetV2(
+        weights=None, input_shape=(32, 32, 3), include_top=False, alpha=0.35
+    )
+    layers = [backbone, L.GlobalAveragePooling2D(), L.Dense(3), L.Softmax()]
+    model = trained(keras.Sequential(layers))
+    folded, report = fold_batch_norm(model)
+    assert isinstance(folded, keras.Sequential) and len(report.folded) == 52
+    assert_same(folded, model)
+
+
+def test_what_normalizes_by_the_batch_stays():
+    inner = chain((6, 6, 3), L.Conv2D(4, 3), KERAS_BN(name="nested"))
+    inputs = keras.Input((6, 6, 3))
+    x = KERAS_BN(name="called")(L.Conv2D(4, 3)(inputs), training=True)
+    frozen = KERAS_BN(name="frozen", trainable=False)(L.Conv2D(4, 3)(inputs), training=True)
+    model = trained(keras.Model(inputs, [x, inner(inputs, training=True), frozen]))
+    folded, report = fold_batch_norm(model)
+    assert report.folded == ("frozen",)
+    assert set(report.kept) == {"called", "nested"}
+    assert all("training=True" in reason for reason in report.kept.values())
+    assert_same(folded, model)
+
+
+@keras.saving.register_keras_serializable("test_fold")
+class Block(keras.Model):
+    """A subclassed model inside of a functional one."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.norm = KERAS_BN(name="hidden")
+
+    def build(self, input_shape):
+        self.norm.build(input_shape)
+
+    def call(self, x, training=None):
+        return self.norm(x, training=training)
+
+
+def test_inside_of_other_layers_it_stays_frozen():
+    wrapped = L.TimeDistributed(BatchNormalization(name="wrapped"))
+    model = trained(chain((2, 6, 3), L.Dense(4), wrapped, Block()))
+    folded, report = fold_batch_norm(model)
+    assert len(report.kept) == 2
+    assert all("is inside of a layer" in reason for reason in report.kept.values())
+    assert_same(folded, model)
+    x = example(model)
+    np.testing.assert_allclose(run(folded, x, training=True), run(folded, x))
+
+
+def test_flags_and_adapted_layers_are_kept():
+    normalization = L.Normalization()
+    normalization.adapt(np.random.default_rng(0).normal(3, 5, (100, 4)))
+    model = chain((4,), normalization, L.Dense(3, name="a"), KERAS_BN(), L.Dense(2, name="b"))
+    model.get_layer("a").trainable = False
+    folded, _ = fold_batch_norm(model)
+    assert not folded.get_layer("a").trainable and folded.get_layer("b").trainable
+    assert_same(folded, model)
+
+
+def test_a_model_of_several_replicas(two_replicas):
+    with two_replicas.scope():
+        model = SigmoidMLP(input_shape=(4, 4, 1))
+    folded, _ = fold_batch_norm(trained(model))
+    assert_same(folded, model)
+
+
+def test_the_report_says_what_was_measured():
+    model = trained(SigmoidMLP(input_shape=(4, 4, 1)))
+    x = example(model, 5)
+    folded, report = fold_batch_norm(model, x)
+    (before,), (after,) = run(model, x), run(folded, x)
+    # tf.function may order a sum otherwise.
+    assert report.largest_difference == pytest.approx(np.abs(after - before).max(), abs=1e-6)
+    assert report.largest_output == pytest.approx(np.abs(before).max(), rel=1e-5)
+    assert report.input_shapes == ((5, 4, 4, 1),)
+    assert report.speed_up == report.milliseconds_before / report.milliseconds_after
+    lines = str(report).splitlines()
+    assert lines[0] == "3 of 3 BatchNormalization layers folded"
+    assert "the same class first in 100.0%" in lines[1] and "[5, 4, 4, 1]" in lines[2]
+    _, report = fold_batch_norm(_branch())
+    assert str(report).splitlines()[-1] == (
+        "kept bn  follows Conv2D 'conv', whose output goes to Add 'add' too"
+    )
+
+
+def test_wrong_weights_are_found_out(monkeypatch):
+    right = fold._folded_weights
+
+    def wrong(*args):
+        weights = right(*args)
+        return weights | {"bias": weights["bias"] + 1}
+
+    monkeypatch.setattr(fold, "_folded_weights", wrong)
+    with pytest.raises(ArithmeticError, match="differ by up to 1 from its own"):
+        fold_batch_norm(chain((4,), L.Dense(3), KERAS_BN()))
+
+
+def test_sides_without_a_length_get_one():
+    model = chain((None, None, 3), L.Conv2D(2, 3), KERAS_BN(), L.GlobalAveragePooling2D())
+    _, report = fold_batch_norm(model)
+    assert report.input_shapes == ((8, 224, 224, 3),)
+
+
+class Subclassed(keras.Model):
+    def call(self, x):
+        return x
+
+
+class Undescribed(L.Layer):
+    def __init__(self, function, **kwargs):
+        super().__init__(**kwargs)
+
+    def call(self, x):
+        return x
+
+
+def _not_finite():
+    model = chain((4,), L.Dense(3), BatchNormalization(name="bn"))
+    model.get_layer("bn").moving_variance.assign([1, -1, 1])
+    return model
+
+
+def _integers():
+    inputs = keras.Input((4,), dtype="int32")
+    return keras.Model(inputs, KERAS_BN()(L.Dense(3)(inputs)))
+
+
+@pytest.mark.parametrize(
+    "make, inputs, message",
+    [
+        (Subclassed, None, "is a subclassed Subclassed"),
+        (lambda: keras.Sequential([L.Dense(3), KERAS_BN()]), None, "no weights yet"),
+        (lambda: chain((4,), L.Dense(3)), None, "has no BatchNormalization to fold"),
+        (_not_finite, None, "'bn' give no finite scale"),
+        (_integers, None, "takes int32"),
+        (lambda: chain((4,), L.Dense(3), KERAS_BN()), np.zeros((2, 5)), "can't run on the inputs"),
+        (
+            lambda: chain((4,), Undescribed(len, name="odd"), L.Dense(3), KERAS_BN()),
+            None,
+            "Undescribed 'odd' can't be copied",
+        ),
+    ],
+)
+def test_what_cannot_be_meant(make, inputs, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        fold_batch_norm(make(), inputs)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_file_of_a_folded_network_needs_keras_alone(tmp_path):
+    inputs = keras.Input((6, 6, 3))
+    x = L.Conv2D(4, 3)(BatchNormalization()(inputs))
+    x = BatchNormalization([1, 2, 3])(BatchNormalization()(x))
+    model = trained(keras.Model(inputs, L.Dense(3)(L.Flatten()(x))))
+    folded, report = fold_batch_norm(model)
+    assert (len(report.folded), len(report.kept)) == (1, 2)
+    folded.save(tmp_path / "folded.keras")
+    np.save(tmp_path / "x.npy", example(model))
+    code = (
+        "import sys, keras, numpy as np;"
+        f"model = keras.saving.load_model({str(tmp_path / 'folded.keras')!r});"
+        f"np.save({str(tmp_path / 'y.npy')!r}, model(np.load({str(tmp_path / 'x.npy')!r})));"
+        "assert 'bn_keras' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=os.environ)
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), folded(example(model)), rtol=1e-5)
