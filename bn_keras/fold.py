@@ -483,12 +483,7 @@ def _compare(before: keras.Model, after: keras.Model, inputs: object) -> dict[st
             f" takes ({str(error).strip().splitlines()[0]})"
         ) from None
     outputs = _flat_arrays(functions[1](inputs))
-    differences = [np.max(np.abs(a - b)) for a, b in zip(outputs, expected, strict=True)]
-    sizes = [np.max(np.abs(a)) for a in expected]
-    difference, size = max(
-        zip(differences, sizes, strict=True), key=lambda pair: pair[0] / (pair[1] or 1)
-    )
-    _check_agreement(before, difference, size)
+    difference, size = check_agreement(before, expected, outputs, f"{before.name!r}, folded,")
     agreements = [
         np.mean(a.argmax(axis=1) == b.argmax(axis=1))
         for a, b in zip(outputs, expected, strict=True)
@@ -497,25 +492,49 @@ def _compare(before: keras.Model, after: keras.Model, inputs: object) -> dict[st
     times = _milliseconds([lambda f=f: _flat_arrays(f(inputs)) for f in functions])
     return {
         "input_shapes": tuple(tuple(x.shape) for x in keras.tree.flatten(inputs)),
-        "largest_difference": float(difference),
-        "largest_output": float(size),
+        "largest_difference": difference,
+        "largest_output": size,
         "top1_agreement": float(np.mean(agreements)) if agreements else None,
         "milliseconds_before": times[0],
         "milliseconds_after": times[1],
     }
 
 
-def _check_agreement(model: keras.Model, difference: float, size: float) -> None:
-    """Raises ArithmeticError unless the outputs agree in the first half of their digits."""
-    dtypes = {layer.compute_dtype for layer in model._flatten_layers()}
-    precision = max(_PRECISIONS.get(dtype, 0) for dtype in dtypes)
+def check_agreement(
+    model: keras.Model,
+    expected: Sequence[np.ndarray],
+    outputs: Sequence[np.ndarray],
+    what: str,
+) -> tuple[float, float]:
+    """Compares outputs with those of a model, which may be rounded in the second half of digits.
+
+    Args:
+      model: whose dtypes say how many digits there are.
+      expected: its outputs.
+      outputs: of the same shapes.
+      what: where they come from.
+
+    Returns:
+      The largest difference, of the output where it weighs most, and the largest absolute value
+      of that output.
+
+    Raises:
+      ArithmeticError: they differ in the first half of the digits.
+    """
+    differences = [np.max(np.abs(a - b)) for a, b in zip(outputs, expected, strict=True)]
+    sizes = [np.max(np.abs(a)) for a in expected]
+    difference, size = max(
+        zip(differences, sizes, strict=True), key=lambda pair: pair[0] / (pair[1] or 1)
+    )
+    precision = max(_PRECISIONS.get(x.compute_dtype, 0) for x in model._flatten_layers())
     # A difference of NaN is none that can be compared.
     if not difference <= precision**0.5 * size:
         raise ArithmeticError(
-            f"folded, model {model.name!r} gives outputs that differ by up to {difference:.3g} from"
-            f" its own, which reach {size:.3g}: rounding does that in a network that amplifies it;"
-            " give inputs as in training, and report it as a bug if they differ there too"
+            f"{what} gives outputs that differ by up to {difference:.3g} from those of the network"
+            f" {model.name!r}, which reach {size:.3g}: a network that amplifies rounding does that;"
+            " any other has met a bug, which please report"
         )
+    return float(difference), float(size)
 
 
 def _flat_arrays(outputs: object) -> list[np.ndarray]:

@@ -1,0 +1,43 @@
+"""Writes the network of a run as a .keras file, a SavedModel or a TFLite file.
+
+What is written is read again and compared with the network before it stands at --output.
+
+Examples:
+  python -m launch.export --workdir=runs/bn_x30 --output=bn_x30.keras --fold
+  python -m launch.export --workdir=runs/bn_x30 --output=served/1 --format=saved_model --fold
+"""
+
+from absl import flags
+
+from launch import cli
+
+_WORKDIR = cli.define_workdir()
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "File, or folder of a SavedModel, to write.", required=True
+)
+_FORMAT = flags.DEFINE_enum(
+    "format",
+    "keras",
+    ["keras", "saved_model", "tflite"],
+    "keras (images to logits), saved_model (JPEG files to probabilities, too) or tflite.",
+)
+_FOLD = flags.DEFINE_bool("fold", False, "Fold batch normalization into the layers before it.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an output that is there.")
+
+
+def main() -> None:
+    """Exports what the flags say and prints what came of it."""
+    from bn_keras.export import export_workdir
+
+    report = export_workdir(
+        _WORKDIR.value,
+        _OUTPUT.value,
+        _FORMAT.value,
+        fold=_FOLD.value,
+        overwrite=_OVERWRITE.value,
+    )
+    print(report)
+
+
+if __name__ == "__main__":
+    cli.run(main)
