@@ -21,8 +21,6 @@ SOURCE = (
     ".dockerignore",
     "setup.cfg",
     "pyproject.toml",
-    "README.md",
-    "LICENSE",
     "bn_keras",
     "configs",
     "launch",
