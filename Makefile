@@ -10,13 +10,15 @@ READY := .venv/ready-$(EXTRA)
 PEERS := .venv-peers/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers lint format bench
+.PHONY: help demo test test-peers docker-check lint format bench
 
 help:
 	@echo "make demo    train the paper's five networks in miniature and write their report"
 	@echo "make test    run the tests"
 	@echo "make test-peers"
 	@echo "             compare the layer with PyTorch's"
+	@echo "make docker-check"
+	@echo "             run what the Dockerfile runs, without an engine (installs TensorFlow anew)"
 	@echo "make lint    check style; make format mends it"
 	@echo "make bench   run the benchmarks (alone on the machine, please)"
 
@@ -45,6 +47,9 @@ $(PEERS): $(READY)
 
 test-peers: $(PEERS)
 	@.venv-peers/bin/python -m pytest tests/peers
+
+docker-check: $(READY)
+	@DOCKER_CHECK=1 $(PY) -m pytest -s tests/test_docker.py
 
 lint: $(READY)
 	@$(PY) -m ruff check .
