@@ -20,6 +20,8 @@ class Checkpoints:
       optimizer: built on the model's trainable variables; None reads the model alone.
       strategy: in whose scope both were made.
       keep: how many of the latest stay.
+      training_model: what is trained, where it has more variables than `model`, those of an
+        auxiliary classifier: they are saved as well, and reading the model alone leaves them out.
     """
 
     def __init__(
@@ -29,10 +31,15 @@ class Checkpoints:
         optimizer: keras.optimizers.Optimizer | None,
         strategy: tf.distribute.Strategy,
         keep: int = 1,
+        training_model: keras.Model | None = None,
     ) -> None:
-        self._model = model
+        self._model = training_model or model
         self._strategy = strategy
-        parts = {"model": _named(model.variables)}
+        shared = {id(v) for v in model.variables}
+        parts = {
+            "model": _named(model.variables),
+            "auxiliary": _named([v for v in self._model.variables if id(v) not in shared]),
+        }
         if optimizer is not None:
             parts["optimizer"] = _named(optimizer.variables)
         self._manager = tf.train.CheckpointManager(

@@ -60,17 +60,29 @@ def train_and_evaluate(
 
     keras.utils.set_random_seed(config.seed)
     with strategy.scope():
-        model = models.from_config(config, data.input_shape, data.num_classes)
+        training_model = models.from_config(
+            config, data.input_shape, data.num_classes, training=True
+        )
+        model = models.without_auxiliary(training_model)
         optimizer = keras.optimizers.SGD(
             make_schedule(config, data.num_train_examples), momentum=config.train.momentum
         )
-        optimizer.build(model.trainable_variables)
+        optimizer.build(training_model.trainable_variables)
     steps, global_batch_size = config.train.steps, config.train.global_batch_size
-    trainer = Trainer(model, optimizer, strategy, global_batch_size, config.train.l2)
+    trainer = Trainer(
+        training_model,
+        optimizer,
+        strategy,
+        global_batch_size,
+        config.train.l2,
+        config.model.auxiliary_weight,
+    )
     evaluate = make_evaluator(model, data, strategy, config.evaluation.global_batch_size)
     with_statistics = _make_statistics(config, model, data, strategy)
 
-    checkpoints = Checkpoints(run.checkpoints, model, optimizer, strategy, config.checkpoint.keep)
+    checkpoints = Checkpoints(
+        run.checkpoints, model, optimizer, strategy, config.checkpoint.keep, training_model
+    )
     step = checkpoints.restore()
     if not checkpoints.latest and run.last_step() >= config.checkpoint.every_steps:
         raise UsageError(
@@ -116,7 +128,9 @@ def train_and_evaluate(
             progress.update(step, loss, accuracy, images_per_second)
             is_evaluated = step % config.evaluation.every_steps == 0 and step < steps
             is_saved = step % config.checkpoint.every_steps == 0 or step == steps
-            if (is_evaluated or is_saved) and not _is_finite(model.variables + optimizer.variables):
+            if (is_evaluated or is_saved) and not _is_finite(
+                training_model.variables + optimizer.variables
+            ):
                 raise _diverged("network", step, rate, checkpoints, metrics)
             if is_evaluated:
                 with with_statistics(step) as statistics:
@@ -129,7 +143,7 @@ def train_and_evaluate(
             validation = evaluate() | {"statistics": statistics}
             if statistics == "population":
                 Checkpoints(run.population, model, None, strategy).save(step)
-        finished = {Workdir.FINISHED: _digest(model, optimizer)}
+        finished = {Workdir.FINISHED: _digest(training_model, optimizer)}
         metrics.write(step, _named("validation", validation) | finished)
     return run.read_metrics()[-1]
 
@@ -139,15 +153,16 @@ class Trainer:
 
     The loss is the mean softmax cross-entropy over the global batch. L2 enters as l2 * w in the
     gradients of kernels, which is what the penalty l2/2 * |w|^2 amounts to; the loss that is
-    reported is without it. Each replica's gradients are of its part of the global mean, and the
-    optimizer sums them over the replicas.
+    reported is without it, and without that of an auxiliary classifier. Each replica's gradients
+    are of its part of the global mean, and the optimizer sums them over the replicas.
 
     Args:
-      model: from images to logits.
+      model: from images to logits, or to these and the logits of an auxiliary classifier.
       optimizer: built on the model's trainable variables.
       strategy: in whose scope both were made.
       global_batch_size: examples per step, over all replicas.
       l2: weight of the penalty.
+      auxiliary_weight: of the auxiliary classifier's cross-entropy in the loss.
     """
 
     def __init__(
@@ -157,11 +172,13 @@ class Trainer:
         strategy: tf.distribute.Strategy,
         global_batch_size: int,
         l2: float = 0.0,
+        auxiliary_weight: float = 0.0,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.strategy = strategy
         self.global_batch_size = global_batch_size
+        self._auxiliary_weight = auxiliary_weight
         self._l2_per_replica = l2 / strategy.num_replicas_in_sync
         with strategy.scope():
             # Loss, hits, and steps until the loss stopped being finite. Each replica adds up its
@@ -182,10 +199,11 @@ class Trainer:
         """
         variables = self.model.trainable_variables
         with tf.GradientTape() as tape:
-            logits = self.model(images, training=True)
-            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-            loss = tf.reduce_sum(losses) / self.global_batch_size
-        gradients = tape.gradient(loss, [v.value for v in variables])
+            logits, *auxiliary = tf.nest.flatten(self.model(images, training=True))
+            loss = objective = self._cross_entropy(labels, logits)
+            for other in auxiliary:
+                objective += self._auxiliary_weight * self._cross_entropy(labels, other)
+        gradients = tape.gradient(objective, [v.value for v in variables])
         if self._l2_per_replica:
             gradients = [
                 g + self._l2_per_replica * v.value if v.name.endswith("kernel") else g
@@ -199,6 +217,10 @@ class Trainer:
         self._sums.assign_add(
             [loss, tf.reduce_sum(tf.cast(hits, tf.float32)), tf.cast(finite, tf.float32)]
         )
+
+    def _cross_entropy(self, labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+        return tf.reduce_sum(losses) / self.global_batch_size
 
     @tf.function
     def _train_loop(self, batches: tf.distribute.DistributedIterator, num_steps: tf.Tensor) -> None:
@@ -285,7 +307,7 @@ def _check(config: ConfigDict) -> None:
         section, name = key.split(".")
         if not 0 < config[section][name] < math.inf:
             raise UsageError(f"{key} is {config[section][name]}: it has to be greater than 0")
-    for key in ("train.l2", "schedule.warmup_epochs"):
+    for key in ("train.l2", "schedule.warmup_epochs", "model.auxiliary_weight"):
         section, name = key.split(".")
         if not 0 <= config[section][name] < math.inf:
             raise UsageError(f"{key} is {config[section][name]}: it has to be 0 or more")

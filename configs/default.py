@@ -38,9 +38,13 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict()
     # "inception" (Figure 5) or "mlp" (section 4.1).
     config.model.name = "inception"
-    # inception: "inception", "bn_baseline", "bn_x5", "bn_x30", "bn_x5_sigmoid";
-    # mlp: "baseline", "bn".
+    # inception: "inception", "bn_baseline", "bn_x5", "bn_x30", "bn_x5_sigmoid", and of the ensemble
+    # "bn_x30_ensemble_1" to "bn_x30_ensemble_6"; mlp: "baseline", "bn".
     config.model.variant = "inception"
+    # Built as by the "paper", TF-"slim", or the "caffe" ports: projections, stem, padding, biases.
+    config.model.preset = "paper"
+    # Channels projected after the pools of 4c and 4d; 0 is the preset's.
+    config.model.pool_projection = 0
     # Factor on every number of channels.
     config.model.width = 1.0
     # "imagenet": 7x7 separable with stride 2, pool, 3x3, pool; "cifar": 3x3 with stride 2 and no
@@ -49,15 +53,23 @@ def get_config() -> ConfigDict:
     # A Keras initializer's name for all kernels, or "normal" with initializer_stddev.
     config.model.initializer = "he_normal"
     config.model.initializer_stddev = 0.01
+    # Factor on the initial weights of the convolutions.
+    config.model.initializer_scale = 1.0
     # Fraction of the activations dropped before the classifier while training.
     config.model.dropout = 0.4
     config.model.local_response_normalization = True
+    # BN in module 5b per activation instead of per feature map.
+    config.model.per_activation_bn = False
+    # Weight of the loss of an auxiliary classifier on module 4d, which is there for training
+    # alone; 0 leaves it out. Inception-v3 has 0.4.
+    config.model.auxiliary_weight = 0.0
 
     config.batch_norm = ConfigDict()
     # Fraction of the moving statistics that is kept at each step (TF-Slim's value).
     config.batch_norm.momentum = 0.9997
-    # Added to the variance, under the root (TF-Slim's value).
-    config.batch_norm.epsilon = 1e-3
+    # Added to the variance, under the root; 0 is the preset's: 1e-3 (TF-Slim's value), in "caffe"
+    # 1e-5.
+    config.batch_norm.epsilon = 0.0
     # Batch statistics over all replicas instead of over each one's own examples.
     config.batch_norm.synchronized = False
 

@@ -6,19 +6,23 @@ import keras
 from ml_collections import ConfigDict
 
 from bn_keras.errors import UsageError
-from bn_keras.models.inception import BNInception
+from bn_keras.models.inception import BNInception, without_auxiliary
 from bn_keras.models.mlp import SigmoidMLP
 
-__all__ = ["BNInception", "SigmoidMLP", "from_config"]
+__all__ = ["BNInception", "SigmoidMLP", "from_config", "without_auxiliary"]
 
 
-def from_config(config: ConfigDict, input_shape: Sequence[int], classes: int) -> keras.Model:
+def from_config(
+    config: ConfigDict, input_shape: Sequence[int], classes: int, training: bool = False
+) -> keras.Model:
     """Builds the network of config.model and config.batch_norm, in config.train.precision.
 
     Args:
       config: as configs/default.py.
       input_shape: of one example, (height, width, channels).
       classes: number of logits.
+      training: whether to build what only training needs: the auxiliary classifier, if
+        config.model.auxiliary_weight is not 0, whose logits are then a second output.
 
     Raises:
       UsageError: an unknown name, or a value that the network can't take.
@@ -33,32 +37,41 @@ def from_config(config: ConfigDict, input_shape: Sequence[int], classes: int) ->
             f"unknown train.precision {config.train.precision!r}: accepted are"
             f" {', '.join(_PRECISIONS)}"
         )
+    batch_norm = dict(config.batch_norm)
+    if not batch_norm["epsilon"]:
+        del batch_norm["epsilon"]
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(config.train.precision)
     try:
         return build(
             config.model,
+            training,
             variant=config.model.variant,
             classes=classes,
             input_shape=input_shape,
             kernel_initializer=_initializer(config.model),
-            **config.batch_norm,
+            **batch_norm,
         )
     finally:
         keras.config.set_dtype_policy(before)
 
 
-def _inception(model: ConfigDict, **options: object) -> keras.Model:
+def _inception(model: ConfigDict, training: bool, **options: object) -> keras.Model:
     return BNInception(
         **options,
+        preset=model.preset,
+        pool_projection=model.pool_projection or None,
         width=model.width,
         stem=model.stem,
+        initializer_scale=model.initializer_scale,
         dropout=model.dropout,
         local_response_normalization=model.local_response_normalization,
+        per_activation_bn=model.per_activation_bn,
+        auxiliary=training and model.auxiliary_weight > 0,
     )
 
 
-def _mlp(model: ConfigDict, **options: object) -> keras.Model:
+def _mlp(model: ConfigDict, training: bool, **options: object) -> keras.Model:
     return SigmoidMLP(**options)
 
 

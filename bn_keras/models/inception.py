@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import tensorflow as tf
 
 from bn_keras.batch_norm import BatchNormalization
 from bn_keras.errors import UsageError
+from bn_keras.models.weights import load_weights
 
 
 class Row(NamedTuple):
@@ -75,19 +77,24 @@ STEMS = {
 
 
 class Variant(NamedTuple):
-    """What tells the networks of section 4.2.2 apart inside the model.
+    """What tells the networks of sections 4.2.2 and 4.2.3 apart inside the model.
 
     Attributes:
       batch_norm: BN before every nonlinearity, in place of the biases.
       activation: the nonlinearity.
       dropout: fraction dropped before the classifier.
       local_response_normalization: in the stem, as GoogLeNet has it.
+      initializer_scale: factor on the initial weights of the convolutions.
+      per_activation_bn: whether BN in the last hidden layers, which are those of module 5b, has
+        statistics and parameters per activation instead of per feature map.
     """
 
     batch_norm: bool
     activation: str
     dropout: float
     local_response_normalization: bool
+    initializer_scale: float = 1.0
+    per_activation_bn: bool = False
 
 
 _ACCELERATED = Variant(True, "relu", dropout=0.0, local_response_normalization=False)
@@ -98,6 +105,14 @@ VARIANTS = {
     "bn_x5": _ACCELERATED,
     "bn_x30": _ACCELERATED,
     "bn_x5_sigmoid": _ACCELERATED._replace(activation="sigmoid"),
+    # The six of section 4.2.3, which says what was changed but not in which of them: that is our
+    # choice, as are the factor 2 and "last hidden layers" being module 5b.
+    "bn_x30_ensemble_1": _ACCELERATED._replace(initializer_scale=2.0),
+    "bn_x30_ensemble_2": _ACCELERATED._replace(dropout=0.05),
+    "bn_x30_ensemble_3": _ACCELERATED._replace(dropout=0.1),
+    "bn_x30_ensemble_4": _ACCELERATED._replace(per_activation_bn=True),
+    "bn_x30_ensemble_5": _ACCELERATED._replace(initializer_scale=2.0, dropout=0.05),
+    "bn_x30_ensemble_6": _ACCELERATED._replace(per_activation_bn=True, dropout=0.1),
 }
 
 
@@ -151,6 +166,31 @@ class LocalResponseNormalization(keras.layers.Layer):
         return tf.cast(outputs, inputs.dtype)
 
 
+@keras.saving.register_keras_serializable("bn_keras")
+class Scaled(keras.initializers.Initializer):
+    """Another initializer's draws, times a factor.
+
+    Args:
+      initializer: whose draws.
+      scale: the factor.
+    """
+
+    def __init__(self, initializer: str | dict | keras.initializers.Initializer, scale: float):
+        self.initializer = keras.initializers.get(initializer)
+        self.scale = scale
+
+    def __call__(self, shape: Sequence[int], dtype: str | None = None) -> tf.Tensor:
+        """Draws."""
+        return self.scale * self.initializer(shape, dtype=dtype)
+
+    def get_config(self) -> dict:
+        """The arguments."""
+        return {
+            "initializer": keras.initializers.serialize(self.initializer),
+            "scale": self.scale,
+        }
+
+
 def BNInception(
     variant: str = "bn_baseline",
     classes: int = 1000,
@@ -162,25 +202,34 @@ def BNInception(
     pool_projection: int | None = None,
     separable_stem: bool | None = None,
     kernel_initializer: str | keras.initializers.Initializer = "he_normal",
+    initializer_scale: float | None = None,
     dropout: float | None = None,
     local_response_normalization: bool | None = None,
+    per_activation_bn: bool | None = None,
+    auxiliary: bool = False,
+    include_top: bool = True,
+    pooling: str | None = None,
+    classifier_activation: str | None = None,
+    weights: str | os.PathLike | None = None,
     momentum: float = 0.9997,
     epsilon: float | None = None,
     synchronized: bool = False,
     name: str | None = None,
 ) -> keras.Model:
-    """Builds the network of Figure 5 in one of the variants of section 4.2.2.
+    """Builds the network of Figure 5 in one of the variants of sections 4.2.2 and 4.2.3.
 
     Convolutions are followed by BN and the nonlinearity; the variant "inception" has biases
-    instead of BN. The output of module 3a is that of the layer "3a", and so on to "5b". Logits
-    come out, float32 under any dtype policy.
+    instead of BN. The output of module 3a is that of the layer "3a", and so on to "5b":
+    `keras.Model(model.input, model.get_layer("4e").output)` extracts features. Logits come out,
+    float32 under any dtype policy.
 
     A preset is built as the weights of its origin need it. They also need that origin's images:
     RGB in [-1, 1] for TF-Slim; for the ports of the Caffe model, whatever their weights say, as
     BGR in [0, 255] less (104, 117, 128) for Cadene's.
 
     Args:
-      variant: "inception", "bn_baseline", "bn_x5", "bn_x30" or "bn_x5_sigmoid".
+      variant: "inception", "bn_baseline", "bn_x5", "bn_x30", "bn_x5_sigmoid", or a member of the
+        ensemble, "bn_x30_ensemble_1" to "bn_x30_ensemble_6".
       classes: number of logits.
       input_shape: (height, width, channels) of the images; height and width may be None, else
         at least the network's total stride (32 with the ImageNet stem, 8 and 4 with the others).
@@ -195,21 +244,35 @@ def BNInception(
       separable_stem: whether the first convolution is separable, with depth multiplier 8; None
         is as the preset has it with the stem "imagenet", and False with the others.
       kernel_initializer: for every kernel, each of which takes its own draw.
+      initializer_scale: factor on the initial weights of the convolutions; None is the variant's.
       dropout: fraction of the features dropped before the classifier; None is the variant's.
       local_response_normalization: after the two stages of the stem; None is the variant's.
+      per_activation_bn: whether BN in module 5b normalizes each activation by itself, which takes
+        a known height and width; None is the variant's.
+      auxiliary: whether a second output has the logits of an auxiliary classifier on module 4d,
+        for training alone: `without_auxiliary` gives the network to be used.
+      include_top: whether the classifier is there; without it, the output is the features.
+      pooling: without the top: "avg" or "max" over the map of 5b, or None for the map itself.
+      classifier_activation: after the logits, such as "softmax"; None, other than in
+        keras.applications, gives the logits.
+      weights: path of a .weights.h5 or .keras file of this network, read by the layers' names; it
+        may also hold a classifier, or auxiliary one, that this network is built without.
       momentum: fraction of BN's moving statistics kept at each step; TF-Slim's by default.
       epsilon: added to BN's variance under the root; None is the preset's.
       synchronized: whether BN takes its batch statistics over all replicas.
       name: of the model; None is the variant's.
 
     Returns:
-      A functional model from [N, height, width, channels] to [N, classes].
+      A functional model from [N, height, width, channels] to [N, classes]; with auxiliary to two
+      of these, without the top to [N, h, w, 1024 * width] or, pooled, [N, 1024 * width].
 
     Raises:
-      UsageError: an unknown variant, stem or preset, or a value outside of its range.
+      UsageError: an unknown variant, stem or preset, a value outside of its range, or weights of
+        another network.
 
     Source: Ioffe & Szegedy 2015, Figure 5 and section 4.2; GoogLeNet (arXiv 1409.4842) for
-    dropout and local response normalization; the presets from the code of their origins.
+    dropout and local response normalization; Inception-v3 (arXiv 1512.00567) for the auxiliary
+    classifier; the presets from the code of their origins.
     """
     chosen = _lookup(
         "variant",
@@ -217,13 +280,16 @@ def BNInception(
         VARIANTS,
         dropout=dropout,
         local_response_normalization=local_response_normalization,
+        initializer_scale=initializer_scale,
+        per_activation_bn=per_activation_bn,
     )
     origin = _lookup("preset", preset, PRESETS, pool_projection=pool_projection, epsilon=epsilon)
     entry = _lookup("stem", stem, STEMS)
     if separable_stem is None:
         separable_stem = entry.separable and origin.separable_stem
     entry = entry._replace(separable=separable_stem)
-    _check(classes, input_shape, width, chosen.dropout, entry)
+    _check(classes, input_shape, width, chosen, entry)
+    _check_top(include_top, pooling, classifier_activation, auxiliary)
 
     net = _Layers(
         origin,
@@ -237,21 +303,44 @@ def BNInception(
         else None,
         activation=chosen.activation,
         initializer=keras.initializers.get(kernel_initializer),
+        initializer_scale=chosen.initializer_scale,
         width=width,
     )
     images = keras.Input(tuple(input_shape), name="images")
     x = _stem(net, images, entry, chosen.local_response_normalization)
+    outputs = []
     for row in FIGURE_5:
         if row.name in ("4c", "4d"):
             row = row._replace(projection=origin.pool_projection)
-        x = _module(net, x, row)
-    x = keras.layers.GlobalAveragePooling2D(name="features")(x)
-    if chosen.dropout:
-        x = keras.layers.Dropout(chosen.dropout, name="dropout")(x)
-    logits = keras.layers.Dense(
-        classes, kernel_initializer=net.initializer.clone(), dtype="float32", name="logits"
-    )(x)
-    return keras.Model(images, logits, name=name or variant)
+        per_activation = chosen.per_activation_bn and row.name == "5b"
+        x = _module(net.per_activation() if per_activation else net, x, row)
+        # Where is open: the last map before the stride, as in Inception-v3.
+        if auxiliary and row.name == "4d":
+            features = _auxiliary_features(net, x)
+            outputs = [net.classifier(features, classes, classifier_activation, "auxiliary_")]
+    if include_top or pooling == "avg":
+        x = keras.layers.GlobalAveragePooling2D(name="features")(x)
+    elif pooling == "max":
+        x = keras.layers.GlobalMaxPooling2D(name="features")(x)
+    if include_top:
+        if chosen.dropout:
+            x = keras.layers.Dropout(chosen.dropout, name="dropout")(x)
+        x = net.classifier(x, classes, classifier_activation)
+    model = keras.Model(images, [x, *outputs] if outputs else x, name=name or variant)
+    if weights is not None:
+        load_weights(model, weights, optional=("logits", "auxiliary_"))
+    return model
+
+
+def without_auxiliary(model: keras.Model) -> keras.Model:
+    """Gives the network that shares all layers with `model` and has its first output alone.
+
+    Args:
+      model: of BNInception, or any other; one with one output is given back as it is.
+    """
+    if len(model.outputs) == 1:
+        return model
+    return keras.Model(model.input, model.outputs[0], name=model.name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,7 +355,14 @@ class _Layers:
     batch_norm: dict | None
     activation: str
     initializer: keras.initializers.Initializer
+    initializer_scale: float
     width: float
+
+    def per_activation(self) -> "_Layers":
+        """The same with BN per activation, where there is BN."""
+        if self.batch_norm is None:
+            return self
+        return dataclasses.replace(self, batch_norm=self.batch_norm | {"axis": [1, 2, 3]})
 
     def conv(
         self,
@@ -276,6 +372,7 @@ class _Layers:
         name: str,
         strides: int = 1,
         separable: bool = False,
+        padding: str = "same",
     ) -> keras.KerasTensor:
         """Convolution, BN in place of the bias, nonlinearity."""
         normalized = self.batch_norm is not None and (self.preset.separable_bn or not separable)
@@ -283,7 +380,7 @@ class _Layers:
             filters=max(1, round(filters * self.width)),
             kernel_size=size,
             strides=strides,
-            padding="same",
+            padding=padding,
             use_bias=self.preset.conv_bias or not normalized,
             name=f"{name}_conv",
         )
@@ -294,15 +391,35 @@ class _Layers:
             layer = keras.layers.SeparableConv2D(
                 **arguments,
                 depth_multiplier=8,
-                depthwise_initializer=self.initializer.clone(),
-                pointwise_initializer=self.initializer.clone(),
+                depthwise_initializer=self._initializer(),
+                pointwise_initializer=self._initializer(),
             )
         else:
-            layer = keras.layers.Conv2D(**arguments, kernel_initializer=self.initializer.clone())
+            layer = keras.layers.Conv2D(**arguments, kernel_initializer=self._initializer())
         x = layer(x)
         if normalized:
             x = BatchNormalization(**self.batch_norm, name=f"{name}_bn")(x)
         return keras.layers.Activation(self.activation, name=f"{name}_{self.activation}")(x)
+
+    def _initializer(self) -> keras.initializers.Initializer:
+        initializer = self.initializer.clone()
+        if self.initializer_scale == 1:
+            return initializer
+        return Scaled(initializer, self.initializer_scale)
+
+    def classifier(
+        self, x: keras.KerasTensor, classes: int, activation: str | None, prefix: str = ""
+    ) -> keras.KerasTensor:
+        """Linear layer to the logits, and what is to follow them."""
+        x = keras.layers.Dense(
+            classes,
+            kernel_initializer=self.initializer.clone(),
+            dtype="float32",
+            name=f"{prefix}logits",
+        )(x)
+        if activation is None:
+            return x
+        return keras.layers.Activation(activation, dtype="float32", name=f"{prefix}predictions")(x)
 
     def pool(self, x: keras.KerasTensor, kind: str, strides: int, name: str) -> keras.KerasTensor:
         """Pool of 3x3, "avg" or "max"."""
@@ -361,6 +478,22 @@ def _module(net: _Layers, x: keras.KerasTensor, row: Row) -> keras.KerasTensor:
     return keras.layers.Concatenate(name=row.name)(branches)
 
 
+def _auxiliary_features(net: _Layers, x: keras.KerasTensor) -> keras.KerasTensor:
+    """Inception-v3's way from a map to the features of its auxiliary classifier.
+
+    A map of 14x14 becomes 4x4 and then 1x1; on a smaller one the windows are as large as it is,
+    and what a larger one leaves is averaged.
+    """
+
+    def window(largest: int) -> int:
+        return min([largest, *(side for side in x.shape[1:3] if side is not None)])
+
+    x = keras.layers.AveragePooling2D(window(5), strides=3, name="auxiliary_pool")(x)
+    x = net.conv(x, 128, 1, "auxiliary_reduce")
+    x = net.conv(x, 768, window(4), "auxiliary", padding="valid")
+    return keras.layers.GlobalAveragePooling2D(name="auxiliary_features")(x)
+
+
 def _lookup(what: str, given: str, table: dict, **overrides: object) -> NamedTuple:
     """Gives the entry of the table, with what of the overrides is not None in its place."""
     if given not in table:
@@ -369,14 +502,19 @@ def _lookup(what: str, given: str, table: dict, **overrides: object) -> NamedTup
 
 
 def _check(
-    classes: int, input_shape: Sequence[int], width: float, dropout: float, stem: Stem
+    classes: int, input_shape: Sequence[int], width: float, variant: Variant, stem: Stem
 ) -> None:
     if classes < 1:
         raise UsageError(f"classes is {classes}: it has to be at least 1")
     if not 0 < width < math.inf:
         raise UsageError(f"width is {width}: it has to be a number greater than 0")
-    if not 0 <= dropout < 1:
-        raise UsageError(f"dropout is {dropout}: it has to be at least 0 and less than 1")
+    if not 0 < variant.initializer_scale < math.inf:
+        raise UsageError(
+            f"initializer_scale is {variant.initializer_scale}: it has to be a number greater"
+            " than 0"
+        )
+    if not 0 <= variant.dropout < 1:
+        raise UsageError(f"dropout is {variant.dropout}: it has to be at least 0 and less than 1")
     if len(input_shape) != 3:
         raise UsageError(
             f"input_shape is {tuple(input_shape)}: it has to be (height, width, channels)"
@@ -389,3 +527,27 @@ def _check(
             f" {smallest}x{smallest} pixels; enlarge smaller ones, or take another stem of"
             f" {', '.join(STEMS)}"
         )
+
+
+def _check_top(
+    include_top: bool, pooling: str | None, classifier_activation: str | None, auxiliary: bool
+) -> None:
+    if pooling not in (None, "avg", "max"):
+        raise UsageError(f"unknown pooling {pooling!r}: accepted are 'avg', 'max' and None")
+    if include_top and pooling == "max":
+        raise UsageError(
+            "pooling='max' with include_top=True: the classifier takes the average; give"
+            " include_top=False as well"
+        )
+    if auxiliary and not include_top:
+        raise UsageError(
+            "auxiliary=True with include_top=False: the auxiliary classifier is trained along with"
+            " the classifier; leave one of them out"
+        )
+    try:
+        keras.activations.get(classifier_activation)
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"unknown classifier_activation {classifier_activation!r}: accepted are None, for"
+            " logits, and the names of Keras' activations, such as 'softmax'"
+        ) from None

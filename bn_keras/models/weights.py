@@ -1,0 +1,83 @@
+"""Weights of a saved network, read into another one by the names of the layers."""
+
+import os
+import zipfile
+from collections.abc import Sequence
+
+import h5py
+import keras
+import numpy as np
+from etils import epath
+
+from bn_keras.errors import UsageError
+
+
+def load_weights(model: keras.Model, path: str | os.PathLike, optional: Sequence[str] = ()) -> None:
+    """Fills a network with the weights of a file; unless all fit, it is left as it was.
+
+    Keras' own `load_weights` counts layers by class, so that a network with a layer more or less
+    gets the weights of other layers, and what does not fit at all is a warning or many lines.
+
+    Args:
+      model: whose layers lie side by side, not in one another.
+      path: of a .weights.h5 or a .keras file, as Keras 3 writes them.
+      optional: beginnings of names of layers which the file may hold though the model does not.
+
+    Raises:
+      UsageError: no such file, or one that does not fit; it names what is missing, extra or
+        misshapen.
+    """
+    path = epath.Path(path)
+    try:
+        given = _read(path)
+    except (OSError, KeyError, zipfile.BadZipFile):
+        raise UsageError(
+            f"weights {str(path)!r} can't be read: give the path of a .weights.h5 or .keras file"
+        ) from None
+    wanted = {layer.name: layer for layer in model.layers if layer.weights}
+    missing = [name for name in wanted if name not in given]
+    extra = [name for name in given if name not in wanted and not name.startswith(tuple(optional))]
+    misshapen = [
+        f"{name} {_shapes(given[name])} instead of {_shapes(layer.weights)}"
+        for name, layer in wanted.items()
+        if name in given and _shapes(given[name]) != _shapes(layer.weights)
+    ]
+    faults = {"missing": missing, "extra": extra, "misshapen": misshapen}
+    if any(faults.values()):
+        raise UsageError(
+            f"weights {str(path)!r} are not of this network:"
+            f" {'; '.join(f'{what}: {_some(names)}' for what, names in faults.items() if names)}"
+        )
+    for name, layer in wanted.items():
+        layer.set_weights(given[name])
+
+
+def _read(path: epath.Path) -> dict[str, list[np.ndarray]]:
+    """Gives the weights of each layer that has any, by name."""
+    layers = {}
+
+    def add(place: str, group: h5py.Group | h5py.Dataset) -> None:
+        # Keras numbers the layers by class and keeps a layer's name beside its own variables; what
+        # lies deeper, such as the seeds of a dropout, is not among its weights.
+        parts = place.split("/")
+        if parts[0] == "layers" and parts[2:] == ["vars"] and len(group):
+            layers[group.attrs["name"]] = [group[str(i)][()] for i in range(len(group))]
+
+    with path.open("rb") as file:
+        if path.suffix == ".keras":
+            with zipfile.ZipFile(file) as archive, archive.open("model.weights.h5") as weights:
+                with h5py.File(weights) as opened:
+                    opened.visititems(add)
+        else:
+            with h5py.File(file) as opened:
+                opened.visititems(add)
+    return layers
+
+
+def _shapes(arrays: Sequence[np.ndarray | keras.Variable]) -> list[tuple[int, ...]]:
+    return [tuple(a.shape) for a in arrays]
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

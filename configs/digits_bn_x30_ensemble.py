@@ -1,0 +1,14 @@
+"""A member, 1 to 6, of the ensemble in miniature on scikit-learn's digits; see digits_inception.py.
+
+    python -m launch.train --config=configs/digits_bn_x30_ensemble.py:1 --workdir=runs/digits_ensemble_1
+
+What the numbers mean is said in bn_x30_ensemble.py.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import digits_inception, networks
+
+
+def get_config(number: str = "1") -> ConfigDict:
+    return networks.derive_member(digits_inception.get_config(), number)
