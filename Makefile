@@ -7,6 +7,7 @@ PY := .venv/bin/python
 READY := .venv/ready-$(EXTRA)
 # PyTorch has an environment of its own, since nothing else needs it. On Linux its plain wheel brings
 # CUDA along: set PIP_INDEX_URL or PIP_EXTRA_INDEX_URL to PyTorch's CPU wheels, and pip takes those.
+# Of pytorchcv and tf-slim one network each is needed, which takes nothing else that they ask for.
 PEERS := .venv-peers/ready
 
 .DEFAULT_GOAL := help
@@ -16,7 +17,7 @@ help:
 	@echo "make demo    train the paper's five networks in miniature and write their report"
 	@echo "make test    run the tests"
 	@echo "make test-peers"
-	@echo "             compare the layer with PyTorch's"
+	@echo "             compare the layer and the network with PyTorch's and TF-Slim's"
 	@echo "make docker-check"
 	@echo "             run what the Dockerfile runs, without an engine (installs TensorFlow anew)"
 	@echo "make lint    check style; make format mends it"
@@ -39,10 +40,11 @@ demo: $(READY)
 test: $(READY)
 	@$(PY) -m pytest -n 2 tests
 
-$(PEERS): $(READY)
-	@set -e; echo "Setting up .venv-peers with PyTorch."; \
+$(PEERS): $(READY) Makefile
+	@set -e; echo "Setting up .venv-peers with PyTorch and TF-Slim."; \
 	$(PY) -m venv --clear .venv-peers; \
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRA),dev]" torch==2.13.0; \
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps pytorchcv==0.0.74 tf-slim==1.1.0; \
 	touch $(PEERS)
 
 test-peers: $(PEERS)

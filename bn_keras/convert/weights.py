@@ -17,6 +17,7 @@ import contextlib
 import math
 import os
 import pathlib
+import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -36,7 +37,6 @@ Shape = tuple[int, ...]
 def from_pytorch(
     source: str | os.PathLike | Mapping[str, object],
     input_shape: Sequence[int | None] = (224, 224, 3),
-    **options: object,
 ) -> keras.Model:
     """Reads the weights of a PyTorch port of the Caffe model into the preset "caffe".
 
@@ -51,7 +51,6 @@ def from_pytorch(
     Args:
       source: path of an .npz or of a file of torch.save; or a state dict, of tensors or arrays.
       input_shape: of the images, as BNInception takes it.
-      **options: others of BNInception, such as synchronized, momentum or dropout.
 
     Returns:
       A new model with as many classes as the classifier in the file, from images in the project's
@@ -80,14 +79,13 @@ def from_pytorch(
         origin,
         {name: tuple(getattr(tensor, "shape", ())) for name, tensor in tensors.items()},
         lambda name: _to_numpy(tensors[name]),
-        dict(preset="caffe", input_shape=input_shape, **options),
+        dict(preset="caffe", input_shape=input_shape),
     )
 
 
 def from_slim(
     path: str | os.PathLike,
     input_shape: Sequence[int | None] = (224, 224, 3),
-    **options: object,
 ) -> keras.Model:
     """Reads a checkpoint of TF-Slim's inception_v2 into the preset "slim".
 
@@ -98,7 +96,6 @@ def from_slim(
       path: of the checkpoint, in TensorFlow's first or second format; one of its files, or its
         folder, will do.
       input_shape: of the images, as BNInception takes it.
-      **options: others of BNInception, such as synchronized, momentum or dropout.
 
     Returns:
       A new model with as many classes as the classifier in the file (with the published weights
@@ -128,7 +125,7 @@ def from_slim(
         origin,
         shapes,
         reader.get_tensor,
-        dict(preset="slim", separable_stem=separable, input_shape=input_shape, **options),
+        dict(preset="slim", separable_stem=separable, input_shape=input_shape),
     )
 
 
@@ -195,9 +192,8 @@ def _fill(
       options: of BNInception, but for the classes.
     """
     classes = shapes.get(project.layers["logits"] + project.variables["bias"], (1000,))
-    # Of all variants this one has neither dropout nor local response normalization.
-    defaults = dict(variant="bn_x5", classes=math.prod(classes), name="bn_inception")
-    model = BNInception(**defaults | options)
+    # The variant with neither dropout nor local response normalization.
+    model = BNInception("bn_x5", math.prod(classes), name="bn_inception", **options)
     expected = dict(_expected(project, model))
     _check(f"{origin} does not hold {project.network}", shapes, expected)
     with _reading(origin, project.network):
@@ -250,8 +246,9 @@ def _read_state_dict(path: pathlib.Path) -> Mapping[str, object]:
     if not path.is_file():
         raise UsageError(f"there is no file {path}")
     if path.suffix == ".npz":
-        with _reading(path, "an .npz file"), np.load(path, allow_pickle=False) as file:
-            return dict(file)
+        # numpy.load takes what is no zip file for a pickle, and leaves a damaged one open.
+        with _reading(path, "an .npz file"), path.open("rb") as file:
+            return dict(np.lib.npyio.NpzFile(file, allow_pickle=False))
     try:
         import torch
     except ImportError as error:
@@ -260,10 +257,16 @@ def _read_state_dict(path: pathlib.Path) -> Mapping[str, object]:
             " .npz where it is, by numpy.savez(PATH, **{k: v.numpy() for k, v in"
             " model.state_dict().items()})"
         ) from error
-    with _reading(path, "a file of torch.save with a state dict"):
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    with _reading(path, "a file of torch.save"):
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            # PyTorch explains at length how to run the code in the file all the same.
+            raise ValueError(
+                "it is damaged or holds more than tensors: save model.state_dict()"
+            ) from error
         if not isinstance(loaded, Mapping):
-            raise TypeError(f"it holds a {type(loaded).__name__}")
+            raise TypeError(f"it holds a {type(loaded).__name__}: save model.state_dict()")
         return loaded.get("state_dict", loaded)
 
 

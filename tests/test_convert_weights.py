@@ -1,0 +1,412 @@
+"""Other projects' weights give the logits that those projects' networks give.
+
+The networks are written here a second time, in float64, each in the order and the names of its own
+source; tests/peers has the real ones.
+"""
+
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from bn_keras import BNInception, convert
+from bn_keras.errors import UsageError
+from bn_keras.models.inception import FIGURE_5
+from tests.test_launch import assert_fails_on_one_line, launch
+
+CLASSES = 7
+
+
+class Network:
+    """One project's network, on random tensors that come into being under their names."""
+
+    def __init__(self):
+        self.rng = np.random.default_rng(0)
+        self.tensors = {}
+        self.names = self.layers()
+
+    def logits(self, images, classes=CLASSES):
+        x = self.unit(tf.constant(images, tf.float64), 64, 7, 2)
+        x = self.pool(x, "max", 2)
+        x = self.unit(self.unit(x, 64, 1), 192, 3)
+        x = self.pool(x, "max", 2)
+        for row in FIGURE_5:
+            projection = self.projection if row.name in ("4c", "4d") else row.projection
+            branches = [self.unit(x, row.conv1x1, 1)] if row.conv1x1 else []
+            single = self.unit(x, row.reduce3x3, 1)
+            branches.append(self.unit(single, row.conv3x3, 3, row.stride))
+            double = self.unit(self.unit(x, row.reduce_double, 1), row.conv_double, 3)
+            branches.append(self.unit(double, row.conv_double, 3, row.stride))
+            pool = self.pool(x, row.pool, row.stride)
+            branches.append(self.unit(pool, projection, 1) if projection else pool)
+            x = tf.concat(branches, -1)
+        return self.classify(tf.reduce_mean(x, (1, 2)), classes).numpy()
+
+    def tensor(self, name, shape, scale=0.3):
+        self.tensors[name] = self.rng.normal(0, scale, shape).astype(np.float32)
+        return self.tensors[name].astype(np.float64)
+
+    def positive(self, name, shape, most):
+        self.tensors[name] = self.rng.uniform(0.5, most, shape).astype(np.float32)
+        return self.tensors[name].astype(np.float64)
+
+
+class Torch(Network):
+    projection = 128
+
+    def unit(self, x, filters, size, stride=1):
+        conv, bn = next(self.names)
+        kernel = self.tensor(
+            f"{conv}.weight",
+            (filters, x.shape[-1], size, size),
+            (2 / (x.shape[-1] * size * size)) ** 0.5,
+        )
+        bias = self.tensor(f"{conv}.bias", filters)
+        gamma = self.positive(f"{bn}.weight", filters, 1.3)
+        beta = self.tensor(f"{bn}.bias", filters)
+        mean = self.tensor(f"{bn}.running_mean", filters)
+        variance = self.positive(f"{bn}.running_var", filters, 2)
+        self.tensors[f"{bn}.num_batches_tracked"] = np.array(9)
+        margin = [size // 2] * 2
+        x = tf.pad(x, [[0, 0], margin, margin, [0, 0]])
+        x = tf.nn.conv2d(x, kernel.transpose(2, 3, 1, 0), stride, "VALID") + bias
+        return tf.nn.relu(gamma * (x - mean) / np.sqrt(variance + 1e-5) + beta)
+
+    def pool(self, x, kind, stride):
+        if kind == "avg":
+            x = tf.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]])
+            return tf.nn.avg_pool2d(x, 3, stride, "VALID")
+        # The output's size rounds up; with stride 1 the padding is 1 on both sides.
+        near = 1 if stride == 1 else 0
+        far = [near if stride == 1 else 2 * -((3 - n) // 2) + 3 - n for n in x.shape[1:3]]
+        paddings = [[0, 0], [near, far[0]], [near, far[1]], [0, 0]]
+        x = tf.pad(x, paddings, constant_values=-np.inf)
+        return tf.nn.max_pool2d(x, 3, stride, "VALID")
+
+    def classify(self, x, classes):
+        kernel = self.tensor(f"{self.classifier}.weight", (classes, 1024), 0.03)
+        return x @ kernel.T + self.tensor(f"{self.classifier}.bias", classes)
+
+
+class Cadene(Torch):
+    classifier = "last_linear"
+
+    def layers(self):
+        names = ["conv1_7x7_s2", "conv2_3x3_reduce", "conv2_3x3"]
+        halving = ["3x3_reduce", "3x3", "double_3x3_reduce", "double_3x3_1", "double_3x3_2"]
+        for module in ("3a", "3b", "3c", "4a", "4b", "4c", "4d", "4e", "5a", "5b"):
+            units = halving if module in ("3c", "4e") else ["1x1", *halving, "pool_proj"]
+            names += [f"inception_{module}_{unit}" for unit in units]
+        return ((name, f"{name}_bn") for name in names)
+
+
+class Pytorchcv(Torch):
+    classifier = "output"
+
+    def layers(self):
+        names = ["init_block.conv1", "init_block.conv2.conv1", "init_block.conv2.conv2"]
+        for stage, unit in ((1, 1), (1, 2), *((2, n) for n in range(1, 6)), (3, 1), (3, 2), (3, 3)):
+            branches = (
+                "1.conv1 1.conv2 2.conv1 2.conv2 2.conv3"
+                if stage > 1 and unit == 1
+                else "1 2.conv1 2.conv2 3.conv1 3.conv2 3.conv3 4.conv"
+            )
+            names += [f"stage{stage}.unit{unit}.branches.branch{b}" for b in branches.split()]
+        return ((f"features.{name}.conv", f"features.{name}.bn") for name in names)
+
+
+class Slim(Network):
+    projection = 96
+
+    def __init__(self, separable=True):
+        super().__init__()
+        self.separable = separable
+
+    def layers(self):
+        names = ["Conv2d_1a_7x7", "Conv2d_2b_1x1", "Conv2d_2c_3x3"]
+        for module in ("3b", "3c", "4a", "4b", "4c", "4d", "4e", "5a", "5b", "5c"):
+            units = (
+                "0/Conv2d_0a_1x1 0/Conv2d_1a_3x3 1/Conv2d_0a_1x1 1/Conv2d_0b_3x3 1/Conv2d_1a_3x3"
+                if module in ("4a", "5a")
+                else "0/Conv2d_0a_1x1 1/Conv2d_0a_1x1 1/Conv2d_0b_3x3 2/Conv2d_0a_1x1"
+                " 2/Conv2d_0b_3x3 2/Conv2d_0c_3x3 3/Conv2d_0b_1x1"
+            )
+            names += [f"Mixed_{module}/Branch_{unit}" for unit in units.split()]
+        return (f"InceptionV2/{name}" for name in names)
+
+    def unit(self, x, filters, size, stride=1):
+        name = next(self.names)
+        if size == 7 and self.separable:
+            depthwise = self.tensor(f"{name}/depthwise_weights", (7, 7, 3, 8))
+            x = tf.nn.depthwise_conv2d(x, depthwise, (1, stride, stride, 1), "SAME")
+            x = tf.nn.conv2d(x, self.tensor(f"{name}/pointwise_weights", (1, 1, 24, 64)), 1, "SAME")
+            return tf.nn.relu(x + self.tensor(f"{name}/biases", filters))
+        shape = (size, size, x.shape[-1], filters)
+        x = tf.nn.conv2d(
+            x,
+            self.tensor(f"{name}/weights", shape, (2 / np.prod(shape[:3])) ** 0.5),
+            stride,
+            "SAME",
+        )
+        beta = self.tensor(f"{name}/BatchNorm/beta", filters)
+        mean = self.tensor(f"{name}/BatchNorm/moving_mean", filters)
+        variance = self.positive(f"{name}/BatchNorm/moving_variance", filters, 2)
+        return tf.nn.relu((x - mean) / np.sqrt(variance + 1e-3) + beta)
+
+    def pool(self, x, kind, stride):
+        return {"max": tf.nn.max_pool2d, "avg": tf.nn.avg_pool2d}[kind](x, 3, stride, "SAME")
+
+    def classify(self, x, classes):
+        name = "InceptionV2/Logits/Conv2d_1c_1x1"
+        kernel = self.tensor(f"{name}/weights", (1, 1, 1024, classes), 0.03)
+        return x @ kernel[0, 0] + self.tensor(f"{name}/biases", classes)
+
+
+IMAGES = np.random.default_rng(1).normal(size=(2, 64, 96, 3)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def cadene():
+    """The tensors of a file in Cadene's names, and their logits."""
+    network = Cadene()
+    logits = network.logits(IMAGES)
+    return network.tensors, logits
+
+
+@pytest.fixture(scope="module")
+def slim():
+    """The variables of a TF-Slim checkpoint, and their logits."""
+    network = Slim()
+    logits = network.logits(IMAGES)
+    return network.tensors, logits
+
+
+def _save_checkpoint(path, variables, version=2):
+    names, values = list(variables), list(variables.values())
+    if version == 1:
+        tf.raw_ops.Save(filename=str(path), tensor_names=names, data=values)
+    else:
+        tf.raw_ops.SaveV2(
+            prefix=str(path), tensor_names=names, shape_and_slices=[""] * len(names), tensors=values
+        )
+        tf.compat.v1.train.update_checkpoint_state(str(path.parent), str(path))
+
+
+def _assert_gives(model, logits):
+    assert logits.std() > 0.3
+    np.testing.assert_allclose(model(IMAGES), logits, rtol=0, atol=1e-4)
+
+
+def test_pytorch_from_an_npz_in_cadenes_names(cadene, tmp_path):
+    tensors, logits = cadene
+    np.savez(tmp_path / "weights.npz", **tensors)
+    model = convert.from_pytorch(tmp_path / "weights.npz", input_shape=(64, 96, 3))
+    _assert_gives(model, logits)
+    # Without the classes that are not there, what the ports have.
+    parameters = sum(np.prod(v.shape) for v in model.trainable_variables)
+    assert parameters == 11_295_240 - (1000 - CLASSES) * 1025
+
+
+def test_pytorch_from_a_state_dict_in_pytorchcvs_names():
+    network = Pytorchcv()
+    logits = network.logits(IMAGES)
+    _assert_gives(convert.from_pytorch(network.tensors, input_shape=(None, None, 3)), logits)
+
+
+def test_pytorch_as_data_parallel_and_old_versions_wrote_it(cadene):
+    tensors, logits = cadene
+    tensors = {f"module.{k}": v[None] if "_bn." in k else v for k, v in tensors.items()}
+    _assert_gives(convert.from_pytorch(tensors, input_shape=(64, 96, 3)), logits)
+
+
+@pytest.mark.parametrize(
+    "version, given", [(1, "model.ckpt-7"), (2, "model.ckpt-7.index"), (2, "")]
+)
+def test_slim_from_a_checkpoint_of_a_training(version, given, slim, tmp_path):
+    """By its prefix, one of its files or its folder."""
+    variables, logits = slim
+    slots = {f"{k}/{s}": v + 1 for k, v in variables.items() for s in ("RMSProp", "RMSProp_1")}
+    averages = {f"{k}/ExponentialMovingAverage": v - 1 for k, v in variables.items()}
+    others = {"global_step": np.int64(7), "beta1_power": np.float32(0.9)}
+    _save_checkpoint(tmp_path / "model.ckpt-7", variables | slots | averages | others, version)
+    _assert_gives(convert.from_slim(tmp_path / given, input_shape=(64, 96, 3)), logits)
+
+
+def test_slim_with_a_plain_stem_and_a_background_class(tmp_path):
+    network = Slim(separable=False)
+    logits = network.logits(IMAGES, classes=1001)
+    _save_checkpoint(tmp_path / "model.ckpt", network.tensors)
+    model = convert.from_slim(tmp_path / "model.ckpt.data-00000-of-00001", (64, 96, 3))
+    assert model.output_shape == (None, 1001)
+    _assert_gives(model, logits)
+
+
+def _assert_refused(read, source, *parts):
+    with pytest.raises(UsageError) as refusal:
+        read(source)
+    assert len(str(refusal.value).splitlines()) == 1
+    for part in parts:
+        assert part in str(refusal.value)
+
+
+RESNET = {
+    "conv1.weight": np.zeros((64, 3, 7, 7)),
+    **{f"layer{i}.0.bn1.running_mean": np.zeros(64) for i in range(1, 5)},
+}
+
+
+def _changed(tensors, changes):
+    return {name: tensor for name, tensor in (tensors | changes).items() if tensor is not None}
+
+
+@pytest.mark.parametrize(
+    "changes, parts",
+    [
+        ({"inception_3a_1x1_bn.bias": None}, ["416 tensors, 1 missing (inception_3a_1x1_bn.bias)"]),
+        ({"fc.weight": np.zeros((3, 4))}, ["416 tensors, 1 extra (fc.weight)"]),
+        (
+            {"inception_5b_3x3.weight": np.zeros((320, 192, 1, 1))},
+            [
+                "1 misshapen (inception_5b_3x3.weight",
+                "(320, 192, 1, 1) instead of (320, 192, 3, 3)",
+            ],
+        ),
+        (
+            {f"inception_4{m}_1x1.bias": None for m in "abcd"}
+            | {"last_linear.weight": np.zeros((CLASSES, 1000)), "x": np.zeros(1)},
+            ["4 missing", "inception_4c_1x1.bias, 1 more)", "1 extra (x)", "(7, 1000) instead of"],
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(changes, parts, cadene):
+    _assert_refused(
+        convert.from_pytorch, _changed(cadene[0], changes), "Cadene's bninception", *parts
+    )
+
+
+def test_what_does_not_fit_in_a_checkpoint_is_named(slim, tmp_path):
+    beta = "InceptionV2/Mixed_3b/Branch_0/Conv2d_0a_1x1/BatchNorm/beta"
+    changes = {
+        beta: None,
+        "InceptionV2/more": np.float32(0),
+        "InceptionV2/Conv2d_1a_7x7/pointwise_weights": np.zeros((1, 1, 12, 64), np.float32),
+    }
+    _save_checkpoint(tmp_path / "model.ckpt", _changed(slim[0], changes))
+    _assert_refused(
+        convert.from_slim,
+        tmp_path / "model.ckpt",
+        "model.ckpt does not hold TF-Slim's inception_v2",
+        f"1 missing ({beta})",
+        "1 extra (InceptionV2/more)",
+        "1 misshapen (InceptionV2/Conv2d_1a_7x7/pointwise_weights",
+        "(1, 1, 12, 64) instead of (1, 1, 24, 64)",
+    )
+
+
+def test_another_network():
+    _assert_refused(convert.from_pytorch, RESNET, "416 missing", "5 extra (conv1.weight")
+
+
+def test_a_checkpoint_of_another_network(tmp_path):
+    _save_checkpoint(tmp_path / "model.ckpt", {"InceptionV1/Logits/biases": np.zeros(3)})
+    _assert_refused(convert.from_slim, tmp_path / "model.ckpt", "277 missing", "InceptionV2/")
+
+
+@pytest.mark.parametrize("part", [0, 100, -1])
+def test_damaged_npz(part, tmp_path):
+    path = tmp_path / "weights.npz"
+    np.savez(path, **RESNET)
+    path.write_bytes(path.read_bytes()[:part])
+    _assert_refused(convert.from_pytorch, path, "weights.npz")
+
+
+def test_a_damaged_tensor_in_an_npz(tmp_path):
+    path = tmp_path / "weights.npz"
+    np.savez(path, **RESNET)
+    content = bytearray(path.read_bytes())
+    content[20_000] ^= 1
+    path.write_bytes(content)
+    _assert_refused(convert.from_pytorch, path, "weights.npz", "CRC")
+
+
+@pytest.mark.parametrize("part", [0, 10_000, -1])
+def test_damaged_checkpoint(part, slim, tmp_path):
+    _save_checkpoint(tmp_path / "model.ckpt", slim[0])
+    data = tmp_path / "model.ckpt.data-00000-of-00001"
+    data.write_bytes(data.read_bytes()[:part])
+    _assert_refused(convert.from_slim, tmp_path / "model.ckpt", "model.ckpt")
+
+
+def test_what_is_no_checkpoint(tmp_path):
+    text = tmp_path / "notes.txt"
+    text.write_text("not weights\n" * 100)
+    for path in (text, tmp_path, tmp_path / "nothing"):
+        _assert_refused(convert.from_slim, path, str(path), "TensorFlow checkpoint")
+    _assert_refused(convert.from_pytorch, tmp_path / "nothing.npz", "there is no file", "nothing")
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    _assert_refused(convert.from_pytorch, tmp_path / "array.npz", "array.npz", "an .npz file")
+
+
+def test_a_pth_without_pytorch(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "weights.pth").write_bytes(b"something")
+    _assert_refused(
+        convert.from_pytorch, tmp_path / "weights.pth", "install torch", "numpy.savez(PATH, **{"
+    )
+
+
+def test_written_weights_are_read_by_the_builder(cadene, tmp_path):
+    np.savez(tmp_path / "weights.npz", **cadene[0])
+    convert.convert_weights(tmp_path / "weights.npz", tmp_path / "out.weights.h5")
+    model = BNInception("bn_x5", CLASSES, (64, 96, 3), preset="caffe")
+    model.load_weights(tmp_path / "out.weights.h5")
+    _assert_gives(model, cadene[1])
+
+
+@pytest.mark.parametrize(
+    "output, part", [("out.h5", ".weights.h5"), ("nowhere/out.keras", "no folder")]
+)
+def test_an_output_that_cannot_be_written(output, part, tmp_path):
+    with pytest.raises(UsageError, match=part):
+        convert.convert_weights(tmp_path / "weights.npz", tmp_path / output)
+
+
+def test_whose_weights_they_are_is_told_by_the_ending_or_said(tmp_path):
+    for name, source, part in [
+        ("a.npz", None, "there is no file"),
+        ("a.npz", "slim", "TensorFlow checkpoint"),
+        ("a.ckpt", None, "TensorFlow checkpoint"),
+        ("a.ckpt", "pytorch", "there is no file"),
+    ]:
+        with pytest.raises(UsageError, match=part):
+            convert.convert_weights(tmp_path / name, tmp_path / "out.keras", source)
+
+
+def test_the_command(slim, tmp_path):
+    _save_checkpoint(tmp_path / "model.ckpt", slim[0])
+    done = launch("convert", f"--weights={tmp_path}/model.ckpt", f"--output={tmp_path}/out.keras")
+    assert done.returncode == 0, done.stderr
+    assert "TF-Slim's inception_v2 with 7 classes" in done.stderr
+    assert "x / 127.5 - 1" in done.stderr
+    model = keras.models.load_model(tmp_path / "out.keras")
+    assert model.input_shape == (None, 224, 224, 3)
+    expected = convert.from_slim(tmp_path / "model.ckpt")
+    for ours, theirs in zip(model.get_weights(), expected.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_command_given_another_network(tmp_path):
+    np.savez(tmp_path / "resnet.npz", **RESNET)
+    arguments = (f"--weights={tmp_path}/resnet.npz", f"--output={tmp_path}/out.keras")
+    assert_fails_on_one_line(launch("convert", *arguments), 2, "resnet.npz", "416 missing")
+    assert not (tmp_path / "out.keras").exists()
+
+
+def test_the_command_says_what_it_takes():
+    shown = launch("convert", "--help").stdout
+    assert "python -m launch.convert --" in shown
+    assert "--weights: " in shown and "--source: <pytorch|slim>" in shown
+    assert_fails_on_one_line(launch("convert", "--weights=x.npz"), 2, "--output is missing")
