@@ -178,7 +178,7 @@ class PopulationEstimator:
         """Estimates, as estimate_population_statistics."""
         if not (isinstance(num_batches, int | np.integer) and num_batches >= 1):
             raise UsageError(f"num_batches is {num_batches}: it has to be a whole number from 1 on")
-        batches = _distributed(dataset, self._strategy)
+        batches = distributed(dataset, self._strategy)
         with preserved_state(self._model, self._strategy):
             self._pass(batches, num_batches)
         estimated = [sums for sums in self._sums if sums.is_used]
@@ -352,7 +352,8 @@ def _observed_moments(
     return mean, variance
 
 
-def _distributed(dataset: Iterable, strategy: tf.distribute.Strategy) -> Iterable:
+def distributed(dataset: Iterable, strategy: tf.distribute.Strategy) -> Iterable:
+    """Gives the dataset as replicas can share it; one replica takes it as it is."""
     already = (tf.distribute.DistributedDataset, tf.distribute.DistributedIterator)
     if strategy.num_replicas_in_sync == 1 or isinstance(dataset, already):
         return dataset

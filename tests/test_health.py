@@ -1,0 +1,290 @@
+"""The check-up finds what is planted in a healthy network, and only that."""
+
+import dataclasses
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from small import small_mlp
+
+from bn_keras import BatchNormalization, estimate_population_statistics
+from bn_keras.errors import UsageError
+from bn_keras.health import check, check_workdir
+from bn_keras.train import train_and_evaluate
+
+KERAS_BN = keras.layers.BatchNormalization
+
+
+def batches_of(num_batches):
+    """Images that differ more from each other than within themselves."""
+    rng = np.random.default_rng(0)
+    return [
+        (rng.normal(0.5, 2, [64, 1, 1, 3]) + rng.normal(size=[64, 6, 6, 3])).astype(np.float32)
+        for _ in range(num_batches)
+    ]
+
+
+BATCHES = batches_of(4)
+
+
+def network(cls=BatchNormalization):
+    """Two convolutions with BatchNormalization, the second in a nested model, with dropout."""
+    layers = keras.layers
+    nested = keras.Sequential(
+        [keras.Input([6, 6, 4]), layers.Conv2D(5, 3, name="conv_2"), cls(name="second")],
+        name="nested",
+    )
+    images = keras.Input([6, 6, 3])
+    x = layers.Conv2D(4, 3, padding="same", name="conv_1")(images)
+    x = layers.ReLU()(cls(name="first")(x))
+    x = nested(layers.Dropout(0.5)(x))
+    x = layers.GlobalAveragePooling2D()(layers.ReLU()(x))
+    return keras.Model(images, layers.Dense(3, name="logits")(x), name="network")
+
+
+def layer_of(model, name):
+    return next(layer for layer in model._flatten_layers() if layer.name == name)
+
+
+def healthy(cls=BatchNormalization):
+    model = network(cls)
+    estimate_population_statistics(model, BATCHES, len(BATCHES))
+    return model
+
+
+def set_values(variable, channels, change):
+    values = np.array(variable)
+    values[..., channels] = change(values[..., channels])
+    variable.assign(values)
+
+
+def found_in(report):
+    return [(f.kind, f.layer.split("/")[-1], f.is_fault, f.channels) for f in report.findings]
+
+
+@pytest.mark.parametrize("cls", [BatchNormalization, KERAS_BN])
+def test_a_healthy_network_is_one_line_and_left_as_it_was(cls):
+    model = healthy(cls)
+    before = [v.numpy() for v in model.variables]
+    report = check(model, BATCHES, len(BATCHES))
+    assert not report.findings and not report.skipped and not report.has_faults
+    assert (report.num_layers, report.num_channels) == (2, 9)
+    assert report.population.num_batches == 4 and 0 < report.gap < 0.6
+    assert str(report).startswith("healthy: 2 BN layers, 9 channels; mean off by ")
+    assert "\n" not in str(report) and len(str(report)) <= 100
+    for value, variable in zip(before, model.variables, strict=True):
+        np.testing.assert_array_equal(value, variable.numpy())
+    # And its layers are in training mode when they should be, and only then.
+    model(BATCHES[0], training=False)
+    moving_mean = layer_of(model, "second").moving_mean
+    value = moving_mean.numpy()
+    model(BATCHES[0], training=True)
+    assert not np.array_equal(value, moving_mean.numpy())
+
+
+PLANTED = {
+    "NaN in a kernel": (
+        lambda m: set_values(layer_of(m, "conv_2").kernel, 1, lambda v: v * np.nan),
+        [("not_finite", "conv_2", True, ())],
+    ),
+    "infinity in the layer's own weight": (
+        lambda m: set_values(layer_of(m, "first").gamma, 2, lambda v: np.inf),
+        [("not_finite", "first", True, ())],
+    ),
+    "negative variance": (
+        lambda m: set_values(layer_of(m, "second").moving_variance, 3, lambda v: -v),
+        [("negative_variance", "second", True, (3,))],
+    ),
+    "never updated": (
+        lambda m: (
+            set_values(layer_of(m, "first").moving_mean, slice(None), np.zeros_like),
+            set_values(layer_of(m, "first").moving_variance, slice(None), np.ones_like),
+        ),
+        [("never_updated", "first", True, ())],
+    ),
+    "a channel without gamma": (
+        lambda m: set_values(layer_of(m, "second").gamma, 1, lambda v: -1e-4),
+        [("dead", "second", False, (1,))],
+    ),
+    "no channel with gamma": (
+        lambda m: set_values(layer_of(m, "second").gamma, slice(None), np.zeros_like),
+        [("dead", "second", True, (0, 1, 2, 3, 4))],
+    ),
+    "mean off in one channel": (
+        lambda m: set_values(
+            layer_of(m, "first").moving_mean,
+            2,
+            lambda v: v + 1.1 * np.sqrt(layer_of(m, "first").moving_variance[2] + 1e-3),
+        ),
+        [("stale", "first", True, ())],
+    ),
+    "variance too large in one channel": (
+        lambda m: set_values(layer_of(m, "second").moving_variance, 0, lambda v: 4.5 * v),
+        [("stale", "second", True, ())],
+    ),
+    "variance too small in one channel": (
+        lambda m: set_values(layer_of(m, "second").moving_variance, 0, lambda v: v / 4.5),
+        [("stale", "second", True, ())],
+    ),
+}
+
+
+@pytest.mark.parametrize("cls", [BatchNormalization, KERAS_BN])
+@pytest.mark.parametrize("plant, expected", PLANTED.values(), ids=PLANTED)
+def test_what_is_planted_is_found_and_only_that(plant, expected, cls):
+    model = healthy(cls)
+    plant(model)
+    report = check(model, BATCHES, len(BATCHES))
+    assert found_in(report) == expected
+    assert report.has_faults == expected[0][2]
+    row, summary = str(report).splitlines()
+    assert row.startswith("fault  " if report.has_faults else "note   ")
+    assert report.findings[0].layer in row
+    assert summary.startswith("1 fault, 0 notes: " if report.has_faults else "0 faults, 1 note: ")
+
+
+@pytest.mark.parametrize(
+    "plant, expected",
+    [
+        (lambda m: None, []),
+        (
+            lambda m: set_values(layer_of(m, "second").gamma, 1, lambda v: 0),
+            [("dead", "second", False, (1,))],
+        ),
+        (
+            lambda m: set_values(layer_of(m, "conv_1").kernel, 1, np.zeros_like),
+            [("dead", "first", False, (1,))],
+        ),
+        (
+            lambda m: set_values(layer_of(m, "conv_1").kernel, 1, lambda v: v / 200),
+            [("below_epsilon", "first", False, (1,))],
+        ),
+    ],
+    ids=["nothing", "gamma", "constant", "small"],
+)
+def test_what_the_weights_say_without_data(plant, expected):
+    model = network()
+    plant(model)
+    estimate_population_statistics(model, BATCHES, len(BATCHES))
+    report = check(model)
+    assert found_in(report) == expected
+    assert report.skipped == ("what takes data: none was given",)
+    assert report.population is None and report.gap is None
+    # And nothing more of it with data.
+    assert found_in(check(model, BATCHES, len(BATCHES))) == expected
+
+
+def test_sorted_data_shows_in_the_gap():
+    """Each batch of one kind: the moving statistics are right, and no batch is like them."""
+    model = network()
+    batches = [x + 20 * i for i, x in enumerate(BATCHES)]
+    estimate_population_statistics(model, batches, len(batches))
+    report = check(model, batches, len(batches))
+    assert found_in(report) == [("gap", "network", False, ())]
+    assert report.gap > 1 and f"{report.gap:.2g} apart" in str(report)
+
+
+@pytest.mark.parametrize("cls", [BatchNormalization, KERAS_BN])
+def test_the_gap_is_that_of_the_definition(cls):
+    """Nothing of the dropout is in it."""
+    model = keras.Sequential(
+        [keras.Input([3]), keras.layers.Dropout(0.5), cls(), keras.layers.Dropout(0.5)]
+    )
+    set_values(model.layers[1].moving_mean, slice(None), lambda v: v + 0.1)
+    set_values(model.layers[1].moving_variance, slice(None), lambda v: v * 3)
+    batches = [x.mean(axis=(1, 2)) for x in BATCHES]
+    x = batches[0].astype(np.float64)
+    training = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-3)
+    inference = (x - 0.1) / np.sqrt(3 + 1e-3)
+    gap = np.sqrt(np.mean((training - inference) ** 2) / np.mean(training**2))
+    assert check(model, batches, 4).gap == pytest.approx(gap, rel=1e-5)
+
+
+def test_of_several_outputs_the_gap_is_the_largest(two_replicas):
+    with two_replicas.scope():
+        model = network()
+        model = keras.Model(model.inputs, [model.inputs[0], *model.outputs, model.outputs[0] * 0])
+    data = tf.data.Dataset.from_tensor_slices(np.concatenate(BATCHES)).batch(64)
+    estimate_population_statistics(model, data, 4)
+    gaps = []
+    for outputs in (model.outputs, model.outputs[:2], model.outputs[1]):
+        part = keras.Model(model.inputs, outputs)
+        gaps.append(check(part, data, 4, two_replicas).gap)
+    # The last output is the same for all examples, and the first has no gap.
+    assert gaps[0] is None and gaps[1] == gaps[2] > 0
+
+
+def test_what_follows_an_activation_does_not_fold():
+    images = keras.Input([6, 6, 3])
+    norm = BatchNormalization(name="norm")
+    model = keras.Model(images, norm(keras.layers.ReLU(name="relu")(images)))
+    estimate_population_statistics(model, BATCHES, 4)
+    report = check(model, BATCHES, 4)
+    assert found_in(report) == [("unfoldable", "norm", False, ())]
+    assert "follows ReLU 'relu'" in str(report) and not report.has_faults
+
+
+def test_where_there_is_little_to_look_at():
+    plain = keras.Sequential([keras.Input([3]), keras.layers.Dense(2)])
+    report = check(plain, [])
+    assert str(report) == (
+        "healthy: 0 BN layers, 0 channels; skipped what takes data: there is no BatchNormalization"
+    )
+    model = healthy()
+    model.trainable = False
+    assert "all layers are frozen" in str(check(model, BATCHES, 4))
+
+    class Subclassed(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.norm = BatchNormalization()
+
+        def call(self, inputs, training=None):
+            return self.norm(inputs, training=training)
+
+    model = Subclassed()
+    with pytest.raises(UsageError, match="has no weights yet"):
+        check(model)
+    model(BATCHES[0], training=True)
+    assert "skipped folding: model" in str(check(model))
+
+
+def test_data_that_is_not_finite_or_too_little():
+    model = healthy()
+    report = check(model, [BATCHES[0] * np.inf], 1)
+    assert found_in(report) == [("not_finite", "network", True, ())]
+    with pytest.raises(UsageError, match="the dataset is empty"):
+        check(model, [], 1)
+    with pytest.raises(UsageError, match="ended after 4 of num_batches=20"):
+        check(model, BATCHES)
+
+
+def test_a_run_and_a_run_whose_statistics_lag_behind(tmp_path):
+    train_and_evaluate(small_mlp(), tmp_path / "good")
+    report = check_workdir(tmp_path / "good", 20)
+    assert (str(report).splitlines(), report.skipped) == ([str(report)], ())
+
+    lagging = {"batch_norm.momentum": 0.999}
+    train_and_evaluate(small_mlp(**lagging), tmp_path / "lagging")
+    report = check_workdir(tmp_path / "lagging", 20)
+    assert {f.kind for f in report.findings} == {"stale"} and report.has_faults
+    assert not check_workdir(tmp_path / "lagging", 0).findings
+    json.dumps(dataclasses.asdict(report), allow_nan=False)
+
+    # With Algorithm 2 the same network is healthy.
+    by_population = {"population.when": "end", "population.num_batches": 20}
+    train_and_evaluate(small_mlp(**lagging, **by_population), tmp_path / "population")
+    assert not check_workdir(tmp_path / "population", 20).findings
+
+
+def test_a_run_whose_data_is_not_at_hand(tmp_path):
+    train_and_evaluate(small_mlp(**{"train.steps": 2}), tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"digits"', '"nowhere_to_be_found"'))
+    report = check_workdir(tmp_path, 20)
+    assert not report.findings and report.population is None
+    assert len(report.skipped) == 1 and "nowhere_to_be_found" in report.skipped[0]
+    with pytest.raises(UsageError, match="num_batches is -1"):
+        check_workdir(tmp_path, -1)
