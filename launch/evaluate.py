@@ -1,24 +1,38 @@
-"""Evaluates the latest checkpoint of a run on its validation set.
+"""Evaluates networks on a validation set, by themselves and as an ensemble.
 
-Without --config it goes by the run's own. The numbers go to standard output as JSON.
+Of each run it takes the network as it was finished, or the latest checkpoint. Without --config it
+goes by the first run's own. The errors go to standard output as a table like the paper's Figure 4.
 
-Example:
+--crops is 1 for the single crop, 10 for the corners and the centre with their mirror images, 144
+for GoogLeNet's, or scales x squares x windows x mirrors: 10 is 1x1x5x2, and 144 is 4x3x6x2.
+
+Examples:
   python -m launch.evaluate --workdir=runs/mnist_bn
+  python -m launch.evaluate --workdir=runs/a --workdir=runs/b --crops=1,144
 """
 
 import json
 
+from absl import flags
+
 from launch import cli
 
 _CONFIG = cli.define_config(required=False)
-_WORKDIR = cli.define_workdir()
+_WORKDIRS = flags.DEFINE_multi_string(
+    "workdir", None, "Folder of a run; repeated, those of an ensemble's members.", required=True
+)
+_CROPS = flags.DEFINE_list("crops", ["1"], "Crops of each image, one or more of such numbers.")
+_JSON = flags.DEFINE_bool("json", False, "Prints a line of JSON for each row of the table instead.")
 
 
 def main() -> None:
-    """Evaluates what the flags say and prints the result as JSON."""
-    from bn_keras.evaluate import evaluate_workdir
+    """Evaluates what the flags say and prints the result."""
+    from bn_keras.data.crops import Crops
+    from bn_keras.evaluate import evaluate_workdirs, format_errors
 
-    print(json.dumps(evaluate_workdir(_WORKDIR.value, _CONFIG.value)))
+    crops = [Crops.parse(text) for text in _CROPS.value]
+    rows = evaluate_workdirs(_WORKDIRS.value, _CONFIG.value, crops)
+    print("\n".join(map(json.dumps, rows)) if _JSON.value else format_errors(rows))
 
 
 if __name__ == "__main__":

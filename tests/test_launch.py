@@ -123,7 +123,7 @@ def test_killed_started_again_and_evaluated(tmp_path):
     steps = [line["step"] for line in lines if "train/loss" in line]
     assert steps == list(range(100, 20_001, 100))
 
-    evaluated = json.loads(launch("evaluate", f"--workdir={tmp_path}").stdout)
+    evaluated = json.loads(launch("evaluate", f"--workdir={tmp_path}", "--json").stdout)
     assert evaluated["step"] == 20_000
     assert evaluated["accuracy"] == pytest.approx(lines[-1]["validation/accuracy"])
 

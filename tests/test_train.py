@@ -1,5 +1,6 @@
 """The trainer learns, resumes to the bit, and stops cleanly where it has to."""
 
+import functools
 import json
 import shutil
 
@@ -12,8 +13,9 @@ from small import small_mlp
 from bn_keras import train
 from bn_keras.data import pipeline
 from bn_keras.errors import TrainingDivergedError, UsageError
-from bn_keras.evaluate import evaluate_workdir
+from bn_keras.evaluate import evaluate_workdirs
 from bn_keras.models import SigmoidMLP, inception
+from bn_keras.population import estimate_population_statistics
 from bn_keras.train import Trainer, train_and_evaluate
 from bn_keras.trained import load_trained
 from bn_keras.workdir import Workdir
@@ -28,6 +30,7 @@ def short_figure_5(monkeypatch):
 
 
 TWO_REPLICAS = {"distribution.strategy": "mirrored", "distribution.replicas": 2}
+BY_POPULATION = {"population.when": "evaluations", "population.num_batches": 2}
 
 
 def small_inception(**overrides):
@@ -58,6 +61,10 @@ def kill_after(monkeypatch, steps):
     monkeypatch.setattr(Trainer, "train", killed)
 
 
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def lines_without_times(workdir):
     lines = Workdir(workdir).read_metrics()
     return [{k: v for k, v in line.items() if k != "train/images_per_second"} for line in lines]
@@ -80,8 +87,8 @@ def test_a_run_learns_and_writes_what_it_did(tmp_path):
 
 @pytest.mark.parametrize(
     "make_config, killed_after",
-    [(small_mlp, 33), (small_inception, 3)],
-    ids=["mlp on one device", "inception with dropout on two replicas"],
+    [(small_mlp, 33), (functools.partial(small_inception, **BY_POPULATION), 3)],
+    ids=["mlp on one device", "inception with dropout on two replicas, by population statistics"],
 )
 def test_killed_and_resumed_equals_never_killed(
     make_config, killed_after, tmp_path, monkeypatch, short_figure_5
@@ -94,6 +101,76 @@ def test_killed_and_resumed_equals_never_killed(
     resumed = train_and_evaluate(make_config(), tmp_path / "resumed")
     assert resumed["variables_sha256"] == unbroken["variables_sha256"]
     assert lines_without_times(tmp_path / "resumed") == lines_without_times(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("devices", [{}, TWO_REPLICAS], ids=["one device", "two replicas"])
+def test_population_statistics_leave_the_training_alone(devices, tmp_path):
+    """A long memory, of which 60 steps fill the half: what is moving is far behind."""
+    lines, hashes = {}, set()
+    for when in ("never", "end", "evaluations"):
+        config = small_mlp(
+            **devices,
+            **{"population.when": when, "population.num_batches": 10, "batch_norm.momentum": 0.99},
+        )
+        last = train_and_evaluate(config, tmp_path / when)
+        hashes.add(last["variables_sha256"])
+        lines[when] = [
+            [line for line in lines_without_times(tmp_path / when) if name in line]
+            for name in ("train/loss", "validation/loss")
+        ]
+        (evaluated,) = evaluate_workdirs([tmp_path / when])
+        assert evaluated["statistics"] == last["validation/statistics"]
+        assert evaluated["loss"] == pytest.approx(last["validation/loss"], rel=1e-6)
+    assert len(hashes) == 1
+    assert lines["never"][0] == lines["end"][0] == lines["evaluations"][0]
+
+    never, end, evaluations = (lines[when][1] for when in lines)
+    names = [[line["validation/statistics"] for line in run] for run in (never, end, evaluations)]
+    assert names == [["moving"] * 3, ["moving", "moving", "population"], ["population"] * 3]
+    assert end[:2] == never[:2]
+    assert end[2]["validation/loss"] == evaluations[2]["validation/loss"]
+    for moving, population in zip(never, evaluations, strict=True):
+        assert population["validation/accuracy"] > moving["validation/accuracy"] + 0.3
+
+
+def test_the_finished_network_has_the_population_statistics(tmp_path):
+    """They are those of the first batches of the training, of whatever may be loaded of a run."""
+    config = small_mlp(**BY_POPULATION, **{"batch_norm.momentum": 0.99})
+    train_and_evaluate(config, tmp_path)
+    data = pipeline.open_data(config.data, seed=config.seed)
+    batches = data.train_batches(tf.distribute.get_strategy(), config.train.global_batch_size)
+    finished = load_trained(tmp_path)
+    assert (finished.step, finished.statistics) == (60, "population")
+    report = estimate_population_statistics(finished.model, batches, 2)
+    assert max(row.mean_distance_largest for row in report.rows) < 1e-5
+    shutil.rmtree(tmp_path / "population")
+    checkpoint = load_trained(tmp_path)
+    assert (checkpoint.step, checkpoint.statistics) == (60, "moving")
+    report = estimate_population_statistics(checkpoint.model, batches, 2)
+    assert min(row.mean_distance_largest for row in report.rows) > 0.1
+
+
+def test_killed_between_the_last_checkpoint_and_the_last_line(tmp_path, monkeypatch):
+    config = small_mlp(**BY_POPULATION)
+    unbroken = train_and_evaluate(config, tmp_path / "unbroken")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "_digest", interrupt)
+        train_and_evaluate(config, tmp_path / "resumed")
+    assert load_trained(tmp_path / "resumed").statistics == "population"
+    assert train_and_evaluate(config, tmp_path / "resumed") == unbroken
+
+
+def test_an_unfinished_run_is_evaluated_as_its_config_has_it(tmp_path, monkeypatch):
+    config = small_mlp(**BY_POPULATION)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        kill_after(patch, 40)
+        train_and_evaluate(config, tmp_path)
+    (found,) = evaluate_workdirs([tmp_path])
+    assert (found["step"], found["statistics"]) == (25, "population")
+    config = config.copy_and_resolve_references()
+    config.population.when = "never"
+    (by_moving,) = evaluate_workdirs([tmp_path], config)
+    assert by_moving["statistics"] == "moving" and by_moving["loss"] != found["loss"]
 
 
 def test_another_seed_is_another_run(tmp_path):
@@ -222,6 +299,9 @@ def test_mixed_precision_trains_and_leaves_keras_as_it_was(tmp_path):
         ({"model.initializer_stddev": -1.0}, "model.initializer_stddev is -1"),
         ({"train.precision": "float8"}, "unknown train.precision 'float8'"),
         ({"schedule.base_rate": float("nan")}, "schedule.base_rate is nan"),
+        ({"population.when": "always"}, "unknown population.when 'always': accepted are never"),
+        ({"population.num_batches": 0}, "population.num_batches is 0"),
+        ({"population.when": "end", "model.variant": "baseline"}, "has no BatchNormalization"),
         ({"model.name": "inception", "model.variant": "bn_x5"}, "at least 32x32"),
     ],
 )
@@ -247,36 +327,6 @@ def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
         train_and_evaluate(small_mlp(), tmp_path / "file")
     with pytest.raises(UsageError, match="can't be written: Not a directory"):
         train_and_evaluate(small_mlp(), tmp_path / "file" / "run")
-
-
-def test_evaluating_the_workdir_gives_the_last_line(tmp_path):
-    last = train_and_evaluate(small_mlp(), tmp_path)
-    found = evaluate_workdir(tmp_path)
-    assert found["step"] == 60
-    for name in ("examples", "accuracy", "top5_accuracy", "loss"):
-        assert found[name] == pytest.approx(last[f"validation/{name}"], rel=1e-6)
-
-
-def test_evaluating_refuses_what_is_no_run_or_another_network(tmp_path):
-    with pytest.raises(UsageError, match="holds no run"):
-        evaluate_workdir(tmp_path)
-    config = small_mlp(**{"train.steps": 2})
-    Workdir(tmp_path).create(config, (8, 8, 1), "0123456789")
-    with pytest.raises(UsageError, match="no checkpoint yet"):
-        evaluate_workdir(tmp_path)
-    with pytest.raises(UsageError, match="not that of the run"):
-        evaluate_workdir(tmp_path, small_mlp(**{"model.variant": "baseline"}))
-
-
-def test_data_of_other_classes_is_refused(tmp_path):
-    config = small_mlp(**{"train.steps": 2})
-    train_and_evaluate(config, tmp_path)
-    assert load_trained(tmp_path).class_names == tuple("0123456789")
-    interface = tmp_path / "interface.json"
-    interface.write_text(interface.read_text().replace('"9"', '"nine"'))
-    with pytest.raises(UsageError, match="digits has 10 classes .* other names") as caught:
-        evaluate_workdir(tmp_path)
-    assert "\n" not in str(caught.value)
 
 
 def test_every_key_of_the_config_is_read(tmp_path, monkeypatch, short_figure_5):
@@ -313,7 +363,7 @@ def test_a_checkpoint_of_another_network_is_one_line(tmp_path):
     other = small_mlp(**{"train.steps": 2, "model.variant": "baseline"})
     Workdir(tmp_path).create(other, (8, 8, 1), "0123456789")
     with pytest.raises(UsageError, match="step-2 does not fit this network") as caught:
-        evaluate_workdir(tmp_path)
+        load_trained(tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -324,7 +374,7 @@ def test_a_truncated_checkpoint_is_one_line(ending, tmp_path):
     file = tmp_path / "checkpoints" / f"step-2.{ending}"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(UsageError, match="step-2 .*damaged") as caught:
-        evaluate_workdir(tmp_path)
+        load_trained(tmp_path)
     assert "\n" not in str(caught.value)
 
 

@@ -58,6 +58,11 @@ class Preprocessing:
     distortion: float
     binary: bool
 
+    @property
+    def num_pixels(self) -> int:
+        """Of the result."""
+        return math.prod(self.size)
+
     def from_pool(
         self, pool: tf.Tensor, indices: tf.Tensor, uniforms: tf.Tensor | None, white: int
     ) -> tf.Tensor:
@@ -150,9 +155,31 @@ class Preprocessing:
         pixels = tf.cast(pixels, tf.float32)
         if uniforms is not None and self.distortion:
             pixels = distort(pixels, uniforms[:, COLOUR], self.distortion, white)
+        return self.to_network_range(pixels, white)
+
+    def to_network_range(self, pixels: tf.Tensor, white: float) -> tf.Tensor:
+        """Brings float32 pixels in [0, white] to [-1, 1], or to 0 and 1 if `binary`."""
         if self.binary:
             return tf.cast(pixels >= white / 2, tf.float32)
         return pixels * (2 / white) - 1
+
+
+def decode(encoded: tf.Tensor, channels: int) -> tf.Tensor:
+    """Decodes a whole image, a JPEG by its accurate transform.
+
+    Args:
+      encoded: a string: JPEG, PNG, BMP or GIF, of which it is the first frame.
+      channels: of the result, 1 or 3.
+
+    Returns:
+      uint8 [H, W, channels].
+    """
+    pixels = tf.cond(
+        tf.io.is_jpeg(encoded),
+        lambda: tf.io.decode_jpeg(encoded, channels=channels, dct_method="INTEGER_ACCURATE"),
+        lambda: tf.io.decode_image(encoded, channels=channels, expand_animations=False),
+    )
+    return tf.ensure_shape(pixels, [None, None, channels])
 
 
 def inception_windows(uniforms: tf.Tensor, height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:

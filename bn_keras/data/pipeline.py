@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from bn_keras.data import images as images_lib
 from bn_keras.data import sources
+from bn_keras.data.crops import CropPreprocessing
 from bn_keras.data.images import Preprocessing
 from bn_keras.errors import UsageError
 
@@ -39,6 +40,7 @@ class Data:
       num_classes: their number.
       input_shape: (H, W, C) of what the network is fed.
       num_train_examples, num_validation_examples: sizes of the two splits.
+      preprocessing: what brings its images to input_shape.
     """
 
     def __init__(
@@ -49,12 +51,21 @@ class Data:
         self.num_train_examples = source.train.num_examples
         self.num_validation_examples = source.validation.num_examples
         self.input_shape = (*preprocessing.size, source.train.image_shape[-1])
-        if isinstance(source.train, sources.Arrays):
-            self._train = _ArrayBatches(source.train, preprocessing, seed)
-            self._validation = _ArrayBatches(source.validation, preprocessing, None)
-        else:
-            self._train = _ShardBatches(source.train, preprocessing, seed, shuffle)
-            self._validation = _ShardBatches(source.validation, preprocessing, None, shuffle)
+        self.preprocessing = preprocessing
+        self._source = source
+        self._shuffle = shuffle
+        self._train = self._batches(source.train, preprocessing, seed)
+
+    def _batches(
+        self,
+        split: sources.Arrays | sources.Shards,
+        preprocessing: Preprocessing | CropPreprocessing,
+        seed: int | None,
+    ) -> "_ArrayBatches | _ShardBatches":
+        """A seed makes it training input; None makes it one pass after the other, in order."""
+        if isinstance(split, sources.Arrays):
+            return _ArrayBatches(split, preprocessing, seed)
+        return _ShardBatches(split, preprocessing, seed, self._shuffle)
 
     def train_batches(
         self, strategy: tf.distribute.Strategy, global_batch_size: int, start_step: int = 0
@@ -72,31 +83,36 @@ class Data:
         Raises:
           UsageError: the replicas do not divide the global batch.
         """
-        _check_divides(strategy, global_batch_size)
+        check_divides(strategy, global_batch_size)
         return strategy.distribute_datasets_from_function(
             lambda context: self._train.dataset(_Rows(global_batch_size, context), start_step)
         )
 
     def validation_batches(
-        self, strategy: tf.distribute.Strategy, global_batch_size: int
+        self,
+        strategy: tf.distribute.Strategy,
+        global_batch_size: int,
+        preprocessing: CropPreprocessing | None = None,
     ) -> tuple[tf.distribute.DistributedDataset, int]:
         """Every validation example once, in full batches, the last padded.
 
         Args:
           strategy: as in `train_batches`.
           global_batch_size: as in `train_batches`.
+          preprocessing: takes the place of the data's own, for several crops of each image.
 
         Returns:
-          A distributed dataset of (images float32 [b, H, W, C], labels int32 [b],
-          weights float32 [b]: 1, or 0 for padding), and the number of steps of one pass. The
-          dataset goes on with the next pass after that.
+          A distributed dataset of (images float32 [b, H, W, C], or what `preprocessing.cut` takes;
+          labels int32 [b]; weights float32 [b]: 1, or 0 for padding), and the number of steps of
+          one pass. The dataset goes on with the next pass after that.
 
         Raises:
           UsageError: the replicas do not divide the global batch.
         """
-        _check_divides(strategy, global_batch_size)
+        check_divides(strategy, global_batch_size)
+        batches = self._batches(self._source.validation, preprocessing or self.preprocessing, None)
         dataset = strategy.distribute_datasets_from_function(
-            lambda context: self._validation.dataset(_Rows(global_batch_size, context), 0)
+            lambda context: batches.dataset(_Rows(global_batch_size, context), 0)
         )
         return dataset, math.ceil(self.num_validation_examples / global_batch_size)
 
@@ -163,7 +179,10 @@ class _ArrayBatches:
     """Batches of a split in memory, made whole: no step is taken example by example."""
 
     def __init__(
-        self, arrays: sources.Arrays, preprocessing: Preprocessing, seed: int | None
+        self,
+        arrays: sources.Arrays,
+        preprocessing: Preprocessing | CropPreprocessing,
+        seed: int | None,
     ) -> None:
         """A seed makes it training input; None makes it one pass after the other, in order."""
         with tf.device("CPU:0"):
@@ -172,12 +191,12 @@ class _ArrayBatches:
         self._white = arrays.white
         self._num_examples = arrays.num_examples
         self._preprocessing = preprocessing
-        self._image_shape = (*preprocessing.size, arrays.images.shape[-1])
         self._seed = seed
 
     def dataset(self, rows: _Rows, start_step: int) -> tf.data.Dataset:
         """Endless batches of one replica each, replica by replica, step by step."""
-        step_bytes = 4 * rows.global_batch_size * math.prod(self._image_shape)
+        image_bytes = 4 * self._preprocessing.num_pixels * self._images.shape[-1]
+        step_bytes = rows.global_batch_size * image_bytes
         # The same for any number of replicas: random numbers are drawn by the chunk.
         steps = max(1, min(MAX_CHUNK_STEPS, CHUNK_BYTES // step_bytes))
         chunks = tf.data.Dataset.counter(start_step // steps).map(
@@ -206,8 +225,10 @@ class _ArrayBatches:
         indices = tf.cast(examples % self._images.shape[0], tf.int32)
         images = self._preprocessing.from_pool(self._images, indices, uniforms, self._white)
         shape = [steps * rows.num_replicas, rows.per_replica_batch_size]
-        batches = [images, tf.gather(self._labels, indices), *weights]
-        return tuple(tf.reshape(batch, [*shape, *batch.shape[1:]]) for batch in batches)
+        return tf.nest.map_structure(
+            lambda batch: tf.reshape(batch, [*shape, *batch.shape[1:]]),
+            (images, tf.gather(self._labels, indices), *weights),
+        )
 
     def _uniforms(self, chunk: tf.Tensor, steps: int, rows: _Rows) -> tf.Tensor:
         """Random numbers [n, NUM_UNIFORMS], drawn for all rows of which these are taken."""
@@ -229,7 +250,11 @@ class _ShardBatches:
     """
 
     def __init__(
-        self, shards: sources.Shards, preprocessing: Preprocessing, seed: int | None, shuffle: str
+        self,
+        shards: sources.Shards,
+        preprocessing: Preprocessing | CropPreprocessing,
+        seed: int | None,
+        shuffle: str,
     ) -> None:
         """A seed makes it training input; None makes it one pass after the other, in order."""
         self._shards = shards
@@ -371,7 +396,8 @@ def _mixed(numbers: tf.Tensor) -> tf.Tensor:
     return mixed
 
 
-def _check_divides(strategy: tf.distribute.Strategy, global_batch_size: int) -> None:
+def check_divides(strategy: tf.distribute.Strategy, global_batch_size: int) -> None:
+    """Raises UsageError if a global batch can't be split evenly over the replicas."""
     if global_batch_size < 1 or global_batch_size % strategy.num_replicas_in_sync:
         raise UsageError(
             f"a global batch of {global_batch_size} can't be split over "

@@ -1,0 +1,226 @@
+"""Evaluation: every image once, whatever the batch, the replicas, the crops and the members."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from small import small_mlp
+
+from bn_keras.data import pipeline, sources
+from bn_keras.data.crops import SINGLE_CROP, CropPreprocessing, Crops
+from bn_keras.data.images import Preprocessing
+from bn_keras.errors import UsageError
+from bn_keras.evaluate import (
+    evaluate_workdirs,
+    format_errors,
+    make_ensemble_evaluator,
+    make_evaluator,
+    make_scorer,
+)
+from bn_keras.train import train_and_evaluate
+from bn_keras.trained import load_trained
+from bn_keras.workdir import Workdir
+
+ONE_DEVICE = tf.distribute.get_strategy()
+SIZE, CLASSES, IMAGES = 14, 7, 23
+
+
+def small_data():
+    """Images larger than what the network sees, and longer than high."""
+    random = np.random.default_rng(0)
+    arrays = sources.Arrays(
+        random.integers(0, 256, (IMAGES, 18, 25, 3), np.uint8),
+        random.integers(0, CLASSES, IMAGES).astype(np.int32),
+    )
+    source = sources.Source(tuple(map(str, range(CLASSES))), arrays, arrays)
+    preprocessing = Preprocessing((SIZE, SIZE), "inception", True, 1.0, binary=False)
+    return pipeline.Data(source, preprocessing, 0, "shards"), arrays
+
+
+def small_network(seed, softmax=False):
+    keras.utils.set_random_seed(seed)
+    layers = [
+        keras.layers.Conv2D(4, 3, strides=2, activation="relu"),
+        keras.layers.Flatten(),
+        # Large weights, so that the mean of probabilities is not that of logits.
+        keras.layers.Dense(CLASSES, kernel_initializer=keras.initializers.RandomNormal(stddev=2.0)),
+    ]
+    model = keras.Sequential([keras.Input((SIZE, SIZE, 3)), *layers])
+    if softmax:
+        return keras.Sequential([*model.layers, keras.layers.Activation("softmax")])
+    return model
+
+
+def probabilities_by_hand(model, crops, images):
+    """Arithmetic mean in float64 of what the network makes of each image's crops."""
+    means = []
+    for image in images:
+        if crops.count == 1:
+            preprocessing = Preprocessing((SIZE, SIZE), "inception", True, 1.0, binary=False)
+            cut = preprocessing.from_pool(image[None], tf.constant([0]), None, 255)
+        else:
+            cut = crops.cut(crops.take_squares(image[None], SIZE), SIZE) / 127.5 - 1
+        exps = np.exp(model(cut, training=False).numpy().astype(np.float64))
+        means.append(np.mean(exps / exps.sum(axis=1, keepdims=True), axis=0))
+    return np.stack(means)
+
+
+def figures_by_hand(probabilities, labels):
+    order = np.argsort(-probabilities, axis=1)
+    hits = order == labels[:, None]
+    return {
+        "examples": len(labels),
+        "loss": -np.mean(np.log(probabilities[np.arange(len(labels)), labels])),
+        "accuracy": hits[:, 0].mean(),
+        "top5_accuracy": hits[:, :5].any(axis=1).mean(),
+    }
+
+
+@pytest.mark.parametrize("crops", ["1", "10", "2x3x6x2"])
+def test_probabilities_are_averaged_over_crops_and_members(crops):
+    crops = Crops.parse(crops)
+    data, arrays = small_data()
+    models = [small_network(seed) for seed in (0, 1, 2)]
+    found = make_ensemble_evaluator(models, data, ONE_DEVICE, 32, crops)()
+    members = [probabilities_by_hand(model, crops, arrays.images) for model in models]
+    expected = [figures_by_hand(p, arrays.labels) for p in [*members, np.mean(members, axis=0)]]
+    assert len(found) == 4
+    for row, by_hand in zip(found, expected, strict=True):
+        assert row == pytest.approx(by_hand, rel=1e-4)
+    # What this is about shows: the ensemble is neither of its members.
+    assert len({row["loss"] for row in found}) == 4
+
+
+@pytest.mark.parametrize("crops", ["1", "10", "144"])
+@pytest.mark.parametrize("global_batch_size", [2, 30, 64])
+def test_any_batch_and_replicas_give_the_same(crops, global_batch_size, two_replicas):
+    crops = Crops.parse(crops)
+    data, _ = small_data()
+    reference = make_ensemble_evaluator([small_network(0)], data, ONE_DEVICE, 7, crops)()
+    with two_replicas.scope():
+        model = small_network(0)
+    found = make_ensemble_evaluator([model], data, two_replicas, global_batch_size, crops)()
+    assert found[0]["examples"] == IMAGES
+    assert found[0] == pytest.approx(reference[0], rel=1e-5)
+
+
+def test_a_model_is_never_called_with_more_than_its_batch():
+    data, _ = small_data()
+    seen = []
+
+    class Watched(keras.layers.Layer):
+        def call(self, x):
+            seen.append(x.shape[0])
+            return x
+
+    network = small_network(0)
+    model = keras.Sequential([keras.Input((SIZE, SIZE, 3)), Watched(), network])
+    for crops, batch, called in [("144", 50, 48), ("144", 7, 6), ("10", 50, 50), ("10", 64, 60)]:
+        seen.clear()
+        make_ensemble_evaluator([model], data, ONE_DEVICE, batch, Crops.parse(crops))()
+        assert set(seen) == {called}
+
+
+def test_a_lost_image_is_noticed(monkeypatch):
+    data, _ = small_data()
+    evaluate = make_evaluator(small_network(0), data, ONE_DEVICE, 8)
+    evaluate()
+    monkeypatch.setattr(data, "num_validation_examples", IMAGES + 1)
+    with pytest.raises(AssertionError, match="23 of 24 examples were counted"):
+        evaluate()
+
+
+def test_a_batch_that_cannot_be_split(two_replicas):
+    data, _ = small_data()
+    with pytest.raises(UsageError, match="15 can't be split over 2 replicas"):
+        make_ensemble_evaluator([small_network(0)], data, two_replicas, 15, Crops.parse("10"))
+
+
+def test_logits_and_probabilities_are_told_apart():
+    images = tf.random.stateless_normal([4, SIZE, SIZE, 3], [0, 0])
+    single = CropPreprocessing(small_data()[0].preprocessing, SINGLE_CROP)
+    models = [small_network(0), small_network(0, softmax=True)]
+    models[1].set_weights(models[0].get_weights())
+    logits, probabilities, ensemble = make_scorer(models, single, 4)(images)
+    np.testing.assert_allclose(logits, tf.nn.log_softmax(models[0](images)), atol=1e-6)
+    np.testing.assert_allclose(probabilities, logits, atol=1e-4)
+    np.testing.assert_allclose(ensemble, logits, atol=1e-4)
+
+
+def test_improbable_classes_keep_their_order():
+    # Probabilities of e^-300 and e^-400 are both 0 in float32.
+    logits = tf.constant([[[0.0, -300.0, -400.0]]])
+    images = keras.Input((1, 3))
+    model = keras.Model(images, keras.layers.Reshape((3,))(images))
+    single = CropPreprocessing(Preprocessing((1, 3), "none", False, 0.0, False), SINGLE_CROP)
+    scores = make_scorer([model, model], single, 1)(logits)
+    np.testing.assert_allclose(scores[-1], [[0.0, -300.0, -400.0]], atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Three runs on digits that differ by seed."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in (0, 1, 2):
+        train_and_evaluate(small_mlp(seed=seed), folder / str(seed))
+    return [folder / str(seed) for seed in (0, 1, 2)]
+
+
+def test_a_run_evaluated_again_gives_its_last_line(runs):
+    last = Workdir(runs[0]).read_metrics()[-1]
+    (found,) = evaluate_workdirs([runs[0]])
+    assert (found["step"], found["statistics"]) == (60, "moving")
+    assert (found["model"], found["models"], found["crops"]) == (str(runs[0]), 1, 1)
+    for name in ("examples", "accuracy", "top5_accuracy", "loss"):
+        assert found[name] == pytest.approx(last[f"validation/{name}"], rel=1e-6)
+    assert found["top1_error"] == 1 - found["accuracy"]
+    assert found["top5_error"] == 1 - found["top5_accuracy"]
+
+
+def test_runs_with_several_crops_and_their_ensemble(runs):
+    rows = evaluate_workdirs(runs, crops=[SINGLE_CROP, Crops.parse("10")])
+    assert [(row["model"], row["crops"], row["models"]) for row in rows] == [
+        (name, crops, models)
+        for crops in (1, 10)
+        for name, models in [*((str(run), 1) for run in runs), ("ensemble", 3)]
+    ]
+    assert {row["examples"] for row in rows} == {355}
+    # The cross-entropy of a mean is at most the mean of the cross-entropies.
+    for members, ensemble in ((rows[:3], rows[3]), (rows[4:7], rows[7])):
+        assert ensemble["loss"] < np.mean([row["loss"] for row in members])
+    title, *lines, total = format_errors(rows).splitlines()
+    assert title.split("  ")[-2:] == ["top-1 error", "top-5 error"]
+    assert total == "355 images, each counted exactly once"
+    for row, line in zip(rows, lines, strict=True):
+        errors = f"{100 * row['top1_error']:.2f}%", f"{100 * row['top5_error']:.2f}%"
+        assert line.split() == [row["model"], str(row["crops"]), str(row["models"]), *errors]
+    assert len(set(map(len, [title, *lines]))) == 1
+
+
+def test_what_is_no_run_or_another_network_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="holds no run"):
+        evaluate_workdirs([tmp_path])
+    config = small_mlp(**{"train.steps": 2})
+    Workdir(tmp_path).create(config, (8, 8, 1), "0123456789")
+    with pytest.raises(UsageError, match="no checkpoint yet"):
+        evaluate_workdirs([tmp_path])
+    with pytest.raises(UsageError, match="not that of the run"):
+        evaluate_workdirs([tmp_path], small_mlp(**{"model.variant": "baseline"}))
+
+
+def test_members_of_other_classes_are_refused(runs, tmp_path):
+    config = small_mlp(**{"train.steps": 2})
+    train_and_evaluate(config, tmp_path)
+    assert load_trained(tmp_path).class_names == tuple("0123456789")
+    interface = tmp_path / "interface.json"
+    interface.write_text(interface.read_text().replace('"9"', '"nine"'))
+    with pytest.raises(UsageError, match="digits has 10 classes .* other names") as caught:
+        evaluate_workdirs([runs[0], tmp_path])
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_members_that_see_other_pixels_are_refused(runs, tmp_path):
+    train_and_evaluate(small_mlp(**{"train.steps": 2, "data.binary": False}), tmp_path)
+    with pytest.raises(UsageError, match="data.binary is True, but not for the network in") as e:
+        evaluate_workdirs([runs[0], tmp_path])
+    assert "\n" not in str(e.value)
