@@ -16,56 +16,65 @@ from bn_keras.data import pipeline
 from bn_keras.data.crops import SINGLE_CROP, CropPreprocessing, Crops
 from bn_keras.errors import UsageError
 from bn_keras.population import estimate_population_statistics
-from bn_keras.trained import TrainedNetwork, load_trained
+from bn_keras.trained import ExportedNetwork, TrainedNetwork, load_exported, load_trained
 from bn_keras.workdir import Workdir
 
 # Parts of a pass, after each of which a long evaluation says how far it has come.
 _PARTS = 100
 
 
-def evaluate_workdirs(
-    workdirs: Sequence[str | os.PathLike],
+def evaluate_networks(
+    workdirs: Sequence[str | os.PathLike] = (),
     config: ConfigDict | None = None,
     crops: Sequence[Crops] = (SINGLE_CROP,),
+    exported: Sequence[str | os.PathLike] = (),
 ) -> list[dict[str, object]]:
-    """Evaluates the networks of runs, and several of them as an ensemble too.
+    """Evaluates networks of runs and exported ones, and several of them as an ensemble too.
 
-    A network is taken as its run was finished, or of the latest checkpoint. It goes by the
+    A run's network is taken as it was finished, or of the latest checkpoint. It goes by the
     statistics of the population where the run took these, or where the config asks for them in
     whatever way; they are then taken here. Else it goes by the moving ones.
 
     Args:
       workdirs: of the runs.
       config: to evaluate by; None is the first run's own. Its model has to be that of one of the
-        runs; the data may lie elsewhere, and the devices may be others.
+        runs, if there are any; the data may lie elsewhere, and the devices may be others.
       crops: everything is evaluated with each of these.
+      exported: paths of .keras files and SavedModels, as `load_exported` takes them. They are
+        shown images prepared as the config says.
 
     Returns:
       For each of the crops a row a network and, if there are several, one for the ensemble:
-      "model" (the workdir, or "ensemble"), how many "crops" and "models", for a network its "step"
-      and "statistics" ("moving" or "population"), what `make_evaluator` gives, and "top1_error"
-      and "top5_error".
+      "model" (the path, or "ensemble"), how many "crops" and "models", for a run its "step" and
+      "statistics" ("moving" or "population"), what `make_evaluator` gives, and "top1_error" and
+      "top5_error".
 
     Raises:
-      UsageError: no run or no checkpoint in a folder, a config of another network, data of other
-        classes than a network's, or crops that can't be cut.
+      UsageError: no network at a path, a config of another network, data of other classes than a
+        network's, or crops that can't be cut.
     """
     configs = [Workdir(workdir).read_config() for workdir in workdirs]
+    if config is None and not configs:
+        raise UsageError("an exported network doesn't say what it was trained on: give a config")
     config = config or configs[0]
-    if (config.model, config.batch_norm) not in [(c.model, c.batch_norm) for c in configs]:
+    trained = [(c.model, c.batch_norm) for c in configs]
+    if trained and (config.model, config.batch_norm) not in trained:
         raise UsageError(
             f"the config's network is not that of the run in {workdirs[0]}: leave the config out"
             " to evaluate with the run's own"
         )
     strategy = distribution.make_strategy(**config.distribution)
     networks = [load_trained(workdir, strategy) for workdir in workdirs]
+    networks += [load_exported(path, strategy) for path in exported]
     data = pipeline.open_data(config.data, seed=config.seed)
     rows = []
-    for workdir, network in zip(workdirs, networks, strict=True):
-        _check_fits(network, workdir, data, config.data.name)
-        statistics = _settle_statistics(network, data, config, strategy)
-        name = os.fspath(workdir)
-        rows.append({"model": name, "models": 1, "step": network.step, "statistics": statistics})
+    for path, network in zip([*workdirs, *exported], networks, strict=True):
+        _check_fits(network, path, data, config.data.name)
+        row = {"model": os.fspath(path), "models": 1}
+        if isinstance(network, TrainedNetwork):
+            row["step"] = network.step
+            row["statistics"] = _settle_statistics(network, data, config, strategy)
+        rows.append(row)
     if len(rows) > 1:
         rows.append({"model": "ensemble", "models": len(rows)})
 
@@ -88,19 +97,25 @@ def evaluate_workdirs(
 
 
 def _check_fits(
-    network: TrainedNetwork, workdir: str | os.PathLike, data: pipeline.Data, data_name: str
+    network: TrainedNetwork | ExportedNetwork,
+    path: str | os.PathLike,
+    data: pipeline.Data,
+    data_name: str,
 ) -> None:
-    if (data.class_names, data.input_shape) != (network.class_names, network.input_shape):
+    names = network.class_names
+    if names is None and network.num_classes == data.num_classes:
+        names = data.class_names
+    if (data.class_names, data.input_shape) != (names, network.input_shape):
         raise UsageError(
             f"{data_name} has {data.num_classes} classes and images of {data.input_shape},"
-            f" but the network in {workdir} was trained for {len(network.class_names)} classes,"
+            f" but the network in {path} was trained for {network.num_classes} classes,"
             f" which may go by other names, and {network.input_shape}: give the data it was"
             " trained for"
         )
-    if data.preprocessing.binary != network.preprocessing.binary:
+    binary = data.preprocessing.binary
+    if isinstance(network, TrainedNetwork) and network.preprocessing.binary != binary:
         raise UsageError(
-            f"data.binary is {data.preprocessing.binary}, but not for the network in {workdir}:"
-            " evaluate it by itself"
+            f"data.binary is {binary}, but not for the network in {path}: evaluate it by itself"
         )
 
 
@@ -121,7 +136,7 @@ def _settle_statistics(
 
 
 def format_errors(rows: Sequence[Mapping[str, object]]) -> str:
-    """Lays out what `evaluate_workdirs` gives as Figure 4 of the paper does."""
+    """Lays out what `evaluate_networks` gives as Figure 4 of the paper does."""
     header = ["model", "crops", "models", "top-1 error", "top-5 error"]
     lines = [
         [str(row[name]) for name in header[:3]]

@@ -1,6 +1,7 @@
-"""A run's network as it was trained, for whoever evaluates, exports or examines it."""
+"""A network as it was trained or exported, for whoever evaluates, exports or examines it."""
 
 import os
+import pathlib
 from typing import NamedTuple
 
 import keras
@@ -37,6 +38,11 @@ class TrainedNetwork(NamedTuple):
     class_names: tuple[str, ...]
     preprocessing: Preprocessing
 
+    @property
+    def num_classes(self) -> int:
+        """Of the logits."""
+        return len(self.class_names)
+
 
 def load_trained(
     workdir: str | os.PathLike, strategy: tf.distribute.Strategy | None = None
@@ -64,3 +70,68 @@ def load_trained(
     step = checkpoints.restore()
     preprocessing = make_preprocessing(config.data, input_shape[:2])
     return TrainedNetwork(model, config, step, statistics, input_shape, class_names, preprocessing)
+
+
+class ExportedNetwork(NamedTuple):
+    """A network that launch.export has written, or any other Keras model for images.
+
+    Attributes:
+      model: from images float32 [N, *input_shape] to logits or probabilities [N, classes].
+      input_shape: (height, width, channels).
+      num_classes: of its output.
+      class_names: in their order; None for a .keras file, which doesn't hold them.
+    """
+
+    model: keras.Model
+    input_shape: tuple[int, int, int]
+    num_classes: int
+    class_names: tuple[str, ...] | None
+
+
+def load_exported(
+    path: str | os.PathLike, strategy: tf.distribute.Strategy | None = None
+) -> ExportedNetwork:
+    """Loads a .keras file or a SavedModel of launch.export.
+
+    Args:
+      path: of the file, or of the SavedModel's folder.
+      strategy: as in `load_trained`.
+
+    Raises:
+      UsageError: there is neither, it can't be read, or it doesn't map images to classes.
+    """
+    path = pathlib.Path(path)
+    is_saved_model = (path / "saved_model.pb").is_file()
+    if not (is_saved_model or path.suffix == ".keras" and path.is_file()):
+        raise UsageError(
+            f"{path} is no exported network: accepted are .keras files and folders of SavedModels"
+        )
+    strategy = strategy or tf.distribute.get_strategy()
+    try:
+        with strategy.scope():
+            model, names = _read_saved_model(path) if is_saved_model else _read_keras(path)
+    # What Keras and TensorFlow raise on a damaged or a foreign file is of many kinds.
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f"{path} can't be read as a network: {reason}") from error
+    shapes = [tensor.shape for tensor in (*model.inputs, *model.outputs)]
+    if [len(shape) for shape in shapes] != [4, 2] or None in shapes[0][1:]:
+        raise UsageError(
+            f"{path} maps {', '.join(map(str, shapes))}: it has to map images [N, height, width,"
+            " channels] of one size to one output [N, classes]"
+        )
+    images, outputs = shapes
+    return ExportedNetwork(model, tuple(images[1:]), outputs[1], names)
+
+
+def _read_keras(path: pathlib.Path) -> tuple[keras.Model, None]:
+    return keras.saving.load_model(path, compile=False), None
+
+
+def _read_saved_model(path: pathlib.Path) -> tuple[keras.Model, tuple[str, ...]]:
+    signatures = tf.saved_model.load(path).signatures
+    names = signatures["class_names"]()["class_names"].numpy()
+    _, arguments = signatures["images"].structured_input_signature
+    images = keras.Input(arguments["images"].shape[1:])
+    network = keras.layers.TFSMLayer(path, call_endpoint="images")
+    return keras.Model(images, network(images)["logits"]), tuple(name.decode() for name in names)

@@ -1,7 +1,8 @@
 """Evaluates networks on a validation set, by themselves and as an ensemble.
 
-Of each run it takes the network as it was finished, or the latest checkpoint. Without --config it
-goes by the first run's own. The errors go to standard output as a table like the paper's Figure 4.
+Of each run it takes the network as it was finished, or the latest checkpoint; --model takes what
+launch.export has written, a .keras file or a SavedModel. Without --config it goes by the first
+run's own. The errors go to standard output as a table like the paper's Figure 4.
 
 --crops is 1 for the single crop, 10 for the corners and the centre with their mirror images, 144
 for GoogLeNet's, or scales x squares x windows x mirrors: 10 is 1x1x5x2, and 144 is 4x3x6x2.
@@ -9,6 +10,7 @@ for GoogLeNet's, or scales x squares x windows x mirrors: 10 is 1x1x5x2, and 144
 Examples:
   python -m launch.evaluate --workdir=runs/mnist_bn
   python -m launch.evaluate --workdir=runs/a --workdir=runs/b --crops=1,144
+  python -m launch.evaluate --config=configs/bn_x30.py --model=bn_x30.keras
 """
 
 import json
@@ -19,8 +21,9 @@ from launch import cli
 
 _CONFIG = cli.define_config(required=False)
 _WORKDIRS = flags.DEFINE_multi_string(
-    "workdir", None, "Folder of a run; repeated, those of an ensemble's members.", required=True
+    "workdir", [], "Folder of a run; repeated, those of an ensemble's members."
 )
+_MODELS = flags.DEFINE_multi_string("model", [], "The same for exported networks.")
 _CROPS = flags.DEFINE_list("crops", ["1"], "Crops of each image, one or more of such numbers.")
 _JSON = flags.DEFINE_bool("json", False, "Prints a line of JSON for each row of the table instead.")
 
@@ -28,10 +31,12 @@ _JSON = flags.DEFINE_bool("json", False, "Prints a line of JSON for each row of 
 def main() -> None:
     """Evaluates what the flags say and prints the result."""
     from bn_keras.data.crops import Crops
-    from bn_keras.evaluate import evaluate_workdirs, format_errors
+    from bn_keras.evaluate import evaluate_networks, format_errors
 
+    if not _WORKDIRS.value + _MODELS.value:
+        cli.fail("--workdir or --model is missing: see --help", 2)
     crops = [Crops.parse(text) for text in _CROPS.value]
-    rows = evaluate_workdirs(_WORKDIRS.value, _CONFIG.value, crops)
+    rows = evaluate_networks(_WORKDIRS.value, _CONFIG.value, crops, _MODELS.value)
     print("\n".join(map(json.dumps, rows)) if _JSON.value else format_errors(rows))
 
 

@@ -11,14 +11,15 @@ from bn_keras.data.crops import SINGLE_CROP, CropPreprocessing, Crops
 from bn_keras.data.images import Preprocessing
 from bn_keras.errors import UsageError
 from bn_keras.evaluate import (
-    evaluate_workdirs,
+    evaluate_networks,
     format_errors,
     make_ensemble_evaluator,
     make_evaluator,
     make_scorer,
 )
+from bn_keras.export import export_workdir
 from bn_keras.train import train_and_evaluate
-from bn_keras.trained import load_trained
+from bn_keras.trained import load_exported, load_trained
 from bn_keras.workdir import Workdir
 
 ONE_DEVICE = tf.distribute.get_strategy()
@@ -168,7 +169,7 @@ def runs(tmp_path_factory):
 
 def test_a_run_evaluated_again_gives_its_last_line(runs):
     last = Workdir(runs[0]).read_metrics()[-1]
-    (found,) = evaluate_workdirs([runs[0]])
+    (found,) = evaluate_networks([runs[0]])
     assert (found["step"], found["statistics"]) == (60, "moving")
     assert (found["model"], found["models"], found["crops"]) == (str(runs[0]), 1, 1)
     for name in ("examples", "accuracy", "top5_accuracy", "loss"):
@@ -178,7 +179,7 @@ def test_a_run_evaluated_again_gives_its_last_line(runs):
 
 
 def test_runs_with_several_crops_and_their_ensemble(runs):
-    rows = evaluate_workdirs(runs, crops=[SINGLE_CROP, Crops.parse("10")])
+    rows = evaluate_networks(runs, crops=[SINGLE_CROP, Crops.parse("10")])
     assert [(row["model"], row["crops"], row["models"]) for row in rows] == [
         (name, crops, models)
         for crops in (1, 10)
@@ -199,13 +200,13 @@ def test_runs_with_several_crops_and_their_ensemble(runs):
 
 def test_what_is_no_run_or_another_network_is_refused(tmp_path):
     with pytest.raises(UsageError, match="holds no run"):
-        evaluate_workdirs([tmp_path])
+        evaluate_networks([tmp_path])
     config = small_mlp(**{"train.steps": 2})
     Workdir(tmp_path).create(config, (8, 8, 1), "0123456789")
     with pytest.raises(UsageError, match="no checkpoint yet"):
-        evaluate_workdirs([tmp_path])
+        evaluate_networks([tmp_path])
     with pytest.raises(UsageError, match="not that of the run"):
-        evaluate_workdirs([tmp_path], small_mlp(**{"model.variant": "baseline"}))
+        evaluate_networks([tmp_path], small_mlp(**{"model.variant": "baseline"}))
 
 
 def test_members_of_other_classes_are_refused(runs, tmp_path):
@@ -215,12 +216,58 @@ def test_members_of_other_classes_are_refused(runs, tmp_path):
     interface = tmp_path / "interface.json"
     interface.write_text(interface.read_text().replace('"9"', '"nine"'))
     with pytest.raises(UsageError, match="digits has 10 classes .* other names") as caught:
-        evaluate_workdirs([runs[0], tmp_path])
+        evaluate_networks([runs[0], tmp_path])
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
 def test_members_that_see_other_pixels_are_refused(runs, tmp_path):
     train_and_evaluate(small_mlp(**{"train.steps": 2, "data.binary": False}), tmp_path)
     with pytest.raises(UsageError, match="data.binary is True, but not for the network in") as e:
-        evaluate_workdirs([runs[0], tmp_path])
+        evaluate_networks([runs[0], tmp_path])
     assert "\n" not in str(e.value)
+
+
+def test_exported_networks_in_an_ensemble(runs, tmp_path):
+    keras_file, folded, saved_model = (
+        export_workdir(run, tmp_path / name, kind, fold=fold).output
+        for run, name, kind, fold in (
+            (runs[0], "a.keras", "keras", False),
+            (runs[1], "b.keras", "keras", True),
+            (runs[2], "c", "saved_model", False),
+        )
+    )
+    config = Workdir(runs[0]).read_config()
+    expected = evaluate_networks(runs)
+    found = evaluate_networks([], config, exported=[keras_file, folded, saved_model])
+    for row, other in zip(expected, found, strict=True):
+        for name in ("examples", "loss", "top1_error", "top5_error"):
+            assert other[name] == pytest.approx(row[name], rel=1e-4)
+    assert [row["model"] for row in found][:3] == [*map(str, (keras_file, folded, saved_model))]
+    *_, mixed = evaluate_networks(runs[:2], exported=[saved_model])
+    assert mixed["loss"] == pytest.approx(expected[-1]["loss"], rel=1e-4)
+
+    with pytest.raises(UsageError, match="doesn't say what it was trained on: give a config"):
+        evaluate_networks(exported=[keras_file])
+    other = small_mlp(**{"data.name": "synthetic", "data.image_size": 8})
+    other.unlock()
+    with pytest.raises(UsageError, match="but the network in .*a.keras was trained for 10 classes"):
+        evaluate_networks([], other, exported=[keras_file])
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda path: None, "is no exported network: accepted are .keras files and folders of"),
+        (lambda path: path.mkdir(), "is no exported network"),
+        (lambda path: path.write_bytes(b"PK\3\4 and no more"), "can't be read as a network: "),
+        (
+            lambda path: keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]).save(path),
+            "it has to map images",
+        ),
+    ],
+)
+def test_what_is_no_exported_network_is_refused(make, message, tmp_path):
+    make(tmp_path / "x.keras")
+    with pytest.raises(UsageError, match=message) as caught:
+        load_exported(tmp_path / "x.keras")
+    assert "\n" not in str(caught.value) and "x.keras" in str(caught.value)

@@ -13,7 +13,7 @@ from small import small_mlp
 from bn_keras import train
 from bn_keras.data import pipeline
 from bn_keras.errors import TrainingDivergedError, UsageError
-from bn_keras.evaluate import evaluate_workdirs
+from bn_keras.evaluate import evaluate_networks
 from bn_keras.models import SigmoidMLP, inception
 from bn_keras.population import estimate_population_statistics
 from bn_keras.train import Trainer, train_and_evaluate
@@ -118,7 +118,7 @@ def test_population_statistics_leave_the_training_alone(devices, tmp_path):
             [line for line in lines_without_times(tmp_path / when) if name in line]
             for name in ("train/loss", "validation/loss")
         ]
-        (evaluated,) = evaluate_workdirs([tmp_path / when])
+        (evaluated,) = evaluate_networks([tmp_path / when])
         assert evaluated["statistics"] == last["validation/statistics"]
         assert evaluated["loss"] == pytest.approx(last["validation/loss"], rel=1e-6)
     assert len(hashes) == 1
@@ -165,11 +165,11 @@ def test_an_unfinished_run_is_evaluated_as_its_config_has_it(tmp_path, monkeypat
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         kill_after(patch, 40)
         train_and_evaluate(config, tmp_path)
-    (found,) = evaluate_workdirs([tmp_path])
+    (found,) = evaluate_networks([tmp_path])
     assert (found["step"], found["statistics"]) == (25, "population")
     config = config.copy_and_resolve_references()
     config.population.when = "never"
-    (by_moving,) = evaluate_workdirs([tmp_path], config)
+    (by_moving,) = evaluate_networks([tmp_path], config)
     assert by_moving["statistics"] == "moving" and by_moving["loss"] != found["loss"]
 
 
