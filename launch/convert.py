@@ -25,13 +25,14 @@ _OUTPUT = flags.DEFINE_string(
 _SOURCE = flags.DEFINE_enum(
     "source", None, ["pytorch", "slim"], "Whose weights they are; without it, the ending tells."
 )
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an output that is there.")
 
 
 def main() -> None:
     """Converts what the flags name."""
     from bn_keras.convert import convert_weights
 
-    convert_weights(_WEIGHTS.value, _OUTPUT.value, _SOURCE.value)
+    convert_weights(_WEIGHTS.value, _OUTPUT.value, _SOURCE.value, overwrite=_OVERWRITE.value)
 
 
 if __name__ == "__main__":

@@ -120,9 +120,10 @@ class Pytorchcv(Torch):
 class Slim(Network):
     projection = 96
 
-    def __init__(self, separable=True):
+    def __init__(self, separable=True, gamma=False):
         super().__init__()
         self.separable = separable
+        self.gamma = gamma
 
     def layers(self):
         names = ["Conv2d_1a_7x7", "Conv2d_2b_1x1", "Conv2d_2c_3x3"]
@@ -153,7 +154,8 @@ class Slim(Network):
         beta = self.tensor(f"{name}/BatchNorm/beta", filters)
         mean = self.tensor(f"{name}/BatchNorm/moving_mean", filters)
         variance = self.positive(f"{name}/BatchNorm/moving_variance", filters, 2)
-        return tf.nn.relu((x - mean) / np.sqrt(variance + 1e-3) + beta)
+        gamma = self.positive(f"{name}/BatchNorm/gamma", filters, 1.3) if self.gamma else 1
+        return tf.nn.relu(gamma * (x - mean) / np.sqrt(variance + 1e-3) + beta)
 
     def pool(self, x, kind, stride):
         return {"max": tf.nn.max_pool2d, "avg": tf.nn.avg_pool2d}[kind](x, 3, stride, "SAME")
@@ -234,8 +236,9 @@ def test_slim_from_a_checkpoint_of_a_training(version, given, slim, tmp_path):
     _assert_gives(convert.from_slim(tmp_path / given, input_shape=(64, 96, 3)), logits)
 
 
-def test_slim_with_a_plain_stem_and_a_background_class(tmp_path):
-    network = Slim(separable=False)
+@pytest.mark.parametrize("options", [{"separable": False}, {"gamma": True}], ids=str)
+def test_slim_in_its_other_forms_and_with_a_background_class(options, tmp_path):
+    network = Slim(**options)
     logits = network.logits(IMAGES, classes=1001)
     _save_checkpoint(tmp_path / "model.ckpt", network.tensors)
     model = convert.from_slim(tmp_path / "model.ckpt.data-00000-of-00001", (64, 96, 3))
@@ -360,18 +363,31 @@ def test_a_pth_without_pytorch(tmp_path, monkeypatch):
 
 def test_written_weights_are_read_by_the_builder(cadene, tmp_path):
     np.savez(tmp_path / "weights.npz", **cadene[0])
-    convert.convert_weights(tmp_path / "weights.npz", tmp_path / "out.weights.h5")
-    model = BNInception("bn_x5", CLASSES, (64, 96, 3), preset="caffe")
-    model.load_weights(tmp_path / "out.weights.h5")
+    written = tmp_path / "new" / "out.weights.h5"
+    convert.convert_weights(tmp_path / "weights.npz", written)
+    model = BNInception("bn_x5", CLASSES, (64, 96, 3), preset="caffe", weights=written)
     _assert_gives(model, cadene[1])
+    assert list(written.parent.iterdir()) == [written]
 
 
-@pytest.mark.parametrize(
-    "output, part", [("out.h5", ".weights.h5"), ("nowhere/out.keras", "no folder")]
-)
-def test_an_output_that_cannot_be_written(output, part, tmp_path):
-    with pytest.raises(UsageError, match=part):
-        convert.convert_weights(tmp_path / "weights.npz", tmp_path / output)
+def test_an_output_that_cannot_be_written(cadene, tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="has to end in .keras or .weights.h5"):
+        convert.convert_weights("weights.npz", tmp_path / "out.h5")
+    output = tmp_path / "out.keras"
+    output.write_text("before")
+    with pytest.raises(UsageError, match="exists: give another one, or --overwrite"):
+        convert.convert_weights("weights.npz", output)
+
+    def fail(model, path):
+        path.write_text("half of it")
+        raise OSError("no space left")
+
+    np.savez(tmp_path / "weights.npz", **cadene[0])
+    monkeypatch.setattr(keras.Model, "save", fail)
+    with pytest.raises(UsageError, match="can't be written: no space left"):
+        convert.convert_weights(tmp_path / "weights.npz", output, overwrite=True)
+    assert output.read_text() == "before"
+    assert {path.name for path in tmp_path.iterdir()} == {"weights.npz", "out.keras"}
 
 
 def test_whose_weights_they_are_is_told_by_the_ending_or_said(tmp_path):

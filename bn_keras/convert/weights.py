@@ -27,6 +27,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from bn_keras.batch_norm import BatchNormalization
 from bn_keras.convert.projects import CADENE, PYTORCHCV, SLIM, SLIM_SCOPE, SLIM_STEM, Project
 from bn_keras.errors import UsageError
 from bn_keras.models.inception import BNInception
@@ -74,13 +75,10 @@ def from_pytorch(
     project = max(
         (PYTORCHCV, CADENE), key=lambda project: len(owners.intersection(project.layers.values()))
     )
-    return _fill(
-        project,
-        origin,
-        {name: tuple(getattr(tensor, "shape", ())) for name, tensor in tensors.items()},
-        lambda name: _to_numpy(tensors[name]),
-        dict(preset="caffe", input_shape=input_shape),
-    )
+    shapes = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in tensors.items()}
+    model = _network(project, shapes, input_shape, preset="caffe")
+    _fill(model, project, origin, shapes, lambda name: _to_numpy(tensors[name]))
+    return model
 
 
 def from_slim(
@@ -99,8 +97,8 @@ def from_slim(
 
     Returns:
       A new model with as many classes as the classifier in the file (with the published weights
-      1001, "background" first), from RGB images in [-1, 1] to logits. Its stem is separable or
-      plain, as in the file.
+      1001, "background" first), from RGB images in [-1, 1] to logits. As in the file, its stem is
+      separable or plain, and its BN has no gamma or, trained with batch_norm_scale, has one.
 
     Raises:
       UsageError: no such checkpoint, or not exactly the variables of this network.
@@ -120,43 +118,56 @@ def from_slim(
     # An optimizer's slots and moving averages are called VARIABLE/SLOT.
     shapes = {n: shape for n, shape in shapes.items() if n.rpartition("/")[0] not in shapes}
     separable = f"{SLIM_STEM}/weights" not in shapes
-    return _fill(
-        SLIM,
-        origin,
-        shapes,
-        reader.get_tensor,
-        dict(preset="slim", separable_stem=separable, input_shape=input_shape),
-    )
+    model = _network(SLIM, shapes, input_shape, preset="slim", separable_stem=separable)
+    if any(name.endswith(SLIM.variables["gamma"]) for name in shapes):
+        model = _with_gamma(model)
+    _fill(model, SLIM, origin, shapes, reader.get_tensor)
+    return model
 
 
 def convert_weights(
-    weights: str | os.PathLike, output: str | os.PathLike, source: str | None = None
+    weights: str | os.PathLike,
+    output: str | os.PathLike,
+    source: str | None = None,
+    *,
+    overwrite: bool = False,
 ) -> None:
-    """Reads a file of other weights and writes the model.
+    """Reads a file of another project's weights and writes the network.
 
     Args:
       weights: path, as from_pytorch or from_slim takes it.
-      output: path to write, ending in ".keras" (which keras.models.load_model reads after
-        `import bn_keras`) or in ".weights.h5".
-      source: "pytorch" or "slim"; None takes paths ending in .npz, .pt, .pth or .tar for
+      output: path to write. A .keras file is read by keras.models.load_model after
+        `import bn_keras`; a .weights.h5 file by BNInception(preset=..., classes=..., weights=...).
+      source: "pytorch" or "slim"; None takes paths that end in .npz, .pt, .pth or .tar for
         PyTorch's.
+      overwrite: whether an output that is there is replaced.
 
     Raises:
-      UsageError: weights that can't be read, or an output that can't be written.
+      UsageError: weights that can't be read, or an output that can't be written; what was there
+        stays.
     """
     output = pathlib.Path(output)
     if not output.name.endswith((".keras", ".weights.h5")):
-        raise UsageError(f"{output} can't be written: give a name ending in .keras or .weights.h5")
-    if not output.parent.is_dir():
-        raise UsageError(f"{output} can't be written: there is no folder {output.parent}")
+        raise UsageError(f"output {output} has to end in .keras or .weights.h5")
+    if output.exists() and not overwrite:
+        raise UsageError(f"output {output} exists: give another one, or --overwrite")
     if source is None:
-        suffix = pathlib.Path(weights).suffix
-        source = "pytorch" if suffix in (".npz", ".pt", ".pth", ".tar") else "slim"
+        endings = (".npz", ".pt", ".pth", ".tar")
+        source = "pytorch" if os.fspath(weights).endswith(endings) else "slim"
     model = {"pytorch": from_pytorch, "slim": from_slim}[source](weights)
+
+    unfinished = output.with_name(f".{output.name}")
     try:
-        model.save(output) if output.suffix == ".keras" else model.save_weights(output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.suffix == ".keras":
+            model.save(unfinished)
+        else:
+            model.save_weights(unfinished)
+        unfinished.replace(output)
     except OSError as error:
-        raise UsageError(f"{output} can't be written: {error}") from error
+        raise UsageError(f"output {output} can't be written: {error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
     logging.info("Written: %s.", output)
 
 
@@ -175,25 +186,44 @@ class _Expected(NamedTuple):
     axes: tuple[int, ...]
 
 
+def _network(
+    project: Project,
+    shapes: Mapping[str, Shape],
+    input_shape: Sequence[int | None],
+    **options: object,
+) -> keras.Model:
+    """Makes the preset with as many classes as the file has."""
+    classes = shapes.get(project.layers["logits"] + project.variables["bias"], (1000,))
+    # The variant with neither dropout nor local response normalization.
+    return BNInception("bn_x5", math.prod(classes), input_shape, name="bn_inception", **options)
+
+
+def _with_gamma(model: keras.Model) -> keras.Model:
+    """Makes the same network with a gamma in each BN, which no preset of TF-Slim's has."""
+
+    def clone(layer: keras.Layer) -> keras.Layer:
+        scale = {"scale": True} if isinstance(layer, BatchNormalization) else {}
+        return type(layer).from_config(layer.get_config() | scale)
+
+    return keras.models.clone_model(model, clone_function=clone)
+
+
 def _fill(
+    model: keras.Model,
     project: Project,
     origin: str,
     shapes: Mapping[str, Shape],
     read: Callable[[str], np.ndarray],
-    options: dict,
-) -> keras.Model:
-    """Makes the network and fills it, if the file's tensors are exactly those expected.
+) -> None:
+    """Fills the network, if the file's tensors are exactly those that it needs.
 
     Args:
+      model: the network.
       project: whose file it is.
       origin: what messages call the file.
-      shapes: of all its tensors, by name.
+      shapes: of all tensors in the file, by name.
       read: gives one of them.
-      options: of BNInception, but for the classes.
     """
-    classes = shapes.get(project.layers["logits"] + project.variables["bias"], (1000,))
-    # The variant with neither dropout nor local response normalization.
-    model = BNInception("bn_x5", math.prod(classes), name="bn_inception", **options)
     expected = dict(_expected(project, model))
     _check(f"{origin} does not hold {project.network}", shapes, expected)
     with _reading(origin, project.network):
@@ -205,7 +235,6 @@ def _fill(
         model.output_shape[-1],
         project.images,
     )
-    return model
 
 
 def _expected(project: Project, model: keras.Model) -> Iterator[tuple[str, _Expected]]:
