@@ -5,7 +5,9 @@ import pathlib
 
 import pytest
 
-from configs import default, networks
+from bn_keras import models
+from bn_keras.models import BNInception, inception
+from configs import bn_x30_ensemble, default, digits_bn_x30_ensemble, digits_inception, networks
 
 CONFIGS = pathlib.Path(default.__file__).parent
 NAMES = sorted(p.stem for p in CONFIGS.glob("*.py") if "get_config" in p.read_text())
@@ -25,7 +27,9 @@ def shape_of(config):
 
 def test_all_that_are_promised_are_there():
     miniatures = {f"{d}_{n}" for d in ("digits", "cifar10") for n in networks.NETWORKS}
-    promised = {"default", *networks.NETWORKS, "mnist_baseline", "mnist_bn"} | miniatures
+    ensembles = {"bn_x30_ensemble", "digits_bn_x30_ensemble"}
+    promised = {"default", *networks.NETWORKS, "mnist_baseline", "mnist_bn"}
+    promised |= miniatures | ensembles
     assert promised <= set(NAMES)
 
 
@@ -91,3 +95,56 @@ def test_mnist_is_section_4_1():
     bn.unlock()
     bn.model.variant = "baseline"
     assert bn.to_dict() == baseline.to_dict()
+
+
+@pytest.mark.parametrize("module", [bn_x30_ensemble, digits_bn_x30_ensemble])
+def test_members_of_the_ensemble_are_bn_x30_but_for_their_changes(module):
+    base = load(module.__name__.removeprefix("configs.").removesuffix("_ensemble")).to_dict()
+    members = [module.get_config(str(i)).to_dict() for i in range(1, 7)]
+    changes = []
+    for i, member in enumerate(members, start=1):
+        assert member["seed"] == i
+        assert member["model"].pop("variant") == f"bn_x30_ensemble_{i}"
+        changed = {k for k, v in member["model"].items() if v != base["model"][k]}
+        assert changed and changed <= {"initializer_scale", "dropout", "per_activation_bn"}
+        changes.append(member["model"])
+        rest = {k: v for k, v in member.items() if k not in ("seed", "model")}
+        assert rest == {k: base[k] for k in rest}
+    assert all(changes.count(change) == 1 for change in changes)
+
+
+def test_an_unknown_member_is_refused():
+    with pytest.raises(ValueError, match="no member '7' of the ensemble: give one of 1, 2, 3"):
+        digits_bn_x30_ensemble.get_config("7")
+
+
+@pytest.fixture
+def short_figure_5(monkeypatch):
+    rows = [row for row in inception.FIGURE_5 if row.name in ("3a", "4d", "5b")]
+    monkeypatch.setattr(inception, "FIGURE_5", rows)
+
+
+MINIATURE = dict(input_shape=(8, 8, 1), classes=10)
+
+
+@pytest.mark.parametrize("variant", inception.VARIANTS)
+def test_the_network_of_a_config_is_the_variant_of_its_name(variant, short_figure_5):
+    config = networks.derive(digits_inception.get_config(), variant)
+    by_config = models.from_config(config, **MINIATURE)
+    by_name = BNInception(variant, **MINIATURE, width=0.125, stem="digits", momentum=0.9)
+    assert by_config.get_config() == by_name.get_config()
+
+
+def test_what_a_config_says_of_the_network(short_figure_5):
+    config = networks.derive(digits_inception.get_config(), "bn_x5")
+    config.model.update(preset="caffe", pool_projection=64, auxiliary_weight=0.4)
+    assert len(models.from_config(config, **MINIATURE).outputs) == 1
+    by_config = models.from_config(config, **MINIATURE, training=True)
+    options = dict(width=0.125, stem="digits", momentum=0.9)
+    by_name = BNInception(
+        "bn_x5", **MINIATURE, **options, preset="caffe", pool_projection=64, auxiliary=True
+    )
+    assert by_config.get_config() == by_name.get_config()
+    assert by_config.get_layer("3a_1x1_bn").epsilon == 1e-5
+    config.batch_norm.epsilon = 0.01
+    assert models.from_config(config, **MINIATURE).get_layer("3a_1x1_bn").epsilon == 0.01

@@ -1,5 +1,6 @@
 """The networks have the paper's table, sizes, parameter counts and variants."""
 
+import functools
 import math
 
 import keras
@@ -8,7 +9,7 @@ import pytest
 
 from bn_keras.batch_norm import BatchNormalization
 from bn_keras.errors import UsageError
-from bn_keras.models import BNInception, SigmoidMLP
+from bn_keras.models import BNInception, SigmoidMLP, inception
 from bn_keras.models.inception import (
     FIGURE_5,
     PRESETS,
@@ -16,6 +17,7 @@ from bn_keras.models.inception import (
     VARIANTS,
     LocalResponseNormalization,
 )
+from bn_keras.models.weights import load_weights
 
 
 def trainable_parameters(model):
@@ -48,6 +50,10 @@ def test_variables_of_tf_slim():
     assert model.count_params() - model.get_layer("logits").count_params() == 10_173_112
 
 
+def test_parameters_with_the_auxiliary_classifier():
+    assert trainable_parameters(BNInception(auxiliary=True)) == 13_605_672
+
+
 def test_output_sizes_are_those_of_figure_5():
     model = BNInception("bn_x5")
     sizes = {row.name: model.get_layer(row.name).output.shape[1:] for row in FIGURE_5}
@@ -75,7 +81,17 @@ def layers_of(model, kind):
     return [layer for layer in model.layers if isinstance(layer, kind)]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.fixture
+def short_figure_5(monkeypatch):
+    """A module of each kind, since building all ten takes most of a test's time."""
+    rows = [row for row in FIGURE_5 if row.name in ("3a", "3c", "5b")]
+    monkeypatch.setattr(inception, "FIGURE_5", rows)
+
+
+ACCELERATED = ("bn_x5", "bn_x30", "bn_x5_sigmoid")
+
+
+@pytest.mark.parametrize("variant", ["inception", "bn_baseline", *ACCELERATED])
 def test_variants_differ_as_the_paper_says(variant):
     model = small(variant)
     convolutions = layers_of(model, keras.layers.Conv2D)
@@ -84,24 +100,58 @@ def test_variants_differ_as_the_paper_says(variant):
     assert all(conv.use_bias != has_bn for conv in convolutions)
     for conv in convolutions:
         assert (conv.name.replace("_conv", "_bn") in names) == has_bn
-    accelerated = variant in ("bn_x5", "bn_x30", "bn_x5_sigmoid")
+    accelerated = variant in ACCELERATED
     assert bool(layers_of(model, LocalResponseNormalization)) != accelerated
-    assert bool(layers_of(model, keras.layers.Dropout)) != accelerated
+    assert [d.rate for d in layers_of(model, keras.layers.Dropout)] == [0.4] * (not accelerated)
     nonlinearity = {
         layer.activation.__name__ for layer in layers_of(model, keras.layers.Activation)
     }
     assert nonlinearity == {"sigmoid" if variant == "bn_x5_sigmoid" else "relu"}
 
 
+# Section 4.2.3 lists the changes; which member has which is ours.
+@pytest.mark.parametrize(
+    "member, scale, dropout, per_activation",
+    [
+        (1, 2.0, [], False),
+        (2, 1.0, [0.05], False),
+        (3, 1.0, [0.1], False),
+        (4, 1.0, [], True),
+        (5, 2.0, [0.05], False),
+        (6, 1.0, [0.1], True),
+    ],
+)
+def test_members_of_the_ensemble(member, scale, dropout, per_activation, short_figure_5):
+    assert sum("ensemble" in variant for variant in VARIANTS) == 6
+    model = small(f"bn_x30_ensemble_{member}", kernel_initializer="ones")
+    assert [d.rate for d in layers_of(model, keras.layers.Dropout)] == dropout
+    assert {float(c.kernel[0, 0, 0, 0]) for c in layers_of(model, keras.layers.Conv2D)} == {scale}
+    assert float(model.get_layer("logits").kernel[0, 0]) == 1.0
+    for bn in layers_of(model, BatchNormalization):
+        activations = tuple(bn.gamma.shape) == bn.output.shape[1:]
+        assert activations == (per_activation and bn.name.startswith("5b_"))
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_no_bias_stands_in_front_of_bn_but_in_caffes_ports(variant, preset):
+def test_no_bias_stands_in_front_of_bn_but_in_caffes_ports(variant, preset, short_figure_5):
     model = small(variant, preset=preset, stem="imagenet", input_shape=(32, 32, 3))
     for conv in layers_of(model, keras.layers.Conv2D):
         (following,) = (node.operation for node in conv._outbound_nodes)
         has_bn = isinstance(following, BatchNormalization)
         assert conv.use_bias == (not has_bn or preset == "caffe")
-        assert has_bn or variant == "inception"
+        separable = isinstance(conv, keras.layers.SeparableConv2D)
+        assert has_bn == (variant != "inception" and not (preset == "slim" and separable))
+
+
+@pytest.mark.parametrize(
+    "preset, epsilon, gamma", [("paper", 1e-3, True), ("slim", 1e-3, False), ("caffe", 1e-5, True)]
+)
+def test_bn_of_the_presets(preset, epsilon, gamma, short_figure_5):
+    for bn in layers_of(small(preset=preset), BatchNormalization):
+        assert (bn.epsilon, bn.scale, bn.center) == (epsilon, gamma, True)
+    for bn in layers_of(small(preset=preset, epsilon=0.1), BatchNormalization):
+        assert bn.epsilon == 0.1
 
 
 # PyTorch's rules: floor((n + 2p - k) / 2) + 1, and for the pools, with p = 0, the ceiling.
@@ -122,6 +172,32 @@ def test_caffes_sizes_are_those_of_pytorch(side):
     assert model.get_layer("3a").output.shape[1] == third
     assert model.get_layer("3c").output.shape[1] == conv(third, 3)
     assert model.get_layer("5b").output.shape[1] == conv(conv(third, 3), 3)
+
+
+# A kernel of ones on ones counts the pixels under it: 7x7 less what lies in the padding, of which
+# 32 pixels at stride 2 need 2 in front and 3 behind; Caffe has 3 and 3.
+@pytest.mark.parametrize("preset, covered", [("paper", 5 * 5), ("caffe", 4 * 4)])
+def test_where_convolutions_of_stride_2_begin(preset, covered, short_figure_5):
+    model = small(
+        preset=preset,
+        separable_stem=False,
+        stem="imagenet",
+        input_shape=(32, 32, 1),
+        kernel_initializer="ones",
+    )
+    convolved = keras.Model(model.input, model.get_layer("stem_1_conv").output)
+    assert float(convolved(np.ones((1, 32, 32, 1)))[0, 0, 0, 0]) == covered
+
+
+# (x[i-1] + x[i] + x[i+1]) / 3 in either direction, with zeros around: PyTorch counts its padding.
+@pytest.mark.parametrize("preset, corner", [("paper", 1.0), ("slim", 1.0), ("caffe", 4 / 9)])
+def test_what_average_pools_count(preset, corner):
+    model = small(preset=preset)
+    pool = model.get_layer("3a_pool")
+    start = model.get_layer("3a_pool_pad") if preset == "caffe" else pool
+    averages = keras.Model(start.input, pool.output)(np.ones((1, *start.input.shape[1:])))
+    assert float(averages[0, 0, 0, 0]) == pytest.approx(corner)
+    assert float(averages[0, 1, 1, 0]) == pytest.approx(1.0)
 
 
 def test_width_scales_every_convolution():
@@ -153,7 +229,10 @@ def test_local_response_normalization_is_caffes():
     np.testing.assert_allclose(LocalResponseNormalization()(x), expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("build", [small, SigmoidMLP])
+@pytest.mark.parametrize(
+    "build",
+    [small, SigmoidMLP, lambda: small("bn_x30_ensemble_1"), lambda: small("bn_x30_ensemble_4")],
+)
 def test_a_saved_network_gives_the_same_logits(build, tmp_path):
     model = build()
     images = np.random.default_rng(0).normal(size=(3, *model.input_shape[1:])).astype(np.float32)
@@ -190,6 +269,13 @@ def test_the_smallest_image_is_accepted_and_a_smaller_one_refused(stem, smallest
         (dict(classes=0), "classes is 0"),
         (dict(width=0), "width is 0"),
         (dict(dropout=1.0), "dropout is 1.0"),
+        (dict(initializer_scale=0.0), "initializer_scale is 0.0"),
+        (dict(pooling="sum"), "unknown pooling 'sum': accepted are 'avg', 'max' and None"),
+        (dict(pooling="max"), "pooling='max' with include_top=True"),
+        (dict(auxiliary=True, include_top=False), "auxiliary=True with include_top=False"),
+        (dict(classifier_activation="sofmax"), "unknown classifier_activation 'sofmax'"),
+        (dict(weights="nowhere.weights.h5"), "'nowhere.weights.h5' can't be read: give the path"),
+        (dict(variant="bn_x30_ensemble_4", input_shape=(None, None, 3)), "has no known size"),
         (dict(input_shape=(8, 8)), "has to be \\(height, width, channels\\)"),
     ],
 )
@@ -201,3 +287,84 @@ def test_what_cannot_be_meant_is_refused(options, message):
 def test_an_unknown_mlp_is_refused():
     with pytest.raises(UsageError, match="accepted are baseline, bn"):
         SigmoidMLP("bn_x5")
+
+
+def images_of(model, sides=(8, 8)):
+    generator = np.random.default_rng(0)
+    return generator.normal(size=(2, *sides, model.input_shape[-1])).astype(np.float32)
+
+
+def test_features_and_logits_are_parts_of_one_network(tmp_path):
+    whole = small(classifier_activation="softmax")
+    whole.save_weights(tmp_path / "whole.weights.h5")
+    part = functools.partial(small, include_top=False, weights=tmp_path / "whole.weights.h5")
+    images = images_of(whole)
+    maps = part()(images)
+    assert maps.shape == (2, 2, 2, 128)
+    np.testing.assert_allclose(part(pooling="max")(images), np.max(maps, (1, 2)), rtol=1e-6)
+    average = part(pooling="avg")(images)
+    np.testing.assert_allclose(average, np.mean(maps, (1, 2)), rtol=1e-5)
+    kernel, bias = whole.get_layer("logits").get_weights()
+    logits = np.matmul(average, kernel) + bias
+    expected = np.exp(logits) / np.sum(np.exp(logits), axis=1, keepdims=True)
+    np.testing.assert_allclose(whole(images), expected, rtol=1e-4)
+    np.testing.assert_allclose(
+        small(weights=tmp_path / "whole.weights.h5")(images), logits, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_every_module_gives_features():
+    model = small(input_shape=(None, None, 3))
+    outputs = [model.get_layer(row.name).output for row in FIGURE_5]
+    features = keras.Model(model.input, outputs)(images_of(model, (24, 40)))
+    strides = {"3a": 1, "3b": 1, "5a": 4, "5b": 4}
+    for row, feature in zip(FIGURE_5, features, strict=True):
+        stride = strides.get(row.name, 4 if row.name == "4e" else 2)
+        assert feature.shape[1:3] == (24 // stride, 40 // stride)
+
+
+@pytest.mark.parametrize("name", ["network.weights.h5", "network.keras"])
+def test_weights_come_back_from_a_file(name, tmp_path, short_figure_5):
+    model = small("bn_baseline")
+    for variable in model.variables:
+        if variable.dtype == "float32":
+            variable.assign(np.random.default_rng(0).uniform(0.5, 1.5, variable.shape))
+    save = model.save if name.endswith(".keras") else model.save_weights
+    save(tmp_path / name)
+    loaded = small("bn_baseline", weights=tmp_path / name)
+    np.testing.assert_array_equal(loaded(images_of(model)), model(images_of(model)))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(classes=12), "misshapen: logits \\[\\(128, 10\\), .* instead of \\[\\(128, 12\\)"),
+        (dict(variant="inception"), "extra: stem_1_bn, .* and 26 more; misshapen: stem_1_conv"),
+        (dict(auxiliary=True), "missing: auxiliary_reduce_conv, .* and 2 more"),
+    ],
+)
+def test_weights_of_another_network_are_one_line(options, message, tmp_path, monkeypatch):
+    rows = [row for row in FIGURE_5 if row.name in ("3a", "3c", "4d", "5b")]
+    monkeypatch.setattr(inception, "FIGURE_5", rows)
+    small().save_weights(tmp_path / "other.weights.h5")
+    with pytest.raises(UsageError, match=message) as raised:
+        small(**options, weights=tmp_path / "other.weights.h5")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_of_something_else_is_one_line(tmp_path):
+    (tmp_path / "a.weights.h5").write_text("no weights")
+    (tmp_path / "a.keras").write_text("no weights")
+    for name in ("a.weights.h5", "a.keras"):
+        with pytest.raises(UsageError, match="can't be read: give the path"):
+            load_weights(small(), tmp_path / name)
+
+
+def test_weights_that_do_not_fit_change_nothing(tmp_path, short_figure_5):
+    small(classes=12).save_weights(tmp_path / "other.weights.h5")
+    model = small()
+    before = model.get_weights()
+    with pytest.raises(UsageError):
+        load_weights(model, tmp_path / "other.weights.h5")
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
