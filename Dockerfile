@@ -31,8 +31,9 @@ WORKDIR /opt/bn_keras
 COPY bn_keras bn_keras
 COPY configs configs
 COPY launch launch
-# The TensorFlow that was asked for, and no other, is there and can be imported.
-RUN python -c "import sys; from importlib.metadata import version; import tensorflow, bn_keras; \
+# The TensorFlow that was asked for, and no other, is there and can be imported. That for TPUs would
+# ask Google's metadata server for minutes where there is none.
+RUN TPU_SKIP_MDS_QUERY=1 python -c "import sys; from importlib.metadata import version; import tensorflow, bn_keras; \
     wheels = {'cpu': 'tensorflow-cpu', 'gpu': 'tensorflow', 'tpu': 'tensorflow-tpu'}; \
     assert version(wheels[sys.argv[1]]) == tensorflow.__version__" "${EXTRA}"
 # A home that any user may write to: `docker run --user` may name one that has none.

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from bn_keras.errors import UsageError
 
-STRATEGIES = ("one_device", "mirrored")
+STRATEGIES = ("one_device", "mirrored", "tpu")
 
 
 def make_strategy(strategy: str, replicas: int = 0) -> tf.distribute.Strategy:
@@ -15,13 +15,14 @@ def make_strategy(strategy: str, replicas: int = 0) -> tf.distribute.Strategy:
     Called before TensorFlow has touched a device, it can split the CPU into several replicas.
 
     Args:
-      strategy: "one_device": the first accelerator, or the CPU; "mirrored": the same on several.
+      strategy: "one_device": the first accelerator, or the CPU; "mirrored": the same on several;
+        "tpu": all cores of the TPU that this machine is the one host of.
       replicas: how many devices "mirrored" takes; 0 is every accelerator there is, or one CPU
         replica where there is none.
 
     Raises:
-      UsageError: an unknown name, more accelerators than there are, or a CPU that can no longer
-        be split.
+      UsageError: an unknown name, more accelerators than there are, a TPU that is not there, or a
+        CPU that can no longer be split.
     """
     if strategy not in STRATEGIES:
         raise UsageError(
@@ -35,6 +36,8 @@ def make_strategy(strategy: str, replicas: int = 0) -> tf.distribute.Strategy:
             )
         # TensorFlow's default strategy runs on the first accelerator, or else on the CPU.
         return tf.distribute.get_strategy()
+    if strategy == "tpu":
+        return _on_tpu(replicas)
     if replicas < 0:
         raise UsageError(f"distribution.replicas is {replicas}: it has to be 0 or more")
     accelerators = tf.config.list_physical_devices("GPU")
@@ -47,6 +50,22 @@ def make_strategy(strategy: str, replicas: int = 0) -> tf.distribute.Strategy:
         )
     count = replicas or len(accelerators)
     return tf.distribute.MirroredStrategy([f"GPU:{i}" for i in range(count)])
+
+
+def _on_tpu(replicas: int) -> tf.distribute.Strategy:
+    if replicas:
+        raise UsageError(
+            f"distribution.replicas is {replicas}, but strategy tpu takes all cores: set it to 0"
+        )
+    resolver = tf.distribute.cluster_resolver.TPUClusterResolver("local")
+    try:
+        tf.tpu.experimental.initialize_tpu_system(resolver)
+    except tf.errors.OpError:
+        raise UsageError(
+            "distribution.strategy is tpu, but this machine has no TPU, or not the TensorFlow of"
+            " bn_keras[tpu]: set distribution.strategy=mirrored"
+        ) from None
+    return tf.distribute.TPUStrategy(resolver)
 
 
 def _mirrored_on_cpu(count: int) -> tf.distribute.Strategy:

@@ -89,6 +89,7 @@ def _submit(cloud: "Cloud") -> None:
     cloud.say(f"{job}\n{_cost()}")
     if _DRY_RUN.value:
         cloud.say("\n".join(f"\n$ {command}" for command in control.submission(job)))
+        cloud.say("\nNothing of this was run.")
         return
     control.submit(job, cloud)
     cloud.say("Submitted. Now:")
@@ -133,11 +134,11 @@ def _cost() -> str:
 
 
 def _status(job: "Job", cloud: "Cloud") -> None:
-    from launch.cloud.control import delete_line
+    from launch.cloud import control
 
-    cloud.say(f"{job}\n  state: {cloud.status(job)}")
-    cloud.say(f"  last metrics: {cloud.last_metrics(job) or 'none yet'}")
-    cloud.say(f"To delete it: {delete_line(job)}")
+    cloud.say(f"{job}\n  state: {control.status_of(job, cloud)}")
+    cloud.say(f"  last metrics: {control.last_metrics(job, cloud) or 'none yet'}")
+    cloud.say(f"To delete it: {control.delete_line(job)}")
 
 
 def _logs(job: "Job", cloud: "Cloud") -> None:
@@ -171,7 +172,9 @@ def _delete(job: "Job", cloud: "Cloud") -> None:
     if not _YES.value:
         if not sys.stdin.isatty():
             cli.fail("delete asks, and there is no terminal to ask on: give --yes", 2)
-        answer = input(f"Delete job {job.name} in {job.zone} ({cloud.status(job)})? [y/N] ")
+        answer = input(
+            f"Delete job {job.name} in {job.zone} ({control.status_of(job, cloud)})? [y/N] "
+        )
         if answer.strip().lower() not in ("y", "yes"):
             cloud.say("Nothing is deleted.")
             return

@@ -48,10 +48,12 @@ def test_it_splits_a_cpu_that_nobody_has_touched():
     [
         (
             ("cluster",),
-            "unknown distribution.strategy 'cluster': accepted are one_device, mirrored",
+            "unknown distribution.strategy 'cluster': accepted are one_device, mirrored, tpu",
         ),
         (("one_device", 2), "one_device has one"),
         (("mirrored", -1), "has to be 0 or more"),
+        (("tpu", 2), "strategy tpu takes all cores"),
+        (("tpu",), "this machine has no TPU.*set distribution.strategy=mirrored"),
         (("mirrored", 64), "TensorFlow has already started with 2 CPU"),
     ],
 )

@@ -52,8 +52,7 @@ class FakeCloud(Cloud):
             clock[0] += datetime.timedelta(seconds=seconds)
 
         super().__init__(now=lambda: clock[0], sleep=sleep, say=lines.append)
-        object.__setattr__(self, "folder", folder)
-        object.__setattr__(self, "lines", lines)
+        self.folder, self.lines = folder, lines
 
     def plan(self, *lives, refusals=()):
         (self.folder / "lives.json").write_text(json.dumps(lives))
@@ -181,10 +180,12 @@ def test_the_training_is_that_of_the_flags_on_the_tpu():
         "--config=configs/bn_x5.py",
         "--config.train.l2=0.5",
         "--config.distribution.strategy=tpu",
+        "--config.distribution.replicas=0",
         f"--workdir={WORKDIR}",
     }
-    with pytest.raises(UsageError, match="leaves the TPU idle"):
-        jobs.training_arguments("configs/bn_x5.py", {"distribution.strategy": "mirrored"}, WORKDIR)
+    for key, value in {"distribution.strategy": "mirrored", "distribution.replicas": 2}.items():
+        with pytest.raises(UsageError, match=f"{key} is {value!r}: on a TPU it is"):
+            jobs.training_arguments("configs/bn_x5.py", {key: value}, WORKDIR)
     with pytest.raises(UsageError, match="is not in .*configs"):
         jobs.training_arguments("/tmp/mine.py", {}, WORKDIR)
 
@@ -328,10 +329,10 @@ def test_a_training_that_is_done_is_not_submitted(cloud):
 def test_a_training_that_failed_can_be_submitted_again(cloud):
     cloud.plan(["FAILED:out of luck"], ["ACTIVE"])
     control.submit(make_job(), cloud)
-    assert cloud.status(make_job()) == Status("ACTIVE", "READY", "FAILED")
+    assert control.status_of(make_job(), cloud) == Status("ACTIVE", "READY", "FAILED")
     control.delete(make_job(), cloud)
     control.submit(make_job(), cloud)
-    assert cloud.status(make_job()) == Status("ACTIVE", "READY", "")
+    assert control.status_of(make_job(), cloud) == Status("ACTIVE", "READY", "")
 
 
 def test_the_name_of_another_workdirs_job_is_left_alone(cloud):
@@ -392,11 +393,12 @@ def test_a_job_from_the_queue_over_two_preemptions_to_its_end(cloud):
         ],
     )
     assert metrics == METRICS
-    assert [line.split(" ", 1)[1] for line in cloud.lines] == [
+    deleted = f"Job one is deleted. The run stays in {WORKDIR}."
+    assert [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in cloud.lines] == [
         *("ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE READY", "PREEMPTED"),
-        *("deleting what is left of it", "creating it again in 60 s (1/3)"),
+        *(deleted, "creating it again in 60 s (1/3)"),
         *("WAITING_FOR_RESOURCES", "ACTIVE READY", "SUSPENDING", "SUSPENDED"),
-        *("deleting what is left of it", "creating it again in 120 s (2/3)"),
+        *(deleted, "creating it again in 120 s (2/3)"),
         *("ACTIVE READY", "DONE"),
     ]
     assert len(cloud.calls("queued-resources create")) == 3
@@ -487,6 +489,13 @@ def test_a_job_past_its_hours_is_deleted(cloud):
         watched(cloud, job, lives=[["ACTIVE"]])
     assert cloud.now() == end and not cloud.exists(job)
     assert f"--valid-until-time={end:%Y-%m-%dT%H:%M:%SZ}" in cloud.calls("create")[0]
+
+
+def test_a_job_past_its_hours_is_deleted_even_over_a_bad_network(cloud):
+    silence = ["delete", "ERROR: (gcloud.x) DEADLINE_EXCEEDED: no answer"]
+    with pytest.raises(JobFailedError, match="past its hours, and is deleted"):
+        watched(cloud, make_job(delete_at=NOON), lives=[["ACTIVE"]], refusals=[silence] * 4)
+    assert not cloud.exists(make_job())
 
 
 def test_a_lost_job_past_its_hours_is_not_created_again(cloud):
@@ -601,7 +610,7 @@ def test_a_watch_interrupted_between_two_lives_says_that_there_is_none(cloud):
 
     cloud.plan(["SUSPENDED"])
     control.submit(make_job(), cloud)
-    object.__setattr__(cloud, "sleep", interrupt)
+    cloud.sleep = interrupt
     with pytest.raises(KeyboardInterrupt):
         control.watch(make_job(), cloud, 3, 60)
     assert "Job one is deleted and not created again: submit it to go on." in cloud.lines
@@ -669,7 +678,7 @@ class Vm:
 
     @property
     def files(self):
-        return self.cloud.files(self.job.folder) - {"job.json", "source.tar.gz"}
+        return control.files_of(self.job, self.cloud) - {"job.json", "source.tar.gz"}
 
     def log(self):
         return self.cloud.do(jobs.read_command(f"{self.job.folder}/logs/*"))

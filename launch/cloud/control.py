@@ -6,6 +6,7 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from bn_keras.errors import UsageError
 from launch.cloud import job as jobs
@@ -24,6 +25,8 @@ _MAX_UNANSWERED = 10
 # Of the metrics; a line has a few hundred.
 _LAST_BYTES = 65_536
 _BY_USER = "by a user"
+
+Answer = TypeVar("Answer")
 
 
 class JobFailedError(Exception):
@@ -57,7 +60,7 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Cloud:
     """What the commands below do things with; tests put their own in.
 
@@ -77,48 +80,58 @@ class Cloud:
         """Runs a command and gives what it prints; raises GcloudError if it fails."""
         return checked(self.run(command))
 
-    def status(self, job: Job) -> Status:
-        """Looks where a job stands."""
-        try:
-            description = json.loads(self.do(jobs.describe_command(job)))["state"]
-            status = Status(description["state"], _detail(description))
-        except NotFoundInCloudError:
-            status = Status("ABSENT")
-        if status.state == "ACTIVE":
-            status = self._node_status(job)
-        # Only now: what is lost after its marker was written is not lost.
-        return dataclasses.replace(status, marker=self.marker(job.folder))
 
-    def _node_status(self, job: Job) -> Status:
-        try:
-            node = json.loads(self.do(jobs.describe_node_command(job)))
-        except NotFoundInCloudError:
-            return Status("TERMINATED")
-        lost = node["state"] in ("PREEMPTED", "TERMINATED")
-        return Status(node["state"]) if lost else Status("ACTIVE", node["state"])
+def status_of(job: Job, cloud: Cloud) -> Status:
+    """Looks where a job stands."""
+    try:
+        description = json.loads(cloud.do(jobs.describe_command(job)))["state"]
+        status = Status(description["state"], _detail(description))
+    except NotFoundInCloudError:
+        status = Status("ABSENT")
+    if status.state == "ACTIVE":
+        status = _node_status(job, cloud)
+    # Only now: what is lost after its marker was written is not lost.
+    files = files_of(job, cloud)
+    marker = next((m for m in (jobs.DONE, jobs.FAILED) if m in files), "")
+    return dataclasses.replace(status, marker=marker)
 
-    def files(self, folder: str) -> set[str]:
-        """Lists the names in a job's folder; none where there is no folder."""
-        try:
-            lines = self.do(jobs.list_command(folder)).split()
-        except NotFoundInCloudError:
-            return set()
-        return {line.removeprefix(f"{folder}/").rstrip("/") for line in lines}
 
-    def marker(self, folder: str) -> str:
-        """Gives "DONE", "FAILED", or "" while there is neither."""
-        files = self.files(folder)
-        return next((m for m in (jobs.DONE, jobs.FAILED) if m in files), "")
+def _node_status(job: Job, cloud: Cloud) -> Status:
+    try:
+        node = json.loads(cloud.do(jobs.describe_node_command(job)))
+    except NotFoundInCloudError:
+        return Status("TERMINATED")
+    lost = node["state"] in ("PREEMPTED", "TERMINATED")
+    return Status(node["state"]) if lost else Status("ACTIVE", node["state"])
 
-    def last_metrics(self, job: Job) -> str:
-        """Gives the last whole line of the run's metrics; "" before there is one."""
-        try:
-            end = self.do(
-                jobs.read_command(f"{job.workdir.rstrip('/')}/metrics.jsonl", _LAST_BYTES)
-            )
-        except NotFoundInCloudError:
-            return ""
-        return "".join(end.split("\n")[-2:-1])
+
+def _detail(state: dict) -> str:
+    if state["state"] == "SUSPENDED" and state.get("stateInitiator") == "USER":
+        return _BY_USER
+    error = state.get("failedData", {}).get("error", {}).get("message", "")
+    return " ".join(error.split())
+
+
+def files_of(job: Job, cloud: Cloud) -> set[str]:
+    """Lists the names in a job's folder; none where there is no folder."""
+    try:
+        urls = cloud.do(jobs.list_command(job.folder)).split()
+    except NotFoundInCloudError:
+        return set()
+    return {url.removeprefix(f"{job.folder}/").rstrip("/") for url in urls}
+
+
+def last_metrics(job: Job, cloud: Cloud) -> str:
+    """Gives the last whole line of the run's metrics; "" before there is one."""
+    try:
+        end = cloud.do(jobs.read_command(f"{job.workdir.rstrip('/')}/metrics.jsonl", _LAST_BYTES))
+    except NotFoundInCloudError:
+        return ""
+    return "".join(end.split("\n")[-2:-1])
+
+
+def _reason(job: Job, cloud: Cloud) -> str:
+    return cloud.do(jobs.read_command(f"{job.folder}/{jobs.FAILED}")).strip()
 
 
 def submission(job: Job) -> list[jobs.Command]:
@@ -134,12 +147,12 @@ def submit(job: Job, cloud: Cloud) -> None:
       UsageError: the workdir's training is done, another job has the workdir or the name, or gcloud
         refuses.
     """
-    files = cloud.files(job.folder)
+    files = files_of(job, cloud)
     if jobs.DONE in files:
         raise UsageError(f"the training in {job.workdir} is done: give another --workdir")
     if "job.json" in files:
         before = load(job.workdir, cloud)
-        state = cloud.status(before).state
+        state = status_of(before, cloud).state
         if state != "ABSENT":
             raise UsageError(
                 f"job {before.name} in {before.zone} has {job.workdir} and is {state}: two trainers"
@@ -200,24 +213,23 @@ def watch(job: Job, cloud: Cloud, max_retries: int, poll_seconds: float) -> str:
     """
     retries = iter(range(1, max_retries + 1))
     while not _ends_well(job, cloud, poll_seconds):
-        cloud.say(f"{cloud.now():%H:%M:%S} deleting what is left of it")
-        cloud.do(jobs.delete_command(job))
+        _patiently(delete, job, cloud, poll_seconds)
         _create_again(job, cloud, retries, max_retries)
-    return cloud.last_metrics(job)
+    return _patiently(last_metrics, job, cloud, poll_seconds)
 
 
 def _ends_well(job: Job, cloud: Cloud, poll_seconds: float) -> bool:
     """Waits until the job is done (True) or its VM was taken away (False)."""
     said = None
     while True:
-        status = _patient_status(job, cloud, poll_seconds)
+        status = _patiently(status_of, job, cloud, poll_seconds)
         if str(status) != said:
             said = str(status)
             cloud.say(f"{cloud.now():%H:%M:%S} {said}")
         if status.marker == jobs.DONE:
             return True
         if status.marker == jobs.FAILED:
-            reason = cloud.do(jobs.read_command(f"{job.folder}/{jobs.FAILED}")).strip()
+            reason = _patiently(_reason, job, cloud, poll_seconds)
             raise JobFailedError(f"job {job.name} failed: {reason}")
         match status.state:
             case "ABSENT":
@@ -230,21 +242,24 @@ def _ends_well(job: Job, cloud: Cloud, poll_seconds: float) -> bool:
                 return False
         left = _seconds_left(job, cloud)
         if left <= 0:
-            cloud.do(jobs.delete_command(job))
+            _patiently(delete, job, cloud, poll_seconds)
             raise JobFailedError(f"job {job.name} was past its hours, and is deleted")
         cloud.sleep(min(poll_seconds, left))
 
 
-def _patient_status(job: Job, cloud: Cloud, poll_seconds: float) -> Status:
+def _patiently(
+    look: Callable[[Job, Cloud], Answer], job: Job, cloud: Cloud, pause_seconds: float
+) -> Answer:
+    """Asks again for a while if gcloud gets no answer: a watch is longer than many a network."""
     for _ in range(_MAX_UNANSWERED):
         try:
-            return cloud.status(job)
+            return look(job, cloud)
         except GcloudError as error:
             if not error.transient:
                 raise
             cloud.say(f"{cloud.now():%H:%M:%S} no answer, trying again: {error}")
-            cloud.sleep(poll_seconds)
-    return cloud.status(job)
+            cloud.sleep(pause_seconds)
+    return look(job, cloud)
 
 
 def _create_again(job: Job, cloud: Cloud, retries: Iterator[int], max_retries: int) -> None:
@@ -287,7 +302,7 @@ def logs(job: Job, cloud: Cloud) -> str:
         return cloud.do(jobs.read_command(f"{job.folder}/logs/*"))
     except NotFoundInCloudError:
         raise UsageError(
-            f"job {job.name} has no log yet, and is {cloud.status(job)}: a VM sends its first a"
+            f"job {job.name} has no log yet, and is {status_of(job, cloud)}: a VM sends its first a"
             " minute after its start"
         ) from None
 
@@ -310,10 +325,3 @@ def command_line(command: str, job: Job) -> str:
 def delete_line(job: Job) -> str:
     """Gives the command that deletes a job."""
     return command_line("delete", job)
-
-
-def _detail(state: dict) -> str:
-    if state["state"] == "SUSPENDED" and state.get("stateInitiator") == "USER":
-        return _BY_USER
-    error = state.get("failedData", {}).get("error", {}).get("message", "")
-    return " ".join(error.split())

@@ -179,7 +179,7 @@ def training_arguments(
       workdir: of the run.
 
     Raises:
-      UsageError: a file from elsewhere, or another strategy than the one for TPUs.
+      UsageError: a file from elsewhere, or another distribution than the one for TPUs.
     """
     file = pathlib.Path(config_file).resolve()
     if not file.is_relative_to(ROOT / "configs"):
@@ -187,12 +187,11 @@ def training_arguments(
             f"config {config_file} is not in {ROOT / 'configs'}, which is what the VM gets:"
             " put it there"
         )
-    overrides = {"distribution.strategy": "tpu"} | dict(overrides)
-    if overrides["distribution.strategy"] != "tpu":
-        raise UsageError(
-            f"distribution.strategy is {overrides['distribution.strategy']!r}, which leaves the TPU"
-            " idle: leave it out"
-        )
+    on_tpu = {"distribution.strategy": "tpu", "distribution.replicas": 0}
+    overrides = on_tpu | dict(overrides)
+    for key, value in on_tpu.items():
+        if overrides[key] != value:
+            raise UsageError(f"{key} is {overrides[key]!r}: on a TPU it is {value!r}; leave it out")
     values = (f"--config.{key}={value}" for key, value in overrides.items())
     return (f"--config={file.relative_to(ROOT).as_posix()}", *values, f"--workdir={workdir}")
 
