@@ -112,7 +112,7 @@ def get_config() -> ConfigDict:
     config.checkpoint.keep = 3
 
     config.distribution = ConfigDict()
-    # "one_device" or "mirrored".
+    # "one_device", "mirrored", or "tpu" (all cores of a TPU of one host).
     config.distribution.strategy = "mirrored"
     # 0 takes every accelerator, or one CPU replica where there is none; n > 0 takes n of them.
     config.distribution.replicas = 0
