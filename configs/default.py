@@ -14,11 +14,14 @@ def get_config() -> ConfigDict:
     config.seed = 0
 
     config.data = ConfigDict()
-    # "digits" (comes with scikit-learn), "synthetic", or the TFDS name of an image
-    # classification set: "mnist", "cifar10", "imagenet2012", ...
+    # "digits" (comes with scikit-learn), "synthetic", "folder" for images of your own, or the TFDS
+    # name of an image classification set: "mnist", "cifar10", "imagenet2012", ...
     config.data.name = "imagenet2012"
-    # Where TFDS finds or prepares the set; "" is its own default, ~/tensorflow_datasets.
+    # Where TFDS finds or prepares the set; "" is its own default, ~/tensorflow_datasets. Of
+    # "folder", the one that holds SPLIT/CLASS/IMAGE.
     config.data.data_dir = ""
+    # Parts of splits are TFDS's, "train[:90%]"; "folder" has those in percent, of each class by
+    # itself, and takes ".[:90%]" and ".[90%:]" where data_dir holds CLASS/IMAGE.
     config.data.train_split = "train"
     config.data.validation_split = "validation"
     # Side in pixels of the square image that the network sees; 0 keeps the size of the data.
@@ -32,8 +35,12 @@ def get_config() -> ConfigDict:
     config.data.distortion = 1.0
     # Pixels thresholded at one half to 0 and 1 (the paper's section 4.1); else scaled to [-1, 1].
     config.data.binary = False
-    # "examples": permuted within shards; "shards": only the order of the shards changes.
+    # "examples": permuted within shards; "shards": only the order of the shards changes. What is in
+    # memory, or in single files, has no shards and is permuted in any case.
     config.data.shuffle = "shards"
+    # How many examples of each split a process may find that can't be read. Each is named in the
+    # log; in training another one takes its place, in evaluation it doesn't count.
+    config.data.max_bad_examples = 0
 
     config.model = ConfigDict()
     # "inception" (Figure 5) or "mlp" (section 4.1).

@@ -289,7 +289,10 @@ def shards_in_order(data_dir, split):
     config = settings(name="tiny_photographs", data_dir=data_dir)
     source = sources.open_source(config.name, data_dir, split, "validation", 0)
     return [
-        [int(source.train.parse(record)[1]) for record in source.train.records([shard])]
+        [
+            int(source.train.parse(record)[1])
+            for record in source.train.read(tf.constant([shard], tf.int64))
+        ]
         for shard in range(len(source.train.lengths))
     ]
 

@@ -6,8 +6,9 @@ of everything random, and a replica takes its rows of it, so that the number of 
 nothing.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 
 from bn_keras.data import images as images_lib
 from bn_keras.data import sources
+from bn_keras.data.bad_examples import BadExamples, first_line
 from bn_keras.data.crops import CropPreprocessing
 from bn_keras.data.images import Preprocessing
 from bn_keras.errors import UsageError
@@ -25,6 +27,8 @@ CHUNK_BYTES = 2**22
 MAX_CHUNK_STEPS = 16
 # Chunks or batches prepared ahead.
 PREFETCH = 2
+# Examples that are decoded one after the other, by one of the threads.
+MAX_PIECE = 32
 # Records that are shuffled with each other; two to three times as much is held in memory.
 GROUP_BYTES = 2**29
 
@@ -44,7 +48,12 @@ class Data:
     """
 
     def __init__(
-        self, source: sources.Source, preprocessing: Preprocessing, seed: int, shuffle: str
+        self,
+        source: sources.Source,
+        preprocessing: Preprocessing,
+        seed: int,
+        shuffle: str,
+        max_bad_examples: int = 0,
     ) -> None:
         self.class_names = source.class_names
         self.num_classes = len(source.class_names)
@@ -54,18 +63,24 @@ class Data:
         self.preprocessing = preprocessing
         self._source = source
         self._shuffle = shuffle
+        self._bad_train = BadExamples(max_bad_examples)
+        self._bad_validation = BadExamples(max_bad_examples)
+        self._reads_all = True
         self._train = self._batches(source.train, preprocessing, seed)
 
     def _batches(
         self,
-        split: sources.Arrays | sources.Shards,
+        split: sources.Arrays | sources.Shards | sources.Files,
         preprocessing: Preprocessing | CropPreprocessing,
         seed: int | None,
     ) -> "_ArrayBatches | _ShardBatches":
         """A seed makes it training input; None makes it one pass after the other, in order."""
         if isinstance(split, sources.Arrays):
             return _ArrayBatches(split, preprocessing, seed)
-        return _ShardBatches(split, preprocessing, seed, self._shuffle)
+        # Single files lie in no shards whose order could be all that changes.
+        shuffle = "examples" if isinstance(split, sources.Files) else self._shuffle
+        bad = self._bad_validation if seed is None else self._bad_train
+        return _ShardBatches(split, preprocessing, seed, shuffle, bad)
 
     def train_batches(
         self, strategy: tf.distribute.Strategy, global_batch_size: int, start_step: int = 0
@@ -103,18 +118,56 @@ class Data:
 
         Returns:
           A distributed dataset of (images float32 [b, H, W, C], or what `preprocessing.cut` takes;
-          labels int32 [b]; weights float32 [b]: 1, or 0 for padding), and the number of steps of
-          one pass. The dataset goes on with the next pass after that.
+          labels int32 [b]; weights float32 [b]: 1, or 0 for padding and for examples that can't be
+          read), and the number of steps of one pass. The dataset goes on with the next pass after
+          that.
 
         Raises:
           UsageError: the replicas do not divide the global batch.
         """
         check_divides(strategy, global_batch_size)
         batches = self._batches(self._source.validation, preprocessing or self.preprocessing, None)
-        dataset = strategy.distribute_datasets_from_function(
-            lambda context: batches.dataset(_Rows(global_batch_size, context), 0)
-        )
+
+        def open_rows(context: tf.distribute.InputContext) -> tf.data.Dataset:
+            self._reads_all = context.num_input_pipelines == 1
+            return batches.dataset(_Rows(global_batch_size, context), 0)
+
+        dataset = strategy.distribute_datasets_from_function(open_rows)
         return dataset, math.ceil(self.num_validation_examples / global_batch_size)
+
+    def check_counted(self, num_examples: float) -> None:
+        """Raises AssertionError unless a pass over the validation examples counted all there are.
+
+        All are those that can be read. A process that reads only its part of them knows of no bad
+        ones in the others' parts, and leaves room for these.
+        """
+        missing = self.num_validation_examples - num_examples
+        bad = self._bad_validation.count
+        if missing != bad and (self._reads_all or missing < bad):
+            raise AssertionError(
+                f"{num_examples:.0f} of {self.num_validation_examples} examples were counted, while"
+                f" {bad} can't be read"
+            )
+
+    @contextlib.contextmanager
+    def naming_errors(self) -> Iterator[None]:
+        """Where batches are used: errors of the input tell the user what to repair.
+
+        Raises:
+          UsageError: more examples than `data.max_bad_examples` can't be read, or a file of records
+            is damaged.
+        """
+        try:
+            yield
+        except tf.errors.OpError as error:
+            for bad in (self._bad_train, self._bad_validation):
+                if bad.too_many:
+                    raise bad.too_many from None
+            if isinstance(error, tf.errors.DataLossError):
+                raise UsageError(
+                    f"a file of the data set is damaged ({first_line(error)}): prepare it anew"
+                ) from error
+            raise
 
 
 def open_data(config: ConfigDict, seed: int) -> Data:
@@ -137,6 +190,10 @@ def open_data(config: ConfigDict, seed: int) -> Data:
         raise UsageError(f"data.image_size is {config.image_size}: it is a side in pixels or 0")
     if not 0 <= config.distortion <= 1:
         raise UsageError(f"data.distortion is {config.distortion}: it lies between 0 and 1")
+    if config.max_bad_examples < 0:
+        raise UsageError(
+            f"data.max_bad_examples is {config.max_bad_examples}: it has to be 0 or more"
+        )
     source = sources.open_source(
         config.name,
         config.data_dir,
@@ -150,7 +207,8 @@ def open_data(config: ConfigDict, seed: int) -> Data:
             f"data.image_size is 0, which keeps the size of the data, but the images of "
             f"{config.name!r} differ in size: give the side in pixels"
         )
-    return Data(source, make_preprocessing(config, size), seed, config.shuffle)
+    preprocessing = make_preprocessing(config, size)
+    return Data(source, preprocessing, seed, config.shuffle, config.max_bad_examples)
 
 
 def make_preprocessing(config: ConfigDict, size: tuple[int, int]) -> Preprocessing:
@@ -247,19 +305,24 @@ class _ShardBatches:
     and cut into groups; with shuffle "examples" a group is read into memory whole and its records
     permuted. So the place of an example follows from (seed, epoch) alone, and to start anywhere
     takes reading one group. Every input pipeline reads every record, and decodes only its rows.
+
+    The place of an example that can't be read is taken, in training, by the next one of its group
+    that can, under the same random numbers; in evaluation by a blank image of weight 0.
     """
 
     def __init__(
         self,
-        shards: sources.Shards,
+        shards: sources.Shards | sources.Files,
         preprocessing: Preprocessing | CropPreprocessing,
         seed: int | None,
         shuffle: str,
+        bad_examples: BadExamples,
     ) -> None:
         """A seed makes it training input; None makes it one pass after the other, in order."""
         self._shards = shards
         self._preprocessing = preprocessing
         self._seed = seed
+        self._bad_examples = bad_examples
         self._within_groups = seed is not None and shuffle == "examples"
         num_shards = len(shards.lengths)
         fitting = GROUP_BYTES * num_shards // (shards.num_examples * shards.example_bytes)
@@ -274,20 +337,24 @@ class _ShardBatches:
         padding = num_steps * rows.global_batch_size - num_examples if self._seed is None else 0
         start = start_step * rows.global_batch_size
 
-        def own_records(group: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        def own_records(group: tf.Tensor) -> tuple[tf.Tensor, ...]:
             return self._records(group, rows, start, padding)
 
         epoch, place = divmod(start, num_examples + padding)
         first = epoch * self._num_groups + self._group_of(epoch, place)
         records = tf.data.Dataset.counter(first).map(own_records).prefetch(1).unbatch()
-        examples = records.map(self._decode, num_parallel_calls=tf.data.AUTOTUNE)
-        batches = examples.batch(rows.per_replica_batch_size, drop_remainder=True)
+        batch_size = rows.per_replica_batch_size
+        size = max(n for n in range(1, min(batch_size, MAX_PIECE) + 1) if batch_size % n == 0)
+        pieces = records.batch(size, drop_remainder=True)
+        batches = pieces.map(self._decode, num_parallel_calls=tf.data.AUTOTUNE)
+        if size < batch_size:
+            batches = batches.batch(batch_size // size, drop_remainder=True).map(_joined)
         endless = tf.data.experimental.assert_cardinality(tf.data.experimental.INFINITE_CARDINALITY)
         return _plain(batches.prefetch(PREFETCH).apply(endless))
 
     def _records(
         self, group: tf.Tensor, rows: _Rows, start: int, padding: int
-    ) -> tuple[tf.Tensor, tf.Tensor]:
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Reads one group of shards.
 
         Args:
@@ -297,41 +364,44 @@ class _ShardBatches:
           padding: how often the last record of an epoch is repeated after it, with weight 0.
 
         Returns:
-          Records, string [n], and what goes with them: in training random numbers
-          [n, NUM_UNIFORMS], else weights [n].
+          Records, string [n]; for each the group and its place there, int64 [n, 2]; and what goes
+          with them: in training random numbers [n, NUM_UNIFORMS], else weights [n].
         """
         epoch, number = group // self._num_groups, group % self._num_groups
-        order, begins = self._shard_order(epoch)
-        shards = order[number * self._group_shards :][: self._group_shards]
+        shards, begin = self._shards_of(group)
         count = tf.reduce_sum(tf.gather(_int64(self._shards.lengths), shards))
-        records = self._shards.records(shards).batch(count).get_single_element()
-        complete = tf.equal(tf.size(records, tf.int64), count)
-        paths = tf.gather(self._shards.paths, shards)
-        check = tf.debugging.Assert(
-            complete, ["fewer records than the data set's info says in", paths]
-        )
-        # Before a gather can fail with an error that says less.
-        with tf.control_dependencies([check]):
-            records = tf.identity(records)
+        records = self._shards.read(shards)
 
         last = tf.cast(tf.equal(number, self._num_groups - 1), tf.int64)
         index = tf.range(count + last * padding)
-        begin = begins[number * self._group_shards]
         place = epoch * (self._shards.num_examples + padding) + begin + index
         row = place % rows.global_batch_size
         own = (place >= start) & (row >= rows.first) & (row < rows.first + rows.count)
         index = index[own]
         if self._seed is None:
-            weights = tf.cast(index < count, tf.float32)
-            return tf.gather(records, tf.minimum(index, count - 1)), weights
-        # Drawn for the whole group at once: one example at a time costs some 60 microseconds each.
-        drawn = tf.random.stateless_uniform(
-            tf.stack([count, images_lib.NUM_UNIFORMS]), seed=tf.stack([_int64(self._seed), group])
-        )
-        uniforms = tf.gather(drawn, index)
-        if self._within_groups:
-            index = _permuted(index, count, self._seed, EXAMPLES, group)
-        return tf.gather(records, index), uniforms
+            extra = tf.cast(index < count, tf.float32)
+            index = tf.minimum(index, count - 1)
+        else:
+            # Drawn for the whole group at once: one at a time costs some 60 microseconds each.
+            drawn = tf.random.stateless_uniform(
+                tf.stack([count, images_lib.NUM_UNIFORMS]),
+                seed=tf.stack([_int64(self._seed), group]),
+            )
+            extra = tf.gather(drawn, index)
+        where = tf.stack([tf.broadcast_to(group, tf.shape(index)), index], axis=1)
+        return tf.gather(records, self._stored(group, index, count)), where, extra
+
+    def _stored(self, group: tf.Tensor, index: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
+        """Where the examples at these places of a group lie among its records."""
+        if not self._within_groups:
+            return index
+        return _permuted(index, count, self._seed, EXAMPLES, group)
+
+    def _shards_of(self, group: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """The shards of a group, and its place in the epoch."""
+        order, begins = self._shard_order(group // self._num_groups)
+        first = group % self._num_groups * self._group_shards
+        return order[first:][: self._group_shards], begins[first]
 
     def _shard_order(self, epoch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """The shards in the order of an epoch, and the place where each begins in it."""
@@ -347,13 +417,92 @@ class _ShardBatches:
             _, begins = self._shard_order(_int64(epoch))
         return int(np.searchsorted(begins.numpy()[:: self._group_shards], place, "right")) - 1
 
-    def _decode(self, record: tf.Tensor, extra: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        """One example of what `_records` returns."""
+    def _decode(
+        self, records: tf.Tensor, where: tf.Tensor, extras: tf.Tensor
+    ) -> tuple[tf.Tensor | tuple[tf.Tensor, ...], ...]:
+        """Several examples of what `_records` returns: batches of images, labels and weights."""
+        size = records.shape[0]
+        pieces = (tf.range(size), records, extras)
+        examples = tf.data.Dataset.from_tensor_slices(pieces).map(
+            lambda i, record, extra: (i, self._example(record, extra))
+        )
+        none = tf.nest.map_structure(
+            lambda spec: tf.zeros([0, *spec.shape], spec.dtype), examples.element_spec
+        )
+        # What fails is left out, which costs nothing where nothing does.
+        read = examples.ignore_errors().batch(size).concatenate(tf.data.Dataset.from_tensors(none))
+        indices, batch = read.take(1).get_single_element()
+        batch = tf.cond(
+            tf.equal(tf.size(indices), size),
+            lambda: batch,
+            lambda: self._completed(indices, batch, where, extras),
+        )
+        return tf.nest.map_structure(lambda t: tf.ensure_shape(t, [size, *t.shape[1:]]), batch)
+
+    def _example(self, record: tf.Tensor, extra: tf.Tensor) -> tuple[tf.Tensor, ...]:
         encoded, label = self._shards.parse(record)
         channels = self._shards.image_shape[-1]
         if self._seed is None:
             return self._preprocessing.from_encoded(encoded, None, channels), label, extra
         return self._preprocessing.from_encoded(encoded, extra, channels), label
+
+    def _completed(
+        self,
+        indices: tf.Tensor,
+        batch: tuple[tf.Tensor, ...],
+        where: tf.Tensor,
+        extras: tf.Tensor,
+    ) -> tuple[tf.Tensor, ...]:
+        """Fills up a batch of which only the examples with these indices could be read."""
+        missing = tf.sets.difference([tf.range(tf.shape(where)[0])], [indices]).values
+        flat = tf.nest.flatten(batch)
+
+        def substitutes(where: tf.Tensor, extras: tf.Tensor) -> list[tf.Tensor]:
+            found = [self._substitute(*pair, blank) for pair in zip(where, extras, strict=True)]
+            return [tf.stack(values) for values in zip(*found, strict=True)]
+
+        blank = [tf.zeros(t.shape[1:], t.dtype) for t in flat]
+        others = tf.py_function(
+            substitutes,
+            [tf.gather(where, missing), tf.gather(extras, missing)],
+            [t.dtype for t in flat],
+        )
+        order = tf.argsort(tf.concat([indices, missing], axis=0))
+        full = [
+            tf.ensure_shape(tf.gather(tf.concat(parts, axis=0), order), parts[0].shape)
+            for parts in zip(flat, others, strict=True)
+        ]
+        return tf.nest.pack_sequence_as(batch, full)
+
+    def _substitute(
+        self, where: tf.Tensor, extra: tf.Tensor, blank: list[tf.Tensor]
+    ) -> list[tf.Tensor]:
+        """What stands, eagerly and rarely, for an example that could not be read."""
+        group, index = where
+        shards, _ = self._shards_of(group)
+        ends = np.cumsum(np.array(self._shards.lengths)[shards])
+        for further in range(ends[-1]):
+            place = (index + further) % ends[-1]
+            stored = int(self._stored(group, place[None], _int64(ends[-1]))[0])
+            number = int(np.searchsorted(ends, stored, "right"))
+            shard, end = int(shards[number]), ends[number]
+            name, record = self._shards.read_one(
+                shard, int(stored - end + self._shards.lengths[shard])
+            )
+            try:
+                return tf.nest.flatten(self._example(tf.constant(record), extra))
+            except tf.errors.OpError as error:
+                self._bad_examples.add(name, error)
+            if self._seed is None:
+                return blank
+        raise AssertionError("not one example of a group can be read")
+
+
+def _joined(*batches: tf.Tensor | tuple[tf.Tensor, ...]) -> tuple:
+    """Of tensors [n, m, ...], each [n * m, ...]."""
+    return tf.nest.map_structure(
+        lambda t: tf.reshape(t, [t.shape[0] * t.shape[1], *t.shape[2:]]), batches
+    )
 
 
 def _permuted(

@@ -1,4 +1,4 @@
-"""Where examples come from: scikit-learn's digits, generated images, TFDS."""
+"""Where examples come from: scikit-learn's digits, generated images, TFDS, a user's own files."""
 
 import dataclasses
 import difflib
@@ -12,6 +12,8 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from bn_keras.data.bad_examples import first_line
+from bn_keras.data.folder import Files, open_folder
 from bn_keras.errors import UsageError
 
 EMBEDDED = ("digits", "synthetic")
@@ -68,7 +70,8 @@ class Shards:
       lengths: records in each shard.
       example_bytes: mean size of a record.
       image_shape: (H, W, C), where H and W are None if they differ between images.
-      parse: a function of a record, a string tensor, to (encoded image, label), in TensorFlow.
+      parse: a function of a record, a string tensor, to (encoded image, label), in TensorFlow;
+        it fails where the label is not one of the classes.
     """
 
     paths: tuple[str, ...]
@@ -83,17 +86,47 @@ class Shards:
         """Records in all shards."""
         return sum(self.lengths)
 
-    def records(self, shards: tf.Tensor) -> tf.data.Dataset:
-        """The records of the shards with these numbers, int64 [n], one shard after the other."""
+    def read(self, shards: tf.Tensor) -> tf.Tensor:
+        """Reads whole shards.
+
+        Args:
+          shards: their numbers, int64 [n].
+
+        Returns:
+          Their records, string [sum of their lengths], one shard after the other.
+        """
         paths, skips, lengths = map(tf.constant, (self.paths, self.skips, self.lengths))
 
-        def read(shard: tf.Tensor) -> tf.data.Dataset:
+        def open_shard(shard: tf.Tensor) -> tf.data.Dataset:
             records = tf.data.TFRecordDataset(paths[shard], buffer_size=READ_BYTES)
             return records.skip(tf.cast(skips, tf.int64)[shard]).take(
                 tf.cast(lengths, tf.int64)[shard]
             )
 
-        return tf.data.Dataset.from_tensor_slices(shards).flat_map(read)
+        count = tf.reduce_sum(tf.gather(tf.cast(lengths, tf.int64), shards))
+        records = tf.data.Dataset.from_tensor_slices(shards).flat_map(open_shard)
+        records = records.batch(count).get_single_element()
+        check = tf.debugging.Assert(
+            tf.equal(tf.size(records, tf.int64), count),
+            ["fewer records than the data set's info says in", tf.gather(paths, shards)],
+        )
+        # Before a gather can fail with an error that says less.
+        with tf.control_dependencies([check]):
+            return tf.identity(records)
+
+    def read_one(self, shard: int, index: int) -> tuple[str, bytes]:
+        """Reads one record of a shard.
+
+        Returns:
+          Its name, for people to find it by, and the record.
+        """
+        path, index = self.paths[shard], self.skips[shard] + index
+        [record] = tf.data.TFRecordDataset(path).skip(index).take(1).as_numpy_iterator()
+        features = tf.train.Example.FromString(record).features.feature
+        place = f"record {index} of {path}"
+        if not features["file_name"].bytes_list.value:
+            return place, record
+        return f"{features['file_name'].bytes_list.value[0].decode()} ({place})", record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +134,8 @@ class Source:
     """A data set: its classes and the two splits that are used of it, both of the same kind."""
 
     class_names: tuple[str, ...]
-    train: Arrays | Shards
-    validation: Arrays | Shards
+    train: Arrays | Shards | Files
+    validation: Arrays | Shards | Files
 
 
 def open_source(
@@ -113,9 +146,11 @@ def open_source(
     What fits into MEMORY_LIMIT_BYTES is read at once, if all its images have one size.
 
     Args:
-      name: "digits", "synthetic", or a TFDS name.
-      data_dir: the folder of prepared TFDS sets; "" is TFDS's own default.
-      train_split: its name; TFDS's slices ("train[:90%]") work for TFDS's sets.
+      name: "digits", "synthetic", "folder", or a TFDS name.
+      data_dir: the folder of prepared TFDS sets, where "" is TFDS's own default; of "folder", the
+        one with a folder for each split.
+      train_split: its name; TFDS's slices ("train[:90%]") work for TFDS's sets, those in percent
+        for "folder" too.
       validation_split: likewise.
       image_size: side of the images that "synthetic" generates; others ignore it.
 
@@ -126,6 +161,8 @@ def open_source(
         class_names, splits = tuple("0123456789"), _digits()
     elif name == "synthetic":
         class_names, splits = _synthetic(image_size)
+    elif name == "folder":
+        return Source(*open_folder(data_dir, train_split, validation_split))
     else:
         return _open_tfds(name, data_dir, train_split, validation_split)
     for split in (train_split, validation_split):
@@ -184,9 +221,16 @@ def _open_tfds(name: str, data_dir: str, train_split: str, validation_split: str
     decoded_bytes = sum(split.num_examples for split in splits) * math.prod(
         (height or 0, width or 0, channels)
     )
-    read = _read_arrays if 0 < decoded_bytes <= MEMORY_LIMIT_BYTES else _list_shards
     class_names = tuple(builder.info.features[label].names)
-    return Source(class_names, *(read(builder, split, image, label) for split in splits))
+    if 0 < decoded_bytes <= MEMORY_LIMIT_BYTES:
+        try:
+            return Source(
+                class_names, *(_read_arrays(builder, split, image, label) for split in splits)
+            )
+        except tf.errors.InvalidArgumentError:
+            # An image that can't be decoded. Read as training goes on, it is named and replaced.
+            pass
+    return Source(class_names, *(_list_shards(builder, split, image, label) for split in splits))
 
 
 def _prepared_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
@@ -207,7 +251,7 @@ def _prepared_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         except Exception as error:
             raise UsageError(
                 f"data set {name!r} is not in {builder.data_dir} and could not be prepared there "
-                f"({_first_line(error)}): set data.data_dir to a folder that holds it, or take "
+                f"({first_line(error)}): set data.data_dir to a folder that holds it, or take "
                 "'digits', which needs no download"
             ) from error
     return builder
@@ -263,9 +307,12 @@ def _list_shards(
     wanted = tfds.decode.PartialDecoding({image: True, label: True})
     features = wanted.extract_features(builder.info.features)
 
+    classes = np.arange(builder.info.features[label].num_classes, dtype=np.int32)
+
     def parse(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         example = features.deserialize_example(record, decoders={image: tfds.decode.SkipDecoding()})
-        return example[image], tf.cast(example[label], tf.int32)
+        # On the CPU a gather fails where there is no such class.
+        return example[image], tf.gather(classes, example[label])
 
     files = split.file_instructions
     num_records = sum(whole.num_examples for whole in builder.info.splits.values())
@@ -288,12 +335,13 @@ def _read_arrays(
 
 
 def _unknown_name(name: str) -> UsageError:
-    known = [*EMBEDDED, *tfds.list_builders()]
+    known = [*EMBEDDED, "folder", *tfds.list_builders()]
     close = difflib.get_close_matches(name, known, n=3)
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
     return UsageError(
         f"unknown data set {name!r}: {hint}accepted are 'digits' and 'synthetic', which need no "
-        "download, and the names of TFDS's image classification sets"
+        "download, 'folder' for images of your own, and the names of TFDS's image classification "
+        "sets"
     )
 
 
@@ -301,7 +349,3 @@ def _unknown_split(name: str, split: str, splits: Iterable[str]) -> UsageError:
     return UsageError(
         f"data set {name!r} has no split {split!r}: it has {', '.join(map(repr, splits))}"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
