@@ -27,6 +27,7 @@ if keras.backend.backend() != "tensorflow":
         f" {keras.backend.backend()!r}: import bn_keras first, or set KERAS_BACKEND=tensorflow."
     )
 
+from bn_keras import health  # noqa: E402
 from bn_keras.batch_norm import BatchNormalization  # noqa: E402
 from bn_keras.convert import replace_batch_norm  # noqa: E402
 from bn_keras.fold import fold_batch_norm  # noqa: E402
@@ -39,5 +40,6 @@ __all__ = [
     "SigmoidMLP",
     "estimate_population_statistics",
     "fold_batch_norm",
+    "health",
     "replace_batch_norm",
 ]

@@ -1,7 +1,7 @@
 """What the commands have in common: quiet start-up, flags, errors on one line, exit statuses.
 
-0: done. 1: a bug, with its traceback. 2: what was asked for can't be done. 3: the training
-diverged. 4: a job in the cloud failed. 130: interrupted.
+0: done. 1: a bug, with its traceback; from launch.check, that the network has a fault. 2: what was
+asked for can't be done. 3: the training diverged. 4: a job in the cloud failed. 130: interrupted.
 """
 
 import contextlib

@@ -9,6 +9,9 @@ import sys
 import time
 
 import pytest
+from small import small_mlp
+
+from bn_keras.train import train_and_evaluate
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DIGITS = (
@@ -62,12 +65,12 @@ def test_flags_that_cannot_be_meant(arguments, parts, tmp_path):
     assert not (ROOT / "w").exists()
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "reproduce", "search"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "reproduce", "search", "check"])
 def test_help_shows_the_flags_and_an_example(command):
     done = launch(command, "--help")
     assert f"python -m launch.{command} --" in done.stdout
     assert "--workdir: Folder" in done.stdout
-    assert ("--config: Python file" in done.stdout) == (command != "reproduce")
+    assert ("--config: Python file" in done.stdout) == (command not in ("reproduce", "check"))
     assert max(map(len, done.stdout.splitlines())) <= 100
 
 
@@ -126,6 +129,18 @@ def test_killed_started_again_and_evaluated(tmp_path):
     evaluated = json.loads(launch("evaluate", f"--workdir={tmp_path}", "--json").stdout)
     assert evaluated["step"] == 20_000
     assert evaluated["accuracy"] == pytest.approx(lines[-1]["validation/accuracy"])
+
+
+def test_a_check_up_tells_by_its_status(tmp_path):
+    # With such a momentum the statistics lag far behind, which nothing shows without data.
+    train_and_evaluate(small_mlp(**{"batch_norm.momentum": 0.999}), tmp_path)
+    done = launch("check", f"--workdir={tmp_path}", "--batches=0")
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 1, done.stderr
+    done = launch("check", f"--workdir={tmp_path}", "--batches=5", "--json")
+    report = json.loads(done.stdout)
+    assert done.returncode == 1 and report["has_faults"], done.stderr
+    assert {f["kind"] for f in report["findings"]} == {"stale"}
+    assert report["population"]["num_batches"] == 5 and report["gap"] > 0
 
 
 def test_another_backend_is_one_line(tmp_path):

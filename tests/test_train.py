@@ -87,8 +87,16 @@ def test_a_run_learns_and_writes_what_it_did(tmp_path):
 
 @pytest.mark.parametrize(
     "make_config, killed_after",
-    [(small_mlp, 33), (functools.partial(small_inception, **BY_POPULATION), 3)],
-    ids=["mlp on one device", "inception with dropout on two replicas, by population statistics"],
+    [
+        (small_mlp, 33),
+        (small_inception, 3),
+        (functools.partial(small_mlp, **TWO_REPLICAS, **BY_POPULATION), 33),
+    ],
+    ids=[
+        "mlp on one device",
+        "inception with dropout on two replicas",
+        "mlp on two replicas, evaluated by population statistics",
+    ],
 )
 def test_killed_and_resumed_equals_never_killed(
     make_config, killed_after, tmp_path, monkeypatch, short_figure_5
