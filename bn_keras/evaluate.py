@@ -236,23 +236,24 @@ def make_ensemble_evaluator(
         sums.assign(tf.zeros([num_rows, 4]))
         iterator = iter(batches)
         part = -(-num_steps // _PARTS) if label else num_steps
-        with _bar(label, data.num_validation_examples) as bar:
+        with _bar(label, data.num_validation_examples) as bar, data.naming_errors():
             for start in range(0, num_steps, part):
                 steps = min(part, num_steps - start)
                 eval_loop(iterator, tf.constant(steps))
                 bar.update(min(steps * images_per_step, bar.total - bar.n))
-        return [_means(row, data.num_validation_examples) for row in sums.read_value().numpy()]
+        rows = sums.read_value().numpy()
+        for num_examples, *_ in rows:
+            data.check_counted(num_examples)
+        return [_means(row) for row in rows]
 
     return evaluate
 
 
-def _means(sums: Sequence[float], num_examples: int) -> dict[str, float]:
+def _means(sums: Sequence[float]) -> dict[str, float]:
     examples, *totals = map(float, sums)
-    if examples != num_examples:
-        raise AssertionError(f"{examples:.0f} of {num_examples} examples were counted")
     names = ("loss", "accuracy", "top5_accuracy")
-    return {"examples": num_examples} | {
-        name: total / num_examples for name, total in zip(names, totals, strict=True)
+    return {"examples": int(examples)} | {
+        name: total / examples for name, total in zip(names, totals, strict=True)
     }
 
 

@@ -105,6 +105,7 @@ def train_and_evaluate(
     with (
         MetricsWriter(run, global_batch_size) as metrics,
         Progress(label or run.path.name, step, steps) as progress,
+        data.naming_errors(),
     ):
         progress.building()
         trainer.trace(batches)

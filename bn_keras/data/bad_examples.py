@@ -36,11 +36,12 @@ class BadExamples:
                 return
             self._names.add(name)
             what = f"bad example {name}: {first_line(error)}"
-            if self.count > self._limit:
+            if self.count > self._limit and not self.too_many:
                 self.too_many = UsageError(
-                    f"{what}; that makes {self.count}, and data.max_bad_examples is {self._limit}:"
-                    " repair or remove it, or raise that number"
+                    f"{what} (data.max_bad_examples is {self._limit}: repair or remove it, or raise"
+                    " that number)"
                 )
+            if self.too_many:
                 raise self.too_many
             logging.warning("%s (%d of at most %d)", what, self.count, self._limit)
 
@@ -48,4 +49,4 @@ class BadExamples:
 def first_line(error: Exception) -> str:
     """The first line of an error's message, without what TensorFlow says of its graph."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return re.sub(r"\{\{.*?\}\} ?|\s*\[Op:.*\]", "", line)
+    return re.sub(r"\{\{.*?\}\} ?|\s*\[Op:.*", "", line)

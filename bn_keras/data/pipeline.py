@@ -461,7 +461,7 @@ class _ShardBatches:
             found = [self._substitute(*pair, blank) for pair in zip(where, extras, strict=True)]
             return [tf.stack(values) for values in zip(*found, strict=True)]
 
-        blank = [tf.zeros(t.shape[1:], t.dtype) for t in flat]
+        blank = [np.zeros(t.shape[1:], t.dtype.as_numpy_dtype) for t in flat]
         others = tf.py_function(
             substitutes,
             [tf.gather(where, missing), tf.gather(extras, missing)],
@@ -475,8 +475,8 @@ class _ShardBatches:
         return tf.nest.pack_sequence_as(batch, full)
 
     def _substitute(
-        self, where: tf.Tensor, extra: tf.Tensor, blank: list[tf.Tensor]
-    ) -> list[tf.Tensor]:
+        self, where: tf.Tensor, extra: tf.Tensor, blank: list[np.ndarray]
+    ) -> list[tf.Tensor | np.ndarray]:
         """What stands, eagerly and rarely, for an example that could not be read."""
         group, index = where
         shards, _ = self._shards_of(group)
