@@ -268,6 +268,7 @@ def test_the_smallest_image_is_accepted_and_a_smaller_one_refused(stem, smallest
         (dict(preset="caffe", input_shape=(10, 10, 1)), "module 4e gets maps of 5x5"),
         (dict(classes=0), "classes is 0"),
         (dict(width=0), "width is 0"),
+        (dict(pool_projection=-96), "pool_projection is -96"),
         (dict(dropout=1.0), "dropout is 1.0"),
         (dict(initializer_scale=0.0), "initializer_scale is 0.0"),
         (dict(pooling="sum"), "unknown pooling 'sum': accepted are 'avg', 'max' and None"),

@@ -288,7 +288,7 @@ def BNInception(
     if separable_stem is None:
         separable_stem = entry.separable and origin.separable_stem
     entry = entry._replace(separable=separable_stem)
-    _check(classes, input_shape, width, chosen, entry)
+    _check(classes, input_shape, width, origin.pool_projection, chosen, entry)
     _check_top(include_top, pooling, classifier_activation, auxiliary)
 
     net = _Layers(
@@ -502,12 +502,19 @@ def _lookup(what: str, given: str, table: dict, **overrides: object) -> NamedTup
 
 
 def _check(
-    classes: int, input_shape: Sequence[int], width: float, variant: Variant, stem: Stem
+    classes: int,
+    input_shape: Sequence[int],
+    width: float,
+    pool_projection: int,
+    variant: Variant,
+    stem: Stem,
 ) -> None:
     if classes < 1:
         raise UsageError(f"classes is {classes}: it has to be at least 1")
     if not 0 < width < math.inf:
         raise UsageError(f"width is {width}: it has to be a number greater than 0")
+    if pool_projection < 1:
+        raise UsageError(f"pool_projection is {pool_projection}: it has to be at least 1")
     if not 0 < variant.initializer_scale < math.inf:
         raise UsageError(
             f"initializer_scale is {variant.initializer_scale}: it has to be a number greater"
