@@ -103,7 +103,10 @@ def export_workdir(
     if fold:
         model, report = fold_batch_norm(model)
     with _complete(output) as unfinished:
-        _WRITERS[file_format](model, trained, unfinished)
+        try:
+            _WRITERS[file_format](model, trained, unfinished)
+        except tf.errors.OpError as error:  # TensorFlow's name for what the system says
+            raise OSError(error.message) from None
         difference, size = _compare(model, trained, unfinished, file_format)
         num_bytes = _size(unfinished)
     return ExportReport(
@@ -154,8 +157,8 @@ def _complete(output: pathlib.Path) -> Iterator[pathlib.Path]:
         if output.is_dir():
             output.rename(folder / "before")
         unfinished.replace(output)
-    except (OSError, tf.errors.OpError) as error:
-        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+    except OSError as error:
+        reason = error.strerror or str(error).splitlines()[0]
         raise UsageError(f"output {output} can't be written: {reason}") from None
     finally:
         if folder is not None:

@@ -1,0 +1,57 @@
+"""Inference of BN-Inception folded, with our layer and with Keras', on 1 and 32 images of 224².
+
+    python benchmarks/fold.py [policy ...]
+
+Policies: float32, mixed_bfloat16; both without any.
+"""
+
+import os
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import tensorflow as tf
+from _timing import compare, table
+
+from bn_keras import BatchNormalization, BNInception, fold_batch_norm
+
+BATCHES = (1, 32)
+SIDE = 224
+RATIOS = {"ours/folded": ("ours", "folded"), "Keras/folded": ("Keras", "folded")}
+
+
+def _with_keras_layers(model):
+    def clone(layer):
+        config = layer.get_config()
+        if isinstance(layer, BatchNormalization):
+            config.pop("unbiased", None)
+            return keras.layers.BatchNormalization.from_config(config)
+        return type(layer).from_config(config)
+
+    return keras.models.clone_model(model, clone_function=clone)
+
+
+def _inference(model, images):
+    run = tf.function(lambda: model(images, training=False), autograph=False)
+    return lambda: run().numpy()
+
+
+def networks(policy):
+    keras.config.set_dtype_policy(policy)
+    ours = BNInception("bn_x30", input_shape=(SIDE, SIDE, 3))
+    folded, _ = fold_batch_norm(ours, tf.random.normal([1, SIDE, SIDE, 3]))
+    models = {"folded": folded, "ours": ours, "Keras": _with_keras_layers(ours)}
+    rows = {}
+    for batch in BATCHES:
+        images = tf.random.normal([batch, SIDE, SIDE, 3])
+        functions = {name: _inference(model, images) for name, model in models.items()}
+        # Single images are short: the median takes more of them.
+        rounds = 12 if batch == 1 else 6
+        rows[f"{batch}×{SIDE}²"] = compare(functions, rounds=rounds, block=3)
+    table(f"Inference of BN-Inception, {policy}", rows, RATIOS)
+
+
+if __name__ == "__main__":
+    for policy in sys.argv[1:] or ("float32", "mixed_bfloat16"):
+        networks(policy)
