@@ -1,10 +1,12 @@
 """The Keras layer: variables, moving statistics, modes; it brings the replicas together for ops."""
 
 import functools
+import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from bn_keras import ops
@@ -238,13 +240,19 @@ class BatchNormalization(keras.layers.Layer):
           if_: whether the call is in training mode, where `training` is a tensor.
         """
         count, mean, variance = moments
-        total = tf.reduce_sum(count, axis=0)
-        updates = tf.logical_and(total > 0, if_)
-        share = tf.math.divide_no_nan(count, total)
+        known = tf.get_static_value(count)
+        if known is None:
+            total = tf.reduce_sum(count, axis=0)
+            share, fewer = tf.math.divide_no_nan(count, total), tf.maximum(count - 1, 1)
+        else:
+            # Mostly the batch's size is known, and none of this has to be in the graph.
+            count, total = known, known.sum(axis=0)
+            share, fewer = count / np.maximum(total, 1), np.maximum(count - 1, 1)
+        updates = tf.logical_and(total > 0, if_) if known is None or not total.all() else if_
         # Bessel's correction enters here; a single value is taken for two.
-        correction = count / tf.maximum(count - 1, 1) if self.unbiased else 1.0
+        correction = count / fewer if self.unbiased else 1.0
         new_mean = tf.reduce_sum(share * mean, axis=0)
-        new_variance = tf.reduce_sum(share * variance * correction, axis=0)
+        new_variance = tf.reduce_sum(share * correction * variance, axis=0)
         keep = self.momentum
         if keep is None:
             done = self.num_updates.value + tf.cast(tf.reduce_any(updates), tf.int64)
@@ -256,8 +264,10 @@ class BatchNormalization(keras.layers.Layer):
             kept, rate = keep, 1 - keep
             if isinstance(keep, tf.Tensor):
                 kept, rate = tf.cast(kept, old.dtype), tf.cast(rate, old.dtype)
-            moved = tf.where(updates, old * kept + tf.cast(new, old.dtype) * rate, old)
-            moving.assign(tf.reshape(moved, self._shape))
+            moved = old * kept + tf.cast(new, old.dtype) * rate
+            if updates is not True:
+                moved = tf.where(updates, moved, old)
+            moving.assign(self._shaped(moved))
             return moved
 
         move(self.moving_mean, new_mean, keep)
@@ -266,9 +276,7 @@ class BatchNormalization(keras.layers.Layer):
         else:
             # Keras' choice: the standard deviation moves, and the variance follows from it.
             stddev = move(self.moving_stddev, tf.sqrt(new_variance + self.epsilon), keep)
-            self.moving_variance.assign(
-                tf.reshape(tf.nn.relu(tf.square(stddev) - self.epsilon), self._shape)
-            )
+            self.moving_variance.assign(self._shaped(tf.nn.relu(tf.square(stddev) - self.epsilon)))
             move(self.renorm_mean, new_mean, self.renorm_momentum)
             biased = tf.reduce_sum(share * variance, axis=0)
             move(self.renorm_stddev, tf.sqrt(biased + self.epsilon), self.renorm_momentum)
@@ -291,38 +299,41 @@ class BatchNormalization(keras.layers.Layer):
         alike = self.synchronized and self.sync_group_size in (None, replicas)
         return replicas > 1 and not alike
 
-    def _replica_state(self) -> list[tf.Tensor]:
-        """What a merge has to know of a replica, all flat."""
-        variables = [self.moving_mean, self.moving_variance]
+    def _mixed(self) -> list[tuple[tf.Tensor, tf.Tensor]]:
+        """The means and variances that a merge mixes, [C]."""
+        pairs = [(_flat(self.moving_mean), _flat(self.moving_variance))]
         if self.renorm:
-            variables += [self.renorm_mean, self.renorm_stddev]
-        if self.momentum is None:
-            variables += [self.num_updates]
-        return [tf.reshape(self._merge_weight, [1]), *map(_flat, variables)]
+            pairs.append((_flat(self.renorm_mean), tf.square(_flat(self.renorm_stddev))))
+        return pairs
 
-    def _merge(self, weight: tf.Tensor, *states: tf.Tensor) -> None:
-        """Takes the replicas' states, stacked in front, and makes them one."""
-        states = list(states)
+    def _take_merged(
+        self, mixed: Iterator[tuple[tf.Tensor, tf.Tensor]], num_updates: Iterator[tf.Tensor]
+    ) -> None:
+        """Takes its own from what the merge of all layers made of `_mixed` and `num_updates`."""
 
         def assign(variable: keras.Variable, value: tf.Tensor) -> None:
             variable.assign(tf.cast(tf.reshape(value, variable.shape), variable.dtype))
 
-        mean, variance = _mixture(weight, states.pop(0), states.pop(0))
+        mean, variance = next(mixed)
         assign(self.moving_mean, mean)
         assign(self.moving_variance, variance)
         if self.renorm:
             assign(self.moving_stddev, tf.sqrt(variance + self.epsilon))
-            mean, variance = _mixture(weight, states.pop(0), tf.square(states.pop(0)))
+            mean, variance = next(mixed)
             assign(self.renorm_mean, mean)
             assign(self.renorm_stddev, tf.sqrt(variance))
         if self.momentum is None:
-            assign(self.num_updates, tf.reduce_max(states.pop(0)))
+            assign(self.num_updates, next(num_updates))
         self._merge_weight.assign(0.0)
 
     # --- Shapes and checks.
 
     def _parameters(self) -> tuple[tf.Tensor | None, tf.Tensor | None]:
         return tuple(None if p is None else _flat(p) for p in (self.gamma, self.beta))
+
+    def _shaped(self, t: tf.Tensor) -> tf.Tensor:
+        """Gives a [C] the shape of the weights."""
+        return t if len(self._shape) == 1 else tf.reshape(t, self._shape)
 
     def _add_weight(
         self, name: str, initializer: object, regularizer: object, constraint: object
@@ -541,26 +552,38 @@ _merges: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def _merge_in_replica(layers: Sequence[BatchNormalization]) -> None:
-    states = [layer._replica_state() for layer in layers]
-    doubles = any(t.dtype == tf.float64 for state in states for t in state)
-    dtype = tf.float64 if doubles else tf.float32
-    packed = tf.concat([tf.cast(t, dtype) for state in states for t in state], axis=0)
-    gathered = _gather_replicas(packed)
-    sizes = [t.shape[0] for state in states for t in state]
-    parts = iter(tf.split(gathered, sizes, axis=1))
-    for layer, state in zip(layers, states, strict=True):
-        layer._merge(*(next(parts) for _ in state))
+    """Mixes all channels of all layers at once."""
+    mixed = [layer._mixed() for layer in layers]
+    means, variances = zip(*itertools.chain(*mixed), strict=True)
+    parts = (
+        [layer._merge_weight for layer in layers],
+        means,
+        variances,
+        [layer.num_updates for layer in layers if layer.momentum is None],
+    )
+    dtype = tf.float64 if any(m.dtype == tf.float64 for m in means) else tf.float32
+    flat = [tf.reshape(tf.cast(t, dtype), [-1]) for part in parts for t in part]
+    channels = [m.shape[0] for m in means]
+    lengths = [len(layers), sum(channels), sum(channels), len(parts[-1])]
+    gathered = _gather_replicas(tf.concat(flat, axis=0))
+    weight, mean, variance, num_updates = tf.split(gathered, lengths, axis=1)
+    of_layer = [sum(mean.shape[0] for mean, _ in pairs) for pairs in mixed]
+    weight = tf.gather(weight, np.repeat(np.arange(len(layers)), of_layer), axis=1)
+    merged = zip(*(tf.split(t, channels) for t in _mixture(weight, mean, variance)), strict=True)
+    num_updates = iter(tf.unstack(tf.reduce_max(num_updates, axis=0)))
+    for layer in layers:
+        layer._take_merged(merged, num_updates)
 
 
 def _mixture(
     weight: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Gives mean and variance [C] of a mixture of R parts, from [R, 1], [R, C] and [R, C].
+    """Gives mean and variance [C] of a mixture of R parts, each argument being [R, C].
 
     In differences from the first part, so that parts that agree come out as they went in, to the
     bit. Without any weight, all weigh the same.
     """
-    total = tf.reduce_sum(weight)
+    total = tf.reduce_sum(weight, axis=0)
     share = tf.where(total > 0, weight / tf.maximum(total, 1), 1 / weight.shape[0])
     merged = mean[0] + tf.reduce_sum(share * (mean - mean[0]), axis=0)
     within = variance[0] + tf.reduce_sum(share * (variance - variance[0]), axis=0)
@@ -569,7 +592,7 @@ def _mixture(
 
 
 def _gather_replicas(packed: tf.Tensor, group_size: int | None = None) -> tf.Tensor:
-    """Gives the [P] of each replica of this one's group as [R, P], by one all-reduce.
+    """Gives the [...] of each replica of this one's group as [R, ...], by one all-reduce.
 
     Each replica fills a row of its own and leaves the others 0; the sum is then exact, and the
     same everywhere.
@@ -582,11 +605,16 @@ def _gather_replicas(packed: tf.Tensor, group_size: int | None = None) -> tf.Ten
             f"sync_group_size={group_size} does not divide the {replicas} replicas: give a"
             " divisor, or None for all of them"
         )
-    own = tf.equal(tf.range(replicas), replica)
-    rows = tf.where(own[:, None], packed[None], tf.zeros([], packed.dtype))
+    known = tf.get_static_value(replica)
+    rank = np.arange(replicas).reshape([-1] + [1] * packed.shape.rank)
+    rows = tf.where(
+        rank == (replica if known is None else known), packed, tf.zeros([], packed.dtype)
+    )
     rows = _in_order(
         lambda rows: context.all_reduce(tf.distribute.ReduceOp.SUM, rows), rows, replica
     )
+    if group_size == replicas:
+        return rows
     first = replica // group_size * group_size
     return rows[first : first + group_size]
 

@@ -8,6 +8,7 @@ memory about as rarely as can be; `_Plain` is made of ordinary operations, takes
 mask, and is differentiable, so that it also serves as the gradient's gradient.
 """
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -25,8 +26,8 @@ _PAYS_AT_INFERENCE = 2**18
 # thousand standard deviations it comes out right to a thousandth of one.
 _FEW_VALUES = 2**15
 
-# [P] of this replica -> [R, P] of the R replicas that share their statistics, the same on each,
-# in one collective. Has to be differentiable.
+# [...] of this replica -> [R, ...] of the R replicas that share their statistics, the same on
+# each, in one collective. Has to be differentiable.
 Gather = Callable[[tf.Tensor], tf.Tensor]
 
 
@@ -127,11 +128,10 @@ def batch_normalize(
     # Splitting takes a number of groups that is known when the graph is built.
     fusable = _pays_to_fuse(x, _PAYS_IN_TRAINING) and mask is None and num_groups
     transform = _Fused(epsilon, num_groups, gather) if fusable else plain
+    y, moments, residuals = transform.forward(tf.stop_gradient(x), gamma, beta)
 
     @tf.custom_gradient
-    def forward(x, gamma, beta):  # noqa: ANN001
-        y, moments, residuals = transform.forward(x, gamma, beta)
-
+    def differentiable(x, gamma, beta):  # noqa: ANN001
         @tf.custom_gradient
         def backward(dy, x, gamma):  # noqa: ANN001
             def second_order(*upstream):
@@ -143,14 +143,17 @@ def batch_normalize(
 
             return transform.backward(dy, x, gamma, residuals), second_order
 
-        return (y, *moments), lambda dy, *_: backward(dy, x, gamma)
+        return y, lambda dy: backward(dy, x, gamma)
 
-    y, *moments = forward(x, gamma, beta)
-    return y, Moments(*map(tf.stop_gradient, moments))
+    return differentiable(x, gamma, beta), moments
 
 
 class _Plain:
-    """The transform in ordinary operations, on rows [G, M, C] in the statistics' dtype."""
+    """The transform in ordinary operations, in the statistics' dtype.
+
+    Ghost batches get an axis of their own, the first. Statistics keep the axes that they are
+    taken over, with one entry.
+    """
 
     def __init__(
         self,
@@ -163,61 +166,69 @@ class _Plain:
         self._epsilon = epsilon
         self._group_size = group_size
         self._gather = gather
+        self._axes = list(range(x.shape.rank - 1) if group_size is None else range(1, x.shape.rank))
         self._kept = None
         if mask is not None:
+            mask = tf.cast(mask, tf.bool)
             like = _dims(x)[:-1] + _dims(mask)[-1:]
-            self._kept = self._rows(tf.broadcast_to(tf.cast(mask, tf.bool), like))
+            self._kept = self._grouped(tf.broadcast_to(mask, like))
 
     def forward(
         self, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor
     ) -> tuple[tf.Tensor, Moments, Moments]:
         moments = self.moments(x)
         scale = gamma * tf.math.rsqrt(moments.variance + self._epsilon)
-        y = (self._float_rows(x) - _over_rows(moments.mean)) * _over_rows(scale) + beta
-        return _like(y, x), moments, moments
+        y = (self._floats(x) - moments.mean) * scale + beta
+        return _like(y, x), Moments(*map(_without_ones, moments)), moments
 
     def moments(self, x: tf.Tensor) -> Moments:
         """Takes the corrected two-pass algorithm: a mean, and the mean of what is left."""
-        rows = self._float_rows(x)
+        x = self._floats(x)
         if self._kept is None:
-            groups, values, _ = _dims(rows)
-            count = tf.fill([groups, 1], tf.cast(values, rows.dtype))
+            dims = _dims(x)
+            like = [1 if a in self._axes else d for a, d in enumerate(dims[:-1])] + [1]
+            count = _constant(_product([dims[a] for a in self._axes]), like, x.dtype)
         else:
-            count = tf.reduce_sum(tf.cast(self._kept, rows.dtype), axis=1)
-        mean = tf.math.divide_no_nan(tf.reduce_sum(self._keep(rows), axis=1), count)
-        deviation = self._keep(rows - _over_rows(mean))
-        rest = tf.math.divide_no_nan(tf.reduce_sum(deviation, axis=1), count)
-        squares = tf.math.divide_no_nan(tf.reduce_sum(tf.square(deviation), axis=1), count)
+            count = self._sum(tf.cast(self._kept, x.dtype))
+        mean = self._mean(self._keep(x), count)
+        deviation = self._keep(x - mean)
+        rest = self._mean(deviation, count)
+        squares = self._mean(tf.square(deviation), count)
         moments = Moments(count, mean + rest, tf.nn.relu(squares - tf.square(rest)))
         return _merged(self._gather, moments)
 
     def backward(
         self, dy: tf.Tensor, x: tf.Tensor, gamma: tf.Tensor, moments: Moments
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        dy_rows = self._float_rows(dy)
+        dy = self._floats(dy)
         deviation_scale = tf.math.rsqrt(moments.variance + self._epsilon)
-        x_hat = (self._float_rows(x) - _over_rows(moments.mean)) * _over_rows(deviation_scale)
+        x_hat = (self._floats(x) - moments.mean) * deviation_scale
         if self._kept is not None:
             # What doesn't count may be NaN; where its dy is 0 it takes no part.
-            x_hat = tf.where(self._kept | (dy_rows != 0), x_hat, 0.0)
-        dgamma = tf.reduce_sum(dy_rows * x_hat, axis=1)
-        dbeta = tf.reduce_sum(dy_rows, axis=1)
+            x_hat = tf.where(self._kept | (dy != 0), x_hat, 0.0)
+        dgamma, dbeta = self._sum(dy * x_hat), self._sum(dy)
         mean_dy, mean_dy_x_hat = _shared_means(self._gather, dbeta, dgamma, moments.count)
-        through_moments = self._keep(_over_rows(mean_dy) + x_hat * _over_rows(mean_dy_x_hat))
-        dx = _over_rows(gamma * deviation_scale) * (dy_rows - through_moments)
-        return _like(dx, x), tf.reduce_sum(dgamma, axis=0), tf.reduce_sum(dbeta, axis=0)
+        through_moments = self._keep(mean_dy + x_hat * mean_dy_x_hat)
+        dx = gamma * deviation_scale * (dy - through_moments)
+        others = list(range(dx.shape.rank - 1))
+        return _like(dx, x), tf.reduce_sum(dgamma, others), tf.reduce_sum(dbeta, others)
 
-    def _rows(self, x: tf.Tensor) -> tf.Tensor:
-        dims = _dims(x)
+    def _grouped(self, x: tf.Tensor) -> tf.Tensor:
         if self._group_size is None:
-            return tf.reshape(x, [1, -1, dims[-1]])
-        return tf.reshape(x, [-1, _product([self._group_size, *dims[1:-1]]), dims[-1]])
+            return x
+        return tf.reshape(x, [-1, self._group_size, *_dims(x)[1:]])
 
-    def _float_rows(self, x: tf.Tensor) -> tf.Tensor:
-        return tf.cast(self._rows(x), statistics_dtype(x.dtype))
+    def _floats(self, x: tf.Tensor) -> tf.Tensor:
+        return tf.cast(self._grouped(x), statistics_dtype(x.dtype))
 
-    def _keep(self, rows: tf.Tensor) -> tf.Tensor:
-        return rows if self._kept is None else tf.where(self._kept, rows, 0.0)
+    def _keep(self, x: tf.Tensor) -> tf.Tensor:
+        return x if self._kept is None else tf.where(self._kept, x, 0.0)
+
+    def _sum(self, x: tf.Tensor) -> tf.Tensor:
+        return tf.reduce_sum(x, self._axes, keepdims=True)
+
+    def _mean(self, x: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
+        return tf.math.divide_no_nan(self._sum(x), count)
 
 
 class _Fused:
@@ -232,9 +243,11 @@ class _Fused:
         self, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor
     ) -> tuple[tf.Tensor, Moments, object]:
         groups = self._groups(x)
-        trained = [_kernel_training(images, gamma, beta, self._epsilon) for images in groups]
-        ys, moments, residuals = zip(*trained, strict=True)
-        moments = Moments(*(tf.stack(m) for m in zip(*moments, strict=True)))
+        values = _product(_dims(groups[0])[:-1])
+        trained = [_kernel_training(g, values, gamma, beta, self._epsilon) for g in groups]
+        ys, means, variances, residuals = zip(*trained, strict=True)
+        count = _constant(values, [self._num_groups, 1], gamma.dtype)
+        moments = Moments(count, tf.stack(means), tf.stack(variances))
         if self._gather is not None:
             # The kernel was only asked for the moments.
             residuals = moments = _merged(self._gather, moments)
@@ -300,11 +313,6 @@ class _Fused:
         return zip(*unstacked, strict=True)
 
 
-def _over_rows(t: tf.Tensor) -> tf.Tensor:
-    """Gives [G, C] the axis of the rows [G, M, C]."""
-    return tf.expand_dims(t, 1)
-
-
 # --- What parts of a batch make together.
 
 
@@ -335,62 +343,53 @@ def _shared_means(
 
 def _gathered(gather: Gather, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
     """Gives each tensor with the replicas stacked in front, by a single collective."""
-    packed = gather(tf.concat([tf.reshape(t, [-1]) for t in tensors], axis=0))
-    parts = tf.split(packed, [_product(_dims(t)) for t in tensors], axis=1)
-    return [
-        tf.reshape(p, [-1, *_dims(t)[:-1], _dims(t)[-1]])
-        for p, t in zip(parts, tensors, strict=True)
-    ]
+    packed = gather(tf.concat(tensors, axis=-1))
+    return tf.split(packed, [t.shape[-1] for t in tensors], axis=-1)
 
 
 # --- TensorFlow's fused kernels.
 
 
 def _kernel_training(
-    images: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float
-) -> tuple[tf.Tensor, Moments, tuple]:
-    """Gives y, the moments ([1], [C], [C]), and what the gradient needs: images and reserves."""
-    values = _product(_dims(images)[:-1])
-    count = tf.cast(values, tf.float32)
+    images: tf.Tensor, values: int | tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tuple]:
+    """Gives y, mean and biased variance [C], and what the gradient needs: images and reserves.
 
-    def kernel(images: tf.Tensor) -> tuple:
-        return tuple(
-            tf.raw_ops.FusedBatchNormV3(
-                x=images,
-                scale=gamma,
-                offset=beta,
-                mean=[],
-                variance=[],
-                epsilon=epsilon,
-                is_training=True,
-            )
-        )
-
-    def drowns(images: tf.Tensor, shift: tf.Tensor, y: tf.Tensor, *rest: tf.Tensor) -> tf.Tensor:
-        mean, variance, *_ = rest
-        return tf.reduce_any(count * tf.abs(mean) > 2.0**25 * tf.sqrt(variance + epsilon))
-
-    def centered(images: tf.Tensor, shift: tf.Tensor, y: tf.Tensor, *rest: tf.Tensor) -> tuple:
-        mean = rest[0]
-        images = tf.cast(tf.cast(images, tf.float32) - mean, images.dtype)
-        return images, shift + mean, *kernel(images)
-
-    state = (images, tf.zeros_like(gamma), *kernel(images))
-    if not _has_accelerator() and not (isinstance(values, int) and values <= _FEW_VALUES):
-        # On the CPU the kernel adds up its values one by one in float32: where the sum's spacing
-        # outgrows the deviations, they drown (at 400,000 values, a mean of 300 standard
-        # deviations). The mean, as far as it came, is taken off and all is done again.
-        state = tf.cond(
-            drowns(*state),
-            lambda: tuple(tf.while_loop(drowns, centered, state, maximum_iterations=4)),
-            lambda: state,
-        )
-    images, shift, y, mean, unbiased, *reserved = state
+    Args:
+      images: [N, H, W, C].
+      values: how many there are of each channel.
+      gamma, beta, epsilon: as everywhere.
+    """
+    y, mean, variance, *reserved = tf.raw_ops.FusedBatchNormV3(
+        x=images, scale=gamma, offset=beta, mean=[], variance=[], epsilon=epsilon
+    )
+    known = isinstance(values, int)
+    count = float(values) if known else tf.cast(values, tf.float32)
     # The kernel applies Bessel's correction to the variance that it returns (not to the one that
     # it normalizes by), with m - 1 no less than 1; and of nothing it returns NaN.
-    variance = unbiased * tf.math.divide_no_nan(tf.maximum(count - 1, 1), count)
-    mean, variance = (tf.where(count > 0, t, 0.0) for t in (mean + shift, variance))
-    return y, Moments(count[None], mean, variance), (images, *reserved)
+    if known and count:
+        variance *= max(count - 1, 1) / count
+    else:
+        biased = tf.math.divide_no_nan(tf.maximum(count - 1.0, 1.0), count)
+        variance = tf.math.multiply_no_nan(variance, biased)
+        mean = tf.math.multiply_no_nan(mean, tf.minimum(count, 1.0))
+
+    def around_a_value() -> tuple:
+        value = images[0, 0, 0]
+        rest = images - value
+        mean, variance = tf.nn.moments(tf.cast(rest, tf.float32), [0, 1, 2])
+        y = _kernel_inference(rest, mean, variance, gamma, beta, epsilon)
+        return y, tf.cast(value, tf.float32) + mean, variance, rest, mean, variance, tf.zeros([0])
+
+    outputs = y, mean, variance, images, *reserved
+    if not _has_accelerator() and not (known and count <= _FEW_VALUES):
+        # On the CPU the kernel adds up its values one by one in float32: where the sum's spacing
+        # outgrows the deviations, they drown (at 400,000 values, a mean of 300 standard
+        # deviations). A value of the batch, taken off, leaves a mean of the deviations' size.
+        drowned = tf.reduce_any(tf.square(mean * (count * 2.0**-25)) > variance + epsilon)
+        outputs = tf.cond(drowned, around_a_value, lambda: outputs)
+    y, mean, variance, *residuals = outputs
+    return y, mean, variance, residuals
 
 
 def _pays_to_fuse(x: tf.Tensor, from_size: int) -> bool:
@@ -483,30 +482,53 @@ def channels_back(y: tf.Tensor, x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
 
 
 def _dims(x: tf.Tensor) -> list[int | tf.Tensor]:
-    return [tf.shape(x)[i] if d is None else d for i, d in enumerate(x.shape)]
+    if x.shape.is_fully_defined():
+        return list(x.shape)
+    actual = tf.unstack(tf.shape(x))
+    return [a if d is None else d for a, d in zip(actual, x.shape, strict=True)]
 
 
 def _product(dims: Sequence[int | tf.Tensor]) -> int | tf.Tensor:
-    product = 1
+    product = math.prod(d for d in dims if isinstance(d, int))
     for d in dims:
-        product = product * d
+        if not isinstance(d, int):
+            product = product * d
     return product
+
+
+def _constant(
+    value: int | tf.Tensor, dims: Sequence[int | tf.Tensor], dtype: tf.DType
+) -> tf.Tensor:
+    if all(isinstance(v, int) for v in (value, *dims)):
+        # A single node, which tf.get_static_value reads.
+        return tf.constant(value, dtype, dims)
+    return tf.fill(dims, tf.cast(value, dtype))
 
 
 def _as_images(x: tf.Tensor) -> tf.Tensor:
     """Views [N, ..., C] as [N, H, W, C], which is all that the kernels take."""
-    dims = _dims(x)
-    if len(dims) == 4:
+    rank = x.shape.rank
+    if rank == 4:
         return x
-    if len(dims) < 4:
-        return tf.reshape(x, [dims[0]] + [1] * (4 - len(dims)) + dims[1:])
-    return tf.reshape(x, [dims[0], _product(dims[1:-2]), dims[-2], dims[-1]])
+    if rank < 4:
+        return tf.reshape(x, [-1] + [1] * (4 - rank) + _dims(x)[1:])
+    dims = _dims(x)
+    return tf.reshape(x, [-1, _product(dims[1:-2]), dims[-2], dims[-1]])
+
+
+def _without_ones(statistic: tf.Tensor) -> tf.Tensor:
+    """Gives [G, 1, ..., 1, C] as [G, C], and a constant as a constant."""
+    ones = tuple(range(1, statistic.shape.rank - 1))
+    known = tf.get_static_value(statistic)
+    if known is not None:
+        return tf.constant(known.squeeze(ones))
+    return tf.squeeze(statistic, ones) if ones else statistic
 
 
 def _like(y: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
     """Gives y in the shape and dtype of x."""
     y = tf.cast(y, x.dtype)
-    return y if y.shape.rank == x.shape.rank == 4 else tf.reshape(y, _dims(x))
+    return y if y.shape.rank == x.shape.rank else tf.reshape(y, tf.shape(x))
 
 
 def _joined(parts: Sequence[tf.Tensor]) -> tf.Tensor:
