@@ -12,6 +12,7 @@ Example:
 import datetime
 import difflib
 import itertools
+import math
 import sys
 import typing
 
@@ -43,13 +44,22 @@ _VALID_UNTIL = flags.DEFINE_string(
     "valid_until", "", "submit: drop the job if it still waits then: 6h, or 2026-01-31T08:00Z."
 )
 _MAX_HOURS = flags.DEFINE_float(
-    "max_hours", None, "submit: the same in hours, and then watch deletes it even if it runs.", 0.01
+    "max_hours",
+    None,
+    "submit: the same in hours, and then watch deletes it even if it runs.",
+    lower_bound=0.01,
+    upper_bound=8760,
 )
 _PRICE = flags.DEFINE_float("price_per_hour", None, "submit: to say what it can cost.", 0.0)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "submit, delete: only print what would run.")
 _MAX_RETRIES = flags.DEFINE_integer("max_retries", 10, "watch: submit it again so often.", 0)
 _POLL_SECONDS = flags.DEFINE_float("poll_seconds", 60.0, "watch: time between two looks.", 1.0)
 _YES = flags.DEFINE_bool("yes", False, "delete: don't ask.")
+
+for _name in ("max_hours", "price_per_hour", "poll_seconds"):
+    flags.register_validator(
+        _name, lambda value: value is None or math.isfinite(value), "it has to be a number"
+    )
 
 _NEEDED = ("name", "zone", "accelerator_type", "config")
 _FLAGS = {
@@ -71,15 +81,16 @@ def main(arguments: list[str]) -> None:
 
     subcommand = _subcommand(arguments)
     cloud = Cloud()
-    if subcommand == "submit":
-        _submit(cloud)
-        return
-    job = load(_WORKDIR.value, cloud)
-    act = {"status": _status, "logs": _logs, "watch": _watch, "delete": _delete}[subcommand]
+    act = {"status": _status, "logs": _logs, "watch": _watch, "delete": _delete}
     try:
-        act(job, cloud)
+        if subcommand == "submit":
+            _submit(cloud)
+        else:
+            act[subcommand](load(_WORKDIR.value, cloud), cloud)
     except JobFailedError as error:
         cli.fail(error, 4)
+    except KeyboardInterrupt:
+        cli.fail("interrupted; `python -m launch.tpu status` tells what became of the job", 130)
 
 
 def _submit(cloud: "Cloud") -> None:
@@ -98,14 +109,14 @@ def _submit(cloud: "Cloud") -> None:
 
 
 def _job(now: datetime.datetime) -> "Job":
-    from launch.cloud.job import Job, parse_valid_until, training_arguments
+    from launch.cloud.job import Job, check_batch_size, parse_valid_until, training_arguments
 
     if _VALID_UNTIL.value and _MAX_HOURS.value:
         cli.fail("--max_hours sets --valid_until, too: give one of them", 2)
     delete_at = None
     if _MAX_HOURS.value:
         delete_at = (now + datetime.timedelta(hours=_MAX_HOURS.value)).replace(microsecond=0)
-    return Job(
+    job = Job(
         name=_NAME.value,
         zone=_ZONE.value,
         accelerator_type=_TYPE.value,
@@ -122,6 +133,10 @@ def _job(now: datetime.datetime) -> "Job":
         valid_until=parse_valid_until(_VALID_UNTIL.value, now) if _VALID_UNTIL.value else delete_at,
         delete_at=delete_at,
     )
+    for section in ("train", "evaluation"):
+        key = f"{section}.global_batch_size"
+        check_batch_size(key, _CONFIG.value[section].global_batch_size, job.accelerator_type)
+    return job
 
 
 def _cost() -> str:
@@ -157,7 +172,7 @@ def _watch(job: "Job", cloud: "Cloud") -> None:
             f"Job {job.name} is done. The run is in {job.workdir}; its last metrics:\n{metrics}"
         )
     except KeyboardInterrupt:
-        cli.fail("interrupted; the job goes on, and nobody watches its hours", 130)
+        cli.fail("interrupted: the job is left as it is, and nobody watches its hours", 130)
     finally:
         cloud.say(f"It costs until it is deleted: {control.delete_line(job)}")
 

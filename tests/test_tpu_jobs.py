@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import pathlib
+import pty
 import re
 import shutil
 import signal
@@ -190,6 +191,20 @@ def test_the_training_is_that_of_the_flags_on_the_tpu():
         jobs.training_arguments("/tmp/mine.py", {}, WORKDIR)
 
 
+@pytest.mark.parametrize(
+    "accelerator_type, replicas",
+    [("v2-8", 8), ("v4-8", 4), ("v5p-8", 4), ("v5litepod-4", 4), ("v6e-1", 1), ("v6e-8", 8)],
+)
+def test_the_replicas_have_to_divide_the_batch(accelerator_type, replicas):
+    for size in range(1, 17):
+        if size % replicas == 0:
+            jobs.check_batch_size("train.global_batch_size", size, accelerator_type)
+        else:
+            next_one = f"--config.train.global_batch_size={-(-size // replicas) * replicas}$"
+            with pytest.raises(UsageError, match=next_one):
+                jobs.check_batch_size("train.global_batch_size", size, accelerator_type)
+
+
 def test_a_job_comes_back_from_its_file():
     for job in (make_job(), make_job(spot=True, valid_until=NOON, delete_at=NOON, image="")):
         assert jobs.Job.from_json(job.to_json()) == job
@@ -205,7 +220,8 @@ def test_options_become_flags():
     assert "--project=p" in jobs.delete_command(make_job(project="p")).argv
 
 
-# What gcloud says. The texts on logging in and on projects are those of version 528.
+# What gcloud says: on logging in and on projects in version 528, on quota and capacity as in public
+# reports of users.
 
 
 @pytest.mark.parametrize(
@@ -226,16 +242,27 @@ def test_options_become_flags():
             ["Failed to find attribute [project]: give --project"],
         ),
         (
-            "ERROR: (gcloud.x.create) RESOURCE_EXHAUSTED: Quota limit 'TPUV6EPerProjectPerZone' has"
-            " been exceeded. Limit: 0 in zone us-east5-b.",
+            "ERROR: (gcloud.compute.tpus.tpu-vm.create) HttpError accessing <https://tpu.x/v2/nodes>:"
+            " response: <{'vary': 'Origin, X-Origin, Referer', 'content-type': 'application/json',"
+            " 'server': 'ESF', 'status': 429}>, content <{ \"error\": { \"code\": 429, \"message\":"
+            " \"Quota limit 'TPUV6EPreemptiblePerProjectPerRegionForTPUAPI' has been exceeded."
+            ' Limit: 0 in region us-east5.", "status": "RESOURCE_EXHAUSTED", "details": [ {',
             GcloudError,
-            ["Quota limit 'TPUV6E", "ask for more in the console"],
+            [
+                "gcloud: Quota limit 'TPUV6E",
+                "Limit: 0 in region us-east5.: ask for more in the con",
+            ],
         ),
         (
-            'ERROR: (gcloud.x.create) {"code": 8, "message": "There is no more capacity in the zone'
-            ' \\"us-east5-b\\"; you can try in another zone"}',
+            "Waiting for operation [projects/p/locations/us-central1-a/operations/o] to complete"
+            "...failed.\nERROR: (gcloud.compute.tpus.tpu-vm.start) {\n"
+            '  "code": 8,\n  "message": "There is no more capacity in the zone \\"us-central1-a\\";'
+            ' you can try in another zone [EID: 0x191e4b746b2c69a9]"\n}',
             GcloudError,
-            ["no more capacity", "try later, another --zone, or --spot"],
+            [
+                'gcloud: There is no more capacity in the zone "us-central1-a"; ',
+                "try later, another",
+            ],
         ),
         (
             "ERROR: (gcloud.x.create) PERMISSION_DENIED: Permission denied on"
@@ -600,7 +627,20 @@ def test_an_interrupted_watch_leaves_the_job(cloud):
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert f"deleted: python -m launch.tpu delete --workdir={WORKDIR}" in stdout
-    assert stderr == "error: interrupted; the job goes on, and nobody watches its hours\n"
+    assert stderr == "error: interrupted: the job is left as it is, and nobody watches its hours\n"
+    assert cloud.exists(make_job())
+
+
+def test_delete_asks(cloud):
+    cloud.plan(["ACTIVE"])
+    control.submit(make_job(), cloud)
+    terminal, stdin = pty.openpty()
+    os.write(terminal, b"no\n")
+    command = [sys.executable, "-m", "launch.tpu", "delete", f"--workdir={WORKDIR}"]
+    done = subprocess.run(command, cwd=ROOT, stdin=stdin, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    question = "Delete job one in us-east5-b (ACTIVE READY)? [y/N] "
+    assert done.stdout == f"{question}Nothing is deleted.\n"
     assert cloud.exists(make_job())
 
 
@@ -630,7 +670,10 @@ def test_a_watch_interrupted_between_two_lives_says_that_there_is_none(cloud):
         ([*SUBMIT, "--max_hours=1", "--valid_until=6h"], ["give one of them"]),
         ([*SUBMIT, "--valid_until=soon"], ["valid_until is 'soon'"]),
         ([*SUBMIT, "--config.train.stepz=1"], ["unknown config key 'train.stepz'"]),
+        ([*SUBMIT, "--config.evaluation.global_batch_size=50"], ["is 50", "batch_size=56"]),
         ([*SUBMIT, "--max_hours=0"], ["--max_hours=0"]),
+        ([*SUBMIT, "--max_hours=inf"], ["--max_hours=inf"]),
+        ([*SUBMIT, "--max_hours=nan"], ["--max_hours=nan", "has to be a number"]),
     ],
 )
 def test_command_lines_that_cannot_be_meant(launch, arguments, parts):

@@ -54,7 +54,7 @@ _HINTS = {
     " accelerator-types list --zone=ZONE` shows what it has",
     r"[Qq]uota": "ask for more in the console under IAM & Admin, Quotas, or take another --zone,"
     " --accelerator_type or --spot",
-    r"RESOURCE_EXHAUSTED|no more capacity|stockout": "the zone has none free now: try later,"
+    r"RESOURCE_EXHAUSTED|[Cc]apacity|stockout": "the zone has none free now: try later,"
     " another --zone, or --spot",
     r"PERMISSION_DENIED|does not have permission|HTTPError 403": "the account lacks the role: TPU"
     " Admin on the project, Storage Object Admin on the bucket",
@@ -64,7 +64,7 @@ _HINTS = {
 _NOT_FOUND = r"NOT_FOUND.*(queuedResources|nodes)/|matched no objects"
 _TRANSIENT = (
     r"RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|ABORTED"
-    r"|HTTPError (429|5\d\d)|no more capacity|stockout|[Tt]imed? ?out|[Cc]onnection"
+    r"|HTTPError (429|5\d\d)|[Cc]apacity|stockout|[Tt]imed? ?out|[Cc]onnection"
     r"|problem refreshing|unable to (find|connect)|[Nn]etwork is unreachable|name resolution"
 )
 
@@ -109,9 +109,7 @@ def checked(outcome: Outcome) -> str:
     if outcome.status == 0:
         return outcome.stdout
     said = " ".join(outcome.stderr.split())
-    # After the name of the command in parentheses, and before advice that runs over many lines.
-    reason = re.sub(r"^.*?ERROR: (\(\S+\) )?", "", said)
-    reason = re.split(r"\.? Please run:|\. The attribute can be set", reason)[0][:300]
+    reason = _reason(said)
     if re.search(_NOT_FOUND, said):
         raise NotFoundInCloudError(f"gcloud: {reason}")
     if "ALREADY_EXISTS" in said:
@@ -124,3 +122,14 @@ def checked(outcome: Outcome) -> str:
         f"gcloud: {reason or f'it ended with status {outcome.status}'}{hint and ': '}{hint}",
         transient=bool(re.search(_TRANSIENT, said)),
     )
+
+
+def _reason(said: str) -> str:
+    """Finds what matters in what gcloud printed on its way to the end."""
+    # An answer of the service, quoted as it came.
+    message = re.search(r'"message": "((?:[^"\\]|\\.)*)"', said)
+    if message:
+        return message[1].replace('\\"', '"')
+    # After the name of the command in parentheses, and before advice that runs over many lines.
+    reason = re.sub(r"^.*?ERROR: (\(\S+\) )?", "", said)
+    return re.split(r"\.? Please run:|\. The attribute can be set", reason)[0][:300]

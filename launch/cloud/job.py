@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import difflib
 import json
+import math
 import pathlib
 import re
 import shlex
@@ -194,6 +195,24 @@ def training_arguments(
             raise UsageError(f"{key} is {overrides[key]!r}: on a TPU it is {value!r}; leave it out")
     values = (f"--config.{key}={value}" for key, value in overrides.items())
     return (f"--config={file.relative_to(ROOT).as_posix()}", *values, f"--workdir={workdir}")
+
+
+def check_batch_size(key: str, size: int, accelerator_type: str) -> None:
+    """Raises UsageError, before the TPU costs anything, if its replicas do not divide a batch.
+
+    Args:
+      key: of the config.
+      size: of the global batch.
+      accelerator_type: of a Job.
+    """
+    generation, _, cores = accelerator_type.rpartition("-")
+    # Where a type counts cores, these generations join the two of a chip to one replica.
+    replicas = int(cores) // (2 if generation in ("v4", "v5p") else 1)
+    if size % replicas:
+        raise UsageError(
+            f"{key} is {size}, which the {replicas} replicas of a {accelerator_type} do not divide:"
+            f" give --config.{key}={math.ceil(size / replicas) * replicas}"
+        )
 
 
 def check_workdir(workdir: str) -> None:
