@@ -168,7 +168,8 @@ def check(
         skipped.append(f"folding: {error}")
 
     order = {layer.path: i for i, layer in enumerate(model._flatten_layers(include_self=False))}
-    findings.sort(key=lambda finding: order.get(finding.layer, len(order)))
+    # What is of the model as a whole comes last.
+    findings.sort(key=lambda finding: order.get(finding.layer, math.inf))
     channels = sum(math.prod(layer.moving_mean.shape) for layer in layers)
     return HealthReport(len(layers), channels, tuple(findings), population, gap, tuple(skipped))
 
@@ -341,9 +342,11 @@ def _outputs(
     def run(inputs: object) -> object:
         return strategy.run(lambda inputs: model(inputs, training=False), args=(inputs,))
 
+    # A trace for this one call, which TensorFlow warns of only where it is left to find that out.
+    outputs = run.get_concrete_function(inputs)(inputs)
     return [
         np.concatenate([_float64(y) for y in strategy.experimental_local_results(output)])
-        for output in tf.nest.flatten(run(inputs))
+        for output in tf.nest.flatten(outputs)
     ]
 
 
