@@ -154,6 +154,8 @@ class Preprocessing:
         """Distorts pixels in [0, white] and brings them to the network's range."""
         pixels = tf.cast(pixels, tf.float32)
         if uniforms is not None and self.distortion:
+            if not self.binary:
+                return distort(pixels, uniforms[:, COLOUR], self.distortion, white, (-1.0, 1.0))
             pixels = distort(pixels, uniforms[:, COLOUR], self.distortion, white)
         return self.to_network_range(pixels, white)
 
@@ -311,7 +313,13 @@ def resample(
     )
 
 
-def distort(images: tf.Tensor, uniforms: tf.Tensor, strength: float, white: float) -> tf.Tensor:
+def distort(
+    images: tf.Tensor,
+    uniforms: tf.Tensor,
+    strength: float,
+    white: float,
+    shown_as: tuple[float, float] | None = None,
+) -> tf.Tensor:
     """Changes brightness, contrast, saturation and hue by one affine map of each image's colours.
 
     Brightness adds, contrast scales about the image's own mean colour, saturation scales the
@@ -324,21 +332,26 @@ def distort(images: tf.Tensor, uniforms: tf.Tensor, strength: float, white: floa
       strength: 1 is TF-Slim's range (brightness within 32/255 of white, contrast and saturation
         within 0.5 to 1.5, hue within a fifth of a turn); smaller ranges in proportion.
       white: value of a fully lit pixel.
+      shown_as: what 0 and white become, in the same pass; None leaves them.
 
     Returns:
-      Same shape, dtype and range.
+      Same shape and dtype, in the range of shown_as.
 
     Source: Howard 2013, arXiv 1312.5402; TF-Slim's inception_preprocessing for the ranges.
     """
     _, height, width, channels = images.shape
-    means = tf.reduce_mean(tf.reduce_mean(images, axis=1), axis=1)
+    low, high = shown_as or (0.0, white)
+    scale = (high - low) / white
+    # A row of the image at a time, here and below: three numbers at a time take several times as
+    # long.
+    means = tf.reduce_mean(tf.reshape(images, [-1, height, width * channels]), axis=1)
+    means = tf.reduce_mean(tf.reshape(means, [-1, width, channels]), axis=1)
     matrices, offsets = colour_maps(uniforms, strength, means, white)
     pixels = tf.reshape(images, [-1, height * width, channels])
-    pixels = tf.matmul(pixels, matrices, transpose_b=True)
-    # Added a row of the image at a time: three numbers at a time take three times as long.
+    pixels = tf.matmul(pixels, scale * matrices, transpose_b=True)
     rows = tf.reshape(pixels, [-1, height, width * channels])
-    rows = tf.clip_by_value(rows + tf.tile(offsets, [1, width])[:, None], 0.0, white)
-    return tf.reshape(rows, [-1, height, width, channels])
+    rows += tf.tile(scale * offsets + low, [1, width])[:, None]
+    return tf.reshape(tf.clip_by_value(rows, low, high), [-1, height, width, channels])
 
 
 def colour_maps(

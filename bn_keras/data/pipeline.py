@@ -66,6 +66,7 @@ class Data:
         self._bad_train = BadExamples(max_bad_examples)
         self._bad_validation = BadExamples(max_bad_examples)
         self._reads_all = True
+        self._seed = seed
         self._train = self._batches(source.train, preprocessing, seed)
 
     def _batches(
@@ -83,7 +84,11 @@ class Data:
         return _ShardBatches(split, preprocessing, seed, shuffle, bad)
 
     def train_batches(
-        self, strategy: tf.distribute.Strategy, global_batch_size: int, start_step: int = 0
+        self,
+        strategy: tf.distribute.Strategy,
+        global_batch_size: int,
+        start_step: int = 0,
+        preprocessing: Preprocessing | None = None,
     ) -> tf.distribute.DistributedDataset:
         """The endless training input, from step `start_step` on (the first step is 0).
 
@@ -91,6 +96,7 @@ class Data:
           strategy: where it goes; replica r takes rows [r * b, (r + 1) * b) of a global batch.
           global_batch_size: examples a step, over all replicas.
           start_step: a run resumed after k steps gives k.
+          preprocessing: takes the place of the data's own.
 
         Returns:
           A distributed dataset of (images float32 [b, H, W, C], labels int32 [b]).
@@ -99,8 +105,11 @@ class Data:
           UsageError: the replicas do not divide the global batch.
         """
         check_divides(strategy, global_batch_size)
+        batches = self._train
+        if preprocessing:
+            batches = self._batches(self._source.train, preprocessing, self._seed)
         return strategy.distribute_datasets_from_function(
-            lambda context: self._train.dataset(_Rows(global_batch_size, context), start_step)
+            lambda context: batches.dataset(_Rows(global_batch_size, context), start_step)
         )
 
     def validation_batches(
