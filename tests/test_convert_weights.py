@@ -310,6 +310,8 @@ def test_what_does_not_fit_in_a_checkpoint_is_named(slim, tmp_path):
 
 def test_another_network():
     _assert_refused(convert.from_pytorch, RESNET, "416 missing", "5 extra (conv1.weight")
+    _assert_refused(convert.from_pytorch, {"state_dict": RESNET, "step": 3}, "5 extra")
+    _assert_refused(convert.from_pytorch, {"state_dict": None}, "holds a NoneType, no state dict")
 
 
 def test_a_checkpoint_of_another_network(tmp_path):
@@ -386,6 +388,8 @@ def test_an_output_that_cannot_be_written(cadene, tmp_path, monkeypatch):
     monkeypatch.setattr(keras.Model, "save", fail)
     with pytest.raises(UsageError, match="can't be written: no space left"):
         convert.convert_weights(tmp_path / "weights.npz", output, overwrite=True)
+    with pytest.raises(UsageError, match="can't be written: "):
+        convert.convert_weights(tmp_path / "weights.npz", output / "out.keras")
     assert output.read_text() == "before"
     assert {path.name for path in tmp_path.iterdir()} == {"weights.npz", "out.keras"}
 

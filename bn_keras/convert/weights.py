@@ -17,8 +17,8 @@ import contextlib
 import math
 import os
 import pathlib
-import pickle
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -63,12 +63,18 @@ def from_pytorch(
     Source: issue 4; [1, C] is yjxiong/tsn-pytorch#62.
     """
     if isinstance(source, Mapping):
-        origin, tensors = "the state dict", source
+        origin, state = "the state dict", source
     else:
-        origin, tensors = os.fspath(source), _read_state_dict(pathlib.Path(source))
+        origin, state = os.fspath(source), _load(pathlib.Path(source))
+    if isinstance(state, Mapping):
+        state = state.get("state_dict", state)
+    if not isinstance(state, Mapping):
+        raise UsageError(
+            f"{origin} holds a {type(state).__name__}, no state dict: save model.state_dict()"
+        )
     tensors = {
         str(name).removeprefix("module."): tensor
-        for name, tensor in tensors.items()
+        for name, tensor in state.items()
         if not str(name).endswith("num_batches_tracked")
     }
     owners = {name.rpartition(".")[0] for name in tensors}
@@ -106,10 +112,9 @@ def from_slim(
     Source: issue 4.
     """
     origin = os.fspath(path)
+    prefix = re.sub(r"\.(index|meta|data-\d+-of-\d+)$", "", origin)
     with _reading(origin, "a TensorFlow checkpoint"):
-        reader = tf.train.load_checkpoint(
-            re.sub(r"\.(index|meta|data-\d+-of-\d+)$", "", os.fspath(path))
-        )
+        reader = tf.train.load_checkpoint(prefix)
     shapes = {
         name: tuple(shape)
         for name, shape in reader.get_variable_to_shape_map().items()
@@ -156,18 +161,19 @@ def convert_weights(
         source = "pytorch" if os.fspath(weights).endswith(endings) else "slim"
     model = {"pytorch": from_pytorch, "slim": from_slim}[source](weights)
 
-    unfinished = output.with_name(f".{output.name}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        if output.suffix == ".keras":
-            model.save(unfinished)
-        else:
-            model.save_weights(unfinished)
-        unfinished.replace(output)
+        # Beside it, since only within one file system a move is at once.
+        with tempfile.TemporaryDirectory(prefix=".", dir=output.parent) as folder:
+            unfinished = pathlib.Path(folder) / output.name
+            if output.name.endswith(".keras"):
+                model.save(unfinished)
+            else:
+                model.save_weights(unfinished)
+            unfinished.replace(output)
     except OSError as error:
-        raise UsageError(f"output {output} can't be written: {error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+        reason = error.strerror or str(error).splitlines()[0]
+        raise UsageError(f"output {output} can't be written: {reason}") from error
     logging.info("Written: %s.", output)
 
 
@@ -271,7 +277,7 @@ def _first(names: Sequence[str], most: int = 3) -> str:
     return ", ".join([*names[:most], *more])
 
 
-def _read_state_dict(path: pathlib.Path) -> Mapping[str, object]:
+def _load(path: pathlib.Path) -> object:
     if not path.is_file():
         raise UsageError(f"there is no file {path}")
     if path.suffix == ".npz":
@@ -286,17 +292,14 @@ def _read_state_dict(path: pathlib.Path) -> Mapping[str, object]:
             " .npz where it is, by numpy.savez(PATH, **{k: v.numpy() for k, v in"
             " model.state_dict().items()})"
         ) from error
-    with _reading(path, "a file of torch.save"):
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            # PyTorch explains at length how to run the code in the file all the same.
-            raise ValueError(
-                "it is damaged or holds more than tensors: save model.state_dict()"
-            ) from error
-        if not isinstance(loaded, Mapping):
-            raise TypeError(f"it holds a {type(loaded).__name__}: save model.state_dict()")
-        return loaded.get("state_dict", loaded)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    # Of any kind; for what is no tensor, PyTorch explains how to run the code in the file anyway.
+    except Exception as error:
+        raise UsageError(
+            f"{path} can't be read as a file of torch.save: it is damaged, or holds more than"
+            " tensors; save model.state_dict()"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -312,4 +315,4 @@ def _reading(origin: str | os.PathLike, kind: str) -> Iterator[None]:
 
 def _to_numpy(tensor: object) -> np.ndarray:
     # NumPy has no bfloat16 of PyTorch's.
-    return tensor.detach().float().numpy() if hasattr(tensor, "detach") else np.asarray(tensor)
+    return tensor.detach().float().cpu().numpy() if hasattr(tensor, "detach") else tensor

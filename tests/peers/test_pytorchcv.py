@@ -112,7 +112,7 @@ def test_other_classes_and_a_round_trip_through_keras(tmp_path):
     "content, part",
     [
         (lambda network: network, "more than tensors"),
-        (lambda network: [1, 2], "list"),
+        (lambda network: [1, 2], "holds a list, no state dict"),
         (lambda network: torch.nn.Conv2d(3, 4, 3).state_dict(), "missing"),
     ],
 )
