@@ -3,6 +3,7 @@
 # checkout may lie in a folder with spaces in its name.
 
 EXTRA ?= cpu
+DOCKER_EXTRA ?= cpu
 PY := .venv/bin/python
 READY := .venv/ready-$(EXTRA)
 # PyTorch has an environment of its own, since nothing else needs it. On Linux its plain wheel brings
@@ -51,7 +52,7 @@ test-peers: $(PEERS)
 	@.venv-peers/bin/python -m pytest tests/peers
 
 docker-check: $(READY)
-	@DOCKER_CHECK=1 $(PY) -m pytest -s tests/test_docker.py
+	@DOCKER_CHECK=$(DOCKER_EXTRA) $(PY) -m pytest -s tests/test_docker.py
 
 lint: $(READY)
 	@$(PY) -m ruff check .
