@@ -45,8 +45,8 @@ class FoldReport:
     """What was folded, and how the folded network compares; str() gives a few lines.
 
     Attributes:
-      folded: paths of the layers that are gone.
-      kept: by path, why a layer could not be folded.
+      folded: names of the layers that are gone, after those of the models they are nested in.
+      kept: by such a name, why a layer could not be folded.
       input_shapes: of the examples that both networks were compared on.
       largest_difference: between the outputs of both.
       largest_output: the largest absolute value of the output in which it was found.
@@ -82,7 +82,7 @@ class FoldReport:
         if self.top1_agreement is not None:
             lines[1] += f"; the same class first in {self.top1_agreement:.1%}"
         width = max(map(len, self.kept), default=0)
-        lines += [f"kept {path.ljust(width)}  {reason}" for path, reason in self.kept.items()]
+        lines += [f"kept {name.ljust(width)}  {reason}" for name, reason in self.kept.items()]
         return "\n".join(lines)
 
 
@@ -126,8 +126,8 @@ def fold_batch_norm(model: keras.Model, inputs: object = None) -> tuple[keras.Mo
     folded_model = _Folder(plan).fold(model)
     inputs = _random_inputs(model) if inputs is None else inputs
     return folded_model, FoldReport(
-        folded=tuple(layer.path for layer in plan.batch_norms if layer not in plan.kept),
-        kept=_by_path(plan),
+        folded=tuple(plan.names[x] for x in plan.batch_norms if x not in plan.kept),
+        kept=plan.reasons(),
         **_compare(model, folded_model, inputs),
     )
 
@@ -139,22 +139,19 @@ def unfoldable(model: keras.Model) -> dict[str, str]:
       model: as there.
 
     Returns:
-      By the path of the layer; empty if all of them can be folded.
+      By name, as in FoldReport; empty if all of them can be folded.
 
     Raises:
       UsageError: as there, of what concerns the model alone.
     """
-    return _by_path(_Plan(model))
-
-
-def _by_path(plan: "_Plan") -> dict[str, str]:
-    return {layer.path: reason for layer, reason in plan.kept.items()}
+    return _Plan(model).reasons()
 
 
 class _Plan:
     """What becomes of each BatchNormalization of a model.
 
     Attributes:
+      names: of the layers, after those of the models that they are nested in.
       batch_norms: all of them, in the order of the model's layers.
       into: by the layer that takes it up, the BatchNormalization.
       kept: by BatchNormalization, why it can't be folded.
@@ -177,6 +174,7 @@ class _Plan:
         self._makers: dict[int, keras.Operation] = {}
         self._users: dict[int, list] = {}
         self._calls: dict[keras.Operation, list] = {}
+        self.names: dict[keras.Operation, str] = {}
         self.inside: set[keras.Layer] = set()
         self.by_batch: set[keras.Layer] = set()
         self._read(model)
@@ -197,7 +195,11 @@ class _Plan:
             for call in self._calls[layer]
         }
 
-    def _read(self, model: keras.Model) -> None:
+    def reasons(self) -> dict[str, str]:
+        """Gives `kept` by the layers' names."""
+        return {self.names[layer]: reason for layer, reason in self.kept.items()}
+
+    def _read(self, model: keras.Model, place: str = "") -> None:
         """Notes who makes and who takes each tensor of a model and of those nested in it."""
         graph = _graph(model)
         for tensor in graph.outputs:
@@ -214,9 +216,9 @@ class _Plan:
                 for tensor in call.input_tensors:
                     self._users.setdefault(id(tensor), []).append(call)
             if isinstance(layer, keras.Layer):
-                self._read_layer(call, is_new)
+                self._read_layer(call, place + layer.name, is_new)
 
-    def _read_layer(self, call: object, is_new: bool) -> None:
+    def _read_layer(self, call: object, name: str, is_new: bool) -> None:
         layer = call.operation
         held = layer._flatten_layers(include_self=False)
         if _is_training(call):
@@ -225,10 +227,13 @@ class _Plan:
             )
         if not is_new:
             return
+        self.names.setdefault(layer, name)
         if _graph(layer) is None:
             self.inside.update(held)
+            for x in held:
+                self.names.setdefault(x, f"{name}/{x.name}")
         else:
-            self._read(layer)
+            self._read(layer, f"{name}/")
 
     def _obstacle(self, batch_norm: keras.Layer) -> str | None:
         """Says why a layer can't be folded; None if it can."""
@@ -259,6 +264,8 @@ class _Plan:
         if others:
             takers = ["the outputs" if u is None else _named(u.operation) for u in others]
             return f"{follows}, whose output goes to {', '.join(takers)} too"
+        if maker.compute_dtype != call.operation.compute_dtype:
+            return f"{follows}, which computes in {maker.compute_dtype}"
         channels_first = getattr(maker, "data_format", None) == "channels_first"
         rank = call.operation.input_spec.ndim
         if _axes(call.operation) != [1 if channels_first else rank - 1]:

@@ -90,7 +90,7 @@ def test_every_layer_with_a_kernel_takes_the_next_one_up(shape, make, bias):
     model = trained(chain(shape, make(use_bias=bias, dtype="float64"), norm))
     folded, report = fold_batch_norm(model, example(model))
     assert [type(x) for x in folded.layers] == [type(x) for x in model.layers[:-1]]
-    assert report.folded == (norm.path,) and not report.kept
+    assert report.folded == (norm.name,) and not report.kept
     assert_same(folded, model, rtol=1e-12)
 
 
@@ -234,6 +234,10 @@ KEPT = {
         "axis=1 is not that layer's channels",
     ),
     "subclass": (lambda: chain((6, 6, 3), Custom(4, 3), KERAS_BN(name="bn")), "follows Custom"),
+    "precision": (
+        lambda: chain((5,), L.Dense(3, dtype="mixed_bfloat16"), KERAS_BN(name="bn")),
+        "Dense 'dense', which computes in bfloat16",
+    ),
     "vector": (lambda: chain((5,), BatchNormalization(name="bn")), "InputLayer"),
     "outputs": (_two_outputs, "Conv2D 'conv', whose output goes to the outputs too"),
     "branch": (_branch, "Conv2D 'conv', whose output goes to Add 'add' too"),
@@ -324,6 +328,15 @@ def test_shared_and_nested_layers_are_folded_where_every_place_allows_it(make):
     assert_same(folded, model)
 
 
+def test_layers_of_the_same_name_are_told_apart():
+    inner = [chain((5,), L.ReLU(), KERAS_BN(name="bn")) for _ in range(2)]
+    for i, model in enumerate(inner):
+        model.name = f"inner_{i}"
+    model = chain((5,), *inner, L.Dense(3), KERAS_BN(name="bn"))
+    _, report = fold_batch_norm(model)
+    assert report.folded == ("bn",) and set(report.kept) == {"inner_0/bn", "inner_1/bn"}
+
+
 def test_a_network_on_a_backbone_in_a_sequential_model():
     backbone = keras.applications.MobileNetV2(
         weights=None, input_shape=(32, 32, 3), include_top=False, alpha=0.35
@@ -343,7 +356,7 @@ def test_what_normalizes_by_the_batch_stays():
     model = trained(keras.Model(inputs, [x, inner(inputs, training=True), frozen]))
     folded, report = fold_batch_norm(model)
     assert report.folded == ("frozen",)
-    assert set(report.kept) == {"called", "nested"}
+    assert set(report.kept) == {"called", "chain/nested"}
     assert all("training=True" in reason for reason in report.kept.values())
     assert_same(folded, model)
 
@@ -367,7 +380,7 @@ def test_inside_of_other_layers_it_stays_frozen():
     wrapped = L.TimeDistributed(BatchNormalization(name="wrapped"))
     model = trained(chain((2, 6, 3), L.Dense(4), wrapped, Block()))
     folded, report = fold_batch_norm(model)
-    assert len(report.kept) == 2
+    assert set(report.kept) == {"time_distributed/wrapped", "block/hidden"}
     assert all("is inside of a layer" in reason for reason in report.kept.values())
     assert_same(folded, model)
     x = example(model)
