@@ -9,6 +9,8 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from bn_keras.data import pipeline
+from bn_keras.data.imagenet import ARCHIVES, prepare_imagenet
+from bn_keras.errors import UsageError
 from configs import default
 
 DATA = Path(os.environ.get("BN_KERAS_DATA") or Path(__file__).parents[2] / "shared" / "data")
@@ -60,10 +62,10 @@ def imagenet(tmp_path_factory):
     manual_dir = folder("imagenet_manual")
     data_dir = tmp_path_factory.mktemp("imagenet")
     tfds.disable_progress_bar()
-    builder = tfds.builder("imagenet2012", data_dir=data_dir)
-    download = tfds.download.DownloadConfig(manual_dir=manual_dir, num_shards=8)
-    builder.download_and_prepare(download_config=download)
-    return builder
+    prepared = prepare_imagenet(manual_dir, data_dir)
+    # A second time there is nothing to do, whether the archives are still there or not.
+    assert prepare_imagenet("gone", data_dir) == prepared
+    return tfds.builder("imagenet2012", data_dir=data_dir)
 
 
 def test_imagenet(imagenet):
@@ -98,3 +100,16 @@ def test_imagenet(imagenet):
         crop = whole[top : top + side, left : left + side]
         np.testing.assert_allclose(image, tf.image.resize(crop, (224, 224)) / 127.5 - 1, atol=1e-5)
         assert label == example["label"]
+
+
+def test_archives_that_are_missing_or_damaged_are_named(tmp_path):
+    with pytest.raises(
+        UsageError, match="no ILSVRC2012_img_train.tar and no .*val.tar in"
+    ) as error:
+        prepare_imagenet(tmp_path, tmp_path / "data")
+    assert "\n" not in str(error.value) and "image-net.org" in str(error.value)
+    for name in ARCHIVES:
+        (tmp_path / name).write_bytes(b"not a tar archive")
+    with pytest.raises(UsageError, match="could not be prepared in .*archives are whole") as error:
+        prepare_imagenet(tmp_path, tmp_path / "data")
+    assert "\n" not in str(error.value)

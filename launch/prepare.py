@@ -1,0 +1,30 @@
+"""Prepares ImageNet for training from the official archives; a few hours, once.
+
+Example:
+  python -m launch.prepare --manual_dir=archives --data_dir=tfds
+"""
+
+from absl import flags
+
+from launch import cli
+
+_MANUAL_DIR = flags.DEFINE_string(
+    "manual_dir",
+    None,
+    "Folder with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.",
+    required=True,
+)
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", "", "Folder of prepared sets, as --config.data.data_dir; TFDS's own if left out."
+)
+
+
+def main() -> None:
+    """Prepares the set and says where it is."""
+    from bn_keras.data.imagenet import prepare_imagenet
+
+    print(f"imagenet2012 is in {prepare_imagenet(_MANUAL_DIR.value, _DATA_DIR.value)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
