@@ -12,7 +12,7 @@ READY := .venv/ready-$(EXTRA)
 PEERS := .venv-peers/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers docker-check lint format bench
+.PHONY: help demo test test-peers docker-check data-imagenet lint format bench
 
 help:
 	@echo "make demo    train the paper's five networks in miniature and write their report"
@@ -21,6 +21,8 @@ help:
 	@echo "             compare the layer and the network with PyTorch's and TF-Slim's"
 	@echo "make docker-check"
 	@echo "             run what the Dockerfile runs, without an engine (installs TensorFlow anew)"
+	@echo "make data-imagenet MANUAL_DIR=... [DATA_DIR=...]"
+	@echo "             prepare ImageNet from its two official archives"
 	@echo "make lint    check style; make format mends it"
 	@echo "make bench   run the benchmarks (alone on the machine, please)"
 
@@ -53,6 +55,9 @@ test-peers: $(PEERS)
 
 docker-check: $(READY)
 	@DOCKER_CHECK=$(DOCKER_EXTRA) $(PY) -m pytest -s tests/test_docker.py
+
+data-imagenet: $(READY)
+	@$(PY) -m launch.prepare --manual_dir="$(MANUAL_DIR)" --data_dir="$(DATA_DIR)"
 
 lint: $(READY)
 	@$(PY) -m ruff check .
