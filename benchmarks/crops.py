@@ -1,0 +1,80 @@
+"""GoogLeNet's 144 crops of photographs, against the same network on tensors that lie ready.
+
+BN-Inception at full width in float32 takes as many crops at a time in both. One is an evaluation
+as it is: it reads records, decodes JPEGs, resizes them, cuts the crops, averages probabilities and
+counts. The other calls the network again and again with one batch.
+
+    python benchmarks/crops.py [folder]
+
+The folder holds `imagenet_manual` with ImageNet's archives, or a sample of them in the same layout,
+which are prepared in a temporary folder; without it there is nothing to measure.
+"""
+
+import os
+import pathlib
+import sys
+import tempfile
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from _timing import compare
+
+from bn_keras.data import pipeline
+from bn_keras.data.crops import Crops
+from bn_keras.evaluate import make_ensemble_evaluator
+from bn_keras.models import BNInception
+from configs import bn_x30
+
+CROPS = Crops.parse("144")
+BATCH_SIZE, IMAGES, ROUNDS = 36, 4, 3
+LIMIT = 0.9
+
+
+def main(folder):
+    if not (folder / "imagenet_manual").is_dir():
+        print("144 crops: left out, no folder with imagenet_manual was given")
+        return
+    model = BNInception("bn_x30")
+    batches = IMAGES * CROPS.count // BATCH_SIZE
+    with tempfile.TemporaryDirectory() as data_dir:
+        data = photographs(folder / "imagenet_manual", data_dir)
+        strategy = tf.distribute.get_strategy()
+        functions = {
+            "ready": ready(model, batches),
+            "144 crops": make_ensemble_evaluator([model], data, strategy, BATCH_SIZE, CROPS),
+        }
+        times = compare(functions, rounds=ROUNDS, block=1)
+    for name, milliseconds in times.items():
+        print(f"{name:12}{1e3 * IMAGES * CROPS.count / milliseconds:8.1f} crops/s")
+    ratio = times["ready"] / times["144 crops"]
+    print(f"{'ratio':12}{ratio:8.3f} (at least {LIMIT} is wanted)")
+    sys.exit(ratio < LIMIT)
+
+
+def ready(model, batches):
+    images = tf.random.stateless_uniform([BATCH_SIZE, *model.input.shape[1:]], [0, 0], -1, 1)
+    network = tf.function(lambda: model(images, training=False))
+
+    def call():
+        for _ in range(batches):
+            network().numpy()
+
+    return call
+
+
+def photographs(manual_dir, data_dir):
+    tfds.disable_progress_bar()
+    builder = tfds.builder("imagenet2012", data_dir=data_dir)
+    download = tfds.download.DownloadConfig(manual_dir=manual_dir, num_shards=1)
+    builder.download_and_prepare(download_config=download)
+    config = bn_x30.get_config().data.copy_and_resolve_references()
+    config.update({"data_dir": data_dir, "validation_split": f"validation[:{IMAGES}]"})
+    return pipeline.open_data(config, seed=0)
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "."))

@@ -1,0 +1,29 @@
+"""Draws the crops that an image is evaluated by, for a look at what the network is shown.
+
+Examples:
+  python -m launch.crops --output=crops.png photograph.jpg
+  python -m launch.crops --output=crops.png --crops=10 --size=32 photograph.jpg
+"""
+
+from absl import flags, logging
+
+from launch import cli
+
+_OUTPUT = flags.DEFINE_string("output", None, "Picture to write, such as x.png.", required=True)
+_CROPS = flags.DEFINE_string("crops", "144", "Crops, as launch.evaluate takes them.")
+_SIZE = flags.DEFINE_integer("size", 224, "Side of the network's input.", lower_bound=1)
+
+
+def main(images: list[str]) -> None:
+    """Draws what the flags say."""
+    from bn_keras.data.crops import Crops
+    from bn_keras.gallery import draw_crops
+
+    if len(images) > 1:
+        cli.fail(f"unexpected argument {images[1]!r}: the crops of one image are drawn", 2)
+    draw_crops(images[0], Crops.parse(_CROPS.value), _SIZE.value, _OUTPUT.value)
+    logging.info("the crops are in %s", _OUTPUT.value)
+
+
+if __name__ == "__main__":
+    cli.run(main, positional="IMAGE")

@@ -1,0 +1,150 @@
+"""The classes seen in images from files, and what is said of files that hold none."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+from small import small_mlp
+from test_launch import launch
+
+from bn_keras.data.crops import SINGLE_CROP, CropPreprocessing, Crops
+from bn_keras.data.files import read_image
+from bn_keras.errors import UsageError
+from bn_keras.predict import make_predictor
+from bn_keras.train import train_and_evaluate
+from bn_keras.trained import load_trained
+
+
+def photograph(height=60, width=80):
+    coarse = np.random.default_rng(0).uniform(0, 255, (1, 7, 7, 3))
+    pixels = tf.image.resize(coarse, (height, width), "bicubic")[0]
+    return tf.saturate_cast(pixels, tf.uint8)
+
+
+def as_file(image, kind, mode="RGB"):
+    file = io.BytesIO()
+    Image.fromarray(image.numpy()).convert(mode).save(file, kind, quality=95)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs of networks that see grey images of 8x8."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in (0, 1):
+        config = small_mlp(seed=seed, **{"data.binary": False})
+        train_and_evaluate(config, folder / str(seed))
+    return [folder / "0", folder / "1"]
+
+
+@pytest.mark.parametrize("crops", ["1", "10", "144"])
+def test_the_mean_of_crops_and_networks(crops, runs, tmp_path):
+    crops = Crops.parse(crops)
+    path = tmp_path / "image.png"
+    path.write_bytes(as_file(photograph(), "PNG"))
+    networks = [load_trained(run) for run in runs]
+    preprocessing = CropPreprocessing(networks[0].preprocessing, crops)
+    shown = preprocessing.from_encoded(tf.constant(path.read_bytes()), None, 1)
+    cut = preprocessing.cut(tf.nest.map_structure(lambda tensor: tensor[None], shown))
+    probabilities = np.mean([tf.nn.softmax(n.model(cut)) for n in networks], axis=(0, 1))
+    found = make_predictor(runs, crops)(path)
+    order = np.argsort(-probabilities)[:5]
+    assert [p.class_name for p in found] == [str(number) for number in order]
+    np.testing.assert_allclose([p.probability for p in found], probabilities[order], rtol=1e-4)
+
+
+KINDS = [("JPEG", mode) for mode in ("RGB", "L", "CMYK")]
+KINDS += [("PNG", mode) for mode in ("RGB", "L", "RGBA", "P", "I;16")]
+KINDS += [("GIF", "P"), ("BMP", "RGB")]
+
+
+@pytest.mark.parametrize("kind, mode", KINDS)
+def test_every_kind_of_image_is_the_picture_that_pillow_sees(kind, mode, tmp_path):
+    image = photograph()
+    path = tmp_path / "image"
+    if mode == "I;16":
+        # Pillow cuts 16 bits off at 255.
+        grey = tf.image.rgb_to_grayscale(image)
+        path.write_bytes(tf.io.encode_png(tf.cast(grey, tf.uint16) * 257).numpy())
+        expected = tf.repeat(grey, 3, axis=-1).numpy()
+    else:
+        path.write_bytes(as_file(image, kind, mode))
+        expected = np.array(Image.open(io.BytesIO(path.read_bytes())).convert("RGB"))
+    contents, pixels = read_image(path)
+    assert contents.numpy() == path.read_bytes()
+    assert pixels.shape == (60, 80, 3) and pixels.dtype == tf.uint8
+    difference = np.abs(pixels.numpy().astype(int) - expected)
+    # Decoders of JPEG are free to round, and CMYK has no one RGB.
+    tolerance = {"RGB": 2, "L": 2, "CMYK": 4}[mode] if kind == "JPEG" else 0
+    assert difference.max() <= tolerance
+
+
+def test_an_image_of_one_pixel(runs, tmp_path):
+    path = tmp_path / "tiny.png"
+    path.write_bytes(as_file(photograph(1, 1), "PNG"))
+    for crops in (SINGLE_CROP, Crops.parse("144")):
+        assert len(make_predictor([runs[0]], crops)(path)) == 5
+
+
+def half(encoded):
+    return encoded[: len(encoded) // 2]
+
+
+BAD = {
+    "missing": (None, "can't be read: No such file or directory"),
+    "empty": (b"", "can't be decoded"),
+    "text.jpg": (b"not an image", "can't be decoded"),
+    "cut.jpg": (half(as_file(photograph(), "JPEG")), "can't be decoded"),
+    "cut_at_the_end.jpg": (as_file(photograph(), "JPEG")[:-40], "can't be decoded"),
+    "cut.png": (half(as_file(photograph(), "PNG")), "can't be decoded"),
+    "cut.gif": (half(as_file(photograph(), "GIF")), "can't be decoded"),
+    "cut.bmp": (half(as_file(photograph(), "BMP")), "can't be decoded"),
+    "x.tiff": (as_file(photograph(), "TIFF"), "can't be decoded"),
+    "long.png": (as_file(photograph(2, 300), "PNG"), "2 pixels high and 300 wide"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_images_are_named(name, tmp_path):
+    contents, message = BAD[name]
+    if contents is not None:
+        (tmp_path / name).write_bytes(contents)
+    with pytest.raises(UsageError, match=message) as caught:
+        read_image(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_networks_of_other_classes_are_refused(runs, tmp_path):
+    train_and_evaluate(small_mlp(**{"train.steps": 2}), tmp_path)
+    with pytest.raises(UsageError, match="sees images otherwise than that in"):
+        make_predictor([runs[0], tmp_path])
+
+
+def test_the_command_goes_on_after_a_bad_image(runs, tmp_path):
+    (tmp_path / "good.png").write_bytes(as_file(photograph(), "PNG"))
+    (tmp_path / "text.jpg").write_bytes(BAD["text.jpg"][0])
+    names = ["text.jpg", "good.png", "missing.jpg"]
+    images = [tmp_path / name for name in names]
+    done = launch("predict", f"--workdir={runs[0]}", *images)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert ["text.jpg" in errors[0], "missing.jpg" in errors[1], len(errors)] == [True, True, 2]
+    title, *lines = done.stdout.splitlines()
+    assert title == str(images[1]) and len(lines) == 5
+    best = make_predictor([runs[0]])(images[1])
+    assert lines[0].split() == [f"{best[0].probability:.2%}", best[0].class_name]
+
+    done = launch("predict", images[1], "--json", f"--workdir={runs[0]}", "--crops=10")
+    assert done.returncode == 0, done.stderr
+    ten = make_predictor([runs[0]], Crops.parse("10"))(images[1])
+    read = json.loads(done.stdout)
+    assert read["image"] == str(images[1])
+    assert [p["class"] for p in read["top5"]] == [p.class_name for p in ten]
+
+
+def test_the_command_needs_an_image():
+    done = launch("predict", "--workdir=w")
+    assert (done.returncode, done.stderr) == (2, "error: IMAGE is missing: see --help\n")
