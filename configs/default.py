@@ -110,8 +110,8 @@ def get_config() -> ConfigDict:
     # When the moving statistics give way to those of the population (Algorithm 2): "never"; "end":
     # for the last evaluation and in the finished network; "evaluations": for each evaluation too.
     config.population.when = "never"
-    # They are taken over so many batches, the first of the training. Each costs about what a
-    # training step costs without its backward pass.
+    # They are taken over so many batches, the first of the training, which each take about as long
+    # as a training step, or less.
     config.population.num_batches = 100
 
     config.checkpoint = ConfigDict()
