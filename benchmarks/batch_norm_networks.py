@@ -8,7 +8,6 @@ after replace_batch_norm. memory is the peak of BN-Inception's step, in processe
 """
 
 import os
-import resource
 import subprocess
 import sys
 
@@ -21,6 +20,7 @@ from _timing import compare, table
 from bn_keras import BatchNormalization, BNInception, replace_batch_norm
 
 IMAGES, SIDE, CLASSES = 32, 224, 1000
+LAYERS = ("ours", "Keras", "none")
 
 
 def _exchanged(model, make):
@@ -77,8 +77,7 @@ def _step(model):
 
 def inception(policy):
     keras.config.set_dtype_policy(policy)
-    layers = ("ours", "Keras", "none")
-    row = compare({name: _step(_inception(name)) for name in layers}, rounds=4, block=2)
+    row = compare({name: _step(_inception(name)) for name in LAYERS}, rounds=4, block=2)
     keras.config.set_dtype_policy("float32")
     ratios = {"Keras/ours": ("Keras", "ours"), "ours/none": ("ours", "none")}
     table(f"A step of BN-Inception, {policy}", {f"{IMAGES}×{SIDE}²": row}, ratios)
@@ -95,20 +94,27 @@ def application(name):
 
 
 def memory():
-    print("\nPeak memory of the process after three steps of BN-Inception, float32\n")
-    for layer in ("ours", "Keras"):
+    print("\nPeak of TensorFlow's allocator in three steps of BN-Inception, float32, MiB\n")
+    print("||one operation at a time|branches at once|\n|---|---|---|")
+    for layer in LAYERS:
         command = [sys.executable, __file__, f"memory-{layer}"]
-        # What is freed goes back at once, or the size would be that of malloc's leftovers.
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**18)}
-        size = subprocess.check_output(command, text=True, env=environment).strip()
-        print(f"{layer}: {size} MiB", flush=True)
+        sizes = [
+            subprocess.check_output([*command, *order], text=True).strip()
+            for order in (["in-order"], [])
+        ]
+        print("|".join(["", layer, *sizes, ""]), flush=True)
 
 
-def _memory_of(layer):
+def _memory_of(layer, in_order):
+    if in_order:
+        # Else the peak is also chance, of which branches happen to meet.
+        tf.config.threading.set_inter_op_parallelism_threads(1)
     step = _step(_inception(layer))
+    step()
+    tf.config.experimental.reset_memory_stats("CPU:0")
     for _ in range(3):
         step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+    print(tf.config.experimental.get_memory_info("CPU:0")["peak"] // 2**20)
 
 
 NETWORKS = {
@@ -118,10 +124,10 @@ NETWORKS = {
     "mobilenetv2": lambda: application("MobileNetV2"),
     "memory": memory,
 }
-_CHILDREN = {
-    f"memory-{layer}": (lambda layer=layer: _memory_of(layer)) for layer in ("ours", "Keras")
-}
 
 if __name__ == "__main__":
-    for network in sys.argv[1:] or NETWORKS:
-        (NETWORKS | _CHILDREN)[network]()
+    if sys.argv[1:] and sys.argv[1].startswith("memory-"):
+        _memory_of(sys.argv[1].removeprefix("memory-"), in_order="in-order" in sys.argv)
+    else:
+        for network in sys.argv[1:] or NETWORKS:
+            NETWORKS[network]()

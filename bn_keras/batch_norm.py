@@ -629,13 +629,27 @@ def _in_order(
     """
     if tf.executing_eagerly():
         return collective(x)
-    name = f"bn_keras/collectives/{tf.get_static_value(replica)}"
-    # A function's graph inherits the collections of the one around it.
-    before = [t for t in x.graph.get_collection(name) if t.graph is x.graph]
+
+    def collection(what: str, replica: int | None) -> list[tf.Tensor]:
+        # A function's graph inherits the collections of the one around it.
+        ours = x.graph.get_collection(f"bn_keras/{what}/{replica}")
+        return [t for t in ours if t.graph is x.graph]
+
+    replica = tf.get_static_value(replica)
+    before = collection("results", replica)
+    # The same collective of the first replica, whose graph is built first.
+    for first in collection("inputs", 0)[len(before) :][:1]:
+        if first.shape[1] != x.shape[1]:
+            raise UsageError(
+                f"replicas 0 and {replica} have {first.shape[1]} and {x.shape[1]} ghost batches, of"
+                " which synchronized=True joins one of each: give all replicas equally many"
+                " examples (drop_remainder=True)"
+            )
+    x.graph.add_to_collection(f"bn_keras/inputs/{replica}", x)
     with tf.control_dependencies(before[-1:]):
         x = tf.identity(x)
     result = collective(x)
-    result.graph.add_to_collection(name, result)
+    result.graph.add_to_collection(f"bn_keras/results/{replica}", result)
     return result
 
 

@@ -137,6 +137,19 @@ def test_ghost_batches_join_across_replicas(two_replicas):
     np.testing.assert_allclose(sum(dgamma), exact_dgamma, atol=1e-3)
 
 
+def test_unequal_numbers_of_ghost_batches_are_refused(two_replicas):
+    """By TensorFlow only when it runs, with a collective that is aborted."""
+    layer = _make(two_replicas, synchronized=True, virtual_batch_size=2)
+
+    # AutoGraph would put its own error around ours.
+    @tf.function(autograph=False)
+    def run(x):
+        return two_replicas.run(lambda x: layer(x, training=True), args=(x,))
+
+    with pytest.raises(UsageError, match="replicas 0 and 1 have 2 and 1 ghost batches"):
+        run(_split(two_replicas, _data(6, 5, 3), 4))
+
+
 def test_training_as_a_tensor_synchronizes_too(two_replicas):
     x = _data(8, 5, 3)
     layer = _make(two_replicas, synchronized=True)
