@@ -207,14 +207,12 @@ class _Plan:
         for call in itertools.chain.from_iterable(graph._nodes_by_depth.values()):
             layer = call.operation
             is_new = layer not in self._calls
-            calls = self._calls.setdefault(layer, [])
-            # Models that have layers in common may share calls as well.
-            if call not in calls:
-                calls.append(call)
-                for tensor in call.outputs:
-                    self._makers[id(tensor)] = layer
-                for tensor in call.input_tensors:
-                    self._users.setdefault(id(tensor), []).append(call)
+            # Models that have layers in common may share calls as well, which then count twice.
+            self._calls.setdefault(layer, []).append(call)
+            for tensor in call.outputs:
+                self._makers[id(tensor)] = layer
+            for tensor in call.input_tensors:
+                self._users.setdefault(id(tensor), []).append(call)
             if isinstance(layer, keras.Layer):
                 self._read_layer(call, place + layer.name, is_new)
 
@@ -245,7 +243,7 @@ class _Plan:
         for call in calls:
             reason = self._obstacle_at(call)
             if reason:
-                return reason if len(calls) == 1 else f"is shared, and in one place {reason}"
+                return reason if len(set(calls)) == 1 else f"is shared, and in one place {reason}"
         makers = [self._maker(call) for call in calls]
         for maker in makers:
             if maker in self.inside or makers.count(maker) < len(self._calls[maker]):
