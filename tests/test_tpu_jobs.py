@@ -497,6 +497,15 @@ def test_a_refusal_that_may_pass_is_a_retry_and_another_is_the_end(cloud):
     assert len(cloud.calls("queued-resources create")) == 3
 
 
+def test_a_creation_whose_answer_was_lost_is_one(cloud):
+    cloud.plan(["SUSPENDED"], ["ACTIVE", "DONE:"])
+    control.submit(make_job(), cloud)
+    silence = ["create", "ERROR: (gcloud.x) DEADLINE_EXCEEDED: no answer", "after all"]
+    (cloud.folder / "refusals.json").write_text(json.dumps([silence]))
+    control.watch(make_job(), cloud, 3, 60)
+    assert cloud.lines[-1].endswith("DONE")
+
+
 def test_a_look_without_an_answer_is_no_end(cloud):
     silence = ["describe", "ERROR: (gcloud.x) UNAVAILABLE: The service is unavailable"]
     cloud.write(f"{WORKDIR}/metrics.jsonl", METRICS + "\n")

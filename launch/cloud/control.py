@@ -284,6 +284,9 @@ def _try_to_create(job: Job, cloud: Cloud, retries: Iterator[int], max_retries: 
             if not error.transient:
                 raise
             cloud.say(f"{cloud.now():%H:%M:%S} not created: {error}")
+            # It may be there all the same, if only the answer was lost.
+            if status_of(job, cloud).state not in ("ABSENT", "DELETING"):
+                return
     raise JobFailedError(
         f"job {job.name} was lost and created again {max_retries} times; it is deleted, and"
         " goes on from its last checkpoint when it is submitted again"
