@@ -2,8 +2,8 @@
 
     python -m launch.train --config=configs/digits_bn_x30_ensemble.py:1 --workdir=runs/digits_ensemble_1
 
-What the numbers mean is said in bn_x30_ensemble.py. A minute of CPU time each, half of that on 2
-free cores; 96.9% to 98.0% validation accuracy. Together, by
+What the numbers mean is said in bn_x30_ensemble.py. A minute of CPU time each; 96.9% to 98.0%
+validation accuracy. Together, by
 
     python -m launch.evaluate --workdir=runs/digits_ensemble_1 ... --workdir=runs/digits_ensemble_6
 
