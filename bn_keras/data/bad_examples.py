@@ -32,16 +32,18 @@ class BadExamples:
     def add(self, name: str, error: Exception) -> None:
         """Takes note of an example, unless it is known; raises UsageError if that is too many."""
         with self._lock:
+            # Also of a known one: it may come before the one too many, and be decoded after it.
+            if self.too_many:
+                raise self.too_many
             if name in self._names:
                 return
             self._names.add(name)
             what = f"bad example {name}: {first_line(error)}"
-            if self.count > self._limit and not self.too_many:
+            if self.count > self._limit:
                 self.too_many = UsageError(
                     f"{what} (data.max_bad_examples is {self._limit}: repair or remove it, or raise"
                     " that number)"
                 )
-            if self.too_many:
                 raise self.too_many
             logging.warning("%s (%d of at most %d)", what, self.count, self._limit)
 

@@ -30,7 +30,7 @@ def prepare_imagenet(manual_dir: str | os.PathLike, data_dir: str | os.PathLike 
       UsageError: an archive is missing or damaged, or the set can't be written.
     """
     builder = tfds.builder("imagenet2012", data_dir=data_dir or None, try_gcs=False)
-    if builder.is_prepared():
+    if tf.io.gfile.exists(os.path.join(builder.data_dir, "dataset_info.json")):
         logging.info("imagenet2012 is prepared already")
         return str(builder.data_dir)
     manual_dir = os.fspath(manual_dir)

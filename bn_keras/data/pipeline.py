@@ -8,6 +8,7 @@ nothing.
 
 import contextlib
 import math
+import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict
 
 from bn_keras.data import images as images_lib
 from bn_keras.data import sources
-from bn_keras.data.bad_examples import BadExamples, first_line
+from bn_keras.data.bad_examples import BadExamples
 from bn_keras.data.crops import CropPreprocessing
 from bn_keras.data.images import Preprocessing
 from bn_keras.errors import UsageError
@@ -172,11 +173,10 @@ class Data:
             for bad in (self._bad_train, self._bad_validation):
                 if bad.too_many:
                     raise bad.too_many from None
-            if isinstance(error, tf.errors.DataLossError):
-                raise UsageError(
-                    f"a file of the data set is damaged ({first_line(error)}): prepare it anew"
-                ) from error
-            raise
+            found = re.search(rf"({sources.FEWER_RECORDS})\] (\[.*?\])", str(error))
+            if not found:
+                raise
+            raise UsageError(f"{found[1]} {found[2]}: prepare the data set anew") from None
 
 
 def open_data(config: ConfigDict, seed: int) -> Data:

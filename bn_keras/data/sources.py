@@ -20,6 +20,8 @@ EMBEDDED = ("digits", "synthetic")
 
 # Sets whose decoded images take more than this are read from their files as training goes on.
 MEMORY_LIMIT_BYTES = 2**30
+# A file that is cut short or damaged.
+FEWER_RECORDS = "fewer readable records than there should be in"
 # Read ahead of a file that is read as training goes on.
 READ_BYTES = 2**20
 # How long the server of a set that has to be downloaded may take to answer.
@@ -98,7 +100,8 @@ class Shards:
         paths, skips, lengths = map(tf.constant, (self.paths, self.skips, self.lengths))
 
         def open_shard(shard: tf.Tensor) -> tf.data.Dataset:
-            records = tf.data.TFRecordDataset(paths[shard], buffer_size=READ_BYTES)
+            # What comes after damaged bytes in a file can't be read; the count tells.
+            records = tf.data.TFRecordDataset(paths[shard], buffer_size=READ_BYTES).ignore_errors()
             return records.skip(tf.cast(skips, tf.int64)[shard]).take(
                 tf.cast(lengths, tf.int64)[shard]
             )
@@ -108,7 +111,8 @@ class Shards:
         records = records.batch(count).get_single_element()
         check = tf.debugging.Assert(
             tf.equal(tf.size(records, tf.int64), count),
-            ["fewer records than the data set's info says in", tf.gather(paths, shards)],
+            [FEWER_RECORDS, tf.gather(paths, shards)],
+            summarize=-1,
         )
         # Before a gather can fail with an error that says less.
         with tf.control_dependencies([check]):

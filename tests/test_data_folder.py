@@ -1,0 +1,410 @@
+"""Images of one's own in folders, and those of any source that can't be read."""
+
+import io
+import logging
+import pathlib
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from PIL import Image
+from small import small_mlp
+from test_data import ONE, Pipelines, assert_same, labels_of, train
+
+from bn_keras.data import pipeline
+from bn_keras.data.bad_examples import BadExamples
+from bn_keras.errors import UsageError
+from bn_keras.train import train_and_evaluate
+from configs import default
+
+CLASSES = ("cat", "dög 2", "zèbre")
+NUM_TRAIN, NUM_VALIDATION = 10, 4
+STEPS = 8
+
+
+def encoded(pixels, file_format="PNG", **options):
+    stream = io.BytesIO()
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(stream, file_format, **options)
+    return stream.getvalue()
+
+
+def grey_level(label, number):
+    """A grey that tells which image this is."""
+    return 60 * label + 5 * number
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Three classes; images of several formats, nested, with spaces and umlauts in their names."""
+    root = tmp_path / "my pictures"
+    for split, count in (("train", NUM_TRAIN), ("validation", NUM_VALIDATION)):
+        for label, name in enumerate(CLASSES):
+            for i in range(count):
+                pixels = np.full((20 + i, 30 - label, 3), grey_level(label, i), np.uint8)
+                suffix, file_format = (("png", "PNG"), ("JPG", "JPEG"), ("bmp", "BMP"))[i % 3]
+                folder = root / split / name / ("älter" if i % 4 == 0 else "")
+                write(folder / f"bild {i}.{suffix}", encoded(pixels, file_format))
+    return root
+
+
+def settings(root, **changes):
+    config = default.get_config().data.copy_and_resolve_references()
+    config.update({"name": "folder", "data_dir": str(root), "image_size": 8, "crop": "none"})
+    config.update({"mirror": False, "distortion": 0.0, **changes})
+    return config
+
+
+def open_folder(root, **changes):
+    return pipeline.open_data(settings(root, **changes), seed=1)
+
+
+def validate(data, global_batch_size=8, strategy=ONE):
+    datasets, num_steps = data.validation_batches(strategy, global_batch_size)
+    batches = strategy.global_batches(datasets, num_steps)
+    return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
+
+
+def levels(images):
+    """The grey levels that images show."""
+    return np.round((images[:, 4, 4, 0] + 1) * 127.5).astype(int)
+
+
+def test_labels_are_the_sorted_class_folders_and_every_image_is_there(root):
+    write(root / "train" / CLASSES[0] / ".DS_Store", b"hidden")
+    write(root / "train" / ".cache" / "x.png", b"hidden")
+    data = open_folder(root)
+    assert data.class_names == CLASSES and data.input_shape == (8, 8, 3)
+    assert (data.num_train_examples, data.num_validation_examples) == (30, 12)
+    images, labels, weights = validate(data)
+    seen = {(label, level) for label, level in zip(labels, levels(images), strict=True)}
+    assert weights.sum() == 12
+    assert seen == {(c, grey_level(c, i)) for c in range(3) for i in range(NUM_VALIDATION)}
+    batches = train(data, 5, global_batch_size=6)
+    seen = {level for images, _ in batches for level in levels(images)}
+    assert seen == {grey_level(c, i) for c in range(3) for i in range(NUM_TRAIN)}
+
+
+@pytest.mark.parametrize("shuffle", ["examples", "shards"])
+def test_the_order_mixes_all_and_can_be_started_anywhere(root, shuffle):
+    data = open_folder(root, shuffle=shuffle, crop="inception", mirror=True, distortion=1.0)
+    unbroken = train(data, STEPS)
+    # 30 examples of 3 classes: sorted by class the first 8 would be of one.
+    assert len(set(unbroken[0][1])) > 1
+    for start_step in (3, 7):
+        assert_same(train(data, 1, start_step), unbroken[start_step : start_step + 1])
+    for strategy in (Pipelines(1, 2), Pipelines(2, 2)):
+        assert_same(train(data, 2, 3, strategy=strategy), unbroken[3:5])
+
+
+def test_batches_larger_than_a_piece_are_the_same(root, monkeypatch):
+    whole = train(open_folder(root), 2, global_batch_size=12)
+    monkeypatch.setattr(pipeline, "MAX_PIECE", 5)
+    assert_same(train(open_folder(root), 2, global_batch_size=12), whole)
+
+
+def test_percentages_split_each_class_by_itself(root):
+    splits = {"train_split": "train[:70%]", "validation_split": "train[70%:]"}
+    data = open_folder(root, **splits)
+    assert (data.num_train_examples, data.num_validation_examples) == (21, 9)
+    _, labels, weights = validate(data, global_batch_size=9)
+    assert weights.all() and list(np.bincount(labels)) == [3, 3, 3]
+    validated = set(levels(validate(data)[0]))
+    trained = {
+        level for images, _ in train(data, 7, global_batch_size=3) for level in levels(images)
+    }
+    assert len(trained) == 21 and len(validated) == 9 and not trained & validated
+    # Another image moves none of the others from one part to the other but at the border.
+    write(root / "train" / "cat" / "new.png", encoded(np.full((9, 9, 3), 255, np.uint8)))
+    assert len(validated & set(levels(validate(open_folder(root, **splits))[0]))) >= 8
+    flat = {"train_split": ".[:50%]", "validation_split": ".[50%:]"}
+    data = open_folder(root / "validation", **flat)
+    assert (data.num_train_examples, data.num_validation_examples) == (6, 6)
+
+
+def remove(path):
+    for child in sorted(path.rglob("*"), reverse=True):
+        child.unlink() if child.is_file() else child.rmdir()
+    path.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("change", "settings_", "message"),
+    [
+        (None, {"data_dir": ""}, "data.data_dir '' is not a folder.*train/CLASS/IMAGE"),
+        (None, {"train_split": "trian"}, r"no folder 'trian' in .*holds 'train', 'validation'"),
+        (None, {"train_split": "train[:5]"}, r"'train\[:5\]' can't be read.*in percent"),
+        (None, {"train_split": "train[90%:80%]"}, r"no image to train on in class folder 'cat'"),
+        (None, {"train_split": "train/cat/älter"}, "holds no class folders"),
+        (None, {"image_size": 0}, "'folder' differ in size"),
+        (lambda r: (r / "train" / "new").mkdir(), {}, "the first alone has 'new'.*alone nothing"),
+        (lambda r: remove(r / "validation" / "cat"), {}, "differ: the first alone has 'cat'"),
+        (
+            lambda r: [(r / split / "none").mkdir() for split in ("train", "validation")],
+            {},
+            "no image to train on in class folder 'none'.*remove the folder",
+        ),
+        (
+            lambda r: [file.unlink() for file in (r / "validation").rglob("*.*")],
+            {},
+            "'validation' in .* has no image",
+        ),
+    ],
+)
+def test_folders_that_cannot_be_meant_are_one_clear_line(root, change, settings_, message):
+    if change:
+        change(root)
+    with pytest.raises(UsageError, match=message) as caught:
+        open_folder(root, **settings_)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_files_are_left_out_and_named(root, caplog):
+    write(root / "train" / "cat" / "notes.txt", b"no image")
+    data = open_folder(root)
+    assert data.num_train_examples == 30
+    assert "1 file(s)" in caplog.text and "notes.txt" in caplog.text
+
+
+PHOTOGRAPH = (
+    np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (encoded(Image.fromarray(PHOTOGRAPH).convert("CMYK"), "JPEG", quality=98), PHOTOGRAPH),
+        (encoded(PHOTOGRAPH, "JPEG", quality=98, progressive=True), PHOTOGRAPH),
+        (encoded(PHOTOGRAPH[..., 0], "JPEG", quality=98), PHOTOGRAPH[..., :1].repeat(3, -1)),
+        (encoded(PHOTOGRAPH[..., 0]), PHOTOGRAPH[..., :1].repeat(3, -1)),
+        (encoded(PHOTOGRAPH[..., 0].astype(np.uint16) * 257), PHOTOGRAPH[..., :1].repeat(3, -1)),
+        (encoded(Image.fromarray(PHOTOGRAPH).quantize(64)), PHOTOGRAPH),
+        (encoded(Image.fromarray(PHOTOGRAPH).convert("RGBA")), PHOTOGRAPH),
+        (encoded(PHOTOGRAPH, "BMP"), PHOTOGRAPH),
+        (encoded(PHOTOGRAPH[:1, :1]), PHOTOGRAPH[:1, :1]),
+    ],
+    ids="cmyk progressive grey-jpeg grey-png 16-bit palette alpha bmp one-pixel".split(),
+)
+def test_what_can_be_read_is_read_right(tmp_path, content, expected):
+    for split in ("train", "validation"):
+        write(tmp_path / split / "one" / "image.jpg", content)
+    images, _, _ = validate(open_folder(tmp_path, image_size=48), global_batch_size=1)
+    height, width, _ = expected.shape
+    if width > height:
+        left = (width - height) // 2
+        expected = expected[:, left : left + height]
+    expected = tf.image.resize(expected, (48, 48)) / 127.5 - 1
+    # JPEG blurs where colours meet; on the whole it doesn't.
+    assert np.abs(images[0] - expected).mean() < 0.08
+
+
+# Not a zero in the rest of a JPEG's header, or it is no JPEG at all.
+BAD = {
+    "zero-byte": b"",
+    "text": b"no image at all",
+    "truncated-jpeg": encoded(PHOTOGRAPH, "JPEG")[:300],
+    "truncated-png": encoded(PHOTOGRAPH)[:60],
+    "corrupt-png": encoded(PHOTOGRAPH).replace(b"IDAT", b"IDXT"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_image_stops_with_its_name(root, kind):
+    path = root / "train" / "dög 2" / "bild 1.JPG"
+    path.write_bytes(BAD[kind])
+    data = open_folder(root)
+    with pytest.raises(UsageError) as caught, data.naming_errors():
+        train(data, STEPS)
+    message = str(caught.value)
+    assert str(path) in message and "data.max_bad_examples is 0" in message
+    assert "\n" not in message and "{{" not in message and "Op:" not in message
+
+
+def spoil(root):
+    """Makes three training images bad, two of them neighbours by name, and a validation image."""
+    paths = [root / "train" / "cat" / f"bild {i}.{s}" for i, s in ((1, "JPG"), (2, "bmp"))]
+    paths += [root / "train" / "zèbre" / "bild 5.bmp", root / "validation" / "cat" / "bild 1.JPG"]
+    for path, content in zip(paths, [*BAD.values(), b"?"][:4], strict=True):
+        path.write_bytes(content)
+    return paths
+
+
+def test_bad_examples_are_replaced_and_nothing_else_changes(root, caplog):
+    random = {"crop": "inception", "mirror": True, "distortion": 1.0}
+    intact = train(open_folder(root, **random), STEPS)
+    bad_paths = spoil(root)
+    data = open_folder(root, max_bad_examples=3, **random)
+    with data.naming_errors():
+        got = train(data, STEPS)
+    changed = [
+        (step, row)
+        for step, (new, old) in enumerate(zip(got, intact, strict=True))
+        for row in range(len(new[1]))
+        if (new[0][row] != old[0][row]).any()
+    ]
+    # Two epochs and four examples of a third; three bad ones in each, whose place others take.
+    assert 6 <= len(changed) <= 9
+    bad_levels = {grey_level(0, 1), grey_level(0, 2), grey_level(2, 5)}
+    plain = train(open_folder(root, max_bad_examples=3), STEPS)
+    assert not bad_levels & {level for images, _ in plain for level in levels(images)}
+    for path in bad_paths[:3]:
+        assert sum(str(path) in record.message for record in caplog.records) == 2
+
+    # From the middle, and whoever reads which rows, the same ones take their place.
+    for strategy, start_step in ((ONE, 4), (Pipelines(1, 2), 0), (Pipelines(2, 2), 2)):
+        again = open_folder(root, max_bad_examples=3, **random)
+        steps = STEPS - start_step
+        assert_same(train(again, steps, start_step, strategy=strategy), got[start_step:])
+
+
+def test_more_bad_examples_than_are_allowed_stop_the_run(root):
+    bad_paths = spoil(root)
+    data = open_folder(root, max_bad_examples=2)
+    with pytest.raises(UsageError, match="data.max_bad_examples is 2") as caught:
+        with data.naming_errors():
+            train(data, STEPS)
+    assert any(str(path) in str(caught.value) for path in bad_paths)
+
+
+@pytest.mark.parametrize(
+    ("global_batch_size", "strategy"), [(5, ONE), (12, ONE), (4, Pipelines(2, 2))]
+)
+def test_bad_validation_examples_do_not_count(root, global_batch_size, strategy):
+    for name in ("bild 1.JPG", "bild 2.bmp"):
+        (root / "validation" / "zèbre" / name).write_bytes(b"?")
+    data = open_folder(root, max_bad_examples=2)
+    images, labels, weights = validate(data, global_batch_size, strategy)
+    assert weights.sum() == 10 and np.isfinite(images).all()
+    assert set(levels(images[(weights == 1) & (labels == 2)])) == {
+        grey_level(2, 0),
+        grey_level(2, 3),
+    }
+    data.check_counted(10)
+    for wrong in (9, 11, 12):
+        # Of two pipelines' examples either knows only its own.
+        if strategy is ONE or wrong > 10:
+            with pytest.raises(AssertionError, match="2 can't be read"):
+                data.check_counted(wrong)
+
+
+def test_a_run_counts_what_it_could_evaluate(root, tmp_path):
+    spoil(root)
+    config = small_mlp(
+        **{"data." + key: value for key, value in settings(root, max_bad_examples=3).items()},
+        **{"train.steps": 4, "train.steps_per_loop": 2, "evaluation.global_batch_size": 8},
+    )
+    last = train_and_evaluate(config, tmp_path / "run")
+    assert last["validation/examples"] == 11 and np.isfinite(last["validation/loss"])
+    config.data.max_bad_examples = 0
+    with pytest.raises(UsageError, match="data.max_bad_examples is 0"):
+        train_and_evaluate(config, tmp_path / "strict")
+
+
+class Damaged(tfds.core.GeneratorBasedBuilder):
+    """Three classes with images that say by their size which they are."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(encoding_format="png"),
+            "label": tfds.features.ClassLabel(num_classes=3),
+            "file_name": tfds.features.Text(),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("image", "label"),
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(12), "validation": self._generate_examples(4)}
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            pixels = np.full((8, 8, 3), 20 * i, np.uint8)
+            yield i, {"image": pixels, "label": i % 3, "file_name": f"{i}.png"}
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """A set of TFRecords, and a function that changes one of its records."""
+    tfds.disable_progress_bar()
+    builder = Damaged(data_dir=tmp_path)
+    download = tfds.download.DownloadConfig(num_shards=3)
+    builder.download_and_prepare(download_config=download)
+
+    def change(number, **features):
+        path = builder.info.splits["train"].filepaths[1]
+        records = list(tf.data.TFRecordDataset(str(path)).as_numpy_iterator())
+        example = tf.train.Example.FromString(records[number])
+        for name, value in features.items():
+            feature = example.features.feature[name]
+            feature.Clear()
+            kind = feature.bytes_list if isinstance(value, bytes) else feature.int64_list
+            kind.value.append(value)
+        records[number] = example.SerializeToString()
+        with tf.io.TFRecordWriter(str(path)) as writer:
+            for record in records:
+                writer.write(record)
+        name = example.features.feature["file_name"].bytes_list.value[0].decode()
+        return f"{name} (record {number} of {path})"
+
+    return str(tmp_path), change
+
+
+@pytest.mark.parametrize("shuffle", ["examples", "shards"])
+@pytest.mark.parametrize("features", [{"image": b""}, {"label": 3}, {"label": -1}], ids=str)
+def test_a_bad_record_is_named_by_its_file_name_and_place(damaged, shuffle, features):
+    data_dir, change = damaged
+    name = change(2, **features)
+    changes = {"name": "damaged", "shuffle": shuffle, "max_bad_examples": 1}
+    data = open_folder(data_dir, **changes)
+    labels = labels_of(train(data, 3, global_batch_size=4))
+    assert len(labels) == 12 and data._bad_train._names == {name}
+    data = open_folder(data_dir, **changes | {"max_bad_examples": 0})
+    with pytest.raises(UsageError) as caught, data.naming_errors():
+        train(data, 3, global_batch_size=4)
+    assert name in str(caught.value)
+
+
+def test_a_damaged_file_of_records_is_named(damaged):
+    data_dir, _ = damaged
+    [path] = pathlib.Path(data_dir).rglob("*train*00001-of*")
+    content = bytearray(path.read_bytes())
+    content[200] ^= 0xFF
+    path.write_bytes(content)
+    data = open_folder(data_dir, name="damaged")
+    with pytest.raises(
+        UsageError, match="fewer readable records.*prepare the data set anew"
+    ) as caught:
+        with data.naming_errors():
+            train(data, 3, global_batch_size=4)
+    assert "\n" not in str(caught.value) and path.name in str(caught.value)
+
+
+def test_the_same_example_counts_once(caplog):
+    caplog.set_level(logging.WARNING)
+    bad = BadExamples(limit=1)
+    for _ in range(3):
+        bad.add("a", ValueError("first line\nsecond"))
+    assert bad.count == 1 and bad.too_many is None
+    assert [record.message for record in caplog.records] == [
+        "bad example a: first line (1 of at most 1)"
+    ]
+    with pytest.raises(UsageError, match="b: other"):
+        bad.add("b", ValueError("other"))
+    assert bad.too_many is not None
+
+
+def test_errors_of_others_pass_through(root):
+    data = open_folder(root)
+    with pytest.raises(tf.errors.AbortedError, match="not ours"), data.naming_errors():
+        raise tf.errors.AbortedError(None, None, "not ours")
