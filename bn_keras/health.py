@@ -11,10 +11,10 @@ import numpy as np
 import tensorflow as tf
 
 from bn_keras import fold
-from bn_keras.batch_norm import BatchNormalization
 from bn_keras.data import pipeline
 from bn_keras.errors import UsageError
 from bn_keras.population import (
+    BATCH_NORMS,
     LayerReport,
     PopulationReport,
     distributed,
@@ -22,8 +22,6 @@ from bn_keras.population import (
     preserved_state,
 )
 from bn_keras.trained import load_trained
-
-_LAYERS = (BatchNormalization, keras.layers.BatchNormalization)
 
 # A channel whose output deviates by less is dead. A layer fresh from its initialization gives 1;
 # bfloat16, with a step of 2^-8, loses a thousandth beside a beta of one.
@@ -201,7 +199,7 @@ def check_workdir(workdir: str | os.PathLike, num_batches: int) -> HealthReport:
 
 
 def _batch_norms(model: keras.Model) -> list[keras.Layer]:
-    return [layer for layer in model._flatten_layers() if isinstance(layer, _LAYERS)]
+    return [layer for layer in model._flatten_layers() if isinstance(layer, BATCH_NORMS)]
 
 
 def _examine_weights(model: keras.Model, layers: Sequence[keras.Layer]) -> list[Finding]:

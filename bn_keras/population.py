@@ -16,7 +16,8 @@ from bn_keras import ops
 from bn_keras.batch_norm import BatchNormalization, merge_moving_statistics
 from bn_keras.errors import UsageError
 
-_LAYERS = (BatchNormalization, keras.layers.BatchNormalization)
+# The layers that all of this is about: ours, and Keras'.
+BATCH_NORMS = (BatchNormalization, keras.layers.BatchNormalization)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +157,7 @@ class PopulationEstimator:
     def __init__(self, model: keras.Model, strategy: tf.distribute.Strategy | None = None) -> None:
         self._model = model
         self._strategy = strategy = strategy or model.distribute_strategy
-        found = [layer for layer in model._flatten_layers() if isinstance(layer, _LAYERS)]
+        found = [layer for layer in model._flatten_layers() if isinstance(layer, BATCH_NORMS)]
         layers = [layer for layer in found if layer.built and layer.trainable]
         if not layers:
             raise UsageError(
