@@ -263,18 +263,19 @@ def test_divergence_after_a_checkpoint_names_it(tmp_path, monkeypatch):
         train_and_evaluate(config, tmp_path)
 
 
-def test_a_network_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
+@pytest.mark.parametrize("steps, found_at", [(30, 30), (60, 40)], ids=["saved", "evaluated"])
+def test_a_network_that_is_not_finite_is_not(steps, found_at, tmp_path, monkeypatch):
     take_steps = Trainer.train
 
     def overflowing(self, batches, num_steps):
         result = take_steps(self, batches, num_steps)
-        if int(self.optimizer.iterations) > 25:
+        if int(self.optimizer.iterations) == found_at:
             self.model.trainable_variables[0].assign(self.model.trainable_variables[0] * np.inf)
         return result
 
     monkeypatch.setattr(Trainer, "train", overflowing)
-    config = small_mlp(**{"train.steps": 30})
-    with pytest.raises(TrainingDivergedError, match="the network is not finite at step 30"):
+    config = small_mlp(**{"train.steps": steps}, **BY_POPULATION)
+    with pytest.raises(TrainingDivergedError, match=f"network is not finite at step {found_at}"):
         train_and_evaluate(config, tmp_path)
     assert [p.stem for p in (tmp_path / "checkpoints").glob("*.index")] == ["step-25"]
     assert Workdir(tmp_path).read_metrics()[-1]["diverged"]
