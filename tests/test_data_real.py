@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from test_crops import googlenet_crops
 
 from bn_keras.data import pipeline
+from bn_keras.data.crops import CropPreprocessing, Crops
 from bn_keras.data.imagenet import ARCHIVES, prepare_imagenet
 from bn_keras.errors import UsageError
 from configs import default
@@ -100,6 +102,24 @@ def test_imagenet(imagenet):
         crop = whole[top : top + side, left : left + side]
         np.testing.assert_allclose(image, tf.image.resize(crop, (224, 224)) / 127.5 - 1, atol=1e-5)
         assert label == example["label"]
+
+
+def test_imagenets_144_crops(imagenet):
+    data_dir = str(Path(imagenet.data_dir).parents[1])
+    data = pipeline.open_data(settings(data_dir=data_dir), seed=0)
+    preprocessing = CropPreprocessing(data.preprocessing, Crops.parse("144"))
+    dataset, num_steps = data.validation_batches(STRATEGY, 3, preprocessing)
+    num_examples = imagenet.info.splits["validation"].num_examples
+    assert num_steps == -(-num_examples // 3)
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    examples = imagenet.as_dataset(split="validation", shuffle_files=False, decoders=decoders)
+    squares, labels, weights = next(iter(dataset))
+    crops = preprocessing.cut(squares).numpy().reshape(3, 144, 224, 224, 3)
+    for image, label, example in zip(crops, labels.numpy(), examples, strict=False):
+        whole = tf.io.decode_jpeg(example["image"], channels=3, dct_method="INTEGER_ACCURATE")
+        np.testing.assert_allclose(image, googlenet_crops(whole) / 127.5 - 1, atol=1e-5)
+        assert label == example["label"]
+    assert sum(float(tf.reduce_sum(w)) for *_, w in dataset.take(num_steps)) == num_examples
 
 
 def test_archives_that_are_missing_or_damaged_are_named(tmp_path):
