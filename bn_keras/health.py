@@ -30,7 +30,7 @@ DEAD_DEVIATION = 1e-3
 # half or double of it, more than the noise of few batches and of a short memory is at work.
 LARGEST_MEAN_DISTANCE = 1.0
 LARGEST_VARIANCE_RATIO = 4.0
-# Training against inference outputs. At 1 they differ as much as two examples do.
+# Training against inference outputs. At 1 they differ as much as examples do from their mean.
 LARGEST_GAP = 1.0
 
 # Channels that a line names before it breaks off.
@@ -47,7 +47,7 @@ class Finding:
       is_fault: a fault makes inference wrong or a layer useless; anything else is a note.
       text: what it is, for a reader.
       channels: the ones concerned, counted over the layer's parameters in their order; empty
-        where it is all of them or no matter of channels.
+        where it is no matter of single channels.
     """
 
     layer: str
