@@ -6,6 +6,10 @@ where pictures/train/CLASS and pictures/validation/CLASS hold the images, in .jp
 like. If pictures/CLASS holds them, add
 
     --config.data.train_split='.[:90%]' --config.data.validation_split='.[90%:]'
+
+A first try on 3,000 of CIFAR-10's images, enlarged to 160x128, gave 44% validation accuracy after
+1,000 of the 4,000 steps, a quarter of an hour on 2 cores that had other work as well; the rate is
+the paper's BN-x5, not the outcome of a search.
 """
 
 from ml_collections import ConfigDict
