@@ -135,3 +135,32 @@ def test_what_cannot_be_replaced_is_refused():
         replace_batch_norm(hidden)
     with pytest.raises(UsageError, match="no weights yet"):
         replace_batch_norm(keras.Sequential([KERAS_BN()]))
+
+
+def test_what_a_layer_makes_of_its_weights_comes_along():
+    """Normalization computes with what it derived from its weights when it got them."""
+    inputs = keras.Input((4, 4, 3))
+    normalization = keras.layers.Normalization()
+    normalization.adapt(np.random.default_rng(0).normal(3.0, 2.0, [64, 4, 4, 3]))
+    outputs = keras.layers.BatchNormalization()(normalization(inputs))
+    model = keras.Model(inputs, outputs)
+    replaced = replace_batch_norm(model)
+    images = np.random.default_rng(1).normal(3.0, 2.0, [2, 4, 4, 3])
+    np.testing.assert_allclose(replaced(images), model(images), rtol=1e-6, atol=1e-6)
+
+
+def test_a_compiled_model_trains_on_with_its_frozen_layers():
+    model = _sequential()
+    model.layers[0].trainable = False
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
+    replaced = replace_batch_norm(model)
+    images = np.random.default_rng(0).normal(size=[8, *model.input_shape[1:]])
+    targets = np.zeros([8, *model.output_shape[1:]])
+    losses = [
+        network.fit(images, targets, batch_size=8, epochs=3, shuffle=False, verbose=0).history
+        for network in (model, replaced)
+    ]
+    np.testing.assert_allclose(losses[0]["loss"], losses[1]["loss"], rtol=1e-4)
+    frozen = (model.layers[0].get_weights(), replaced.layers[0].get_weights())
+    for a, b in zip(*frozen, strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -14,7 +14,8 @@ def replace_batch_norm(model: keras.Model) -> keras.Model:
 
     Layers keep their names, weights, frozen state and meaning: the moving variance stays biased,
     as in Keras (unbiased=False). Nested models and wrappers are gone through. The given model is
-    left alone and shares nothing with the new one, which is not compiled.
+    left alone and shares nothing with the new one, which is compiled likewise if that is, with a
+    new optimizer.
 
     Args:
       model: Functional or Sequential, built.
@@ -42,8 +43,11 @@ def replace_batch_norm(model: keras.Model) -> keras.Model:
                 f"{layer.path!r} is made by its parent's code, not by a config, and can't be"
                 " replaced from outside: use bn_keras.BatchNormalization in that code"
             )
-    replaced.set_weights(model.get_weights())
     for new, old in zip(replaced._flatten_layers(), model._flatten_layers(), strict=True):
+        # As in a file: some layers, such as Normalization, make more of it than their weights.
+        values = {}
+        old.save_own_variables(values)
+        new.load_own_variables(values)
         if new.trainable != old.trainable:
             new.trainable = old.trainable
     return replaced
