@@ -375,11 +375,14 @@ def test_a_bad_record_is_named_by_its_file_name_and_place(damaged, shuffle, feat
     assert name in str(caught.value)
 
 
-def test_a_damaged_file_of_records_is_named(damaged):
+# Of the second record, and of the first.
+@pytest.mark.parametrize("position", [200, 20])
+def test_a_damaged_file_of_records_is_named(damaged, monkeypatch, position):
+    monkeypatch.setattr(pipeline, "GROUP_BYTES", 0)
     data_dir, _ = damaged
     [path] = pathlib.Path(data_dir).rglob("*train*00001-of*")
     content = bytearray(path.read_bytes())
-    content[200] ^= 0xFF
+    content[position] ^= 0xFF
     path.write_bytes(content)
     data = open_folder(data_dir, name="damaged")
     with pytest.raises(

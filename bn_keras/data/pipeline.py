@@ -467,7 +467,8 @@ class _ShardBatches:
         flat = tf.nest.flatten(batch)
 
         def substitutes(where: tf.Tensor, extras: tf.Tensor) -> list[tf.Tensor]:
-            found = [self._substitute(*pair, blank) for pair in zip(where, extras, strict=True)]
+            with tf.device("CPU:0"):
+                found = [self._substitute(*pair, blank) for pair in zip(where, extras, strict=True)]
             return [tf.stack(values) for values in zip(*found, strict=True)]
 
         blank = [np.zeros(t.shape[1:], t.dtype.as_numpy_dtype) for t in flat]

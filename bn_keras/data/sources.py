@@ -108,7 +108,9 @@ class Shards:
 
         count = tf.reduce_sum(tf.gather(tf.cast(lengths, tf.int64), shards))
         records = tf.data.Dataset.from_tensor_slices(shards).flat_map(open_shard)
-        records = records.batch(count).get_single_element()
+        # Where there is not even one record, the count tells as well.
+        none = tf.data.Dataset.from_tensors(tf.constant([], tf.string))
+        records = records.batch(count).concatenate(none).take(1).get_single_element()
         check = tf.debugging.Assert(
             tf.equal(tf.size(records, tf.int64), count),
             [FEWER_RECORDS, tf.gather(paths, shards)],
