@@ -120,9 +120,10 @@ class Pytorchcv(Torch):
 class Slim(Network):
     projection = 96
 
-    def __init__(self, separable=True, gamma=False):
+    def __init__(self, separable=True, separable_bn=False, gamma=False):
         super().__init__()
         self.separable = separable
+        self.separable_bn = separable_bn
         self.gamma = gamma
 
     def layers(self):
@@ -143,14 +144,12 @@ class Slim(Network):
             depthwise = self.tensor(f"{name}/depthwise_weights", (7, 7, 3, 8))
             x = tf.nn.depthwise_conv2d(x, depthwise, (1, stride, stride, 1), "SAME")
             x = tf.nn.conv2d(x, self.tensor(f"{name}/pointwise_weights", (1, 1, 24, 64)), 1, "SAME")
-            return tf.nn.relu(x + self.tensor(f"{name}/biases", filters))
-        shape = (size, size, x.shape[-1], filters)
-        x = tf.nn.conv2d(
-            x,
-            self.tensor(f"{name}/weights", shape, (2 / np.prod(shape[:3])) ** 0.5),
-            stride,
-            "SAME",
-        )
+            if not self.separable_bn:
+                return tf.nn.relu(x + self.tensor(f"{name}/biases", filters))
+        else:
+            shape = (size, size, x.shape[-1], filters)
+            kernel = self.tensor(f"{name}/weights", shape, (2 / np.prod(shape[:3])) ** 0.5)
+            x = tf.nn.conv2d(x, kernel, stride, "SAME")
         beta = self.tensor(f"{name}/BatchNorm/beta", filters)
         mean = self.tensor(f"{name}/BatchNorm/moving_mean", filters)
         variance = self.positive(f"{name}/BatchNorm/moving_variance", filters, 2)
@@ -236,7 +235,16 @@ def test_slim_from_a_checkpoint_of_a_training(version, given, slim, tmp_path):
     _assert_gives(convert.from_slim(tmp_path / given, input_shape=(64, 96, 3)), logits)
 
 
-@pytest.mark.parametrize("options", [{"separable": False}, {"gamma": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"separable": False},
+        {"gamma": True},
+        {"separable_bn": True},
+        {"separable_bn": True, "gamma": True},
+    ],
+    ids=str,
+)
 def test_slim_in_its_other_forms_and_with_a_background_class(options, tmp_path):
     network = Slim(**options)
     logits = network.logits(IMAGES, classes=1001)

@@ -152,8 +152,19 @@ def test_no_bias_stands_in_front_of_bn_but_in_caffes_ports(variant, preset, shor
 def test_bn_of_the_presets(preset, epsilon, gamma, short_figure_5):
     for bn in layers_of(small(preset=preset), BatchNormalization):
         assert (bn.epsilon, bn.scale, bn.center) == (epsilon, gamma, True)
-    for bn in layers_of(small(preset=preset, epsilon=0.1), BatchNormalization):
-        assert bn.epsilon == 0.1
+    for bn in layers_of(small(preset=preset, epsilon=0.1, gamma=not gamma), BatchNormalization):
+        assert (bn.epsilon, bn.scale) == (0.1, not gamma)
+
+
+@pytest.mark.parametrize("preset", ["paper", "slim", "caffe"])
+@pytest.mark.parametrize("separable_bn", [False, True])
+def test_bn_behind_the_separable_convolution_is_an_option(preset, separable_bn, short_figure_5):
+    model = small(preset=preset, separable_stem=True, separable_bn=separable_bn)
+    (conv,) = layers_of(model, keras.layers.SeparableConv2D)
+    assert conv.use_bias == (not separable_bn or preset == "caffe")
+    normalized = {bn.name for bn in layers_of(model, BatchNormalization)}
+    assert ("stem_1_bn" in normalized) == separable_bn
+    assert {"stem_2_bn", "5b_1x1_bn"} < normalized
 
 
 # PyTorch's rules: floor((n + 2p - k) / 2) + 1, and for the pools, with p = 0, the ceiling.
@@ -341,9 +352,15 @@ def test_weights_come_back_from_a_file(name, tmp_path, short_figure_5):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(classes=12), "misshapen: logits \\[\\(128, 10\\), .* instead of \\[\\(128, 12\\)"),
-        (dict(variant="inception"), "extra: stem_1_bn, .* and 26 more; misshapen: stem_1_conv"),
-        (dict(auxiliary=True), "missing: auxiliary_reduce_conv, .* and 2 more"),
+        (
+            dict(classes=12),
+            "1 misshapen \\(logits of \\[\\(128, 10\\), .* instead of \\[\\(128, 12\\)",
+        ),
+        (
+            dict(variant="inception"),
+            "29 extra \\(stem_1_bn, .*, 26 more\\), 29 misshapen \\(stem_1_conv",
+        ),
+        (dict(auxiliary=True), "5 missing \\(auxiliary_reduce_conv, .*, 2 more\\)"),
     ],
 )
 def test_weights_of_another_network_are_one_line(options, message, tmp_path, monkeypatch):

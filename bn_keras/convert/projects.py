@@ -127,13 +127,12 @@ CADENE = Project(
 )
 
 SLIM_SCOPE = "InceptionV2/"
-SLIM_STEM = f"{SLIM_SCOPE}Conv2d_1a_7x7"
 
 SLIM = Project(
     network="TF-Slim's inception_v2",
     images="RGB, x / 127.5 - 1 of x in 0..255",
     layers=_layers(
-        stem=(SLIM_STEM, f"{SLIM_SCOPE}Conv2d_2b_1x1", f"{SLIM_SCOPE}Conv2d_2c_3x3"),
+        stem=[f"{SLIM_SCOPE}Conv2d_{name}" for name in ("1a_7x7", "2b_1x1", "2c_3x3")],
         modules=[
             f"{SLIM_SCOPE}Mixed_{name}/"
             for name in ("3b", "3c", "4a", "4b", "4c", "4d", "4e", "5a", "5b", "5c")

@@ -27,10 +27,10 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from bn_keras.batch_norm import BatchNormalization
-from bn_keras.convert.projects import CADENE, PYTORCHCV, SLIM, SLIM_SCOPE, SLIM_STEM, Project
+from bn_keras.convert.projects import CADENE, PYTORCHCV, SLIM, SLIM_SCOPE, Project
 from bn_keras.errors import UsageError
 from bn_keras.models.inception import BNInception
+from bn_keras.models.weights import check_shapes
 
 Shape = tuple[int, ...]
 
@@ -103,8 +103,9 @@ def from_slim(
 
     Returns:
       A new model with as many classes as the classifier in the file (with the published weights
-      1001, "background" first), from RGB images in [-1, 1] to logits. As in the file, its stem is
-      separable or plain, and its BN has no gamma or, trained with batch_norm_scale, has one.
+      1001, "background" first), from RGB images in [-1, 1] to logits. The file tells what its
+      arg scope was: whether the stem is separable, and then whether BN follows it (no, in
+      inception_v2_arg_scope), and whether BN has a gamma (no, but with batch_norm_scale).
 
     Raises:
       UsageError: no such checkpoint, or not exactly the variables of this network.
@@ -122,10 +123,15 @@ def from_slim(
     }
     # An optimizer's slots and moving averages are called VARIABLE/SLOT.
     shapes = {n: shape for n, shape in shapes.items() if n.rpartition("/")[0] not in shapes}
-    separable = f"{SLIM_STEM}/weights" not in shapes
-    model = _network(SLIM, shapes, input_shape, preset="slim", separable_stem=separable)
-    if any(name.endswith(SLIM.variables["gamma"]) for name in shapes):
-        model = _with_gamma(model)
+    model = _network(
+        SLIM,
+        shapes,
+        input_shape,
+        preset="slim",
+        separable_stem=SLIM.layers["stem_1_conv"] + SLIM.variables["kernel"] not in shapes,
+        separable_bn=SLIM.layers["stem_1_bn"] + SLIM.variables["beta"] in shapes,
+        gamma=any(name.endswith(SLIM.variables["gamma"]) for name in shapes),
+    )
     _fill(model, SLIM, origin, shapes, reader.get_tensor)
     return model
 
@@ -204,16 +210,6 @@ def _network(
     return BNInception("bn_x5", math.prod(classes), input_shape, name="bn_inception", **options)
 
 
-def _with_gamma(model: keras.Model) -> keras.Model:
-    """Makes the same network with a gamma in each BN, which no preset of TF-Slim's has."""
-
-    def clone(layer: keras.Layer) -> keras.Layer:
-        scale = {"scale": True} if isinstance(layer, BatchNormalization) else {}
-        return type(layer).from_config(layer.get_config() | scale)
-
-    return keras.models.clone_model(model, clone_function=clone)
-
-
 def _fill(
     model: keras.Model,
     project: Project,
@@ -231,7 +227,12 @@ def _fill(
       read: gives one of them.
     """
     expected = dict(_expected(project, model))
-    _check(f"{origin} does not hold {project.network}", shapes, expected)
+    check_shapes(
+        f"{origin} does not hold {project.network}: of its {len(expected)} tensors",
+        {name: tensor.shape for name, tensor in expected.items()},
+        shapes,
+        equal=lambda a, b: _significant(a) == _significant(b),
+    )
     with _reading(origin, project.network):
         for name, (variable, shape, axes) in expected.items():
             variable.assign(np.reshape(read(name), shape).transpose(axes))
@@ -252,29 +253,8 @@ def _expected(project: Project, model: keras.Model) -> Iterator[tuple[str, _Expe
             yield name, _Expected(variable, shape, axes)
 
 
-def _check(refusal: str, shapes: Mapping[str, Shape], expected: Mapping[str, _Expected]) -> None:
-    """Raises UsageError, which names them, if any tensor is missing, extra or misshapen."""
-    faults = {
-        "missing": [name for name in expected if name not in shapes],
-        "extra": [name for name in shapes if name not in expected],
-        "misshapen": [
-            f"{name} of {shapes[name]} instead of {shape}"
-            for name, (_, shape, _) in expected.items()
-            if name in shapes and _significant(shapes[name]) != _significant(shape)
-        ],
-    }
-    told = [f"{len(names)} {fault} ({_first(names)})" for fault, names in faults.items() if names]
-    if told:
-        raise UsageError(f"{refusal}: of its {len(expected)} tensors, {', '.join(told)}")
-
-
 def _significant(shape: Shape) -> Shape:
     return shape[next((i for i, size in enumerate(shape) if size != 1), len(shape)) :]
-
-
-def _first(names: Sequence[str], most: int = 3) -> str:
-    more = [f"{len(names) - most} more"] if len(names) > most else []
-    return ", ".join([*names[:most], *more])
 
 
 def _load(path: pathlib.Path) -> object:

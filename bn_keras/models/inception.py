@@ -201,6 +201,8 @@ def BNInception(
     preset: str = "paper",
     pool_projection: int | None = None,
     separable_stem: bool | None = None,
+    separable_bn: bool | None = None,
+    gamma: bool | None = None,
     kernel_initializer: str | keras.initializers.Initializer = "he_normal",
     initializer_scale: float | None = None,
     dropout: float | None = None,
@@ -243,6 +245,9 @@ def BNInception(
         output sizes, 128 is what its table says; None is the preset's.
       separable_stem: whether the first convolution is separable, with depth multiplier 8; None
         is as the preset has it with the stem "imagenet", and False with the others.
+      separable_bn: whether BN follows a separable first convolution, in place of a bias; None is
+        the preset's. BN follows all the others in any case.
+      gamma: whether BN has a gamma (beta it has always); None is the preset's.
       kernel_initializer: for every kernel, each of which takes its own draw.
       initializer_scale: factor on the initial weights of the convolutions; None is the variant's.
       dropout: fraction of the features dropped before the classifier; None is the variant's.
@@ -283,7 +288,15 @@ def BNInception(
         initializer_scale=initializer_scale,
         per_activation_bn=per_activation_bn,
     )
-    origin = _lookup("preset", preset, PRESETS, pool_projection=pool_projection, epsilon=epsilon)
+    origin = _lookup(
+        "preset",
+        preset,
+        PRESETS,
+        pool_projection=pool_projection,
+        separable_bn=separable_bn,
+        gamma=gamma,
+        epsilon=epsilon,
+    )
     entry = _lookup("stem", stem, STEMS)
     if separable_stem is None:
         separable_stem = entry.separable and origin.separable_stem

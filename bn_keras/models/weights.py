@@ -1,8 +1,9 @@
 """Weights of a saved network, read into another one by the names of the layers."""
 
+import operator
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import h5py
 import keras
@@ -34,22 +35,46 @@ def load_weights(model: keras.Model, path: str | os.PathLike, optional: Sequence
         raise UsageError(
             f"weights {str(path)!r} can't be read: give the path of a .weights.h5 or .keras file"
         ) from None
-    wanted = {layer.name: layer for layer in model.layers if layer.weights}
-    missing = [name for name in wanted if name not in given]
-    extra = [name for name in given if name not in wanted and not name.startswith(tuple(optional))]
-    misshapen = [
-        f"{name} {_shapes(given[name])} instead of {_shapes(layer.weights)}"
-        for name, layer in wanted.items()
-        if name in given and _shapes(given[name]) != _shapes(layer.weights)
-    ]
-    faults = {"missing": missing, "extra": extra, "misshapen": misshapen}
-    if any(faults.values()):
-        raise UsageError(
-            f"weights {str(path)!r} are not of this network:"
-            f" {'; '.join(f'{what}: {_some(names)}' for what, names in faults.items() if names)}"
-        )
-    for name, layer in wanted.items():
+    layers = {layer.name: layer for layer in model.layers if layer.weights}
+    check_shapes(
+        f"weights {str(path)!r} are not of this network: of its {len(layers)} layers",
+        {name: _shapes(layer.weights) for name, layer in layers.items()},
+        {
+            name: _shapes(weights)
+            for name, weights in given.items()
+            if name in layers or not name.startswith(tuple(optional))
+        },
+    )
+    for name, layer in layers.items():
         layer.set_weights(given[name])
+
+
+def check_shapes(
+    refusal: str,
+    wanted: Mapping[str, object],
+    given: Mapping[str, object],
+    equal: Callable[[object, object], bool] = operator.eq,
+) -> None:
+    """Raises UsageError, which names them, if anything is missing, extra or misshapen.
+
+    Args:
+      refusal: what the message begins with.
+      wanted: the shapes of what has to be there, by name.
+      given: the shapes of what is there.
+      equal: whether two shapes are as good as equal.
+    """
+    faults = {
+        "missing": [name for name in wanted if name not in given],
+        "extra": [name for name in given if name not in wanted],
+        "misshapen": [
+            f"{name} of {given[name]} instead of {shape}"
+            for name, shape in wanted.items()
+            if name in given and not equal(given[name], shape)
+        ],
+    }
+    told = [f"{len(names)} {fault} ({_some(names)})" for fault, names in faults.items() if names]
+    if told:
+        raise UsageError(f"{refusal}, {', '.join(told)}")
 
 
 def _read(path: epath.Path) -> dict[str, list[np.ndarray]]:
@@ -79,5 +104,5 @@ def _shapes(arrays: Sequence[np.ndarray | keras.Variable]) -> list[tuple[int, ..
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+    rest = [f"{len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*names[:most], *rest])
