@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from bn_keras.errors import UsageError
 
 # What the config of a run has at least.
-_SECTIONS = {"model", "batch_norm", "data", "train"}
+_SECTIONS = ("model", "batch_norm", "data", "train")
 # What may differ between two starts of one run: where the data lies doesn't change what it is.
 _LOCATIONS = ("data.data_dir",)
 
@@ -48,10 +48,13 @@ class Workdir:
             return
         self.read_metrics()
         before, now = _flat(self.read_config()), _flat(config)
+        missing = sorted(now.keys() - before.keys())
+        if missing:
+            raise _lacking(self._config, ", ".join(missing))
         differing = [
-            f"{key}={before.get(key)!r} (now {now.get(key)!r})"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and key not in _LOCATIONS
+            f"{key}={before[key]!r} (now {now.get(key)!r})"
+            for key in sorted(before)
+            if before[key] != now.get(key) and key not in _LOCATIONS
         ]
         if differing:
             raise UsageError(
@@ -87,6 +90,9 @@ class Workdir:
     def read_config(self) -> ConfigDict:
         """Gives the config of the run.
 
+        Only whoever asks for a key knows that it has to be there: if it isn't, that is when
+        UsageError is raised.
+
         Raises:
           UsageError: there is no run in the folder, or its config can't be read.
         """
@@ -96,9 +102,11 @@ class Workdir:
             config = json.loads(self._config.read_text())
         except (ValueError, OSError) as error:
             raise UsageError(f"{self._config} can't be read: {error}") from None
-        if not isinstance(config, dict) or not _SECTIONS <= config.keys():
-            raise UsageError(f"{self._config} is no config: it lacks {', '.join(_SECTIONS)}")
-        return ConfigDict(config).lock()
+        sections = config if isinstance(config, dict) else {}
+        lacking = [name for name in _SECTIONS if not isinstance(sections.get(name), dict)]
+        if lacking:
+            raise UsageError(f"{self._config} is no config: it lacks {', '.join(lacking)}")
+        return _RunConfig(config, self._config).lock()
 
     def read_interface(self) -> tuple[tuple[int, int, int], tuple[str, ...]]:
         """Gives the input shape and the class names of the run's network, as `create` got them.
@@ -121,18 +129,21 @@ class Workdir:
             return []
         try:
             *lines, _ = self.metrics.read_text().split("\n")
-        except OSError as error:
-            raise UsageError(f"{self.metrics} can't be read: {error.strerror}") from None
+        except (ValueError, OSError) as error:
+            raise UsageError(f"{self.metrics} can't be read: {error}") from None
         return [self._parse(number, line) for number, line in enumerate(lines, start=1)]
 
     def _parse(self, number: int, line: str) -> dict:
         try:
-            return json.loads(line) | {}
-        except (ValueError, TypeError):
+            values = json.loads(line)
+        except ValueError:
+            values = None
+        if not isinstance(values, dict) or not isinstance(values.get("step"), int):
             raise UsageError(
                 f"line {number} of {self.metrics} is damaged: mend or delete it, or give a new"
                 " workdir"
-            ) from None
+            )
+        return values
 
     def last_step(self) -> int:
         """Gives the step of the last line of metrics; 0 where there is none."""
@@ -148,6 +159,42 @@ class Workdir:
         if self.metrics.exists():
             kept = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
             _write_atomically(self.metrics, "".join(kept))
+
+
+class _RunConfig(ConfigDict):
+    """A config from a file, which may be older than some of the keys that are asked for.
+
+    Args:
+      values: by key; a dict is a section.
+      file: that they are from; None makes a copy that knows no more of it.
+      section: of the values, with a dot behind it; "" is the whole.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, object] | None = None,
+        file: epath.Path | None = None,
+        section: str = "",
+    ) -> None:
+        super().__init__()
+        # What is set in the usual way becomes a key.
+        object.__setattr__(self, "_file", file)
+        object.__setattr__(self, "_section", section)
+        for key, value in (values or {}).items():
+            is_section = isinstance(value, Mapping)
+            self[key] = _RunConfig(value, file, f"{section}{key}.") if is_section else value
+
+    def __getattr__(self, key: str) -> object:
+        # What begins with an underscore is what Python looks for in any object.
+        if self._file is None or key in self or key.startswith("_"):
+            return super().__getattr__(key)
+        raise _lacking(self._file, f"{self._section}{key}")
+
+    def __eq__(self, other: object) -> bool:
+        # ConfigDict's own takes any other class for another config.
+        return self.eq_as_configdict(other)
+
+    __hash__ = None
 
 
 class MetricsWriter:
@@ -181,6 +228,13 @@ class MetricsWriter:
     def __exit__(self, *error: object) -> None:
         self._lines.close()
         self._events.close()
+
+
+def _lacking(config: epath.Path, key: str) -> UsageError:
+    return UsageError(
+        f"{config} has no {key}: it was written by an older version of bn_keras; start training in"
+        " a new workdir"
+    )
 
 
 def _is_infinite_or_nan(value: object) -> bool:

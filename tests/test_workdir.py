@@ -4,9 +4,11 @@ import json
 
 import pytest
 
+from bn_keras import models
+from bn_keras.data import pipeline
 from bn_keras.errors import UsageError
 from bn_keras.workdir import MetricsWriter, Workdir
-from configs import default
+from configs import default, mnist_bn
 
 INTERFACE = ((8, 8, 1), ("cat", "dog"))
 
@@ -87,6 +89,55 @@ def test_a_damaged_config_is_named(text, tmp_path):
     with pytest.raises(UsageError, match="config.json (can't be read|is no config)") as caught:
         Workdir(tmp_path).read_config()
     assert "\n" not in str(caught.value)
+
+
+# Whoever uses the config of a run: network and data for launch.evaluate, predict, check and export,
+# and launch.train, which goes on with it.
+READERS = {
+    "network": lambda run: models.from_config(run.read_config(), *INTERFACE),
+    "data": lambda run: pipeline.open_data(run.read_config().data, run.read_config().seed),
+    "train": lambda run: run.check(mnist_bn.get_config()),
+}
+
+
+@pytest.mark.parametrize(
+    "key, readers",
+    [
+        ("model.variant", ["network", "train"]),
+        ("batch_norm.synchronized", ["network", "train"]),
+        ("batch_norm.epsilon", ["network", "train"]),
+        ("train.precision", ["network", "train"]),
+        ("data.max_bad_examples", ["data", "train"]),
+        ("seed", ["data", "train"]),
+        ("population.when", ["train"]),
+    ],
+)
+def test_a_config_from_before_a_key_was_there_says_so(key, readers, tmp_path):
+    run = Workdir(tmp_path)
+    config = mnist_bn.get_config()
+    run.create(config, *INTERFACE)
+    older = config.to_dict()
+    section = older
+    *sections, name = key.split(".")
+    for part in sections:
+        section = section[part]
+    del section[name]
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    for reader in readers:
+        with pytest.raises(UsageError, match=f"config.json has no {key}: it was written by an old"):
+            READERS[reader](run)
+
+
+def test_a_config_that_was_read_equals_the_one_written(tmp_path):
+    config = default.get_config()
+    Workdir(tmp_path).create(config, *INTERFACE)
+    read = Workdir(tmp_path).read_config()
+    assert read.model == config.model and config.model == read.model
+    assert read.copy_and_resolve_references() == config
+    assert not hasattr(read, "_repr_html_")
+    with config.unlocked():
+        config.model.dropout = 0.1
+    assert read != config and read.model != config.model and config.model != read.model
 
 
 def test_a_damaged_line_of_metrics_is_named_and_kept(tmp_path):

@@ -37,9 +37,11 @@ def from_config(
             f"unknown train.precision {config.train.precision!r}: accepted are"
             f" {', '.join(_PRECISIONS)}"
         )
-    batch_norm = dict(config.batch_norm)
-    if not batch_norm["epsilon"]:
-        del batch_norm["epsilon"]
+    batch_norm = dict(
+        momentum=config.batch_norm.momentum, synchronized=config.batch_norm.synchronized
+    )
+    if config.batch_norm.epsilon:
+        batch_norm["epsilon"] = config.batch_norm.epsilon
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(config.train.precision)
     try:
