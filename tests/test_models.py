@@ -2,6 +2,7 @@
 
 import functools
 import math
+import zipfile
 
 import keras
 import numpy as np
@@ -290,6 +291,8 @@ def test_the_smallest_image_is_accepted_and_a_smaller_one_refused(stem, smallest
         (dict(classifier_activation="sofmax"), "unknown classifier_activation 'sofmax'"),
         (dict(weights="nowhere.weights.h5"), "'nowhere.weights.h5' can't be read: give the path"),
         (dict(variant="bn_x30_ensemble_4", input_shape=(None, None, 3)), "has no known size"),
+        (dict(input_shape=(8, 8, None)), "has to be \\(height, width, channels\\)"),
+        (dict(input_shape=(8, 8, 0)), "has to be \\(height, width, channels\\)"),
         (dict(input_shape=(8, 8)), "has to be \\(height, width, channels\\)"),
     ],
 )
@@ -372,12 +375,33 @@ def test_weights_of_another_network_are_one_line(options, message, tmp_path, mon
     assert "\n" not in str(raised.value)
 
 
-def test_a_file_of_something_else_is_one_line(tmp_path):
+def test_a_file_of_something_else_is_one_line(tmp_path, short_figure_5):
     (tmp_path / "a.weights.h5").write_text("no weights")
     (tmp_path / "a.keras").write_text("no weights")
     for name in ("a.weights.h5", "a.keras"):
         with pytest.raises(UsageError, match="can't be read: give the path"):
             load_weights(small(), tmp_path / name)
+
+
+def test_a_damaged_file_is_one_line(tmp_path, short_figure_5):
+    model = small()
+    model.save_weights(tmp_path / "a.weights.h5")
+    model.save(tmp_path / "a.keras")
+    hdf5 = (tmp_path / "a.weights.h5").read_bytes()
+    archive = bytearray((tmp_path / "a.keras").read_bytes())
+    with zipfile.ZipFile(tmp_path / "a.keras") as opened:
+        weights = opened.getinfo("model.weights.h5")
+    archive[weights.header_offset + weights.file_size // 2] ^= 1
+    damaged = {
+        "short.weights.h5": hdf5[: len(hdf5) // 2],
+        # Where the names of its groups are.
+        "nameless.weights.h5": hdf5.replace(b"HEAP", b"PAEH"),
+        "flipped.keras": archive,
+    }
+    for name, content in damaged.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UsageError, match="can't be read: give the path"):
+            load_weights(model, tmp_path / name)
 
 
 def test_weights_that_do_not_fit_change_nothing(tmp_path, short_figure_5):

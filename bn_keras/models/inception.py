@@ -535,7 +535,7 @@ def _check(
         )
     if not 0 <= variant.dropout < 1:
         raise UsageError(f"dropout is {variant.dropout}: it has to be at least 0 and less than 1")
-    if len(input_shape) != 3:
+    if len(input_shape) != 3 or (input_shape[2] or 0) < 1:
         raise UsageError(
             f"input_shape is {tuple(input_shape)}: it has to be (height, width, channels)"
         )

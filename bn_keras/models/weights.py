@@ -1,5 +1,6 @@
 """Weights of a saved network, read into another one by the names of the layers."""
 
+import io
 import operator
 import os
 import zipfile
@@ -31,10 +32,11 @@ def load_weights(model: keras.Model, path: str | os.PathLike, optional: Sequence
     path = epath.Path(path)
     try:
         given = _read(path)
-    except (OSError, KeyError, zipfile.BadZipFile):
+    # What HDF5 raises on a damaged file is of many kinds.
+    except Exception as error:
         raise UsageError(
             f"weights {str(path)!r} can't be read: give the path of a .weights.h5 or .keras file"
-        ) from None
+        ) from error
     layers = {layer.name: layer for layer in model.layers if layer.weights}
     check_shapes(
         f"weights {str(path)!r} are not of this network: of its {len(layers)} layers",
@@ -90,12 +92,11 @@ def _read(path: epath.Path) -> dict[str, list[np.ndarray]]:
 
     with path.open("rb") as file:
         if path.suffix == ".keras":
-            with zipfile.ZipFile(file) as archive, archive.open("model.weights.h5") as weights:
-                with h5py.File(weights) as opened:
-                    opened.visititems(add)
-        else:
-            with h5py.File(file) as opened:
-                opened.visititems(add)
+            # Only what is read from end to end is compared with its checksum.
+            with zipfile.ZipFile(file) as archive:
+                file = io.BytesIO(archive.read("model.weights.h5"))
+        with h5py.File(file) as opened:
+            opened.visititems(add)
     return layers
 
 
