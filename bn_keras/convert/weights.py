@@ -148,7 +148,8 @@ def convert_weights(
     Args:
       weights: path, as from_pytorch or from_slim takes it.
       output: path to write. A .keras file is read by keras.models.load_model after
-        `import bn_keras`; a .weights.h5 file by BNInception(preset=..., classes=..., weights=...).
+        `import bn_keras`; a .weights.h5 file by BNInception(preset=..., classes=..., weights=...),
+        with separable_stem, separable_bn and gamma where a TF-Slim checkpoint is not the preset's.
       source: "pytorch" or "slim"; None takes paths that end in .npz, .pt, .pth or .tar for
         PyTorch's.
       overwrite: whether an output that is there is replaced.
