@@ -1,6 +1,7 @@
 """The life of a TPU job against a gcloud and a docker that are scripts in tests/fakes/."""
 
 import datetime
+import contextlib
 import json
 import os
 import pathlib
@@ -711,7 +712,7 @@ class Vm:
         (cloud.folder / "ends.json").write_text(json.dumps(ends))
 
     def start(self):
-        return subprocess.Popen(["bash", self.script])
+        return subprocess.Popen(["bash", self.script], start_new_session=True)
 
     def boot(self):
         status = self.start().wait(timeout=60)
@@ -727,6 +728,16 @@ class Vm:
         while not (self.cloud.folder / "container").exists():
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+    def wait_for_end(self, script):
+        """Until nothing that a script has started runs any more, were it killed."""
+        deadline = time.monotonic() + 30
+        with contextlib.suppress(ProcessLookupError):
+            while time.monotonic() < deadline:
+                os.killpg(script.pid, 0)
+                time.sleep(0.01)
+            os.killpg(script.pid, signal.SIGKILL)
+            pytest.fail("it leaves something running")
 
     @property
     def files(self):
@@ -789,6 +800,8 @@ def test_there_are_never_two_trainers(cloud):
     (cloud.folder / "go").touch()
     assert second.wait(timeout=60) == 0
     assert vm.files == {"logs", "DONE"} and not vm.docker("conflict")
+    for script in (first, second):
+        vm.wait_for_end(script)
 
 
 @needs_flock

@@ -46,7 +46,8 @@ if grep --quiet --line-regexp --fixed-strings -e "$job/DONE" -e "$job/FAILED" <<
   exit 0
 fi
 
-while sleep 60; do ship_log; done 9>&- &
+# As long as this script lives, however it ends.
+while sleep 60 && kill -0 $$ 2>/dev/null; do ship_log; done 9>&- &
 trap 'kill $!; ship_log' EXIT
 
 for pause in 10 60 300 end; do
