@@ -23,7 +23,7 @@ _CONFIG = cli.define_config(required=False)
 _WORKDIRS = flags.DEFINE_multi_string(
     "workdir", [], "Folder of a run; repeated, those of an ensemble's members."
 )
-_MODELS = flags.DEFINE_multi_string("model", [], "The same for exported networks.")
+_MODELS = flags.DEFINE_multi_string("model", [], "An exported network; repeated, more members.")
 _CROPS = flags.DEFINE_list("crops", ["1"], "Crops of each image, one or more of such numbers.")
 _JSON = flags.DEFINE_bool("json", False, "Prints a line of JSON for each row of the table instead.")
 
