@@ -1,7 +1,7 @@
 """The life of a TPU job against a gcloud and a docker that are scripts in tests/fakes/."""
 
-import datetime
 import contextlib
+import datetime
 import json
 import os
 import pathlib
