@@ -15,6 +15,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 from _timing import compare, table
+from batch_norm_networks import CLASSES, SIDE, _step
+from batch_norm_networks import IMAGES as TRAINING_BATCH
 
 from bn_keras import BNInception, fold_batch_norm
 
@@ -24,8 +26,7 @@ try:
 except ModuleNotFoundError:
     torch = None
 
-SIDE, CLASSES = 224, 1000
-INFERENCE_BATCHES, TRAINING_BATCH = (1, 32), 32
+INFERENCE_BATCHES = (1, 32)
 
 
 def _images(count):
@@ -47,24 +48,6 @@ def _our_inference(folded, count):
     images = tf.constant(_images(count))
     run = tf.function(lambda: folded(images, training=False))
     return lambda: run().numpy()
-
-
-def _our_training(model):
-    optimizer = keras.optimizers.SGD(1e-6, momentum=0.9)
-    optimizer.build(model.trainable_variables)
-    images, labels = tf.constant(_images(TRAINING_BATCH)), tf.constant(_labels(TRAINING_BATCH))
-    variables = model.trainable_variables
-
-    @tf.function
-    def step():
-        with tf.GradientTape() as tape:
-            logits = model(images, training=True)
-            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-            loss = tf.reduce_mean(losses)
-        optimizer.apply(tape.gradient(loss, [v.value for v in variables]), variables)
-        return loss
-
-    return lambda: float(step())
 
 
 def _theirs():
@@ -127,7 +110,7 @@ def main(precisions):
             rows[f"inference {count}, {precision}"] = compare(functions, rounds=7)
         policy = {"float32": "float32", "bfloat16": "mixed_bfloat16"}[precision]
         functions = {
-            "ours": _our_training(_ours(policy)),
+            "ours": _step(_ours(policy)),
             "pytorchcv": _their_training(_theirs().train(), dtype),
         }
         rows[f"training {TRAINING_BATCH}, {precision}"] = compare(functions, rounds=4, block=2)
