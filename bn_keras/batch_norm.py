@@ -488,6 +488,10 @@ class BatchNormalization(keras.layers.Layer):
 _NOT_IN_KERAS = ("unbiased", "sync_group_size", "virtual_batch_size")
 
 
+# What folding, population statistics and the check-up are about: ours, and Keras'.
+BATCH_NORMS = (BatchNormalization, keras.layers.BatchNormalization)
+
+
 class MergeMovingStatistics(keras.callbacks.Callback):
     """Merges the replicas' moving statistics in `fit`, `evaluate` and `predict`.
 

@@ -10,10 +10,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from bn_keras.batch_norm import BatchNormalization
+from bn_keras.batch_norm import BATCH_NORMS
 from bn_keras.errors import UsageError
 
-_BATCH_NORMS = (BatchNormalization, keras.layers.BatchNormalization)
 _DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
 _SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
 _TRANSPOSED = (
@@ -182,7 +181,7 @@ class _Plan:
         self.batch_norms = [
             layer
             for layer in model._flatten_layers()
-            if isinstance(layer, _BATCH_NORMS) and (layer in self._calls or layer in self.inside)
+            if isinstance(layer, BATCH_NORMS) and (layer in self._calls or layer in self.inside)
         ]
         if not self.batch_norms:
             raise UsageError(f"model {model.name!r} has no BatchNormalization to fold")
@@ -221,7 +220,7 @@ class _Plan:
         held = layer._flatten_layers(include_self=False)
         if _is_training(call):
             self.by_batch.update(
-                x for x in (layer, *held) if isinstance(x, _BATCH_NORMS) and x.trainable
+                x for x in (layer, *held) if isinstance(x, BATCH_NORMS) and x.trainable
             )
         if not is_new:
             return
@@ -349,7 +348,7 @@ class _Folder:
         return self._copy(old)
 
     def _disappears(self, layer: keras.Operation) -> bool:
-        return isinstance(layer, _BATCH_NORMS) and layer not in self._plan.kept
+        return isinstance(layer, BATCH_NORMS) and layer not in self._plan.kept
 
     def _is_affine(self, layer: keras.Operation) -> bool:
         return layer in self._plan.kept and layer not in self._plan.by_batch
@@ -383,7 +382,7 @@ class _Folder:
                 o.save_own_variables(store)
                 n.load_own_variables(store)
                 # What stays a BatchNormalization keeps to its moving statistics.
-                if isinstance(n, _BATCH_NORMS) and o not in self._plan.by_batch:
+                if isinstance(n, BATCH_NORMS) and o not in self._plan.by_batch:
                     n.trainable = False
             return
         for variable in new.weights:

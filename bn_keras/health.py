@@ -11,10 +11,10 @@ import numpy as np
 import tensorflow as tf
 
 from bn_keras import fold
+from bn_keras.batch_norm import BATCH_NORMS
 from bn_keras.data import pipeline
 from bn_keras.errors import UsageError
 from bn_keras.population import (
-    BATCH_NORMS,
     LayerReport,
     PopulationReport,
     distributed,

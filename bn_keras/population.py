@@ -13,11 +13,8 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from bn_keras import ops
-from bn_keras.batch_norm import BatchNormalization, merge_moving_statistics
+from bn_keras.batch_norm import BATCH_NORMS, BatchNormalization, merge_moving_statistics
 from bn_keras.errors import UsageError
-
-# The layers that all of this is about: ours, and Keras'.
-BATCH_NORMS = (BatchNormalization, keras.layers.BatchNormalization)
 
 
 @dataclasses.dataclass(frozen=True)
