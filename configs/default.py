@@ -33,6 +33,12 @@ def get_config() -> ConfigDict:
     config.data.mirror = True
     # Strength of the photometric distortions; 1 is full, 0 is none.
     config.data.distortion = 1.0
+    # Beyond the paper, from keras-cv: magnitude of RandAugment, from 0, none, to 1.
+    config.data.random_augment = 0.0
+    # Images mixed in pairs, with their labels: alpha of the Beta distribution that the shares are
+    # drawn from; 0 is never. With both, each batch takes one of the two in turn.
+    config.data.mixup = 0.0
+    config.data.cutmix = 0.0
     # Pixels thresholded at one half to 0 and 1 (the paper's section 4.1); else scaled to [-1, 1].
     config.data.binary = False
     # "examples": permuted within shards; "shards": only the order of the shards changes. What is in
@@ -87,7 +93,21 @@ def get_config() -> ConfigDict:
     config.train.momentum = 0.9
     # Weight of the L2 penalty l2/2 * |w|^2 on kernels (TF-Slim's value).
     config.train.l2 = 4e-5
-    # A Keras dtype policy: "float32", "mixed_bfloat16".
+    # Share of the labels that is spread over all classes.
+    config.train.label_smoothing = 0.0
+    # Parts in which a global batch is taken one after the other, their gradients summed, where it
+    # is too large for the devices' memory. Each is a batch of its own for BN.
+    config.train.micro_batches = 1
+    # Fraction kept at each step of a moving average of the weights, by which the network is
+    # evaluated wherever it is by population statistics, or always where it has no BN; 0 is none.
+    config.train.ema = 0.0
+    # The run ends at the first evaluation with such an accuracy, a fraction; 0 goes on to `steps`.
+    config.train.until_accuracy = 0.0
+    # How often a run that diverges goes back to its last checkpoint, each time with its learning
+    # rate multiplied by retry_factor.
+    config.train.retries = 0
+    config.train.retry_factor = 0.5
+    # A Keras dtype policy: "float32", "mixed_bfloat16", or "mixed_float16", whose loss is scaled.
     config.train.precision = "float32"
     # Steps that run on the device between two looks at the loss; each gives a line of metrics.
     config.train.steps_per_loop = 500
@@ -98,6 +118,8 @@ def get_config() -> ConfigDict:
     config.schedule.reference_batch_size = 32
     # The rate rises linearly from 0 over these epochs.
     config.schedule.warmup_epochs = 0.0
+    # "steps", or "cosine": after the warm-up down to 0 at train.steps.
+    config.schedule.decay = "steps"
     # The rate is multiplied by decay_factor every decay_epochs (GoogLeNet); 1 holds it constant.
     config.schedule.decay_factor = 0.96
     config.schedule.decay_epochs = 8.0
@@ -119,7 +141,8 @@ def get_config() -> ConfigDict:
     config.checkpoint.keep = 3
 
     config.distribution = ConfigDict()
-    # "one_device", "mirrored", or "tpu" (all cores of a TPU of one host).
+    # "one_device", "mirrored", "multi_worker" (each process a host, named by TF_CONFIG), or "tpu"
+    # (all cores of a TPU of one host).
     config.distribution.strategy = "mirrored"
     # 0 takes every accelerator, or one CPU replica where there is none; n > 0 takes n of them.
     config.distribution.replicas = 0
