@@ -1,14 +1,21 @@
 """The learning rate as a function of the number of examples seen."""
 
+import math
+
 import keras
 import tensorflow as tf
 
 from bn_keras.errors import UsageError
 
+# Of a step in the paper, whatever batch size a rate was found at.
+PAPER_BATCH_SIZE = 32
+
+_DECAYS = ("steps", "cosine")
+
 
 @keras.saving.register_keras_serializable("bn_keras")
 class ExamplesSchedule(keras.optimizers.schedules.LearningRateSchedule):
-    """Linear warm-up, then a decay in steps, both counted in examples.
+    """Linear warm-up, then a decay in steps or along a cosine, all counted in examples.
 
     Counting in examples makes one schedule serve every batch size: the rate scales linearly
     with the batch, and the moments at which it changes stay where they were in the data.
@@ -17,15 +24,21 @@ class ExamplesSchedule(keras.optimizers.schedules.LearningRateSchedule):
       base_rate: learning rate at reference_batch_size.
       global_batch_size: examples per step, over all replicas.
       reference_batch_size: the paper's 32, unless the rate was found at another one.
+      decay: "steps": by decay_factor after each decay_examples. "cosine": half a period of it,
+        from the full rate at the end of the warm-up to 0 at total_examples, and 0 from there on;
+        decay_factor and decay_examples then have no effect.
       decay_factor: what the rate is multiplied by after each decay_examples; 1 holds it.
       decay_examples: examples between two decays; needed unless decay_factor is 1.
       warmup_examples: examples over which the rate rises linearly to its full value.
+      total_examples: of the whole training; needed by "cosine" alone.
 
     Raises:
-      UsageError: a decay without its examples.
+      UsageError: an unknown decay, a decay without its examples, or a warm-up that leaves nothing
+        of the training to a cosine.
 
     Source: Ioffe & Szegedy 2015, section 4.2.1; GoogLeNet (arXiv 1409.4842, section 6) for the
-    decay of 4% every 8 epochs; Goyal et al. 2017 (arXiv 1706.02677) for scaling and warm-up.
+    decay of 4% every 8 epochs; Goyal et al. 2017 (arXiv 1706.02677) for scaling and warm-up;
+    Loshchilov & Hutter 2017 (arXiv 1608.03983) for the cosine, here without restarts.
     """
 
     def __init__(
@@ -33,36 +46,85 @@ class ExamplesSchedule(keras.optimizers.schedules.LearningRateSchedule):
         base_rate: float,
         global_batch_size: int,
         *,
-        reference_batch_size: int = 32,
+        reference_batch_size: int = PAPER_BATCH_SIZE,
+        decay: str = "steps",
         decay_factor: float = 1.0,
         decay_examples: int | None = None,
         warmup_examples: int = 0,
+        total_examples: int | None = None,
     ) -> None:
-        if decay_factor != 1 and not decay_examples:
+        if decay not in _DECAYS:
+            raise UsageError(f"unknown schedule.decay {decay!r}: accepted are {', '.join(_DECAYS)}")
+        if decay == "steps" and decay_factor != 1 and not decay_examples:
             raise UsageError(f"decay_factor is {decay_factor}: decay_examples has to be given too")
+        if decay == "cosine" and not total_examples:
+            raise UsageError("decay is 'cosine': total_examples has to be given too")
+        if decay == "cosine" and warmup_examples >= total_examples:
+            raise UsageError(
+                f"the warm-up takes {warmup_examples:,} examples and the training"
+                f" {total_examples:,}, which leaves none to schedule.decay 'cosine': lower"
+                " schedule.warmup_epochs or raise train.steps"
+            )
         self.base_rate = base_rate
         self.global_batch_size = global_batch_size
         self.reference_batch_size = reference_batch_size
+        self.decay = decay
         self.decay_factor = decay_factor
         self.decay_examples = decay_examples
         self.warmup_examples = warmup_examples
+        self.total_examples = total_examples
 
     def __call__(self, step: tf.Tensor | int) -> tf.Tensor:
         """Gives the float32 learning rate of a step, counted from 0."""
-        rate = tf.constant(
-            self.base_rate * self.global_batch_size / self.reference_batch_size, tf.float32
-        )
-        if self.decay_factor == 1 and not self.warmup_examples:
-            return rate
+        rate = tf.constant(self._full_rate, tf.float32)
         # In int64: float32 can't count examples beyond 1.6e7.
         examples = tf.cast(step, tf.int64) * self.global_batch_size
-        if self.decay_factor != 1:
+        if self.decay == "cosine":
+            rate *= self._cosine(examples)
+        elif self.decay_factor != 1:
             decays = tf.cast(examples // self.decay_examples, tf.float32)
             rate *= tf.pow(tf.constant(self.decay_factor, tf.float32), decays)
         if self.warmup_examples:
             seen = tf.cast(examples + self.global_batch_size, tf.float32)
             rate *= tf.minimum(1.0, seen / self.warmup_examples)
         return rate
+
+    def _cosine(self, examples: tf.Tensor) -> tf.Tensor:
+        span = self.total_examples - self.warmup_examples
+        left = tf.clip_by_value(self.total_examples - examples, 0, span)
+        # (1 + cos(pi * done)) / 2, without the difference that loses its digits towards the end.
+        return tf.square(tf.sin(math.pi / 2 * tf.cast(left, tf.float32) / span))
+
+    @property
+    def _full_rate(self) -> float:
+        return self.base_rate * self.global_batch_size / self.reference_batch_size
+
+    def describe(self, steps: int, num_train_examples: int) -> str:
+        """Gives two lines for people: how the rate goes, and how long the training is.
+
+        Args:
+          steps: of the training.
+          num_train_examples: of an epoch.
+        """
+        examples = steps * self.global_batch_size
+        warmup = math.ceil(self.warmup_examples / self.global_batch_size)
+        rate = f"learning rate {self._full_rate:.4g}"
+        if warmup:
+            rate = (
+                f"learning rate from {float(self(0)):.2g} up to {self._full_rate:.4g} over"
+                f" {warmup:,} steps"
+            )
+        if self.decay == "cosine":
+            rate += ", then along a cosine"
+        elif self.decay_factor != 1:
+            every = self.decay_examples / self.global_batch_size
+            rate += f", times {self.decay_factor:g} every {every:,.0f} steps"
+        return (
+            f"{rate}, {float(self(steps - 1)):.2g} at the end\n"
+            f"{steps:,} steps of {self.global_batch_size:,} = {examples / PAPER_BATCH_SIZE:,.0f}"
+            f" paper steps of {PAPER_BATCH_SIZE} = {examples / num_train_examples:,.1f} epochs of"
+            f" {num_train_examples:,}"
+        )
 
     def get_config(self) -> dict:
         """Gives the constructor's arguments."""

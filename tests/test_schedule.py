@@ -63,8 +63,114 @@ def test_a_decay_without_its_examples_is_refused():
         ExamplesSchedule(0.5, 32, decay_factor=0.9)
 
 
-def test_it_survives_serialization():
-    schedule = ExamplesSchedule(0.5, 64, decay_factor=0.9, decay_examples=320, warmup_examples=99)
+def test_cosine_falls_from_the_end_of_the_warm_up_to_the_end_of_the_training():
+    schedule = ExamplesSchedule(
+        2.0, 32, decay="cosine", warmup_examples=32 * 100, total_examples=32 * 1100
+    )
+    done = np.linspace(0, 1, 1001)
+    wanted = 1 + np.cos(np.pi * done)
+    rates = [float(schedule(100 + i)) for i in range(1001)]
+    np.testing.assert_allclose(rates, wanted, rtol=1e-5, atol=1e-12)
+    # The warm-up is as it is with any decay, and nothing comes after the end.
+    np.testing.assert_allclose(
+        [float(schedule(step)) for step in (0, 49, 99, 1100, 5000)], [0.02, 1, 2, 0, 0], rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("global_batch_size", [32, 4096, 65_536])
+def test_cosine_is_exact_at_any_length(global_batch_size):
+    steps = 31_000_000
+    schedule = ExamplesSchedule(
+        1.0,
+        global_batch_size,
+        reference_batch_size=global_batch_size,
+        decay="cosine",
+        total_examples=steps * global_batch_size,
+    )
+    for step in (1, steps // 3, steps // 2, steps - 1000, steps - 1):
+        wanted = np.sin(np.pi / 2 * (steps - step) / steps) ** 2
+        assert float(schedule(step)) == pytest.approx(wanted, rel=1e-6)
+    assert float(schedule(steps)) == 0
+
+
+def test_cosine_keeps_its_shape_at_another_batch_size():
+    small, large = (
+        ExamplesSchedule(0.5, n, decay="cosine", warmup_examples=3200, total_examples=32_000)
+        for n in (32, 320)
+    )
+    for step in (10, 50, 99):
+        np.testing.assert_allclose(large(step), 10 * small(10 * step), rtol=1e-5)
+
+
+def test_what_a_cosine_does_not_need_is_ignored():
+    plain = ExamplesSchedule(0.5, 32, decay="cosine", total_examples=3200)
+    given = ExamplesSchedule(
+        0.5, 32, decay="cosine", total_examples=3200, decay_factor=0.1, decay_examples=32
+    )
+    assert float(given(70)) == float(plain(70))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(decay="linear"), "unknown schedule.decay 'linear': accepted are steps, cosine"),
+        (dict(decay="cosine"), "total_examples has to be given"),
+        (
+            dict(decay="cosine", total_examples=320, warmup_examples=320),
+            "the warm-up takes 320 examples and the training 320",
+        ),
+    ],
+)
+def test_a_cosine_that_cannot_be_is_refused(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        ExamplesSchedule(0.5, 32, **arguments)
+
+
+@pytest.mark.parametrize(
+    "schedule, steps, said",
+    [
+        (
+            ExamplesSchedule(0.045, 32, decay_factor=0.96, decay_examples=1_708_223),
+            6_000_000,
+            [
+                "learning rate 0.045, times 0.96 every 53,382 steps, 0.00047 at the end",
+                "6,000,000 steps of 32 = 6,000,000 paper steps of 32 = 149.9 epochs of 1,281,167",
+            ],
+        ),
+        (
+            ExamplesSchedule(
+                0.045, 1024, decay="cosine", warmup_examples=1_000_001, total_examples=102_400_000
+            ),
+            100_000,
+            [
+                "learning rate from 0.0015 up to 1.44 over 977 steps, then along a cosine,"
+                " 3.6e-10 at the end",
+                "100,000 steps of 1,024 = 3,200,000 paper steps of 32 = 79.9 epochs of 1,281,167",
+            ],
+        ),
+        (
+            ExamplesSchedule(0.1, 60, reference_batch_size=60),
+            50_000,
+            [
+                "learning rate 0.1, 0.1 at the end",
+                "50,000 steps of 60 = 93,750 paper steps of 32 = 2.3 epochs of 1,281,167",
+            ],
+        ),
+    ],
+)
+def test_what_it_says_of_itself(schedule, steps, said):
+    assert schedule.describe(steps, IMAGENET).splitlines() == said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(decay_factor=0.9, decay_examples=320, warmup_examples=99),
+        dict(decay="cosine", total_examples=2000, warmup_examples=99),
+    ],
+)
+def test_it_survives_serialization(arguments):
+    schedule = ExamplesSchedule(0.5, 64, **arguments)
     config = keras.optimizers.schedules.serialize(schedule)
     again = keras.optimizers.schedules.deserialize(config)
     assert float(again(7)) == float(schedule(7))
