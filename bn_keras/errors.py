@@ -22,3 +22,18 @@ class TrainingDivergedError(ArithmeticError):
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)
         self.step = step
+
+
+class TrainingStoppedError(KeyboardInterrupt):
+    """A signal stopped the training, which has been saved.
+
+    Not an Exception, so that nothing takes it for the failure of one run among several. The
+    launchers print the message alone and exit with status 128 + signum.
+
+    Attributes:
+      signum: SIGTERM or SIGINT.
+    """
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum

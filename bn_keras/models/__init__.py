@@ -78,7 +78,7 @@ def _mlp(model: ConfigDict, training: bool, **options: object) -> keras.Model:
 
 
 _BUILDERS = {"inception": _inception, "mlp": _mlp}
-_PRECISIONS = ("float32", "mixed_bfloat16")
+_PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 
 
 def _initializer(model: ConfigDict) -> keras.initializers.Initializer:
