@@ -1,6 +1,6 @@
 """The training step, and a loop of such steps that stays on the device."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import keras
 import tensorflow as tf
