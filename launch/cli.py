@@ -1,15 +1,18 @@
 """What the commands have in common: quiet start-up, flags, errors on one line, exit statuses.
 
-0: done. 1: a bug, with its traceback; from launch.check, that the network has a fault. 2: what was
-asked for can't be done. 3: the training diverged. 4: a job in the cloud failed. 130: interrupted.
+The statuses are 0: done; 1: a bug, with its traceback, or from launch.check a fault of the network;
+2: what was asked for can't be done; 3: the training diverged; 4: a job in the cloud failed; 130 and
+143: interrupted by SIGINT (Ctrl-C) and ended by SIGTERM. docs/launching.md tells users of them.
 """
 
 import contextlib
+import functools
 import logging as std_logging
 import os
 import pathlib
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn
 
 # Read by TensorFlow when it is imported, which is after this module.
@@ -20,6 +23,8 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from configs import default
+from launch.errors import CommandError
+from launch.help import format_help
 
 # The flags defined in here are those of the command that asks for them: --help shows them there.
 flags.disclaim_key_flags()
@@ -50,30 +55,60 @@ def define_workdir(
 
 
 def parse(kind: type, given: str, flag: str) -> int | float:
-    """Reads one value of a list flag; raises UsageError if it is no number of that kind."""
-    from bn_keras.errors import UsageError
-
+    """Reads one value of a list flag; raises CommandError if it is no number of that kind."""
     if not _is_a(given, kind):
-        raise UsageError(f"{flag} takes values of type {kind.__name__}, not {given!r}")
+        raise CommandError(f"{flag} takes values of type {kind.__name__}, not {given!r}")
     return kind(given)
 
 
-def run(main: Callable[..., None], positional: str = "") -> None:
+def tell(lines: Mapping[str, str]) -> None:
+    """Logs what a command is about to do, or where things lie: a name and a text on each line."""
+    for name, text in lines.items():
+        logging.info("%-9s %s", name, text)
+
+
+def describe_config() -> str:
+    """Names the file of --config and what overrides it."""
+    config = flags.FLAGS["config"]
+    overrides = config_flags.get_override_values(config)
+    given = ", ".join(f"{key}={value}" for key, value in overrides.items())
+    return config_flags.get_config_filename(config) + (given and f" with {given}")
+
+
+def run(
+    main: Callable[..., None],
+    positional: str = "",
+    needs_tensorflow: bool = True,
+    make_help: Callable[[list[str]], str] | None = None,
+) -> None:
     """Parses the flags, runs a command's main function and exits with its status.
 
     Args:
       main: without arguments; or, where positional is given, taking those as a list.
       positional: what the command calls its arguments that are no flags, of which it then takes
         one or more.
+      needs_tensorflow: whether it has to wait for TensorFlow to be imported.
+      make_help: gives what --help prints, from the arguments; else that is the command's docstring
+        and its flags.
     """
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
+    logging.get_absl_handler().setFormatter(
+        std_logging.Formatter("%(levelname).1s %(asctime)s %(message)s", "%m-%d %H:%M:%S")
+    )
     # A flag may stand behind the arguments, too.
     flags.FLAGS.set_gnu_getopt(True)
-    app.run(
-        lambda argv: _exit_with_status(lambda: main(argv[1:]) if positional else main()),
-        flags_parser=lambda argv: _parse_flags(argv, positional),
-    )
+
+    def act(argv: list[str]) -> None:
+        command = functools.partial(main, argv[1:]) if positional else main
+        try:
+            _on_tensorflow(command) if needs_tensorflow else command()
+        except CommandError as error:
+            fail(error, error.status)
+        except KeyboardInterrupt:
+            fail("interrupted", 130)
+
+    app.run(act, flags_parser=lambda argv: _parse_flags(argv, positional, make_help or _help))
 
 
 def fail(reason: object, status: int) -> NoReturn:
@@ -82,35 +117,39 @@ def fail(reason: object, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def _exit_with_status(main: Callable[[], None]) -> None:
+def _on_tensorflow(main: Callable[[], None]) -> None:
+    """Runs main with TensorFlow imported, and gives its errors the statuses of a command."""
     # Only now, since a flag that can't be parsed should not have to wait for TensorFlow.
     try:
         with _native_stderr_closed():
             import tensorflow as tf
 
-            from bn_keras.errors import TrainingDivergedError, UsageError
+            from bn_keras.errors import TrainingDivergedError, TrainingStoppedError, UsageError
     except ImportError as error:
-        fail(error, 2)
+        raise CommandError(str(error)) from None
     tf.get_logger().setLevel("ERROR")
     logging.get_absl_logger().addFilter(_is_ours)
 
     try:
         main()
     except UsageError as error:
-        fail(error, 2)
+        raise CommandError(str(error)) from None
     except TrainingDivergedError as error:
-        fail(error, 3)
+        raise CommandError(str(error), 3) from None
+    except TrainingStoppedError as error:
+        raise CommandError(str(error), 128 + error.signum) from None
     except tf.errors.ResourceExhaustedError as error:
         reason = error.message.splitlines()[0]
-        fail(f"out of memory ({reason}): lower train.global_batch_size or data.image_size", 2)
-    except KeyboardInterrupt:
-        fail("interrupted; a training goes on from its last checkpoint", 130)
+        raise CommandError(
+            f"out of memory ({reason}): lower train.global_batch_size or data.image_size"
+        ) from None
 
 
 def _is_ours(record: std_logging.LogRecord) -> bool:
-    # TensorFlow and TFDS tell through the same logger how they go about their work.
+    # TFDS and others tell through the same logger how they go about their work, and warn of what
+    # is deprecated within it.
     parents = pathlib.Path(record.pathname).resolve().parents
-    return record.levelno >= std_logging.WARNING or any(folder in parents for folder in _OURS)
+    return record.levelno >= std_logging.ERROR or any(folder in parents for folder in _OURS)
 
 
 @contextlib.contextmanager
@@ -126,7 +165,22 @@ def _native_stderr_closed() -> Iterator[None]:
             os.close(stderr)
 
 
-def _parse_flags(argv: list[str], positional: str) -> list[str]:
+def _help(argv: list[str]) -> str:
+    # Under this name absl has the flags of the module that is run.
+    return format_help(
+        sys.modules["__main__"].__doc__, flags.FLAGS.get_key_flags_for_module(argv[0])
+    )
+
+
+def _parse_flags(
+    argv: list[str], positional: str, make_help: Callable[[list[str]], str]
+) -> list[str]:
+    if {"--help", "-help", "-h", "-?"} & set(argv):
+        print(make_help(argv))
+        sys.exit(0)
+    # Most shells leave "~" alone in there, and nobody means a folder of that name.
+    home = os.path.expanduser("~")
+    argv = [re.sub(r"^(--?[\w.]+=)~(?=/|$)", lambda m: m[1] + home, given) for given in argv]
     try:
         rest = flags.FLAGS(argv)
         if "config" in flags.FLAGS and flags.FLAGS["config"].present:

@@ -4,8 +4,8 @@ These are the PyTorch ports of pytorchcv and Cadene's pretrainedmodels (.pth, or
 is not installed) and TF-Slim's inception_v2. The log tells what images the network takes.
 
 Examples:
-  python -m launch.convert --weights=inception_v2.ckpt --output=inception_v2.keras
-  python -m launch.convert --weights=bninception.pth --output=bninception.weights.h5
+  python -m launch.convert --weights=inception_v2.ckpt --output=slim.keras
+  python -m launch.convert --weights=bninception.pth --output=caffe.weights.h5
 """
 
 from absl import flags

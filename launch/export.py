@@ -4,7 +4,7 @@ What is written is read again and compared with the network before it stands at 
 
 Examples:
   python -m launch.export --workdir=runs/bn_x30 --output=bn_x30.keras --fold
-  python -m launch.export --workdir=runs/bn_x30 --output=served/1 --format=saved_model --fold
+  python -m launch.export --workdir=runs/a --output=net/1 --format=saved_model
 """
 
 from absl import flags

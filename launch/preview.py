@@ -1,7 +1,7 @@
 """Draws what the network is fed: training examples by strength of distortion, and validation.
 
 Example:
-  python -m launch.preview --config=configs/cifar10_bn_x5.py --output=runs/preview.png
+  python -m launch.preview --config=configs/cifar10_bn_x5.py --output=fed.png
 """
 
 from absl import flags

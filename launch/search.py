@@ -3,7 +3,7 @@
 So were the miniatures' values found, for Inception alone.
 
 Example:
-  python -m launch.search --config=configs/digits_inception.py --workdir=runs/search
+  python -m launch.search --config=configs/digits_inception.py --workdir=runs/s
 """
 
 import itertools

@@ -1,12 +1,9 @@
-"""Trains on a Cloud TPU: submit, status, logs, watch or delete a job.
+"""Trains on a Cloud TPU: submit, watch, status, logs or delete a job.
 
-submit queues it; watch follows it, submits it again when its VM was taken away, and ends with it.
 A job is known by its --workdir. It costs money until it is deleted.
 
 Example:
-  python -m launch.tpu submit --name=bn-x30 --zone=us-east5-b --accelerator_type=v6e-8 --dry_run
-  --config=configs/bn_x30.py --config.data.data_dir=gs://my-bucket/data
-  --workdir=gs://my-bucket/runs/bn_x30 --spot --max_hours=12
+  python -m launch.tpu submit --help
 """
 
 import datetime
@@ -14,88 +11,83 @@ import difflib
 import itertools
 import math
 import sys
-import typing
 
 from absl import flags
 from ml_collections import config_flags
 
 from launch import cli
-
-if typing.TYPE_CHECKING:
-    from launch.cloud.control import Cloud
-    from launch.cloud.job import Job
+from launch.cloud import control
+from launch.cloud.control import Cloud
+from launch.cloud.job import (
+    Job,
+    check_batch_size,
+    delete_command,
+    parse_valid_until,
+    training_arguments,
+)
+from launch.help import format_help
 
 _WORKDIR = cli.define_workdir(
     "Folder of the run, gs://BUCKET/FOLDER; the job's own lies beside it."
 )
+_NAME = flags.DEFINE_string("name", "", "Name of the job.")
+_ZONE = flags.DEFINE_string("zone", "", "Zone of the TPU, as us-east5-b.")
+_TYPE = flags.DEFINE_string("accelerator_type", "", "Type of one host, as v6e-8.")
 _CONFIG = cli.define_config(required=False)
-_NAME = flags.DEFINE_string("name", "", "submit: name of the job.")
-_ZONE = flags.DEFINE_string("zone", "", "submit: zone of the TPU, as us-east5-b.")
-_TYPE = flags.DEFINE_string("accelerator_type", "", "submit: type of one host, as v6e-8.")
 _IMAGE = flags.DEFINE_string(
-    "image", "", "submit: image of the container; else the VM builds it from this checkout."
+    "image", "", "Image of the container; else the VM builds it from this checkout."
 )
-_PROJECT = flags.DEFINE_string("project", "", "submit: project; else gcloud's own default.")
+_PROJECT = flags.DEFINE_string("project", "", "Project; else gcloud's own default.")
 _SERVICE_ACCOUNT = flags.DEFINE_string(
-    "service_account", "", "submit: account of the VM; else the project's default one."
+    "service_account", "", "Account of the VM; else the project's default one."
 )
-_SPOT = flags.DEFINE_bool("spot", False, "submit: take a spot VM, cheaper and preemptible.")
+_SPOT = flags.DEFINE_bool("spot", False, "Take a spot VM, cheaper and preemptible.")
 _VALID_UNTIL = flags.DEFINE_string(
-    "valid_until", "", "submit: drop the job if it still waits then: 6h, or 2026-01-31T08:00Z."
+    "valid_until", "", "Drop the job if it still waits then: 6h, or 2026-01-31T08:00Z."
 )
 _MAX_HOURS = flags.DEFINE_float(
     "max_hours",
     None,
-    "submit: the same in hours, and then watch deletes it even if it runs.",
+    "The same in hours, and then watch deletes it even if it runs.",
     lower_bound=0.01,
     upper_bound=8760,
 )
-_PRICE = flags.DEFINE_float("price_per_hour", None, "submit: to say what it can cost.", 0.0)
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "submit, delete: only print what would run.")
-_MAX_RETRIES = flags.DEFINE_integer("max_retries", 10, "watch: submit it again so often.", 0)
-_POLL_SECONDS = flags.DEFINE_float("poll_seconds", 60.0, "watch: time between two looks.", 1.0)
-_YES = flags.DEFINE_bool("yes", False, "delete: don't ask.")
+_PRICE = flags.DEFINE_float("price_per_hour", None, "Says what the job can cost.", 0.0)
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only print what would run.")
+_MAX_RETRIES = flags.DEFINE_integer("max_retries", 10, "Submit the job again so often.", 0)
+_POLL_SECONDS = flags.DEFINE_float("poll_seconds", 60.0, "Time between two looks.", 1.0)
+_YES = flags.DEFINE_bool("yes", False, "Don't ask.")
 
 for _name in ("max_hours", "price_per_hour", "poll_seconds"):
     flags.register_validator(
         _name, lambda value: value is None or math.isfinite(value), "it has to be a number"
     )
 
-_NEEDED = ("name", "zone", "accelerator_type", "config")
-_FLAGS = {
-    "submit": (
-        *_NEEDED,
-        *("image", "project", "service_account", "spot", "valid_until", "max_hours"),
-        *("price_per_hour", "dry_run"),
-    ),
-    "status": (),
-    "logs": (),
-    "watch": ("max_retries", "poll_seconds"),
-    "delete": ("yes", "dry_run"),
-}
-
 
 def main(arguments: list[str]) -> None:
     """Does what the subcommand and the flags say."""
-    from launch.cloud.control import Cloud, JobFailedError, load
-
     subcommand = _subcommand(arguments)
     cloud = Cloud()
-    act = {"status": _status, "logs": _logs, "watch": _watch, "delete": _delete}
     try:
         if subcommand == "submit":
             _submit(cloud)
         else:
-            act[subcommand](load(_WORKDIR.value, cloud), cloud)
-    except JobFailedError as error:
-        cli.fail(error, 4)
+            _ACTIONS[subcommand](control.load(_WORKDIR.value, cloud), cloud)
     except KeyboardInterrupt:
         cli.fail("interrupted; `python -m launch.tpu status` tells what became of the job", 130)
 
 
-def _submit(cloud: "Cloud") -> None:
-    from launch.cloud import control
+def _submit(cloud: Cloud) -> None:
+    r"""Puts a job into the queue, which trains once there is a TPU, and again after every reboot.
 
+    Before it can, the account and the bucket of docs/launching.md have to be there.
+
+    Example:
+      python -m launch.tpu submit --name=bn-x30 --zone=us-east5-b --spot \
+        --accelerator_type=v6e-8 --workdir=gs://my-bucket/runs/bn_x30 \
+        --config=configs/bn_x30.py --config.data.data_dir=gs://my-bucket/data \
+        --max_hours=12 --price_per_hour=2.50 --dry_run
+    """
     job = _job(cloud.now())
     cloud.say(f"{job}\n{_cost()}")
     if _DRY_RUN.value:
@@ -108,9 +100,7 @@ def _submit(cloud: "Cloud") -> None:
         cloud.say(f"  {control.command_line(subcommand, job)}")
 
 
-def _job(now: datetime.datetime) -> "Job":
-    from launch.cloud.job import Job, check_batch_size, parse_valid_until, training_arguments
-
+def _job(now: datetime.datetime) -> Job:
     if _VALID_UNTIL.value and _MAX_HOURS.value:
         cli.fail("--max_hours sets --valid_until, too: give one of them", 2)
     delete_at = None
@@ -148,23 +138,34 @@ def _cost() -> str:
     return f"  for at most {hours:g} hours from now{total}, if watch runs: it deletes the job then"
 
 
-def _status(job: "Job", cloud: "Cloud") -> None:
-    from launch.cloud import control
+def _status(job: Job, cloud: Cloud) -> None:
+    """Looks where a job stands, and at the run's last metrics.
 
+    Example:
+      python -m launch.tpu status --workdir=gs://my-bucket/runs/bn_x30
+    """
     cloud.say(f"{job}\n  state: {control.status_of(job, cloud)}")
     cloud.say(f"  last metrics: {control.last_metrics(job, cloud) or 'none yet'}")
     cloud.say(f"To delete it: {control.delete_line(job)}")
 
 
-def _logs(job: "Job", cloud: "Cloud") -> None:
-    from launch.cloud.control import logs
+def _logs(job: Job, cloud: Cloud) -> None:
+    """Prints what a job has printed, over all boots of its VMs; up to a minute late.
 
-    cloud.say(logs(job, cloud))
+    Example:
+      python -m launch.tpu logs --workdir=gs://my-bucket/runs/bn_x30
+    """
+    cloud.say(control.logs(job, cloud))
 
 
-def _watch(job: "Job", cloud: "Cloud") -> None:
-    from launch.cloud import control
+def _watch(job: Job, cloud: Cloud) -> None:
+    """Follows a job to its end, and submits it again when its VM was taken away.
 
+    The job stays afterwards: the last line is the command that deletes it.
+
+    Example:
+      python -m launch.tpu watch --workdir=gs://my-bucket/runs/bn_x30
+    """
     cloud.say(str(job))
     try:
         metrics = control.watch(job, cloud, _MAX_RETRIES.value, _POLL_SECONDS.value)
@@ -177,10 +178,12 @@ def _watch(job: "Job", cloud: "Cloud") -> None:
         cloud.say(f"It costs until it is deleted: {control.delete_line(job)}")
 
 
-def _delete(job: "Job", cloud: "Cloud") -> None:
-    from launch.cloud import control
-    from launch.cloud.job import delete_command
+def _delete(job: Job, cloud: Cloud) -> None:
+    """Ends a job and deletes its VM; the run and the logs stay.
 
+    Example:
+      python -m launch.tpu delete --workdir=gs://my-bucket/runs/bn_x30
+    """
     if _DRY_RUN.value:
         cloud.say(f"$ {delete_command(job)}")
         return
@@ -196,11 +199,32 @@ def _delete(job: "Job", cloud: "Cloud") -> None:
     control.delete(job, cloud)
 
 
+_ACTIONS = {
+    "submit": _submit,
+    "watch": _watch,
+    "status": _status,
+    "logs": _logs,
+    "delete": _delete,
+}
+_NEEDED = ("name", "zone", "accelerator_type", "config")
+_FLAGS = {
+    "submit": (
+        *_NEEDED,
+        *("image", "project", "service_account", "spot", "valid_until", "max_hours"),
+        *("price_per_hour", "dry_run"),
+    ),
+    "watch": ("max_retries", "poll_seconds"),
+    "status": (),
+    "logs": (),
+    "delete": ("yes", "dry_run"),
+}
+
+
 def _subcommand(arguments: list[str]) -> str:
-    accepted = ", ".join(_FLAGS)
+    accepted = ", ".join(_ACTIONS)
     subcommand, *rest = arguments
-    if subcommand not in _FLAGS:
-        nearest = difflib.get_close_matches(subcommand, _FLAGS, n=1)
+    if subcommand not in _ACTIONS:
+        nearest = difflib.get_close_matches(subcommand, _ACTIONS, n=1)
         guess = f" (did you mean {nearest[0]!r}?)" if nearest else ""
         cli.fail(f"unknown subcommand {subcommand!r}{guess}: accepted are {accepted}", 2)
     if rest:
@@ -211,9 +235,23 @@ def _subcommand(arguments: list[str]) -> str:
             cli.fail(f"--{name} is of {users}, not of {subcommand}", 2)
     for name in _NEEDED if subcommand == "submit" else ():
         if not flags.FLAGS[name].present:
-            cli.fail(f"--{name} is missing: see --help", 2)
+            cli.fail(f"--{name} is missing: see `python -m launch.tpu submit --help`", 2)
     return subcommand
 
 
+def _help(argv: list[str]) -> str:
+    subcommand = next((argument for argument in argv if argument in _ACTIONS), None)
+    if not subcommand:
+        summaries = {name: act.__doc__.partition("\n")[0] for name, act in _ACTIONS.items()}
+        return format_help(__doc__, [flags.FLAGS["workdir"]], subcommands=summaries)
+    options = [flags.FLAGS[name] for name in ("workdir", *_FLAGS[subcommand])]
+    return format_help(_ACTIONS[subcommand].__doc__, options, required=_NEEDED)
+
+
 if __name__ == "__main__":
-    cli.run(main, positional="a subcommand (submit, status, logs, watch or delete)")
+    cli.run(
+        main,
+        positional="a subcommand (submit, watch, status, logs or delete)",
+        needs_tensorflow=False,
+        make_help=_help,
+    )

@@ -1,8 +1,10 @@
 """The commands as a user meets them: in a process of their own, from the checkout's root."""
 
+import functools
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -65,13 +67,47 @@ def test_flags_that_cannot_be_meant(arguments, parts, tmp_path):
     assert not (ROOT / "w").exists()
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "reproduce", "search", "check"])
-def test_help_shows_the_flags_and_an_example(command):
-    done = launch(command, "--help")
-    assert f"python -m launch.{command} --" in done.stdout
-    assert "--workdir: Folder" in done.stdout
-    assert ("--config: Python file" in done.stdout) == (command not in ("reproduce", "check"))
-    assert max(map(len, done.stdout.splitlines())) <= 100
+COMMANDS = sorted(p.stem for p in (ROOT / "launch").glob("*.py") if "cli.run(" in p.read_text())
+SUBCOMMANDS = [("tpu", name) for name in ("submit", "watch", "status", "logs", "delete")]
+
+
+@functools.cache
+def shown(*command):
+    done = launch(*command, "--help")
+    assert done.returncode == 0 and not done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", [(name,) for name in COMMANDS] + SUBCOMMANDS, ids=" ".join)
+def test_help_fits_a_screen_and_ends_with_an_example(command):
+    lines = shown(*command).splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 80
+    head, _, examples = shown(*command).partition("\nExample")
+    for example in re.split(r"\n  (?=python)", examples.replace("\\\n", " "))[1:]:
+        assert example.startswith("python -m launch." + " ".join(command))
+        assert "\n" not in example.rstrip()
+        for name in re.findall(r"--(\w+)(?==| |$)", example):
+            assert f"--{name}" in head or name == "help"
+        for file in re.findall("--config=([^ :]*)", example):
+            assert (ROOT / file).is_file()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_every_flag_with_its_default(command):
+    pages = [shown(*c) for c in ([command], *SUBCOMMANDS) if c[0] == command]
+    code = f"""
+import json, launch.{command}
+from absl import flags
+mine = flags.FLAGS.get_key_flags_for_module("launch.{command}")
+print(json.dumps({{flag.name: flag.default for flag in mine}}))"""
+    listed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    defaults = json.loads(listed.stdout)
+    assert defaults
+    for name, default in defaults.items():
+        entry = re.search(rf"\n  --{name}[ =].*?(?=\n  --|\n\n)", "\n".join(pages), re.DOTALL)[0]
+        given = ",".join(default) if isinstance(default, list) else str(default)
+        told = " ".join(entry.split())
+        assert f"Default: {given}." in told if default else "Default" not in told
 
 
 def test_a_value_that_cannot_be_meant(tmp_path):

@@ -12,15 +12,14 @@ import signal
 import subprocess
 import sys
 import time
-import types
 
 import pytest
 
-from bn_keras.errors import UsageError
 from launch.cloud import control
 from launch.cloud import job as jobs
 from launch.cloud.control import Cloud, JobFailedError, Status
 from launch.cloud.gcloud import GcloudError, NameTakenError, NotFoundInCloudError, Outcome, checked
+from launch.errors import CommandError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FAKES = pathlib.Path(__file__).with_name("fakes")
@@ -121,7 +120,7 @@ def cloud(tmp_path, monkeypatch):
     ],
 )
 def test_a_job_that_cannot_be_meant(values, parts):
-    with pytest.raises(UsageError) as raised:
+    with pytest.raises(CommandError) as raised:
         make_job(**values)
     assert "\n" not in str(raised.value)
     for part in parts:
@@ -167,7 +166,7 @@ def test_zones_that_nobody_listed_are_gclouds_to_judge():
 )
 def test_valid_until(given, expected):
     if expected is None:
-        with pytest.raises(UsageError, match="valid_until is "):
+        with pytest.raises(CommandError, match="valid_until is "):
             jobs.parse_valid_until(given, NOON)
         return
     until = jobs.parse_valid_until(given, NOON)
@@ -186,9 +185,9 @@ def test_the_training_is_that_of_the_flags_on_the_tpu():
         f"--workdir={WORKDIR}",
     }
     for key, value in {"distribution.strategy": "mirrored", "distribution.replicas": 2}.items():
-        with pytest.raises(UsageError, match=f"{key} is {value!r}: on a TPU it is"):
+        with pytest.raises(CommandError, match=f"{key} is {value!r}: on a TPU it is"):
             jobs.training_arguments("configs/bn_x5.py", {key: value}, WORKDIR)
-    with pytest.raises(UsageError, match="is not in .*configs"):
+    with pytest.raises(CommandError, match="is not in .*configs"):
         jobs.training_arguments("/tmp/mine.py", {}, WORKDIR)
 
 
@@ -202,7 +201,7 @@ def test_the_replicas_have_to_divide_the_batch(accelerator_type, replicas):
             jobs.check_batch_size("train.global_batch_size", size, accelerator_type)
         else:
             next_one = f"--config.train.global_batch_size={-(-size // replicas) * replicas}$"
-            with pytest.raises(UsageError, match=next_one):
+            with pytest.raises(CommandError, match=next_one):
                 jobs.check_batch_size("train.global_batch_size", size, accelerator_type)
 
 
@@ -210,7 +209,7 @@ def test_a_job_comes_back_from_its_file():
     for job in (make_job(), make_job(spot=True, valid_until=NOON, delete_at=NOON, image="")):
         assert jobs.Job.from_json(job.to_json()) == job
     for text in ("", "[]", "{}", make_job().to_json().replace('"zone"', '"zones"')):
-        with pytest.raises(UsageError, match="damaged"):
+        with pytest.raises(CommandError, match="damaged"):
             jobs.Job.from_json(text)
 
 
@@ -340,7 +339,7 @@ def test_without_an_image_the_vm_gets_what_the_dockerfile_copies(cloud, tmp_path
 def test_a_workdir_has_one_trainer(cloud):
     cloud.plan(["ACTIVE"], ["ACTIVE"], ["ACTIVE"])
     control.submit(make_job(), cloud)
-    with pytest.raises(UsageError, match="job one in us-east5-b has gs://.* and is ACTIVE"):
+    with pytest.raises(CommandError, match="job one in us-east5-b has gs://.* and is ACTIVE"):
         control.submit(make_job(name="two"), cloud)
     control.delete(make_job(), cloud)
     control.submit(make_job(name="two"), cloud)
@@ -349,7 +348,7 @@ def test_a_workdir_has_one_trainer(cloud):
 
 def test_a_training_that_is_done_is_not_submitted(cloud):
     cloud.write(f"{WORKDIR}.job/DONE", "")
-    with pytest.raises(UsageError, match="is done: give another --workdir"):
+    with pytest.raises(CommandError, match="is done: give another --workdir"):
         control.submit(make_job(), cloud)
     assert not cloud.calls("create")
 
@@ -367,14 +366,14 @@ def test_the_name_of_another_workdirs_job_is_left_alone(cloud):
     cloud.plan(["ACTIVE"])
     control.submit(make_job(), cloud)
     other = make_job(workdir="gs://bucket/runs/other")
-    with pytest.raises(UsageError, match="the name one is taken in us-east5-b"):
+    with pytest.raises(CommandError, match="the name one is taken in us-east5-b"):
         control.submit(other, cloud)
     # The name can be taken between the look and the deed, or by a VM that is in no queue.
     refusal = "ERROR: (gcloud.x.create) ALREADY_EXISTS: Resource 'nodes/third' already exists"
     cloud.plan(refusals=[["create third", refusal]])
     with pytest.raises(NameTakenError):
         control.submit(make_job(name="third", workdir="gs://bucket/runs/other"), cloud)
-    with pytest.raises(UsageError, match="no job was submitted for gs://bucket/runs/other"):
+    with pytest.raises(CommandError, match="no job was submitted for gs://bucket/runs/other"):
         control.load(other.workdir, cloud)
 
 
@@ -396,7 +395,7 @@ def test_gcloud_refuses(cloud):
 
 def test_gcloud_is_not_installed(cloud, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UsageError, match="gcloud is not installed: install it from https"):
+    with pytest.raises(CommandError, match="gcloud is not installed: install it from https"):
         control.submit(make_job(), cloud)
 
 
@@ -545,24 +544,11 @@ def test_a_lost_job_past_its_hours_is_not_created_again(cloud):
 # The command line.
 
 
-@pytest.fixture(scope="module")
-def launch_server():
-    command = [sys.executable, "-m", "tests.launch_server"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as server:
-        yield server
-        server.stdin.close()
-
-
-@pytest.fixture
-def launch(cloud, launch_server):
-    def run(*arguments):
-        environment = {name: os.environ[name] for name in ("PATH", "FAKE_CLOUD")}
-        request = {"arguments": arguments, "environment": environment}
-        print(json.dumps(request), file=launch_server.stdin, flush=True)
-        return types.SimpleNamespace(**json.loads(launch_server.stdout.readline()))
-
-    return run
+def launch(*arguments):
+    command = [sys.executable, "-m", "launch.tpu", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
 
 
 SUBMIT = (
@@ -571,13 +557,13 @@ SUBMIT = (
 )
 
 
-def test_help_shows_the_flags_and_an_example(launch):
-    shown = launch("--help").stdout
-    assert "python -m launch.tpu submit --name" in shown and "--max_hours: submit" in shown
-    assert max(map(len, shown.splitlines())) <= 100
+def test_it_does_not_wait_for_tensorflow():
+    code = "import sys, launch.tpu; print({'tensorflow', 'keras', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
 
 
-def test_from_submit_to_delete(cloud, launch):
+def test_from_submit_to_delete(cloud):
     cloud.plan(["ACTIVE"])
     options = ("--spot", "--max_hours=12", "--price_per_hour=2.5", "--config.train.steps=7")
     dry = launch(*SUBMIT, *options, "--dry_run")
@@ -613,7 +599,7 @@ def test_from_submit_to_delete(cloud, launch):
 
 
 @pytest.mark.parametrize("ending, status", [("DONE:", 0), ("FAILED:status 2, error: no", 4)])
-def test_watch_says_how_it_ended_and_how_to_delete(cloud, launch, ending, status):
+def test_watch_says_how_it_ended_and_how_to_delete(cloud, ending, status):
     cloud.write(f"{WORKDIR}/metrics.jsonl", METRICS + "\n")
     cloud.plan([ending])
     control.submit(make_job(), cloud)
@@ -670,7 +656,7 @@ def test_a_watch_interrupted_between_two_lives_says_that_there_is_none(cloud):
     "arguments, parts",
     [
         (["sumbit", f"--workdir={WORKDIR}"], ["unknown subcommand 'sumbit'", "mean 'submit'?"]),
-        ([f"--workdir={WORKDIR}"], ["a subcommand (submit, status, logs, watch or delete) is mis"]),
+        ([f"--workdir={WORKDIR}"], ["a subcommand (submit, watch, status, logs or delete) is mis"]),
         (["status"], ["--workdir is missing"]),
         (["status", "one", f"--workdir={WORKDIR}"], ["unexpected argument 'one'"]),
         (["status", "--workdir=runs/one"], ["workdir is 'runs/one'", "gs://BUCKET/FOLDER"]),
@@ -686,7 +672,7 @@ def test_a_watch_interrupted_between_two_lives_says_that_there_is_none(cloud):
         ([*SUBMIT, "--max_hours=nan"], ["--max_hours=nan", "has to be a number"]),
     ],
 )
-def test_command_lines_that_cannot_be_meant(launch, arguments, parts):
+def test_command_lines_that_cannot_be_meant(cloud, arguments, parts):
     done = launch(*arguments)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from bn_keras.errors import UsageError
 from launch.cloud import job as jobs
 from launch.cloud.gcloud import (
     GcloudError,
@@ -19,6 +18,7 @@ from launch.cloud.gcloud import (
     run_command,
 )
 from launch.cloud.job import Job
+from launch.errors import CommandError
 
 # How many polls in a row may go without an answer.
 _MAX_UNANSWERED = 10
@@ -29,8 +29,11 @@ _BY_USER = "by a user"
 Answer = TypeVar("Answer")
 
 
-class JobFailedError(Exception):
+class JobFailedError(CommandError):
     """The job came to an end that is not its training's."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, status=4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,17 +147,17 @@ def submit(job: Job, cloud: Cloud) -> None:
     """Puts a job into the queue.
 
     Raises:
-      UsageError: the workdir's training is done, another job has the workdir or the name, or gcloud
-        refuses.
+      CommandError: the workdir's training is done, another job has the workdir or the name, or
+        gcloud refuses.
     """
     files = files_of(job, cloud)
     if jobs.DONE in files:
-        raise UsageError(f"the training in {job.workdir} is done: give another --workdir")
+        raise CommandError(f"the training in {job.workdir} is done: give another --workdir")
     if "job.json" in files:
         before = load(job.workdir, cloud)
         state = status_of(before, cloud).state
         if state != "ABSENT":
-            raise UsageError(
+            raise CommandError(
                 f"job {before.name} in {before.zone} has {job.workdir} and is {state}: two trainers"
                 f" would spoil the run; delete it first: {delete_line(job)}"
             )
@@ -163,7 +166,7 @@ def submit(job: Job, cloud: Cloud) -> None:
     except NotFoundInCloudError:
         pass
     else:
-        raise UsageError(
+        raise CommandError(
             f"the name {job.name} is taken in {job.zone}, by a job with another workdir:"
             " give another --name"
         )
@@ -183,13 +186,13 @@ def load(workdir: str, cloud: Cloud) -> Job:
     """Reads the job that was submitted for a workdir.
 
     Raises:
-      UsageError: there is none, or it can't be read.
+      CommandError: there is none, or it can't be read.
     """
     jobs.check_workdir(workdir)
     try:
         return Job.from_json(cloud.do(jobs.read_command(f"{jobs.job_folder(workdir)}/job.json")))
     except NotFoundInCloudError:
-        raise UsageError(
+        raise CommandError(
             f"no job was submitted for {workdir}; `gcloud compute tpus queued-resources list"
             " --zone=ZONE` shows those that are there"
         ) from None
@@ -304,7 +307,7 @@ def logs(job: Job, cloud: Cloud) -> str:
     try:
         return cloud.do(jobs.read_command(f"{job.folder}/logs/*"))
     except NotFoundInCloudError:
-        raise UsageError(
+        raise CommandError(
             f"job {job.name} has no log yet, and is {status_of(job, cloud)}: a VM sends its first a"
             " minute after its start"
         ) from None

@@ -5,8 +5,8 @@ import re
 import subprocess
 from collections.abc import Callable
 
-from bn_keras.errors import UsageError
 from launch.cloud.job import Command
+from launch.errors import CommandError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Outcome:
 Runner = Callable[[Command], Outcome]
 
 
-class GcloudError(UsageError):
+class GcloudError(CommandError):
     """Gcloud refused.
 
     Attributes:
@@ -73,7 +73,7 @@ def run_command(command: Command) -> Outcome:
     """Runs a command and waits for it.
 
     Raises:
-      UsageError: its program is not installed.
+      CommandError: its program is not installed.
     """
     stdin = command.stdin
     try:
@@ -89,7 +89,7 @@ def run_command(command: Command) -> Outcome:
         install = (
             ": install it from https://cloud.google.com/sdk/docs/install, then run `gcloud init`"
         )
-        raise UsageError(
+        raise CommandError(
             f"{error.filename} is not installed{install if error.filename == 'gcloud' else ''}"
         ) from None
     return Outcome(

@@ -13,7 +13,7 @@ import re
 import shlex
 from collections.abc import Mapping
 
-from bn_keras.errors import UsageError
+from launch.errors import CommandError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # What the Dockerfile copies, and itself.
@@ -97,7 +97,7 @@ class Job:
       delete_at: when `watch` deletes the job, running or not; None never.
 
     Raises:
-      UsageError: one of them can't be meant.
+      CommandError: one of them can't be meant.
     """
 
     name: str
@@ -118,7 +118,7 @@ class Job:
         _check_accelerator_type(self.accelerator_type)
         check_workdir(self.workdir)
         if re.search(r"\s", self.image):
-            raise UsageError(f"image is {self.image!r}: name one as REGISTRY/PROJECT/NAME:TAG")
+            raise CommandError(f"image is {self.image!r}: name one as REGISTRY/PROJECT/NAME:TAG")
 
     def __str__(self) -> str:
         """What is to be done, in a few lines."""
@@ -151,15 +151,15 @@ class Job:
         """Reads what `to_json` wrote.
 
         Raises:
-          UsageError: it is something else.
+          CommandError: it is something else.
         """
         try:
             values = json.loads(text)
             for key in ("valid_until", "delete_at"):
                 values[key] = values[key] and datetime.datetime.fromisoformat(values[key])
             return cls(**values | {"arguments": tuple(values["arguments"])})
-        except (ValueError, TypeError, KeyError) as error:
-            raise UsageError(
+        except (ValueError, TypeError, KeyError, CommandError) as error:
+            raise CommandError(
                 f"the job's file is damaged, or another version of bn_keras wrote it: {error}"
             ) from None
 
@@ -180,11 +180,11 @@ def training_arguments(
       workdir: of the run.
 
     Raises:
-      UsageError: a file from elsewhere, or another distribution than the one for TPUs.
+      CommandError: a file from elsewhere, or another distribution than the one for TPUs.
     """
     file = pathlib.Path(config_file).resolve()
     if not file.is_relative_to(ROOT / "configs"):
-        raise UsageError(
+        raise CommandError(
             f"config {config_file} is not in {ROOT / 'configs'}, which is what the VM gets:"
             " put it there"
         )
@@ -192,13 +192,15 @@ def training_arguments(
     overrides = on_tpu | dict(overrides)
     for key, value in on_tpu.items():
         if overrides[key] != value:
-            raise UsageError(f"{key} is {overrides[key]!r}: on a TPU it is {value!r}; leave it out")
+            raise CommandError(
+                f"{key} is {overrides[key]!r}: on a TPU it is {value!r}; leave it out"
+            )
     values = (f"--config.{key}={value}" for key, value in overrides.items())
     return (f"--config={file.relative_to(ROOT).as_posix()}", *values, f"--workdir={workdir}")
 
 
 def check_batch_size(key: str, size: int, accelerator_type: str) -> None:
-    """Raises UsageError, before the TPU costs anything, if its replicas do not divide a batch.
+    """Raises CommandError, before the TPU costs anything, if its replicas do not divide a batch.
 
     Args:
       key: of the config.
@@ -209,16 +211,16 @@ def check_batch_size(key: str, size: int, accelerator_type: str) -> None:
     # Where a type counts cores, these generations join the two of a chip to one replica.
     replicas = int(cores) // (2 if generation in ("v4", "v5p") else 1)
     if size % replicas:
-        raise UsageError(
+        raise CommandError(
             f"{key} is {size}, which the {replicas} replicas of a {accelerator_type} do not divide:"
             f" give --config.{key}={math.ceil(size / replicas) * replicas}"
         )
 
 
 def check_workdir(workdir: str) -> None:
-    """Raises UsageError if a workdir is not a folder of a bucket."""
+    """Raises CommandError if a workdir is not a folder of a bucket."""
     if not re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]+(/+[^/\s*?\[\]#]+)+/*", workdir):
-        raise UsageError(
+        raise CommandError(
             f"workdir is {workdir!r}: a TPU VM can be taken away with its disk, so that it has to"
             " be a folder of a bucket, gs://BUCKET/FOLDER"
         )
@@ -232,7 +234,7 @@ def parse_valid_until(given: str, now: datetime.datetime) -> datetime.datetime:
       now: what a duration counts from.
 
     Raises:
-      UsageError: it is neither, or past.
+      CommandError: it is neither, or past.
     """
     match = re.fullmatch(r"(?=\d)(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?", given)
     try:
@@ -243,12 +245,12 @@ def parse_valid_until(given: str, now: datetime.datetime) -> datetime.datetime:
             until = datetime.datetime.fromisoformat(given)
             until = until if until.tzinfo else until.replace(tzinfo=datetime.UTC)
     except (ValueError, OverflowError):
-        raise UsageError(
+        raise CommandError(
             f"valid_until is {given!r}: give a duration such as 6h, 90m or 1d12h, or a time such as"
             " 2026-01-31T08:00Z"
         ) from None
     if until <= now:
-        raise UsageError(f"valid_until is {given!r}: it has to lie ahead")
+        raise CommandError(f"valid_until is {given!r}: it has to lie ahead")
     return until.astimezone(datetime.UTC).replace(microsecond=0)
 
 
@@ -339,7 +341,7 @@ def _check_name(name: str) -> None:
     if re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", name):
         return
     legal = re.sub(r"[^a-z0-9]+", "-", name.lower()).lstrip("-0123456789")[:63].strip("-")
-    raise UsageError(
+    raise CommandError(
         f"name is {name!r}: it has to be up to 63 of a-z, 0-9 and -, begin with a letter and"
         f" not end with -{f', as {legal!r}' if legal else ''}"
     )
@@ -348,7 +350,7 @@ def _check_name(name: str) -> None:
 def _check_zone(zone: str) -> None:
     if _ZONE.fullmatch(zone):
         return
-    raise UsageError(
+    raise CommandError(
         f"zone is {zone!r}, which is no zone's name{_did_you_mean(zone, _TPU_ZONES)};"
         " `gcloud compute tpus locations list` shows those with TPUs"
     )
@@ -363,13 +365,13 @@ def _check_accelerator_type(given: str) -> None:
     if generation in _GENERATIONS and size.isdecimal():
         sizes = _GENERATIONS[generation][1]
         if int(size) > max(sizes):
-            raise UsageError(
+            raise CommandError(
                 f"accelerator_type {given} has several hosts, and a job is one process on one host,"
                 f" which sees no other host's chips: {generation}-{max(sizes)} is the largest"
             )
         names = ", ".join(f"{generation}-{n}" for n in sizes)
-        raise UsageError(f"accelerator_type {given!r} does not exist: accepted are {names}")
-    raise UsageError(
+        raise CommandError(f"accelerator_type {given!r} does not exist: accepted are {names}")
+    raise CommandError(
         f"unknown accelerator_type {given!r}{_did_you_mean(given, types)}:"
         f" accepted are {', '.join(types)}"
     )
