@@ -1,0 +1,210 @@
+"""Faults planted in a network are found where they are, and nowhere else."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from bn_keras import BatchNormalization, BNInception, SigmoidMLP
+from bn_keras.diagnosis import first_non_finite
+from bn_keras.models import inception
+from bn_keras.trainer import Trainer
+
+
+class Steep(keras.layers.Layer):
+    """The square root of |x|, whose derivative at 0 is infinite."""
+
+    def call(self, inputs):
+        return tf.sqrt(tf.abs(inputs))
+
+
+class Failing(keras.layers.Layer):
+    """Works until it has become part of a model."""
+
+    fails = False
+
+    def call(self, inputs):
+        if self.fails:
+            raise RuntimeError("planted")
+        return inputs
+
+
+def make_trainer(model, strategy=None, **options):
+    strategy = strategy or tf.distribute.get_strategy()
+    return Trainer(model, keras.optimizers.SGD(0.1), strategy, 8, **options)
+
+
+def diagnose(model, images, labels=None, strategy=None, **options):
+    trainer = make_trainer(model, strategy, **options)
+    before = [v.numpy() for v in trainer.variables]
+    labels = np.arange(len(images), dtype=np.int32) % 4 if labels is None else labels
+    batch = tf.constant(images), tf.constant(labels)
+    found = first_non_finite(model, trainer.gradients, *batch, trainer.strategy)
+    for variable, value in zip(trainer.variables, before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value, variable.path)
+    assert not any("call" in vars(layer) for layer in model._flatten_layers())
+    return found
+
+
+def random_images(*shape):
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def mlp(**options):
+    return SigmoidMLP(classes=4, input_shape=(6,), units=(5, 5), **options)
+
+
+@pytest.fixture
+def short_inception(monkeypatch):
+    rows = [row for row in inception.FIGURE_5 if row.name in ("3a", "4d")]
+    monkeypatch.setattr(inception, "FIGURE_5", rows)
+
+
+def test_a_finite_step_has_none():
+    assert diagnose(mlp(), random_images(8, 6)) is None
+
+
+@pytest.mark.parametrize("layer, weight", [("dense_2", "kernel"), ("bn_2", "moving_variance")])
+def test_a_weight(layer, weight):
+    model = mlp()
+    variable = getattr(model.get_layer(layer), weight)
+    value = variable.numpy()
+    value.flat[-1] = np.inf
+    variable.assign(value)
+    assert diagnose(model, random_images(8, 6)) == f"the weight {layer}/{weight}"
+
+
+def test_the_batch():
+    images = random_images(8, 6)
+    images[3, 2] = np.nan
+    assert diagnose(mlp(), images) == "the images"
+    labels = np.eye(4, dtype=np.float32)[[0, 1, 2, 3] * 2]
+    labels[0, 0] = np.nan
+    assert diagnose(mlp(), random_images(8, 6), labels) == "the labels"
+
+
+@pytest.mark.parametrize("variant", ["inception", "bn_x5"])
+def test_an_output(short_inception, variant):
+    """All after it is NaN as well, and so are the gradients."""
+    model = BNInception(
+        variant,
+        classes=4,
+        input_shape=(8, 8, 1),
+        width=0.03,
+        stem="digits",
+        auxiliary=True,
+    )
+    kernel = model.get_layer("4d_double_1_conv").kernel
+    kernel.assign(tf.fill(kernel.shape, 3e38))
+    found = diagnose(model, random_images(8, 8, 8, 1), auxiliary_weight=0.4)
+    assert found == "the output of 4d_double_1_conv"
+
+
+@pytest.mark.parametrize(
+    "policy, scale, expected",
+    [
+        ("mixed_float16", 1e4, "the output of dense_1"),
+        ("mixed_bfloat16", 1e4, None),
+        ("mixed_bfloat16", 3e37, "the output of dense_1"),
+    ],
+)
+def test_half_precision(policy, scale, expected):
+    keras.config.set_dtype_policy(policy)
+    model = mlp(variant="baseline")
+    kernel = model.get_layer("dense_1").kernel
+    kernel.assign(tf.fill(kernel.shape, scale))
+    assert diagnose(model, np.full((8, 6), 5, np.float32)) == expected
+
+
+def test_a_scaled_loss():
+    """In float16 the loss is finite, and its gradient is not."""
+    keras.config.set_dtype_policy("mixed_float16")
+    model = mlp(variant="baseline")
+    model.get_layer("logits").kernel.assign(tf.fill([5, 4], 1e3) * [1, -1, 1, -1])
+    images = random_images(8, 6)
+    assert diagnose(model, images) is None
+    found = diagnose(model, images, loss_scaling=True)
+    assert found == "the gradient of the output of sigmoid_2"
+
+
+def test_a_gradient():
+    """At 0 the square root's is infinite, and that times 0 is NaN."""
+    x = inputs = keras.Input([6])
+    x = keras.layers.Dense(5, name="before")(x)
+    x = Steep(name="steep")(x)
+    x = keras.layers.Dense(5, name="between")(x)
+    model = keras.Model(inputs, keras.layers.Dense(4, name="logits")(x))
+    assert diagnose(model, random_images(8, 6)) is None
+    assert diagnose(model, np.zeros((8, 6), np.float32)) == "the gradient of the input of steep"
+
+
+def test_a_weight_gradient():
+    """Of the first layer, in which 1e30 * 1e20 overflows; images have no gradient."""
+    inputs = keras.Input([1])
+    x = keras.layers.Dense(1, use_bias=False, name="first")(inputs)
+    x = keras.layers.Rescaling(1e20, name="large")(x)
+    model = keras.Model(inputs, keras.layers.Dense(4, name="logits")(x))
+    model.get_layer("first").kernel.assign([[1e-38]])
+    model.get_layer("logits").kernel.assign([[1.0, 2.0, 3.0, 4.0]])
+    found = diagnose(model, np.full((8, 1), 1e30, np.float32))
+    assert found == "the gradient of first/kernel"
+
+
+def test_the_loss():
+    """Finite logits may lie further apart than float32 reaches."""
+    model = mlp()
+    model.get_layer("logits").bias.assign([3e38, -3e38, 0, 0])
+    assert diagnose(model, random_images(8, 6)) == "the loss, of finite outputs"
+
+
+def test_layers_inside_of_layers():
+    inner_inputs = keras.Input([6])
+    inner = keras.Model(inner_inputs, keras.layers.Dense(5, name="deep")(inner_inputs))
+    inputs = keras.Input([3, 6])
+    x = keras.layers.TimeDistributed(inner)(inputs)
+    x = keras.layers.SimpleRNN(5, activation="relu", name="recurrent")(x)
+    model = keras.Model(inputs, keras.layers.Dense(4, name="logits")(x))
+    assert diagnose(model, random_images(8, 3, 6)) is None
+    cell = model.get_layer("recurrent").cell
+    cell.kernel.assign(tf.fill(cell.kernel.shape, 3e38))
+    # In the loop over the time steps, which begins with zeros.
+    images = random_images(8, 3, 6) * np.array([0, 1, 1], np.float32)[:, None]
+    assert diagnose(model, images) == "the output of recurrent"
+    inner.get_layer("deep").kernel.assign(tf.fill([6, 5], 3e38))
+    assert diagnose(model, images) == "the output of deep"
+
+
+@pytest.mark.parametrize("synchronized", [False, True])
+def test_one_of_two_replicas(two_replicas, synchronized):
+    """The second one's images alone overflow."""
+    with two_replicas.scope():
+        model = mlp(synchronized=synchronized)
+        kernel = model.get_layer("dense_1").kernel
+        kernel.assign(tf.fill(kernel.shape, 1e38))
+        trainer = make_trainer(model, two_replicas)
+    images = np.zeros((8, 6), np.float32)
+
+    def find(images):
+        dataset = tf.data.Dataset.from_tensors((images, np.zeros(8, np.int32)))
+        batch = next(iter(two_replicas.experimental_distribute_dataset(dataset)))
+        return first_non_finite(model, trainer.gradients, *batch, two_replicas)
+
+    layer = model.get_layer("bn_1")
+    weight = layer._merge_weight
+    before = None if weight is None else float(weight.read_value())
+    assert find(images) is None
+    images[7] = 1e10
+    assert find(images) == "the output of dense_1"
+    assert weight is None or float(weight.read_value()) == before
+
+
+def test_an_error_leaves_the_model_as_it_was():
+    inputs = keras.Input([6])
+    failing = Failing()
+    x = failing(BatchNormalization(name="bn")(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(4)(x))
+    failing.fails = True
+    with pytest.raises(RuntimeError, match="planted"):
+        diagnose(model, random_images(8, 6))
+    for layer in model.layers:
+        assert not {"call", "update_moving_statistics"} & set(vars(layer))
