@@ -1,91 +1,183 @@
-"""What of a run is saved: every variable of the model and the optimizer, in their order."""
+"""What of a run is saved: all variables, each under its part and its place in there."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
 
 import keras
+import numpy as np
 import tensorflow as tf
+from absl import logging
 from etils import epath
 
-from bn_keras.batch_norm import merge_moving_statistics
 from bn_keras.errors import UsageError
+from bn_keras.files import move, reason_of, write_atomically, writing
+
+_FILE = re.compile(r"step-(\d+)\.(?:index|data-\d{5}-of-\d{5})")
+# What reading a damaged file raises: of a checksum, of an end that comes too early and, where a
+# length is damaged, of more memory than there is.
+_DAMAGE = (tf.errors.OpError, ValueError, IndexError, MemoryError)
 
 
 class Checkpoints:
-    """The checkpoints of one run, named by step.
+    """The checkpoints of one run, named by step, in TensorFlow's format.
 
-    Model and optimizer are saved as flat dictionaries of variables, since an object-based
-    checkpoint of a Keras model leaves out the state of its random generators (dropout's).
+    Decisions:
+      - Parts are saved as flat dictionaries of variables, since an object-based checkpoint of a
+        Keras model leaves out the state of its random generators (dropout's).
+      - A checkpoint is written in a folder of its own. Then it takes its place: the index last,
+        without which it is none, and before an older one goes. Whatever ends a save leaves the
+        earlier ones, and what is left of it goes with the next save.
+      - TensorFlow has a checksum of each tensor and of each block of the index, and looks at it on
+        reading. So all is read before the first variable changes.
+      - What lies in the folder is what there is. The file `checkpoint` is there for
+        tf.train.latest_checkpoint, and is not read here.
+      - Of replicas that differ the first one's values are saved: have them agree before.
 
     Args:
-      folder: where they lie.
-      model: built.
-      optimizer: built on the model's trainable variables; None reads the model alone.
-      strategy: in whose scope both were made.
+      folder: where they lie; gs://... works as well.
+      parts: variables by the name of their part. Whoever reads may ask for fewer parts.
       keep: how many of the latest stay.
-      training_model: what is trained, where it has more variables than `model`, those of an
-        auxiliary classifier: they are saved as well, and reading the model alone leaves them out.
     """
 
     def __init__(
-        self,
-        folder: epath.Path,
-        model: keras.Model,
-        optimizer: keras.optimizers.Optimizer | None,
-        strategy: tf.distribute.Strategy,
-        keep: int = 1,
-        training_model: keras.Model | None = None,
+        self, folder: epath.Path, parts: Mapping[str, Sequence[keras.Variable]], keep: int = 1
     ) -> None:
-        self._model = training_model or model
-        self._strategy = strategy
-        shared = {id(v) for v in model.variables}
-        parts = {
-            "model": _named(model.variables),
-            "auxiliary": _named([v for v in self._model.variables if id(v) not in shared]),
+        self._folder = folder
+        # Not by path: Keras counts its names up over all models of one process.
+        self._parts = {
+            part: {f"{i:04}.{v.name}": v for i, v in enumerate(variables)}
+            for part, variables in parts.items()
         }
-        if optimizer is not None:
-            parts["optimizer"] = _named(optimizer.variables)
-        self._manager = tf.train.CheckpointManager(
-            tf.train.Checkpoint(**parts), str(folder), max_to_keep=keep, checkpoint_name="step"
-        )
+        self._keep = keep
+        self._damaged: set[int] = set()
 
     @property
     def latest(self) -> str | None:
-        """Path of the latest one, without its endings; None where there is none."""
-        return self._manager.latest_checkpoint
+        """Path of the latest one, without its endings; None where there is none.
+
+        One that was found to be damaged is none.
+        """
+        steps = self._files().keys() - self._damaged
+        return self._path(max(steps)) if steps else None
 
     @property
     def latest_step(self) -> int:
         """Step of the latest one; 0 where there is none."""
-        return int(self.latest.rsplit("-", 1)[1]) if self.latest else 0
+        return max(self._files().keys() - self._damaged, default=0)
 
     def save(self, step: int) -> None:
-        """Saves a step, after the replicas have agreed on their moving statistics.
+        """Saves a step, in the place of what there may be of it and of later ones.
 
-        Saving one step twice does nothing, so that a resumed run may come by its own start.
+        Those are damaged, or of a course that the run has gone back from.
+
+        Raises:
+          UsageError: it can't be written; the earlier ones are as they were.
         """
-        if self.latest_step == step and self.latest:
-            return
-        merge_moving_statistics(self._model, self._strategy)
-        self._manager.save(checkpoint_number=step)
+        self._damaged |= {other for other in self._files() if other >= step}
+        intact = f"that of step {self.latest_step} is intact" if self.latest else "it is the first"
+        with writing(
+            f"the checkpoint of step {step} in {self._folder}",
+            f"{intact}; mend that and start again",
+        ):
+            self._write(step)
+            self._damaged.discard(step)
+            self._remove_old()
 
     def restore(self) -> int:
         """Reads the latest one, if there is one, and gives its step, else 0.
 
+        One that is damaged is named in a warning, and the one before it is read.
+
         Raises:
-          UsageError: it is damaged, or of another network.
+          UsageError: all of them are damaged, or the latest that isn't is of another network.
         """
-        if self.latest:
+        reasons = []
+        while path := self.latest:
+            step = self.latest_step
             try:
-                status = self._manager.checkpoint.restore(self.latest)
-                status.assert_existing_objects_matched()
-            except (AssertionError, ValueError, IndexError, tf.errors.OpError):
-                # Their messages list every variable with its values, or nothing of use.
-                raise UsageError(
-                    f"checkpoint {self.latest} does not fit this network: it is damaged, or was"
-                    " written by another network or another version of bn_keras"
-                ) from None
-            status.expect_partial()
-        return self.latest_step
+                values = self._read(step)
+            except _DAMAGE as error:
+                # A training that goes on meanwhile may have removed it.
+                if step in self._files():
+                    self._damaged.add(step)
+                    reasons.append(f"{path} is damaged ({reason_of(error)})")
+                    logging.warning("checkpoint %s: the one before it is used", reasons[-1])
+                continue
+            self._assign(values, path)
+            return step
+        if reasons:
+            raise UsageError(
+                f"checkpoint {', '.join(reasons)}, and there is no earlier one: put a copy of it"
+                " back, or train in a new workdir"
+            )
+        return 0
 
+    def _path(self, step: int) -> str:
+        return os.fspath(self._folder / f"step-{step}")
 
-def _named(variables: list[keras.Variable]) -> dict[str, tf.Variable]:
-    # Not by path: Keras counts its names up over all models of one process.
-    return {f"{i:04}.{v.name}": v.value for i, v in enumerate(variables)}
+    def _files(self) -> dict[int, list[epath.Path]]:
+        """Gives the files of each step, the data first."""
+        files = {}
+        for file in sorted(self._folder.iterdir()) if self._folder.exists() else ():
+            if name := _FILE.fullmatch(file.name):
+                files.setdefault(int(name[1]), []).append(file)
+        return files
+
+    def _write(self, step: int) -> None:
+        unfinished = self._folder / "unfinished"
+        if unfinished.exists():
+            unfinished.rmtree()
+        unfinished.mkdir(parents=True)
+        values = {
+            part: {name: v.value for name, v in variables.items()}
+            for part, variables in self._parts.items()
+        }
+        try:
+            tf.train.Checkpoint(**values).write(os.fspath(unfinished / f"step-{step}"))
+            # The data before the index.
+            for file in sorted(unfinished.iterdir()):
+                move(file, self._folder / file.name)
+        finally:
+            unfinished.rmtree()
+        write_atomically(
+            self._folder / "checkpoint", f'model_checkpoint_path: "step-{step}"\n''
+        )
+
+    def _remove_old(self) -> None:
+        files = self._files()
+        kept = sorted(files.keys() - self._damaged)[-self._keep :]
+        for step in files.keys() - set(kept):
+            # The index before the data.
+            for file in reversed(files[step]):
+                file.unlink()
+            self._damaged.discard(step)
+
+    def _read(self, step: int) -> dict[str, np.ndarray]:
+        for file in self._files().get(step, ()):
+            # That it may not be read is no damage.
+            try:
+                with file.open("rb") as opened:
+                    opened.read(1)
+            except (OSError, tf.errors.OpError) as error:
+                raise UsageError(f"{file} can't be read: {reason_of(error)}") from None
+        reader = tf.train.load_checkpoint(self._path(step))
+        return {key: reader.get_tensor(key) for key in sorted(reader.get_variable_to_shape_map())}
+
+    def _assign(self, values: Mapping[str, np.ndarray], path: str) -> None:
+        variables = {
+            # TensorFlow doubles the dots of a name.
+            f"{part}/{name.replace('.', '..')}/.ATTRIBUTES/VARIABLE_VALUE": variable
+            for part, named in self._parts.items()
+            for name, variable in named.items()
+        }
+        values = {k: v for k, v in values.items() if k.partition("/")[0] in self._parts}
+        ours = {k: (tuple(v.shape), v.dtype) for k, v in variables.items()}
+        theirs = {k: (v.shape, v.dtype.name) for k, v in values.items()}
+        if ours != theirs:
+            raise UsageError(
+                f"checkpoint {path} does not fit this network: it was written by another network"
+                " or another version of bn_keras"
+            )
+        for key, variable in variables.items():
+            variable.assign(values[key])

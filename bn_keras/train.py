@@ -4,28 +4,33 @@ import contextlib
 import hashlib
 import math
 import os
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 
 import keras
 import numpy as np
 import tensorflow as tf
 from absl import logging
+from etils import epath
 from ml_collections import ConfigDict
 
-from bn_keras import distribution, models
+from bn_keras import distribution
+from bn_keras.batch_norm import BATCH_NORMS, merge_moving_statistics
 from bn_keras.checkpoint import Checkpoints
 from bn_keras.data import pipeline
-from bn_keras.errors import TrainingDivergedError, UsageError
+from bn_keras.diagnosis import first_non_finite
+from bn_keras.errors import TrainingDivergedError, TrainingStoppedError, UsageError
 from bn_keras.evaluate import make_evaluator
-from bn_keras.population import PopulationEstimator
+from bn_keras.population import PopulationEstimator, preserved_state
 from bn_keras.progress import Progress
-from bn_keras.schedule import ExamplesSchedule
+from bn_keras.signals import stop_requests
+from bn_keras.trainer import Trainer, make_trainer
 from bn_keras.workdir import MetricsWriter, Workdir
 
 
 def train_and_evaluate(
-    config: ConfigDict, workdir: str | os.PathLike, label: str = ""
+    config: ConfigDict, workdir: str | os.PathLike, label: str = "", profile_steps: int = 0
 ) -> dict[str, float]:
     """Trains to config.train.steps, or goes on to there from the last checkpoint.
 
@@ -33,15 +38,21 @@ def train_and_evaluate(
     had never stopped: what metrics.jsonl has beyond the checkpoint is dropped and written again.
     TensorBoard's events can't be cut; it shows those steps twice.
 
-    Where config.population says so, evaluations go by the population's statistics. Training
-    doesn't notice: afterwards the moving ones are back, and they are what the checkpoints hold.
-    At the end the network is saved once more, with the population's, as what becomes of the run.
+    SIGTERM and SIGINT end the training after the loop of steps that it is in, and save; a second
+    signal ends the process at once. A run that diverges goes back to its last checkpoint as often
+    as config.train.retries says, each time with a lower rate.
+
+    Where config.population says so, evaluations go by the population's statistics, and with
+    config.train.ema by averaged weights. Training doesn't notice: afterwards its own are back, and
+    they are what the checkpoints hold. At the end the network is saved once more, as it was
+    evaluated, for what becomes of the run; and so it is whenever it is the best so far.
 
     Args:
       config: as configs/default.py.
       workdir: folder of the run: config.json, metrics.jsonl, TensorBoard events, checkpoints,
-        and the network with population statistics.
+        the best network, and the finished one.
       label: what the progress bar calls the run.
+      profile_steps: how many steps TensorBoard's profile shows: the last ones of the first loop.
 
     Returns:
       The last line of metrics.jsonl: "step", "examples", "validation/accuracy" and others.
@@ -49,6 +60,7 @@ def train_and_evaluate(
     Raises:
       UsageError: a value in the config that can't be meant, or a workdir of another run.
       TrainingDivergedError: the loss or a variable is no longer finite.
+      TrainingStoppedError: a signal came.
     """
     _check(config)
     run = Workdir(workdir)
@@ -57,234 +69,243 @@ def train_and_evaluate(
         return run.read_metrics()[-1]
     strategy = distribution.make_strategy(**config.distribution)
     data = pipeline.open_data(config.data, seed=config.seed)
+    label = label or run.path.name
+    while True:
+        try:
+            return _train(config, run, strategy, data, label, profile_steps)
+        except TrainingDivergedError as error:
+            if run.num_retries() >= config.train.retries:
+                raise
+            logging.warning("%s: %s", label, error)
 
-    keras.utils.set_random_seed(config.seed)
-    with strategy.scope():
-        training_model = models.from_config(
-            config, data.input_shape, data.num_classes, training=True
-        )
-        model = models.without_auxiliary(training_model)
-        optimizer = keras.optimizers.SGD(
-            make_schedule(config, data.num_train_examples), momentum=config.train.momentum
-        )
-        optimizer.build(training_model.trainable_variables)
+
+def _train(
+    config: ConfigDict,
+    run: Workdir,
+    strategy: tf.distribute.Strategy,
+    data: pipeline.Data,
+    label: str,
+    profile_steps: int,
+) -> dict[str, float]:
+    """Trains until the end, a signal, or a loss that isn't finite."""
     steps, global_batch_size = config.train.steps, config.train.global_batch_size
-    trainer = Trainer(
-        training_model,
-        optimizer,
+    retries = run.num_retries()
+    if run.has_diverged() and retries < config.train.retries:
+        retries += 1
+    trainer = make_trainer(
+        config,
         strategy,
-        global_batch_size,
-        config.train.l2,
-        config.model.auxiliary_weight,
+        data.input_shape,
+        data.num_classes,
+        data.num_train_examples,
+        rate_factor=config.train.retry_factor**retries,
     )
-    evaluate = make_evaluator(model, data, strategy, config.evaluation.global_batch_size)
-    with_statistics = _make_statistics(config, model, data, strategy)
-
-    checkpoints = Checkpoints(
-        run.checkpoints, model, optimizer, strategy, config.checkpoint.keep, training_model
-    )
+    validate = _Validation(config, run, trainer, data)
+    checkpoints = Checkpoints(run.checkpoints, trainer.parts, config.checkpoint.keep)
     step = checkpoints.restore()
-    if not checkpoints.latest and run.last_step() >= config.checkpoint.every_steps:
+    if run.last_step() and not checkpoints.latest:
         raise UsageError(
             f"the run in {run.path} got to step {run.last_step()}, but its checkpoints are gone:"
             " put them back, or give a new workdir"
         )
-    batches = iter(data.train_batches(strategy, global_batch_size, start_step=step))
+    batches = _open_batches(trainer, data, step)
     run.create(config, data.input_shape, data.class_names)
     run.drop_metrics_after(step)
+    if not checkpoints.latest:
+        checkpoints.save(step)
     logging.info(
         "%s: %s with %s parameters on %s, %d replica(s), in %s, %s",
-        label or run.path.name,
-        model.name,
-        f"{sum(math.prod(v.shape) for v in model.trainable_variables):,}",
+        label,
+        trainer.model.name,
+        f"{sum(math.prod(v.shape) for v in trainer.inference_model.trainable_variables):,}",
         config.data.name,
         strategy.num_replicas_in_sync,
         run.path,
         f"goes on from step {step}" if step else "from the start",
     )
+    profiled_from = _first_profiled(step, config, profile_steps)
     with (
         MetricsWriter(run, global_batch_size) as metrics,
-        Progress(label or run.path.name, step, steps) as progress,
+        Progress(label, step, steps) as progress,
+        stop_requests() as stop_request,
         data.naming_errors(),
     ):
+        if retries > run.num_retries():
+            metrics.write(step, {Workdir.RETRY: retries})
         progress.building()
         trainer.trace(batches)
         progress.start()
-        while step < steps:
-            stop = _next_stop(step, config)
-            rate = float(optimizer.learning_rate)
+        while step < steps and not validate.has_reached_target and not stop_request:
+            due = _next_stop(step, config)
+            stop = profiled_from if step < profiled_from < due else due
+            before = trainer.snapshot()
+            rate = float(trainer.optimizer.learning_rate)
             began = time.perf_counter()
-            loss, accuracy, finite_steps = trainer.train(batches, stop - step)
+            with _profile(run.path) if step == profiled_from else contextlib.nullcontext():
+                loss, accuracy, finite_steps = trainer.train(batches, stop - step)
             images_per_second = (stop - step) * global_batch_size / (time.perf_counter() - began)
             if finite_steps < stop - step:
-                raise _diverged("loss", step + finite_steps + 1, rate, checkpoints, metrics)
+                metrics.write(step + finite_steps + 1, {Workdir.DIVERGED: True})
+                cause = _find_cause(trainer, data, before, step, finite_steps)
+                raise _diverged("loss", step + finite_steps + 1, rate, cause, checkpoints)
             step = stop
-            values = {
-                "train/loss": loss,
-                "train/accuracy": accuracy,
-                "train/learning_rate": rate,
-                "train/images_per_second": images_per_second,
-            }
-            metrics.write(step, values)
+            metrics.write(
+                step,
+                {
+                    "train/loss": loss,
+                    "train/accuracy": accuracy,
+                    "train/learning_rate": rate,
+                    "train/images_per_second": images_per_second,
+                },
+            )
             progress.update(step, loss, accuracy, images_per_second)
+            if step != due:
+                continue
+            # At each loop's end, so that a run that is stopped there and goes on by what was
+            # saved has replicas as equal as one that was never stopped.
+            merge_moving_statistics(trainer.model, strategy)
             is_evaluated = step % config.evaluation.every_steps == 0 and step < steps
-            is_saved = step % config.checkpoint.every_steps == 0 or step == steps
-            if (is_evaluated or is_saved) and not _is_finite(
-                training_model.variables + optimizer.variables
-            ):
-                raise _diverged("network", step, rate, checkpoints, metrics)
+            is_saved = step % config.checkpoint.every_steps == 0 or step == steps or stop_request
+            if is_evaluated or is_saved:
+                cause = _name_not_finite(trainer.variables)
+                if cause:
+                    metrics.write(step, {Workdir.DIVERGED: True})
+                    raise _diverged("network", step, rate, cause, checkpoints)
             if is_evaluated:
-                with with_statistics(step) as statistics:
-                    validation = evaluate() | {"statistics": statistics}
-                metrics.write(step, _named("validation", validation))
-                progress.evaluated(step, validation["accuracy"])
-            if is_saved:
+                validation = validate(step)
+                metrics.write(step, validation)
+                progress.evaluated(step, validation["validation/accuracy"])
+            if is_saved or validate.has_reached_target:
                 checkpoints.save(step)
-        with with_statistics(step) as statistics:
-            validation = evaluate() | {"statistics": statistics}
-            if statistics == "population":
-                Checkpoints(run.population, model, None, strategy).save(step)
-        finished = {Workdir.FINISHED: _digest(training_model, optimizer)}
-        metrics.write(step, _named("validation", validation) | finished)
+        if stop_request:
+            raise TrainingStoppedError(
+                f"stopped by {stop_request.name} at step {step} of {steps}"
+                f" and saved in {run.path}: the same command goes on from there",
+                stop_request.signum,
+            )
+        validation = validate(step, is_last=True)
+        metrics.write(step, validation | {Workdir.FINISHED: _digest(trainer)})
     return run.read_metrics()[-1]
 
 
-class Trainer:
-    """The training step, and a loop of such steps that stays on the device.
-
-    The loss is the mean softmax cross-entropy over the global batch. L2 enters as l2 * w in the
-    gradients of kernels, which is what the penalty l2/2 * |w|^2 amounts to; the loss that is
-    reported is without it, and without that of an auxiliary classifier. Each replica's gradients
-    are of its part of the global mean, and the optimizer sums them over the replicas.
+class _Validation:
+    """Evaluates a network while it is trained, and keeps the best and the last of what it saw.
 
     Args:
-      model: from images to logits, or to these and the logits of an auxiliary classifier.
-      optimizer: built on the model's trainable variables.
-      strategy: in whose scope both were made.
-      global_batch_size: examples per step, over all replicas.
-      l2: weight of the penalty.
-      auxiliary_weight: of the auxiliary classifier's cross-entropy in the loss.
+      config: of the run.
+      run: where the best and the finished network are saved.
+      trainer: of the network, which is the same afterwards.
+      data: whose validation examples are taken.
+
+    Raises:
+      UsageError: population statistics of a network without BN, or averaged weights of one with
+        BN but without these.
     """
 
     def __init__(
-        self,
-        model: keras.Model,
-        optimizer: keras.optimizers.Optimizer,
-        strategy: tf.distribute.Strategy,
-        global_batch_size: int,
-        l2: float = 0.0,
-        auxiliary_weight: float = 0.0,
+        self, config: ConfigDict, run: Workdir, trainer: Trainer, data: pipeline.Data
     ) -> None:
-        self.model = model
-        self.optimizer = optimizer
-        self.strategy = strategy
-        self.global_batch_size = global_batch_size
-        self._auxiliary_weight = auxiliary_weight
-        self._l2_per_replica = l2 / strategy.num_replicas_in_sync
-        with strategy.scope():
-            # Loss, hits, and steps until the loss stopped being finite. Each replica adds up its
-            # own: reading them sums over the replicas, which then costs nothing in a step.
-            self._sums = tf.Variable(
-                tf.zeros([3]),
-                trainable=False,
-                synchronization=tf.VariableSynchronization.ON_READ,
-                aggregation=tf.VariableAggregation.SUM,
+        self._model = model = trainer.inference_model
+        self._trainer = trainer
+        self._when = config.population.when
+        self._num_batches = config.population.num_batches
+        self._target = config.train.until_accuracy or math.inf
+        self._evaluate = make_evaluator(
+            model, data, trainer.strategy, config.evaluation.global_batch_size
+        )
+        self._best = Checkpoints(run.best, {"model": model.variables})
+        self._finished = Checkpoints(run.population, {"model": model.variables})
+        self._best_accuracy = run.best_accuracy()
+        has_batch_norm = any(isinstance(layer, BATCH_NORMS) for layer in model._flatten_layers())
+        if trainer.averages and has_batch_norm and self._when == "never":
+            raise UsageError(
+                f"train.ema is {config.train.ema}, but the moving statistics of BN are not those of"
+                " averaged weights: set population.when to 'end' or 'evaluations'"
+            )
+        if self._when != "never":
+            self._estimator = PopulationEstimator(model, trainer.strategy)
+            # The same each time, so that two evaluations differ by the network alone.
+            self._batches = data.train_batches(
+                trainer.strategy, trainer.global_batch_size // trainer.micro_batches
             )
 
-    def train_step(self, images: tf.Tensor, labels: tf.Tensor) -> None:
-        """Takes one step on a replica's part of the global batch.
+    @property
+    def has_reached_target(self) -> bool:
+        """Whether some evaluation gave train.until_accuracy."""
+        return self._best_accuracy >= self._target
 
-        Args:
-          images: float32 [N, H, W, C].
-          labels: int32 [N].
-        """
-        variables = self.model.trainable_variables
-        with tf.GradientTape() as tape:
-            logits, *auxiliary = tf.nest.flatten(self.model(images, training=True))
-            loss = objective = self._cross_entropy(labels, logits)
-            for other in auxiliary:
-                objective += self._auxiliary_weight * self._cross_entropy(labels, other)
-        gradients = tape.gradient(objective, [v.value for v in variables])
-        if self._l2_per_replica:
-            gradients = [
-                g + self._l2_per_replica * v.value if v.name.endswith("kernel") else g
-                for g, v in zip(gradients, variables, strict=True)
-            ]
-        self.optimizer.apply(gradients, variables)
-
-        hits = tf.argmax(logits, axis=-1, output_type=tf.int32) == labels
-        # The sum stays non-finite once it is, so that this counts up to the first such step.
-        finite = tf.math.is_finite(self._sums[0] + loss)
-        self._sums.assign_add(
-            [loss, tf.reduce_sum(tf.cast(hits, tf.float32)), tf.cast(finite, tf.float32)]
-        )
-
-    def _cross_entropy(self, labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-        return tf.reduce_sum(losses) / self.global_batch_size
-
-    @tf.function
-    def _train_loop(self, batches: tf.distribute.DistributedIterator, num_steps: tf.Tensor) -> None:
-        for _ in tf.range(num_steps):
-            self.strategy.run(self.train_step, args=next(batches))
-
-    def trace(self, batches: tf.distribute.DistributedIterator) -> None:
-        """Builds the graph of the loop, which takes seconds, without taking a step."""
-        self._train_loop.get_concrete_function(batches, tf.constant(0))
-
-    def train(
-        self, batches: tf.distribute.DistributedIterator, num_steps: int
-    ) -> tuple[float, float, int]:
-        """Takes steps on the next batches.
-
-        Returns:
-          Mean loss and mean accuracy over the steps, and how many of the steps came before the
-          first whose loss was not finite.
-        """
-        self._sums.assign(tf.zeros([3]))
-        self._train_loop(batches, tf.constant(num_steps))
-        loss, hits, _ = (float(s) for s in self._sums.read_value())
-        local = self.strategy.experimental_local_results(self._sums)
-        finite_steps = int(min(float(s[2]) for s in local))
-        return loss / num_steps, hits / (num_steps * self.global_batch_size), finite_steps
-
-
-def make_schedule(config: ConfigDict, num_train_examples: int) -> ExamplesSchedule:
-    """Makes the schedule of config.schedule, whose epochs become examples."""
-    schedule = config.schedule
-    return ExamplesSchedule(
-        schedule.base_rate,
-        config.train.global_batch_size,
-        reference_batch_size=schedule.reference_batch_size,
-        decay_factor=schedule.decay_factor,
-        decay_examples=max(1, round(schedule.decay_epochs * num_train_examples)),
-        warmup_examples=round(schedule.warmup_epochs * num_train_examples),
-    )
-
-
-def _make_statistics(
-    config: ConfigDict, model: keras.Model, data: pipeline.Data, strategy: tf.distribute.Strategy
-) -> Callable[[int], contextlib.AbstractContextManager[str]]:
-    """Makes what gives the model, for a while, the statistics to evaluate a step by.
-
-    It yields which ones these are, "moving" or "population".
-    """
-    when, num_batches = config.population.when, config.population.num_batches
-    if when == "never":
-        return lambda step: contextlib.nullcontext("moving")
-    estimator = PopulationEstimator(model, strategy)
-    # The same each time, so that two evaluations differ by the network alone.
-    batches = data.train_batches(strategy, config.train.global_batch_size)
+    def __call__(self, step: int, is_last: bool = False) -> dict[str, float | str]:
+        """Gives what metrics.jsonl says of an evaluation."""
+        by_population = self._when == "evaluations" or (self._when == "end" and is_last)
+        by_averages = bool(self._trainer.averages) and (by_population or self._when == "never")
+        with self._by(by_population, by_averages):
+            found = self._evaluate()
+            if found["accuracy"] > self._best_accuracy:
+                self._best_accuracy = found["accuracy"]
+                self._best.save(step)
+            if is_last and (by_population or by_averages):
+                self._finished.save(step)
+        found["statistics"] = "population" if by_population else "moving"
+        if self._trainer.averages:
+            found["weights"] = "averaged" if by_averages else "trained"
+        return {f"validation/{name}": value for name, value in found.items()}
 
     @contextlib.contextmanager
-    def with_statistics(step: int) -> Iterator[str]:
-        if when == "end" and step < config.train.steps:
-            yield "moving"
-        else:
-            with estimator.applied(batches, num_batches):
-                yield "population"
+    def _by(self, population: bool, averages: bool) -> Iterator[None]:
+        """Gives the model other statistics or weights for a while."""
+        with contextlib.ExitStack() as restored:
+            if population or averages:
+                restored.enter_context(preserved_state(self._model, self._trainer.strategy))
+            if averages:
+                self._trainer.assign_averages()
+            if population:
+                self._estimator.estimate(self._batches, self._num_batches)
+            yield
 
-    return with_statistics
+
+def verify_resume(config: ConfigDict, steps: int = 4) -> str:
+    """Trains a few steps twice, once at a stretch and once stopped, saved and read again.
+
+    The second time, another network goes on with what the first half left in a checkpoint.
+
+    Args:
+      config: as configs/default.py.
+      steps: at least 2.
+
+    Returns:
+      The hash over all variables, which both have.
+
+    Raises:
+      UsageError: the two differ.
+    """
+    _check(config)
+    strategy = distribution.make_strategy(**config.distribution)
+    data = pipeline.open_data(config.data, seed=config.seed)
+    shape, classes, examples = data.input_shape, data.num_classes, data.num_train_examples
+
+    def train(trainer: Trainer, first: int, last: int) -> None:
+        trainer.train(_open_batches(trainer, data, first), last - first)
+        merge_moving_statistics(trainer.model, strategy)
+
+    with tempfile.TemporaryDirectory() as folder, data.naming_errors():
+        unbroken = make_trainer(config, strategy, shape, classes, examples)
+        train(unbroken, 0, steps // 2)
+        Checkpoints(epath.Path(folder), unbroken.parts).save(steps // 2)
+        train(unbroken, steps // 2, steps)
+        resumed = make_trainer(config, strategy, shape, classes, examples)
+        train(resumed, Checkpoints(epath.Path(folder), resumed.parts).restore(), steps)
+    differing = [
+        one.path
+        for one, other in zip(unbroken.variables, resumed.variables, strict=True)
+        if one.numpy().tobytes() != other.numpy().tobytes()
+    ]
+    if differing:
+        raise UsageError(
+            f"stopped at step {steps // 2} and resumed, {len(differing)} of"
+            f" {len(unbroken.variables)} variables differ at step {steps}, the first of them"
+            f" {differing[0]}: a run with this config can't be resumed exactly on these devices"
+        )
+    return _digest(resumed)
 
 
 def _check(config: ConfigDict) -> None:
@@ -303,18 +324,36 @@ def _check(config: ConfigDict) -> None:
         "population.num_batches",
         "checkpoint.every_steps",
         "checkpoint.keep",
+        "train.micro_batches",
+        "train.retry_factor",
     )
     for key in positive:
         section, name = key.split(".")
         if not 0 < config[section][name] < math.inf:
             raise UsageError(f"{key} is {config[section][name]}: it has to be greater than 0")
-    for key in ("train.l2", "schedule.warmup_epochs", "model.auxiliary_weight"):
+    not_negative = (
+        "train.l2",
+        "train.retries",
+        "schedule.warmup_epochs",
+        "model.auxiliary_weight",
+    )
+    for key in not_negative:
         section, name = key.split(".")
         if not 0 <= config[section][name] < math.inf:
             raise UsageError(f"{key} is {config[section][name]}: it has to be 0 or more")
-    if not 0 <= config.train.momentum < 1:
+    for name in ("momentum", "label_smoothing", "ema", "until_accuracy"):
+        if not 0 <= config.train[name] < 1:
+            raise UsageError(
+                f"train.{name} is {config.train[name]}: it has to be at least 0 and less than 1"
+            )
+    if config.train.retry_factor > 1:
         raise UsageError(
-            f"train.momentum is {config.train.momentum}: it has to be at least 0 and less than 1"
+            f"train.retry_factor is {config.train.retry_factor}: it has to be at most 1"
+        )
+    if config.train.global_batch_size % config.train.micro_batches:
+        raise UsageError(
+            f"train.micro_batches is {config.train.micro_batches}, which does not divide"
+            f" train.global_batch_size, {config.train.global_batch_size}"
         )
     if config.population.when not in ("never", "end", "evaluations"):
         raise UsageError(
@@ -335,30 +374,64 @@ def _next_stop(step: int, config: ConfigDict) -> int:
     return min(config.train.steps, *(step - step % period + period for period in periods))
 
 
-def _is_finite(variables: list[keras.Variable]) -> bool:
-    return all(np.isfinite(v.numpy()).all() for v in variables)
+def _open_batches(
+    trainer: Trainer, data: pipeline.Data, step: int
+) -> tf.distribute.DistributedIterator:
+    """Opens the training input from a step on."""
+    size = trainer.global_batch_size // trainer.micro_batches
+    return iter(data.train_batches(trainer.strategy, size, step * trainer.micro_batches))
+
+
+def _first_profiled(step: int, config: ConfigDict, profile_steps: int) -> int:
+    """Gives the step from which on the rest of a run's first loop is profiled; -1 is never."""
+    return max(step, _next_stop(step, config) - profile_steps) if profile_steps else -1
+
+
+def _profile(folder: os.PathLike) -> tf.profiler.experimental.Profile:
+    return tf.profiler.experimental.Profile(os.fspath(folder))
+
+
+def _find_cause(
+    trainer: Trainer,
+    data: pipeline.Data,
+    before: Sequence[tf.Tensor],
+    step: int,
+    finite_steps: int,
+) -> str:
+    """Takes the steps of a loop again, up to the one that failed, and says where that began."""
+    trainer.restore(before)
+    batches = _open_batches(trainer, data, step)
+    if finite_steps:
+        trainer.train(batches, finite_steps)
+    for _ in range(trainer.micro_batches):
+        cause = first_non_finite(
+            trainer.model, trainer.gradients, *next(batches), strategy=trainer.strategy
+        )
+        if cause:
+            return cause
+    # By what the sums of several replicas or micro-batches come to.
+    return "an update of the weights"
+
+
+def _name_not_finite(variables: Sequence[keras.Variable]) -> str:
+    """Gives the path of the first of the variables that is not finite, or "" if all are."""
+    return next((v.path for v in variables if not np.isfinite(v.numpy()).all()), "")
 
 
 def _diverged(
-    what: str, step: int, rate: float, checkpoints: Checkpoints, metrics: MetricsWriter
+    what: str, step: int, rate: float, cause: str, checkpoints: Checkpoints
 ) -> TrainingDivergedError:
-    metrics.write(step, {Workdir.DIVERGED: True})
-    good = f"the last good checkpoint is {checkpoints.latest}"
     return TrainingDivergedError(
-        f"the {what} is not finite at step {step} (learning rate {rate:.6g});"
-        f" {good if checkpoints.latest else 'there is no checkpoint yet'};"
-        " lower schedule.base_rate and give a new workdir",
+        f"the {what} is not finite at step {step} (learning rate {rate:.6g}), and first of all"
+        f" {cause}; the last good checkpoint is {checkpoints.latest}; lower schedule.base_rate and"
+        " give a new workdir, or allow train.retries",
         step,
     )
 
 
-def _named(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
-    return {f"{prefix}/{name}": value for name, value in values.items()}
-
-
-def _digest(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> str:
+def _digest(trainer: Trainer) -> str:
     digest = hashlib.sha256()
-    for variable in (*model.variables, *optimizer.variables):
+    for variable in trainer.variables:
         digest.update(variable.name.encode())
         digest.update(np.ascontiguousarray(variable.numpy()).tobytes())
     return digest.hexdigest()

@@ -62,9 +62,10 @@ def load_trained(
     strategy = strategy or tf.distribute.get_strategy()
     with strategy.scope():
         model = models.from_config(config, input_shape, len(class_names))
-    statistics, checkpoints = "population", Checkpoints(run.population, model, None, strategy)
+    parts = {"model": model.variables}
+    statistics, checkpoints = "population", Checkpoints(run.population, parts)
     if not checkpoints.latest:
-        statistics, checkpoints = "moving", Checkpoints(run.checkpoints, model, None, strategy)
+        statistics, checkpoints = "moving", Checkpoints(run.checkpoints, parts)
     if not checkpoints.latest:
         raise UsageError(f"the run in {run.path} has no checkpoint yet: let it train on")
     step = checkpoints.restore()
