@@ -140,9 +140,7 @@ class Checkpoints:
                 move(file, self._folder / file.name)
         finally:
             unfinished.rmtree()
-        write_atomically(
-            self._folder / "checkpoint", f'model_checkpoint_path: "step-{step}"\n''
-        )
+        write_atomically(self._folder / "checkpoint", f'model_checkpoint_path: "step-{step}"\n')
 
     def _remove_old(self) -> None:
         files = self._files()
