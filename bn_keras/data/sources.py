@@ -33,6 +33,13 @@ SYNTHETIC_CLASSES = 1000
 SYNTHETIC_TRAIN_EXAMPLES = 1_281_167
 SYNTHETIC_VALIDATION_EXAMPLES = 1_000
 
+# Examples in the splits of the sets that configs/ has. TFDS knows them once a set is prepared.
+_SIZES = {
+    "imagenet2012": {"train": SYNTHETIC_TRAIN_EXAMPLES, "validation": 50_000},
+    "cifar10": {"train": 50_000, "test": 10_000},
+    "mnist": {"train": 60_000, "test": 10_000},
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
@@ -144,6 +151,66 @@ class Source:
     validation: Arrays | Shards | Files
 
 
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What can be told of a data set without reading, or even having it.
+
+    Attributes:
+      image_shape: (H, W, C), where H and W are None if they differ between images.
+      num_classes: of the labels.
+      num_train_examples, num_validation_examples: None where nobody knows before it is prepared.
+    """
+
+    image_shape: tuple[int | None, int | None, int]
+    num_classes: int
+    num_train_examples: int | None
+    num_validation_examples: int | None
+
+
+def describe(
+    name: str, data_dir: str, train_split: str, validation_split: str, image_size: int
+) -> Description:
+    """Describes what `open_source` would open, without a download; a folder is listed.
+
+    Raises:
+      UsageError: as `open_source`, as far as that can be known.
+    """
+    if name in (*EMBEDDED, "folder"):
+        source = open_source(name, data_dir, train_split, validation_split, image_size)
+        splits = (source.train, source.validation)
+        shape, num_classes = source.train.image_shape, len(source.class_names)
+    else:
+        builder = _find_builder(name, data_dir)
+        image, label = _image_and_label(name, builder.info)
+        features = builder.info.features
+        shape, num_classes = features[image].shape, features[label].num_classes
+        known = builder.info.splits or _known_splits(builder)
+        names = (train_split, validation_split)
+        splits = [known and _tfds_split(name, known, split) for split in names]
+    return Description(shape, num_classes, *(split and split.num_examples for split in splits))
+
+
+def locate(name: str, data_dir: str) -> str:
+    """Says where a data set is, or what will become of it where it is not.
+
+    Raises:
+      UsageError: there is no such set, or data_dir is no folder.
+    """
+    if name == "digits":
+        return "comes with scikit-learn"
+    if name == "synthetic":
+        return "is made up"
+    if name == "folder":
+        return f"in {data_dir!r}"
+    builder = _find_builder(name, data_dir)
+    if builder.is_prepared():
+        return f"prepared in {builder.data_dir}"
+    if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+        by = "launch.prepare" if name == "imagenet2012" else "TFDS"
+        return f"not there: {by} has to prepare it from archives that are yours to get"
+    return f"not there: to be downloaded and prepared in {builder.data_dir}"
+
+
 def open_source(
     name: str, data_dir: str, train_split: str, validation_split: str, image_size: int
 ) -> Source:
@@ -222,7 +289,8 @@ def _open_tfds(name: str, data_dir: str, train_split: str, validation_split: str
     tfds.disable_progress_bar()
     builder = _prepared_builder(name, data_dir)
     image, label = _image_and_label(name, builder.info)
-    splits = [_tfds_split(name, builder.info, split) for split in (train_split, validation_split)]
+    names = (train_split, validation_split)
+    splits = [_tfds_split(name, builder.info.splits, split) for split in names]
     height, width, channels = builder.info.features[image].shape
     decoded_bytes = sum(split.num_examples for split in splits) * math.prod(
         (height or 0, width or 0, channels)
@@ -239,17 +307,21 @@ def _open_tfds(name: str, data_dir: str, train_split: str, validation_split: str
     return Source(class_names, *(_list_shards(builder, split, image, label) for split in splits))
 
 
-def _prepared_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
-    """The builder of a set that is on disk, after preparing it where that is needed."""
+def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     if data_dir and not tf.io.gfile.isdir(data_dir):
         raise UsageError(
             f"data.data_dir {data_dir!r} is not a folder: give the folder that holds the prepared "
             "TFDS sets, or '' for TFDS's default"
         )
     try:
-        builder = tfds.builder(name, data_dir=data_dir or None, try_gcs=False)
+        return tfds.builder(name, data_dir=data_dir or None, try_gcs=False)
     except (tfds.core.registered.DatasetNotFoundError, ValueError, AssertionError):
         raise _unknown_name(name) from None
+
+
+def _prepared_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
+    """The builder of a set that is on disk, after preparing it where that is needed."""
+    builder = _find_builder(name, data_dir)
     if not builder.is_prepared():
         try:
             _check_reachable(builder)
@@ -291,11 +363,28 @@ def _image_and_label(name: str, info: tfds.core.DatasetInfo) -> tuple[str, str]:
     )
 
 
-def _tfds_split(name: str, info: tfds.core.DatasetInfo, split: str) -> tfds.core.SplitInfo:
+def _known_splits(builder: tfds.core.DatasetBuilder) -> tfds.core.splits.SplitDict | None:
+    """The splits of a set that is not prepared, whose parts can be counted; None if unknown."""
+    if builder.name not in _SIZES:
+        return None
+    return tfds.core.splits.SplitDict(
+        tfds.core.SplitInfo(
+            name=name,
+            shard_lengths=[size],
+            num_bytes=0,
+            filename_template=tfds.core.ShardedFileTemplate(
+                data_dir=builder.data_path, dataset_name=builder.name, filetype_suffix="tfrecord"
+            ),
+        )
+        for name, size in _SIZES[builder.name].items()
+    )
+
+
+def _tfds_split(name: str, splits: tfds.core.splits.SplitDict, split: str) -> tfds.core.SplitInfo:
     try:
-        found = info.splits[split]
+        found = splits[split]
     except (KeyError, ValueError):
-        raise _unknown_split(name, split, info.splits) from None
+        raise _unknown_split(name, split, splits) from None
     if not found.num_examples:
         raise UsageError(f"split {split!r} of data set {name!r} is empty: take more of it")
     return found
