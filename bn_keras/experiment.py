@@ -30,15 +30,12 @@ def run_all(configs: Mapping[str, ConfigDict], folder: str | os.PathLike) -> lis
     runs = []
     for title, config in configs.items():
         workdir = Path(folder) / re.sub(r"[^a-z0-9.]+", "_", title.lower())
-        Workdir(workdir).check(config)
-        if not _has_diverged(workdir):
+        run = Workdir(workdir)
+        run.check(config)
+        if not run.has_diverged() or run.num_retries() < config.train.retries:
             try:
                 train_and_evaluate(config, workdir, label=title)
             except TrainingDivergedError as error:
                 logging.warning("%s: %s", title, error)
         runs.append(Run.read(title, workdir))
     return runs
-
-
-def _has_diverged(workdir: Path) -> bool:
-    return any(Workdir.DIVERGED in line for line in Workdir(workdir).read_metrics()[-1:])

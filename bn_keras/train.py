@@ -90,7 +90,7 @@ def _train(
     """Trains until the end, a signal, or a loss that isn't finite."""
     steps, global_batch_size = config.train.steps, config.train.global_batch_size
     retries = run.num_retries()
-    if run.has_diverged() and retries < config.train.retries:
+    if retries < config.train.retries and run.has_diverged():
         retries += 1
     trainer = make_trainer(
         config,

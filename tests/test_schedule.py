@@ -6,7 +6,7 @@ import pytest
 
 from bn_keras.errors import UsageError
 from bn_keras.schedule import ExamplesSchedule
-from bn_keras.train import make_schedule
+from bn_keras.trainer import make_schedule
 from configs import bn_x5, bn_x30, inception
 
 IMAGENET = 1_281_167
