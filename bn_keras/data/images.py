@@ -11,11 +11,15 @@ import math
 import numpy as np
 import tensorflow as tf
 
+from bn_keras.data import augment, exif
+
 # Columns of an image's row of uniform random numbers.
 CROP = slice(0, 4)
 MIRROR = 4
 COLOUR = slice(5, 9)
 NUM_UNIFORMS = 9
+# Where RandAugment is asked for, its numbers follow.
+RAND_AUGMENT = slice(NUM_UNIFORMS, NUM_UNIFORMS + augment.RAND_AUGMENT_UNIFORMS)
 
 CROPS = ("inception", "shift", "none")
 
@@ -50,6 +54,7 @@ class Preprocessing:
       mirror: whether half of the training images are mirrored.
       distortion: strength of the photometric distortions in training, 0 for none.
       binary: the result is 0 and 1, thresholded at one half, instead of within [-1, 1].
+      random_augment: magnitude of RandAugment in training, 0 for none.
     """
 
     size: tuple[int, int]
@@ -57,6 +62,7 @@ class Preprocessing:
     mirror: bool
     distortion: float
     binary: bool
+    random_augment: float = 0.0
 
     @property
     def num_pixels(self) -> int:
@@ -71,8 +77,9 @@ class Preprocessing:
         Args:
           pool: uint8 [N, H, W, C].
           indices: int32 [n] into the pool.
-          uniforms: float32 [n, NUM_UNIFORMS] in [0, 1), or None for evaluation: no mirror, no
-            distortion, the centre instead of a random crop.
+          uniforms: float32 [n, NUM_UNIFORMS] in [0, 1), with RAND_AUGMENT more columns if
+            `random_augment`; or None for evaluation: no mirror, no distortion, the centre instead
+            of a random crop.
           white: value of a fully lit pixel.
 
         Returns:
@@ -100,13 +107,13 @@ class Preprocessing:
     def from_encoded(
         self, encoded: tf.Tensor, uniforms: tf.Tensor | None, channels: int
     ) -> tf.Tensor:
-        """Decodes one image, of a JPEG only the part that is shown.
+        """Decodes one image, of a JPEG only the part that is shown, and turns it upright.
 
         In training the decoder takes its fast integer transform and plain chroma upscaling.
 
         Args:
           encoded: a string: JPEG, PNG, BMP or GIF.
-          uniforms: float32 [NUM_UNIFORMS] in [0, 1), or None for evaluation as in `from_pool`.
+          uniforms: a row of those of `from_pool`, or None for evaluation.
           channels: of the result, 1 or 3.
 
         Returns:
@@ -119,15 +126,27 @@ class Preprocessing:
                 return inception_windows(uniforms[None, CROP], height, width)[0]
             return tf.stack(self._centre(height, width))
 
-        def decode_part() -> tf.Tensor:
-            shape = tf.io.extract_jpeg_shape(encoded)
+        def decode_window(window: tf.Tensor) -> tf.Tensor:
             return tf.io.decode_and_crop_jpeg(
                 encoded,
-                window_in(shape[0], shape[1]),
+                window,
                 channels=channels,
                 fancy_upscaling=not training,
                 dct_method="INTEGER_FAST" if training else "INTEGER_ACCURATE",
             )
+
+        def decode_part() -> tf.Tensor:
+            shape = tf.io.extract_jpeg_shape(encoded)
+            return decode_window(window_in(shape[0], shape[1]))
+
+        def decode_turned() -> tf.Tensor:
+            shape, orientation = tf.io.extract_jpeg_shape(encoded), exif.orientation(encoded)
+            height, width = exif.turned_shape(shape[0], shape[1], orientation)
+            window = exif.stored_window(window_in(height, width), height, width, orientation)
+            return exif.turned(decode_window(window), orientation)
+
+        def decode_jpeg() -> tf.Tensor:
+            return tf.cond(exif.is_noted(encoded), decode_turned, decode_part)
 
         def decode_all() -> tf.Tensor:
             image = tf.io.decode_image(encoded, channels=channels, expand_animations=False)
@@ -135,7 +154,7 @@ class Preprocessing:
             top, left, height, width = tf.unstack(window_in(shape[0], shape[1]))
             return image[top : top + height, left : left + width]
 
-        pixels = tf.cond(tf.io.is_jpeg(encoded), decode_part, decode_all)
+        pixels = tf.cond(tf.io.is_jpeg(encoded), decode_jpeg, decode_all)
         pixels = tf.image.resize(tf.ensure_shape(pixels, [None, None, channels]), self.size)
         if training and self.crop == "shift":
             pixels = shift(pixels, shifts(uniforms[None, CROP][:, :2], *self.size)[0], 255 / 2)
@@ -153,6 +172,12 @@ class Preprocessing:
     def _finish(self, pixels: tf.Tensor, uniforms: tf.Tensor | None, white: int) -> tf.Tensor:
         """Distorts pixels in [0, white] and brings them to the network's range."""
         pixels = tf.cast(pixels, tf.float32)
+        if uniforms is not None and self.random_augment:
+            scale = 255 / white
+            pixels = augment.rand_augment(
+                scale * pixels, uniforms[:, RAND_AUGMENT], self.random_augment
+            )
+            pixels /= scale
         if uniforms is not None and self.distortion:
             if not self.binary:
                 return distort(pixels, uniforms[:, COLOUR], self.distortion, white, (-1.0, 1.0))
@@ -167,7 +192,7 @@ class Preprocessing:
 
 
 def decode(encoded: tf.Tensor, channels: int) -> tf.Tensor:
-    """Decodes a whole image, a JPEG by its accurate transform.
+    """Decodes a whole image, a JPEG by its accurate transform, and turns it upright.
 
     Args:
       encoded: a string: JPEG, PNG, BMP or GIF, of which it is the first frame.
@@ -176,9 +201,18 @@ def decode(encoded: tf.Tensor, channels: int) -> tf.Tensor:
     Returns:
       uint8 [H, W, channels].
     """
+
+    def decode_jpeg() -> tf.Tensor:
+        pixels = tf.io.decode_jpeg(encoded, channels=channels, dct_method="INTEGER_ACCURATE")
+        return tf.cond(
+            exif.is_noted(encoded),
+            lambda: exif.turned(pixels, exif.orientation(encoded)),
+            lambda: pixels,
+        )
+
     pixels = tf.cond(
         tf.io.is_jpeg(encoded),
-        lambda: tf.io.decode_jpeg(encoded, channels=channels, dct_method="INTEGER_ACCURATE"),
+        decode_jpeg,
         lambda: tf.io.decode_image(encoded, channels=channels, expand_animations=False),
     )
     return tf.ensure_shape(pixels, [None, None, channels])

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from bn_keras.data import images as images_lib
 from bn_keras.data import sources
+from bn_keras.data.augment import MIXING_UNIFORMS, RAND_AUGMENT_UNIFORMS, Mixing
 from bn_keras.data.bad_examples import BadExamples
 from bn_keras.data.crops import CropPreprocessing
 from bn_keras.data.images import Preprocessing
@@ -35,6 +36,8 @@ GROUP_BYTES = 2**29
 
 # What a permutation is of.
 EXAMPLES, SHARDS = 0, 1
+# What uniform numbers are for: each has its own, whatever else is asked for.
+DISTORTIONS, RAND_AUGMENT, MIXTURES = 0, 1, 2
 
 
 class Data:
@@ -46,6 +49,7 @@ class Data:
       input_shape: (H, W, C) of what the network is fed.
       num_train_examples, num_validation_examples: sizes of the two splits.
       preprocessing: what brings its images to input_shape.
+      mixing: how training images are mixed, if they are.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class Data:
         seed: int,
         shuffle: str,
         max_bad_examples: int = 0,
+        mixing: Mixing | None = None,
     ) -> None:
         self.class_names = source.class_names
         self.num_classes = len(source.class_names)
@@ -62,6 +67,7 @@ class Data:
         self.num_validation_examples = source.validation.num_examples
         self.input_shape = (*preprocessing.size, source.train.image_shape[-1])
         self.preprocessing = preprocessing
+        self.mixing = mixing
         self._source = source
         self._shuffle = shuffle
         self._bad_train = BadExamples(max_bad_examples)
@@ -90,6 +96,7 @@ class Data:
         global_batch_size: int,
         start_step: int = 0,
         preprocessing: Preprocessing | None = None,
+        mixed: bool = False,
     ) -> tf.distribute.DistributedDataset:
         """The endless training input, from step `start_step` on (the first step is 0).
 
@@ -98,20 +105,51 @@ class Data:
           global_batch_size: examples a step, over all replicas.
           start_step: a run resumed after k steps gives k.
           preprocessing: takes the place of the data's own.
+          mixed: whether images are mixed in pairs where the config says so. It is for what trains;
+            statistics are taken over images as such.
 
         Returns:
-          A distributed dataset of (images float32 [b, H, W, C], labels int32 [b]).
+          A distributed dataset of (images float32 [b, H, W, C], labels int32 [b], or float32
+          [b, classes] if they are mixed).
 
         Raises:
-          UsageError: the replicas do not divide the global batch.
+          UsageError: the replicas do not divide the global batch, or it has no pairs to mix.
         """
         check_divides(strategy, global_batch_size)
+        is_mixed = mixed and self.mixing is not None
+        per_replica_batch_size = global_batch_size // strategy.num_replicas_in_sync
+        if is_mixed and per_replica_batch_size % 2:
+            raise UsageError(
+                f"data.mixup and data.cutmix mix pairs, but each replica has"
+                f" {per_replica_batch_size} examples of a batch of {global_batch_size}: take a"
+                " batch of which each has an even number"
+            )
         batches = self._train
         if preprocessing:
             batches = self._batches(self._source.train, preprocessing, self._seed)
-        return strategy.distribute_datasets_from_function(
-            lambda context: batches.dataset(_Rows(global_batch_size, context), start_step)
-        )
+
+        def open_rows(context: tf.distribute.InputContext) -> tf.data.Dataset:
+            rows = _Rows(global_batch_size, context)
+            dataset = batches.dataset(rows, start_step)
+            return self._mixed(dataset, rows, start_step) if is_mixed else dataset
+
+        return strategy.distribute_datasets_from_function(open_rows)
+
+    def _mixed(self, dataset: tf.data.Dataset, rows: "_Rows", start_step: int) -> tf.data.Dataset:
+        """Mixes the images of each batch, by random numbers of its place in the global batch."""
+
+        def mix(
+            index: tf.Tensor, batch: tuple[tf.Tensor, tf.Tensor]
+        ) -> tuple[tf.Tensor, tf.Tensor]:
+            step, replica = start_step + index // rows.num_replicas, index % rows.num_replicas
+            shape = [rows.global_batch_size, MIXING_UNIFORMS]
+            drawn = _uniforms(self._seed, MIXTURES, step, shape)
+            first = rows.first + tf.cast(replica, tf.int32) * rows.per_replica_batch_size
+            own = tf.slice(drawn, [first, 0], [rows.per_replica_batch_size, MIXING_UNIFORMS])
+            return self.mixing.mix(*batch, own, step)
+
+        batches = dataset.enumerate().map(mix, num_parallel_calls=tf.data.AUTOTUNE)
+        return batches.prefetch(PREFETCH)
 
     def validation_batches(
         self,
@@ -179,12 +217,13 @@ class Data:
             raise UsageError(f"{found[1]} {found[2]}: prepare the data set anew") from None
 
 
-def open_data(config: ConfigDict, seed: int) -> Data:
+def open_data(config: ConfigDict, seed: int, source: sources.Source | None = None) -> Data:
     """Opens what `config.data` describes.
 
     Args:
       config: the section `data` of the config.
       seed: the order and the distortions of the training examples follow from it.
+      source: takes the place of the one that the config names.
 
     Raises:
       UsageError: a setting is not among the accepted, or the data set can't be had as asked.
@@ -199,11 +238,16 @@ def open_data(config: ConfigDict, seed: int) -> Data:
         raise UsageError(f"data.image_size is {config.image_size}: it is a side in pixels or 0")
     if not 0 <= config.distortion <= 1:
         raise UsageError(f"data.distortion is {config.distortion}: it lies between 0 and 1")
+    if not 0 <= config.random_augment <= 1:
+        raise UsageError(f"data.random_augment is {config.random_augment}: it is from 0 to 1")
+    for key in ("mixup", "cutmix"):
+        if not 0 <= config[key] < math.inf:
+            raise UsageError(f"data.{key} is {config[key]}: it has to be 0 or more")
     if config.max_bad_examples < 0:
         raise UsageError(
             f"data.max_bad_examples is {config.max_bad_examples}: it has to be 0 or more"
         )
-    source = sources.open_source(
+    source = source or sources.open_source(
         config.name,
         config.data_dir,
         config.train_split,
@@ -217,7 +261,10 @@ def open_data(config: ConfigDict, seed: int) -> Data:
             f"{config.name!r} differ in size: give the side in pixels"
         )
     preprocessing = make_preprocessing(config, size)
-    return Data(source, preprocessing, seed, config.shuffle, config.max_bad_examples)
+    mixing = None
+    if config.mixup or config.cutmix:
+        mixing = Mixing(config.mixup, config.cutmix, len(source.class_names))
+    return Data(source, preprocessing, seed, config.shuffle, config.max_bad_examples, mixing)
 
 
 def make_preprocessing(config: ConfigDict, size: tuple[int, int]) -> Preprocessing:
@@ -228,6 +275,7 @@ def make_preprocessing(config: ConfigDict, size: tuple[int, int]) -> Preprocessi
         mirror=config.mirror,
         distortion=config.distortion,
         binary=config.binary,
+        random_augment=config.random_augment,
     )
 
 
@@ -298,13 +346,11 @@ class _ArrayBatches:
         )
 
     def _uniforms(self, chunk: tf.Tensor, steps: int, rows: _Rows) -> tf.Tensor:
-        """Random numbers [n, NUM_UNIFORMS], drawn for all rows of which these are taken."""
-        drawn = tf.random.stateless_uniform(
-            [steps, rows.global_batch_size, images_lib.NUM_UNIFORMS],
-            seed=tf.stack([_int64(self._seed), chunk]),
-        )
+        """Random numbers, a row an image, drawn for all rows of which these are taken."""
+        shape = [steps, rows.global_batch_size]
+        drawn = _image_uniforms(self._preprocessing, self._seed, chunk, shape)
         own = drawn[:, rows.first : rows.first + rows.count]
-        return tf.reshape(own, [-1, images_lib.NUM_UNIFORMS])
+        return tf.reshape(own, [-1, drawn.shape[-1]])
 
 
 class _ShardBatches:
@@ -374,7 +420,7 @@ class _ShardBatches:
 
         Returns:
           Records, string [n]; for each the group and its place there, int64 [n, 2]; and what goes
-          with them: in training random numbers [n, NUM_UNIFORMS], else weights [n].
+          with them: in training random numbers, a row each, else weights [n].
         """
         epoch, number = group // self._num_groups, group % self._num_groups
         shards, begin = self._shards_of(group)
@@ -392,10 +438,7 @@ class _ShardBatches:
             index = tf.minimum(index, count - 1)
         else:
             # Drawn for the whole group at once: one at a time costs some 60 microseconds each.
-            drawn = tf.random.stateless_uniform(
-                tf.stack([count, images_lib.NUM_UNIFORMS]),
-                seed=tf.stack([_int64(self._seed), group]),
-            )
+            drawn = _image_uniforms(self._preprocessing, self._seed, group, [count])
             extra = tf.gather(drawn, index)
         where = tf.stack([tf.broadcast_to(group, tf.shape(index)), index], axis=1)
         return tf.gather(records, self._stored(group, index, count)), where, extra
@@ -513,6 +556,25 @@ def _joined(*batches: tf.Tensor | tuple[tf.Tensor, ...]) -> tuple:
     return tf.nest.map_structure(
         lambda t: tf.reshape(t, [t.shape[0] * t.shape[1], *t.shape[2:]]), batches
     )
+
+
+def _image_uniforms(
+    preprocessing: Preprocessing, seed: int, number: tf.Tensor, shape: Sequence[int | tf.Tensor]
+) -> tf.Tensor:
+    """Random numbers [*shape, columns], a row for each image, as `preprocessing` takes them."""
+    drawn = _uniforms(seed, DISTORTIONS, number, [*shape, images_lib.NUM_UNIFORMS])
+    if not preprocessing.random_augment:
+        return drawn
+    others = _uniforms(seed, RAND_AUGMENT, number, [*shape, RAND_AUGMENT_UNIFORMS])
+    return tf.concat([drawn, others], axis=-1)
+
+
+def _uniforms(
+    seed: int, stream: int, number: tf.Tensor, shape: Sequence[int | tf.Tensor]
+) -> tf.Tensor:
+    """Numbers in [0, 1) that follow from a seed of 32 bits, what they are for, and an int64."""
+    words = tf.stack([_int64(seed + stream * 2**32), number])
+    return tf.random.stateless_uniform(tf.stack(shape), seed=words)
 
 
 def _permuted(
