@@ -138,16 +138,36 @@ def test_a_gradient():
     assert diagnose(model, np.zeros((8, 6), np.float32)) == "the gradient of the input of steep"
 
 
-def test_a_weight_gradient():
-    """Of the first layer, in which 1e30 * 1e20 overflows; images have no gradient."""
-    inputs = keras.Input([1])
-    x = keras.layers.Dense(1, use_bias=False, name="first")(inputs)
+def weight_gradient_overflows(x):
+    """In kernel * 1e20 of 1e30."""
+    x = keras.layers.Dense(1, use_bias=False, kernel_initializer=tiny, name="tiny")(x)
     x = keras.layers.Rescaling(1e20, name="large")(x)
-    model = keras.Model(inputs, keras.layers.Dense(4, name="logits")(x))
-    model.get_layer("first").kernel.assign([[1e-38]])
-    model.get_layer("logits").kernel.assign([[1.0, 2.0, 3.0, 4.0]])
+    return keras.layers.Dense(4, kernel_initializer=counting, name="logits")(x)
+
+
+def tiny(shape, dtype=None):
+    return tf.fill(shape, 1e-38)
+
+
+def counting(shape, dtype=None):
+    return tf.reshape(tf.range(1.0, 5.0), shape)
+
+
+def test_a_weight_gradient():
+    """Of the first layer: images have no gradient."""
+    inputs = keras.Input([1])
+    model = keras.Model(inputs, weight_gradient_overflows(inputs))
     found = diagnose(model, np.full((8, 1), 1e30, np.float32))
-    assert found == "the gradient of first/kernel"
+    assert found == "the gradient of tiny/kernel"
+
+
+def test_a_weight_gradient_and_then_others():
+    inputs = keras.Input([1])
+    x = keras.layers.Dense(1, kernel_initializer="ones", name="before")(inputs)
+    x = Steep(name="steep")(x)
+    x = keras.layers.Rescaling(1, offset=1e30, name="around")(x)
+    model = keras.Model(inputs, weight_gradient_overflows(x))
+    assert diagnose(model, np.zeros((8, 1), np.float32)) == "the gradient of tiny/kernel"
 
 
 def test_the_loss():
