@@ -126,8 +126,7 @@ class Checkpoints:
 
     def _write(self, step: int) -> None:
         unfinished = self._folder / "unfinished"
-        if unfinished.exists():
-            unfinished.rmtree()
+        unfinished.rmtree(missing_ok=True)
         unfinished.mkdir(parents=True)
         values = {
             part: {name: v.value for name, v in variables.items()}
@@ -136,10 +135,10 @@ class Checkpoints:
         try:
             tf.train.Checkpoint(**values).write(os.fspath(unfinished / f"step-{step}"))
             # The data before the index.
-            for file in sorted(unfinished.iterdir()):
+            for file in sorted(unfinished.glob("step-*.*")):
                 move(file, self._folder / file.name)
         finally:
-            unfinished.rmtree()
+            unfinished.rmtree(missing_ok=True)
         write_atomically(self._folder / "checkpoint", f'model_checkpoint_path: "step-{step}"\n')
 
     def _remove_old(self) -> None:

@@ -28,6 +28,7 @@ def evaluate_networks(
     config: ConfigDict | None = None,
     crops: Sequence[Crops] = (SINGLE_CROP,),
     exported: Sequence[str | os.PathLike] = (),
+    best: bool = False,
 ) -> list[dict[str, object]]:
     """Evaluates networks of runs and exported ones, and several of them as an ensemble too.
 
@@ -42,6 +43,7 @@ def evaluate_networks(
       crops: everything is evaluated with each of these.
       exported: paths of .keras files and SavedModels, as `load_exported` takes them. They are
         shown images prepared as the config says.
+      best: takes each run's network of its best evaluation, as `load_trained` does.
 
     Returns:
       For each of the crops a row a network and, if there are several, one for the ensemble:
@@ -53,6 +55,8 @@ def evaluate_networks(
       UsageError: no network at a path, a config of another network, data of other classes than a
         network's, or crops that can't be cut.
     """
+    if best and not workdirs:
+        raise UsageError("the best of its evaluations is a run's: give its workdir")
     configs = [Workdir(workdir).read_config() for workdir in workdirs]
     if config is None and not configs:
         raise UsageError("an exported network doesn't say what it was trained on: give a config")
@@ -64,7 +68,7 @@ def evaluate_networks(
             " to evaluate with the run's own"
         )
     strategy = distribution.make_strategy(**config.distribution)
-    networks = [load_trained(workdir, strategy) for workdir in workdirs]
+    networks = [load_trained(workdir, strategy, best) for workdir in workdirs]
     networks += [load_exported(path, strategy) for path in exported]
     data = pipeline.open_data(config.data, seed=config.seed)
     rows = []

@@ -67,6 +67,7 @@ def export_workdir(
     *,
     fold: bool = False,
     overwrite: bool = False,
+    best: bool = False,
 ) -> ExportReport:
     """Writes the network of a run in a format for inference.
 
@@ -90,6 +91,7 @@ def export_workdir(
       file_format: "keras", "saved_model" or "tflite".
       fold: whether fold_batch_norm goes before.
       overwrite: whether an output that is there is replaced.
+      best: takes the run's network of its best evaluation, as `load_trained` does.
 
     Raises:
       UsageError: an unknown format, no run in the workdir, or an output that can't be written.
@@ -98,7 +100,7 @@ def export_workdir(
     Source: issue 4.
     """
     output = _checked(os.fspath(output), file_format, overwrite)
-    trained = load_trained(workdir)
+    trained = load_trained(workdir, best=best)
     model, report = _in_float32(trained) if file_format == "tflite" else trained.model, None
     if fold:
         model, report = fold_batch_norm(model)

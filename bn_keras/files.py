@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 
 import tensorflow as tf
@@ -34,9 +35,11 @@ def writing(what: str, advice: str = "") -> Iterator[None]:
 
 
 def reason_of(error: Exception) -> str:
-    """Gives the one line of an error that says what is wrong."""
+    """Gives the part of an error's text that says what is wrong, on one line."""
     text = getattr(error, "strerror", None) or getattr(error, "message", None) or str(error)
-    return text.strip().partition("\n")[0] or type(error).__name__
+    # TensorFlow's: "{{node}} a/temporary/file; No space left on device [Op:SaveV2]".
+    line = re.sub(r"^\{\{.*?\}\} | \[Op:.*", "", text.strip().partition("\n")[0])
+    return line.rpartition("; ")[2] or type(error).__name__
 
 
 def write_atomically(path: epath.Path, text: str) -> None:

@@ -25,7 +25,10 @@ class Prediction(NamedTuple):
 
 
 def make_predictor(
-    workdirs: Sequence[str | os.PathLike], crops: Crops = SINGLE_CROP, num_classes: int = 5
+    workdirs: Sequence[str | os.PathLike],
+    crops: Crops = SINGLE_CROP,
+    num_classes: int = 5,
+    best: bool = False,
 ) -> Callable[[str | os.PathLike], list[Prediction]]:
     """Makes a function that looks at one image, with several networks' and crops' mean probability.
 
@@ -33,6 +36,7 @@ def make_predictor(
       workdirs: of the runs whose networks are asked, as `load_trained` takes them.
       crops: of each image.
       num_classes: how many of the most probable classes it gives, or all if there are fewer.
+      best: takes each run's network of its best evaluation, as `load_trained` does.
 
     Returns:
       A function of an image's path. It gives the most probable classes, best first, and raises
@@ -42,7 +46,7 @@ def make_predictor(
       UsageError: no network in a workdir, networks that differ in their classes or in how they see
         an image, or crops that can't be cut.
     """
-    networks = [load_trained(workdir) for workdir in workdirs]
+    networks = [load_trained(workdir, best=best) for workdir in workdirs]
     first = networks[0]
     for workdir, network in zip(workdirs, networks, strict=True):
         logging.info("%s: step %d, %s statistics", workdir, network.step, network.statistics)
@@ -56,7 +60,7 @@ def make_predictor(
     score = make_scorer([network.model for network in networks], preprocessing, _BATCH_SIZE)
 
     @tf.function
-    def best(shown: tf.Tensor | tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, tf.Tensor]:
+    def most_probable(shown: tf.Tensor | tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, tf.Tensor]:
         # The last row is the ensemble's, or that of the only network.
         logs = score(tf.nest.map_structure(lambda tensor: tensor[tf.newaxis], shown))[-1, 0]
         return tf.nn.top_k(tf.exp(logs), min(num_classes, len(first.class_names)))
@@ -64,7 +68,7 @@ def make_predictor(
     def predict(path: str | os.PathLike) -> list[Prediction]:
         channels = first.input_shape[-1]
         encoded, _ = read_image(path, channels)
-        probabilities, classes = best(preprocessing.from_encoded(encoded, None, channels))
+        probabilities, classes = most_probable(preprocessing.from_encoded(encoded, None, channels))
         return [
             Prediction(first.class_names[number], float(probability))
             for probability, number in zip(probabilities, classes.numpy(), strict=True)

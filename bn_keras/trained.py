@@ -17,14 +17,14 @@ from bn_keras.workdir import Workdir
 
 
 class TrainedNetwork(NamedTuple):
-    """The network of a run: as it was finished, or of the latest checkpoint.
+    """The network of a run: as it was finished, of the latest checkpoint, or the best.
 
     Attributes:
       model: from images float32 [N, *input_shape] to logits [N, classes].
       config: of the run.
       step: of the checkpoint.
       statistics: by which its BatchNormalization layers normalize: "moving", or "population"
-        where the run took these at its end.
+        where the run took these.
       input_shape: (height, width, channels).
       class_names: one a logit, in their order.
       preprocessing: what brings an image to input_shape.
@@ -45,13 +45,17 @@ class TrainedNetwork(NamedTuple):
 
 
 def load_trained(
-    workdir: str | os.PathLike, strategy: tf.distribute.Strategy | None = None
+    workdir: str | os.PathLike,
+    strategy: tf.distribute.Strategy | None = None,
+    best: bool = False,
 ) -> TrainedNetwork:
     """Loads the network of a run; its data set need not be at hand.
 
     Args:
       workdir: of the run.
       strategy: in whose scope the model is made; None is TensorFlow's default, one device.
+      best: takes the one of the evaluation with the highest accuracy, as it was evaluated, in
+        place of the finished or the latest one.
 
     Raises:
       UsageError: no run or no checkpoint in the folder, or one that can't be read.
@@ -63,12 +67,24 @@ def load_trained(
     with strategy.scope():
         model = models.from_config(config, input_shape, len(class_names))
     parts = {"model": model.variables}
-    statistics, checkpoints = "population", Checkpoints(run.population, parts)
-    if not checkpoints.latest:
-        statistics, checkpoints = "moving", Checkpoints(run.checkpoints, parts)
-    if not checkpoints.latest:
-        raise UsageError(f"the run in {run.path} has no checkpoint yet: let it train on")
+    if best:
+        checkpoints = Checkpoints(run.best, parts)
+    else:
+        checkpoints = Checkpoints(run.population, parts)
+        statistics = "population"
+        if not checkpoints.latest:
+            checkpoints = Checkpoints(run.checkpoints, parts)
+            statistics = "moving"
     step = checkpoints.restore()
+    if not checkpoints.latest:
+        raise UsageError(
+            f"the run in {run.path} has no {'best ' if best else ''}checkpoint yet: let it train on"
+        )
+    if best:
+        statistics = run.statistics_of_evaluation(step) or (
+            # Its line goes when the run goes back to a checkpoint before it.
+            "population" if config.population.when == "evaluations" else "moving"
+        )
     preprocessing = make_preprocessing(config.data, input_shape[:2])
     return TrainedNetwork(model, config, step, statistics, input_shape, class_names, preprocessing)
 

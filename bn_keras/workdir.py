@@ -1,15 +1,27 @@
 """The folder of a run: its config, its metrics and its checkpoints, local or in a bucket."""
 
+import contextlib
+import datetime
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO
 
 import tensorflow as tf
+from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
 from bn_keras.errors import UsageError
+from bn_keras.files import is_local, write_atomically, writing
+
+try:
+    import fcntl
+except ImportError:
+    # On Windows.
+    fcntl = None
 
 # What the config of a run has at least.
 _SECTIONS = ("model", "batch_norm", "data", "train")
@@ -30,15 +42,22 @@ class Workdir:
     FINISHED = "variables_sha256"
     # Stands in the line of the step at which a run's loss stopped being finite.
     DIVERGED = "diverged"
+    # Stands in the line of the step from which a diverged run went on with a lower rate: the how
+    # manieth time it was.
+    RETRY = "retry"
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = epath.Path(path)
         self.checkpoints = self.path / "checkpoints"
         # The finished network with population statistics, where the run took them.
         self.population = self.path / "population"
+        # The network of the evaluation with the highest accuracy, as it was evaluated.
+        self.best = self.path / "best"
         self.metrics = self.path / "metrics.jsonl"
         self._config = self.path / "config.json"
         self._interface = self.path / "interface.json"
+        self._lock = _Lock(self.path / "lock")
+        self._create_takes_lock = False
 
     def check(self, config: ConfigDict) -> None:
         """Raises UsageError if the folder holds a run of another config, or something else."""
@@ -62,6 +81,27 @@ class Workdir:
                 " give another workdir, or the same config to go on with that run"
             )
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from training in the folder until the block ends.
+
+        A run that was begun is locked from here on, a new one from `create` on: before, there is
+        nothing that two could spoil. The lock is the kernel's and goes with the process, however
+        that ends. In a bucket, on Windows and on file systems without locks there is none; there
+        it is for the user to see that only one process trains.
+
+        Raises:
+          UsageError: another process has the lock; from `create`, it had it in the meantime.
+        """
+        self._create_takes_lock = not self._config.exists()
+        try:
+            if not self._create_takes_lock:
+                self._lock.take()
+            yield
+        finally:
+            self._create_takes_lock = False
+            self._lock.release()
+
     def create(
         self, config: ConfigDict, input_shape: Sequence[int], class_names: Sequence[str]
     ) -> None:
@@ -73,19 +113,24 @@ class Workdir:
           class_names: one a logit, in their order.
 
         Raises:
-          UsageError: the folder can't be written.
+          UsageError: the folder can't be written, or `locked` fails.
         """
         interface = {"input_shape": list(input_shape), "class_names": list(class_names)}
         contents = {self._config: config.to_dict(), self._interface: interface}
-        try:
+        with writing(f"workdir {self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
+            if self._create_takes_lock:
+                self._create_takes_lock = False
+                self._lock.take()
+                if self._config.exists():
+                    raise UsageError(
+                        f"another process has begun a run in {self.path} meanwhile: start again to"
+                        " go on with it, or give another workdir"
+                    )
             self.metrics.touch()
             for file, content in contents.items():
                 if not file.exists():
-                    _write_atomically(file, json.dumps(content, indent=2) + "\n")
-        except (OSError, tf.errors.OpError) as error:
-            reason = getattr(error, "strerror", None) or getattr(error, "message", error)
-            raise UsageError(f"workdir {self.path} can't be written: {reason}") from None
+                    write_atomically(file, json.dumps(content, indent=2) + "\n")
 
     def read_config(self) -> ConfigDict:
         """Gives the config of the run.
@@ -154,11 +199,30 @@ class Workdir:
         lines = self.read_metrics()
         return bool(lines) and self.FINISHED in lines[-1]
 
+    def has_diverged(self) -> bool:
+        """Tells whether the last that the run did was to diverge."""
+        return any(self.DIVERGED in line for line in self.read_metrics()[-1:])
+
+    def num_retries(self) -> int:
+        """Gives how often the run has gone back after it diverged."""
+        return max((line.get(self.RETRY, 0) for line in self.read_metrics()), default=0)
+
+    def best_accuracy(self) -> float:
+        """Gives the highest validation accuracy so far; 0 where there was no evaluation."""
+        accuracies = (line.get("validation/accuracy", 0.0) for line in self.read_metrics())
+        return max(accuracies, default=0.0)
+
+    def statistics_of_evaluation(self, step: int) -> str | None:
+        """Gives by which statistics the network was evaluated at a step; None if it wasn't."""
+        lines = [line for line in self.read_metrics() if line["step"] == step]
+        return next((line[k] for line in lines if (k := "validation/statistics") in line), None)
+
     def drop_metrics_after(self, step: int) -> None:
         """Keeps only the lines of metrics.jsonl up to a step, where a resumed run goes on."""
         if self.metrics.exists():
             kept = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
-            _write_atomically(self.metrics, "".join(kept))
+            with writing(f"{self.metrics}", "it is as it was"):
+                write_atomically(self.metrics, "".join(kept))
 
 
 class _RunConfig(ConfigDict):
@@ -197,37 +261,100 @@ class _RunConfig(ConfigDict):
     __hash__ = None
 
 
+class _Lock:
+    """A file that one process at a time has, by the kernel's flock.
+
+    Args:
+      path: of the file, which stays; its text says who had it last.
+    """
+
+    def __init__(self, path: epath.Path) -> None:
+        self._path = path
+        self._file: IO[bytes] | None = None
+
+    def take(self) -> None:
+        """Takes it, or raises UsageError if another process has it."""
+        if fcntl is None or not is_local(self._path):
+            return
+        with writing(f"{self._path}"):
+            self._file = open(self._path, "a+b", buffering=0)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read().decode().strip() or "another process"
+            self.release()
+            raise UsageError(
+                f"workdir {self._path.parent} is in use: {holder} trains in it; wait for its end,"
+                " end it, or give another workdir"
+            ) from None
+        except OSError as error:
+            logging.warning(
+                "%s can't be locked (%s): see that no other process trains in there",
+                self._path.parent,
+                error.strerror,
+            )
+        with writing(f"{self._path}"):
+            self._file.truncate(0)
+            since = datetime.datetime.now().isoformat(" ", "seconds")
+            holder = f"process {os.getpid()} on {socket.gethostname()}, since {since}\n"
+            self._file.write(holder.encode())
+
+    def release(self) -> None:
+        """Gives it back, if it was taken."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
 class MetricsWriter:
     """Appends numbers to a run's metrics.jsonl and to its TensorBoard events.
 
     Args:
       workdir: of the run, created.
       global_batch_size: by which steps turn into examples.
+
+    Raises:
+      UsageError: from all of its methods, that the files can't be written.
     """
 
     def __init__(self, workdir: Workdir, global_batch_size: int) -> None:
+        self._workdir = workdir
         self._global_batch_size = global_batch_size
-        self._lines = workdir.metrics.open("a")
-        self._events = tf.summary.create_file_writer(os.fspath(workdir.path))
+        with self._writing():
+            self._lines = workdir.metrics.open("a")
+            self._events = tf.summary.create_file_writer(os.fspath(workdir.path))
 
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
         """Writes one line: step, examples, and the values under their names."""
         line = {"step": step, "examples": step * self._global_batch_size}
         # JSON has no number for what is not finite.
         line |= {k: None if _is_infinite_or_nan(v) else v for k, v in values.items()}
-        self._lines.write(json.dumps(line, allow_nan=False) + "\n")
-        self._lines.flush()
-        with self._events.as_default(step=step):
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    tf.summary.scalar(name, value)
+        with self._writing(f" of step {step}"):
+            self._lines.write(json.dumps(line, allow_nan=False) + "\n")
+            self._lines.flush()
+            with self._events.as_default(step=step):
+                for name, value in values.items():
+                    if isinstance(value, int | float):
+                        tf.summary.scalar(name, value)
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._lines.close()
-        self._events.close()
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        # What can't be written any more either isn't what went wrong first.
+        ignored = (UsageError,) if kind else ()
+        with contextlib.suppress(*ignored), self._writing():
+            try:
+                self._lines.close()
+            finally:
+                self._events.close()
+
+    def _writing(self, which: str = "") -> contextlib.AbstractContextManager[None]:
+        return writing(
+            f"the metrics{which} in {self._workdir.path}",
+            "what was written and saved before is intact; mend that and start again",
+        )
 
 
 def _lacking(config: epath.Path, key: str) -> UsageError:
@@ -239,12 +366,6 @@ def _lacking(config: epath.Path, key: str) -> UsageError:
 
 def _is_infinite_or_nan(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
-
-
-def _write_atomically(path: epath.Path, text: str) -> None:
-    unfinished = path.parent / f"{path.name}.unfinished"
-    unfinished.write_text(text)
-    unfinished.replace(path)
 
 
 def _flat(config: ConfigDict, prefix: str = "") -> dict[str, object]:
