@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from bn_keras.batch_norm import BatchNormalization
 from bn_keras.errors import UsageError
+from bn_keras.models.dropout import Dropout
 from bn_keras.models.weights import load_weights
 
 
@@ -337,7 +338,7 @@ def BNInception(
         x = keras.layers.GlobalMaxPooling2D(name="features")(x)
     if include_top:
         if chosen.dropout:
-            x = keras.layers.Dropout(chosen.dropout, name="dropout")(x)
+            x = Dropout(chosen.dropout, name="dropout")(x)
         x = net.classifier(x, classes, classifier_activation)
     model = keras.Model(images, [x, *outputs] if outputs else x, name=name or variant)
     if weights is not None:

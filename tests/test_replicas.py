@@ -1,0 +1,147 @@
+"""A run gives the same numbers on any number of replicas."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from bn_keras.models.dropout import Dropout
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """What train_on_replicas.py found, by its names: on four replicas, which takes a process."""
+    root = pathlib.Path(__file__).parent
+    file = tmp_path_factory.mktemp("runs") / "runs.npz"
+    done = subprocess.run(
+        [sys.executable, str(root / "train_on_replicas.py"), str(file)],
+        env={**os.environ, "PYTHONPATH": str(root.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return np.load(file)
+
+
+def variables_of(runs, replicas):
+    """By index and name, the first replica's; all have the same, to the bit."""
+    found = {}
+    for name in runs:
+        prefix, _, rest = name.partition(" ")
+        if prefix == str(replicas) and rest != "losses":
+            for copy in runs[name]:
+                np.testing.assert_array_equal(copy, runs[name][0], err_msg=name)
+            found[rest] = runs[name][0]
+    return found
+
+
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_the_number_of_replicas_changes_roundings_alone(runs, replicas):
+    """Synchronized BN, distortions and dropout, for eight steps of the same global batches.
+
+    What differs is the order of float32 sums, which comes to a rounding or so of each weight at
+    each step. One of each at the start, tried on one replica with eight seeds, has become at most
+    8e-5 of a variable's largest value after eight steps, and 1.1e-7 of a loss. So eight such
+    steps may come to eight times that.
+    """
+    np.testing.assert_allclose(runs[f"{replicas} losses"], runs["1 losses"], rtol=8.8e-7)
+    one, several = variables_of(runs, 1), variables_of(runs, replicas)
+    assert one.keys() == several.keys()
+    kinds = {name.split()[-1].rpartition("_")[2] for name in one}
+    assert {"kernel", "gamma", "mean", "variance", "momentum", "state"} <= kinds
+    for name, value in one.items():
+        largest = np.abs(value).max()
+        np.testing.assert_allclose(
+            several[name], value, atol=6.4e-4 * largest, rtol=0, err_msg=name
+        )
+    assert runs["1 losses"].std() > 0.1
+
+
+# --- Dropout.
+
+
+def dropped(strategy, layer, x):
+    """The layer's output for the rows of x, divided among the replicas, in two steps."""
+    parts = np.split(x, strategy.num_replicas_in_sync)
+    run = tf.function(lambda x: strategy.run(lambda x: layer(x, training=True), args=(x,)))
+    values = strategy.experimental_distribute_values_from_function(
+        lambda context: tf.constant(parts[context.replica_id_in_sync_group])
+    )
+    return [np.concatenate(strategy.experimental_local_results(run(values))) for _ in range(2)]
+
+
+@pytest.mark.parametrize("noise_shape", [None, (None, 1, 4)])
+def test_replicas_drop_what_one_would(two_replicas, noise_shape):
+    x = np.random.default_rng(0).normal(size=(6, 5, 4)).astype(np.float32)
+    one = keras.layers.Dropout(0.5, noise_shape, seed=3)
+    with two_replicas.scope():
+        ours = Dropout(0.5, noise_shape, seed=3)
+        keras_own = keras.layers.Dropout(0.5, noise_shape, seed=3)
+    expected = [one(x, training=True).numpy() for _ in range(2)]
+    assert np.any(expected[0] != expected[1])
+    np.testing.assert_array_equal(dropped(two_replicas, ours, x), expected)
+    # The defect: both replicas have the same mask.
+    first, second = np.split(dropped(two_replicas, keras_own, x)[0] == 0, 2)
+    np.testing.assert_array_equal(first, second)
+    for copy in two_replicas.experimental_local_results(ours.seed_generator.state.value):
+        np.testing.assert_array_equal(copy, one.seed_generator.state.value)
+
+
+def test_its_gradient_is_its_mask(two_replicas):
+    x = np.ones((4, 8), np.float32)
+    with two_replicas.scope():
+        layer = Dropout(0.5, seed=3)
+
+    @tf.function
+    def run():
+        def step():
+            inputs = tf.ones([2, 8])
+            with tf.GradientTape() as tape:
+                tape.watch(inputs)
+                y = layer(inputs, training=True)
+            return y, tape.gradient(y, inputs)
+
+        return two_replicas.run(step)
+
+    y, dx = (np.concatenate(two_replicas.experimental_local_results(r)) for r in run())
+    assert set(np.unique(y)) == {0, 2}
+    np.testing.assert_array_equal(dx, y * x)
+
+
+def test_without_replicas_or_training_it_is_keras_own(two_replicas):
+    x = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    ours, keras_own = Dropout(0.4, seed=1), keras.layers.Dropout(0.4, seed=1)
+    for training in (True, False):
+        np.testing.assert_array_equal(ours(x, training=training), keras_own(x, training=training))
+    y = two_replicas.run(lambda: ours(x, training=False))
+    for local in two_replicas.experimental_local_results(y):
+        np.testing.assert_array_equal(local, x)
+
+
+def test_it_is_saved_and_loaded(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), Dropout(0.25, noise_shape=(None, 1), seed=7)])
+    model.save(tmp_path / "model.keras")
+    (layer,) = keras.saving.load_model(tmp_path / "model.keras").layers
+    assert type(layer) is Dropout
+    assert (layer.rate, layer.noise_shape, layer.seed) == (0.25, (None, 1), 7)
+    # As Keras' own, in place of which it stands in checkpoints that were written before it.
+    assert [v.shape for v in layer.variables] == [(2,)]
+
+
+def test_shapes_stay_static(two_replicas):
+    """A TPU takes no others."""
+    with two_replicas.scope():
+        layer = Dropout(0.5)
+    shapes = []
+
+    @tf.function
+    def run():
+        two_replicas.run(lambda: shapes.append(layer(tf.zeros([3, 5]), training=True).shape))
+
+    run()
+    assert shapes == [(3, 5)] * 2
