@@ -1,12 +1,18 @@
 """Where the work runs: the only file that names a strategy class or sets up devices."""
 
+import contextlib
+import functools
 import os
+import re
+from collections.abc import Iterator
 
+import numpy as np
 import tensorflow as tf
 
-from bn_keras.errors import UsageError
+from bn_keras.cluster import Cluster
+from bn_keras.errors import UsageError, WorkerLostError
 
-STRATEGIES = ("one_device", "mirrored", "tpu")
+STRATEGIES = ("one_device", "mirrored", "multi_worker", "tpu")
 
 
 def make_strategy(strategy: str, replicas: int = 0) -> tf.distribute.Strategy:
@@ -16,13 +22,14 @@ def make_strategy(strategy: str, replicas: int = 0) -> tf.distribute.Strategy:
 
     Args:
       strategy: "one_device": the first accelerator, or the CPU; "mirrored": the same on several;
-        "tpu": all cores of the TPU that this machine is the one host of.
+        "multi_worker": all accelerators, or the CPU, of each process that TF_CONFIG names; "tpu":
+        all cores of the TPU that this machine is the one host of.
       replicas: how many devices "mirrored" takes; 0 is every accelerator there is, or one CPU
         replica where there is none.
 
     Raises:
-      UsageError: an unknown name, more accelerators than there are, a TPU that is not there, or a
-        CPU that can no longer be split.
+      UsageError: an unknown name, more accelerators than there are, a TPU that is not there, a CPU
+        that can no longer be split, or workers that don't meet.
     """
     if strategy not in STRATEGIES:
         raise UsageError(
@@ -36,8 +43,13 @@ def make_strategy(strategy: str, replicas: int = 0) -> tf.distribute.Strategy:
             )
         # TensorFlow's default strategy runs on the first accelerator, or else on the CPU.
         return tf.distribute.get_strategy()
-    if strategy == "tpu":
-        return _on_tpu(replicas)
+    if strategy in ("multi_worker", "tpu"):
+        if replicas:
+            raise UsageError(
+                f"distribution.replicas is {replicas}, but strategy {strategy} takes all devices:"
+                " set it to 0"
+            )
+        return _on_tpu() if strategy == "tpu" else _on_workers()
     if replicas < 0:
         raise UsageError(f"distribution.replicas is {replicas}: it has to be 0 or more")
     accelerators = tf.config.list_physical_devices("GPU")
@@ -52,11 +64,72 @@ def make_strategy(strategy: str, replicas: int = 0) -> tf.distribute.Strategy:
     return tf.distribute.MirroredStrategy([f"GPU:{i}" for i in range(count)])
 
 
-def _on_tpu(replicas: int) -> tf.distribute.Strategy:
-    if replicas:
+def is_chief(strategy: tf.distribute.Strategy) -> bool:
+    """Tells whether this process is the one that writes: of several workers, the first."""
+    return strategy.extended.should_checkpoint
+
+
+def from_all_workers(strategy: tf.distribute.Strategy, number: float) -> list[float]:
+    """Gives the numbers of all workers' processes in their order, once each has come by here.
+
+    All of them have to make the same calls in the same order. Without other workers, it is the
+    number given.
+
+    Args:
+      strategy: of `make_strategy`.
+      number: of this process; whole ones up to 2**53 come out as they are.
+    """
+    if not _has_workers(strategy):
+        return [number]
+    cluster = Cluster.from_environment()
+    # Each fills a place of its own and leaves the others 0; the sum is then exact.
+    numbers = np.zeros(len(cluster.addresses))
+    numbers[cluster.index] = number
+    total = strategy.reduce(tf.distribute.ReduceOp.SUM, tf.constant(numbers), axis=None)
+    return total.numpy().tolist()
+
+
+@contextlib.contextmanager
+def naming_lost_workers(strategy: tf.distribute.Strategy) -> Iterator[None]:
+    """Where workers wait for each other: one that is gone is told on one line.
+
+    TensorFlow finds out at once where a process has ended, and after ten seconds where it doesn't
+    answer.
+
+    Raises:
+      WorkerLostError: in the place of TensorFlow's error.
+    """
+    try:
+        yield
+    except tf.errors.OpError as error:
+        if not (_has_workers(strategy) and "Collective ops is aborted" in str(error)):
+            raise
+        task = re.search(r"/job:(\w+)(?:/replica:\d+)?/task:(\d+)", str(error))
+        raise WorkerLostError(
+            f"{f'{task[1]} {task[2]}' if task else 'another worker'} of TF_CONFIG has ended or does"
+            " not answer: see what it says, and start all workers again"
+        ) from None
+
+
+def _has_workers(strategy: tf.distribute.Strategy) -> bool:
+    return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+
+
+# A process can be made a worker once.
+@functools.cache
+def _on_workers() -> tf.distribute.Strategy:
+    cluster = Cluster.from_environment()
+    cluster.meet()
+    try:
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    except (RuntimeError, ValueError):
         raise UsageError(
-            f"distribution.replicas is {replicas}, but strategy tpu takes all cores: set it to 0"
-        )
+            "distribution.strategy is multi_worker, but TensorFlow has already started: make the"
+            " strategy before anything else runs on a device"
+        ) from None
+
+
+def _on_tpu() -> tf.distribute.Strategy:
     resolver = tf.distribute.cluster_resolver.TPUClusterResolver("local")
     try:
         tf.tpu.experimental.initialize_tpu_system(resolver)

@@ -37,3 +37,10 @@ class TrainingStoppedError(KeyboardInterrupt):
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.signum = signum
+
+
+class WorkerLostError(ConnectionError):
+    """Another worker of a training on several machines has ended, or can't be reached.
+
+    The launchers print the message alone and exit with status 5.
+    """
