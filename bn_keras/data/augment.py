@@ -85,7 +85,8 @@ def rand_augment_operations(magnitude: float) -> dict[str, Operation]:
     # In float32 whatever policy the network is built under.
     dtype = "float32"
     auto_contrast = layers.AutoContrast(_RANGE, dtype=dtype).augment_images
-    equalize = layers.Equalization(_RANGE, dtype=dtype).augment_images
+    # It branches by a tensor's value, for which it has to be a function by itself.
+    equalize = tf.function(layers.Equalization(_RANGE, dtype=dtype).augment_images)
     solarize = layers.Solarization(_RANGE, dtype=dtype).augment_images
     color = layers.RandomColorDegeneration(1.0, dtype=dtype).augment_images
     contrast = layers.RandomContrast(_RANGE, 1.0, dtype=dtype).augment_images
