@@ -158,7 +158,8 @@ class Checkpoints:
                     opened.read(1)
             except (OSError, tf.errors.OpError) as error:
                 raise UsageError(f"{file} can't be read: {reason_of(error)}") from None
-        reader = tf.train.load_checkpoint(self._path(step))
+        # tf.train.load_checkpoint would look for a folder of that name first.
+        reader = tf.compat.v1.train.NewCheckpointReader(self._path(step))
         return {key: reader.get_tensor(key) for key in sorted(reader.get_variable_to_shape_map())}
 
     def _assign(self, values: Mapping[str, np.ndarray], path: str) -> None:

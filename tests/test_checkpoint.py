@@ -1,0 +1,414 @@
+"""Nothing lost: a checkpoint is whole or there is the one before it, whatever becomes of a file."""
+
+import contextlib
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from etils import epath
+from etils.epath import gpath, register
+
+from bn_keras.checkpoint import Checkpoints
+from bn_keras.errors import UsageError
+
+DATA, INDEX = "data-00000-of-00001", "index"
+
+
+def make_parts(value=0.0, units=300):
+    """Two parts whose names say nothing of their kind, dots and double names among them."""
+    weights = [keras.Variable(np.full([units, 2], value, np.float32), name="k") for _ in range(3)]
+    seed = keras.Variable(np.array([7, 9], np.uint32), trainable=False, name="seed.state")
+    steps = keras.Variable(np.int64(value), trainable=False, dtype="int64", name="iteration")
+    return {"model": [*weights, seed], "auxiliary": [], "optimizer": [steps]}
+
+
+def values(parts):
+    return {part: [v.numpy() for v in variables] for part, variables in parts.items()}
+
+
+def assert_are(parts, value):
+    for found, expected in zip(
+        keras.tree.flatten(values(parts)),
+        keras.tree.flatten(values(make_parts(value))),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(found, expected)
+
+
+def save(folder, *steps, keep=9):
+    """Saves steps whose weights and iterations are the number of the step."""
+    parts = make_parts()
+    checkpoints = Checkpoints(folder, parts, keep)
+    for step in steps:
+        for variable in [*parts["model"][:3], *parts["optimizer"]]:
+            variable.assign(np.full(variable.shape, step, variable.dtype))
+        checkpoints.save(step)
+    return checkpoints
+
+
+def steps_in(folder):
+    return sorted(int(p.stem.split("-")[1]) for p in folder.glob("*.index"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return epath.Path(tmp_path) / "run" / "checkpoints"
+
+
+@pytest.fixture
+def warnings(caplog):
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def test_everything_comes_back_in_its_kind(folder):
+    save(folder, 5)
+    parts = make_parts(1.0)
+    checkpoints = Checkpoints(folder, parts)
+    assert checkpoints.restore() == checkpoints.latest_step == 5
+    assert checkpoints.latest == str(folder / "step-5")
+    assert_are(parts, 5)
+    assert [v.dtype for v in parts["model"]] == ["float32"] * 3 + ["uint32"]
+
+
+def test_nothing_saved_is_step_0_and_leaves_nothing_behind(folder):
+    checkpoints = Checkpoints(folder, make_parts())
+    assert (checkpoints.restore(), checkpoints.latest_step, checkpoints.latest) == (0, 0, None)
+    assert not folder.parent.exists()
+
+
+def test_the_latest_are_kept_and_no_other_file(folder):
+    save(folder, 0, 2, 10, 9, keep=2)
+    assert {p.name for p in folder.iterdir()} == {
+        "checkpoint",
+        *(f"step-{step}.{ending}" for step in (2, 9) for ending in (INDEX, DATA)),
+    }
+    # The tool of those who read TensorFlow's format.
+    assert tf.train.latest_checkpoint(folder) == str(folder / "step-9")
+
+
+def test_a_part_of_what_was_saved_can_be_read(folder):
+    save(folder, 3)
+    parts = {"model": make_parts()["model"]}
+    assert Checkpoints(folder, parts).restore() == 3
+    np.testing.assert_array_equal(parts["model"][0].numpy(), 3)
+
+
+def test_replicas_all_get_what_was_saved(folder, two_replicas):
+    def make():
+        with two_replicas.scope():
+            return {
+                "a": [keras.Variable([1.0, 2.0], name="a")],
+                "b": [
+                    keras.Variable(
+                        [3.0],
+                        trainable=False,
+                        synchronization="on_read",
+                        aggregation="only_first_replica",
+                        name="b",
+                    )
+                ],
+            }
+
+    saved, read = make(), make()
+    for part in saved.values():
+        components = two_replicas.experimental_local_results(part[0].value)
+        components[0].assign(components[0] + 5)
+        components[1].assign(components[1] - 5)
+    Checkpoints(folder, saved).save(1)
+    Checkpoints(folder, read).restore()
+    for part, expected in (("a", [6, 7]), ("b", [8])):
+        for component in two_replicas.experimental_local_results(read[part][0].value):
+            np.testing.assert_array_equal(component, expected)
+
+
+def flip(place):
+    def damage(file):
+        content = bytearray(file.read_bytes())
+        content[int(place * len(content))] ^= 0x10
+        file.write_bytes(content)
+
+    return damage
+
+
+def truncate(share):
+    return lambda file: file.write_bytes(file.read_bytes()[: int(share * file.stat().length)])
+
+
+DAMAGES = {
+    "emptied": truncate(0),
+    "halved": truncate(0.5),
+    "a byte short": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "zeros": lambda file: file.write_bytes(bytes(file.stat().length)),
+    "gone": lambda file: file.unlink(),
+} | {f"flipped at {place}": flip(place) for place in (0, 0.2, 0.5, 0.8)}
+
+
+@pytest.mark.parametrize("ending", [INDEX, DATA])
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_one_that_is_damaged_is_named_and_the_one_before_used(damage, ending, folder, warnings):
+    save(folder, 10, 20, 30)
+    damage(folder / f"step-30.{ending}")
+    parts = make_parts(1.0)
+    checkpoints = Checkpoints(folder, parts, keep=2)
+    assert checkpoints.restore() == checkpoints.latest_step == 20
+    # Of what could be read of the damaged one, nothing is left.
+    assert_are(parts, 20)
+    (warning,) = warnings()
+    assert "step-30 is damaged" in warning and "\n" not in warning
+    # The run comes by once more.
+    checkpoints.save(30)
+    assert steps_in(folder) == [20, 30]
+    again = make_parts()
+    assert Checkpoints(folder, again).restore() == 30
+    assert_are(again, 20)
+
+
+def test_every_bit_of_the_index_that_changes_a_value_is_noticed(folder):
+    """Of its last 48 bytes some are read by nobody, and some say where to read how much."""
+    save(folder, 1)
+    index = folder / "step-1.index"
+    whole = index.read_bytes()
+    for place in range(-48, 0):
+        for bit in (0x01, 0x40, 0x80):
+            content = bytearray(whole)
+            content[place] ^= bit
+            index.write_bytes(content)
+            parts = make_parts(-1.0)
+            with contextlib.suppress(UsageError):
+                Checkpoints(folder, parts).restore()
+                assert_are(parts, 1)
+                continue
+            assert_are(parts, -1)
+
+
+def test_damaged_ones_do_not_count_among_those_kept(folder):
+    save(folder, 10, 20, 30, 40)
+    for step in (30, 40):
+        truncate(0.5)(folder / f"step-{step}.{DATA}")
+    checkpoints = Checkpoints(folder, make_parts(), keep=2)
+    assert checkpoints.restore() == 20
+    checkpoints.save(25)
+    assert steps_in(folder) == [20, 25]
+
+
+def test_the_state_file_is_for_others(folder):
+    save(folder, 1, 2)
+    for text in ("", "\0" * 40, 'model_checkpoint_path: "step-9"', None):
+        if text is None:
+            (folder / "checkpoint").unlink()
+        else:
+            (folder / "checkpoint").write_text(text)
+        assert Checkpoints(folder, make_parts()).restore() == 2
+
+
+def test_if_all_are_damaged_it_is_an_error_on_one_line(folder):
+    save(folder, 1, 2)
+    truncate(0.5)(folder / f"step-1.{INDEX}")
+    flip(0.5)(folder / f"step-2.{DATA}")
+    parts = make_parts(-1.0)
+    with pytest.raises(UsageError, match="step-2 is damaged .*step-1 is damaged .*no earlier") as e:
+        Checkpoints(folder, parts).restore()
+    assert "\n" not in str(e.value)
+    assert_are(parts, -1)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        make_parts(units=301),
+        make_parts() | {"model": make_parts()["model"][:3]},
+        make_parts() | {"model": make_parts()["model"] * 2},
+        make_parts() | {"model": make_parts()["model"][::-1]},
+        make_parts() | {"averages": make_parts()["model"]},
+        make_parts() | {"optimizer": [keras.Variable(1.0, name="iteration")]},
+    ],
+    ids=["shapes", "fewer", "more", "order", "another part", "dtype"],
+)
+def test_one_of_another_network_is_no_damage(parts, folder, warnings):
+    save(folder, 1, 2)
+    before = values(parts)
+    with pytest.raises(UsageError, match="step-2 does not fit this network"):
+        Checkpoints(folder, parts).restore()
+    keras.tree.map_structure(np.testing.assert_array_equal, values(parts), before)
+    assert not warnings() and steps_in(folder) == [1, 2]
+
+
+def test_one_that_may_not_be_read_is_no_damage(folder, monkeypatch):
+    save(folder, 1, 2)
+
+    def refused(self, *_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(folder), "open", refused)
+    with pytest.raises(UsageError, match=f"step-2.{DATA} can't be read: Permission denied"):
+        Checkpoints(folder, make_parts()).restore()
+
+
+def test_one_that_is_removed_while_it_is_read(folder, monkeypatch, warnings):
+    """Evaluating the best network of a run whose training saves a better one meanwhile."""
+    save(folder, 1)
+    load = tf.compat.v1.train.NewCheckpointReader
+
+    def removed(prefix):
+        monkeypatch.setattr(tf.compat.v1.train, "NewCheckpointReader", load)
+        save(folder, 2, keep=1)
+        return load(prefix)
+
+    monkeypatch.setattr(tf.compat.v1.train, "NewCheckpointReader", removed)
+    parts = make_parts()
+    assert Checkpoints(folder, parts).restore() == 2
+    assert_are(parts, 2)
+    assert not warnings()
+
+
+@contextlib.contextmanager
+def files_of_at_most(num_bytes):
+    """As on a full disk, of which EFBIG is the one kind that takes no privileges."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("num_bytes", [0, 500, 5_000])
+def test_a_full_disk_costs_no_earlier_one(num_bytes, folder):
+    checkpoints = save(folder, 1, 2, keep=2)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    intact = "File too large; that of step 2 is intact"
+    with files_of_at_most(num_bytes), pytest.raises(UsageError, match=intact) as caught:
+        checkpoints.save(3)
+    assert str(caught.value).startswith(f"the checkpoint of step 3 in {folder} can't be written")
+    assert "\n" not in str(caught.value)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert checkpoints.latest_step == 2
+    checkpoints.save(3)
+    assert steps_in(folder) == [2, 3]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        UsageError, match="of step 4 .*can't be written: Not a directory; it is the"
+    ):
+        save(epath.Path(tmp_path / "file" / "checkpoints"), 4)
+
+
+# What kill -9 may leave behind, in the order of a save: of the files that are not in their place
+# yet, of the data without its index, and of one of which there was another.
+@pytest.mark.parametrize(
+    "remains",
+    [
+        ["unfinished/step-30_temp/part-00000-of-00001.data-00000-of-00001.tempstate1"],
+        [f"unfinished/step-30.{DATA}"],
+        [f"unfinished/step-30.{INDEX}", f"step-30.{DATA}"],
+        ["checkpoint.unfinished"],
+    ],
+)
+def test_what_a_killed_save_leaves_is_in_nobodys_way(remains, folder):
+    save(folder, 10, 20)
+    for name in remains:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"half of it")
+    parts = make_parts()
+    checkpoints = Checkpoints(folder, parts, keep=3)
+    assert checkpoints.restore() == 20
+    checkpoints.save(25)
+    assert {p.name for p in folder.iterdir()} == {
+        "checkpoint",
+        *(f"step-{step}.{ending}" for step in (10, 20, 25) for ending in (INDEX, DATA)),
+    }
+
+
+# In a process of its own, since TensorFlow can be forked only before its first operation.
+SAVE_AND_BE_KILLED = """
+import os, random, signal, sys, time
+import keras
+import numpy as np
+from etils import epath
+from bn_keras.checkpoint import Checkpoints
+
+def save_for_ever(done):
+    shapes = {name: [50_000] for name in "abcdef"}
+    parts = {"model": [keras.Variable(np.zeros(s, "f"), name=n) for n, s in shapes.items()]}
+    checkpoints = Checkpoints(epath.Path(sys.argv[1]), parts, keep=2)
+    step = checkpoints.restore()
+    assert all((v.numpy() == step).all() for v in parts["model"]), "torn"
+    while True:
+        os.write(done, b"%d\\n" % step)
+        step += 1
+        for variable in parts["model"]:
+            variable.assign(np.full(variable.shape, step, "f"))
+        checkpoints.save(step)
+
+random.seed(0)
+last = 0
+for _ in range(8):
+    steps, done = os.pipe()
+    child = os.fork()
+    if not child:
+        save_for_ever(done)
+    os.close(done)
+    with open(steps) as steps:
+        restored = int(steps.readline())
+        # What was saved is there, and one that was about to be may be.
+        assert last <= restored <= last + 1, (last, restored)
+        began = time.perf_counter()
+        steps.readline()
+        time.sleep(random.random() * (time.perf_counter() - began))
+        os.kill(child, signal.SIGKILL)
+        last = int(([restored + 1] + steps.readlines())[-1])
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+print(last)
+"""
+
+
+def test_killed_at_any_moment_of_a_save(folder):
+    done = subprocess.run(
+        [sys.executable, "-c", SAVE_AND_BE_KILLED, folder], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    last = int(done.stdout)
+    assert last >= 8
+    files = [p for p in pathlib.Path(folder).rglob("*") if p.is_file()]
+    # Those that are kept, and of the save that was killed at most as many again and one.
+    assert {*range(last - 1, last + 1)} <= {*steps_in(folder)} and len(files) <= 1 + 2 * 4
+    parts = {"model": [keras.Variable(np.zeros([50_000], "f"), name=n) for n in "abcdef"]}
+    checkpoints = Checkpoints(folder, parts, keep=1)
+    step = checkpoints.restore()
+    checkpoints.save(step + 1)
+    assert len(list(folder.iterdir())) == 3
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """Of TensorFlow's own file systems the one in memory: as a bucket's, it is none of Python's."""
+    monkeypatch.setattr(gpath, "_URI_PREFIXES", (*gpath._URI_PREFIXES, "ram://"))
+    monkeypatch.setattr(gpath, "_URI_SCHEMES", frozenset({*gpath._URI_SCHEMES, "ram"}))
+    monkeypatch.setitem(gpath._URI_MAP_ROOT, "ram://", "/ram/")
+    monkeypatch.setitem(register._URI_PREFIXES_TO_CLS, "ram://", gpath.PosixGPath)
+    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "ram", gpath.backend_lib.tf_backend)
+    bucket = epath.Path("ram://bucket")
+    bucket.mkdir()
+    return bucket
+
+
+def test_in_a_bucket(bucket, warnings):
+    folder = bucket / "run" / "checkpoints"
+    assert os.fspath(folder).startswith("ram://")
+    assert Checkpoints(folder, make_parts()).restore() == 0
+    save(folder, 10, 20, 30, keep=2)
+    assert steps_in(folder) == [20, 30]
+    (folder / f"step-30.{DATA}").unlink()
+    parts = make_parts()
+    assert Checkpoints(folder, parts).restore() == 20
+    assert_are(parts, 20)
+    assert len(warnings()) == 1
+    assert not os.path.exists("ram:")
