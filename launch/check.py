@@ -25,6 +25,8 @@ def main() -> None:
     """Examines what the flags say and prints the report."""
     from bn_keras.health import check_workdir
 
+    batches = _BATCHES.value or "none: the weights alone"
+    cli.tell({"network": _WORKDIR.value, "batches": f"{batches}"})
     report = check_workdir(_WORKDIR.value, _BATCHES.value)
     if _JSON.value:
         everything = {"has_faults": report.has_faults} | dataclasses.asdict(report)

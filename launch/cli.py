@@ -68,8 +68,10 @@ def tell(lines: Mapping[str, str]) -> None:
 
 
 def describe_config() -> str:
-    """Names the file of --config and what overrides it."""
+    """Names the file of --config, if there is one, and what overrides it."""
     config = flags.FLAGS["config"]
+    if not config.present:
+        return "none"
     overrides = config_flags.get_override_values(config)
     given = ", ".join(f"{key}={value}" for key, value in overrides.items())
     return config_flags.get_config_filename(config) + (given and f" with {given}")

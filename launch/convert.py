@@ -32,6 +32,7 @@ def main() -> None:
     """Converts what the flags name."""
     from bn_keras.convert import convert_weights
 
+    cli.tell({"weights": _WEIGHTS.value, "output": _OUTPUT.value})
     convert_weights(_WEIGHTS.value, _OUTPUT.value, _SOURCE.value, overwrite=_OVERWRITE.value)
 
 

@@ -5,7 +5,7 @@ Examples:
   python -m launch.crops --output=crops.png --crops=10 --size=32 photograph.jpg
 """
 
-from absl import flags, logging
+from absl import flags
 
 from launch import cli
 
@@ -21,8 +21,9 @@ def main(images: list[str]) -> None:
 
     if len(images) > 1:
         cli.fail(f"unexpected argument {images[1]!r}: the crops of one image are drawn", 2)
+    cli.tell({"image": images[0], "crops": f"{_CROPS.value}, of {_SIZE.value} pixels"})
     draw_crops(images[0], Crops.parse(_CROPS.value), _SIZE.value, _OUTPUT.value)
-    logging.info("the crops are in %s", _OUTPUT.value)
+    print(f"The picture is {_OUTPUT.value}.")
 
 
 if __name__ == "__main__":

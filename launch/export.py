@@ -22,6 +22,9 @@ _FORMAT = flags.DEFINE_enum(
     "keras (images to logits), saved_model (JPEG files to probabilities, too) or tflite.",
 )
 _FOLD = flags.DEFINE_bool("fold", False, "Fold batch normalization into the layers before it.")
+_BEST = flags.DEFINE_bool(
+    "best", False, "Take the network of the run's best evaluation in place of the last one."
+)
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an output that is there.")
 
 
@@ -29,12 +32,15 @@ def main() -> None:
     """Exports what the flags say and prints what came of it."""
     from bn_keras.export import export_workdir
 
+    form = f"{_FORMAT.value}, folded" if _FOLD.value else _FORMAT.value
+    cli.tell({"network": _WORKDIR.value, "output": f"{_OUTPUT.value}, {form}"})
     report = export_workdir(
         _WORKDIR.value,
         _OUTPUT.value,
         _FORMAT.value,
         fold=_FOLD.value,
         overwrite=_OVERWRITE.value,
+        best=_BEST.value,
     )
     print(report)
 

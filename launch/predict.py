@@ -20,6 +20,9 @@ _WORKDIRS = flags.DEFINE_multi_string(
     "workdir", None, "Folder of a run; repeated, those of an ensemble's members.", required=True
 )
 _CROPS = flags.DEFINE_string("crops", "1", "Crops of each image, as launch.evaluate takes them.")
+_BEST = flags.DEFINE_bool(
+    "best", False, "Takes each run's network of its best evaluation in place of the last one."
+)
 _JSON = flags.DEFINE_bool("json", False, "Prints a line of JSON for each image instead.")
 
 
@@ -29,7 +32,8 @@ def main(images: list[str]) -> None:
     from bn_keras.errors import UsageError
     from bn_keras.predict import make_predictor
 
-    predict = make_predictor(_WORKDIRS.value, Crops.parse(_CROPS.value))
+    cli.tell({"networks": ", ".join(_WORKDIRS.value), "crops": _CROPS.value})
+    predict = make_predictor(_WORKDIRS.value, Crops.parse(_CROPS.value), best=_BEST.value)
     failed = False
     for image in images:
         try:

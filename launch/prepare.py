@@ -23,6 +23,8 @@ def main() -> None:
     """Prepares the set and says where it is."""
     from bn_keras.data.imagenet import prepare_imagenet
 
+    place = _DATA_DIR.value or "TFDS's own folder"
+    cli.tell({"archives": _MANUAL_DIR.value, "output": f"imagenet2012 in {place}"})
     print(f"imagenet2012 is in {prepare_imagenet(_MANUAL_DIR.value, _DATA_DIR.value)}")
 
 

@@ -15,8 +15,11 @@ _EXAMPLES = flags.DEFINE_integer("examples", 8, "How many training and validatio
 
 def main() -> None:
     """Writes the picture."""
+    from bn_keras.plan import describe
     from bn_keras.preview import write_preview
 
+    data = describe(_CONFIG.value)["data"]
+    cli.tell({"config": cli.describe_config(), "data": data, "output": _OUTPUT.value})
     write_preview(_CONFIG.value, _OUTPUT.value, _EXAMPLES.value)
     print(f"The picture is {_OUTPUT.value}.")
 

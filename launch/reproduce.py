@@ -24,6 +24,7 @@ _WORKDIR = cli.define_workdir("Folder of the report, with a folder for each run.
 def main() -> None:
     """Trains, then writes and prints the report."""
     from bn_keras.experiment import run_all
+    from bn_keras.plan import describe
     from bn_keras.report import write_report
 
     configs = {}
@@ -32,6 +33,10 @@ def main() -> None:
         config.data.data_dir = _DATA_DIR.value
         config.train.steps = _STEPS.value or config.train.steps
         configs[network.title] = config
+    # Of one data set and on one kind of devices, so that one speaks for all.
+    some = next(iter(configs.values()))
+    count = f"{len(configs)}, of {some.train.steps:,} steps each, in {_WORKDIR.value}"
+    cli.tell(describe(some) | {"runs": count})
     runs = run_all(configs, _WORKDIR.value)
 
     command = ["python", "-m", "launch.reproduce"]
@@ -41,6 +46,7 @@ def main() -> None:
     folder = pathlib.Path(_WORKDIR.value)
     print("\n" + write_report(runs, folder, shlex.join(command)))
     print(f"The report is {folder / 'report.md'}, with its plot {folder / 'accuracy.png'}.")
+    cli.tell({"look": f"tensorboard --logdir={_WORKDIR.value}"})
 
 
 if __name__ == "__main__":

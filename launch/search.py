@@ -27,6 +27,7 @@ _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Values of config.seed to a
 def main() -> None:
     """Trains every combination and prints them, the best first."""
     from bn_keras.experiment import run_all
+    from bn_keras.plan import describe
 
     settings = list(itertools.product(_INITIALIZERS.value, _BASE_RATES.value))
     configs = {}
@@ -37,6 +38,8 @@ def main() -> None:
             config.schedule.base_rate = cli.parse(float, base_rate, "--base_rates")
             config.seed = cli.parse(int, seed, "--seeds")
             configs[f"{initializer} {base_rate} seed {seed}"] = config
+    count = f"{len(configs)}, of {_CONFIG.value.train.steps:,} steps each, in {_WORKDIR.value}"
+    cli.tell({"config": cli.describe_config()} | describe(_CONFIG.value) | {"runs": count})
     runs = iter(run_all(configs, _WORKDIR.value))
 
     rows = []

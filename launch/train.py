@@ -1,28 +1,71 @@
 """Trains a network, or goes on with a run that was stopped.
 
+--dry_run builds everything, shows the network and the schedule, takes one step on made-up images
+and writes nothing; the data need not be there. --verify_resume trains a few steps at a stretch,
+and stopped and resumed, and compares the hashes over all variables; it writes nothing either.
+
 Example:
   python -m launch.train --config=configs/mnist_bn.py --workdir=runs/mnist_bn
 """
 
-from absl import logging
+from absl import flags, logging
 
 from launch import cli
 
 _CONFIG = cli.define_config()
 _WORKDIR = cli.define_workdir()
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only show what would be trained, and try a step.")
+_VERIFY_RESUME = flags.DEFINE_bool(
+    "verify_resume", False, "Only prove that the run can be resumed exactly."
+)
+_PROFILE_STEPS = flags.DEFINE_integer(
+    "profile_steps", 0, "Profile so many steps, for TensorBoard.", lower_bound=0
+)
 
 
 def main() -> None:
-    """Trains what the flags say and prints the run's last numbers."""
+    """Trains what the flags say, or tries it."""
+    from bn_keras.plan import plan
+
+    if _DRY_RUN.value and _VERIFY_RESUME.value:
+        cli.fail("--dry_run and --verify_resume are two things: give one of them", 2)
+    cli.tell({"config": cli.describe_config()} | plan(_CONFIG.value, _WORKDIR.value))
+    if _DRY_RUN.value:
+        _dry_run()
+    elif _VERIFY_RESUME.value:
+        _verify_resume()
+    else:
+        _train()
+
+
+def _dry_run() -> None:
+    from bn_keras.dry_run import dry_run
+
+    for paragraph in dry_run(_CONFIG.value):
+        print(f"{paragraph}\n", flush=True)
+    print("Nothing was written.")
+
+
+def _verify_resume() -> None:
+    from bn_keras.train import verify_resume
+
+    digest = verify_resume(_CONFIG.value)
+    print(f"A resumed run is the unbroken one: both have variables_sha256 {digest}")
+
+
+def _train() -> None:
     from bn_keras.train import train_and_evaluate
 
-    last = train_and_evaluate(_CONFIG.value, _WORKDIR.value)
-    logging.info(
-        "step %d: validation accuracy %.4f, loss %.4f; the run is in %s",
-        last["step"],
-        last["validation/accuracy"],
-        last["validation/loss"],
-        _WORKDIR.value,
+    workdir = _WORKDIR.value
+    last = train_and_evaluate(_CONFIG.value, workdir, profile_steps=_PROFILE_STEPS.value)
+    accuracy, loss = (last[f"validation/{name}"] for name in ("accuracy", "loss"))
+    logging.info("step %d: validation accuracy %.4f, loss %.4f", last["step"], accuracy, loss)
+    cli.tell(
+        {
+            "run": f"{workdir}: metrics.jsonl, checkpoints/, best/",
+            "look": f"tensorboard --logdir={workdir}",
+            "next": f"python -m launch.evaluate --workdir={workdir}",
+        }
     )
 
 

@@ -190,6 +190,23 @@ def describe(
     return Description(shape, num_classes, *(split and split.num_examples for split in splits))
 
 
+def stand_in(description: Description, image_size: int) -> Source:
+    """Makes up a small source that looks like the one described, for a try without it.
+
+    Args:
+      description: of the set; where it has no number of examples, there are a few.
+      image_size: side of the images where those of the set differ in size; 0 is one pixel.
+    """
+    *size, channels = description.image_shape
+    shape = (*(side or image_size or 1 for side in size), channels)
+    pool = _pool(shape, description.num_classes)
+    return Source(
+        _numbers(description.num_classes),
+        Arrays(*pool, num_examples=description.num_train_examples or 0),
+        Arrays(*pool, num_examples=description.num_validation_examples or 0),
+    )
+
+
 def locate(name: str, data_dir: str) -> str:
     """Says where a data set is, or what will become of it where it is not.
 
@@ -199,9 +216,9 @@ def locate(name: str, data_dir: str) -> str:
     if name == "digits":
         return "comes with scikit-learn"
     if name == "synthetic":
-        return "is made up"
+        return "made up"
     if name == "folder":
-        return f"in {data_dir!r}"
+        return f"in {data_dir}"
     builder = _find_builder(name, data_dir)
     if builder.is_prepared():
         return f"prepared in {builder.data_dir}"
@@ -264,25 +281,32 @@ def _digits() -> dict[str, Arrays]:
 
 
 def _synthetic(image_size: int) -> tuple[tuple[str, ...], dict[str, Arrays]]:
-    """Coloured noise on a coarse grid, as many examples as ImageNet from a small pool.
-
-    The labels belong to the pool's images, so they can be learned; validation shows the same.
-    """
+    """As many examples as ImageNet from a small pool; validation shows the same."""
     if image_size < 1:
         raise UsageError(
             f"data.image_size is {image_size}, but 'synthetic' images have no size of their own: "
             "give the side in pixels"
         )
-    random = np.random.default_rng(0)
-    cells = math.ceil(image_size / 8)
-    coarse = random.integers(0, 256, (SYNTHETIC_POOL, cells, cells, 3), np.uint8)
-    images = coarse.repeat(8, axis=1).repeat(8, axis=2)[:, :image_size, :image_size]
-    labels = np.arange(SYNTHETIC_POOL) * SYNTHETIC_CLASSES // SYNTHETIC_POOL
-    images, labels = np.ascontiguousarray(images), labels.astype(np.int32)
-    return tuple(str(label) for label in range(SYNTHETIC_CLASSES)), {
-        "train": Arrays(images, labels, num_examples=SYNTHETIC_TRAIN_EXAMPLES),
-        "validation": Arrays(images, labels, num_examples=SYNTHETIC_VALIDATION_EXAMPLES),
+    pool = _pool((image_size, image_size, 3), SYNTHETIC_CLASSES)
+    return _numbers(SYNTHETIC_CLASSES), {
+        "train": Arrays(*pool, num_examples=SYNTHETIC_TRAIN_EXAMPLES),
+        "validation": Arrays(*pool, num_examples=SYNTHETIC_VALIDATION_EXAMPLES),
     }
+
+
+def _pool(image_shape: tuple[int, int, int], num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Coloured noise on a coarse grid, with labels that belong to it and so can be learned."""
+    height, width, channels = image_shape
+    random = np.random.default_rng(0)
+    cells = (SYNTHETIC_POOL, math.ceil(height / 8), math.ceil(width / 8), channels)
+    coarse = random.integers(0, 256, cells, np.uint8)
+    images = coarse.repeat(8, axis=1).repeat(8, axis=2)[:, :height, :width]
+    labels = np.arange(SYNTHETIC_POOL) * num_classes // SYNTHETIC_POOL
+    return np.ascontiguousarray(images), labels.astype(np.int32)
+
+
+def _numbers(count: int) -> tuple[str, ...]:
+    return tuple(map(str, range(count)))
 
 
 def _open_tfds(name: str, data_dir: str, train_split: str, validation_split: str) -> Source:

@@ -1,0 +1,68 @@
+"""A training in all its parts, on made-up data and for one step."""
+
+import time
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from bn_keras import distribution
+from bn_keras.cost import count
+from bn_keras.data import pipeline, sources
+from bn_keras.train import _check as check
+from bn_keras.train import _open_batches as open_batches
+from bn_keras.trainer import make_schedule, make_trainer
+
+
+def dry_run(config: ConfigDict) -> Iterator[str]:
+    """Builds what a config describes and takes one step; writes nothing and downloads nothing.
+
+    The step is on made-up images of the size, the number and the classes of the data set, which
+    need not be there.
+
+    Args:
+      config: as configs/default.py.
+
+    Yields:
+      Paragraphs for people: the network by its modules, the schedule, the step.
+
+    Raises:
+      UsageError: a value in the config that can't be meant, as far as that shows without the data.
+    """
+    check(config)
+    strategy = distribution.make_strategy(**config.distribution)
+    names = ("name", "data_dir", "train_split", "validation_split", "image_size")
+    description = sources.describe(*(config.data[name] for name in names))
+    source = sources.stand_in(description, config.data.image_size)
+    data = pipeline.open_data(config.data, config.seed, source)
+    pipeline.check_divides(strategy, config.evaluation.global_batch_size)
+    trainer = make_trainer(
+        config, strategy, data.input_shape, data.num_classes, data.num_train_examples
+    )
+    cost = count(trainer.model)
+    yield str(cost)
+
+    num_examples = description.num_train_examples
+    if num_examples:
+        yield make_schedule(config, num_examples).describe(config.train.steps, num_examples)
+    else:
+        yield (
+            f"the schedule goes by epochs: how many steps they are shows when {config.data.name} is"
+            " prepared"
+        )
+
+    batches = open_batches(trainer, data, 0)
+    began = time.perf_counter()
+    trainer.trace(batches)
+    traced = time.perf_counter()
+    loss, _, finite_steps = trainer.train(batches, 1)
+    ended = time.perf_counter()
+    replicas = strategy.num_replicas_in_sync
+    part = config.train.global_batch_size // config.train.micro_batches // replicas
+    yield (
+        f"one step of {config.train.global_batch_size} made-up images on {replicas} replica(s):"
+        f" loss {loss:.4f}{'' if finite_steps else ', which is not finite'}\n"
+        f"building its graph took {traced - began:.1f} s, the step itself, the first,"
+        f" {ended - traced:.1f} s\n"
+        f"of {part} images, a replica keeps about {part * cost.activation_bytes / 2**20:,.0f} MiB"
+        " for the way back"
+    )
