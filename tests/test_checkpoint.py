@@ -3,7 +3,6 @@
 import contextlib
 import os
 import pathlib
-import resource
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ import pytest
 import tensorflow as tf
 from etils import epath
 from etils.epath import gpath, register
+from full_disk import files_of_at_most
 
 from bn_keras.checkpoint import Checkpoints
 from bn_keras.errors import UsageError
@@ -265,17 +265,6 @@ def test_one_that_is_removed_while_it_is_read(folder, monkeypatch, warnings):
     assert Checkpoints(folder, parts).restore() == 2
     assert_are(parts, 2)
     assert not warnings()
-
-
-@contextlib.contextmanager
-def files_of_at_most(num_bytes):
-    """As on a full disk, of which EFBIG is the one kind that takes no privileges."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("num_bytes", [0, 500, 5_000])

@@ -1,10 +1,16 @@
 """The files of a run: whole lines, kept up to the step that a run goes on from."""
 
+import errno
+import fcntl
 import json
+import os
+import signal
+import socket
 
 import pytest
+from full_disk import files_of_at_most
 
-from bn_keras import models
+from bn_keras import models, workdir
 from bn_keras.data import pipeline
 from bn_keras.errors import UsageError
 from bn_keras.workdir import MetricsWriter, Workdir
@@ -149,3 +155,138 @@ def test_a_damaged_line_of_metrics_is_named_and_kept(tmp_path):
     with pytest.raises(UsageError, match="line 2 of .*metrics.jsonl is damaged"):
         workdir.check(config)
     assert workdir.metrics.read_text() == damaged
+
+
+def test_a_full_disk_costs_no_line_written_before(tmp_path):
+    run = Workdir(tmp_path)
+    with MetricsWriter(run, 32) as metrics:
+        metrics.write(1, {"train/loss": 0.5})
+    failed = "the metrics of step 2 in .* can't be written: File too large; what was written"
+    with (
+        files_of_at_most(run.metrics.stat().length + 10),
+        pytest.raises(UsageError, match=failed) as caught,
+        MetricsWriter(run, 32) as metrics,
+    ):
+        metrics.write(2, {"train/loss": 0.5})
+    assert "\n" not in str(caught.value)
+    assert not run.metrics.read_text().endswith("\n")
+    assert run.last_step() == 1
+    run.drop_metrics_after(1)
+    with MetricsWriter(run, 32) as metrics:
+        metrics.write(2, {})
+    assert [line["step"] for line in run.read_metrics()] == [1, 2]
+
+
+def test_a_disk_too_full_for_the_events_is_told(tmp_path):
+    run = Workdir(tmp_path)
+    values = {f"train/{i}": 0.5 for i in range(50)}
+    with pytest.raises(UsageError, match="metrics of step 3 in .*File too large"):
+        with MetricsWriter(run, 32) as metrics:
+            metrics.write(1, values)
+            (events,) = tmp_path.glob("events.*")
+            with files_of_at_most(max(events.stat().st_size, run.metrics.stat().length * 3)):
+                metrics.write(2, {})
+                metrics.write(3, values)
+
+
+def test_a_full_disk_keeps_the_lines_that_a_run_goes_on_from(tmp_path):
+    run = Workdir(tmp_path)
+    with MetricsWriter(run, 32) as metrics:
+        for step in range(100):
+            metrics.write(step, {})
+    with files_of_at_most(50), pytest.raises(UsageError, match="metrics.jsonl can't be written"):
+        run.drop_metrics_after(50)
+    assert run.last_step() == 99
+
+
+def locks(path):
+    """Takes the lock of a run that was begun, as a second process would."""
+    with Workdir(path).locked():
+        return True
+
+
+def test_one_process_at_a_time_trains_in_a_workdir(tmp_path):
+    Workdir(tmp_path).create(default.get_config(), *INTERFACE)
+    with Workdir(tmp_path).locked():
+        with pytest.raises(UsageError, match="is in use") as caught:
+            locks(tmp_path)
+    message = str(caught.value)
+    assert f"process {os.getpid()} on {socket.gethostname()}, since 2" in message
+    assert "give another workdir" in message and "\n" not in message
+    assert locks(tmp_path)
+
+
+def test_a_lock_goes_with_its_process(tmp_path):
+    Workdir(tmp_path).create(default.get_config(), *INTERFACE)
+    ready, told = os.pipe()
+    child = os.fork()
+    if not child:
+        with Workdir(tmp_path).locked():
+            os.write(told, b"!")
+            signal.pause()
+    os.read(ready, 1)
+    with pytest.raises(UsageError, match=f"process {child} on"):
+        locks(tmp_path)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert locks(tmp_path)
+
+
+def test_a_new_run_is_locked_once_its_folder_is_there(tmp_path):
+    first, second = (Workdir(tmp_path / "run") for _ in range(2))
+    with first.locked(), second.locked():
+        assert not (tmp_path / "run").exists()
+        first.create(default.get_config(), *INTERFACE)
+        with pytest.raises(UsageError, match=f"is in use: process {os.getpid()}"):
+            second.create(default.get_config(), *INTERFACE)
+        with pytest.raises(UsageError, match="is in use"):
+            locks(tmp_path / "run")
+        # As a run does that goes back to its last checkpoint.
+        first.create(default.get_config(), *INTERFACE)
+    assert locks(tmp_path / "run")
+
+
+def test_a_run_that_another_process_began_and_ended_meanwhile_is_not_begun_anew(tmp_path):
+    late, other = Workdir(tmp_path), Workdir(tmp_path)
+    with late.locked():
+        with other.locked():
+            other.create(default.get_config(), *INTERFACE)
+        with pytest.raises(UsageError, match="has begun a run in .* meanwhile: start again"):
+            late.create(default.get_config(), *INTERFACE)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, caplog):
+    Workdir(tmp_path).create(default.get_config(), *INTERFACE)
+
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    assert locks(tmp_path)
+    assert "can't be locked (No locks available)" in caplog.text
+
+
+def test_a_bucket_has_no_locks(tmp_path, monkeypatch):
+    Workdir(tmp_path).create(default.get_config(), *INTERFACE)
+    monkeypatch.setattr(workdir, "is_local", lambda path: False)
+    with Workdir(tmp_path).locked():
+        assert locks(tmp_path)
+    assert not (tmp_path / "lock").exists()
+
+
+def test_the_best_accuracy_is_that_of_the_evaluations_so_far(tmp_path):
+    run = Workdir(tmp_path)
+    assert run.best_accuracy() == 0
+    with MetricsWriter(run, 32) as metrics:
+        metrics.write(1, {"train/accuracy": 0.9})
+        for step, accuracy in ((2, 0.25), (3, 0.75), (4, 0.5)):
+            metrics.write(step, {"train/accuracy": 0.9})
+            metrics.write(
+                step, {"validation/accuracy": accuracy, "validation/statistics": "moving"}
+            )
+    assert run.best_accuracy() == 0.75
+    assert run.statistics_of_evaluation(3) == "moving"
+    assert run.statistics_of_evaluation(1) is None
+    run.drop_metrics_after(2)
+    assert run.best_accuracy() == 0.25
+    assert run.statistics_of_evaluation(3) is None
