@@ -322,8 +322,8 @@ class MetricsWriter:
         self._workdir = workdir
         self._global_batch_size = global_batch_size
         with self._writing():
-            self._lines = workdir.metrics.open("a")
             self._events = tf.summary.create_file_writer(os.fspath(workdir.path))
+            self._lines = workdir.metrics.open("a")
 
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
         """Writes one line: step, examples, and the values under their names."""

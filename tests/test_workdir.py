@@ -160,7 +160,7 @@ def test_a_damaged_line_of_metrics_is_named_and_kept(tmp_path):
 def test_a_full_disk_costs_no_line_written_before(tmp_path):
     run = Workdir(tmp_path)
     with MetricsWriter(run, 32) as metrics:
-        metrics.write(1, {"train/loss": 0.5})
+        metrics.write(1, {"longer than the first event": "x" * 200})
     failed = "the metrics of step 2 in .* can't be written: File too large; what was written"
     with (
         files_of_at_most(run.metrics.stat().length + 10),
