@@ -1,0 +1,370 @@
+"""RandAugment, MixUp and CutMix: each against a reference, and as functions of the step alone."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image, ImageOps
+from scipy import ndimage, special, stats
+from small import small_mlp
+from test_data import ONE, Pipelines, assert_same, settings
+from test_train import kill_after
+
+from bn_keras.data import augment, pipeline
+from bn_keras.data import images as images_lib
+from bn_keras.data.augment import Mixing
+from bn_keras.data.images import Preprocessing
+from bn_keras.errors import UsageError
+from bn_keras.train import train_and_evaluate
+
+MAGNITUDE = 0.4
+NAMES = list(augment.rand_augment_operations(MAGNITUDE))
+LUMA = [0.2989, 0.587, 0.114]
+
+
+def photograph(channels=3, height=18, width=25):
+    """Whole numbers, of which the largest and the smallest are not 0 and 255."""
+    rows, columns = np.mgrid[:height, :width, :channels][:2]
+    waves = 120 + 60 * np.sin(rows / 3) + 40 * np.cos(columns / 4)
+    noise = np.random.default_rng(0).integers(0, 20, waves.shape)
+    return np.round(waves + noise).astype(np.float32)
+
+
+def row(*operations):
+    """The uniform numbers that choose these operations, each with its two numbers."""
+    choices = [*NAMES, "none"]
+    draws = [[(choices.index(name) + 0.5) / len(choices), *values] for name, *values in operations]
+    none = [1 - 2**-24, 0.5, 0.5]
+    return np.float32(draws + [none] * (augment.NUM_OPERATIONS - len(draws))).ravel()
+
+
+@tf.function
+def augmented(images, uniforms):
+    return augment.rand_augment(images, uniforms, MAGNITUDE)
+
+
+def around(uniform):
+    """Of a normal distribution about the magnitude, within [0, 1]."""
+    return np.clip(stats.norm.ppf(uniform, MAGNITUDE, augment.MAGNITUDE_STDDEV), 0, 1)
+
+
+def up_to(uniform):
+    return MAGNITUDE * (2 * uniform - 1)
+
+
+def moved(image, matrix, offset=(0, 0)):
+    """Takes the pixel at (row, column) from matrix @ (row, column) + offset, reflected outside."""
+    planes = [
+        ndimage.affine_transform(plane, matrix, offset, order=1, mode="reflect")
+        for plane in np.moveaxis(image.astype(np.float64), -1, 0)
+    ]
+    return np.stack(planes, axis=-1)
+
+
+def auto_contrast(image, first, second):
+    low, high = image.min(axis=(0, 1)), image.max(axis=(0, 1))
+    return (image - low) * (255 / (high - low))
+
+
+def equalize(image, first, second):
+    return np.asarray(ImageOps.equalize(Image.fromarray(image.astype(np.uint8))), np.float32)
+
+
+def solarize(image, first, second):
+    more = np.clip(image + 110 * around(first), 0, 255)
+    return np.where(more < 255 - 255 * around(second), more, 255 - more)
+
+
+def color(image, first, second):
+    grey = image @ LUMA
+    return image + around(first) * (grey[..., None] - image)
+
+
+def contrast(image, first, second):
+    means = image.mean(axis=(0, 1))
+    return np.clip(means + (1 + up_to(first)) * (image - means), 0, 255)
+
+
+def brightness(image, first, second):
+    return np.clip(image + 255 * up_to(first), 0, 255)
+
+
+def shear_x(image, first, second):
+    return moved(image, [[1, 0], [np.where(second < 0.5, -1, 1) * around(first), 1]])
+
+
+def shear_y(image, first, second):
+    return moved(image, [[1, np.where(second < 0.5, -1, 1) * around(first)], [0, 1]])
+
+
+def translate_x(image, first, second):
+    return moved(image, np.eye(2), [0, -up_to(first) * image.shape[1]])
+
+
+def translate_y(image, first, second):
+    return moved(image, np.eye(2), [-up_to(first) * image.shape[0], 0])
+
+
+REFERENCES = (
+    auto_contrast,
+    equalize,
+    solarize,
+    color,
+    contrast,
+    brightness,
+    shear_x,
+    shear_y,
+    translate_x,
+    translate_y,
+)
+
+
+def test_the_operations_are_those_of_keras_cv():
+    from keras_cv import layers
+
+    assert [reference.__name__ for reference in REFERENCES] == NAMES
+    policy = layers.RandAugment.get_standard_policy((0, 255), MAGNITUDE, augment.MAGNITUDE_STDDEV)
+    assert len(policy) == len(NAMES)
+
+
+@pytest.mark.parametrize("reference", REFERENCES, ids=NAMES)
+def test_an_operation_equals_its_reference(reference):
+    image = photograph()
+    for values in ((0.3, 0.8), (0.9, 0.2)):
+        got = augmented(image[None], row((reference.__name__, *values))[None])[0]
+        expected = reference(image, *np.float32(values))
+        assert np.abs(expected - image).max() > 5
+        np.testing.assert_allclose(got, expected, atol=0.02)
+
+
+def test_operations_follow_each_other_and_none_is_one_of_them():
+    image = photograph()
+    rows = [
+        row(),
+        row(("none", 0.1, 0.2), ("brightness", 0.9, 0.5), ("none", 0.1, 0.2)),
+        row(("shear_x", 0.3, 0.8), ("contrast", 0.8, 0.1), ("equalize", 0.1, 0.1)),
+    ]
+    got = augmented(np.stack([image] * 3), np.stack(rows)).numpy()
+    np.testing.assert_array_equal(got[0], image)
+    np.testing.assert_allclose(got[1], brightness(image, 0.9, 0.5), atol=0.02)
+    one_by_one = image[None]
+    for operation in (("shear_x", 0.3, 0.8), ("contrast", 0.8, 0.1), ("equalize", 0.1, 0.1)):
+        one_by_one = augmented(one_by_one, row(operation)[None])
+    np.testing.assert_array_equal(got[2], one_by_one[0])
+
+
+def test_grey_images_lose_no_colour():
+    image = photograph(channels=1)
+    rows = np.stack([row((name, 0.3, 0.8)) for name in NAMES])
+    got = augmented(np.stack([image] * len(NAMES)), rows).numpy()
+    assert got.shape == (len(NAMES), *image.shape) and np.isfinite(got).all()
+    assert got.min() >= 0 and got.max() <= 255
+    unchanged = [name for name, result in zip(NAMES, got, strict=True) if (result == image).all()]
+    assert unchanged == ["color"]
+
+
+def test_all_choices_are_equally_likely():
+    """One in eleven is none, and a second leaves grey images alone."""
+    draws = np.random.default_rng(0).random((1100, augment.RAND_AUGMENT_UNIFORMS), np.float32)
+    draws[:, 3::3] = row()[3::3]
+    images = np.stack([photograph(channels=1)] * 1100)
+    same = (augmented(images, draws).numpy() == images).all(axis=(1, 2, 3))
+    # The standard deviation is 13.
+    assert abs(same.sum() - 200) < 40
+
+
+@pytest.mark.parametrize("alpha", [1e-3, 0.2, 1.0, 8.0])
+def test_shares_follow_the_beta_distribution(alpha):
+    uniforms = np.append(np.random.default_rng(0).random(500, np.float32), [0, 0.5])
+    shares = augment.beta_quantiles(tf.constant(uniforms, tf.float32), alpha).numpy()
+    expected = special.betaincinv(alpha, alpha, np.float64(np.float32(uniforms)))
+    np.testing.assert_allclose(shares, expected, atol=2e-7)
+    assert shares[-2] == 0 and shares.max() <= 1
+
+
+def mixing_inputs(n=6, height=9, width=14, seed=0):
+    random = np.random.default_rng(seed)
+    images = random.uniform(-1, 1, (n, height, width, 3)).astype(np.float32)
+    labels = np.arange(n, dtype=np.int32) % 4
+    return images, labels, random.random((n, augment.MIXING_UNIFORMS), np.float32)
+
+
+def mixed(mixing, images, labels, uniforms, step=0):
+    got = mixing.mix(tf.constant(images), labels, tf.constant(uniforms), tf.constant(step))
+    return [part.numpy() for part in got]
+
+
+def neighbours(values):
+    return values.reshape(-1, 2, *values.shape[1:])[:, ::-1].reshape(values.shape)
+
+
+def test_mixup_is_the_weighted_mean_of_a_pair_and_of_its_labels():
+    images, labels, uniforms = mixing_inputs()
+    got, shares = mixed(Mixing(0.4, 0.0, 4), images, labels, uniforms)
+    weights = 1 - special.betaincinv(0.4, 0.4, np.float64(uniforms[:, 0]))[:, None]
+    one_hot = np.eye(4)[labels]
+    # By symmetry 1 - share is a share as well, and ours is the neighbour's.
+    expected = weights * one_hot + (1 - weights) * neighbours(one_hot)
+    np.testing.assert_allclose(shares, expected, atol=1e-6)
+    weights = weights[:, :, None, None]
+    expected = weights * images + (1 - weights) * neighbours(images)
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_cutmix_is_a_box_of_the_neighbour_and_the_labels_count_its_pixels():
+    images, labels, uniforms = mixing_inputs(n=400)
+    got, shares = mixed(Mixing(0.0, 1.0, 4), images, labels, uniforms)
+    is_other = (got == neighbours(images)).all(axis=-1)
+    assert ((got == images).all(axis=-1) | is_other).all()
+    other = is_other.mean(axis=(1, 2))
+    one_hot = np.eye(4)[labels]
+    expected = (1 - other)[:, None] * one_hot + other[:, None] * neighbours(one_hot)
+    np.testing.assert_allclose(shares, expected, atol=1e-6)
+    for mask, (share, *places) in zip(is_other, uniforms, strict=True):
+        slices = []
+        for length, place in zip(mask.shape, places, strict=True):
+            pixels = round(np.sqrt(share) * length)
+            first = int(place * length) - pixels // 2
+            slices.append(slice(max(0, first), max(0, first + pixels)))
+        expected = np.zeros_like(mask)
+        expected[tuple(slices)] = True
+        np.testing.assert_array_equal(mask, expected)
+
+
+def test_both_take_turns():
+    inputs = mixing_inputs()
+    for step in (0, 1, 2, 3):
+        alone = Mixing(0.0, 1.0, 4) if step % 2 else Mixing(0.4, 0.0, 4)
+        assert_same([mixed(Mixing(0.4, 1.0, 4), *inputs, step)], [mixed(alone, *inputs)])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pictures of four classes, in files."""
+    root = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for label in range(4):
+        for split, count in (("train", 5), ("validation", 1)):
+            (root / split / str(label)).mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 256, (12, 15, 3), np.uint8)
+                Image.fromarray(pixels).save(root / split / str(label) / f"{number}.png")
+    return str(root)
+
+
+EVERYTHING = {"random_augment": 0.5, "mixup": 0.4, "cutmix": 1.0}
+
+
+@pytest.fixture(params=["synthetic", "folder"])
+def open_augmented(request, folder):
+    """Opens a set by way of each kind of source, everything random switched on."""
+
+    def opened(**changes):
+        config = settings(name=request.param, data_dir=folder, **{**EVERYTHING, **changes})
+        return pipeline.open_data(config, seed=3)
+
+    return opened
+
+
+def train(data, steps, start_step=0, strategy=ONE, mixed=True):
+    datasets = data.train_batches(strategy, 8, start_step, mixed=mixed)
+    return strategy.global_batches(datasets, steps)
+
+
+def test_a_batch_is_a_function_of_its_step_whatever_feeds_it(open_augmented):
+    unbroken = train(open_augmented(), 7)
+    resumed = train(open_augmented(), 4, start_step=3, strategy=Pipelines(2, 4))
+    assert_same(resumed, unbroken[3:])
+
+
+def test_labels_are_the_shares_of_a_pair_and_only_what_trains_is_mixed(open_augmented):
+    data = open_augmented(random_augment=0.0)
+    (dataset,) = data.train_batches(Pipelines(1, 2), 8, mixed=True)
+    images, labels = dataset.element_spec
+    assert images == tf.TensorSpec([4, 8, 8, 3])
+    assert labels == tf.TensorSpec([4, data.num_classes])
+    assert dataset.cardinality() == tf.data.INFINITE_CARDINALITY
+
+    as_such = train(data, 4, mixed=False)
+    for (images, shares), (plain, labels) in zip(train(data, 4), as_such, strict=True):
+        assert labels.dtype == np.int32 and np.abs(images - plain).max() > 0.1
+        np.testing.assert_allclose(shares.sum(axis=1), 1, atol=1e-6)
+        pairs = np.stack([labels, neighbours(labels)], axis=1)
+        others = np.copy(shares)
+        np.put_along_axis(others, pairs, 0, axis=1)
+        assert not others.any()
+        assert images.min() >= -1 and images.max() <= 1
+
+
+def test_what_evaluates_sees_none_of_it(open_augmented):
+    seen = []
+    for changes in ({}, dict.fromkeys(EVERYTHING, 0.0)):
+        datasets, _ = open_augmented(**changes).validation_batches(ONE, 4)
+        seen.append(ONE.global_batches(datasets, 1))
+    assert_same(*seen)
+
+
+def test_what_is_drawn_for_one_thing_leaves_the_others_alone(open_augmented):
+    """Crops, mirrors and colours are the same with RandAugment and without."""
+    number, drawn = tf.constant(5, tf.int64), {}
+    for magnitude in (0.0, 0.5):
+        preprocessing = open_augmented(random_augment=magnitude).preprocessing
+        drawn[magnitude] = pipeline._image_uniforms(preprocessing, 3, number, [40]).numpy()
+    np.testing.assert_array_equal(drawn[0.5][:, : images_lib.NUM_UNIFORMS], drawn[0.0])
+    assert drawn[0.5][:, images_lib.RAND_AUGMENT].shape == (40, augment.RAND_AUGMENT_UNIFORMS)
+    assert len(np.unique(drawn[0.5])) == drawn[0.5].size
+
+
+def test_rand_augment_comes_between_the_crop_and_the_colours():
+    images = photograph()[np.newaxis].astype(np.uint8)
+    draws = np.full([1, images_lib.NUM_UNIFORMS], 0.4, np.float32)
+    draws = np.concatenate([draws, row(("solarize", 0.6, 0.7))[None]], axis=1)
+    plain, full = (
+        Preprocessing(images.shape[1:3], "none", True, distortion, False, magnitude)
+        for distortion, magnitude in ((0.0, 0.0), (1.0, MAGNITUDE))
+    )
+    mirrored = plain.from_pool(tf.constant(images), [0], tf.constant(draws), 255)
+    pixels = solarize((mirrored.numpy()[0] + 1) * 127.5, 0.6, 0.7)[None]
+    expected = images_lib.distort(
+        tf.constant(pixels, tf.float32), draws[:, images_lib.COLOUR], 1.0, 255
+    )
+    got = full.from_pool(tf.constant(images), [0], tf.constant(draws), 255)
+    np.testing.assert_allclose((got + 1) * 127.5, expected, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"random_augment": 1.5}, "data.random_augment is 1.5: it is from 0 to 1"),
+        ({"random_augment": -0.1}, "data.random_augment is -0.1"),
+        ({"random_augment": float("nan")}, "data.random_augment is nan"),
+        ({"mixup": -1.0}, "data.mixup is -1.0: it has to be 0 or more"),
+        ({"mixup": float("nan")}, "data.mixup is nan"),
+        ({"cutmix": float("inf")}, "data.cutmix is inf"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_clear_line(changes, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        pipeline.open_data(settings(name="synthetic", **changes), seed=0)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_odd_batch_has_no_pairs():
+    data = pipeline.open_data(settings(name="synthetic", mixup=0.2), seed=0)
+    with pytest.raises(UsageError, match="each replica has 3 examples of a batch of 6") as caught:
+        data.train_batches(Pipelines(1, 2), 6, mixed=True)
+    assert "\n" not in str(caught.value)
+    data.train_batches(Pipelines(1, 2), 6)
+
+
+def test_a_run_on_mixed_images_goes_on_as_though_never_stopped(tmp_path, monkeypatch):
+    mixings, mix = [], Mixing.mix
+    monkeypatch.setattr(Mixing, "mix", lambda *args: mixings.append(args[0]) or mix(*args))
+    config = small_mlp(**{"data.mixup": 0.4, "data.cutmix": 1.0, "train.steps": 12})
+    config.checkpoint.every_steps = 5
+    unbroken = train_and_evaluate(config, tmp_path / "unbroken")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        kill_after(patch, 8)
+        train_and_evaluate(config, tmp_path / "resumed")
+    resumed = train_and_evaluate(config, tmp_path / "resumed")
+    assert resumed["variables_sha256"] == unbroken["variables_sha256"]
+    assert mixings and set(mixings) == {Mixing(0.4, 1.0, 10)}
