@@ -8,6 +8,8 @@ Example:
   python -m launch.train --config=configs/mnist_bn.py --workdir=runs/mnist_bn
 """
 
+import shlex
+
 from absl import flags, logging
 
 from launch import cli
@@ -55,16 +57,20 @@ def _verify_resume() -> None:
 
 def _train() -> None:
     from bn_keras.train import train_and_evaluate
+    from bn_keras.workdir import Workdir
 
     workdir = _WORKDIR.value
     last = train_and_evaluate(_CONFIG.value, workdir, profile_steps=_PROFILE_STEPS.value)
+    run = Workdir(workdir)
+    parts = (run.metrics, run.checkpoints, run.best, run.population)
+    there = ", ".join(part.name for part in parts if part.exists())
     accuracy, loss = (last[f"validation/{name}"] for name in ("accuracy", "loss"))
     logging.info("step %d: validation accuracy %.4f, loss %.4f", last["step"], accuracy, loss)
     cli.tell(
         {
-            "run": f"{workdir}: metrics.jsonl, checkpoints/, best/",
-            "look": f"tensorboard --logdir={workdir}",
-            "next": f"python -m launch.evaluate --workdir={workdir}",
+            "run": f"{workdir}: {there}",
+            "look": shlex.join(["tensorboard", f"--logdir={workdir}"]),
+            "next": shlex.join(["python", "-m", "launch.evaluate", f"--workdir={workdir}"]),
         }
     )
 

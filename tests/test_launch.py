@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import os
 import pathlib
 import re
@@ -11,9 +12,14 @@ import sys
 import time
 
 import pytest
+import tensorflow as tf
+from absl import logging as absl_logging
 from small import small_mlp
 
+from bn_keras.errors import TrainingDivergedError, TrainingStoppedError, UsageError
 from bn_keras.train import train_and_evaluate
+from launch import cli
+from launch.errors import CommandError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DIGITS = (
@@ -116,6 +122,59 @@ def test_a_value_that_cannot_be_meant(tmp_path):
     assert not (tmp_path / "w").exists()
 
 
+def test_a_dry_run_shows_all_and_writes_nothing(tmp_path):
+    workdir = tmp_path / "w"
+    done = launch("train", "--config=configs/mnist_bn.py", f"--workdir={workdir}", "--dry_run")
+    assert done.returncode == 0, done.stderr
+    names = [line.split()[3] for line in done.stderr.splitlines()]
+    assert names == ["config", "data", "devices", "workdir"]
+    for part in (
+        "100,010",
+        "learning rate 0.1",
+        "epochs of 60,000",
+        "one step of 60",
+        "Nothing was",
+    ):
+        assert part in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def unfiltered():
+    yield
+    absl_logging.get_absl_logger().removeFilter(cli._is_ours)
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (UsageError("no"), 2),
+        (TrainingDivergedError("no", 7), 3),
+        (TrainingStoppedError("no", signal.SIGTERM), 143),
+        (TrainingStoppedError("no", signal.SIGINT), 130),
+        (tf.errors.ResourceExhaustedError(None, None, "no"), 2),
+    ],
+)
+def test_what_ends_a_command_has_its_status(error, status, unfiltered):
+    def main():
+        raise error
+
+    with pytest.raises(CommandError, match="no") as raised:
+        cli._on_tensorflow(main)
+    assert raised.value.status == status
+
+
+def test_only_our_own_warnings_are_shown(unfiltered, caplog):
+    cli._on_tensorflow(lambda: None)
+    logger = absl_logging.get_absl_logger()
+    for folder in (ROOT / "bn_keras", ROOT / "launch", pathlib.Path(tf.__file__).parent):
+        for level in (logging.INFO, logging.WARNING, logging.ERROR):
+            arguments = ("absl", level, str(folder / "x.py"), 1, f"{folder.name} {level}", (), None)
+            logger.handle(logging.LogRecord(*arguments))
+    ours = [f"{name} {level}" for name in ("bn_keras", "launch") for level in (20, 30, 40)]
+    assert caplog.messages == [*ours, "tensorflow 40"]
+
+
 def test_a_list_with_a_value_that_cannot_be_meant(tmp_path):
     done = launch("search", *DIGITS, f"--workdir={tmp_path / 'w'}", "--base_rates=0.1,high")
     assert_fails_on_one_line(done, 2, "--base_rates takes values of type float, not 'high'")
@@ -142,7 +201,7 @@ def test_killed_started_again_and_evaluated(tmp_path):
     ]
     command = [sys.executable, "-m", "launch.train", *arguments]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and not (tmp_path / "checkpoints" / "checkpoint").exists():
+        while process.poll() is None and not list(tmp_path.glob("checkpoints/step-*000.index")):
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
     reached = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"]
@@ -157,7 +216,8 @@ def test_killed_started_again_and_evaluated(tmp_path):
     ]
     assert last_lines[0] == last_lines[1] and len(last_lines[0]["variables_sha256"]) == 64
     assert done.returncode == 0, done.stderr
-    assert "goes on from step" in done.stderr and str(tmp_path) in done.stderr
+    assert f"workdir   {tmp_path}: goes on from step" in done.stderr
+    assert done.stderr.endswith(f"next      python -m launch.evaluate --workdir={tmp_path}\n")
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "train/loss" in line]
     assert steps == list(range(100, 20_001, 100))

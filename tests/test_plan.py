@@ -45,7 +45,10 @@ def test_it_tells_where_the_run_stands(tmp_path):
 
     run = Workdir(workdir)
     run.create(config, (8, 8, 1), "0123456789")
-    Checkpoints(run.checkpoints, {"model": [keras.Variable(0.0)]}).save(25)
+    checkpoints = Checkpoints(run.checkpoints, {"model": [keras.Variable(0.0)]})
+    checkpoints.save(0)
+    assert plan(config, workdir)["workdir"] == f"{workdir}: new, to step 60"
+    checkpoints.save(25)
     assert plan(config, workdir)["workdir"] == f"{workdir}: goes on from step 25 to 60"
     run.metrics.write_text(json.dumps({"step": 60, Workdir.FINISHED: "0" * 64}) + "\n")
     assert "finished at step 60, nothing is left to do" in plan(config, workdir)["workdir"]
