@@ -131,7 +131,9 @@ def _settle_statistics(
 ) -> str:
     """Takes the population's statistics if that is still to be done; says which ones it has."""
     if network.statistics == "moving" and config.population.when != "never":
-        batches = data.train_batches(strategy, config.train.global_batch_size)
+        # Each micro-batch is a mini-batch of its own for BN.
+        size = config.train.global_batch_size // config.train.micro_batches
+        batches = data.train_batches(strategy, size)
         estimate_population_statistics(
             network.model, batches, config.population.num_batches, strategy
         )

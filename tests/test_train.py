@@ -2,7 +2,10 @@
 
 import functools
 import json
+import os
 import shutil
+import signal
+import time
 
 import keras
 import numpy as np
@@ -12,15 +15,15 @@ from small import small_mlp
 
 from bn_keras import train
 from bn_keras.data import pipeline
-from bn_keras.errors import TrainingDivergedError, UsageError
+from bn_keras.errors import TrainingDivergedError, TrainingStoppedError, UsageError
 from bn_keras.evaluate import evaluate_networks
 from bn_keras.models import SigmoidMLP, inception
 from bn_keras.population import estimate_population_statistics
 from bn_keras.train import train_and_evaluate
-from bn_keras.trainer import Trainer
 from bn_keras.trained import load_trained
+from bn_keras.trainer import Trainer
 from bn_keras.workdir import Workdir
-from configs import default, digits_bn_x5
+from configs import default, digits_bn_x5, digits_inception
 
 
 @pytest.fixture
@@ -32,6 +35,15 @@ def short_figure_5(monkeypatch):
 
 TWO_REPLICAS = {"distribution.strategy": "mirrored", "distribution.replicas": 2}
 BY_POPULATION = {"population.when": "evaluations", "population.num_batches": 2}
+ALL_AT_ONCE = {
+    "train.precision": "mixed_float16",
+    "train.micro_batches": 3,
+    "train.ema": 0.9,
+    "train.label_smoothing": 0.1,
+    "train.momentum": 0.9,
+    "schedule.base_rate": 0.1,
+    "schedule.decay": "cosine",
+}
 
 
 def small_inception(**overrides):
@@ -91,12 +103,12 @@ def test_a_run_learns_and_writes_what_it_did(tmp_path):
     [
         (small_mlp, 33),
         (small_inception, 3),
-        (functools.partial(small_mlp, **TWO_REPLICAS, **BY_POPULATION), 33),
+        (functools.partial(small_mlp, **TWO_REPLICAS, **BY_POPULATION, **ALL_AT_ONCE), 33),
     ],
     ids=[
         "mlp on one device",
         "inception with dropout on two replicas",
-        "mlp on two replicas, evaluated by population statistics",
+        "mlp on two replicas, with all that a trainer can do",
     ],
 )
 def test_killed_and_resumed_equals_never_killed(
@@ -249,6 +261,173 @@ def test_divergence_names_step_rate_and_checkpoint(tmp_path):
     }
 
 
+def test_a_diverged_run_goes_back_with_a_lower_rate(tmp_path, monkeypatch):
+    """As often as it may, counting over the starts of the run."""
+    config = small_mlp(
+        **{"train.retries": 2, "train.retry_factor": 0.1, "checkpoint.every_steps": 10}
+    )
+    take_steps, attempts = Trainer.train, []
+
+    def diverging(self, batches, num_steps):
+        step = self.optimizer.iterations.numpy()
+        if step == 20 and len(attempts) < 2:
+            attempts.append(float(self.optimizer.learning_rate))
+            self.model.trainable_variables[0].assign(self.model.trainable_variables[0] * np.inf)
+        return take_steps(self, batches, num_steps)
+
+    monkeypatch.setattr(Trainer, "train", diverging)
+    last = train_and_evaluate(config, tmp_path)
+    lines = Workdir(tmp_path).read_metrics()
+    assert attempts == pytest.approx([0.5, 0.05])
+    assert [line for line in lines if "retry" in line] == [
+        {"step": 20, "examples": 1200, "retry": 2}
+    ]
+    rates = {
+        line["step"]: line.get("train/learning_rate") for line in lines if "train/loss" in line
+    }
+    assert rates == pytest.approx({10: 0.5, 20: 0.5, 30: 0.005, 40: 0.005, 50: 0.005, 60: 0.005})
+    assert last["step"] == 60 and "variables_sha256" in last
+
+
+def test_the_papers_inception_at_five_times_its_rate(tmp_path, short_figure_5):
+    """Without BN the rate takes the network to infinity; with it, it learns; so does a lower one.
+
+    Section 4.2.2. The rate that this miniature just bears without BN is 0.16.
+    """
+
+    def miniature(make_config, rate, **overrides):
+        config = make_config().copy_and_resolve_references()
+        config.schedule.base_rate = rate
+        config.distribution.replicas = 1
+        config.train.steps, config.train.steps_per_loop = 80, 40
+        config.evaluation.every_steps = config.checkpoint.every_steps = 80
+        config.update_from_flattened_dict(overrides)
+        return config
+
+    train_and_evaluate(
+        miniature(digits_inception.get_config, 0.16, **{"train.steps": 20}), tmp_path / "bears"
+    )
+    config = miniature(digits_inception.get_config, 5 * 0.16)
+    with pytest.raises(TrainingDivergedError, match="first of all the .*; the last good") as caught:
+        train_and_evaluate(config, tmp_path / "diverges")
+    assert caught.value.step <= 40
+    train_and_evaluate(miniature(digits_bn_x5.get_config, 5 * 0.16), tmp_path / "bn")
+    config.train.retries, config.train.retry_factor = 1, 0.025
+    train_and_evaluate(config, tmp_path / "retries")
+    for name in ("bn", "retries"):
+        losses = [line.get("train/loss") for line in Workdir(tmp_path / name).read_metrics()]
+        assert [loss for loss in losses if loss][-1] < 2.1
+
+
+def test_it_stops_at_the_accuracy_that_was_asked_for(tmp_path, monkeypatch):
+    """Also where it is killed between the evaluation and the end."""
+    config = small_mlp(**{"train.until_accuracy": 0.8})
+    unbroken = train_and_evaluate(config, tmp_path / "unbroken")
+    accuracies = [
+        line["validation/accuracy"]
+        for line in Workdir(tmp_path / "unbroken").read_metrics()
+        if "validation/accuracy" in line
+    ]
+    assert unbroken["step"] == 40 and accuracies[0] < 0.8 <= accuracies[1] == accuracies[2]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "_digest", interrupt)
+        train_and_evaluate(config, tmp_path / "resumed")
+    assert train_and_evaluate(config, tmp_path / "resumed") == unbroken
+
+
+@pytest.mark.parametrize("devices", [{}, TWO_REPLICAS], ids=["one device", "two replicas"])
+def test_averaged_weights_are_evaluated_and_leave_the_training_alone(devices, tmp_path):
+    settings = {**devices, **BY_POPULATION, "train.steps": 20}
+    plain, averaged = (
+        train_and_evaluate(small_mlp(**settings, **{"train.ema": ema}), tmp_path / str(ema))
+        for ema in (0.0, 0.95)
+    )
+    assert averaged["validation/weights"] == "averaged" and "validation/weights" not in plain
+    assert averaged["validation/loss"] != plain["validation/loss"]
+    losses = [
+        [
+            line["train/loss"]
+            for line in Workdir(tmp_path / n).read_metrics()
+            if "train/loss" in line
+        ]
+        for n in ("0.0", "0.95")
+    ]
+    assert losses[0] == losses[1]
+    # What is loaded of the run is what was evaluated.
+    (found,) = evaluate_networks([tmp_path / "0.95"])
+    assert found["loss"] == pytest.approx(averaged["validation/loss"], rel=1e-6)
+
+
+def test_averaged_weights_of_a_network_without_bn_need_no_statistics(tmp_path):
+    config = small_mlp(**{"train.ema": 0.5, "model.variant": "baseline", "train.steps": 20})
+    last = train_and_evaluate(config, tmp_path)
+    assert last["validation/weights"] == "averaged"
+    (found,) = evaluate_networks([tmp_path])
+    assert found["loss"] == pytest.approx(last["validation/loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_loop_and_saves(number, tmp_path, monkeypatch):
+    unbroken = train_and_evaluate(small_mlp(**TWO_REPLICAS), tmp_path / "unbroken")
+    take_steps = Trainer.train
+
+    def signalled(self, batches, num_steps):
+        if self.optimizer.iterations.numpy() == 30:
+            os.kill(os.getpid(), number)
+        result = take_steps(self, batches, num_steps)
+        # The thread that listens has its turn.
+        time.sleep(0.2)
+        return result
+
+    with monkeypatch.context() as patch, pytest.raises(TrainingStoppedError) as caught:
+        patch.setattr(Trainer, "train", signalled)
+        train_and_evaluate(small_mlp(**TWO_REPLICAS), tmp_path / "resumed")
+    assert caught.value.signum == number
+    assert f"stopped by {number.name} at step 40 of 60" in str(caught.value)
+    assert (tmp_path / "resumed" / "checkpoints" / "step-40.index").exists()
+    resumed = train_and_evaluate(small_mlp(**TWO_REPLICAS), tmp_path / "resumed")
+    assert resumed == unbroken
+
+
+def test_the_best_network_is_the_one_of_the_best_evaluation(tmp_path, monkeypatch):
+    accuracies = iter([0.5, 0.9, 0.7])
+    evaluate = train.make_evaluator
+
+    def evaluator(*arguments):
+        found = evaluate(*arguments)
+        return lambda: found() | {"accuracy": next(accuracies)}
+
+    monkeypatch.setattr(train, "make_evaluator", evaluator)
+    train_and_evaluate(small_mlp(), tmp_path)
+    monkeypatch.undo()
+    loss = Workdir(tmp_path).read_metrics()
+    loss = [line["validation/loss"] for line in loss if line.get("validation/accuracy") == 0.9]
+    best = load_trained(tmp_path, best=True)
+    assert best.step == 40 and load_trained(tmp_path).step == 60
+    (found,) = evaluate_networks([tmp_path], best=True)
+    assert [found["loss"]] == pytest.approx(loss, rel=1e-6)
+
+
+def test_a_profile_is_written_and_changes_nothing(tmp_path):
+    config = small_mlp(**{"train.steps": 20})
+    plain = train_and_evaluate(config, tmp_path / "plain")
+    profiled = train_and_evaluate(config, tmp_path / "profiled", profile_steps=4)
+    assert profiled == plain
+    assert list((tmp_path / "profiled").rglob("*.xplane.pb"))
+    assert not list((tmp_path / "plain").rglob("*.xplane.pb"))
+    steps = [line["step"] for line in Workdir(tmp_path / "profiled").read_metrics()]
+    assert steps == [6, 10, 20, 20]
+
+
+def test_resume_can_be_verified(monkeypatch):
+    config = small_mlp(**TWO_REPLICAS)
+    assert train.verify_resume(config) == train.verify_resume(config)
+    assert len(train.verify_resume(config)) == 64
+    monkeypatch.setattr(train.Checkpoints, "restore", lambda self: 2)
+    with pytest.raises(UsageError, match="stopped at step 2 and resumed, .* variables differ"):
+        train.verify_resume(config)
+
+
 def test_divergence_after_a_checkpoint_names_it(tmp_path, monkeypatch):
     config = small_mlp()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -304,6 +483,14 @@ def test_mixed_precision_trains_and_leaves_keras_as_it_was(tmp_path):
         ({"train.momentum": -0.5}, "train.momentum is -0.5"),
         ({"train.momentum": 1.5}, "train.momentum is 1.5"),
         ({"train.l2": float("inf")}, "train.l2 is inf"),
+        ({"train.ema": 1.0}, "train.ema is 1.0: it has to be at least 0 and less than 1"),
+        ({"train.ema": 0.9}, "train.ema is 0.9, but the moving statistics .* population.when"),
+        ({"train.label_smoothing": -0.1}, "train.label_smoothing is -0.1"),
+        ({"train.until_accuracy": 72.2}, "train.until_accuracy is 72.2"),
+        ({"train.retries": -1}, "train.retries is -1"),
+        ({"train.retry_factor": 2.0}, "train.retry_factor is 2.0: it has to be at most 1"),
+        ({"train.micro_batches": 7}, "micro_batches is 7, which does not divide .*size, 60"),
+        ({"schedule.decay": "linear"}, "unknown schedule.decay 'linear': accepted are steps, cos"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**33}, "seed is 8589934592"),
         ({"model.width": float("inf")}, "model.width is inf"),
