@@ -38,10 +38,15 @@ class Checkpoints:
       folder: where they lie; gs://... works as well.
       parts: variables by the name of their part. Whoever reads may ask for fewer parts.
       keep: how many of the latest stay.
+      writes: False makes `save` do nothing, which is for workers other than the chief.
     """
 
     def __init__(
-        self, folder: epath.Path, parts: Mapping[str, Sequence[keras.Variable]], keep: int = 1
+        self,
+        folder: epath.Path,
+        parts: Mapping[str, Sequence[keras.Variable]],
+        keep: int = 1,
+        writes: bool = True,
     ) -> None:
         self._folder = folder
         # Not by path: Keras counts its names up over all models of one process.
@@ -50,6 +55,7 @@ class Checkpoints:
             for part, variables in parts.items()
         }
         self._keep = keep
+        self._writes = writes
         self._damaged: set[int] = set()
 
     @property
@@ -74,6 +80,8 @@ class Checkpoints:
         Raises:
           UsageError: it can't be written; the earlier ones are as they were.
         """
+        if not self._writes:
+            return
         self._damaged |= {other for other in self._files() if other >= step}
         intact = f"that of step {self.latest_step} is intact" if self.latest else "it is the first"
         with writing(

@@ -104,10 +104,12 @@ def naming_lost_workers(strategy: tf.distribute.Strategy) -> Iterator[None]:
     except tf.errors.OpError as error:
         if not (_has_workers(strategy) and "Collective ops is aborted" in str(error)):
             raise
-        task = re.search(r"/job:(\w+)(?:/replica:\d+)?/task:(\d+)", str(error))
+        own = (strategy.cluster_resolver.task_type, str(strategy.cluster_resolver.task_id))
+        tasks = set(re.findall(r"/job:(\w+)(?:/replica:0)?/task:(\d+)", str(error))) - {own}
+        lost = " ".join(tasks.pop()) if len(tasks) == 1 else "another worker"
         raise WorkerLostError(
-            f"{f'{task[1]} {task[2]}' if task else 'another worker'} of TF_CONFIG has ended or does"
-            " not answer: see what it says, and start all workers again"
+            f"{lost} of TF_CONFIG has ended or does not answer: see what it says there, and start"
+            " all workers again"
         ) from None
 
 
@@ -126,6 +128,12 @@ def _on_workers() -> tf.distribute.Strategy:
         raise UsageError(
             "distribution.strategy is multi_worker, but TensorFlow has already started: make the"
             " strategy before anything else runs on a device"
+        ) from None
+    except tf.errors.OpError as error:
+        # Such as that the other one is still there from before, and won't have this one back.
+        raise WorkerLostError(
+            f"the workers of TF_CONFIG don't come together ({error.message.splitlines()[0]}): end"
+            " all of them, and start them again"
         ) from None
 
 

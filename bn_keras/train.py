@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import math
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from bn_keras.errors import TrainingDivergedError, TrainingStoppedError, UsageEr
 from bn_keras.evaluate import make_evaluator
 from bn_keras.population import PopulationEstimator, preserved_state
 from bn_keras.progress import Progress
-from bn_keras.signals import stop_requests
+from bn_keras.signals import StopRequest, stop_requests
 from bn_keras.trainer import Trainer, make_trainer
 from bn_keras.workdir import MetricsWriter, Workdir
 
@@ -60,7 +61,8 @@ def train_and_evaluate(
     Raises:
       UsageError: a value in the config that can't be meant, or a workdir of another run.
       TrainingDivergedError: the loss or a variable is no longer finite.
-      TrainingStoppedError: a signal came.
+      TrainingStoppedError: a signal came, to any worker.
+      WorkerLostError: another worker is gone.
     """
     _check(config)
     run = Workdir(workdir)
@@ -68,11 +70,13 @@ def train_and_evaluate(
     if run.is_finished():
         return run.read_metrics()[-1]
     strategy = distribution.make_strategy(**config.distribution)
+    run.writes = distribution.is_chief(strategy)
     data = pipeline.open_data(config.data, seed=config.seed)
     label = label or run.path.name
     while True:
         try:
-            return _train(config, run, strategy, data, label, profile_steps)
+            with distribution.naming_lost_workers(strategy):
+                return _train(config, run, strategy, data, label, profile_steps)
         except TrainingDivergedError as error:
             if run.num_retries() >= config.train.retries:
                 raise
@@ -101,13 +105,14 @@ def _train(
         rate_factor=config.train.retry_factor**retries,
     )
     validate = _Validation(config, run, trainer, data)
-    checkpoints = Checkpoints(run.checkpoints, trainer.parts, config.checkpoint.keep)
+    checkpoints = Checkpoints(run.checkpoints, trainer.parts, config.checkpoint.keep, run.writes)
     step = checkpoints.restore()
     if run.last_step() and not checkpoints.latest:
         raise UsageError(
             f"the run in {run.path} got to step {run.last_step()}, but its checkpoints are gone:"
             " put them back, or give a new workdir"
         )
+    _check_same_step(strategy, step, run)
     batches = _open_batches(trainer, data, step)
     run.create(config, data.input_shape, data.class_names)
     run.drop_metrics_after(step)
@@ -135,13 +140,14 @@ def _train(
         progress.building()
         trainer.trace(batches)
         progress.start()
-        while step < steps and not validate.has_reached_target and not stop_request:
+        signum = _signal_to_any(strategy, stop_request)
+        while step < steps and not validate.has_reached_target and not signum:
             due = _next_stop(step, config)
             stop = profiled_from if step < profiled_from < due else due
             before = trainer.snapshot()
             rate = float(trainer.optimizer.learning_rate)
             began = time.perf_counter()
-            with _profile(run.path) if step == profiled_from else contextlib.nullcontext():
+            with _profile(run) if step == profiled_from else contextlib.nullcontext():
                 loss, accuracy, finite_steps = trainer.train(batches, stop - step)
             images_per_second = (stop - step) * global_batch_size / (time.perf_counter() - began)
             if finite_steps < stop - step:
@@ -164,8 +170,9 @@ def _train(
             # At each loop's end, so that a run that is stopped there and goes on by what was
             # saved has replicas as equal as one that was never stopped.
             merge_moving_statistics(trainer.model, strategy)
+            signum = _signal_to_any(strategy, stop_request)
             is_evaluated = step % config.evaluation.every_steps == 0 and step < steps
-            is_saved = step % config.checkpoint.every_steps == 0 or step == steps or stop_request
+            is_saved = step % config.checkpoint.every_steps == 0 or step == steps or signum
             if is_evaluated or is_saved:
                 cause = _name_not_finite(trainer.variables)
                 if cause:
@@ -177,15 +184,14 @@ def _train(
                 progress.evaluated(step, validation["validation/accuracy"])
             if is_saved or validate.has_reached_target:
                 checkpoints.save(step)
-        if stop_request:
+        if signum:
             raise TrainingStoppedError(
-                f"stopped by {stop_request.name} at step {step} of {steps}"
+                f"stopped by {signal.Signals(signum).name} at step {step} of {steps}"
                 f" and saved in {run.path}: the same command goes on from there",
-                stop_request.signum,
+                signum,
             )
         validation = validate(step, is_last=True)
-        metrics.write(step, validation | {Workdir.FINISHED: _digest(trainer)})
-    return run.read_metrics()[-1]
+        return metrics.write(step, validation | {Workdir.FINISHED: _digest(trainer)})
 
 
 class _Validation:
@@ -213,8 +219,9 @@ class _Validation:
         self._evaluate = make_evaluator(
             model, data, trainer.strategy, config.evaluation.global_batch_size
         )
-        self._best = Checkpoints(run.best, {"model": model.variables})
-        self._finished = Checkpoints(run.population, {"model": model.variables})
+        parts = {"model": model.variables}
+        self._best = Checkpoints(run.best, parts, writes=run.writes)
+        self._finished = Checkpoints(run.population, parts, writes=run.writes)
         self._best_accuracy = run.best_accuracy()
         has_batch_norm = any(isinstance(layer, BATCH_NORMS) for layer in model._flatten_layers())
         if trainer.averages and has_batch_norm and self._when == "never":
@@ -387,8 +394,29 @@ def _first_profiled(step: int, config: ConfigDict, profile_steps: int) -> int:
     return max(step, _next_stop(step, config) - profile_steps) if profile_steps else -1
 
 
-def _profile(folder: os.PathLike) -> tf.profiler.experimental.Profile:
-    return tf.profiler.experimental.Profile(os.fspath(folder))
+def _profile(run: Workdir) -> contextlib.AbstractContextManager:
+    if not run.writes:
+        return contextlib.nullcontext()
+    return tf.profiler.experimental.Profile(os.fspath(run.path))
+
+
+def _check_same_step(strategy: tf.distribute.Strategy, step: int, run: Workdir) -> None:
+    """Waits until all workers have read the workdir, in which the chief then writes.
+
+    Raises:
+      UsageError: they found different checkpoints.
+    """
+    found = distribution.from_all_workers(strategy, step)
+    if len(set(found)) > 1:
+        raise UsageError(
+            f"the workers found the checkpoints of steps {', '.join(f'{s:.0f}' for s in found)} in"
+            f" workdir {run.path}: give one that lies on storage that all of them share"
+        )
+
+
+def _signal_to_any(strategy: tf.distribute.Strategy, stop_request: StopRequest) -> int:
+    """Gives the signal that stops the training, of whichever worker; 0 where there is none."""
+    return int(max(distribution.from_all_workers(strategy, stop_request.signum or 0)))
 
 
 def _find_cause(

@@ -6,7 +6,7 @@ import keras
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from bn_keras import models
+from bn_keras import distribution, models
 from bn_keras.schedule import ExamplesSchedule
 
 # Of the loss in float16: what it begins with, and after how many steps without an overflow it
@@ -264,7 +264,8 @@ class Trainer:
         self._train_loop(batches, tf.constant(num_steps))
         loss, hits, _ = (float(s) for s in self._sums.read_value())
         local = self.strategy.experimental_local_results(self._sums)
-        finite_steps = int(min(float(s[2]) for s in local)) // self.micro_batches
+        finite = distribution.from_all_workers(self.strategy, min(float(s[2]) for s in local))
+        finite_steps = int(min(finite)) // self.micro_batches
         return loss / num_steps, hits / (num_steps * self.global_batch_size), finite_steps
 
 

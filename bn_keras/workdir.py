@@ -36,6 +36,10 @@ class Workdir:
 
     Args:
       path: of the folder; gs://... works as well.
+
+    Attributes:
+      writes: whether this process writes in it. Of several workers the chief alone does; what the
+        others would write goes nowhere.
     """
 
     # Stands in the last line of a finished run's metrics: a hash over all of its variables.
@@ -48,6 +52,7 @@ class Workdir:
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = epath.Path(path)
+        self.writes = True
         self.checkpoints = self.path / "checkpoints"
         # The finished network with population statistics, where the run took them.
         self.population = self.path / "population"
@@ -93,9 +98,10 @@ class Workdir:
         Raises:
           UsageError: another process has the lock; from `create`, it had it in the meantime.
         """
-        self._create_takes_lock = not self._config.exists()
+        begun = self._config.exists()
+        self._create_takes_lock = self.writes and not begun
         try:
-            if not self._create_takes_lock:
+            if self.writes and begun:
                 self._lock.take()
             yield
         finally:
@@ -115,6 +121,8 @@ class Workdir:
         Raises:
           UsageError: the folder can't be written, or `locked` fails.
         """
+        if not self.writes:
+            return
         interface = {"input_shape": list(input_shape), "class_names": list(class_names)}
         contents = {self._config: config.to_dict(), self._interface: interface}
         with writing(f"workdir {self.path}"):
@@ -219,7 +227,7 @@ class Workdir:
 
     def drop_metrics_after(self, step: int) -> None:
         """Keeps only the lines of metrics.jsonl up to a step, where a resumed run goes on."""
-        if self.metrics.exists():
+        if self.writes and self.metrics.exists():
             kept = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
             with writing(f"{self.metrics}", "it is as it was"):
                 write_atomically(self.metrics, "".join(kept))
@@ -322,11 +330,15 @@ class MetricsWriter:
         self._workdir = workdir
         self._global_batch_size = global_batch_size
         with self._writing():
-            self._events = tf.summary.create_file_writer(os.fspath(workdir.path))
-            self._lines = workdir.metrics.open("a")
+            if workdir.writes:
+                self._events = tf.summary.create_file_writer(os.fspath(workdir.path))
+                self._lines = workdir.metrics.open("a")
+            else:
+                self._events = tf.summary.create_noop_writer()
+                self._lines = open(os.devnull, "a")
 
-    def write(self, step: int, values: Mapping[str, float | str]) -> None:
-        """Writes one line: step, examples, and the values under their names."""
+    def write(self, step: int, values: Mapping[str, float | str]) -> dict[str, float | str | None]:
+        """Writes one line and gives it: step, examples, and the values under their names."""
         line = {"step": step, "examples": step * self._global_batch_size}
         # JSON has no number for what is not finite.
         line |= {k: None if _is_infinite_or_nan(v) else v for k, v in values.items()}
@@ -337,6 +349,7 @@ class MetricsWriter:
                 for name, value in values.items():
                     if isinstance(value, int | float):
                         tf.summary.scalar(name, value)
+        return line
 
     def __enter__(self) -> "MetricsWriter":
         return self

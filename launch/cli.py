@@ -1,8 +1,9 @@
 """What the commands have in common: quiet start-up, flags, errors on one line, exit statuses.
 
 The statuses are 0: done; 1: a bug, with its traceback, or from launch.check a fault of the network;
-2: what was asked for can't be done; 3: the training diverged; 4: a job in the cloud failed; 130 and
-143: interrupted by SIGINT (Ctrl-C) and ended by SIGTERM. docs/launching.md tells users of them.
+2: what was asked for can't be done; 3: the training diverged; 4: a job in the cloud failed; 5:
+another worker of a training was lost; 130 and 143: interrupted by SIGINT (Ctrl-C) and ended by
+SIGTERM. docs/launching.md tells users of them.
 """
 
 import contextlib
@@ -126,7 +127,12 @@ def _on_tensorflow(main: Callable[[], None]) -> None:
         with _native_stderr_closed():
             import tensorflow as tf
 
-            from bn_keras.errors import TrainingDivergedError, TrainingStoppedError, UsageError
+            from bn_keras.errors import (
+                TrainingDivergedError,
+                TrainingStoppedError,
+                UsageError,
+                WorkerLostError,
+            )
     except ImportError as error:
         raise CommandError(str(error)) from None
     tf.get_logger().setLevel("ERROR")
@@ -140,6 +146,8 @@ def _on_tensorflow(main: Callable[[], None]) -> None:
         raise CommandError(str(error), 3) from None
     except TrainingStoppedError as error:
         raise CommandError(str(error), 128 + error.signum) from None
+    except WorkerLostError as error:
+        raise CommandError(str(error), 5) from None
     except tf.errors.ResourceExhaustedError as error:
         reason = error.message.splitlines()[0]
         raise CommandError(
