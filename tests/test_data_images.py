@@ -1,12 +1,16 @@
 """Crops, mirrors and colours against NumPy and tf.image."""
 
 import cmath
+import io
 import math
+import struct
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image, ImageOps
 
+from bn_keras.data import exif
 from bn_keras.data import images as images_lib
 from bn_keras.data.images import NUM_UNIFORMS, Preprocessing
 
@@ -162,6 +166,118 @@ def test_jpeg_part_equals_the_part_of_the_whole(training):
         draw = tf.constant(draw) if training else None
         got, expected = (treatment.from_encoded(each, draw, 3) for each in (encoded, whole))
         np.testing.assert_array_equal(got, expected)
+
+
+def jpeg(pixels, block=None):
+    """A JPEG, with what stands in its EXIF block; Pillow begins with one of JFIF."""
+    stream = io.BytesIO()
+    exif_option = {} if block is None else {"exif": block}
+    Image.fromarray(pixels).save(stream, "JPEG", subsampling=0, quality=95, **exif_option)
+    return stream.getvalue()
+
+
+def exif_block(order="<", entries=((0x0112, 3, 1, 6),), begin=8, count=None):
+    """A directory of entries (tag, type, count, value), whose values are short integers."""
+    block = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", begin)
+    block += struct.pack(f"{order}H", len(entries) if count is None else count)
+    for entry in entries:
+        block += struct.pack(f"{order}HHIHxx", *entry)
+    return b"Exif\0\0" + block + bytes(4)
+
+
+def upright(encoded):
+    """Pillow's image, turned by Pillow."""
+    return np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))))
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    """images.decode as a graph, as which it is used."""
+    return tf.function(lambda encoded: images_lib.decode(encoded, 3))
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_photographs_stand_upright_whichever_way_they_are_stored(decoder, order):
+    pixels, seen = photograph(48, 64), set()
+    for orientation in range(1, 9):
+        # Among other things, as in a photograph.
+        entries = [(0x010F, 3, 1, 6), (0x0112, 3, 1, orientation), (0x0128, 3, 1, 2)]
+        encoded = jpeg(pixels, exif_block(order, entries))
+        got, expected = decoder(encoded).numpy(), upright(encoded)
+        np.testing.assert_array_equal(got, expected)
+        seen.add(got.tobytes())
+    assert len(seen) == 8
+
+
+def test_pillows_own_block_is_read(decoder):
+    for orientation in range(1, 9):
+        block = Image.Exif()
+        block[0x010F], block[0x0112] = "A maker", orientation
+        encoded = jpeg(photograph(48, 64), block)
+        np.testing.assert_array_equal(decoder(encoded), upright(encoded))
+
+
+def test_the_block_may_come_after_a_colour_profile(decoder):
+    plain, noted = jpeg(photograph(48, 64)), exif_block()
+    segments = b"\xff\xe2" + struct.pack(">H", 3002) + bytes(3000)
+    segments += b"\xff\xe1" + struct.pack(">H", len(noted) + 2) + noted
+    encoded = plain[:20] + segments + plain[20:]
+    np.testing.assert_array_equal(decoder(encoded), upright(encoded))
+    assert decoder(encoded).shape == (64, 48, 3)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        exif_block(entries=[(0x0112, 3, 1, 0)]),
+        exif_block(entries=[(0x0112, 3, 1, 9)]),
+        exif_block(entries=[(0x0112, 3, 1, 0x0600)]),
+        exif_block(entries=[(0x0112, 2, 1, 6)]),
+        exif_block(entries=[(0x0113, 3, 1, 6)]),
+        exif_block(entries=[]),
+        exif_block(count=0),
+        exif_block(begin=2**32 - 1),
+        exif_block(begin=2**31),
+        exif_block(begin=40),
+        exif_block()[:-9],
+        exif_block()[:16],
+        exif_block()[:10],
+        exif_block()[:6],
+        b"Exif\0\0" + b"XX*\0" + exif_block()[10:],
+    ],
+)
+def test_a_damaged_block_is_as_none(decoder, block):
+    plain = jpeg(photograph(48, 64))
+    segment = b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block
+    encoded = plain[:2] + segment + plain[2:]
+    np.testing.assert_array_equal(decoder(encoded), decoder(plain))
+
+
+def test_a_directory_that_says_it_is_longer_than_its_block_is_read_as_far_as_it_goes(decoder):
+    encoded = jpeg(photograph(48, 64), exif_block(count=2**16 - 1))
+    assert decoder(encoded).shape == (64, 48, 3)
+
+
+def test_nothing_beyond_the_block_is_taken_for_a_part_of_it(decoder):
+    plain, block = jpeg(photograph(48, 64)), exif_block()
+    cut = len(block) - 20
+    segment = b"\xff\xe1" + struct.pack(">H", cut + 2) + block[:cut]
+    segment += b"\xff\xfe" + struct.pack(">H", 22) + block[cut:]
+    encoded = plain[:2] + segment + plain[2:]
+    np.testing.assert_array_equal(decoder(encoded), decoder(plain))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_part_that_is_shown_is_that_of_the_upright_image(training):
+    method = "INTEGER_FAST" if training else "INTEGER_ACCURATE"
+    treatment = preprocessing(size=(32, 32), crop="inception", mirror=True)
+    shown = tf.function(lambda *arguments: treatment.from_encoded(*arguments, 3))
+    for orientation, draw in zip(range(1, 9), uniforms(8), strict=True):
+        encoded = jpeg(photograph(), exif_block(entries=[(0x0112, 3, 1, orientation)]))
+        stored = tf.io.decode_jpeg(encoded, dct_method=method, fancy_upscaling=False)
+        whole = tf.io.encode_png(exif.turned(stored, tf.constant(orientation)))
+        draw = tf.constant(draw) if training else None
+        np.testing.assert_array_equal(shown(encoded, draw), shown(whole, draw))
 
 
 @pytest.mark.parametrize("encode", [tf.io.encode_png, tf.io.encode_jpeg])
