@@ -21,6 +21,7 @@ from launch.cloud.control import Cloud
 from launch.cloud.job import (
     Job,
     check_batch_size,
+    check_data,
     delete_command,
     parse_valid_until,
     training_arguments,
@@ -123,9 +124,11 @@ def _job(now: datetime.datetime) -> Job:
         valid_until=parse_valid_until(_VALID_UNTIL.value, now) if _VALID_UNTIL.value else delete_at,
         delete_at=delete_at,
     )
-    for section in ("train", "evaluation"):
-        key = f"{section}.global_batch_size"
-        check_batch_size(key, _CONFIG.value[section].global_batch_size, job.accelerator_type)
+    config = _CONFIG.value
+    check_data(config.data.name, config.data.data_dir)
+    for section, parts in (("train", config.train.micro_batches), ("evaluation", 1)):
+        size = config[section].global_batch_size
+        check_batch_size(f"{section}.global_batch_size", size, parts, job.accelerator_type)
     return job
 
 

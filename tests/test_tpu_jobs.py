@@ -198,11 +198,31 @@ def test_the_training_is_that_of_the_flags_on_the_tpu():
 def test_the_replicas_have_to_divide_the_batch(accelerator_type, replicas):
     for size in range(1, 17):
         if size % replicas == 0:
-            jobs.check_batch_size("train.global_batch_size", size, accelerator_type)
+            jobs.check_batch_size("train.global_batch_size", size, 1, accelerator_type)
         else:
             next_one = f"--config.train.global_batch_size={-(-size // replicas) * replicas}$"
             with pytest.raises(CommandError, match=next_one):
-                jobs.check_batch_size("train.global_batch_size", size, accelerator_type)
+                jobs.check_batch_size("train.global_batch_size", size, 1, accelerator_type)
+
+
+def test_each_part_of_a_batch_is_divided():
+    jobs.check_batch_size("train.global_batch_size", 64, 4, "v6e-8")
+    with pytest.raises(CommandError, match="is 48, .* 8 replicas .* in 4 parts: .*batch_size=64$"):
+        jobs.check_batch_size("train.global_batch_size", 48, 4, "v6e-8")
+
+
+@pytest.mark.parametrize(
+    "name, data_dir, is_there",
+    [
+        *(("imagenet2012", "gs://b/data", True), ("imagenet2012", "", False)),
+        *(("folder", "pictures", False), ("folder", "gs://b/pictures", True)),
+        *(("mnist", "", True), ("mnist", "/data", False), ("digits", "/data", True)),
+    ],
+)
+def test_the_vm_has_to_find_the_data(name, data_dir, is_there):
+    refused = pytest.raises(CommandError, match=f"the VM finds no {name}: copy it into a bucket")
+    with contextlib.nullcontext() if is_there else refused:
+        jobs.check_data(name, data_dir)
 
 
 def test_a_job_comes_back_from_its_file():
@@ -554,6 +574,7 @@ def launch(*arguments):
 SUBMIT = (
     *("submit", "--name=one", "--zone=us-east5-b", "--accelerator_type=v6e-8"),
     *("--config=configs/bn_x30.py", f"--workdir={WORKDIR}"),
+    "--config.data.data_dir=gs://bucket/data",
 )
 
 
@@ -667,6 +688,7 @@ def test_a_watch_interrupted_between_two_lives_says_that_there_is_none(cloud):
         ([*SUBMIT, "--valid_until=soon"], ["valid_until is 'soon'"]),
         ([*SUBMIT, "--config.train.stepz=1"], ["unknown config key 'train.stepz'"]),
         ([*SUBMIT, "--config.evaluation.global_batch_size=50"], ["is 50", "batch_size=56"]),
+        ([*SUBMIT, "--config.data.data_dir="], ["data.data_dir is ''", "no imagenet2012"]),
         ([*SUBMIT, "--max_hours=0"], ["--max_hours=0"]),
         ([*SUBMIT, "--max_hours=inf"], ["--max_hours=inf"]),
         ([*SUBMIT, "--max_hours=nan"], ["--max_hours=nan", "has to be a number"]),

@@ -199,21 +199,41 @@ def training_arguments(
     return (f"--config={file.relative_to(ROOT).as_posix()}", *values, f"--workdir={workdir}")
 
 
-def check_batch_size(key: str, size: int, accelerator_type: str) -> None:
+def check_data(name: str, data_dir: str) -> None:
+    """Raises CommandError, before the TPU costs anything, if its VM can't have the data.
+
+    Args:
+      name: of the data set.
+      data_dir: where it lies.
+    """
+    is_known = name in ("digits", "synthetic")
+    # What is left for TFDS to download may be had.
+    is_left = not data_dir and name not in ("folder", "imagenet2012")
+    if not (is_known or is_left or data_dir.startswith("gs://")):
+        raise CommandError(
+            f"data.data_dir is {data_dir!r}, where the VM finds no {name}: copy it into a bucket,"
+            " and give --config.data.data_dir=gs://BUCKET/FOLDER"
+        )
+
+
+def check_batch_size(key: str, size: int, parts: int, accelerator_type: str) -> None:
     """Raises CommandError, before the TPU costs anything, if its replicas do not divide a batch.
 
     Args:
       key: of the config.
       size: of the global batch.
+      parts: that it is taken in, one after the other.
       accelerator_type: of a Job.
     """
     generation, _, cores = accelerator_type.rpartition("-")
     # Where a type counts cores, these generations join the two of a chip to one replica.
     replicas = int(cores) // (2 if generation in ("v4", "v5p") else 1)
-    if size % replicas:
+    unit = replicas * parts
+    if size % unit:
+        in_parts = f" in {parts} parts" if parts > 1 else ""
         raise CommandError(
-            f"{key} is {size}, which the {replicas} replicas of a {accelerator_type} do not divide:"
-            f" give --config.{key}={math.ceil(size / replicas) * replicas}"
+            f"{key} is {size}, which the {replicas} replicas of a {accelerator_type} do not"
+            f" divide{in_parts}: give --config.{key}={math.ceil(size / unit) * unit}"
         )
 
 
