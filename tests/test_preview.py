@@ -53,6 +53,29 @@ def test_it_shows_what_the_network_is_fed_under_the_right_names(tmp_path, figure
     assert 0 < distances[0] < distances[1] < distances[2]
 
 
+def test_it_shows_what_goes_beyond_the_paper_with_the_shares_of_the_classes(tmp_path, figures):
+    """Three examples, the last of which is mixed with a fourth."""
+    config = digits(random_augment=0.5, mixup=0.4, cutmix=1.0, distortion=0.5)
+    preview.write_preview(config, tmp_path / "x.png", num_examples=3)
+    rows = np.array(figures[0].axes).reshape(-1, 3)
+    names = [row[0].get_ylabel() for row in rows]
+    mixtures = [f"RandAugment 0.5\n{name}\n(this config)" for name in ("MixUp 0.4", "CutMix 1")]
+    plain = [f"distortion {strength}" for strength in ("0", "0.5", "1")]
+    assert names == [*plain, *mixtures, "validation"]
+
+    data = pipeline.open_data(config.data, seed=config.seed)
+    batches = iter(data.train_batches(preview.tf.distribute.get_strategy(), 4, mixed=True))
+    for row in rows[3:5]:
+        images, shares = (part.numpy() for part in next(batches))
+        shown = np.stack([cell.images[0].get_array() for cell in row])
+        np.testing.assert_allclose(shown, (images[:3, ..., 0] + 1) / 2, atol=1e-6)
+        for cell, share in zip(row, shares, strict=False):
+            lines = [line.split("% ") for line in cell.get_title().split("\n")]
+            named = {int(name): int(percent) for percent, name in lines}
+            assert 99 <= sum(named.values()) <= 101 and len(named) <= 2
+            np.testing.assert_allclose([named.get(n, 0) for n in range(10)], 100 * share, atol=0.6)
+
+
 def test_binary_images_are_shown_as_they_are(tmp_path, figures):
     preview.write_preview(digits(binary=True), tmp_path / "x.png", num_examples=3)
     for cell in figures[0].axes:
