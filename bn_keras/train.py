@@ -78,9 +78,20 @@ def train_and_evaluate(
             with distribution.naming_lost_workers(strategy):
                 return _train(config, run, strategy, data, label, profile_steps)
         except TrainingDivergedError as error:
-            if run.num_retries() >= config.train.retries:
-                raise
-            logging.warning("%s: %s", label, error)
+            retry = run.num_retries() + 1
+            if retry > config.train.retries:
+                raise TrainingDivergedError(
+                    f"{error}; lower schedule.base_rate, or set train.retries, in a new workdir",
+                    error.step,
+                ) from None
+            logging.warning(
+                "%s: %s, to which the run goes back, with %g times the learning rate; retry %d of %d",
+                label,
+                error,
+                config.train.retry_factor,
+                retry,
+                config.train.retries,
+            )
 
 
 def _train(
@@ -386,7 +397,8 @@ def _open_batches(
 ) -> tf.distribute.DistributedIterator:
     """Opens the training input from a step on."""
     size = trainer.global_batch_size // trainer.micro_batches
-    return iter(data.train_batches(trainer.strategy, size, step * trainer.micro_batches))
+    first = step * trainer.micro_batches
+    return iter(data.train_batches(trainer.strategy, size, first, mixed=True))
 
 
 def _first_profiled(step: int, config: ConfigDict, profile_steps: int) -> int:
@@ -442,8 +454,8 @@ def _find_cause(
 
 
 def _name_not_finite(variables: Sequence[keras.Variable]) -> str:
-    """Gives the path of the first of the variables that is not finite, or "" if all are."""
-    return next((v.path for v in variables if not np.isfinite(v.numpy()).all()), "")
+    """Names the first of the variables that is not finite; "" if all are."""
+    return next((f"variable {v.path}" for v in variables if not np.isfinite(v.numpy()).all()), "")
 
 
 def _diverged(
@@ -451,8 +463,7 @@ def _diverged(
 ) -> TrainingDivergedError:
     return TrainingDivergedError(
         f"the {what} is not finite at step {step} (learning rate {rate:.6g}), and first of all"
-        f" {cause}; the last good checkpoint is {checkpoints.latest}; lower schedule.base_rate and"
-        " give a new workdir, or allow train.retries",
+        f" {cause}; the last good checkpoint is {checkpoints.latest}",
         step,
     )
 

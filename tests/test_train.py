@@ -279,9 +279,8 @@ def test_a_diverged_run_goes_back_with_a_lower_rate(tmp_path, monkeypatch):
     last = train_and_evaluate(config, tmp_path)
     lines = Workdir(tmp_path).read_metrics()
     assert attempts == pytest.approx([0.5, 0.05])
-    assert [line for line in lines if "retry" in line] == [
-        {"step": 20, "examples": 1200, "retry": 2}
-    ]
+    retries = [line for line in lines if "retry" in line]
+    assert retries == [{"step": 20, "examples": 1200, "retry": number} for number in (1, 2)]
     rates = {
         line["step"]: line.get("train/learning_rate") for line in lines if "train/loss" in line
     }
