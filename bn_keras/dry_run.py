@@ -8,9 +8,7 @@ from ml_collections import ConfigDict
 from bn_keras import distribution
 from bn_keras.cost import count
 from bn_keras.data import pipeline, sources
-from bn_keras.train import _check as check
-from bn_keras.train import _open_batches as open_batches
-from bn_keras.trainer import make_schedule, make_trainer
+from bn_keras.trainer import check_config, make_schedule, make_trainer
 
 
 def dry_run(config: ConfigDict) -> Iterator[str]:
@@ -28,7 +26,7 @@ def dry_run(config: ConfigDict) -> Iterator[str]:
     Raises:
       UsageError: a value in the config that can't be meant, as far as that shows without the data.
     """
-    check(config)
+    check_config(config)
     strategy = distribution.make_strategy(**config.distribution)
     names = ("name", "data_dir", "train_split", "validation_split", "image_size")
     description = sources.describe(*(config.data[name] for name in names))
@@ -50,7 +48,7 @@ def dry_run(config: ConfigDict) -> Iterator[str]:
             " prepared"
         )
 
-    batches = open_batches(trainer, data, 0)
+    batches = trainer.open_batches(data, 0)
     began = time.perf_counter()
     trainer.trace(batches)
     traced = time.perf_counter()

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from bn_keras import distribution
 from bn_keras.batch_norm import BATCH_NORMS, merge_moving_statistics
 from bn_keras.checkpoint import Checkpoints
+from bn_keras.cost import count
 from bn_keras.data import pipeline
 from bn_keras.diagnosis import first_non_finite
 from bn_keras.errors import TrainingDivergedError, TrainingStoppedError, UsageError
@@ -26,7 +27,7 @@ from bn_keras.evaluate import make_evaluator
 from bn_keras.population import PopulationEstimator, preserved_state
 from bn_keras.progress import Progress
 from bn_keras.signals import StopRequest, stop_requests
-from bn_keras.trainer import Trainer, make_trainer
+from bn_keras.trainer import Trainer, check_config, make_trainer
 from bn_keras.workdir import MetricsWriter, Workdir
 
 
@@ -64,7 +65,7 @@ def train_and_evaluate(
       TrainingStoppedError: a signal came, to any worker.
       WorkerLostError: another worker is gone.
     """
-    _check(config)
+    check_config(config)
     run = Workdir(workdir)
     run.check(config)
     if run.is_finished():
@@ -84,13 +85,10 @@ def train_and_evaluate(
                     f"{error}; lower schedule.base_rate, or set train.retries, in a new workdir",
                     error.step,
                 ) from None
+            factor = config.train.retry_factor
             logging.warning(
-                "%s: %s, to which the run goes back, with %g times the learning rate; retry %d of %d",
-                label,
-                error,
-                config.train.retry_factor,
-                retry,
-                config.train.retries,
+                "%s: %s, to which the run goes back with %g times the rate: retry %d of %d",
+                *(label, error, factor, retry, config.train.retries),
             )
 
 
@@ -124,21 +122,12 @@ def _train(
             " put them back, or give a new workdir"
         )
     _check_same_step(strategy, step, run)
-    batches = _open_batches(trainer, data, step)
+    batches = trainer.open_batches(data, step)
     run.create(config, data.input_shape, data.class_names)
     run.drop_metrics_after(step)
     if not checkpoints.latest:
         checkpoints.save(step)
-    logging.info(
-        "%s: %s with %s parameters on %s, %d replica(s), in %s, %s",
-        label,
-        trainer.model.name,
-        f"{sum(math.prod(v.shape) for v in trainer.inference_model.trainable_variables):,}",
-        config.data.name,
-        strategy.num_replicas_in_sync,
-        run.path,
-        f"goes on from step {step}" if step else "from the start",
-    )
+    logging.info("%s: %s: %s", label, trainer.model.name, count(trainer.inference_model).line())
     profiled_from = _first_profiled(step, config, profile_steps)
     with (
         MetricsWriter(run, global_batch_size) as metrics,
@@ -296,13 +285,13 @@ def verify_resume(config: ConfigDict, steps: int = 4) -> str:
     Raises:
       UsageError: the two differ.
     """
-    _check(config)
+    check_config(config)
     strategy = distribution.make_strategy(**config.distribution)
     data = pipeline.open_data(config.data, seed=config.seed)
     shape, classes, examples = data.input_shape, data.num_classes, data.num_train_examples
 
     def train(trainer: Trainer, first: int, last: int) -> None:
-        trainer.train(_open_batches(trainer, data, first), last - first)
+        trainer.train(trainer.open_batches(data, first), last - first)
         merge_moving_statistics(trainer.model, strategy)
 
     with tempfile.TemporaryDirectory() as folder, data.naming_errors():
@@ -326,62 +315,6 @@ def verify_resume(config: ConfigDict, steps: int = 4) -> str:
     return _digest(resumed)
 
 
-def _check(config: ConfigDict) -> None:
-    positive = (
-        "train.steps",
-        "train.global_batch_size",
-        "train.steps_per_loop",
-        "schedule.reference_batch_size",
-        "schedule.base_rate",
-        "schedule.decay_factor",
-        "model.width",
-        "model.initializer_stddev",
-        "schedule.decay_epochs",
-        "evaluation.every_steps",
-        "evaluation.global_batch_size",
-        "population.num_batches",
-        "checkpoint.every_steps",
-        "checkpoint.keep",
-        "train.micro_batches",
-        "train.retry_factor",
-    )
-    for key in positive:
-        section, name = key.split(".")
-        if not 0 < config[section][name] < math.inf:
-            raise UsageError(f"{key} is {config[section][name]}: it has to be greater than 0")
-    not_negative = (
-        "train.l2",
-        "train.retries",
-        "schedule.warmup_epochs",
-        "model.auxiliary_weight",
-    )
-    for key in not_negative:
-        section, name = key.split(".")
-        if not 0 <= config[section][name] < math.inf:
-            raise UsageError(f"{key} is {config[section][name]}: it has to be 0 or more")
-    for name in ("momentum", "label_smoothing", "ema", "until_accuracy"):
-        if not 0 <= config.train[name] < 1:
-            raise UsageError(
-                f"train.{name} is {config.train[name]}: it has to be at least 0 and less than 1"
-            )
-    if config.train.retry_factor > 1:
-        raise UsageError(
-            f"train.retry_factor is {config.train.retry_factor}: it has to be at most 1"
-        )
-    if config.train.global_batch_size % config.train.micro_batches:
-        raise UsageError(
-            f"train.micro_batches is {config.train.micro_batches}, which does not divide"
-            f" train.global_batch_size, {config.train.global_batch_size}"
-        )
-    if config.population.when not in ("never", "end", "evaluations"):
-        raise UsageError(
-            f"unknown population.when {config.population.when!r}: accepted are never, end,"
-            " evaluations"
-        )
-    if not 0 <= config.seed < 2**32:
-        raise UsageError(f"seed is {config.seed}: it has to be from 0 to {2**32 - 1}")
-
-
 def _next_stop(step: int, config: ConfigDict) -> int:
     """Gives the step up to which nothing but training is due."""
     periods = (
@@ -390,15 +323,6 @@ def _next_stop(step: int, config: ConfigDict) -> int:
         config.checkpoint.every_steps,
     )
     return min(config.train.steps, *(step - step % period + period for period in periods))
-
-
-def _open_batches(
-    trainer: Trainer, data: pipeline.Data, step: int
-) -> tf.distribute.DistributedIterator:
-    """Opens the training input from a step on."""
-    size = trainer.global_batch_size // trainer.micro_batches
-    first = step * trainer.micro_batches
-    return iter(data.train_batches(trainer.strategy, size, first, mixed=True))
 
 
 def _first_profiled(step: int, config: ConfigDict, profile_steps: int) -> int:
@@ -440,7 +364,7 @@ def _find_cause(
 ) -> str:
     """Takes the steps of a loop again, up to the one that failed, and says where that began."""
     trainer.restore(before)
-    batches = _open_batches(trainer, data, step)
+    batches = trainer.open_batches(data, step)
     if finite_steps:
         trainer.train(batches, finite_steps)
     for _ in range(trainer.micro_batches):

@@ -1,5 +1,6 @@
 """The training step, and a loop of such steps that stays on the device."""
 
+import math
 from collections.abc import Sequence
 
 import keras
@@ -7,6 +8,8 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from bn_keras import distribution, models
+from bn_keras.data.pipeline import Data
+from bn_keras.errors import UsageError
 from bn_keras.schedule import ExamplesSchedule
 
 # Of the loss in float16: what it begins with, and after how many steps without an overflow it
@@ -118,6 +121,12 @@ class Trainer:
     def variables(self) -> list[keras.Variable]:
         """All of the parts', in one list."""
         return [v for part in self.parts.values() for v in part]
+
+    def open_batches(self, data: Data, step: int) -> tf.distribute.DistributedIterator:
+        """Opens the training input from a step on, which is 0 for the first."""
+        size = self.global_batch_size // self.micro_batches
+        first = step * self.micro_batches
+        return iter(data.train_batches(self.strategy, size, first, mixed=True))
 
     def snapshot(self) -> list[tf.Tensor]:
         """Gives the values of all variables, which cost a copy once they change."""
@@ -308,6 +317,63 @@ def make_trainer(
         ema=config.train.ema,
         loss_scaling=config.train.precision == "mixed_float16",
     )
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises UsageError for a number that a training can't be meant to have."""
+    positive = (
+        "train.steps",
+        "train.global_batch_size",
+        "train.steps_per_loop",
+        "schedule.reference_batch_size",
+        "schedule.base_rate",
+        "schedule.decay_factor",
+        "model.width",
+        "model.initializer_stddev",
+        "schedule.decay_epochs",
+        "evaluation.every_steps",
+        "evaluation.global_batch_size",
+        "population.num_batches",
+        "checkpoint.every_steps",
+        "checkpoint.keep",
+        "train.micro_batches",
+        "train.retry_factor",
+    )
+    for key in positive:
+        section, name = key.split(".")
+        if not 0 < config[section][name] < math.inf:
+            raise UsageError(f"{key} is {config[section][name]}: it has to be greater than 0")
+    not_negative = (
+        "train.l2",
+        "train.retries",
+        "schedule.warmup_epochs",
+        "model.auxiliary_weight",
+    )
+    for key in not_negative:
+        section, name = key.split(".")
+        if not 0 <= config[section][name] < math.inf:
+            raise UsageError(f"{key} is {config[section][name]}: it has to be 0 or more")
+    for name in ("momentum", "label_smoothing", "ema", "until_accuracy"):
+        if not 0 <= config.train[name] < 1:
+            raise UsageError(
+                f"train.{name} is {config.train[name]}: it has to be at least 0 and less than 1"
+            )
+    if config.train.retry_factor > 1:
+        raise UsageError(
+            f"train.retry_factor is {config.train.retry_factor}: it has to be at most 1"
+        )
+    if config.train.global_batch_size % config.train.micro_batches:
+        raise UsageError(
+            f"train.micro_batches is {config.train.micro_batches}, which does not divide"
+            f" train.global_batch_size, {config.train.global_batch_size}"
+        )
+    if config.population.when not in ("never", "end", "evaluations"):
+        raise UsageError(
+            f"unknown population.when {config.population.when!r}: accepted are never, end,"
+            " evaluations"
+        )
+    if not 0 <= config.seed < 2**32:
+        raise UsageError(f"seed is {config.seed}: it has to be from 0 to {2**32 - 1}")
 
 
 def make_schedule(
