@@ -1,0 +1,119 @@
+"""Run by test_multi_worker: commands of two workers each, one pair after the other.
+
+They are forked once TensorFlow is imported, which takes longer than such a training, and is allowed
+before its first operation.
+"""
+
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+import time
+import traceback
+
+import tensorflow as tf
+
+from bn_keras import evaluate, train  # noqa: F401
+from bn_keras.trainer import Trainer
+
+SECONDS_TO_END = 100
+
+
+def main():
+    """Reads and writes JSON: for each pair what `run_pair` takes, and what it gives."""
+    pairs = json.loads(sys.argv[1])
+    print(json.dumps([run_pair(**pair) for pair in pairs]))
+
+
+def run_pair(command, arguments, signum=0, at_step=0, spoiled_step=0):
+    """Starts two workers and waits for their ends.
+
+    Args:
+      command: of launch.
+      arguments: of each worker.
+      signum: that the second worker gets in the loop of steps that ends after `at_step`.
+      at_step: of the signal.
+      spoiled_step: whose images are NaN for the second worker.
+
+    Returns:
+      Of each worker the "status", what it wrote ("text"), and the "seconds" until its end from the
+      first one's.
+    """
+    addresses = free_addresses(len(arguments))
+    workers = {}
+    for index, given in enumerate(arguments):
+        task = {"type": "worker", "index": index}
+        os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": task})
+        reader, writer = os.pipe()
+        sys.stdout.flush()
+        child = os.fork()
+        if not child:
+            os.dup2(writer, sys.stdout.fileno())
+            os.dup2(writer, sys.stderr.fileno())
+            signal.alarm(SECONDS_TO_END)
+            if index == 1:
+                disturb(signum, at_step, spoiled_step)
+            act(command, given)
+        os.close(writer)
+        workers[child] = reader
+    ends = {}
+    while len(ends) < len(workers):
+        child, status = os.wait()
+        ends[child] = (os.waitstatus_to_exitcode(status), time.monotonic())
+    first = min(moment for _, moment in ends.values())
+    return [
+        {
+            "status": ends[child][0],
+            "seconds": ends[child][1] - first,
+            "text": open(reader).read(),
+        }
+        for child, reader in workers.items()
+    ]
+
+
+def act(command, arguments):
+    """Is `python -m launch.COMMAND`."""
+    sys.argv = [command, *arguments]
+    status = 1
+    try:
+        runpy.run_module(f"launch.{command}", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        status = end.code or 0
+    except Exception:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def disturb(signum, at_step, spoiled_step):
+    take_steps, differentiate = Trainer.train, Trainer.gradients
+
+    def interrupted(self, batches, num_steps):
+        begin = int(self.optimizer.iterations.numpy())
+        if signum and begin <= at_step < begin + num_steps:
+            os.kill(os.getpid(), signum)
+        return take_steps(self, batches, num_steps)
+
+    def spoiled(self, images, labels):
+        now = tf.equal(self.optimizer.iterations.value, spoiled_step - 1)
+        return differentiate(self, tf.where(now, float("nan"), images), labels)
+
+    Trainer.train = interrupted
+    if spoiled_step:
+        Trainer.gradients = spoiled
+
+
+def free_addresses(count):
+    sockets = [socket.create_server(("localhost", 0)) for _ in range(count)]
+    addresses = [f"localhost:{s.getsockname()[1]}" for s in sockets]
+    for s in sockets:
+        s.close()
+    return addresses
+
+
+if __name__ == "__main__":
+    main()
