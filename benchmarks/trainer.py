@@ -1,37 +1,147 @@
-"""What the trainer adds to a training step of the section 4.1 network.
+"""What the trainer adds to a bare training step.
 
-A step through train_and_evaluate, with input, metrics, evaluations every 1,000 steps and
-checkpoints every 5,000, against the same step in a bare tf.range loop over one constant batch.
-The time of a short run is taken off that of a long one, so that building the graph doesn't count.
+    python benchmarks/trainer.py [--data_dir=FOLDER] [mlp] [inception] [start] [checkpoint] [memory]
 
-    python benchmarks/trainer.py [folder of prepared TFDS data sets with MNIST]
+Without names all parts run, each in a process of its own; the status is 1 if one of them falls
+short of its goal. FOLDER may have TFDS's MNIST prepared; else it is scikit-learn's digits.
 
-Without the folder the network is trained on scikit-learn's digits, with 64 inputs for 784.
+mlp: the network of section 4.1 with input, metrics, evaluations every 1,000 steps and checkpoints
+every 5,000, against a bare loop over one constant batch. The time of a short run is taken off that
+of a long one, so that building the graph doesn't count.
+
+inception: BN-Inception, 32 synthetic images of 224², against such a loop; first without crops and
+distortions, which are the input's cost and not the trainer's, then with them. No evaluations and
+no checkpoints: their cost is how often one wants them.
+
+start: from the call of train_and_evaluate to the end of BN-Inception's first step, against
+building the same network and running a step of it.
+
+checkpoint: saving BN-Inception, as a share of the five minutes from one to the next.
+
+memory: of the process, while the network of section 4.1 takes 10,000 steps.
 """
 
+import argparse
+import functools
+import itertools
 import os
 import pathlib
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+import unittest.mock
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-import keras
 import tensorflow as tf
+from etils import epath
 
-from bn_keras import distribution, models
+from bn_keras import distribution, train
+from bn_keras.checkpoint import Checkpoints
 from bn_keras.data import pipeline
-from bn_keras.train import Trainer, train_and_evaluate
-from configs import mnist_bn
+from bn_keras.progress import Progress
+from bn_keras.trainer import make_trainer
+from configs import bn_x30, mnist_bn
 
-SHORT, LONG, ROUNDS = 2_000, 22_000, 3
-LIMIT = 1.3
+SECONDS_BETWEEN_CHECKPOINTS = 300
 
 
-def make_config(data_dir):
+def mlp(data_dir):
+    short, long, rounds = 2_000, 22_000, 3
+    config = mlp_config(data_dir)
+    loop, _ = make_bare_loop(config)
+    bare, trained = [], []
+    for _ in range(rounds):
+        bare.append(seconds_of(lambda: loop(tf.constant(long - short))) / (long - short))
+        seconds = [run(config, steps)[-1][1] for steps in (short, long)]
+        trained.append((seconds[1] - seconds[0]) / (long - short))
+    bare_step, step = statistics.median(bare), statistics.median(trained)
+    print(
+        f"mlp: a step through the trainer {step * 1e6:.0f} us, bare {bare_step * 1e6:.0f} us,"
+        f" ratio {step / bare_step:.2f} (wanted: at most 1.3)"
+    )
+    return step / bare_step <= 1.3
+
+
+def inception(data_dir):
+    steps, loops = 4, 10
+    plain = inception_config(steps_per_loop=steps)
+    plain.data.update({"crop": "none", "mirror": False, "distortion": 0.0})
+    loop, _ = make_bare_loop(plain)
+
+    def bare_steps():
+        return [seconds_of(lambda: loop(tf.constant(steps))) / steps for _ in range(loops // 2)]
+
+    ratios, before = {}, bare_steps()
+    for name, config in (
+        ("as they are", plain),
+        ("with crops and distortions", inception_config(steps_per_loop=steps)),
+    ):
+        ends = [seconds for _, seconds, _ in run(config, steps * loops)[1:-1]]
+        step = statistics.median((b - a) / steps for a, b in itertools.pairwise(ends))
+        # Before and after, since what else the machine does changes with the minutes.
+        after = bare_steps()
+        bare_step = statistics.median(before + after)
+        before = after
+        ratios[name] = bare_step / step
+        print(
+            f"inception, images {name}: a step through the trainer {step:.3f} s, bare"
+            f" {bare_step:.3f} s, bare/trainer {ratios[name]:.3f} (wanted: at least 0.97)"
+        )
+    return ratios["as they are"] >= 0.97
+
+
+def start(data_dir):
+    # In processes of their own, since what is built second finds a warm process.
+    through, bare = (
+        statistics.median(
+            float(subprocess.check_output([sys.executable, __file__, part], text=True))
+            for _ in range(3)
+        )
+        for part in ("first-step", "bare-first-step")
+    )
+    print(
+        f"start: to the end of the first step {through:.1f} s, bare {bare:.1f} s, ratio"
+        f" {through / bare:.2f} (wanted: at most 1.5)"
+    )
+    return through / bare <= 1.5
+
+
+def checkpoint(data_dir):
+    config = inception_config()
+    strategy = distribution.make_strategy(**config.distribution)
+    data = pipeline.open_data(config.data, seed=config.seed)
+    trainer = make_trainer(
+        config, strategy, data.input_shape, data.num_classes, data.num_train_examples
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = Checkpoints(epath.Path(folder), trainer.parts, config.checkpoint.keep)
+        seconds = [seconds_of(functools.partial(checkpoints.save, step)) for step in range(1, 10)]
+        size = sum(f.stat().st_size for f in pathlib.Path(folder).glob("step-9.*"))
+    share = statistics.median(seconds) / SECONDS_BETWEEN_CHECKPOINTS
+    print(
+        f"checkpoint: {size / 2**20:.0f} MiB in {statistics.median(seconds):.2f} s (at most"
+        f" {max(seconds):.2f}), {share:.2%} of five minutes (wanted: less than 1%)"
+    )
+    return share < 0.01
+
+
+def memory(data_dir):
+    config = mlp_config(data_dir)
+    config.train.steps_per_loop = 500
+    sizes = {step: size for step, _, size in run(config, 10_000)}
+    before, after = sizes[2_000], sizes[10_000]
+    print(
+        f"memory: {before / 2**20:.0f} MiB after 2,000 steps, {after / 2**20:.0f} MiB after"
+        f" 10,000, {(after - before) / 2**20:+.1f} MiB (wanted: flat, less than 1% more)"
+    )
+    return after < 1.01 * before
+
+
+def mlp_config(data_dir):
     config = mnist_bn.get_config()
     if data_dir:
         config.data.data_dir = data_dir
@@ -42,48 +152,107 @@ def make_config(data_dir):
     return config
 
 
-def seconds_of_run(config, steps):
+def inception_config(steps_per_loop=1):
+    config = bn_x30.get_config().copy_and_resolve_references()
+    config.data.name = "synthetic"
+    config.train.steps_per_loop = steps_per_loop
+    return config
+
+
+def run(config, steps):
+    """Trains; gives step, seconds since the call, and the process's bytes after each loop.
+
+    The last entry is that of the end.
+    """
+    config = config.copy_and_resolve_references()
     config.train.steps = steps
+    seen = []
+
+    def note(step):
+        seen.append((step, time.perf_counter() - began, resident_bytes()))
+
+    class Noting(Progress):
+        def update(self, step, *values):
+            super().update(step, *values)
+            note(step)
+
     with tempfile.TemporaryDirectory() as workdir:
-        began = time.perf_counter()
-        train_and_evaluate(config, workdir)
-        return time.perf_counter() - began
+        with unittest.mock.patch.object(train, "Progress", Noting):
+            began = time.perf_counter()
+            train.train_and_evaluate(config, workdir)
+    note(steps)
+    return seen
 
 
 def make_bare_loop(config):
+    """A loop over a constant batch, traced, and the seconds until its first step was done."""
     strategy = distribution.make_strategy(**config.distribution)
     data = pipeline.open_data(config.data, seed=config.seed)
-    model = models.from_config(config, data.input_shape, data.num_classes)
-    optimizer = keras.optimizers.SGD(config.schedule.base_rate, momentum=config.train.momentum)
-    optimizer.build(model.trainable_variables)
-    trainer = Trainer(model, optimizer, strategy, config.train.global_batch_size)
-    images, labels = next(iter(data.train_batches(strategy, config.train.global_batch_size)))
+    batch = next(iter(data.train_batches(strategy, config.train.global_batch_size)))
+    began = time.perf_counter()
+    trainer = make_trainer(
+        config, strategy, data.input_shape, data.num_classes, data.num_train_examples
+    )
 
     @tf.function
     def loop(num_steps):
         for _ in tf.range(num_steps):
-            trainer.train_step(images, labels)
+            strategy.run(trainer.step, args=batch)
 
     loop(tf.constant(1))
-    return loop
+    return loop, time.perf_counter() - began
+
+
+def first_step(data_dir):
+    class FirstStepDone(Exception):
+        pass
+
+    class Stopping(Progress):
+        def update(self, step, *values):
+            raise FirstStepDone
+
+    config = inception_config()
+    with tempfile.TemporaryDirectory() as workdir:
+        with unittest.mock.patch.object(train, "Progress", Stopping):
+            began = time.perf_counter()
+            try:
+                train.train_and_evaluate(config, workdir)
+            except FirstStepDone:
+                print(time.perf_counter() - began)
+
+
+def bare_first_step(data_dir):
+    print(make_bare_loop(inception_config())[1])
+
+
+def seconds_of(function):
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def resident_bytes():
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+PARTS = {f.__name__: f for f in (mlp, inception, start, checkpoint, memory)}
+# Of which `start` is made up.
+PROCESSES = {"first-step": first_step, "bare-first-step": bare_first_step}
 
 
 def main():
-    config = make_config(sys.argv[1] if len(sys.argv) > 1 else "")
-    loop = make_bare_loop(config)
-    bare, trained = [], []
-    for _ in range(ROUNDS):
-        began = time.perf_counter()
-        loop(tf.constant(LONG - SHORT))
-        bare.append((time.perf_counter() - began) / (LONG - SHORT))
-        short, long = (seconds_of_run(config, steps) for steps in (SHORT, LONG))
-        trained.append((long - short) / (LONG - SHORT))
-    bare_step, step = statistics.median(bare), statistics.median(trained)
-    print(
-        f"{config.data.name}: a step through the trainer {step * 1e6:.0f} us, bare"
-        f" {bare_step * 1e6:.0f} us, ratio {step / bare_step:.2f} (at most {LIMIT} is wanted)"
-    )
-    sys.exit(step / bare_step > LIMIT)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("parts", nargs="*", default=list(PARTS))
+    parser.add_argument("--data_dir", default="")
+    given = parser.parse_args()
+    for part in given.parts:
+        if part not in PARTS | PROCESSES:
+            parser.error(f"unknown part {part!r}: accepted are {', '.join(PARTS)}")
+    if len(given.parts) == 1:
+        sys.exit((PARTS | PROCESSES)[given.parts[0]](given.data_dir) is False)
+    command = [sys.executable, __file__, f"--data_dir={given.data_dir}"]
+    sys.exit(any([subprocess.call([*command, part]) for part in given.parts]))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
 """What a network costs: against the paper's table, published counts, and TensorFlow's graphs."""
 
+import functools
+import importlib
+import pathlib
+
 import keras
 import pytest
 import tensorflow as tf
@@ -8,7 +12,13 @@ from bn_keras import BatchNormalization, BNInception, SigmoidMLP, cost
 from bn_keras.errors import UsageError
 from bn_keras.models.inception import FIGURE_5
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 L = keras.layers
+
+
+@functools.cache
+def _inception_cost():
+    return cost.count(BNInception("bn_x30"))
 
 
 def _figure_5_multiply_adds():
@@ -30,7 +40,7 @@ def _figure_5_multiply_adds():
 
 
 def test_inception_costs_what_figure_5_says():
-    counted = cost.count(BNInception("bn_x30"))
+    counted = _inception_cost()
     assert counted.multiply_adds == _figure_5_multiply_adds()
     assert counted.flops == 2 * counted.multiply_adds
     assert counted.trainable == 11_188_288
@@ -187,7 +197,7 @@ def test_kept_at_another_precision():
 
 
 def test_the_table_has_the_rows_of_figure_5_and_fits_a_screen():
-    counted = cost.count(BNInception("bn_baseline"))
+    counted = _inception_cost()
     lines = str(counted).splitlines()
     assert len(lines) <= 24 and max(map(len, lines)) <= 100
     rows = {line.split()[0]: line.split() for line in lines if line}
@@ -247,3 +257,11 @@ class _Subclassed(keras.Model):
 def test_what_cannot_be_counted(make, message):
     with pytest.raises(UsageError, match=message):
         cost.count(make())
+
+
+def test_the_tables_of_the_page_on_scaling_are_what_its_command_prints(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    importlib.import_module("scaling").main()
+    printed = capsys.readouterr().out
+    assert printed.count("|\n") > 10
+    assert printed in (ROOT / "docs" / "scaling.md").read_text()
