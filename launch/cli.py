@@ -7,6 +7,7 @@ SIGTERM. docs/launching.md tells users of them.
 """
 
 import contextlib
+import difflib
 import functools
 import logging as std_logging
 import os
@@ -25,7 +26,7 @@ from ml_collections import ConfigDict, config_flags
 
 from configs import default
 from launch.errors import CommandError
-from launch.help import format_help
+from launch.help import format_help, is_required
 
 # The flags defined in here are those of the command that asks for them: --help shows them there.
 flags.disclaim_key_flags()
@@ -193,6 +194,9 @@ def _parse_flags(
     argv = [re.sub(r"^(--?[\w.]+=)~(?=/|$)", lambda m: m[1] + home, given) for given in argv]
     try:
         rest = flags.FLAGS(argv)
+        for flag in flags.FLAGS.get_key_flags_for_module(argv[0]):
+            if flag.value == "" and is_required(flag):
+                raise flags.ValidationError(f"--{flag.name} is empty: see --help")
         if "config" in flags.FLAGS and flags.FLAGS["config"].present:
             # A file that could not be loaded is reported at the first look at its config.
             flags.FLAGS["config"].value.seed  # noqa: B018
@@ -240,6 +244,20 @@ def _explain_flag(error: Exception) -> str:
     reason = str(error.args[0] if error.args else error).strip().splitlines()[-1].strip()
     if "must have a value other than None" in reason:
         return f"--{reason.split('--')[1].split('=')[0]} is missing: see --help"
+    # Python's own reasons, from within absl.
+    untyped = re.match(r"flag --(\w+)=(.*): (\('Non-bool|invalid literal|could not conv)", reason)
+    if untyped:
+        name, given, _ = untyped.groups()
+        return f"--{name} takes a value of type {flags.FLAGS[name].flag_type()}, not {given!r}"
+    missing = re.search("No such file or directory: '(.*)'", reason)
+    if missing:
+        return f"--config can't be loaded: there is no {missing[1]!r}{_suggest_config(missing[1])}"
     if isinstance(error, OSError) or "get_config" in reason:
         return f"--config can't be loaded: {reason}"
-    return reason
+    return reason.removeprefix("ValueError: ")
+
+
+def _suggest_config(given: str) -> str:
+    stems = [file.stem for file in pathlib.Path(default.__file__).parent.glob("*.py")]
+    nearest = difflib.get_close_matches(pathlib.Path(given).stem, stems, n=1)
+    return f" (did you mean 'configs/{nearest[0]}.py'?)" if nearest else ""

@@ -36,6 +36,11 @@ def format_help(
     return "\n\n".join([*sections, examples])
 
 
+def is_required(flag: flags.Flag) -> bool:
+    """Tells whether a command can't do without a flag, which absl marks by a validator."""
+    return any("other than None" in validator.message for validator in flag.validators)
+
+
 def _name(flag: flags.Flag) -> str:
     if flag.boolean:
         return f"--{flag.name}"
@@ -56,8 +61,7 @@ def _name(flag: flags.Flag) -> str:
 def _meaning(flag: flags.Flag, required: bool) -> str:
     # What absl adds to the help of an enum and of a flag that may be repeated.
     text = re.sub(r"^<[^>]*>: |;\n *repeat this option.*", "", flag.help)
-    # absl marks a flag as required by a validator.
-    if required or any("other than None" in validator.message for validator in flag.validators):
+    if required or is_required(flag):
         return f"{text} Required."
     return f"{text} Default: {flag.default_as_str.strip(chr(39))}." if flag.default else text
 

@@ -29,6 +29,9 @@ def main() -> None:
     from bn_keras.experiment import run_all
     from bn_keras.plan import describe
 
+    for flag in (_INITIALIZERS, _BASE_RATES, _SEEDS):
+        if not flag.value:
+            cli.fail(f"--{flag.name} is empty: give one value or more, separated by commas", 2)
     settings = list(itertools.product(_INITIALIZERS.value, _BASE_RATES.value))
     configs = {}
     for initializer, base_rate in settings:

@@ -65,6 +65,15 @@ def assert_fails_on_one_line(done, status, *parts):
         ([*DIGITS, "--workdir=w", "--config.train=3"], ["is a section", "global_batch_size"]),
         ([*DIGITS, "--workdir=w", "--stepz=3"], ["stepz"]),
         ([*DIGITS, "--workdir=w", "more"], ["unexpected argument 'more'"]),
+        ([*DIGITS, "--workdir="], ["--workdir is empty"]),
+        (
+            [*DIGITS, "--workdir=w", "--dry_run=maybe"],
+            ["--dry_run takes", "type bool, not 'maybe'"],
+        ),
+        ([*DIGITS, "--workdir=w", "--profile_steps=x"], ["--profile_steps takes", "int, not 'x'"]),
+        ([*DIGITS, "--workdir=w", "--profile_steps=-1"], ["--profile_steps=-1"]),
+        (["--config=mnst_bn", "--workdir=w"], ["no 'mnst_bn' (did you mean 'configs/mnist_bn.py'"]),
+        (["--config=configs/bn_x30_ensemble.py:9", "--workdir=w"], ["error: no member '9' of"]),
     ],
 )
 def test_flags_that_cannot_be_meant(arguments, parts, tmp_path):

@@ -1,6 +1,8 @@
 """ImageNet (ILSVRC 2012) from its official archives."""
 
+import contextlib
 import os
+import sys
 import tarfile
 
 import tensorflow as tf
@@ -42,9 +44,11 @@ def prepare_imagenet(manual_dir: str | os.PathLike, data_dir: str | os.PathLike 
             " they are"
         )
     try:
-        builder.download_and_prepare(
-            download_config=tfds.download.DownloadConfig(manual_dir=manual_dir)
-        )
+        # It prints what it is about to do; standard output is for results.
+        with contextlib.redirect_stdout(sys.stderr):
+            builder.download_and_prepare(
+                download_config=tfds.download.DownloadConfig(manual_dir=manual_dir)
+            )
     except (OSError, tarfile.TarError, tf.errors.OpError) as error:
         raise UsageError(
             f"imagenet2012 could not be prepared in {builder.data_dir} ({first_line(error)}): see"

@@ -1,9 +1,11 @@
 """Where examples come from: scikit-learn's digits, generated images, TFDS, a user's own files."""
 
+import contextlib
 import dataclasses
 import difflib
 import math
 import socket
+import sys
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable
@@ -347,9 +349,17 @@ def _prepared_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     """The builder of a set that is on disk, after preparing it where that is needed."""
     builder = _find_builder(name, data_dir)
     if not builder.is_prepared():
+        if name == "imagenet2012":
+            raise UsageError(
+                f"data set {name!r} is not in {builder.data_dir}: set data.data_dir to the folder"
+                " that holds it, or prepare it from its archives, by"
+                " python -m launch.prepare --manual_dir=ARCHIVES --data_dir=FOLDER"
+            )
         try:
             _check_reachable(builder)
-            builder.download_and_prepare()
+            # It prints what it is about to do; standard output is for results.
+            with contextlib.redirect_stdout(sys.stderr):
+                builder.download_and_prepare()
         except Exception as error:
             raise UsageError(
                 f"data set {name!r} is not in {builder.data_dir} and could not be prepared there "
