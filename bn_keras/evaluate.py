@@ -83,20 +83,21 @@ def evaluate_networks(
         rows.append({"model": "ensemble", "models": len(rows)})
 
     evaluated = []
-    for scheme in crops:
-        evaluate = make_ensemble_evaluator(
-            [network.model for network in networks],
-            data,
-            strategy,
-            config.evaluation.global_batch_size,
-            scheme,
-        )
-        for row, result in zip(rows, evaluate(label=f"{scheme.count} crop(s)"), strict=True):
-            errors = {
-                "top1_error": 1 - result["accuracy"],
-                "top5_error": 1 - result["top5_accuracy"],
-            }
-            evaluated.append(row | {"crops": scheme.count} | result | errors)
+    with distribution.naming_lost_workers(strategy):
+        for scheme in crops:
+            evaluate = make_ensemble_evaluator(
+                [network.model for network in networks],
+                data,
+                strategy,
+                config.evaluation.global_batch_size,
+                scheme,
+            )
+            for row, result in zip(rows, evaluate(label=f"{scheme.count} crop(s)"), strict=True):
+                errors = {
+                    "top1_error": 1 - result["accuracy"],
+                    "top5_error": 1 - result["top5_accuracy"],
+                }
+                evaluated.append(row | {"crops": scheme.count} | result | errors)
     return evaluated
 
 

@@ -1,12 +1,19 @@
 """Strategies by name, and one line for what can't be had."""
 
+import json
+import socket
 import subprocess
 import sys
 
 import pytest
 import tensorflow as tf
 
-from bn_keras.distribution import make_strategy
+from bn_keras.distribution import (
+    from_all_workers,
+    is_chief,
+    make_strategy,
+    naming_lost_workers,
+)
 from bn_keras.errors import UsageError
 
 
@@ -48,16 +55,38 @@ def test_it_splits_a_cpu_that_nobody_has_touched():
     [
         (
             ("cluster",),
-            "unknown distribution.strategy 'cluster': accepted are one_device, mirrored, tpu",
+            "unknown distribution.strategy 'cluster': accepted are one_device, mirrored,"
+            " multi_worker, tpu",
         ),
         (("one_device", 2), "one_device has one"),
         (("mirrored", -1), "has to be 0 or more"),
-        (("tpu", 2), "strategy tpu takes all cores"),
+        (("tpu", 2), "strategy tpu takes all devices: set it to 0"),
+        (("multi_worker", 2), "strategy multi_worker takes all devices: set it to 0"),
+        (("multi_worker",), "TF_CONFIG is not set"),
         (("tpu",), "this machine has no TPU.*set distribution.strategy=mirrored"),
         (("mirrored", 64), "TensorFlow has already started with 2 CPU"),
     ],
 )
-def test_what_cannot_be_had_is_refused(arguments, message):
+def test_what_cannot_be_had_is_refused(arguments, message, monkeypatch):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
     tf.config.list_logical_devices()
     with pytest.raises(UsageError, match=message):
         make_strategy(*arguments)
+
+
+def test_a_worker_is_made_before_tensorflow_starts(monkeypatch):
+    tf.config.list_logical_devices()
+    with socket.create_server(("localhost", 0)) as server:
+        address = f"localhost:{server.getsockname()[1]}"
+    cluster = {"cluster": {"worker": [address]}, "task": {"type": "worker", "index": 0}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(cluster))
+    with pytest.raises(UsageError, match="multi_worker, but TensorFlow has already started"):
+        make_strategy("multi_worker")
+
+
+def test_a_process_without_other_workers_writes_and_waits_for_nobody(two_replicas):
+    for strategy in (tf.distribute.get_strategy(), two_replicas):
+        assert is_chief(strategy)
+        assert from_all_workers(strategy, 7) == [7]
+        with pytest.raises(tf.errors.UnavailableError), naming_lost_workers(strategy):
+            raise tf.errors.UnavailableError(None, None, "Collective ops is aborted by: a test")

@@ -18,7 +18,7 @@ import tensorflow as tf
 from bn_keras import evaluate, train  # noqa: F401
 from bn_keras.trainer import Trainer
 
-SECONDS_TO_END = 100
+SECONDS_TO_END = 200
 
 
 def main():
