@@ -191,7 +191,10 @@ def _train(
                 signum,
             )
         validation = validate(step, is_last=True)
-        return metrics.write(step, validation | {Workdir.FINISHED: _digest(trainer)})
+        last = metrics.write(step, validation | {Workdir.FINISHED: _digest(trainer)})
+    # No worker looks into the workdir before the chief is done with it.
+    distribution.from_all_workers(strategy, step)
+    return last
 
 
 class _Validation:
