@@ -74,22 +74,21 @@ def train_and_evaluate(
     run.writes = distribution.is_chief(strategy)
     data = pipeline.open_data(config.data, seed=config.seed)
     label = label or run.path.name
-    while True:
-        try:
-            with distribution.naming_lost_workers(strategy):
-                return _train(config, run, strategy, data, label, profile_steps)
-        except TrainingDivergedError as error:
-            retry = run.num_retries() + 1
-            if retry > config.train.retries:
-                raise TrainingDivergedError(
-                    f"{error}; lower schedule.base_rate, or set train.retries, in a new workdir",
-                    error.step,
-                ) from None
-            factor = config.train.retry_factor
-            logging.warning(
-                "%s: %s, to which the run goes back with %g times the rate: retry %d of %d",
-                *(label, error, factor, retry, config.train.retries),
-            )
+    with run.locked():
+        while True:
+            try:
+                with distribution.naming_lost_workers(strategy):
+                    return _train(config, run, strategy, data, label, profile_steps)
+            except TrainingDivergedError as error:
+                retry = run.num_retries() + 1
+                if retry > config.train.retries:
+                    advice = "lower schedule.base_rate, or set train.retries, in a new workdir"
+                    raise TrainingDivergedError(f"{error}; {advice}", error.step) from None
+                factor = config.train.retry_factor
+                logging.warning(
+                    "%s: %s, to which the run goes back with %g times the rate: retry %d of %d",
+                    *(label, error, factor, retry, config.train.retries),
+                )
 
 
 def _train(
@@ -113,9 +112,9 @@ def _train(
         data.num_train_examples,
         rate_factor=config.train.retry_factor**retries,
     )
-    validate = _Validation(config, run, trainer, data)
     checkpoints = Checkpoints(run.checkpoints, trainer.parts, config.checkpoint.keep, run.writes)
     step = checkpoints.restore()
+    validate = _Validation(config, run, trainer, data, step)
     if run.last_step() and not checkpoints.latest:
         raise UsageError(
             f"the run in {run.path} got to step {run.last_step()}, but its checkpoints are gone:"
@@ -205,6 +204,7 @@ class _Validation:
       run: where the best and the finished network are saved.
       trainer: of the network, which is the same afterwards.
       data: whose validation examples are taken.
+      step: from which the run goes on, so that later evaluations do not count yet.
 
     Raises:
       UsageError: population statistics of a network without BN, or averaged weights of one with
@@ -212,7 +212,12 @@ class _Validation:
     """
 
     def __init__(
-        self, config: ConfigDict, run: Workdir, trainer: Trainer, data: pipeline.Data
+        self,
+        config: ConfigDict,
+        run: Workdir,
+        trainer: Trainer,
+        data: pipeline.Data,
+        step: int,
     ) -> None:
         self._model = model = trainer.inference_model
         self._trainer = trainer
@@ -224,8 +229,8 @@ class _Validation:
         )
         parts = {"model": model.variables}
         self._best = Checkpoints(run.best, parts, writes=run.writes)
-        self._finished = Checkpoints(run.population, parts, writes=run.writes)
-        self._best_accuracy = run.best_accuracy()
+        self._finished = Checkpoints(run.finished, parts, writes=run.writes)
+        self._best_accuracy = run.best_accuracy(step)
         has_batch_norm = any(isinstance(layer, BATCH_NORMS) for layer in model._flatten_layers())
         if trainer.averages and has_batch_norm and self._when == "never":
             raise UsageError(

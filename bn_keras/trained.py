@@ -67,24 +67,23 @@ def load_trained(
     with strategy.scope():
         model = models.from_config(config, input_shape, len(class_names))
     parts = {"model": model.variables}
-    if best:
-        checkpoints = Checkpoints(run.best, parts)
-    else:
-        checkpoints = Checkpoints(run.population, parts)
-        statistics = "population"
-        if not checkpoints.latest:
-            checkpoints = Checkpoints(run.checkpoints, parts)
-            statistics = "moving"
-    step = checkpoints.restore()
-    if not checkpoints.latest:
+    folders = [run.best] if best else [run.finished, run.checkpoints]
+    saved = [Checkpoints(folder, parts) for folder in folders]
+    step = next((checkpoints.restore() for checkpoints in saved if checkpoints.latest), 0)
+    # The checkpoint of step 0 is of a network that has learned nothing.
+    if not step:
         raise UsageError(
-            f"the run in {run.path} has no {'best ' if best else ''}checkpoint yet: let it train on"
+            f"the run in {run.path} has no {'best ' if best else ''}checkpoint of a trained network"
+            " yet, or none that can be read: let it train on"
         )
-    if best:
-        statistics = run.statistics_of_evaluation(step) or (
-            # Its line goes when the run goes back to a checkpoint before it.
-            "population" if config.population.when == "evaluations" else "moving"
-        )
+    statistics = "moving"
+    if best or saved[0].latest:
+        # The line of an evaluation goes when the run goes back to a checkpoint before it.
+        when = ("evaluations",) if best else ("end", "evaluations")
+        statistics = "population" if config.population.when in when else "moving"
+        if lines := run.evaluations(step):
+            line = max(lines, key=lambda line: line["validation/accuracy"]) if best else lines[-1]
+            statistics = line["validation/statistics"]
     preprocessing = make_preprocessing(config.data, input_shape[:2])
     return TrainedNetwork(model, config, step, statistics, input_shape, class_names, preprocessing)
 

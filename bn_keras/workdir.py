@@ -54,8 +54,8 @@ class Workdir:
         self.path = epath.Path(path)
         self.writes = True
         self.checkpoints = self.path / "checkpoints"
-        # The finished network with population statistics, where the run took them.
-        self.population = self.path / "population"
+        # The network as it was evaluated at the end, where that isn't how it was trained.
+        self.finished = self.path / "finished"
         # The network of the evaluation with the highest accuracy, as it was evaluated.
         self.best = self.path / "best"
         self.metrics = self.path / "metrics.jsonl"
@@ -215,15 +215,18 @@ class Workdir:
         """Gives how often the run has gone back after it diverged."""
         return max((line.get(self.RETRY, 0) for line in self.read_metrics()), default=0)
 
-    def best_accuracy(self) -> float:
-        """Gives the highest validation accuracy so far; 0 where there was no evaluation."""
-        accuracies = (line.get("validation/accuracy", 0.0) for line in self.read_metrics())
-        return max(accuracies, default=0.0)
+    def best_accuracy(self, step: int) -> float:
+        """Gives the highest validation accuracy up to a step; 0 where there was no evaluation."""
+        lines = [line for line in self.read_metrics() if line["step"] <= step]
+        return max((line.get("validation/accuracy", 0.0) for line in lines), default=0.0)
 
-    def statistics_of_evaluation(self, step: int) -> str | None:
-        """Gives by which statistics the network was evaluated at a step; None if it wasn't."""
-        lines = [line for line in self.read_metrics() if line["step"] == step]
-        return next((line[k] for line in lines if (k := "validation/statistics") in line), None)
+    def evaluations(self, step: int) -> list[dict]:
+        """Gives the lines of the evaluations at a step, of which there may be two at the last."""
+        return [
+            line
+            for line in self.read_metrics()
+            if line["step"] == step and "validation/accuracy" in line
+        ]
 
     def drop_metrics_after(self, step: int) -> None:
         """Keeps only the lines of metrics.jsonl up to a step, where a resumed run goes on."""

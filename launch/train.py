@@ -62,7 +62,7 @@ def _train() -> None:
     workdir = _WORKDIR.value
     last = train_and_evaluate(_CONFIG.value, workdir, profile_steps=_PROFILE_STEPS.value)
     run = Workdir(workdir)
-    parts = (run.metrics, run.checkpoints, run.best, run.population)
+    parts = (run.metrics, run.checkpoints, run.best, run.finished)
     there = ", ".join(part.name for part in parts if part.exists())
     accuracy, loss = (last[f"validation/{name}"] for name in ("accuracy", "loss"))
     logging.info("step %d: validation accuracy %.4f, loss %.4f", last["step"], accuracy, loss)

@@ -164,7 +164,7 @@ def test_the_finished_network_has_the_population_statistics(tmp_path):
     assert (finished.step, finished.statistics) == (60, "population")
     report = estimate_population_statistics(finished.model, batches, 2)
     assert max(row.mean_distance_largest for row in report.rows) < 1e-5
-    shutil.rmtree(tmp_path / "population")
+    shutil.rmtree(tmp_path / "finished")
     checkpoint = load_trained(tmp_path)
     assert (checkpoint.step, checkpoint.statistics) == (60, "moving")
     report = estimate_population_statistics(checkpoint.model, batches, 2)
@@ -566,13 +566,16 @@ def test_a_checkpoint_of_another_network_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["index", "data-00000-of-00001"])
-def test_a_truncated_checkpoint_is_one_line(ending, tmp_path):
+def test_a_truncated_checkpoint_is_named_and_none_of_an_untrained_network_taken(
+    ending, tmp_path, caplog
+):
     config = small_mlp(**{"train.steps": 2})
     train_and_evaluate(config, tmp_path)
     file = tmp_path / "checkpoints" / f"step-2.{ending}"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(UsageError, match="step-2 .*damaged") as caught:
+    with pytest.raises(UsageError, match="no checkpoint of a trained network") as caught:
         load_trained(tmp_path)
+    assert "step-2 is damaged" in caplog.text
     assert "\n" not in str(caught.value)
 
 
