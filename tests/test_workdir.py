@@ -274,19 +274,13 @@ def test_a_bucket_has_no_locks(tmp_path, monkeypatch):
     assert not (tmp_path / "lock").exists()
 
 
-def test_the_best_accuracy_is_that_of_the_evaluations_so_far(tmp_path):
+def test_the_best_accuracy_is_that_of_the_evaluations_up_to_a_step(tmp_path):
     run = Workdir(tmp_path)
-    assert run.best_accuracy() == 0
+    assert run.best_accuracy(9) == 0
     with MetricsWriter(run, 32) as metrics:
-        metrics.write(1, {"train/accuracy": 0.9})
-        for step, accuracy in ((2, 0.25), (3, 0.75), (4, 0.5)):
+        for step, accuracy in ((1, 0.25), (2, 0.75), (3, 0.5)):
             metrics.write(step, {"train/accuracy": 0.9})
-            metrics.write(
-                step, {"validation/accuracy": accuracy, "validation/statistics": "moving"}
-            )
-    assert run.best_accuracy() == 0.75
-    assert run.statistics_of_evaluation(3) == "moving"
-    assert run.statistics_of_evaluation(1) is None
-    run.drop_metrics_after(2)
-    assert run.best_accuracy() == 0.25
-    assert run.statistics_of_evaluation(3) is None
+            metrics.write(step, {"validation/accuracy": accuracy})
+    assert [run.best_accuracy(step) for step in range(4)] == [0, 0.25, 0.75, 0.75]
+    assert [line["validation/accuracy"] for line in run.evaluations(2)] == [0.75]
+    assert run.evaluations(4) == []
