@@ -259,11 +259,14 @@ def test_a_directory_that_says_it_is_longer_than_its_block_is_read_as_far_as_it_
 
 
 def test_nothing_beyond_the_block_is_taken_for_a_part_of_it(decoder):
-    plain, block = jpeg(photograph(48, 64)), exif_block()
-    cut = len(block) - 20
-    segment = b"\xff\xe1" + struct.pack(">H", cut + 2) + block[:cut]
-    segment += b"\xff\xfe" + struct.pack(">H", 22) + block[cut:]
-    encoded = plain[:2] + segment + plain[2:]
+    plain, header, directory = (
+        jpeg(photograph(48, 64)),
+        exif_block(begin=12)[:14],
+        exif_block()[14:],
+    )
+    segments = b"\xff\xe1" + struct.pack(">H", len(header) + 2) + header
+    segments += b"\xff\xfe" + struct.pack(">H", len(directory) + 2) + directory
+    encoded = plain[:2] + segments + plain[2:]
     np.testing.assert_array_equal(decoder(encoded), decoder(plain))
 
 
