@@ -1,0 +1,72 @@
+"""Run by test_resume: the commands of a run, in processes that get signals at random moments.
+
+They are forked once TensorFlow is imported, which takes longer than such a training and is allowed
+before its first operation. Their signals, statuses and output are those of any other process.
+"""
+
+import functools
+import itertools
+import json
+import os
+import random
+import runpy
+import signal
+import sys
+import threading
+
+from bn_keras import evaluate  # noqa: F401
+from bn_keras.models import inception
+from bn_keras.trainer import Trainer
+
+# Most of a short run's time goes into its graph. Stem and classifier have BN and dropout.
+inception.FIGURE_5 = []
+
+
+def launch(command, *arguments, output=os.devnull, before=lambda: None):
+    """Runs a command in a process of its own, and gives its status."""
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), sys.stdout.fileno())
+        sys.argv = [command, *arguments]
+        status = 1
+        try:
+            before()
+            runpy.run_module(f"launch.{command}", run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            status = end.code or 0
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def expect(number, loop, seconds):
+    """Has this process get a signal so long after a loop of steps begins."""
+    loops = itertools.count()
+    train = Trainer.train
+
+    def train_and_be_sent(self, *arguments):
+        if next(loops) == loop:
+            threading.Timer(seconds, os.kill, (os.getpid(), number)).start()
+        return train(self, *arguments)
+
+    Trainer.train = train_and_be_sent
+
+
+def main(folder, seed, *arguments):
+    random.seed(int(seed))
+    signals = [signal.SIGTERM, signal.SIGKILL, signal.SIGINT]
+    random.shuffle(signals)
+    unbroken, killed = (f"--workdir={folder}/{name}" for name in ("unbroken", "killed"))
+    statuses = [launch("train", unbroken, *arguments)]
+    for number in signals:
+        # In that loop, or in what comes between it and the next ones.
+        expected = functools.partial(expect, number, random.randint(1, 12), random.uniform(0, 0.02))
+        statuses.append(launch("train", killed, *arguments, before=expected))
+    statuses.append(launch("train", killed, *arguments))
+    statuses.append(launch("evaluate", killed, "--best", "--json", output=f"{folder}/best.json"))
+    print(json.dumps({"signals": signals, "statuses": statuses}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
