@@ -59,8 +59,8 @@ def dry_run(config: ConfigDict) -> Iterator[str]:
     yield (
         f"one step of {config.train.global_batch_size} made-up images on {replicas} replica(s):"
         f" loss {loss:.4f}{'' if finite_steps else ', which is not finite'}\n"
-        f"building its graph took {traced - began:.1f} s, the step itself, the first,"
+        f"building the graph took {traced - began:.1f} s, and this first step"
         f" {ended - traced:.1f} s\n"
-        f"of {part} images, a replica keeps about {part * cost.activation_bytes / 2**20:,.0f} MiB"
-        " for the way back"
+        f"for the way back, a replica keeps about {part * cost.activation_bytes / 2**20:,.0f} MiB"
+        f" of its {part} images"
     )

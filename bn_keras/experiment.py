@@ -9,6 +9,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from bn_keras.errors import TrainingDivergedError
+from bn_keras.plan import state
 from bn_keras.report import Run
 from bn_keras.train import train_and_evaluate
 from bn_keras.workdir import Workdir
@@ -32,6 +33,7 @@ def run_all(configs: Mapping[str, ConfigDict], folder: str | os.PathLike) -> lis
         workdir = Path(folder) / re.sub(r"[^a-z0-9.]+", "_", title.lower())
         run = Workdir(workdir)
         run.check(config)
+        logging.info("%s in %s: %s", title, workdir, state(run, config.train.steps))
         if not run.has_diverged() or run.num_retries() < config.train.retries:
             try:
                 train_and_evaluate(config, workdir, label=title)

@@ -13,6 +13,7 @@ import logging as std_logging
 import os
 import pathlib
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn
@@ -51,9 +52,10 @@ def define_config(required: bool = True) -> flags.FlagHolder[ConfigDict]:
 
 def define_workdir(
     meaning: str = "Folder of the run: its config, metrics and checkpoints.",
+    required: bool = True,
 ) -> flags.FlagHolder[str]:
-    """Defines --workdir, which has to be given."""
-    return flags.DEFINE_string("workdir", None, meaning, required=True)
+    """Defines --workdir."""
+    return flags.DEFINE_string("workdir", None, meaning, required=required)
 
 
 def parse(kind: type, given: str, flag: str) -> int | float:
@@ -107,10 +109,15 @@ def run(
         command = functools.partial(main, argv[1:]) if positional else main
         try:
             _on_tensorflow(command) if needs_tensorflow else command()
+            sys.stdout.flush()
         except CommandError as error:
             fail(error, error.status)
         except KeyboardInterrupt:
             fail("interrupted", 130)
+        except BrokenPipeError:
+            # Whoever read the result has had enough. What is left must not be tried again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + signal.SIGPIPE)
 
     app.run(act, flags_parser=lambda argv: _parse_flags(argv, positional, make_help or _help))
 
@@ -153,6 +160,13 @@ def _on_tensorflow(main: Callable[[], None]) -> None:
         reason = error.message.splitlines()[0]
         raise CommandError(
             f"out of memory ({reason}): lower train.global_batch_size or data.image_size"
+        ) from None
+    except tf.errors.OpError as error:
+        if "gs://" not in error.message:
+            raise
+        raise CommandError(
+            f"the bucket can't be reached ({error.message}): see whether it is there, and log in by"
+            " `gcloud auth application-default login`"
         ) from None
 
 
@@ -244,6 +258,9 @@ def _explain_flag(error: Exception) -> str:
     reason = str(error.args[0] if error.args else error).strip().splitlines()[-1].strip()
     if "must have a value other than None" in reason:
         return f"--{reason.split('--')[1].split('=')[0]} is missing: see --help"
+    # Each --config defines its overrides.
+    if isinstance(error, flags.DuplicateFlagError):
+        return "--config is given twice: give it once"
     # Python's own reasons, from within absl.
     untyped = re.match(r"flag --(\w+)=(.*): (\('Non-bool|invalid literal|could not conv)", reason)
     if untyped:

@@ -29,7 +29,7 @@ from launch.cloud.job import (
 from launch.help import format_help
 
 _WORKDIR = cli.define_workdir(
-    "Folder of the run, gs://BUCKET/FOLDER; the job's own lies beside it."
+    "Folder of the run, gs://BUCKET/FOLDER; the job's own lies beside it.", required=False
 )
 _NAME = flags.DEFINE_string("name", "", "Name of the job.")
 _ZONE = flags.DEFINE_string("zone", "", "Zone of the TPU, as us-east5-b.")
@@ -209,10 +209,10 @@ _ACTIONS = {
     "logs": _logs,
     "delete": _delete,
 }
-_NEEDED = ("name", "zone", "accelerator_type", "config")
-_FLAGS = {
+_REQUIRED = dict.fromkeys(_ACTIONS, ("workdir",))
+_REQUIRED["submit"] += ("name", "zone", "accelerator_type", "config")
+_OPTIONAL = {
     "submit": (
-        *_NEEDED,
         *("image", "project", "service_account", "spot", "valid_until", "max_hours"),
         *("price_per_hour", "dry_run"),
     ),
@@ -232,13 +232,14 @@ def _subcommand(arguments: list[str]) -> str:
         cli.fail(f"unknown subcommand {subcommand!r}{guess}: accepted are {accepted}", 2)
     if rest:
         cli.fail(f"unexpected argument {rest[0]!r}: values are given as --flag=value", 2)
-    for name in itertools.chain(*_FLAGS.values()):
-        if flags.FLAGS[name].present and name not in _FLAGS[subcommand]:
-            users = " and ".join(user for user, takes in _FLAGS.items() if name in takes)
+    takes = {name: (*_REQUIRED[name], *_OPTIONAL[name]) for name in _ACTIONS}
+    for name in itertools.chain(*takes.values()):
+        if flags.FLAGS[name].present and name not in takes[subcommand]:
+            users = " and ".join(user for user, names in takes.items() if name in names)
             cli.fail(f"--{name} is of {users}, not of {subcommand}", 2)
-    for name in _NEEDED if subcommand == "submit" else ():
-        if not flags.FLAGS[name].present:
-            cli.fail(f"--{name} is missing: see `python -m launch.tpu submit --help`", 2)
+    for name in _REQUIRED[subcommand]:
+        if not flags.FLAGS[name].value:
+            cli.fail(f"--{name} is missing: see `python -m launch.tpu {subcommand} --help`", 2)
     return subcommand
 
 
@@ -246,9 +247,10 @@ def _help(argv: list[str]) -> str:
     subcommand = next((argument for argument in argv if argument in _ACTIONS), None)
     if not subcommand:
         summaries = {name: act.__doc__.partition("\n")[0] for name, act in _ACTIONS.items()}
-        return format_help(__doc__, [flags.FLAGS["workdir"]], subcommands=summaries)
-    options = [flags.FLAGS[name] for name in ("workdir", *_FLAGS[subcommand])]
-    return format_help(_ACTIONS[subcommand].__doc__, options, required=_NEEDED)
+        return format_help(__doc__, [flags.FLAGS["workdir"]], ["workdir"], summaries)
+    required = _REQUIRED[subcommand]
+    options = [flags.FLAGS[name] for name in (*required, *_OPTIONAL[subcommand])]
+    return format_help(_ACTIONS[subcommand].__doc__, options, required)
 
 
 if __name__ == "__main__":

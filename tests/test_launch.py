@@ -9,15 +9,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import tensorflow as tf
 from absl import logging as absl_logging
-from small import small_mlp
 
 from bn_keras.errors import TrainingDivergedError, TrainingStoppedError, UsageError
-from bn_keras.train import train_and_evaluate
 from launch import cli
 from launch.errors import CommandError
 
@@ -162,6 +159,7 @@ def unfiltered():
         (TrainingStoppedError("no", signal.SIGTERM), 143),
         (TrainingStoppedError("no", signal.SIGINT), 130),
         (tf.errors.ResourceExhaustedError(None, None, "no"), 2),
+        (tf.errors.FailedPreconditionError(None, None, "no\n gs://bucket/x"), 2),
     ],
 )
 def test_what_ends_a_command_has_its_status(error, status, unfiltered):
@@ -171,6 +169,24 @@ def test_what_ends_a_command_has_its_status(error, status, unfiltered):
     with pytest.raises(CommandError, match="no") as raised:
         cli._on_tensorflow(main)
     assert raised.value.status == status
+
+
+def test_a_bug_keeps_its_traceback(unfiltered):
+    def main():
+        raise tf.errors.FailedPreconditionError(None, None, "no")
+
+    with pytest.raises(tf.errors.FailedPreconditionError):
+        cli._on_tensorflow(main)
+
+
+def test_a_reader_that_has_had_enough():
+    code = "from launch import cli; cli.run(lambda: print('x' * 100_000), needs_tensorflow=False)"
+    command = [sys.executable, "-c", code]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        process.stdout.close()
+        assert process.wait() == 128 + signal.SIGPIPE
+        assert process.stderr.read() == b""
 
 
 def test_only_our_own_warnings_are_shown(unfiltered, caplog):
@@ -200,48 +216,43 @@ def test_divergence_has_its_own_status(tmp_path):
     assert_fails_on_one_line(done, 3, "not finite at step", "learning rate 1e+38")
 
 
-def test_killed_started_again_and_evaluated(tmp_path):
-    arguments = [
-        *DIGITS,
-        f"--workdir={tmp_path}",
-        "--config.train.steps=20000",
-        "--config.train.steps_per_loop=100",
-        "--config.checkpoint.every_steps=1000",
-    ]
-    command = [sys.executable, "-m", "launch.train", *arguments]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and not list(tmp_path.glob("checkpoints/step-*000.index")):
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-    reached = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-    assert 1000 <= reached < 20_000
-
-    done = launch("train", *arguments)
-    unbroken = [f"--workdir={tmp_path / 'unbroken'}" if "--workdir" in a else a for a in arguments]
-    launch("train", *unbroken)
-    last_lines = [
-        json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-        for folder in (tmp_path, tmp_path / "unbroken")
-    ]
-    assert last_lines[0] == last_lines[1] and len(last_lines[0]["variables_sha256"]) == 64
-    assert done.returncode == 0, done.stderr
-    assert f"workdir   {tmp_path}: goes on from step" in done.stderr
-    assert done.stderr.endswith(f"next      python -m launch.evaluate --workdir={tmp_path}\n")
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    steps = [line["step"] for line in lines if "train/loss" in line]
-    assert steps == list(range(100, 20_001, 100))
-
-    evaluated = json.loads(launch("evaluate", f"--workdir={tmp_path}", "--json").stdout)
-    assert evaluated["step"] == 20_000
-    assert evaluated["accuracy"] == pytest.approx(lines[-1]["validation/accuracy"])
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A short run, and what its command said. Its moving statistics lag behind."""
+    workdir = tmp_path_factory.mktemp("runs") / "a run"
+    short = ("--config.train.steps=60", "--config.batch_norm.momentum=0.999")
+    return workdir, launch("train", *DIGITS, *short, f"--workdir={workdir}")
 
 
-def test_a_check_up_tells_by_its_status(tmp_path):
-    # With such a momentum the statistics lag far behind, which nothing shows without data.
-    train_and_evaluate(small_mlp(**{"batch_norm.momentum": 0.999}), tmp_path)
-    done = launch("check", f"--workdir={tmp_path}", "--batches=0")
+def test_a_training_says_first_what_it_does_and_last_where_all_is(trained):
+    workdir, done = trained
+    assert done.returncode == 0 and not done.stdout, done.stderr
+    lines = [line.split(maxsplit=3)[3] for line in done.stderr.splitlines()]
+    names = [line.split()[0] for line in lines]
+    assert names[:4] == ["config", "data", "devices", "workdir"]
+    assert lines[0].endswith(", train.steps=60, batch_norm.momentum=0.999")
+    assert lines[3] == f"workdir   {workdir}: new, to step 60"
+    assert names[-3:] == ["run", "look", "next"]
+    assert lines[-3] == f"run       {workdir}: metrics.jsonl, checkpoints, best"
+    assert lines[-1] == f"next      python -m launch.evaluate '--workdir={workdir}'"
+
+
+def test_an_evaluation_is_a_line_of_json(trained):
+    workdir, _ = trained
+    done = launch("evaluate", f"--workdir={workdir}", "--json")
+    row = json.loads(done.stdout)
+    last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["step"] == last["step"] == 60
+    assert row["accuracy"] == pytest.approx(last["validation/accuracy"])
+    assert f"config    that of {workdir}" in done.stderr
+
+
+def test_a_check_up_tells_by_its_status(trained):
+    workdir, _ = trained
+    done = launch("check", f"--workdir={workdir}", "--batches=0")
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 1, done.stderr
-    done = launch("check", f"--workdir={tmp_path}", "--batches=5", "--json")
+    # Nothing but data shows that the statistics lag.
+    done = launch("check", f"--workdir={workdir}", "--batches=5", "--json")
     report = json.loads(done.stdout)
     assert done.returncode == 1 and report["has_faults"], done.stderr
     assert {f["kind"] for f in report["findings"]} == {"stale"}

@@ -71,7 +71,7 @@ def test_a_workdir_below_a_file_or_a_locked_folder(tmp_path, monkeypatch):
     [
         ("synthetic", "synthetic: made up"),
         ("folder", "folder: in DIR"),
-        ("imagenet2012", "not there: launch.prepare has to prepare it from archives"),
+        ("imagenet2012", "not there: launch.prepare makes it from archives"),
         ("stanford_dogs", "not there: to be downloaded and prepared in DIR/stanford_dogs"),
     ],
 )

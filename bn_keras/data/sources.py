@@ -226,7 +226,7 @@ def locate(name: str, data_dir: str) -> str:
         return f"prepared in {builder.data_dir}"
     if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
         by = "launch.prepare" if name == "imagenet2012" else "TFDS"
-        return f"not there: {by} has to prepare it from archives that are yours to get"
+        return f"not there: {by} makes it from archives that you have to get"
     return f"not there: to be downloaded and prepared in {builder.data_dir}"
 
 

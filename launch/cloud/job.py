@@ -239,10 +239,15 @@ def check_batch_size(key: str, size: int, parts: int, accelerator_type: str) -> 
 
 def check_workdir(workdir: str) -> None:
     """Raises CommandError if a workdir is not a folder of a bucket."""
-    if not re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]+(/+[^/\s*?\[\]#]+)+/*", workdir):
+    if not workdir.startswith("gs://"):
         raise CommandError(
             f"workdir is {workdir!r}: a TPU VM can be taken away with its disk, so that it has to"
             " be a folder of a bucket, gs://BUCKET/FOLDER"
+        )
+    if not re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]{2,}(/+[^/\s*?\[\]#]+)+/*", workdir):
+        raise CommandError(
+            f"workdir is {workdir!r}: it has to be gs://BUCKET/FOLDER, where the bucket's name has"
+            " 3 or more of a-z, 0-9, -, _ and ., and the folder no space and none of * ? [ ] #"
         )
 
 
