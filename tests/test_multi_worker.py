@@ -12,7 +12,7 @@ import threading
 import pytest
 from small import small_mlp
 
-from bn_keras import cluster
+from bn_keras import cluster, distribution
 from bn_keras.cluster import Cluster
 from bn_keras.errors import UsageError
 from bn_keras.train import train_and_evaluate
@@ -36,18 +36,21 @@ def pairs(folder):
         f"from small import small_mlp\n\n\ndef get_config():\n    return small_mlp(**{settings})\n"
     )
 
-    def train(*workdirs, **disturbance):
-        arguments = [[f"--config={config}", f"--workdir={folder / w}"] for w in workdirs]
+    def train(*workdirs, overrides=(), **disturbance):
+        arguments = [
+            [f"--config={config}", f"--workdir={folder / w}", *overrides] for w in workdirs
+        ]
         return {"command": "train", "arguments": arguments} | disturbance
 
     evaluate = [f"--workdir={folder / 'run'}", "--json"]
     given = {
         "terminated": train("run", "run", signum=int(signal.SIGTERM), at_step=12),
-        "apart": train("run", "elsewhere"),
         "killed": train("run", "run", signum=int(signal.SIGKILL), at_step=45),
         "finished": train("run", "run"),
         "evaluated": {"command": "evaluate", "arguments": [evaluate, evaluate]},
-        "diverged": train("diverged", "diverged", spoiled_step=7),
+        "diverged": train(
+            "diverged", "diverged", spoiled_step=7, overrides=["--config.train.retries=1"]
+        ),
     }
     done = subprocess.run(
         [sys.executable, str(TESTS / "train_with_workers.py"), json.dumps(list(given.values()))],
@@ -77,13 +80,6 @@ def test_a_signal_to_one_stops_both_at_the_same_step(pairs):
     assert statuses(pairs["terminated"]) == [143, 143]
     for error in errors(pairs["terminated"]):
         assert "stopped by SIGTERM at step 20 of 60 and saved" in error
-
-
-def test_workdirs_that_are_not_the_same_folder_are_refused(pairs, folder):
-    assert statuses(pairs["apart"]) == [2, 2]
-    for error in errors(pairs["apart"]):
-        assert "the workers found the checkpoints of steps 20, 0" in error
-    assert not (folder / "elsewhere").exists()
 
 
 def test_where_one_is_killed_the_other_ends(pairs):
@@ -122,12 +118,23 @@ def test_workers_evaluate_together(pairs, folder):
         assert found["examples"] == last["validation/examples"]
 
 
-def test_what_diverges_on_one_worker_first_diverges_there_for_both(pairs, folder):
+def test_what_diverges_on_one_worker_diverges_and_goes_back_on_both(pairs, folder):
     assert statuses(pairs["diverged"]) == [3, 3]
     first, second = errors(pairs["diverged"])
     assert "the loss is not finite at step 7 " in first
     assert first == second
-    assert Workdir(folder / "diverged").read_metrics()[-1]["step"] == 7
+    lines = Workdir(folder / "diverged").read_metrics()
+    assert [(line["step"], line.keys() - {"step", "examples"}) for line in lines] == [
+        (0, {"retry"}),
+        (7, {"diverged"}),
+    ]
+
+
+def test_workdirs_that_are_not_the_same_folder_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(distribution, "from_all_workers", lambda strategy, number: [20, number])
+    with pytest.raises(UsageError, match="the workers found the checkpoints of steps 20, 0 in"):
+        train_and_evaluate(small_mlp(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # --- TF_CONFIG, and how workers meet.
