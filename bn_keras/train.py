@@ -2,11 +2,13 @@
 
 import contextlib
 import hashlib
+import json
 import math
 import os
 import signal
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 
 import keras
@@ -100,6 +102,7 @@ def _train(
     profile_steps: int,
 ) -> dict[str, float]:
     """Trains until the end, a signal, or a loss that isn't finite."""
+    _check_same_config(strategy, config)
     steps, global_batch_size = config.train.steps, config.train.global_batch_size
     retries = run.num_retries()
     if retries < config.train.retries and run.has_diverged():
@@ -342,6 +345,16 @@ def _profile(run: Workdir) -> contextlib.AbstractContextManager:
     if not run.writes:
         return contextlib.nullcontext()
     return tf.profiler.experimental.Profile(os.fspath(run.path))
+
+
+def _check_same_config(strategy: tf.distribute.Strategy, config: ConfigDict) -> None:
+    """Raises UsageError if the workers were given different configs."""
+    settings = config.to_dict()
+    # Each machine may have the data where it likes.
+    del settings["data"]["data_dir"]
+    digest = zlib.crc32(json.dumps(settings, sort_keys=True).encode())
+    if len(set(distribution.from_all_workers(strategy, digest))) > 1:
+        raise UsageError("the workers have different configs: give all of them the same command")
 
 
 def _check_same_step(strategy: tf.distribute.Strategy, step: int, run: Workdir) -> None:

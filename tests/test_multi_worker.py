@@ -130,9 +130,22 @@ def test_what_diverges_on_one_worker_diverges_and_goes_back_on_both(pairs, folde
     ]
 
 
-def test_workdirs_that_are_not_the_same_folder_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(distribution, "from_all_workers", lambda strategy, number: [20, number])
-    with pytest.raises(UsageError, match="the workers found the checkpoints of steps 20, 0 in"):
+@pytest.mark.parametrize(
+    "differs, message",
+    [
+        (lambda number: number > 0, "the workers have different configs"),
+        (lambda number: number == 0, "the workers found the checkpoints of steps 0, 20 in workdir"),
+    ],
+    ids=["config", "step"],
+)
+def test_workers_that_are_not_of_one_run_are_refused(differs, message, tmp_path, monkeypatch):
+    """They compare the hash of the config, and then the step to go on from."""
+
+    def found(strategy, number):
+        return [number, number + 20 if differs(number) else number]
+
+    monkeypatch.setattr(distribution, "from_all_workers", found)
+    with pytest.raises(UsageError, match=message):
         train_and_evaluate(small_mlp(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
