@@ -203,7 +203,7 @@ def test_what_is_no_run_or_another_network_is_refused(tmp_path):
         evaluate_networks([tmp_path])
     config = small_mlp(**{"train.steps": 2})
     Workdir(tmp_path).create(config, (8, 8, 1), "0123456789")
-    with pytest.raises(UsageError, match="no checkpoint yet"):
+    with pytest.raises(UsageError, match="no checkpoint of a trained network yet"):
         evaluate_networks([tmp_path])
     with pytest.raises(UsageError, match="not that of the run"):
         evaluate_networks([tmp_path], small_mlp(**{"model.variant": "baseline"}))
