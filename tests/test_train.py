@@ -540,7 +540,7 @@ def test_every_key_of_the_config_is_read(tmp_path, monkeypatch, short_figure_5):
     sections = {"": config} | {k: v for k, v in config.items() if isinstance(v, kind)}
     monkeypatch.setattr(kind, "__getitem__", recording)
     # It looks at many keys, but only at what they may be.
-    monkeypatch.setattr(train, "_check", lambda config: None)
+    monkeypatch.setattr(train, "check_config", lambda config: None)
     monkeypatch.setattr(Workdir, "create", lambda self, *run: self.path.mkdir())
     train_and_evaluate(config, tmp_path / "run")
     monkeypatch.undo()
