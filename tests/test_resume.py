@@ -53,7 +53,8 @@ def test_killed_by_every_signal_equals_never_killed(replicas, seed, tmp_path):
     assert len(lines[-1]["variables_sha256"]) == 64
     steps = [line["step"] for line in lines if "train/loss" in line]
     assert steps[-1] == STEPS and len(set(steps)) == len(steps)
-    assert done.stderr.count("goes on from step") == 3
+    assert done.stderr.count(f"workdir   {killed}: goes on from step") == 3
+    assert f"next      python -m launch.evaluate --workdir={killed}\n" in done.stderr
 
     # As the best network does, which is the same too.
     evaluations = [line for line in lines if "validation/accuracy" in line]
