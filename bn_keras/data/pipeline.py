@@ -392,24 +392,32 @@ class _ShardBatches:
         padding = num_steps * rows.global_batch_size - num_examples if self._seed is None else 0
         start = start_step * rows.global_batch_size
 
-        def own_records(group: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            return self._records(group, rows, start, padding)
+        def read_group(group: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            return self._read_group(group, rows, start, padding)
+
+        def examples_of(records: tf.Tensor, *each: tf.Tensor) -> tf.data.Dataset:
+            # All records go along with each example: that takes a reference. To copy one, as
+            # gather, unbatch and batch do, takes up to 60 microseconds.
+            return tf.data.Dataset.from_tensor_slices(each).map(lambda *one: (records, *one))
 
         epoch, place = divmod(start, num_examples + padding)
         first = epoch * self._num_groups + self._group_of(epoch, place)
-        records = tf.data.Dataset.counter(first).map(own_records).prefetch(1).unbatch()
+        groups = tf.data.Dataset.counter(first).map(read_group).prefetch(1)
+        examples = groups.flat_map(examples_of)
         batch_size = rows.per_replica_batch_size
         size = max(n for n in range(1, min(batch_size, MAX_PIECE) + 1) if batch_size % n == 0)
-        pieces = records.batch(size, drop_remainder=True)
-        batches = pieces.map(self._decode, num_parallel_calls=tf.data.AUTOTUNE)
+        batches = examples.window(size, drop_remainder=True).map(
+            lambda *parts: self._decode(tf.data.Dataset.zip(parts), size),
+            num_parallel_calls=tf.data.AUTOTUNE,
+        )
         if size < batch_size:
             batches = batches.batch(batch_size // size, drop_remainder=True).map(_joined)
         endless = tf.data.experimental.assert_cardinality(tf.data.experimental.INFINITE_CARDINALITY)
         return _plain(batches.prefetch(PREFETCH).apply(endless))
 
-    def _records(
+    def _read_group(
         self, group: tf.Tensor, rows: _Rows, start: int, padding: int
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
         """Reads one group of shards.
 
         Args:
@@ -419,8 +427,9 @@ class _ShardBatches:
           padding: how often the last record of an epoch is repeated after it, with weight 0.
 
         Returns:
-          Records, string [n]; for each the group and its place there, int64 [n, 2]; and what goes
-          with them: in training random numbers, a row each, else weights [n].
+          All its records, string [count]; then of the examples to keep, in their order: which
+          record it is, int64 [n]; the group and its place there, int64 [n, 2]; and what goes with
+          it: in training random numbers, a row each, else weights [n].
         """
         epoch, number = group // self._num_groups, group % self._num_groups
         shards, begin = self._shards_of(group)
@@ -441,7 +450,7 @@ class _ShardBatches:
             drawn = _image_uniforms(self._preprocessing, self._seed, group, [count])
             extra = tf.gather(drawn, index)
         where = tf.stack([tf.broadcast_to(group, tf.shape(index)), index], axis=1)
-        return tf.gather(records, self._stored(group, index, count)), where, extra
+        return records, self._stored(group, index, count), where, extra
 
     def _stored(self, group: tf.Tensor, index: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
         """Where the examples at these places of a group lie among its records."""
@@ -470,24 +479,22 @@ class _ShardBatches:
         return int(np.searchsorted(begins.numpy()[:: self._group_shards], place, "right")) - 1
 
     def _decode(
-        self, records: tf.Tensor, where: tf.Tensor, extras: tf.Tensor
+        self, examples: tf.data.Dataset, size: int
     ) -> tuple[tf.Tensor | tuple[tf.Tensor, ...], ...]:
-        """Several examples of what `_records` returns: batches of images, labels and weights."""
-        size = records.shape[0]
-        pieces = (tf.range(size), records, extras)
-        examples = tf.data.Dataset.from_tensor_slices(pieces).map(
-            lambda i, record, extra: (i, self._example(record, extra))
+        """So many examples of what `_read_group` tells: batches of images, labels and weights."""
+        decoded = examples.enumerate().map(
+            lambda i, example: (i, self._example(example[0][example[1]], example[3]))
         )
         none = tf.nest.map_structure(
-            lambda spec: tf.zeros([0, *spec.shape], spec.dtype), examples.element_spec
+            lambda spec: tf.zeros([0, *spec.shape], spec.dtype), decoded.element_spec
         )
         # What fails is left out, which costs nothing where nothing does.
-        read = examples.ignore_errors().batch(size).concatenate(tf.data.Dataset.from_tensors(none))
+        read = decoded.ignore_errors().batch(size).concatenate(tf.data.Dataset.from_tensors(none))
         indices, batch = read.take(1).get_single_element()
         batch = tf.cond(
             tf.equal(tf.size(indices), size),
             lambda: batch,
-            lambda: self._completed(indices, batch, where, extras),
+            lambda: self._completed(tf.cast(indices, tf.int32), batch, examples, size),
         )
         return tf.nest.map_structure(lambda t: tf.ensure_shape(t, [size, *t.shape[1:]]), batch)
 
@@ -502,11 +509,13 @@ class _ShardBatches:
         self,
         indices: tf.Tensor,
         batch: tuple[tf.Tensor, ...],
-        where: tf.Tensor,
-        extras: tf.Tensor,
+        examples: tf.data.Dataset,
+        size: int,
     ) -> tuple[tf.Tensor, ...]:
         """Fills up a batch of which only the examples with these indices could be read."""
-        missing = tf.sets.difference([tf.range(tf.shape(where)[0])], [indices]).values
+        missing = tf.sets.difference([tf.range(size)], [indices]).values
+        places = examples.map(lambda records, stored, where, extra: (where, extra)).batch(size)
+        where, extras = places.take(1).get_single_element()
         flat = tf.nest.flatten(batch)
 
         def substitutes(where: tf.Tensor, extras: tf.Tensor) -> list[tf.Tensor]:
