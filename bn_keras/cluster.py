@@ -76,7 +76,7 @@ class Cluster(NamedTuple):
             missing = [a for i, a in enumerate(self.addresses) if i != self.index]
             deadline = time.monotonic() + _SECONDS_TO_MEET
             logging.info(
-                "worker %d of %d meets %s", self.index, len(self.addresses), ", ".join(missing)
+                "worker %d of %d: waits for %s", self.index, len(self.addresses), ", ".join(missing)
             )
             while missing := [address for address in missing if not _answers(address)]:
                 if time.monotonic() > deadline:
