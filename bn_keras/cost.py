@@ -322,7 +322,7 @@ def _layer_cost(
         kind=type(call.layer).__name__,
         input_shapes=tuple(tensor.shape for tensor in call.inputs),
         output_shape=call.outputs[0].shape,
-        trainable=parameters("trainable_variables"),
+        trainable=parameters("trainable_weights"),
         non_trainable=parameters("non_trainable_weights"),
         multiply_adds=_multiply_adds(call),
         activation_bytes=sum(t.size * tf.as_dtype(dtype or t.dtype).size for t in made),
