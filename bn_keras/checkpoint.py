@@ -101,8 +101,9 @@ class Checkpoints:
           UsageError: all of them are damaged, or the latest that isn't is of another network.
         """
         reasons = []
-        while path := self.latest:
+        while self.latest:
             step = self.latest_step
+            path = self._path(step)
             try:
                 values = self._read(step)
             except _DAMAGE as error:
@@ -160,10 +161,12 @@ class Checkpoints:
 
     def _read(self, step: int) -> dict[str, np.ndarray]:
         for file in self._files().get(step, ()):
-            # That it may not be read is no damage.
+            # That it may not be read is no damage; that it is gone shows below.
             try:
                 with file.open("rb") as opened:
                     opened.read(1)
+            except (FileNotFoundError, tf.errors.NotFoundError):
+                continue
             except (OSError, tf.errors.OpError) as error:
                 raise UsageError(f"{file} can't be read: {reason_of(error)}") from None
         # tf.train.load_checkpoint would look for a folder of that name first.

@@ -250,8 +250,24 @@ def test_one_that_may_not_be_read_is_no_damage(folder, monkeypatch):
         Checkpoints(folder, make_parts()).restore()
 
 
-def test_one_that_is_removed_while_it_is_read(folder, monkeypatch, warnings):
+def test_one_that_is_removed_before_it_is_opened(folder, monkeypatch, warnings):
     """Evaluating the best network of a run whose training saves a better one meanwhile."""
+    save(folder, 1)
+    opened = type(folder).open
+
+    def removed(self, *mode):
+        monkeypatch.setattr(type(folder), "open", opened)
+        save(folder, 2, keep=1)
+        return opened(self, *mode)
+
+    monkeypatch.setattr(type(folder), "open", removed)
+    parts = make_parts()
+    assert Checkpoints(folder, parts).restore() == 2
+    assert_are(parts, 2)
+    assert not warnings()
+
+
+def test_one_that_is_removed_before_it_is_read(folder, monkeypatch, warnings):
     save(folder, 1)
     load = tf.compat.v1.train.NewCheckpointReader
 
