@@ -10,15 +10,19 @@ READY := .venv/ready-$(EXTRA)
 # CUDA along: set PIP_INDEX_URL or PIP_EXTRA_INDEX_URL to PyTorch's CPU wheels, and pip takes those.
 # Of pytorchcv and tf-slim one network each is needed, which takes nothing else that they ask for.
 PEERS := .venv-peers/ready
+TPU := .venv-tpu/ready
+COMMA := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers docker-check data-imagenet lint format bench
+.PHONY: help demo test test-peers tpu-check docker-check data-imagenet lint format bench
 
 help:
 	@echo "make demo    train the paper's five networks in miniature and write their report"
 	@echo "make test    run the tests"
 	@echo "make test-peers"
 	@echo "             compare the layer and the network with PyTorch's and TF-Slim's"
+	@echo "make tpu-check"
+	@echo "             lower every ImageNet network's steps for TPU, which takes none (Python 3.11 or 3.12)"
 	@echo "make docker-check"
 	@echo "             run what the Dockerfile runs, without an engine (installs TensorFlow anew)"
 	@echo "make data-imagenet MANUAL_DIR=... [DATA_DIR=...]"
@@ -26,12 +30,14 @@ help:
 	@echo "make lint    check style; make format mends it"
 	@echo "make bench   run the benchmarks (alone on the machine, please)"
 
-# The first Python of 3.11 to 3.13 that really starts. A new setup.cfg installs anew.
-$(READY): setup.cfg pyproject.toml
-	@set -e; for python in "$$PYTHON" python3 python3.13 python3.12 python3.11; do \
-	  if [ -n "$$python" ] && "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; \
+# The first Python from 3.11 to 3.$(1) that really starts; a new setup.cfg installs anew.
+find_python = for python in "$$PYTHON" python3 python3.13 python3.12 python3.11; do \
+	  if [ -n "$$python" ] && "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, $(1)))' 2>/dev/null; \
 	  then found="$$python"; break; fi; done; \
-	if [ -z "$$found" ]; then echo "error: no Python 3.11, 3.12 or 3.13 found; install one, or name it: make PYTHON=/path/to/python ..." >&2; exit 2; fi; \
+	if [ -z "$$found" ]; then echo "error: no Python from 3.11 to 3.$(1) found$(2); install one, or name it: make PYTHON=/path/to/python ..." >&2; exit 2; fi
+
+$(READY): setup.cfg pyproject.toml
+	@set -e; $(call find_python,13); \
 	echo "Setting up .venv with $$("$$found" --version), TensorFlow for $(EXTRA); this takes a minute or two."; \
 	"$$found" -m venv --clear .venv; \
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRA),dev]"; \
@@ -52,6 +58,18 @@ $(PEERS): $(READY) Makefile
 
 test-peers: $(PEERS)
 	@.venv-peers/bin/python -m pytest tests/peers
+
+# The TPU's TensorFlow is older, and a wheel of its own.
+$(TPU): setup.cfg pyproject.toml
+	@set -e; $(call find_python,12,$(COMMA) for which alone TensorFlow has a wheel for TPU); \
+	echo "Setting up .venv-tpu with $$("$$found" --version), TensorFlow for TPU; this takes a minute or two."; \
+	"$$found" -m venv --clear .venv-tpu; \
+	.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[tpu,dev]"; \
+	touch $(TPU)
+
+# Without the variable, TensorFlow looks for a TPU for minutes.
+tpu-check: $(TPU)
+	@TPU_SKIP_MDS_QUERY=1 .venv-tpu/bin/python -m pytest -n 2 tests/tpu
 
 docker-check: $(READY)
 	@DOCKER_CHECK=$(DOCKER_EXTRA) $(PY) -m pytest -s tests/test_docker.py

@@ -1,0 +1,131 @@
+"""The steps of the ImageNet configs lower for TPU, as they are handed to its cores.
+
+What lowers is what the training loop and the evaluation give to strategy.run, at full size:
+forward pass, losses, backward pass, L2, the sum of the gradients over 8 cores, SGD with momentum
+and the schedule, moving statistics, random generators, averaged weights. XLA's kernels for TPU
+exist for all of it, every size is known beforehand, and nothing waits for the host.
+
+It doesn't prove that a TPU's own compiler, which comes after this, takes it and has the memory; nor
+what a TPU computes, and how fast; nor TPUStrategy itself, of which the collective and the replica's
+number are stood in for, its copies of variables and the loop on the host around the steps not at
+all; nor the input.
+"""
+
+import importlib
+
+import lowering
+import pytest
+import tensorflow as tf
+
+from bn_keras import BatchNormalization
+from bn_keras.data import pipeline
+from bn_keras.data.crops import Crops
+from bn_keras.evaluate import make_ensemble_evaluator
+from bn_keras.trainer import make_trainer
+
+pytest.importorskip("libtpu", reason="the wheel tensorflow-tpu is not installed: make tpu-check")
+
+IMAGE_SHAPE, CLASSES, TRAIN_EXAMPLES = (224, 224, 3), 1000, 1_281_167
+PER_REPLICA_BATCH_SIZE = 4
+
+EVERYTHING = {
+    "model.auxiliary_weight": 0.4,
+    "model.dropout": 0.1,
+    "batch_norm.synchronized": True,
+    "train.micro_batches": 2,
+    "train.label_smoothing": 0.1,
+    "train.ema": 0.9999,
+    "train.precision": "mixed_bfloat16",
+    "schedule.warmup_epochs": 5.0,
+    "schedule.decay": "cosine",
+}
+
+
+def read_config(name, **overrides):
+    name, _, member = name.partition(":")
+    get_config = importlib.import_module(f"configs.{name}").get_config
+    config = get_config(member) if member else get_config()
+    config = config.copy_and_resolve_references()
+    config.train.global_batch_size = PER_REPLICA_BATCH_SIZE * lowering.NUM_CORES
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+def lower_steps(trainer, labels):
+    """Lowers what the training loop hands over; gives the HLO by the functions' names."""
+    trainer.strategy = recorder = lowering.Recorder(trainer.strategy)
+    images = tf.zeros([PER_REPLICA_BATCH_SIZE, *IMAGE_SHAPE])
+    trainer.trace(iter(tf.data.Dataset.from_tensors((images, labels)).repeat()))
+    lowered = {name: lowering.lower(*run) for name, run in recorder.runs.items()}
+    assigned = {id(v) for _, variables in lowered.values() for v in variables}
+    left = [v.path for v in trainer.variables if id(v.value) not in assigned]
+    assert not left
+    for hlo, _ in lowered.values():
+        lowering.check_runs_on_a_core(hlo)
+    return {name: hlo for name, (hlo, _) in lowered.items()}
+
+
+def count_batch_norms(model):
+    return sum(isinstance(layer, BatchNormalization) for layer in model.layers)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["inception", "bn_baseline", "bn_x5", "bn_x30", "bn_x5_sigmoid", "bn_x30_ensemble:6"],
+)
+def test_a_training_step(on_a_core, name):
+    config = read_config(name)
+    strategy = tf.distribute.get_strategy()
+    trainer = make_trainer(config, strategy, IMAGE_SHAPE, CLASSES, TRAIN_EXAMPLES)
+    steps = lower_steps(trainer, tf.zeros([PER_REPLICA_BATCH_SIZE], tf.int32))
+    assert list(steps) == ["_step_whole"]
+    counts = lowering.opcodes(steps["_step_whole"])
+    layers = count_batch_norms(trainer.model)
+    assert counts["batch-norm-training"] == counts["batch-norm-grad"] == layers
+    # Nothing but gradients crosses cores.
+    assert counts["all-reduce"] == len(trainer.model.trainable_variables)
+
+
+def test_a_training_step_with_every_option(on_a_core):
+    """Labels are mixtures, as of MixUp and CutMix."""
+    config = read_config("bn_x5", **EVERYTHING)
+    strategy = tf.distribute.get_strategy()
+    trainer = make_trainer(config, strategy, IMAGE_SHAPE, CLASSES, TRAIN_EXAMPLES)
+    steps = lower_steps(trainer, tf.zeros([PER_REPLICA_BATCH_SIZE, CLASSES]))
+    assert list(steps) == ["_set_to_zero", "_sum_part", "_apply_sums"]
+    part = steps["_sum_part"]
+    # One collective forward and one backward for each layer; gradients wait for the sum.
+    assert lowering.opcodes(part)["all-reduce"] == 2 * count_batch_norms(trainer.model)
+    convolutions = [line for line in part.splitlines() if " convolution(" in line]
+    assert convolutions and all(" = bf16[" in line for line in convolutions)
+    counts = lowering.opcodes(steps["_apply_sums"])
+    assert counts["all-reduce"] == len(trainer.model.trainable_variables)
+
+
+@pytest.mark.parametrize("crops", ["1", "144"])
+def test_an_evaluation_step(on_a_core, monkeypatch, crops):
+    """Where there are 144, the core cuts and resizes them, and has the network called in a loop."""
+    config = read_config("bn_x30", **{"data.name": "synthetic"})
+    data = pipeline.open_data(config.data, seed=0)
+    strategy = tf.distribute.get_strategy()
+    trainer = make_trainer(config, strategy, IMAGE_SHAPE, CLASSES, TRAIN_EXAMPLES)
+    model = trainer.inference_model
+    recorder = lowering.Recorder(strategy)
+    evaluate = make_ensemble_evaluator([model], data, recorder, 32, Crops.parse(crops))
+
+    class Traced(Exception):
+        pass
+
+    def check_counted(num_examples):
+        raise Traced
+
+    monkeypatch.setattr(data, "check_counted", check_counted)
+    with pytest.raises(Traced):
+        evaluate()
+    ((step, args),) = recorder.runs.values()
+    hlo, assigned = lowering.lower(step, args, constants=model.variables)
+    lowering.check_runs_on_a_core(hlo)
+    assert len(assigned) == 1
+    counts = lowering.opcodes(hlo)
+    assert counts["batch-norm-inference"] == count_batch_norms(model)
+    assert counts["while"] == (crops == "144")
