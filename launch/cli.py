@@ -2,8 +2,8 @@
 
 The statuses are 0: done; 1: a bug, with its traceback, or from launch.check a fault of the network;
 2: what was asked for can't be done; 3: the training diverged; 4: a job in the cloud failed; 5:
-another worker of a training was lost; 130 and 143: interrupted by SIGINT (Ctrl-C) and ended by
-SIGTERM. docs/launching.md tells users of them.
+another worker of a training was lost; 130, 143 and 141: ended by SIGINT (Ctrl-C), by SIGTERM, and
+because whoever read the output has gone. docs/launching.md tells users of them.
 """
 
 import contextlib

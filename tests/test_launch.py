@@ -14,7 +14,12 @@ import pytest
 import tensorflow as tf
 from absl import logging as absl_logging
 
-from bn_keras.errors import TrainingDivergedError, TrainingStoppedError, UsageError
+from bn_keras.errors import (
+    TrainingDivergedError,
+    TrainingStoppedError,
+    UsageError,
+    WorkerLostError,
+)
 from launch import cli
 from launch.errors import CommandError
 
@@ -156,6 +161,7 @@ def unfiltered():
     [
         (UsageError("no"), 2),
         (TrainingDivergedError("no", 7), 3),
+        (WorkerLostError("no"), 5),
         (TrainingStoppedError("no", signal.SIGTERM), 143),
         (TrainingStoppedError("no", signal.SIGINT), 130),
         (tf.errors.ResourceExhaustedError(None, None, "no"), 2),
