@@ -66,8 +66,8 @@ class Cluster(NamedTuple):
         """Waits until every other worker's process listens at its address.
 
         This one listens too, so that TensorFlow's server takes over a port that is known to be
-        free, and workers that come later find it. Left alone, TensorFlow waits for an hour and
-        doesn't say for whom, deaf to Ctrl-C.
+        free, and workers that come later find it. TensorFlow would wait too, but without saying for
+        whom, and no timeout that it takes ends the chief's wait.
 
         Raises:
           UsageError: this worker's port is taken, or another worker didn't come.
