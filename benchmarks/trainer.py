@@ -188,7 +188,9 @@ def make_bare_loop(config):
     """A loop over a constant batch, traced, and the seconds until its first step was done."""
     strategy = distribution.make_strategy(**config.distribution)
     data = pipeline.open_data(config.data, seed=config.seed)
-    batch = next(iter(data.train_batches(strategy, config.train.global_batch_size)))
+    # Held on to: TensorFlow may crash where an iterator goes while it still reads ahead.
+    batches = iter(data.train_batches(strategy, config.train.global_batch_size))
+    batch = next(batches)
     began = time.perf_counter()
     trainer = make_trainer(
         config, strategy, data.input_shape, data.num_classes, data.num_train_examples
