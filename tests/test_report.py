@@ -2,7 +2,14 @@
 
 import pytest
 
-from bn_keras.report import Run, figure_3, paper_order, plot_curves, write_report
+from bn_keras.report import (
+    Run,
+    figure_3,
+    figure_3_row,
+    paper_order,
+    plot_curves,
+    write_report,
+)
 from bn_keras.workdir import MetricsWriter, Workdir
 from configs import digits_inception, networks
 
@@ -40,6 +47,21 @@ def test_what_a_run_says_of_itself():
     assert one.seconds == pytest.approx(15.0)
     assert one.diverged_at is None
     assert run("x", (), (), diverged=True).diverged_at == 17
+
+
+def test_a_run_alone_has_its_row_in_words():
+    alone = run("x", (0.5, 0.8, 0.7))
+    assert figure_3_row(alone) == "best accuracy 80.00% after 20 steps"
+    for name, target, batch, rest in (
+        ("digits", 0.5, 64, " (40 of 32), 50.0% after 10 steps (20 of 32)"),
+        ("digits", 0.9, 32, ", 90.0% never"),
+        ("imagenet2012", 0.0, 32, ", 72.2% after 20 steps"),
+    ):
+        config = digits_inception.get_config().copy_and_resolve_references()
+        config.data.name = name
+        config.train.until_accuracy, config.train.global_batch_size = target, batch
+        aimed = Run("x", config, alone.metrics)
+        assert figure_3_row(aimed) == f"best accuracy 80.00% after 20 steps{rest}"
 
 
 def test_the_table_has_a_row_a_network():
