@@ -620,7 +620,8 @@ def _gather_replicas(packed: tf.Tensor, group_size: int | None = None) -> tf.Ten
     if group_size == replicas:
         return rows
     first = replica // group_size * group_size
-    return rows[first : first + group_size]
+    # Of a size that is known where the replica isn't, as on a TPU.
+    return tf.gather(rows, first + tf.range(group_size))
 
 
 def _in_order(

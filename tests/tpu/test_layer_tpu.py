@@ -23,6 +23,7 @@ pytest.importorskip("libtpu", reason="the wheel tensorflow-tpu is not installed:
         ({"renorm": True}, 0),
         ({"momentum": None}, 0),
         ({"synchronized": True}, 2),
+        ({"synchronized": True, "sync_group_size": 4}, 2),
         ({"synchronized": True, "virtual_batch_size": 2, "momentum": None}, 2),
     ],
     ids=str,
