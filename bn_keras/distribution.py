@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.data.ops import multi_device_iterator_ops
 
 from bn_keras.cluster import Cluster
 from bn_keras.errors import UsageError, WorkerLostError
@@ -35,6 +36,7 @@ def make_strategy(strategy: str, replicas: int = 0) -> tf.distribute.Strategy:
         raise UsageError(
             f"unknown distribution.strategy {strategy!r}: accepted are {', '.join(STRATEGIES)}"
         )
+    _leave_device_iterators_untuned()
     if strategy == "one_device":
         if replicas > 1:
             raise UsageError(
@@ -157,6 +159,25 @@ def _mirrored_on_cpu(count: int) -> tf.distribute.Strategy:
         [f"CPU:{i}" for i in range(count)],
         cross_device_ops=tf.distribute.ReductionToOneDevice(),
     )
+
+
+@functools.cache
+def _leave_device_iterators_untuned() -> None:
+    """Makes what feeds each of several replicas from the one input end when it is told to.
+
+    It has nothing to tune, but TensorFlow gives it the thread of tf.data's autotuning, which looks
+    up at times that double to a minute. To be woken at the end, it has to see the cancellation
+    that wakes it, which is marked only afterwards: about every second time it sleeps on, and the
+    end of a training with it. No public option gets there.
+    """
+    create = multi_device_iterator_ops._create_device_dataset
+    options = tf.data.Options()
+    options.autotune.enabled = False
+
+    def create_untuned(*arguments: object) -> tf.data.Dataset:
+        return create(*arguments).with_options(options)
+
+    multi_device_iterator_ops._create_device_dataset = create_untuned
 
 
 def _usable_cores() -> int:

@@ -29,7 +29,7 @@ from bn_keras.evaluate import make_evaluator
 from bn_keras.population import PopulationEstimator, preserved_state
 from bn_keras.progress import Progress
 from bn_keras.signals import StopRequest, stop_requests
-from bn_keras.trainer import Trainer, check_config, make_trainer
+from bn_keras.trainer import Trainer, check_config, make_schedule, make_trainer
 from bn_keras.workdir import MetricsWriter, Workdir
 
 
@@ -107,13 +107,14 @@ def _train(
     retries = run.num_retries()
     if retries < config.train.retries and run.has_diverged():
         retries += 1
+    rate_factor = config.train.retry_factor**retries
     trainer = make_trainer(
         config,
         strategy,
         data.input_shape,
         data.num_classes,
         data.num_train_examples,
-        rate_factor=config.train.retry_factor**retries,
+        rate_factor,
     )
     checkpoints = Checkpoints(run.checkpoints, trainer.parts, config.checkpoint.keep, run.writes)
     step = checkpoints.restore()
@@ -129,7 +130,10 @@ def _train(
     run.drop_metrics_after(step)
     if not checkpoints.latest:
         checkpoints.save(step)
-    logging.info("%s: %s: %s", label, trainer.model.name, count(trainer.inference_model).line())
+    cost = count(trainer.inference_model).line()
+    schedule = make_schedule(config, data.num_train_examples, rate_factor)
+    for line in (cost, *schedule.describe(steps, data.num_train_examples).splitlines()):
+        logging.info("%s: %s", label, line)
     profiled_from = _first_profiled(step, config, profile_steps)
     with (
         MetricsWriter(run, global_batch_size) as metrics,
@@ -383,17 +387,25 @@ def _find_cause(
     step: int,
     finite_steps: int,
 ) -> str:
-    """Takes the steps of a loop again, up to the one that failed, and says where that began."""
-    trainer.restore(before)
-    batches = trainer.open_batches(data, step)
-    if finite_steps:
-        trainer.train(batches, finite_steps)
-    for _ in range(trainer.micro_batches):
-        cause = first_non_finite(
-            trainer.model, trainer.gradients, *next(batches), strategy=trainer.strategy
-        )
-        if cause:
-            return cause
+    """Takes the steps of a loop again, up to the one that failed, and says where that began.
+
+    First the step before it is looked at: gradients that aren't finite show in the next loss.
+    Where the loss is scaled they are nothing unusual, and change nothing.
+    """
+    looked_at = [finite_steps] if trainer.parts["scaling"] else [finite_steps - 1, finite_steps]
+    for steps in looked_at:
+        if steps < 0:
+            continue
+        trainer.restore(before)
+        batches = trainer.open_batches(data, step)
+        if steps:
+            trainer.train(batches, steps)
+        for _ in range(trainer.micro_batches):
+            cause = first_non_finite(
+                trainer.model, trainer.gradients, *next(batches), strategy=trainer.strategy
+            )
+            if cause:
+                return cause
     # By what the sums of several replicas or micro-batches come to.
     return "an update of the weights"
 

@@ -10,7 +10,7 @@ Example:
 
 import shlex
 
-from absl import flags, logging
+from absl import flags
 
 from launch import cli
 
@@ -56,6 +56,7 @@ def _verify_resume() -> None:
 
 
 def _train() -> None:
+    from bn_keras.report import Run, figure_3_row
     from bn_keras.train import train_and_evaluate
     from bn_keras.workdir import Workdir
 
@@ -65,9 +66,10 @@ def _train() -> None:
     parts = (run.metrics, run.checkpoints, run.best, run.finished)
     there = ", ".join(part.name for part in parts if part.exists())
     accuracy, loss = (last[f"validation/{name}"] for name in ("accuracy", "loss"))
-    logging.info("step %d: validation accuracy %.4f, loss %.4f", last["step"], accuracy, loss)
     cli.tell(
         {
+            "end": f"step {last['step']:,}: validation accuracy {accuracy:.4f}, loss {loss:.4f}",
+            "figure 3": figure_3_row(Run.read(run.path.name, workdir)),
             "run": f"{workdir}: {there}",
             "look": shlex.join(["tensorboard", f"--logdir={workdir}"]),
             "next": shlex.join(["python", "-m", "launch.evaluate", f"--workdir={workdir}"]),

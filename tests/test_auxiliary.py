@@ -7,8 +7,8 @@ import tensorflow as tf
 
 from bn_keras.models import BNInception, inception, without_auxiliary
 from bn_keras.train import train_and_evaluate
-from bn_keras.trainer import Trainer
 from bn_keras.trained import load_trained
+from bn_keras.trainer import Trainer
 from bn_keras.workdir import Workdir
 from configs import digits_bn_x5
 

@@ -39,6 +39,19 @@ def test_two_strategies_of_one_process_do_not_disturb_each_other():
         ] * 2
 
 
+def test_what_feeds_a_replica_has_no_thread_to_wait_for(monkeypatch):
+    """tf.data's autotuning, which would make the end of a run wait for up to a minute."""
+    strategy = make_strategy("mirrored", 2)
+    opened = []
+    make_iterator = tf.data.Dataset.__iter__
+    monkeypatch.setattr(
+        tf.data.Dataset, "__iter__", lambda self: opened.append(self) or make_iterator(self)
+    )
+    dataset = strategy.distribute_datasets_from_function(lambda _: tf.data.Dataset.range(4))
+    next(iter(dataset))
+    assert len(opened) == 2 and not any(d.options().autotune.enabled is not False for d in opened)
+
+
 def test_it_splits_a_cpu_that_nobody_has_touched():
     program = (
         "from bn_keras.distribution import make_strategy;"

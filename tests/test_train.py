@@ -261,6 +261,19 @@ def test_divergence_names_step_rate_and_checkpoint(tmp_path):
     }
 
 
+def test_a_gradient_that_is_not_finite_is_named_and_not_what_it_did(tmp_path, monkeypatch):
+    """The loss of its own step is finite; all weights of the next are not."""
+    logits = tf.nn.sparse_softmax_cross_entropy_with_logits
+
+    @tf.custom_gradient
+    def overflowing(labels, x):
+        return logits(labels, x), lambda dy: (None, tf.fill(tf.shape(x), np.inf))
+
+    monkeypatch.setattr(tf.nn, "sparse_softmax_cross_entropy_with_logits", overflowing)
+    with pytest.raises(TrainingDivergedError, match="at step 2 .*first of all the gradient of "):
+        train_and_evaluate(small_mlp(), tmp_path)
+
+
 def test_a_diverged_run_goes_back_with_a_lower_rate(tmp_path, monkeypatch):
     """As often as it may, counting over the starts of the run."""
     config = small_mlp(
