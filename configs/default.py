@@ -36,7 +36,8 @@ def get_config() -> ConfigDict:
     # Beyond the paper, from keras-cv: magnitude of RandAugment, from 0, none, to 1.
     config.data.random_augment = 0.0
     # Images mixed in pairs, with their labels: alpha of the Beta distribution that the shares are
-    # drawn from; 0 is never. With both, each batch takes one of the two in turn.
+    # drawn from; 0 is never. With both, each batch takes one of the two in turn. Each replica has to
+    # have an even number of examples.
     config.data.mixup = 0.0
     config.data.cutmix = 0.0
     # Pixels thresholded at one half to 0 and 1 (the paper's section 4.1); else scaled to [-1, 1].
@@ -125,6 +126,7 @@ def get_config() -> ConfigDict:
     config.schedule.decay_epochs = 8.0
 
     config.evaluation = ConfigDict()
+    # On the validation examples, and in any case at the end.
     config.evaluation.every_steps = 20_000
     config.evaluation.global_batch_size = 32
 
@@ -138,13 +140,15 @@ def get_config() -> ConfigDict:
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 5_000
+    # How many of the latest stay.
     config.checkpoint.keep = 3
 
     config.distribution = ConfigDict()
     # "one_device", "mirrored", "multi_worker" (each process a host, named by TF_CONFIG), or "tpu"
     # (all cores of a TPU of one host).
     config.distribution.strategy = "mirrored"
-    # 0 takes every accelerator, or one CPU replica where there is none; n > 0 takes n of them.
+    # Of "mirrored": 0 takes every accelerator, or one CPU replica where there is none; n > 0 takes n
+    # of them. The others stay at 0.
     config.distribution.replicas = 0
 
     return config.lock()
