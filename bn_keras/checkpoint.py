@@ -108,10 +108,13 @@ class Checkpoints:
                 values = self._read(step)
             except _DAMAGE as error:
                 # A training that goes on meanwhile may have removed it.
-                if step in self._files():
+                if files := self._files().get(step):
                     self._damaged.add(step)
-                    reasons.append(f"{path} is damaged ({reason_of(error)})")
-                    logging.warning("checkpoint %s: the one before it is used", reasons[-1])
+                    reason = f"{path} is damaged ({reason_of(error)})"
+                    logging.warning("checkpoint %s: the one before it is used", reason)
+                    # Without an index it may be the first, of a save that was ended: none is lost.
+                    if any(file.suffix == ".index" for file in files):
+                        reasons.append(reason)
                 continue
             self._assign(values, path)
             return step
