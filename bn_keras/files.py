@@ -52,7 +52,8 @@ def write_atomically(path: epath.Path, text: str) -> None:
 def move(source: epath.Path, target: epath.Path) -> None:
     """Gives a file another name, once all of it is on the disk; replaces what is there."""
     if is_local(source):
-        descriptor = os.open(source, os.O_RDONLY)
+        # For writing too, without which Windows refuses to.
+        descriptor = os.open(source, os.O_RDWR)
         try:
             os.fsync(descriptor)
         finally:
