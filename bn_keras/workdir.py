@@ -46,8 +46,8 @@ class Workdir:
     FINISHED = "variables_sha256"
     # Stands in the line of the step at which a run's loss stopped being finite.
     DIVERGED = "diverged"
-    # Stands in the line of the step from which a diverged run went on with a lower rate: the how
-    # manieth time it was.
+    # Stands in the line of the step from which a diverged run went on with a lower rate: 1 the
+    # first time, and one more each further time.
     RETRY = "retry"
 
     def __init__(self, path: str | os.PathLike) -> None:
