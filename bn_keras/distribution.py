@@ -84,6 +84,8 @@ def from_all_workers(strategy: tf.distribute.Strategy, number: float) -> list[fl
     if not _has_workers(strategy):
         return [number]
     cluster = Cluster.from_environment()
+    if len(cluster.addresses) == 1:
+        return [number]
     # Each fills a place of its own and leaves the others 0; the sum is then exact.
     numbers = np.zeros(len(cluster.addresses))
     numbers[cluster.index] = number

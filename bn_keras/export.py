@@ -96,8 +96,6 @@ def export_workdir(
     Raises:
       UsageError: an unknown format, no run in the workdir, or an output that can't be written.
       ArithmeticError: what was read again is not the network.
-
-    Source: issue 4.
     """
     output = _checked(os.fspath(output), file_format, overwrite)
     trained = load_trained(workdir, best=best)

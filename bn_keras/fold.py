@@ -119,7 +119,7 @@ def fold_batch_norm(model: keras.Model, inputs: object = None) -> tuple[keras.Mo
         doesn't describe, statistics that aren't finite, or inputs that don't fit.
       ArithmeticError: folded and given network differ in the first half of the digits.
 
-    Source: Ioffe & Szegedy 2015, Algorithm 2, line 11; issue 4.
+    Source: Ioffe & Szegedy 2015, Algorithm 2, line 11.
     """
     plan = _Plan(model)
     folded_model = _Folder(plan).fold(model)

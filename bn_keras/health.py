@@ -146,8 +146,6 @@ def check(
 
     Raises:
       UsageError: the model has no weights yet, or as estimate_population_statistics.
-
-    Source: issue 4.
     """
     if not model.built:
         raise UsageError(f"model {model.name!r} has no weights yet: call it, or build it, first")
@@ -194,7 +192,9 @@ def check_workdir(workdir: str | os.PathLike, num_batches: int) -> HealthReport:
     except UsageError as error:
         report = check(network.model)
         return dataclasses.replace(report, skipped=(f"what takes data: {error}",))
-    batches = data.train_batches(tf.distribute.get_strategy(), config.train.global_batch_size)
+    # Each micro-batch is a mini-batch of its own for BN.
+    size = config.train.global_batch_size // config.train.micro_batches
+    batches = data.train_batches(tf.distribute.get_strategy(), size)
     return check(network.model, batches, num_batches)
 
 

@@ -134,7 +134,7 @@ def estimate_population_statistics(
       UsageError: the dataset ended early, no mini-batch of a layer had two values, the
         statistics aren't finite, or there is no layer to estimate.
 
-    Source: Ioffe & Szegedy 2015, Algorithm 2, lines 7 to 10; issue 4.
+    Source: Ioffe & Szegedy 2015, Algorithm 2, lines 7 to 10.
     """
     return PopulationEstimator(model, strategy).estimate(dataset, num_batches, update=update)
 

@@ -1,6 +1,7 @@
 """Trains a network as its config says; `train_and_evaluate` reads from top to bottom."""
 
 import contextlib
+import gc
 import hashlib
 import json
 import math
@@ -76,11 +77,11 @@ def train_and_evaluate(
     run.writes = distribution.is_chief(strategy)
     data = pipeline.open_data(config.data, seed=config.seed)
     label = label or run.path.name
-    with run.locked():
+    with run.locked(), stop_requests() as stop_request:
         while True:
             try:
                 with distribution.naming_lost_workers(strategy):
-                    return _train(config, run, strategy, data, label, profile_steps)
+                    return _train(config, run, strategy, data, label, profile_steps, stop_request)
             except TrainingDivergedError as error:
                 retry = run.num_retries() + 1
                 if retry > config.train.retries:
@@ -91,6 +92,8 @@ def train_and_evaluate(
                     "%s: %s, to which the run goes back with %g times the rate: retry %d of %d",
                     *(label, error, factor, retry, config.train.retries),
                 )
+            # The network that failed, whose parts refer to each other, makes room for the next.
+            gc.collect()
 
 
 def _train(
@@ -100,9 +103,10 @@ def _train(
     data: pipeline.Data,
     label: str,
     profile_steps: int,
+    stop_request: StopRequest,
 ) -> dict[str, float]:
     """Trains until the end, a signal, or a loss that isn't finite."""
-    _check_same_config(strategy, config)
+    _check_same_command(strategy, config, profile_steps)
     steps, global_batch_size = config.train.steps, config.train.global_batch_size
     retries = run.num_retries()
     if retries < config.train.retries and run.has_diverged():
@@ -124,7 +128,7 @@ def _train(
             f"the run in {run.path} got to step {run.last_step()}, but its checkpoints are gone:"
             " put them back, or give a new workdir"
         )
-    _check_same_step(strategy, step, run)
+    _check_same_state(strategy, run, step, retries)
     batches = trainer.open_batches(data, step)
     run.create(config, data.input_shape, data.class_names)
     run.drop_metrics_after(step)
@@ -138,11 +142,17 @@ def _train(
     with (
         MetricsWriter(run, global_batch_size) as metrics,
         Progress(label, step, steps) as progress,
-        stop_requests() as stop_request,
         data.naming_errors(),
     ):
         if retries > run.num_retries():
             metrics.write(step, {Workdir.RETRY: retries})
+
+        def check_finite() -> None:
+            cause = _name_not_finite(trainer.variables)
+            if cause:
+                metrics.write(step, {Workdir.DIVERGED: True})
+                raise _diverged("network", step, rate, cause, checkpoints)
+
         progress.building()
         trainer.trace(batches)
         progress.start()
@@ -176,21 +186,21 @@ def _train(
             # At each loop's end, so that a run that is stopped there and goes on by what was
             # saved has replicas as equal as one that was never stopped.
             merge_moving_statistics(trainer.model, strategy)
-            signum = _signal_to_any(strategy, stop_request)
             is_evaluated = step % config.evaluation.every_steps == 0 and step < steps
-            is_saved = step % config.checkpoint.every_steps == 0 or step == steps or signum
-            if is_evaluated or is_saved:
-                cause = _name_not_finite(trainer.variables)
-                if cause:
-                    metrics.write(step, {Workdir.DIVERGED: True})
-                    raise _diverged("network", step, rate, cause, checkpoints)
             if is_evaluated:
+                check_finite()
                 validation = validate(step)
                 metrics.write(step, validation)
                 progress.evaluated(step, validation["validation/accuracy"])
-            if is_saved or validate.has_reached_target:
+            signum = _signal_to_any(strategy, stop_request)
+            is_last = step == steps or validate.has_reached_target or signum
+            if is_last or step % config.checkpoint.every_steps == 0:
+                if not is_evaluated:
+                    check_finite()
                 checkpoints.save(step)
         if signum:
+            # The others wait for the chief's save.
+            distribution.from_all_workers(strategy, step)
             raise TrainingStoppedError(
                 f"stopped by {signal.Signals(signum).name} at step {step} of {steps}"
                 f" and saved in {run.path}: the same command goes on from there",
@@ -305,17 +315,21 @@ def verify_resume(config: ConfigDict, steps: int = 4) -> str:
     data = pipeline.open_data(config.data, seed=config.seed)
     shape, classes, examples = data.input_shape, data.num_classes, data.num_train_examples
 
-    def train(trainer: Trainer, first: int, last: int) -> None:
-        trainer.train(trainer.open_batches(data, first), last - first)
+    half = steps // 2
+
+    def train(trainer: Trainer, batches: tf.distribute.DistributedIterator, steps: int) -> None:
+        trainer.train(batches, steps)
         merge_moving_statistics(trainer.model, strategy)
 
     with tempfile.TemporaryDirectory() as folder, data.naming_errors():
         unbroken = make_trainer(config, strategy, shape, classes, examples)
-        train(unbroken, 0, steps // 2)
-        Checkpoints(epath.Path(folder), unbroken.parts).save(steps // 2)
-        train(unbroken, steps // 2, steps)
+        batches = unbroken.open_batches(data, 0)
+        train(unbroken, batches, half)
+        Checkpoints(epath.Path(folder), unbroken.parts).save(half)
+        train(unbroken, batches, steps - half)
         resumed = make_trainer(config, strategy, shape, classes, examples)
-        train(resumed, Checkpoints(epath.Path(folder), resumed.parts).restore(), steps)
+        step = Checkpoints(epath.Path(folder), resumed.parts).restore()
+        train(resumed, resumed.open_batches(data, step), steps - step)
     differing = [
         one.path
         for one, other in zip(unbroken.variables, resumed.variables, strict=True)
@@ -323,7 +337,7 @@ def verify_resume(config: ConfigDict, steps: int = 4) -> str:
     ]
     if differing:
         raise UsageError(
-            f"stopped at step {steps // 2} and resumed, {len(differing)} of"
+            f"stopped at step {half} and resumed, {len(differing)} of"
             f" {len(unbroken.variables)} variables differ at step {steps}, the first of them"
             f" {differing[0]}: a run with this config can't be resumed exactly on these devices"
         )
@@ -351,9 +365,11 @@ def _profile(run: Workdir) -> contextlib.AbstractContextManager:
     return tf.profiler.experimental.Profile(os.fspath(run.path))
 
 
-def _check_same_config(strategy: tf.distribute.Strategy, config: ConfigDict) -> None:
-    """Raises UsageError if the workers were given different configs."""
-    settings = config.to_dict()
+def _check_same_command(
+    strategy: tf.distribute.Strategy, config: ConfigDict, profile_steps: int
+) -> None:
+    """Raises UsageError if the workers were given different configs or steps to profile."""
+    settings = config.to_dict() | {"profile_steps": profile_steps}
     # Each machine may have the data where it likes.
     del settings["data"]["data_dir"]
     digest = zlib.crc32(json.dumps(settings, sort_keys=True).encode())
@@ -361,18 +377,26 @@ def _check_same_config(strategy: tf.distribute.Strategy, config: ConfigDict) -> 
         raise UsageError("the workers have different configs: give all of them the same command")
 
 
-def _check_same_step(strategy: tf.distribute.Strategy, step: int, run: Workdir) -> None:
+def _check_same_state(
+    strategy: tf.distribute.Strategy, run: Workdir, step: int, retries: int
+) -> None:
     """Waits until all workers have read the workdir, in which the chief then writes.
 
     Raises:
-      UsageError: they found different checkpoints.
+      UsageError: they didn't find the same in it.
     """
-    found = distribution.from_all_workers(strategy, step)
-    if len(set(found)) > 1:
-        raise UsageError(
-            f"the workers found the checkpoints of steps {', '.join(f'{s:.0f}' for s in found)} in"
-            f" workdir {run.path}: give one that lies on storage that all of them share"
-        )
+    state = {
+        "checkpoints of steps": step,
+        "numbers of retries": retries,
+        "best accuracies": run.best_accuracy(step),
+    }
+    for what, number in state.items():
+        found = distribution.from_all_workers(strategy, number)
+        if len(set(found)) > 1:
+            raise UsageError(
+                f"the workers found the {what} {', '.join(f'{n:.10g}' for n in found)} in workdir"
+                f" {run.path}: give one that lies on storage that all of them share"
+            )
 
 
 def _signal_to_any(strategy: tf.distribute.Strategy, stop_request: StopRequest) -> int:
@@ -390,12 +414,8 @@ def _find_cause(
     """Takes the steps of a loop again, up to the one that failed, and says where that began.
 
     First the step before it is looked at: gradients that aren't finite show in the next loss.
-    Where the loss is scaled they are nothing unusual, and change nothing.
     """
-    looked_at = [finite_steps] if trainer.parts["scaling"] else [finite_steps - 1, finite_steps]
-    for steps in looked_at:
-        if steps < 0:
-            continue
+    for steps in range(max(0, finite_steps - 1), finite_steps + 1):
         trainer.restore(before)
         batches = trainer.open_batches(data, step)
         if steps:

@@ -40,7 +40,8 @@ class Trainer:
         first steps t it is (1 + t) / (10 + t), so that the initial weights are soon forgotten.
       loss_scaling: whether the loss is scaled for float16 gradients. A step whose gradients
         overflow on any replica is left out, and the scale halved; the scale doubles after 2,000
-        steps without. Keras' own looks at the first replica alone.
+        steps without. At a scale of 1 nothing is left out, so that the next loss is not finite. The
+        optimizer doesn't count what is left out. Keras' own looks at the first replica alone.
 
     Attributes:
       model, optimizer, strategy, global_batch_size, micro_batches: as given.
@@ -243,8 +244,10 @@ class Trainer:
         else:
             scale, steps = self._scaling
             overflowed = self.strategy.run(_any_not_finite, args=(self._gradient_sums,))
-            if self.strategy.reduce(tf.distribute.ReduceOp.SUM, overflowed, axis=None) > 0:
-                scale.value.assign(tf.maximum(1.0, scale.value / 2))
+            overflowed = self.strategy.reduce(tf.distribute.ReduceOp.SUM, overflowed, axis=None)
+            # What overflows without a scale is no fault of the scale.
+            if tf.logical_and(overflowed > 0, scale.value > 1):
+                scale.value.assign(scale.value / 2)
                 steps.value.assign(0.0)
             else:
                 self.strategy.run(self._apply_sums)

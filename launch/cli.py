@@ -159,7 +159,8 @@ def _on_tensorflow(main: Callable[[], None]) -> None:
     except tf.errors.ResourceExhaustedError as error:
         reason = error.message.splitlines()[0]
         raise CommandError(
-            f"out of memory ({reason}): lower train.global_batch_size or data.image_size"
+            f"out of memory ({reason}): raise train.micro_batches, or lower"
+            " train.global_batch_size or data.image_size"
         ) from None
     except tf.errors.OpError as error:
         if "gs://" not in error.message:

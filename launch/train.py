@@ -2,7 +2,7 @@
 
 --dry_run builds everything, shows the network and the schedule, takes one step on made-up images
 and writes nothing; the data need not be there. --verify_resume trains a few steps at a stretch,
-and stopped and resumed, and compares the hashes over all variables; it writes nothing either.
+and stopped and resumed, and compares all variables; it writes nothing either.
 
 Example:
   python -m launch.train --config=configs/mnist_bn.py --workdir=runs/mnist_bn
@@ -21,7 +21,10 @@ _VERIFY_RESUME = flags.DEFINE_bool(
     "verify_resume", False, "Only prove that the run can be resumed exactly."
 )
 _PROFILE_STEPS = flags.DEFINE_integer(
-    "profile_steps", 0, "Profile so many steps, for TensorBoard.", lower_bound=0
+    "profile_steps",
+    0,
+    "Profile the first loop's last N steps, for TensorBoard.",
+    lower_bound=0,
 )
 
 

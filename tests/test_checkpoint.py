@@ -332,6 +332,15 @@ def test_what_a_killed_save_leaves_is_in_nobodys_way(remains, folder):
     }
 
 
+def test_what_a_killed_first_save_leaves_is_no_checkpoint(folder, warnings):
+    folder.mkdir(parents=True)
+    (folder / f"step-0.{DATA}").write_bytes(b"half of it")
+    checkpoints = Checkpoints(folder, make_parts())
+    assert checkpoints.restore() == 0 and "step-0" in warnings()[0]
+    checkpoints.save(0)
+    assert Checkpoints(folder, make_parts(1.0)).restore() == 0 and len(warnings()) == 1
+
+
 # In a process of its own, since TensorFlow can be forked only before its first operation.
 SAVE_AND_BE_KILLED = """
 import os, random, signal, sys, time

@@ -1,7 +1,11 @@
 """The order of examples, for every source: nothing lost, nothing twice, the same from anywhere."""
 
 import math
+import os
+import pathlib
 import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -483,3 +487,27 @@ def test_a_batch_that_the_replicas_do_not_divide(two_replicas, global_batch_size
     for open_batches in (data.train_batches, data.validation_batches):
         with pytest.raises(UsageError, match=f"batch of {global_batch_size} .* 2 replicas"):
             open_batches(two_replicas, global_batch_size)
+
+
+def test_an_input_dropped_while_it_reads_ahead_does_not_crash():
+    """In a process of its own, which TensorFlow's iterator over devices would take along."""
+    program = """
+import tensorflow as tf
+from bn_keras.data import pipeline
+from bn_keras.distribution import make_strategy
+from configs import bn_x5
+config = bn_x5.get_config().data.copy_and_resolve_references()
+config.name = "synthetic"
+strategy = make_strategy("mirrored", 1)
+data = pipeline.open_data(config, seed=0)
+for step in range(12):
+    next(iter(data.train_batches(strategy, 32, step)))
+"""
+    root = pathlib.Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr

@@ -253,6 +253,12 @@ def test_a_damaged_block_is_as_none(decoder, block):
     np.testing.assert_array_equal(decoder(encoded), decoder(plain))
 
 
+def test_a_length_that_leaves_nothing_of_the_block_is_as_none(decoder):
+    plain = jpeg(photograph(48, 64))
+    encoded = plain[:2] + b"\xff\xe1" + struct.pack(">H", 8) + exif_block() + plain[2:]
+    np.testing.assert_array_equal(decoder(encoded), decoder(plain))
+
+
 def test_a_directory_that_says_it_is_longer_than_its_block_is_read_as_far_as_it_goes(decoder):
     encoded = jpeg(photograph(48, 64), exif_block(count=2**16 - 1))
     assert decoder(encoded).shape == (64, 48, 3)

@@ -261,17 +261,28 @@ def test_divergence_names_step_rate_and_checkpoint(tmp_path):
     }
 
 
-def test_a_gradient_that_is_not_finite_is_named_and_not_what_it_did(tmp_path, monkeypatch):
-    """The loss of its own step is finite; all weights of the next are not."""
-    logits = tf.nn.sparse_softmax_cross_entropy_with_logits
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({}, "at step 2 .*first of all the gradient of "),
+        # Left out, until the scale is 1.
+        ({"train.precision": "mixed_float16"}, "at step 17 .*first of all the gradient of "),
+    ],
+    ids=["float32", "mixed_float16"],
+)
+def test_gradients_that_are_never_finite_are_named(overrides, message, tmp_path, monkeypatch):
+    """The loss of their own step is finite; all weights of the next are not."""
+    cross_entropy = tf.nn.sparse_softmax_cross_entropy_with_logits
 
     @tf.custom_gradient
-    def overflowing(labels, x):
-        return logits(labels, x), lambda dy: (None, tf.fill(tf.shape(x), np.inf))
+    def overflowing(labels, logits):
+        losses = cross_entropy(labels, logits)
+        return losses, lambda dy: (None, tf.fill(tf.shape(logits), np.inf))
 
     monkeypatch.setattr(tf.nn, "sparse_softmax_cross_entropy_with_logits", overflowing)
-    with pytest.raises(TrainingDivergedError, match="at step 2 .*first of all the gradient of "):
-        train_and_evaluate(small_mlp(), tmp_path)
+    config = small_mlp(**{"evaluation.every_steps": 1000}, **overrides)
+    with pytest.raises(TrainingDivergedError, match=message):
+        train_and_evaluate(config, tmp_path)
 
 
 def test_a_diverged_run_goes_back_with_a_lower_rate(tmp_path, monkeypatch):
@@ -401,6 +412,28 @@ def test_a_signal_ends_the_loop_and_saves(number, tmp_path, monkeypatch):
     assert resumed == unbroken
 
 
+def test_a_signal_during_an_evaluation_waits_for_no_further_loop(tmp_path, monkeypatch):
+    make_evaluator = train.make_evaluator
+
+    def signalled(*arguments):
+        evaluate = make_evaluator(*arguments)
+
+        def kill_and_evaluate():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+            return evaluate()
+
+        return kill_and_evaluate
+
+    monkeypatch.setattr(train, "make_evaluator", signalled)
+    with pytest.raises(TrainingStoppedError, match="at step 20 of 60"):
+        train_and_evaluate(small_mlp(), tmp_path)
+    assert (tmp_path / "checkpoints" / "step-20.index").exists()
+    monkeypatch.undo()
+    resumed = train_and_evaluate(small_mlp(), tmp_path)
+    assert resumed == train_and_evaluate(small_mlp(), tmp_path / "unbroken")
+
+
 def test_the_best_network_is_the_one_of_the_best_evaluation(tmp_path, monkeypatch):
     accuracies = iter([0.5, 0.9, 0.7])
     evaluate = train.make_evaluator
@@ -435,8 +468,16 @@ def test_resume_can_be_verified(monkeypatch):
     config = small_mlp(**TWO_REPLICAS)
     assert train.verify_resume(config) == train.verify_resume(config)
     assert len(train.verify_resume(config)) == 64
-    monkeypatch.setattr(train.Checkpoints, "restore", lambda self: 2)
-    with pytest.raises(UsageError, match="stopped at step 2 and resumed, .* variables differ"):
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Checkpoints, "restore", lambda self: 2)
+        with pytest.raises(UsageError, match="stopped at step 2 and resumed, .* variables differ"):
+            train.verify_resume(config)
+    # An input that begins anew wherever the run goes on.
+    open_batches = Trainer.open_batches
+    monkeypatch.setattr(
+        Trainer, "open_batches", lambda self, data, step: open_batches(self, data, 0)
+    )
+    with pytest.raises(UsageError, match="variables differ"):
         train.verify_resume(config)
 
 

@@ -60,7 +60,7 @@ def from_pytorch(
     Raises:
       UsageError: no such file, no state dict in it, or not exactly the tensors of this network.
 
-    Source: issue 4; [1, C] is yjxiong/tsn-pytorch#62.
+    Source: [1, C] is yjxiong/tsn-pytorch#62.
     """
     if isinstance(source, Mapping):
         origin, state = "the state dict", source
@@ -109,8 +109,6 @@ def from_slim(
 
     Raises:
       UsageError: no such checkpoint, or not exactly the variables of this network.
-
-    Source: issue 4.
     """
     origin = os.fspath(path)
     prefix = re.sub(r"\.(index|meta|data-\d+-of-\d+)$", "", origin)

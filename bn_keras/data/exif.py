@@ -39,7 +39,7 @@ def orientation(encoded: tf.Tensor) -> tf.Tensor:
     block = tf.strings.regex_replace(head, rf"\A\C*?({_BLOCK})", r"\1", replace_global=False)
     values = tf.cast(tf.io.decode_raw(block, tf.uint8), tf.int64)
     values = values[_TIFF_BEGIN : 256 * values[0] + values[1]]
-    motorola = tf.equal(values[:1], ord("M"))
+    motorola = tf.reduce_any(tf.equal(values[:1], ord("M")))
 
     def number(digits: tf.Tensor) -> tf.Tensor:
         """Of bytes [..., k]."""

@@ -643,6 +643,10 @@ def _plain(dataset: tf.data.Dataset, threads: int = 0) -> tf.data.Dataset:
         options.threading.private_threadpool_size = threads
     options.autotune.enabled = False
     options.experimental_optimization.apply_default_optimizations = False
+    # One rewriting has to stay: it gives the iterator functions of its own. With those of the
+    # operation that made it, TensorFlow's iterator over several devices crashes where it is dropped
+    # while it reads ahead.
+    options.experimental_optimization.noop_elimination = True
     return dataset.with_options(options)
 
 
