@@ -23,7 +23,8 @@ class Progress:
         self._label = label
         self._steps = steps
         self._validation = ""
-        self._last_line = 0.0
+        self._first_step = step
+        self._began = self._last_line = 0.0
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm(
             desc=label,
@@ -45,7 +46,7 @@ class Progress:
         """Starts the clock from which the time left is estimated."""
         self._bar.unpause()
         self._bar.start_t = self._bar.last_print_t = time.time()
-        self._last_line = time.monotonic()
+        self._began = self._last_line = time.monotonic()
 
     def update(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
         """Shows a step, with the means over the steps since the one shown before."""
@@ -67,7 +68,9 @@ class Progress:
         ):
             return
         self._last_line = now
-        logging.info("%s: step %d/%d, %s", self._label, step, self._steps, text)
+        pace = (now - self._began) / max(1, step - self._first_step)
+        left = tqdm.format_interval(pace * (self._steps - step))
+        logging.info("%s: step %d/%d, %s left, %s", self._label, step, self._steps, left, text)
 
     def __enter__(self) -> "Progress":
         return self
