@@ -98,22 +98,16 @@ def test_a_run_learns_and_writes_what_it_did(tmp_path):
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
 
+# Inception with dropout and distortions: test_resume.
 @pytest.mark.parametrize(
     "make_config, killed_after",
     [
         (small_mlp, 33),
-        (small_inception, 3),
         (functools.partial(small_mlp, **TWO_REPLICAS, **BY_POPULATION, **ALL_AT_ONCE), 33),
     ],
-    ids=[
-        "mlp on one device",
-        "inception with dropout on two replicas",
-        "mlp on two replicas, with all that a trainer can do",
-    ],
+    ids=["mlp on one device", "mlp on two replicas, with all that a trainer can do"],
 )
-def test_killed_and_resumed_equals_never_killed(
-    make_config, killed_after, tmp_path, monkeypatch, short_figure_5
-):
+def test_killed_and_resumed_equals_never_killed(make_config, killed_after, tmp_path, monkeypatch):
     unbroken = train_and_evaluate(make_config(), tmp_path / "unbroken")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         kill_after(patch, killed_after)
