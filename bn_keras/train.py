@@ -130,7 +130,7 @@ def _train(
         )
     _check_same_state(strategy, run, step, retries)
     batches = trainer.open_batches(data, step)
-    run.create(config, data.input_shape, data.class_names)
+    run.create(config, data.input_shape, data.class_names, data.num_train_examples)
     run.drop_metrics_after(step)
     if not checkpoints.latest:
         checkpoints.save(step)

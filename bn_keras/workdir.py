@@ -109,7 +109,11 @@ class Workdir:
             self._lock.release()
 
     def create(
-        self, config: ConfigDict, input_shape: Sequence[int], class_names: Sequence[str]
+        self,
+        config: ConfigDict,
+        input_shape: Sequence[int],
+        class_names: Sequence[str],
+        num_train_examples: int = 0,
     ) -> None:
         """Makes the folder and writes into it what the run is; keeps what is there of it.
 
@@ -117,14 +121,22 @@ class Workdir:
           config: of the run.
           input_shape: (height, width, channels) of what its network is fed.
           class_names: one a logit, in their order.
+          num_train_examples: by which their order goes, and the schedule.
 
         Raises:
-          UsageError: the folder can't be written, or `locked` fails.
+          UsageError: the folder can't be written, `locked` fails, or the run was begun on other
+            data.
         """
+        interface = {
+            "input_shape": list(input_shape),
+            "class_names": list(class_names),
+            "num_train_examples": num_train_examples,
+        }
+        contents = {self._config: config.to_dict()}
+        if not self._has_same(interface):
+            contents[self._interface] = interface
         if not self.writes:
             return
-        interface = {"input_shape": list(input_shape), "class_names": list(class_names)}
-        contents = {self._config: config.to_dict(), self._interface: interface}
         with writing(f"workdir {self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
             if self._create_takes_lock:
@@ -137,8 +149,24 @@ class Workdir:
                     )
             self.metrics.touch()
             for file, content in contents.items():
-                if not file.exists():
+                if file == self._interface or not file.exists():
                     write_atomically(file, json.dumps(content, indent=2) + "\n")
+
+    def _has_same(self, interface: Mapping[str, object]) -> bool:
+        """Tells whether interface.json says this; False where it is missing or damaged."""
+        try:
+            before = json.loads(self._interface.read_text())
+            differing = [key for key in interface if before[key] != interface[key]]
+        except (ValueError, OSError, KeyError, TypeError):
+            return False
+        if differing:
+            key = differing[0]
+            values = f" ({before[key]}, now {interface[key]})" if key != "class_names" else ""
+            raise UsageError(
+                f"the run in {self.path} was begun on data with other {key}{values}: give the data"
+                " that it was begun on, or a new workdir"
+            )
+        return True
 
     def read_config(self) -> ConfigDict:
         """Gives the config of the run.

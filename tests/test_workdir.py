@@ -284,3 +284,22 @@ def test_the_best_accuracy_is_that_of_the_evaluations_up_to_a_step(tmp_path):
     assert [run.best_accuracy(step) for step in range(4)] == [0, 0.25, 0.75, 0.75]
     assert [line["validation/accuracy"] for line in run.evaluations(2)] == [0.75]
     assert run.evaluations(4) == []
+
+
+def test_other_data_are_no_way_to_go_on(tmp_path):
+    config = mnist_bn.get_config()
+    run = Workdir(tmp_path)
+    run.create(config, (8, 8, 1), ("a", "b"), 100)
+    before = (tmp_path / "interface.json").read_text()
+    for shape, names, count, message in (
+        ((8, 8, 1), ("a", "b"), 99, r"num_train_examples \(100, now 99\)"),
+        ((8, 8, 1), ("b", "a"), 100, "other class_names: give the data"),
+        ((8, 8, 3), ("a", "b"), 100, "input_shape"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            Workdir(tmp_path).create(config, shape, names, count)
+    assert (tmp_path / "interface.json").read_text() == before
+    # One that is damaged is written anew.
+    (tmp_path / "interface.json").write_text(before[:20])
+    Workdir(tmp_path).create(config, (8, 8, 1), ("a", "b"), 100)
+    assert (tmp_path / "interface.json").read_text() == before
