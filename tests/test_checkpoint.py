@@ -392,8 +392,8 @@ def test_killed_at_any_moment_of_a_save(folder):
     last = int(done.stdout)
     assert last >= 8
     files = [p for p in pathlib.Path(folder).rglob("*") if p.is_file()]
-    # The one after the last that was told of may be done; the one before it is there too, and of the
-    # save that was killed at most as many files again and one.
+    # The one after the last that was told of may be done; the one before it is there too. Of the
+    # save that was killed there are at most as many files again and one.
     newest = max(steps_in(folder))
     assert last <= newest <= last + 1 and newest - 1 in steps_in(folder)
     assert len(files) <= 1 + 2 * 4
