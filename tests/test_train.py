@@ -605,7 +605,8 @@ def test_every_key_of_the_config_is_read(tmp_path, monkeypatch, short_figure_5):
 
 def test_a_checkpoint_of_another_network_is_one_line(tmp_path):
     train_and_evaluate(small_mlp(**{"train.steps": 2}), tmp_path)
-    Workdir(tmp_path).path.joinpath("config.json").unlink()
+    for name in ("config.json", "interface.json"):
+        (tmp_path / name).unlink()
     other = small_mlp(**{"train.steps": 2, "model.variant": "baseline"})
     Workdir(tmp_path).create(other, (8, 8, 1), "0123456789")
     with pytest.raises(UsageError, match="step-2 does not fit this network") as caught:
