@@ -55,7 +55,7 @@ def dry_run(config: ConfigDict) -> Iterator[str]:
     loss, _, finite_steps = trainer.train(batches, 1)
     ended = time.perf_counter()
     replicas = strategy.num_replicas_in_sync
-    part = config.train.global_batch_size // config.train.micro_batches // replicas
+    part = trainer.global_micro_batch_size // replicas
     yield (
         f"one step of {config.train.global_batch_size} made-up images on {replicas} replica(s):"
         f" loss {loss:.4f}{'' if finite_steps else ', which is not finite'}\n"

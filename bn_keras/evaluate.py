@@ -132,14 +132,23 @@ def _settle_statistics(
 ) -> str:
     """Takes the population's statistics if that is still to be done; says which ones it has."""
     if network.statistics == "moving" and config.population.when != "never":
-        # Each micro-batch is a mini-batch of its own for BN.
-        size = config.train.global_batch_size // config.train.micro_batches
-        batches = data.train_batches(strategy, size)
+        batches = open_mini_batches(config, data, strategy)
         estimate_population_statistics(
             network.model, batches, config.population.num_batches, strategy
         )
         return "population"
     return network.statistics
+
+
+def open_mini_batches(
+    config: ConfigDict, data: pipeline.Data, strategy: tf.distribute.Strategy
+) -> tf.distribute.DistributedDataset:
+    """Opens what population statistics are taken over: batches as BN has them in training.
+
+    A micro-batch is a batch of its own there, and images are not mixed.
+    """
+    size = config.train.global_batch_size // config.train.micro_batches
+    return data.train_batches(strategy, size)
 
 
 def format_errors(rows: Sequence[Mapping[str, object]]) -> str:

@@ -14,6 +14,7 @@ from bn_keras import fold
 from bn_keras.batch_norm import BATCH_NORMS
 from bn_keras.data import pipeline
 from bn_keras.errors import UsageError
+from bn_keras.evaluate import open_mini_batches
 from bn_keras.population import (
     LayerReport,
     PopulationReport,
@@ -192,9 +193,7 @@ def check_workdir(workdir: str | os.PathLike, num_batches: int) -> HealthReport:
     except UsageError as error:
         report = check(network.model)
         return dataclasses.replace(report, skipped=(f"what takes data: {error}",))
-    # Each micro-batch is a mini-batch of its own for BN.
-    size = config.train.global_batch_size // config.train.micro_batches
-    batches = data.train_batches(tf.distribute.get_strategy(), size)
+    batches = open_mini_batches(config, data, tf.distribute.get_strategy())
     return check(network.model, batches, num_batches)
 
 

@@ -26,7 +26,7 @@ from bn_keras.cost import count
 from bn_keras.data import pipeline
 from bn_keras.diagnosis import first_non_finite
 from bn_keras.errors import TrainingDivergedError, TrainingStoppedError, UsageError
-from bn_keras.evaluate import make_evaluator
+from bn_keras.evaluate import make_evaluator, open_mini_batches
 from bn_keras.population import PopulationEstimator, preserved_state
 from bn_keras.progress import Progress
 from bn_keras.signals import StopRequest, stop_requests
@@ -128,7 +128,7 @@ def _train(
             f"the run in {run.path} got to step {run.last_step()}, but its checkpoints are gone:"
             " put them back, or give a new workdir"
         )
-    _check_same_state(strategy, run, step, retries)
+    _check_same_state(strategy, run, step, retries, validate.best_accuracy)
     batches = trainer.open_batches(data, step)
     run.create(config, data.input_shape, data.class_names, data.num_train_examples)
     run.drop_metrics_after(step)
@@ -223,6 +223,9 @@ class _Validation:
       data: whose validation examples are taken.
       step: from which the run goes on, so that later evaluations do not count yet.
 
+    Attributes:
+      best_accuracy: the highest so far; 0 where there was no evaluation.
+
     Raises:
       UsageError: population statistics of a network without BN, or averaged weights of one with
         BN but without these.
@@ -247,7 +250,7 @@ class _Validation:
         parts = {"model": model.variables}
         self._best = Checkpoints(run.best, parts, writes=run.writes)
         self._finished = Checkpoints(run.finished, parts, writes=run.writes)
-        self._best_accuracy = run.best_accuracy(step)
+        self.best_accuracy = run.best_accuracy(step)
         has_batch_norm = any(isinstance(layer, BATCH_NORMS) for layer in model._flatten_layers())
         if trainer.averages and has_batch_norm and self._when == "never":
             raise UsageError(
@@ -257,14 +260,12 @@ class _Validation:
         if self._when != "never":
             self._estimator = PopulationEstimator(model, trainer.strategy)
             # The same each time, so that two evaluations differ by the network alone.
-            self._batches = data.train_batches(
-                trainer.strategy, trainer.global_batch_size // trainer.micro_batches
-            )
+            self._batches = open_mini_batches(config, data, trainer.strategy)
 
     @property
     def has_reached_target(self) -> bool:
         """Whether some evaluation gave train.until_accuracy."""
-        return self._best_accuracy >= self._target
+        return self.best_accuracy >= self._target
 
     def __call__(self, step: int, is_last: bool = False) -> dict[str, float | str]:
         """Gives what metrics.jsonl says of an evaluation."""
@@ -272,8 +273,8 @@ class _Validation:
         by_averages = bool(self._trainer.averages) and (by_population or self._when == "never")
         with self._by(by_population, by_averages):
             found = self._evaluate()
-            if found["accuracy"] > self._best_accuracy:
-                self._best_accuracy = found["accuracy"]
+            if found["accuracy"] > self.best_accuracy:
+                self.best_accuracy = found["accuracy"]
                 self._best.save(step)
             if is_last and (by_population or by_averages):
                 self._finished.save(step)
@@ -378,7 +379,11 @@ def _check_same_command(
 
 
 def _check_same_state(
-    strategy: tf.distribute.Strategy, run: Workdir, step: int, retries: int
+    strategy: tf.distribute.Strategy,
+    run: Workdir,
+    step: int,
+    retries: int,
+    best_accuracy: float,
 ) -> None:
     """Waits until all workers have read the workdir, in which the chief then writes.
 
@@ -388,7 +393,7 @@ def _check_same_state(
     state = {
         "checkpoints of steps": step,
         "numbers of retries": retries,
-        "best accuracies": run.best_accuracy(step),
+        "best accuracies": best_accuracy,
     }
     for what, number in state.items():
         found = distribution.from_all_workers(strategy, number)

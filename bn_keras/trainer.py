@@ -45,6 +45,7 @@ class Trainer:
 
     Attributes:
       model, optimizer, strategy, global_batch_size, micro_batches: as given.
+      global_micro_batch_size: examples of a part, over all replicas: BN's mini-batches.
       inference_model: the model without an auxiliary classifier.
       averages: of the trainable variables of inference_model, in their order; empty without ema.
     """
@@ -68,6 +69,7 @@ class Trainer:
         self.strategy = strategy
         self.global_batch_size = global_batch_size
         self.micro_batches = micro_batches
+        self.global_micro_batch_size = global_batch_size // micro_batches
         self._l2_per_replica = l2 / strategy.num_replicas_in_sync
         self._auxiliary_weight = auxiliary_weight
         self._label_smoothing = label_smoothing
@@ -125,8 +127,7 @@ class Trainer:
 
     def open_batches(self, data: Data, step: int) -> tf.distribute.DistributedIterator:
         """Opens the training input from a step on, which is 0 for the first."""
-        size = self.global_batch_size // self.micro_batches
-        first = step * self.micro_batches
+        size, first = self.global_micro_batch_size, step * self.micro_batches
         return iter(data.train_batches(self.strategy, size, first, mixed=True))
 
     def snapshot(self) -> list[tf.Tensor]:
