@@ -1,6 +1,5 @@
 """The paper's Figures 2 and 3 from what runs wrote; the paper's own numbers are named as such."""
 
-import dataclasses
 import os
 import platform
 from collections.abc import Sequence
@@ -9,11 +8,10 @@ from pathlib import Path
 import keras
 import matplotlib
 import tensorflow as tf
-from ml_collections import ConfigDict
 
 import bn_keras
+from bn_keras.report.runs import Run
 from bn_keras.schedule import PAPER_BATCH_SIZE
-from bn_keras.workdir import Workdir
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -30,65 +28,6 @@ _STYLES = (
 
 # Single-crop accuracy that the paper's Inception got to, and the others are measured by (Figure 3).
 INCEPTION_ON_IMAGENET = 0.722
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One network's run, as its workdir tells it.
-
-    Attributes:
-      title: the paper's name of the network.
-      config: of the run.
-      metrics: the lines of its metrics.jsonl.
-    """
-
-    title: str
-    config: ConfigDict
-    metrics: list[dict]
-
-    @classmethod
-    def read(cls, title: str, workdir: str | os.PathLike) -> "Run":
-        """Reads a workdir; raises UsageError if it holds no run."""
-        run = Workdir(workdir)
-        return cls(title, run.read_config(), run.read_metrics())
-
-    def curve(self, name: str) -> tuple[list[int], list[float]]:
-        """Gives the steps at which a number was written, and the number at each."""
-        points = [(line["step"], line[name]) for line in self.metrics if line.get(name) is not None]
-        return [step for step, _ in points], [value for _, value in points]
-
-    @property
-    def best_accuracy(self) -> float:
-        """Highest validation accuracy; 0 where there was no evaluation yet."""
-        return max(self.curve("validation/accuracy")[1], default=0.0)
-
-    @property
-    def lowest_loss(self) -> float:
-        """Lowest training loss, as the mean over a loop of steps."""
-        return min(self.curve("train/loss")[1], default=float("inf"))
-
-    @property
-    def diverged_at(self) -> int | None:
-        """Step at which the loss stopped being finite, if it did."""
-        return next((line["step"] for line in self.metrics if Workdir.DIVERGED in line), None)
-
-    def steps_to_accuracy(self, accuracy: float) -> int | None:
-        """First evaluated step with at least that validation accuracy."""
-        points = zip(*self.curve("validation/accuracy"), strict=True)
-        return next((step for step, value in points if value >= accuracy), None)
-
-    def steps_to_loss(self, loss: float) -> int | None:
-        """First step by which the training loss is at most that."""
-        points = zip(*self.curve("train/loss"), strict=True)
-        return next((step for step, value in points if value <= loss), None)
-
-    @property
-    def seconds(self) -> float:
-        """Time spent in training steps."""
-        steps, rates = self.curve("train/images_per_second")
-        batch = self.config.train.global_batch_size
-        before = [0, *steps]
-        return sum((s - b) * batch / r for s, b, r in zip(steps, before, rates, strict=False))
 
 
 def write_report(runs: Sequence[Run], folder: str | os.PathLike, command: str) -> str:
