@@ -5,17 +5,21 @@ from bn_keras.report.figures import (
     figure_3_row,
     paper_order,
     plot_curves,
-    write_report,
 )
+from bn_keras.report.page import Section, escape, format_seconds, table, write_report
 from bn_keras.report.runs import Results, Run, Spread
 
 __all__ = [
     "Results",
     "Run",
+    "Section",
     "Spread",
+    "escape",
     "figure_3",
     "figure_3_row",
+    "format_seconds",
     "paper_order",
     "plot_curves",
+    "table",
     "write_report",
 ]
