@@ -23,6 +23,10 @@ class TrainingDivergedError(ArithmeticError):
         super().__init__(message)
         self.step = step
 
+    def __reduce__(self) -> tuple:
+        # Exception's own leaves the step out when another process sends it.
+        return type(self), (str(self), self.step)
+
 
 class TrainingStoppedError(KeyboardInterrupt):
     """A signal stopped the training, which has been saved.
@@ -37,6 +41,9 @@ class TrainingStoppedError(KeyboardInterrupt):
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.signum = signum
+
+    def __reduce__(self) -> tuple:
+        return type(self), (str(self), self.signum)
 
 
 class WorkerLostError(ConnectionError):

@@ -1,5 +1,6 @@
 """What a run shows while it goes on."""
 
+import multiprocessing
 import shutil
 import sys
 import time
@@ -25,7 +26,8 @@ class Progress:
         self._validation = ""
         self._first_step = step
         self._began = self._last_line = 0.0
-        self._terminal = sys.stderr.isatty()
+        # Bars of processes side by side would be drawn over each other.
+        self._terminal = sys.stderr.isatty() and multiprocessing.parent_process() is None
         self._bar = tqdm(
             desc=label,
             initial=step,

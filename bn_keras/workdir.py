@@ -61,6 +61,7 @@ class Workdir:
         self.metrics = self.path / "metrics.jsonl"
         self._config = self.path / "config.json"
         self._interface = self.path / "interface.json"
+        self._environment = self.path / "environment.json"
         self._lock = _Lock(self.path / "lock")
         self._create_takes_lock = False
 
@@ -204,6 +205,40 @@ class Workdir:
                 " writes it"
             ) from None
 
+    @contextlib.contextmanager
+    def noting_start(self, step: int, environment: Mapping[str, object]) -> Iterator[None]:
+        """Notes in environment.json where this start of the run happens, and when it ends.
+
+        Args:
+          step: from which it goes on.
+          environment: as `bn_keras.environment.describe` gives it.
+        """
+        earlier = self.read_environment()
+        start = {"step": step, "started": _now(), "ended": None, **environment}
+
+        def note() -> None:
+            if self.writes:
+                text = json.dumps([*earlier, start], indent=2) + "\n"
+                write_atomically(self._environment, text)
+
+        with writing(f"workdir {self.path}"):
+            note()
+        try:
+            yield
+        finally:
+            start["ended"] = _now()
+            # Where that can't be written, the run has said so, or has lost nothing but the hour.
+            with contextlib.suppress(UsageError, OSError):
+                note()
+
+    def read_environment(self) -> list[dict]:
+        """Gives what the starts of the run noted, in their order; nothing where that is damaged."""
+        try:
+            starts = json.loads(self._environment.read_text())
+        except (ValueError, OSError):
+            return []
+        return starts if isinstance(starts, list) else []
+
     def read_metrics(self) -> list[dict]:
         """Gives the lines of metrics.jsonl in order; a last line cut short is left out."""
         if not self.metrics.exists():
@@ -284,8 +319,10 @@ class _RunConfig(ConfigDict):
         object.__setattr__(self, "_file", file)
         object.__setattr__(self, "_section", section)
         for key, value in (values or {}).items():
-            is_section = isinstance(value, Mapping)
-            self[key] = _RunConfig(value, file, f"{section}{key}.") if is_section else value
+            if isinstance(value, Mapping):
+                value = _RunConfig(value, file, f"{section}{key}.")
+            # JSON knows no tuples, and a config no lists.
+            self[key] = tuple(value) if isinstance(value, list) else value
 
     def __getattr__(self, key: str) -> object:
         # What begins with an underscore is what Python looks for in any object.
@@ -399,6 +436,10 @@ class MetricsWriter:
             f"the metrics{which} in {self._workdir.path}",
             "what was written and saved before is intact; mend that and start again",
         )
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _lacking(config: epath.Path, key: str) -> UsageError:

@@ -58,6 +58,16 @@ def define_workdir(
     return flags.DEFINE_string("workdir", None, meaning, required=required)
 
 
+def define_parallel() -> flags.FlagHolder[int]:
+    """Defines --parallel."""
+    return flags.DEFINE_integer(
+        "parallel",
+        0,
+        "How many runs go side by side at most; 0: as many as the devices allow.",
+        lower_bound=0,
+    )
+
+
 def parse(kind: type, given: str, flag: str) -> int | float:
     """Reads one value of a list flag; raises CommandError if it is no number of that kind."""
     if not _is_a(given, kind):
@@ -84,6 +94,7 @@ def describe_config() -> str:
 def run(
     main: Callable[..., None],
     positional: str = "",
+    optional: bool = False,
     needs_tensorflow: bool = True,
     make_help: Callable[[list[str]], str] | None = None,
 ) -> None:
@@ -93,15 +104,12 @@ def run(
       main: without arguments; or, where positional is given, taking those as a list.
       positional: what the command calls its arguments that are no flags, of which it then takes
         one or more.
+      optional: whether it takes none of them, too.
       needs_tensorflow: whether it has to wait for TensorFlow to be imported.
       make_help: gives what --help prints, from the arguments; else that is the command's docstring
         and its flags.
     """
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.INFO)
-    logging.get_absl_handler().setFormatter(
-        std_logging.Formatter("%(levelname).1s %(asctime)s %(message)s", "%m-%d %H:%M:%S")
-    )
+    begin_logging()
     # A flag may stand behind the arguments, too.
     flags.FLAGS.set_gnu_getopt(True)
 
@@ -119,7 +127,26 @@ def run(
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(128 + signal.SIGPIPE)
 
-    app.run(act, flags_parser=lambda argv: _parse_flags(argv, positional, make_help or _help))
+    def parse_flags(argv: list[str]) -> list[str]:
+        rest = _parse_flags(argv, make_help or _help)
+        if positional and not optional and len(rest) == 1:
+            fail(f"{positional} is missing: see --help", 2)
+        if not positional and len(rest) > 1:
+            fail(f"unexpected argument {rest[1]!r}: values are given as --flag=value", 2)
+        return rest
+
+    app.run(act, flags_parser=parse_flags)
+
+
+def begin_logging() -> None:
+    """Has this process tell what is ours on one line each; a new process has to call it itself."""
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    logging.get_absl_handler().setFormatter(
+        std_logging.Formatter("%(levelname).1s %(asctime)s %(message)s", "%m-%d %H:%M:%S")
+    )
+    std_logging.getLogger("tensorflow").setLevel(std_logging.ERROR)
+    logging.get_absl_logger().addFilter(_is_ours)
 
 
 def fail(reason: object, status: int) -> NoReturn:
@@ -143,8 +170,6 @@ def _on_tensorflow(main: Callable[[], None]) -> None:
             )
     except ImportError as error:
         raise CommandError(str(error)) from None
-    tf.get_logger().setLevel("ERROR")
-    logging.get_absl_logger().addFilter(_is_ours)
 
     try:
         main()
@@ -198,9 +223,7 @@ def _help(argv: list[str]) -> str:
     )
 
 
-def _parse_flags(
-    argv: list[str], positional: str, make_help: Callable[[list[str]], str]
-) -> list[str]:
+def _parse_flags(argv: list[str], make_help: Callable[[list[str]], str]) -> list[str]:
     if {"--help", "-help", "-h", "-?"} & set(argv):
         print(make_help(argv))
         sys.exit(0)
@@ -217,10 +240,6 @@ def _parse_flags(
             flags.FLAGS["config"].value.seed  # noqa: B018
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         fail(_explain_override(argv) or _explain_flag(error), 2)
-    if positional and len(rest) == 1:
-        fail(f"{positional} is missing: see --help", 2)
-    if not positional and len(rest) > 1:
-        fail(f"unexpected argument {rest[1]!r}: values are given as --flag=value", 2)
     return rest
 
 

@@ -1,53 +1,88 @@
-"""Trains the paper's five networks in miniature and reports them as its Figures 2 and 3.
+"""Makes the paper's experiments and their report: figure1 to figure4, claims.
 
-A run that is finished is not run again, and one that was stopped goes on.
+Those that are named, or figure2 and figure3. What is finished is not run again, and what was stopped
+goes on.
 
 Example:
-  python -m launch.reproduce --scale=digits --workdir=runs/digits
+  python -m launch.reproduce figure2 figure3 --scale=digits --workdir=runs/digits
 """
 
-import importlib
-import pathlib
+import dataclasses
+import re
 import shlex
 
 from absl import flags
 
-from configs.networks import NETWORKS
+from configs import experiments
 from launch import cli
+from launch.errors import CommandError
 
-_SCALE = flags.DEFINE_enum("scale", "digits", ["digits", "cifar10"], "Data and size of it all.")
+_SCALE = flags.DEFINE_enum(
+    "scale",
+    "digits",
+    experiments.SCALES,
+    "Size of it all: minutes, an hour on two cores, or the paper's.",
+)
+_SEEDS = flags.DEFINE_integer(
+    "seeds", 1, "How many runs of each network that is compared.", lower_bound=1
+)
 _STEPS = flags.DEFINE_integer("steps", 0, "Runs of so many steps; 0: as the configs have it.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder of prepared TFDS data sets.")
+_PARALLEL = cli.define_parallel()
 _WORKDIR = cli.define_workdir("Folder of the report, with a folder for each run.")
 
+_DEFAULT = ["figure2", "figure3"]
 
-def main() -> None:
-    """Trains, then writes and prints the report."""
+
+def main(given: list[str]) -> None:
+    """Trains what is not finished, then writes and prints the report."""
     from bn_keras.experiment import run_all
     from bn_keras.plan import describe
     from bn_keras.report import write_report
 
-    configs = {}
-    for variant, network in NETWORKS.items():
-        config = importlib.import_module(f"configs.{_SCALE.value}_{variant}").get_config()
+    for name in given:
+        if name not in experiments.EXPERIMENTS:
+            accepted = ", ".join(experiments.EXPERIMENTS)
+            raise CommandError(f"unknown experiment {name!r}: accepted are {accepted}")
+    names = [name for name in experiments.EXPERIMENTS if name in (given or _DEFAULT)]
+    trials = experiments.get_runs(names, _SCALE.value, _SEEDS.value)
+    for trial, config in trials.items():
+        trials[trial] = config = config.copy_and_resolve_references()
         config.data.data_dir = _DATA_DIR.value
-        config.train.steps = _STEPS.value or config.train.steps
-        configs[network.title] = config
-    # Of one data set and on one kind of devices, so that one speaks for all.
-    some = next(iter(configs.values()))
-    count = f"{len(configs)}, of {some.train.steps:,} steps each, in {_WORKDIR.value}"
-    cli.tell(describe(some) | {"runs": count})
-    runs = run_all(configs, _WORKDIR.value)
+        config.train.steps = min(_STEPS.value or config.train.steps, config.train.steps)
+    # The configs of one data set are for one kind of devices, so that one speaks for all.
+    for config in {config.data.name: config for config in trials.values()}.values():
+        cli.tell(describe(config))
+    steps = sum(config.train.steps for config in trials.values())
+    cli.tell({"runs": f"{len(trials)}, of {steps:,} steps in all, in {_WORKDIR.value}"})
+    configs = {str(trial): config for trial, config in trials.items()}
+    runs = run_all(configs, _WORKDIR.value, _PARALLEL.value, cli.begin_logging)
 
-    command = ["python", "-m", "launch.reproduce"]
-    for flag in (_SCALE, _WORKDIR, _STEPS, _DATA_DIR):
-        if flag.present or flag is _SCALE:
-            command.append(f"--{flag.name}={flag.value}")
-    folder = pathlib.Path(_WORKDIR.value)
-    print("\n" + write_report(runs, folder, shlex.join(command)))
-    print(f"The report is {folder / 'report.md'}, with its plot {folder / 'accuracy.png'}.")
+    results = {}
+    for trial in trials:
+        run = dataclasses.replace(runs[str(trial)], title=trial.title)
+        results.setdefault(trial.title, []).append(run)
+    sections = [_SECTIONS[name](results) for name in names]
+    write_report(_title(), sections, results, _WORKDIR.value, _command(given))
+    for section in sections:
+        text = re.sub(r"^!\[.*\n?", "", section.body, flags=re.MULTILINE)
+        print(f"\n{section.title}\n\n{text.strip()}")
+    print(f"\nThe report is {_WORKDIR.value}/report.html, and report.md with its plots beside it.")
     cli.tell({"look": f"tensorboard --logdir={_WORKDIR.value}"})
 
 
+def _title() -> str:
+    size = {"imagenet": "at its own size"}.get(_SCALE.value, f"in miniature: {_SCALE.value}")
+    return f"The paper's experiments {size}"
+
+
+def _command(given: list[str]) -> str:
+    command = ["python", "-m", "launch.reproduce", *given]
+    for flag in (_SCALE, _SEEDS, _STEPS, _DATA_DIR, _WORKDIR):
+        if flag.present or flag is _SCALE:
+            command.append(f"--{flag.name}={flag.value}")
+    return shlex.join(command)
+
+
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, positional="EXPERIMENT", optional=True)

@@ -22,6 +22,7 @@ _BASE_RATES = flags.DEFINE_list(
     "base_rates", ["0.003", "0.01", "0.03"], "Values of config.schedule.base_rate."
 )
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Values of config.seed to average over.")
+_PARALLEL = cli.define_parallel()
 
 
 def main() -> None:
@@ -43,11 +44,12 @@ def main() -> None:
             configs[f"{initializer} {base_rate} seed {seed}"] = config
     count = f"{len(configs)}, of {_CONFIG.value.train.steps:,} steps each, in {_WORKDIR.value}"
     cli.tell({"config": cli.describe_config()} | describe(_CONFIG.value) | {"runs": count})
-    runs = iter(run_all(configs, _WORKDIR.value))
+    runs = run_all(configs, _WORKDIR.value, _PARALLEL.value, cli.begin_logging)
+    found = iter(runs.values())
 
     rows = []
     for initializer, base_rate in settings:
-        seeds = list(itertools.islice(runs, len(_SEEDS.value)))
+        seeds = list(itertools.islice(found, len(_SEEDS.value)))
         accuracy = statistics.mean(run.best_accuracy for run in seeds)
         loss = statistics.mean(run.lowest_loss for run in seeds)
         diverged = sum(run.diverged_at is not None for run in seeds)

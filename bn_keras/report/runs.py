@@ -1,6 +1,7 @@
 """What runs wrote, for whoever makes something of it."""
 
 import dataclasses
+import datetime
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,17 +19,19 @@ class Run:
       title: the paper's name of the network.
       config: of the run.
       metrics: the lines of its metrics.jsonl.
+      environment: what each of its starts noted, as `Workdir.noting_start` has it.
     """
 
     title: str
     config: ConfigDict
     metrics: list[dict]
+    environment: list[dict] = dataclasses.field(default_factory=list)
 
     @classmethod
     def read(cls, title: str, workdir: str | os.PathLike) -> "Run":
         """Reads a workdir; raises UsageError if it holds no run."""
         run = Workdir(workdir)
-        return cls(title, run.read_config(), run.read_metrics())
+        return cls(title, run.read_config(), run.read_metrics(), run.read_environment())
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """Gives the steps at which a number was written, and the number at each."""
@@ -67,6 +70,16 @@ class Run:
         batch = self.config.train.global_batch_size
         before = [0, *steps]
         return sum((s - b) * batch / r for s, b, r in zip(steps, before, rates, strict=False))
+
+    @property
+    def wall_seconds(self) -> float:
+        """Time from start to end, over all starts that noted both."""
+        moment = datetime.datetime.fromisoformat
+        return sum(
+            (moment(start["ended"]) - moment(start["started"])).total_seconds()
+            for start in self.environment
+            if start["ended"]
+        )
 
 
 # By what was trained, such as "BN-x5": a run for each seed.
