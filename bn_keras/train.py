@@ -19,7 +19,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from bn_keras import distribution
+from bn_keras import distribution, environment
 from bn_keras.batch_norm import BATCH_NORMS, merge_moving_statistics
 from bn_keras.checkpoint import Checkpoints
 from bn_keras.cost import count
@@ -29,6 +29,7 @@ from bn_keras.errors import TrainingDivergedError, TrainingStoppedError, UsageEr
 from bn_keras.evaluate import make_evaluator, open_mini_batches
 from bn_keras.population import PopulationEstimator, preserved_state
 from bn_keras.progress import Progress
+from bn_keras.recorder import open_recorder
 from bn_keras.signals import StopRequest, stop_requests
 from bn_keras.trainer import Trainer, check_config, make_schedule, make_trainer
 from bn_keras.workdir import MetricsWriter, Workdir
@@ -123,6 +124,8 @@ def _train(
     checkpoints = Checkpoints(run.checkpoints, trainer.parts, config.checkpoint.keep, run.writes)
     step = checkpoints.restore()
     validate = _Validation(config, run, trainer, data, step)
+    recorder = open_recorder(config, data, trainer)
+    is_new = not run.read_metrics()
     if run.last_step() and not checkpoints.latest:
         raise UsageError(
             f"the run in {run.path} got to step {run.last_step()}, but its checkpoints are gone:"
@@ -140,12 +143,15 @@ def _train(
         logging.info("%s: %s", label, line)
     profiled_from = _first_profiled(step, config, profile_steps)
     with (
+        run.noting_start(step, environment.describe()),
         MetricsWriter(run, global_batch_size) as metrics,
         Progress(label, step, steps) as progress,
         data.naming_errors(),
     ):
         if retries > run.num_retries():
             metrics.write(step, {Workdir.RETRY: retries})
+        if recorder and is_new:
+            metrics.write(step, recorder())
 
         def check_finite() -> None:
             cause = _name_not_finite(trainer.variables)
@@ -159,7 +165,8 @@ def _train(
         signum = _signal_to_any(strategy, stop_request)
         while step < steps and not validate.has_reached_target and not signum:
             due = _next_stop(step, config)
-            stop = profiled_from if step < profiled_from < due else due
+            stops = (due, profiled_from, _next_recorded(step, config))
+            stop = min(stop for stop in stops if stop > step)
             before = trainer.snapshot()
             rate = float(trainer.optimizer.learning_rate)
             began = time.perf_counter()
@@ -171,15 +178,15 @@ def _train(
                 cause = _find_cause(trainer, data, before, step, finite_steps)
                 raise _diverged("loss", step + finite_steps + 1, rate, cause, checkpoints)
             step = stop
-            metrics.write(
-                step,
-                {
-                    "train/loss": loss,
-                    "train/accuracy": accuracy,
-                    "train/learning_rate": rate,
-                    "train/images_per_second": images_per_second,
-                },
-            )
+            values = {
+                "train/loss": loss,
+                "train/accuracy": accuracy,
+                "train/learning_rate": rate,
+                "train/images_per_second": images_per_second,
+            }
+            if recorder and step % config.record.every_steps == 0:
+                values |= recorder()
+            metrics.write(step, values)
             progress.update(step, loss, accuracy, images_per_second)
             if step != due:
                 continue
@@ -355,9 +362,18 @@ def _next_stop(step: int, config: ConfigDict) -> int:
     return min(config.train.steps, *(step - step % period + period for period in periods))
 
 
+def _next_recorded(step: int, config: ConfigDict) -> int:
+    """Gives the next step at which a layer's input is recorded; -1 is never."""
+    period = config.record.every_steps
+    return step - step % period + period if config.record.layer else -1
+
+
 def _first_profiled(step: int, config: ConfigDict, profile_steps: int) -> int:
     """Gives the step from which on the rest of a run's first loop is profiled; -1 is never."""
-    return max(step, _next_stop(step, config) - profile_steps) if profile_steps else -1
+    if not profile_steps:
+        return -1
+    stops = (_next_stop(step, config), _next_recorded(step, config))
+    return max(step, min(stop for stop in stops if stop > step) - profile_steps)
 
 
 def _profile(run: Workdir) -> contextlib.AbstractContextManager:

@@ -338,6 +338,8 @@ def check_config(config: ConfigDict) -> None:
         "evaluation.every_steps",
         "evaluation.global_batch_size",
         "population.num_batches",
+        "record.every_steps",
+        "record.num_examples",
         "checkpoint.every_steps",
         "checkpoint.keep",
         "train.micro_batches",
@@ -375,6 +377,11 @@ def check_config(config: ConfigDict) -> None:
         raise UsageError(
             f"unknown population.when {config.population.when!r}: accepted are never, end,"
             " evaluations"
+        )
+    percentiles = config.record.percentiles
+    if not percentiles or not all(0 <= p <= 100 for p in percentiles):
+        raise UsageError(
+            f"record.percentiles is {percentiles}: give one or more numbers from 0 to 100"
         )
     if not 0 <= config.seed < 2**32:
         raise UsageError(f"seed is {config.seed}: it has to be from 0 to {2**32 - 1}")

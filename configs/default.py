@@ -138,6 +138,18 @@ def get_config() -> ConfigDict:
     # as a training step, or less.
     config.population.num_batches = 100
 
+    config.record = ConfigDict()
+    # Name of a layer of which percentiles of the input are recorded during the training, as the
+    # paper's Figure 1b and c; "" records nothing.
+    config.record.layer = ""
+    # Index into the input's last axis: a unit, or a feature map with all of its locations.
+    config.record.unit = 0
+    config.record.percentiles = (15, 50, 85)
+    # Before the first step, and every so many.
+    config.record.every_steps = 250
+    # The first of the training, in whole batches, which are held in the devices' memory.
+    config.record.num_examples = 1_000
+
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 5_000
     # How many of the latest stay.

@@ -36,5 +36,7 @@ def get_config() -> ConfigDict:
     config.schedule.decay_factor = 1.0
     config.evaluation.every_steps = 1_000
     config.evaluation.global_batch_size = 1_000
+    # The input of the last hidden layer's sigmoids, at 200 steps and before the first (Figure 1).
+    config.record.layer = "sigmoid_3"
     config.distribution.strategy = "one_device"
     return config.lock()

@@ -1,7 +1,6 @@
 """The trainer learns, resumes to the bit, and stops cleanly where it has to."""
 
 import functools
-import json
 import os
 import shutil
 import signal
@@ -94,7 +93,7 @@ def test_a_run_learns_and_writes_what_it_did(tmp_path):
     assert losses[-1] < losses[0] / 2
     assert [line["step"] for line in lines if "train/loss" in line] == [10, 20, 25, 30, 40, 50, 60]
     assert [line["step"] for line in lines if "validation/accuracy" in line] == [20, 40, 60]
-    assert json.loads((tmp_path / "config.json").read_text()) == config.to_dict()
+    assert Workdir(tmp_path).read_config().to_dict() == config.to_dict()
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
 
