@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.data.validation_split = "test"
     config.data.image_size = 0
     config.data.crop = "shift"
-    # In memory there are no shards whose order could change.
+    # In memory all is one shard, whose order would never change.
     config.data.shuffle = "examples"
     config.model.width = 0.25
     config.model.stem = "cifar"

@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
     # Pixels thresholded at one half to 0 and 1 (the paper's section 4.1); else scaled to [-1, 1].
     config.data.binary = False
     # "examples": permuted within shards; "shards": only the order of the shards changes. What is in
-    # memory, or in single files, has no shards and is permuted in any case.
+    # memory counts as one shard, and single files are permuted in any case.
     config.data.shuffle = "shards"
     # How many examples of each split a process may find that can't be read. Each is named in the
     # log; in training another one takes its place, in evaluation it doesn't count.
@@ -52,8 +52,8 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict()
     # "inception" (Figure 5) or "mlp" (section 4.1).
     config.model.name = "inception"
-    # inception: "inception", "bn_baseline", "bn_x5", "bn_x30", "bn_x5_sigmoid", and of the ensemble
-    # "bn_x30_ensemble_1" to "bn_x30_ensemble_6"; mlp: "baseline", "bn".
+    # inception: "inception", "bn_baseline", "bn_x5", "bn_x30", "bn_x5_sigmoid", of the ensemble
+    # "bn_x30_ensemble_1" to "bn_x30_ensemble_6", and "inception_sigmoid"; mlp: "baseline", "bn".
     config.model.variant = "inception"
     # Built as by the "paper", TF-"slim", or the "caffe" ports: projections, stem, padding, biases.
     config.model.preset = "paper"

@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     # A mirrored digit is another digit, or none.
     config.data.mirror = False
     config.data.distortion = 0.0
-    # In memory there are no shards whose order could change.
+    # In memory all is one shard, whose order would never change.
     config.data.shuffle = "examples"
     config.model.width = 0.125
     config.model.stem = "digits"

@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.data.crop = "none"
     config.data.mirror = False
     config.data.distortion = 0.0
-    # In memory there are no shards whose order could change.
+    # In memory all is one shard, whose order would never change.
     config.data.shuffle = "examples"
     config.data.binary = True
     config.model.name = "mlp"

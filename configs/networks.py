@@ -1,5 +1,6 @@
 """What the paper's networks change, applied to the config of its Inception."""
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -28,6 +29,29 @@ NETWORKS = {
 }
 
 
+class Change(NamedTuple):
+    """One of section 4.2.1's changes, but for the learning rate, which differs by network.
+
+    Attributes:
+      key: of the config.
+      made: gives its value in an accelerated network for the one in Inception.
+    """
+
+    key: str
+    made: Callable[[object], object]
+
+
+# The paper gives no number for the distortions: half is ours.
+CHANGES = {
+    "dropout": Change("model.dropout", lambda fraction: 0.0),
+    "l2": Change("train.l2", lambda weight: weight / 5),
+    "decay": Change("schedule.decay_epochs", lambda epochs: epochs / 6),
+    "lrn": Change("model.local_response_normalization", lambda present: False),
+    "shuffling": Change("data.shuffle", lambda order: "examples"),
+    "distortions": Change("data.distortion", lambda strength: strength / 2),
+}
+
+
 class Member(NamedTuple):
     """A network of the ensemble of section 4.2.3: BN-x30 and what it changes in that.
 
@@ -52,29 +76,44 @@ ENSEMBLE = {
     "bn_x30_ensemble_6": Member(per_activation_bn=True, dropout=0.1),
 }
 
+# What a variant is but for its own changes, if it is not one of the five networks.
+_LIKE = dict.fromkeys(ENSEMBLE, "bn_x30") | {"inception_sigmoid": "inception"}
+
+
+def value_of(config: ConfigDict, key: str) -> object:
+    """Gives what stands under a key such as "train.l2"."""
+    section, name = key.split(".")
+    return config[section][name]
+
+
+def replaced(config: ConfigDict, values: Mapping[str, object]) -> ConfigDict:
+    """Gives a copy of a config with other values under keys such as "train.l2"."""
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(values)
+    return config.lock()
+
+
+def accelerate(inception: ConfigDict) -> ConfigDict:
+    """Makes all of CHANGES in a copy of Inception's config."""
+    changed = {key: made(value_of(inception, key)) for key, made in CHANGES.values()}
+    return replaced(inception, changed)
+
 
 def derive(inception: ConfigDict, variant: str) -> ConfigDict:
     """Makes the config of a variant out of Inception's, as sections 4.2.1 to 4.2.3 say.
 
-    An accelerated network has a higher rate, no dropout, a fifth of the L2 weight, a rate that
-    decays 6 times faster, no local response normalization, examples shuffled within shards, and
-    weaker photometric distortions (half is ours: the paper gives no number). A member of the
-    ensemble is BN-x30 but for its own changes.
+    An accelerated network has a higher rate and all of CHANGES. A member of the ensemble is BN-x30
+    but for its own changes.
     """
-    config = inception.copy_and_resolve_references()
-    network = NETWORKS["bn_x30" if variant in ENSEMBLE else variant]
-    config.model.variant = variant
-    config.schedule.base_rate *= network.rate
-    if network.accelerated:
-        config.model.dropout = 0.0
-        config.model.local_response_normalization = False
-        config.train.l2 /= 5
-        config.schedule.decay_epochs /= 6
-        config.data.shuffle = "examples"
-        config.data.distortion /= 2
+    network = NETWORKS[_LIKE.get(variant, variant)]
+    config = accelerate(inception) if network.accelerated else inception
+    values = {
+        "model.variant": variant,
+        "schedule.base_rate": network.rate * inception.schedule.base_rate,
+    }
     if variant in ENSEMBLE:
-        config.model.update(ENSEMBLE[variant]._asdict())
-    return config.lock()
+        values |= {f"model.{key}": value for key, value in ENSEMBLE[variant]._asdict().items()}
+    return replaced(config, values)
 
 
 def derive_member(inception: ConfigDict, number: str) -> ConfigDict:

@@ -10,7 +10,7 @@ from bn_keras.models import BNInception, inception
 from configs import bn_x30_ensemble, default, digits_bn_x30_ensemble, digits_inception, networks
 
 CONFIGS = pathlib.Path(default.__file__).parent
-NAMES = sorted(p.stem for p in CONFIGS.glob("*.py") if "get_config" in p.read_text())
+NAMES = sorted(p.stem for p in CONFIGS.glob("*.py") if "def get_config(" in p.read_text())
 
 
 def load(name):
@@ -111,6 +111,14 @@ def test_members_of_the_ensemble_are_bn_x30_but_for_their_changes(module):
         rest = {k: v for k, v in member.items() if k not in ("seed", "model")}
         assert rest == {k: base[k] for k in rest}
     assert all(changes.count(change) == 1 for change in changes)
+
+
+def test_inception_with_sigmoids_is_inception_but_for_the_variant():
+    config = networks.derive(load("inception"), "inception_sigmoid").to_dict()
+    assert config["model"].pop("variant") == "inception_sigmoid"
+    inception = load("inception").to_dict()
+    inception["model"].pop("variant")
+    assert config == inception
 
 
 def test_an_unknown_member_is_refused():

@@ -167,6 +167,22 @@ def test_an_epoch_is_a_permutation_and_each_another(open_tiny):
     assert (other != epochs).any(axis=1).all()
 
 
+def test_in_memory_all_is_one_shard(data_dir):
+    config = settings(name="tiny_thumbnails", data_dir=data_dir, shuffle="shards")
+    data = pipeline.open_data(config, seed=3)
+    assert isinstance(data._train, pipeline._ArrayBatches)
+    steps = NUM_EXAMPLES  # Batches of 8: eight epochs.
+    labels = labels_of(train(data, steps))
+    stored = data._source.train.labels
+    np.testing.assert_array_equal(labels, np.tile(stored, GLOBAL_BATCH_SIZE))
+    start = NUM_EXAMPLES // GLOBAL_BATCH_SIZE + 1
+    later = labels_of(train(data, 5, start))
+    np.testing.assert_array_equal(later, labels[start * GLOBAL_BATCH_SIZE :][: later.size])
+    # What is drawn at random, such as crops, differs between epochs nevertheless.
+    images = np.concatenate([images for images, *_ in train(data, steps)])
+    assert (images[:NUM_EXAMPLES] != images[NUM_EXAMPLES : 2 * NUM_EXAMPLES]).any()
+
+
 def orders(count, seeds, epochs):
     """The order of `count` examples, a row for each seed and epoch."""
     indices = tf.tile(tf.range(count, dtype=tf.int64), [len(epochs)])

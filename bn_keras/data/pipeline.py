@@ -84,7 +84,7 @@ class Data:
     ) -> "_ArrayBatches | _ShardBatches":
         """A seed makes it training input; None makes it one pass after the other, in order."""
         if isinstance(split, sources.Arrays):
-            return _ArrayBatches(split, preprocessing, seed)
+            return _ArrayBatches(split, preprocessing, seed, self._shuffle)
         # Single files lie in no shards whose order could be all that changes.
         shuffle = "examples" if isinstance(split, sources.Files) else self._shuffle
         bad = self._bad_validation if seed is None else self._bad_train
@@ -291,13 +291,18 @@ class _Rows:
 
 
 class _ArrayBatches:
-    """Batches of a split in memory, made whole: no step is taken example by example."""
+    """Batches of a split in memory, made whole: no step is taken example by example.
+
+    It counts as one shard: in training its examples are permuted anew each epoch with shuffle
+    "examples", and with "shards" come in the order in which they are stored, in every epoch.
+    """
 
     def __init__(
         self,
         arrays: sources.Arrays,
         preprocessing: Preprocessing | CropPreprocessing,
         seed: int | None,
+        shuffle: str,
     ) -> None:
         """A seed makes it training input; None makes it one pass after the other, in order."""
         with tf.device("CPU:0"):
@@ -307,6 +312,7 @@ class _ArrayBatches:
         self._num_examples = arrays.num_examples
         self._preprocessing = preprocessing
         self._seed = seed
+        self._is_permuted = shuffle == "examples"
 
     def dataset(self, rows: _Rows, start_step: int) -> tf.data.Dataset:
         """Endless batches of one replica each, replica by replica, step by step."""
@@ -333,8 +339,9 @@ class _ArrayBatches:
             uniforms = None
         else:
             places = tf.reshape(step * rows.global_batch_size + row, [-1])
-            epochs, places = places // self._num_examples, places % self._num_examples
-            examples = _permuted(places, self._num_examples, self._seed, EXAMPLES, epochs)
+            epochs, examples = places // self._num_examples, places % self._num_examples
+            if self._is_permuted:
+                examples = _permuted(examples, self._num_examples, self._seed, EXAMPLES, epochs)
             weights = []
             uniforms = self._uniforms(chunk, steps, rows)
         indices = tf.cast(examples % self._images.shape[0], tf.int32)

@@ -98,14 +98,17 @@ class Variant(NamedTuple):
     per_activation_bn: bool = False
 
 
+_INCEPTION = Variant(False, "relu", dropout=0.4, local_response_normalization=True)
 _ACCELERATED = Variant(True, "relu", dropout=0.0, local_response_normalization=False)
 
 VARIANTS = {
-    "inception": Variant(False, "relu", dropout=0.4, local_response_normalization=True),
-    "bn_baseline": Variant(True, "relu", dropout=0.4, local_response_normalization=True),
+    "inception": _INCEPTION,
+    "bn_baseline": _INCEPTION._replace(batch_norm=True),
     "bn_x5": _ACCELERATED,
     "bn_x30": _ACCELERATED,
     "bn_x5_sigmoid": _ACCELERATED._replace(activation="sigmoid"),
+    # Of which section 4.2.2 says that it stayed at chance.
+    "inception_sigmoid": _INCEPTION._replace(activation="sigmoid"),
     # The six of section 4.2.3, which says what was changed but not in which of them: that is our
     # choice, as are the factor 2 and "last hidden layers" being module 5b.
     "bn_x30_ensemble_1": _ACCELERATED._replace(initializer_scale=2.0),
@@ -221,18 +224,18 @@ def BNInception(
 ) -> keras.Model:
     """Builds the network of Figure 5 in one of the variants of sections 4.2.2 and 4.2.3.
 
-    Convolutions are followed by BN and the nonlinearity; the variant "inception" has biases
-    instead of BN. The output of module 3a is that of the layer "3a", and so on to "5b":
-    `keras.Model(model.input, model.get_layer("4e").output)` extracts features. Logits come out,
-    float32 under any dtype policy.
+    Convolutions are followed by BN and the nonlinearity; the variants "inception" and
+    "inception_sigmoid" have biases instead of BN. The output of module 3a is that of the layer
+    "3a", and so on to "5b": `keras.Model(model.input, model.get_layer("4e").output)` extracts
+    features. Logits come out, float32 under any dtype policy.
 
     A preset is built as the weights of its origin need it. They also need that origin's images:
     RGB in [-1, 1] for TF-Slim; for the ports of the Caffe model, whatever their weights say, as
     BGR in [0, 255] less (104, 117, 128) for Cadene's.
 
     Args:
-      variant: "inception", "bn_baseline", "bn_x5", "bn_x30", "bn_x5_sigmoid", or a member of the
-        ensemble, "bn_x30_ensemble_1" to "bn_x30_ensemble_6".
+      variant: "inception", "bn_baseline", "bn_x5", "bn_x30", "bn_x5_sigmoid", a member of the
+        ensemble, "bn_x30_ensemble_1" to "bn_x30_ensemble_6", or "inception_sigmoid".
       classes: number of logits.
       input_shape: (height, width, channels) of the images; height and width may be None, else
         at least the network's total stride (32 with the ImageNet stem, 8 and 4 with the others).

@@ -1,0 +1,52 @@
+"""The runs by which the paper's sentences are tested, beside those of its five networks."""
+
+from ml_collections import ConfigDict
+
+from bn_keras.report import claims
+from configs import bn_x5
+from configs.networks import CHANGES, accelerate, derive, replaced, value_of
+
+
+def get_runs(inception: ConfigDict) -> dict[str, ConfigDict]:
+    """Gives the runs for the claims, by title, made from the config of a scale's Inception.
+
+    None is longer than the accelerated networks' runs. Where the start of a run decides, it is a
+    third as long: the first third of what the longer run would be, step for step, so that it is
+    compared with the others' curves at its own last step. A run that would only repeat another one
+    is left out, as full distortions are where there are none.
+    """
+    full = min(inception.train.steps, bn_x5.get_config().train.steps)
+    third = full // 3
+    baseline, x5 = derive(inception, "bn_baseline"), derive(inception, "bn_x5")
+    sigmoid = derive(inception, "inception_sigmoid")
+    rate = "schedule.base_rate"
+    slow = inception.schedule.base_rate
+    # By title: what it is compared with, its steps, and what differs.
+    runs = {
+        claims.INCEPTION_X5: (inception, full, {rate: 5 * slow}),
+        claims.INCEPTION_X30: (inception, third, {rate: 30 * slow}),
+        claims.SIGMOID: (inception, full, {"model.variant": sigmoid.model.variant}),
+        claims.SIGMOID_X5: (sigmoid, third, {rate: 5 * slow}),
+        claims.X5_AT_RATE_1: (x5, third, {rate: slow}),
+    }
+    changed = accelerate(inception)
+    made = {key: value_of(changed, key) for key, _ in CHANGES.values()}
+    runs[claims.CONTROL] = (inception, full, made)
+    # What the paper compares with, also where a miniature shuffles Inception's examples, too.
+    before = {key: value_of(inception, key) for key, _ in CHANGES.values()}
+    before[CHANGES["shuffling"].key] = "shards"
+    for name, title in claims.ABLATIONS.items():
+        key = CHANGES[name].key
+        runs[title] = (x5, full, {key: before[key]})
+    for network, reference in ((claims.INCEPTION, inception), (claims.BASELINE, baseline)):
+        for factor in claims.SCALES:
+            values = {"model.initializer_scale": factor}
+            runs[claims.scaled(network, factor)] = (reference, third, values)
+    # TF-Slim's momentum, made for the paper's many steps.
+    runs[claims.LONG_MEMORY] = (x5, third, {"batch_norm.momentum": 0.9997})
+    runs[claims.POPULATION] = (x5, third, {"population.when": "evaluations"})
+    return {
+        title: replaced(reference, values | {"train.steps": steps})
+        for title, (reference, steps, values) in runs.items()
+        if any(value_of(reference, key) != value for key, value in values.items())
+    }
