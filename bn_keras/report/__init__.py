@@ -1,11 +1,6 @@
 """Reports on runs, made of what these wrote and of the paper's own numbers, which are named so."""
 
-from bn_keras.report.figures import (
-    figure_3,
-    figure_3_row,
-    paper_order,
-    plot_curves,
-)
+from bn_keras.report.figures import figure_2, figure_3, figure_3_row
 from bn_keras.report.page import Section, escape, format_seconds, table, write_report
 from bn_keras.report.runs import Results, Run, Spread
 
@@ -15,11 +10,10 @@ __all__ = [
     "Section",
     "Spread",
     "escape",
+    "figure_2",
     "figure_3",
     "figure_3_row",
     "format_seconds",
-    "paper_order",
-    "plot_curves",
     "table",
     "write_report",
 ]

@@ -1,101 +1,91 @@
-"""The paper's Figures 2 and 3 from what runs wrote; the paper's own numbers are named as such."""
+"""The paper's Figures 2 and 3 from what runs wrote, beside the paper's own numbers."""
 
-import os
-import platform
-from collections.abc import Sequence
-from pathlib import Path
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import cycle
+from typing import NamedTuple
 
-import keras
-import matplotlib
-import tensorflow as tf
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, PercentFormatter
 
-import bn_keras
-from bn_keras.report.runs import Run
+from bn_keras.errors import UsageError
+from bn_keras.report import published
+from bn_keras.report.page import Section, escape, format_seconds, table
+from bn_keras.report.runs import Results, Run, Spread
 from bn_keras.schedule import PAPER_BATCH_SIZE
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+# By whose best accuracy the others are measured.
+_INCEPTION = "Inception"
+_ACCURACY = "validation/accuracy"
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, and dashes for print.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, and dashes for grey print.
 _STYLES = (
     dict(color="#000000", linestyle="-"),
-    dict(color="#E69F00", linestyle="--"),
+    dict(color="#E69F00", linestyle=(0, (6, 2))),
     dict(color="#0072B2", linestyle="-"),
-    dict(color="#009E73", linestyle="-."),
-    dict(color="#CC79A7", linestyle=":"),
+    dict(color="#009E73", linestyle=(0, (6, 2, 1, 2))),
+    dict(color="#CC79A7", linestyle=(0, (1.5, 1.5))),
 )
 
 
-# Single-crop accuracy that the paper's Inception got to, and the others are measured by (Figure 3).
-INCEPTION_ON_IMAGENET = 0.722
+def figure_2(results: Results) -> Section:
+    """Draws validation accuracy, as the paper does, and training loss against steps.
 
-
-def write_report(runs: Sequence[Run], folder: str | os.PathLike, command: str) -> str:
-    """Writes report.md and accuracy.png about runs that differ only as the paper's networks do.
+    A diamond marks where the mean of a network's seeds gets to the highest point of Inception's.
 
     Args:
-      runs: the first is Inception, by whose best accuracy the others are measured.
-      folder: where the two files go.
-      command: that made the runs, for the reader who wants to repeat them.
+      results: of Inception and of what is compared with it.
 
-    Returns:
-      What a terminal shows of it: the table and what it says about the paper's order.
+    Raises:
+      UsageError: Inception is missing.
     """
-    folder = Path(folder)
-    plot_curves(runs, folder / "accuracy.png")
-    summary = figure_3(runs) + "\n\n" + "\n".join(paper_order(runs)) + "\n"
-    text = f"""# The networks of the paper in miniature
-
-{_setting(runs)}
-
-{summary}
-![Validation accuracy and training loss against steps](accuracy.png)
-
-A diamond marks where a network reaches Inception's best validation accuracy.
-
-Made by `{command}` with bn_keras {bn_keras.__version__}, TensorFlow {tf.__version__}, Keras
-{keras.__version__} and Python {platform.python_version()} on {platform.machine()} with
-{os.cpu_count()} cores. Each run's config.json and metrics.jsonl lie beside this file; the numbers
-above are computed from them.
-"""
-    (folder / "report.md").write_text(text)
-    return summary
-
-
-def figure_3(runs: Sequence[Run]) -> str:
-    """Gives the table of Figure 3 in Markdown, with columns for the training loss and the time."""
-    inception = runs[0]
-    rows = [
-        (
-            "network",
-            f"steps to {inception.best_accuracy:.1%}",
-            "best accuracy",
-            f"steps to training loss {inception.lowest_loss:.2g}",
-            "lowest training loss",
-            "learning rate",
-            "training time",
-        )
+    inception = _inception(results)
+    accuracy = Figure(figsize=(7.2, 4.6), layout="constrained")
+    _draw_accuracy(accuracy.subplots(), results)
+    loss = Figure(figsize=(7.2, 3.6), layout="constrained")
+    _draw_loss(loss.subplots(), results)
+    body = [
+        _tell_setting(results),
+        f"![Validation accuracy of {len(results)} networks against training steps](figure_2.png)",
+        f"{_tell_lines(results)} A diamond marks where a network's line reaches the highest point"
+        " of Inception's, which is the level of the thin line."
+        f"{_tell_published_points(inception)}",
+        "![Training loss of the same networks against steps](figure_2_loss.png)",
+        f"The training loss of the same runs, each point a mean over the steps since the one before"
+        f" it.{_tell_dropout(results)}",
+        *_tell_diverged(results),
     ]
-    for run in runs:
-        rate = run.curve("train/learning_rate")[1]
-        diverged = f" (diverged at step {run.diverged_at})" if run.diverged_at else ""
-        rows.append(
-            (
-                run.title,
-                _steps(run.steps_to_accuracy(inception.best_accuracy)),
-                f"{run.best_accuracy:.1%}{diverged}",
-                _steps(run.steps_to_loss(inception.lowest_loss)),
-                f"{run.lowest_loss:.2g}",
-                f"{rate[0]:.4g}" if rate else "-",
-                f"{run.seconds:.0f} s",
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    rows.insert(1, tuple("-" * width for width in widths))
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    )
+    plots = {"figure_2.png": accuracy, "figure_2_loss.png": loss}
+    return Section("Figure 2: accuracy against steps", "\n\n".join(body), plots)
+
+
+def figure_3(results: Results) -> Section:
+    """Makes the table of steps and best accuracies, and compares it with what the paper's says.
+
+    The numbers are those of the lines of `figure_2`, the means over the seeds. What the paper
+    states holds here if it does of the means and of the networks of each seed by themselves.
+
+    Args:
+      results: of Inception and of what is compared with it.
+
+    Raises:
+      UsageError: Inception is missing, or there is no seed that all networks were trained with.
+    """
+    inception = _inception(results)
+    comparison = _Comparison.of(results)
+    body = [
+        _tell_order(comparison),
+        "### Steps and accuracy",
+        _compare_numbers(comparison),
+        *_tell_terms(inception, comparison),
+        "### What the paper's Figure 3 states, one by one",
+        _compare_statements(comparison),
+        "### The training of each network",
+        _describe_training(results),
+        *_tell_diverged(results),
+    ]
+    return Section("Figure 3: steps and best accuracy", "\n\n".join(body))
 
 
 def figure_3_row(run: Run) -> str:
@@ -107,90 +97,11 @@ def figure_3_row(run: Run) -> str:
     batch = run.config.train.global_batch_size
     best, target = run.best_accuracy, run.config.train.until_accuracy
     if not target and run.config.data.name == "imagenet2012":
-        target = INCEPTION_ON_IMAGENET
+        target = published.INCEPTION_ON_IMAGENET
     parts = [f"best accuracy {best:.2%} {_after(run.steps_to_accuracy(best), batch)}"]
     if target:
         parts.append(f"{target:.1%} {_after(run.steps_to_accuracy(target), batch)}")
     return ", ".join(parts)
-
-
-def paper_order(runs: Sequence[Run]) -> list[str]:
-    """Compares the order of the networks here with that of the paper's Figure 3.
-
-    Args:
-      runs: of all five networks, in the paper's order.
-
-    Returns:
-      A line for each statement that Figure 3 makes, whether or not it holds here.
-    """
-    inception, baseline, x5, x30, sigmoid = runs
-    goal = inception.best_accuracy
-
-    def sooner(a: Run, b: Run) -> bool:
-        steps = [run.steps_to_accuracy(goal) or float("inf") for run in (a, b)]
-        return steps[0] < steps[1]
-
-    statements = [
-        (
-            "BN-Baseline reaches Inception's best accuracy in fewer steps",
-            sooner(baseline, inception),
-        ),
-        ("BN-x5 reaches it in fewer steps than BN-Baseline", sooner(x5, baseline)),
-        ("BN-x30 reaches it in fewer steps than BN-Baseline", sooner(x30, baseline)),
-        ("BN-x30 reaches it later than BN-x5", sooner(x5, x30)),
-        (
-            "BN-x30 alone has the best accuracy",
-            all(x30.best_accuracy > r.best_accuracy for r in runs if r is not x30),
-        ),
-        ("BN-x5-Sigmoid never reaches it", sigmoid.steps_to_accuracy(goal) is None),
-        (
-            "BN-x5-Sigmoid gets beyond nine tenths of it",
-            sigmoid.best_accuracy > 0.9 * goal,
-        ),
-    ]
-    return [
-        f"- {'As in the paper' if holds else 'Not so here, otherwise than in the paper'}:"
-        f" {statement}."
-        for statement, holds in statements
-    ]
-
-
-def plot_curves(runs: Sequence[Run], path: str | os.PathLike) -> None:
-    """Draws validation accuracy, as Figure 2, and training loss against steps."""
-    goal = runs[0].best_accuracy
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for run, style in zip(runs, _STYLES, strict=False):
-        left.plot(*run.curve("validation/accuracy"), label=run.title, linewidth=1.6, **style)
-        right.plot(*run.curve("train/loss"), linewidth=1.6, **style)
-        reached = run.steps_to_accuracy(goal)
-        if reached is not None:
-            left.plot(reached, goal, "D", color=style["color"], markersize=8, markeredgecolor="w")
-    left.axhline(goal, color="0.6", linewidth=0.8, zorder=0)
-    left.set(xlabel="training steps", ylabel="validation accuracy", ylim=(0, 1.02))
-    right.set(xlabel="training steps", ylabel="training loss", yscale="log")
-    left.legend(loc="lower right")
-    for axes in (left, right):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def _setting(runs: Sequence[Run]) -> str:
-    config = runs[0].config
-    memory = 1 / (1 - config.batch_norm.momentum)
-    return (
-        f"Data: {config.data.name}. Network: Figure 5 at width {config.model.width:g} with the"
-        f" {config.model.stem!r} stem, {config.model.initializer} weights, seed {config.seed}."
-        f" Training: {config.train.steps} steps of {config.train.global_batch_size} examples on"
-        f" {max(1, config.distribution.replicas)} replica(s), from a base rate of"
-        f" {config.schedule.base_rate:g}, of which the other networks' rates are the paper's"
-        f" multiples; configs/{config.data.name}_inception.py says where that and the"
-        " initialization come from."
-        " The BN networks are evaluated with moving averages of momentum"
-        f" {config.batch_norm.momentum:g}, which remember about {memory:.0f} steps, so that it is"
-        " the network that is measured and not the lag of a long average."
-    )
 
 
 def _after(steps: int | None, batch: int) -> str:
@@ -200,5 +111,467 @@ def _after(steps: int | None, batch: int) -> str:
     return f"after {steps:,} steps{paper_steps if batch != PAPER_BATCH_SIZE else ''}"
 
 
-def _steps(steps: int | None) -> str:
-    return "never" if steps is None else f"{steps:,}"
+def _inception(results: Results) -> Run:
+    """Gives the run that speaks for what is the same in all of them."""
+    if not results.get(_INCEPTION):
+        raise UsageError(
+            f"Figures 2 and 3 measure by {_INCEPTION}, of which there is no run: give one beside"
+            f" {', '.join(results) or 'the others'}"
+        )
+    return results[_INCEPTION][0]
+
+
+class _Comparison(NamedTuple):
+    """The networks beside each other: all seeds together, and seed by seed.
+
+    Attributes:
+      bands: the validation accuracies of the seeds, by title.
+      means: the means of these as a run each, by title.
+      by_seed: for each seed that all networks were trained with, the run of each, by title.
+      goal: the highest point of Inception's mean, by which steps are counted; infinite where it
+        has none, so that nothing gets there.
+    """
+
+    bands: dict[str, "_Band"]
+    means: dict[str, Run]
+    by_seed: list[dict[str, Run]]
+    goal: float
+
+    @classmethod
+    def of(cls, results: Results) -> "_Comparison":
+        bands = {title: _Band.of(runs, _ACCURACY) for title, runs in results.items()}
+        means = {
+            title: Run(title, runs[0].config, bands[title].as_metrics(_ACCURACY))
+            for title, runs in results.items()
+        }
+        runs = {title: {run.config.seed: run for run in seeds} for title, seeds in results.items()}
+        seeds = sorted(set.intersection(*map(set, runs.values())))
+        if not seeds:
+            theirs = "; ".join(f"{title}: {sorted(of_title)}" for title, of_title in runs.items())
+            raise UsageError(f"there is no seed that all networks were trained with: {theirs}")
+        by_seed = [{title: runs[title][seed] for title in runs} for seed in seeds]
+        return cls(bands, means, by_seed, max(bands[_INCEPTION].mean, default=math.inf))
+
+
+# --- The plots.
+
+
+class _Band(NamedTuple):
+    """What several seeds' curves span, at the steps that all of them have.
+
+    Attributes:
+      steps: rising.
+      mean, low, high: over the seeds, a value a step.
+    """
+
+    steps: list[int]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+
+    @classmethod
+    def of(cls, runs: Iterable[Run], name: str) -> "_Band":
+        curves = [dict(zip(*run.curve(name), strict=True)) for run in runs]
+        steps = sorted(set.intersection(*map(set, curves)))
+        spreads = [Spread.of(curve[step] for curve in curves) for step in steps]
+        return cls(
+            steps,
+            [spread.mean for spread in spreads],
+            [spread.low for spread in spreads],
+            [spread.high for spread in spreads],
+        )
+
+    def as_metrics(self, name: str) -> list[dict]:
+        """Gives the mean as the lines that a run would have written."""
+        return [
+            {"step": step, name: mean} for step, mean in zip(self.steps, self.mean, strict=True)
+        ]
+
+    @property
+    def best(self) -> Spread | None:
+        """The seeds at the step at which the mean is highest, if there is one."""
+        if not self.mean:
+            return None
+        place = self.mean.index(max(self.mean))
+        return Spread(self.mean[place], self.low[place], self.high[place])
+
+
+def _draw_accuracy(axes: Axes, results: Results) -> None:
+    _, means, _, goal = comparison = _Comparison.of(results)
+    _draw_bands(axes, comparison.bands)
+    if math.isfinite(goal):
+        axes.axhline(goal, color="0.6", linewidth=0.8, zorder=0)
+        for mean, style in zip(means.values(), cycle(_STYLES), strict=False):
+            reached = mean.steps_to_accuracy(goal)
+            if reached is not None:
+                _draw_diamond(axes, reached, goal, style["color"])
+        # From where the errors are five times Inception's fewest, or else from below the network
+        # that has the most of them: what is of interest may go on far above zero.
+        worst = min(mean.best_accuracy for mean in means.values())
+        axes.set_ylim(bottom=max(0.0, min(1 - 5 * (1 - goal), worst - 0.05)))
+    if _has_published(results[_INCEPTION][0]):
+        _draw_published(axes, results)
+    axes.set(xlabel="training steps", ylabel="validation accuracy")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    _label_ends(axes, comparison.bands)
+
+
+def _draw_loss(axes: Axes, results: Results) -> None:
+    bands = {title: _Band.of(runs, "train/loss") for title, runs in results.items()}
+    _draw_bands(axes, bands)
+    axes.set(xlabel="training steps", ylabel="training loss", yscale="log")
+    _label_ends(axes, bands)
+
+
+def _draw_bands(axes: Axes, bands: Mapping[str, _Band]) -> None:
+    for band, style in zip(bands.values(), cycle(_STYLES), strict=False):
+        axes.plot(band.steps, band.mean, linewidth=1.7, **style)
+        axes.fill_between(
+            band.steps, band.low, band.high, color=style["color"], alpha=0.18, linewidth=0
+        )
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_diamond(axes: Axes, step: float, accuracy: float, color: str, full: bool = True) -> None:
+    face, edge = (color, "white") if full else ("white", color)
+    axes.plot(
+        step, accuracy, "D", color=face, markersize=8, markeredgecolor=edge, zorder=3, clip_on=False
+    )
+
+
+def _draw_published(axes: Axes, results: Results) -> None:
+    """Draws the paper's points as hollow diamonds, at steps of our batch size."""
+    per_step = PAPER_BATCH_SIZE / results[_INCEPTION][0].config.train.global_batch_size
+    for title, style in zip(results, cycle(_STYLES), strict=False):
+        network = published.FIGURE_3.get(title)
+        if network and network.steps:
+            goal = published.INCEPTION_ON_IMAGENET
+            _draw_diamond(axes, network.steps * per_step, goal, style["color"], full=False)
+        if title == "BN-x30":
+            steps, best = published.STEPS_OF_BN_X30, network.best_accuracy
+            _draw_diamond(axes, steps * per_step, best, style["color"], full=False)
+
+
+def _label_ends(axes: Axes, bands: Mapping[str, _Band]) -> None:
+    """Writes each line's name beside its end, the names apart from each other."""
+    axes.figure.canvas.draw()
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ends = []
+    for (title, band), style in zip(bands.items(), cycle(_STYLES), strict=False):
+        if band.steps:
+            end = band.steps[-1], band.mean[-1]
+            ends.append((to_axes.transform(end)[1], end, title, style["color"]))
+    ends.sort(key=lambda end: end[0])
+    gap = 0.065
+    lowest = -gap
+    for place, (height, end, title, color) in enumerate(ends):
+        still_above = (len(ends) - 1 - place) * gap
+        lowest = max(min(max(height, 0.0), 1 - still_above), lowest + gap)
+        axes.annotate(
+            title,
+            end,
+            xytext=(1.05, lowest),
+            textcoords="axes fraction",
+            verticalalignment="center",
+            annotation_clip=False,
+            arrowprops=dict(arrowstyle="-", color=color, linewidth=1, shrinkA=1, shrinkB=1),
+        )
+
+
+# --- The words of Figure 2.
+
+
+def _tell_setting(results: Results) -> str:
+    config = _inception(results).config
+    images = config.train.steps * config.train.global_batch_size
+    text = (
+        f"Data: {escape(config.data.name)}. Network: the paper's Figure 5 at"
+        f" {config.model.width:g} times its width with the stem for {escape(config.model.stem)}."
+        f" Training: {config.train.steps:,} steps of {config.train.global_batch_size} images,"
+        f" {images:,} in all; the paper trained for 6 million steps (BN-x30) to 31 million"
+        f" (Inception) of {PAPER_BATCH_SIZE}. Inception's learning rate begins at"
+        f" {config.schedule.base_rate:g}, and the others at the paper's multiples of it."
+    )
+    if config.population.when == "evaluations":
+        return (
+            f"{text} The BN networks are evaluated by population statistics, taken over"
+            f" {config.population.num_batches} batches of the training before each evaluation."
+        )
+    memory = 1 / (1 - config.batch_norm.momentum)
+    return (
+        f"{text} The BN networks are evaluated by moving averages that remember about"
+        f" {memory:,.0f} steps (momentum {config.batch_norm.momentum:g})."
+    )
+
+
+def _tell_lines(results: Results) -> str:
+    counts = sorted({len(runs) for runs in results.values()})
+    if counts == [1]:
+        return "Each line is a single run: what another seed would change can't be seen."
+    several = " to ".join(map(str, counts))
+    return f"Lines are means over {several} seeds, and the bands go from the lowest to the highest."
+
+
+def _has_published(run: Run) -> bool:
+    return run.config.data.name == "imagenet2012"
+
+
+def _tell_published_points(run: Run) -> str:
+    if not _has_published(run):
+        return ""
+    batch = run.config.train.global_batch_size
+    at = f", at as many images in batches of {batch}" if batch != PAPER_BATCH_SIZE else ""
+    return (
+        " Hollow diamonds are the paper's"
+        f"{at}: where its networks reach its Inception's {published.INCEPTION_ON_IMAGENET:.1%}, and"
+        f" BN-x30 its best ({published.CITATION}, Figures 2 and 3, section 4.2.2)."
+    )
+
+
+def _tell_dropout(results: Results) -> str:
+    titles = [title for title, runs in results.items() if runs[0].config.model.dropout]
+    if not titles or len(titles) == len(results):
+        return ""
+    return f" In training {' and '.join(titles)} have dropout, with which the loss is higher."
+
+
+def _tell_diverged(results: Results) -> list[str]:
+    diverged = [
+        f"{escape(title)} (seed {run.config.seed}) at step {run.diverged_at:,}"
+        for title, runs in results.items()
+        for run in runs
+        if run.diverged_at is not None
+    ]
+    if not diverged:
+        return []
+    return [
+        f"**Diverged:** {', '.join(diverged)}. What was before that counts; a mean over the seeds"
+        " ends where the first of them does."
+    ]
+
+
+# --- The words and tables of Figure 3.
+
+
+def _compare_numbers(comparison: _Comparison) -> str:
+    _, means, by_seed, goal = comparison
+    batch = means[_INCEPTION].config.train.global_batch_size
+    unit = "steps" if batch == PAPER_BATCH_SIZE else f"steps of {batch} images"
+    header = (
+        "network",
+        f"{unit} to {goal:.1%}" if math.isfinite(goal) else unit,
+        "in the paper, to 72.2%",
+        "times fewer than Inception",
+        "in the paper",
+        "best accuracy",
+        "in the paper",
+    )
+    inceptions_steps = means[_INCEPTION].steps_to_accuracy(goal)
+    rows = []
+    for title, mean in means.items():
+        steps, best = mean.steps_to_accuracy(goal), comparison.bands[title].best
+        rows.append(
+            (
+                escape(title),
+                _steps(steps, [runs[title].steps_to_accuracy(goal) for runs in by_seed]),
+                _published_steps(title),
+                f"{inceptions_steps / steps:.1f}" if steps else "-",
+                _published_times_fewer(title),
+                f"{best:.1%}" if best else "-",
+                _published_best(title),
+            )
+        )
+    return table(header, rows)
+
+
+def _steps(of_mean: int | None, of_seeds: Sequence[int | None]) -> str:
+    """Says how many steps the mean took, and in brackets the fewest and the most of a seed."""
+    low, high = (pick(of_seeds, key=lambda steps: steps or math.inf) for pick in (min, max))
+    mean, low, high = ("never" if n is None else f"{n:,}" for n in (of_mean, low, high))
+    return mean if mean == low == high else f"{mean} ({low} to {high})"
+
+
+def _published_steps(title: str) -> str:
+    if title not in published.FIGURE_3:
+        return "-"
+    steps = published.FIGURE_3[title].steps
+    return f"{steps / 1e6:.1f} million" if steps else "never"
+
+
+def _published_times_fewer(title: str) -> str:
+    steps = published.FIGURE_3[title].steps if title in published.FIGURE_3 else None
+    return f"{published.FIGURE_3[_INCEPTION].steps / steps:.1f}" if steps else "-"
+
+
+def _published_best(title: str) -> str:
+    if title not in published.FIGURE_3:
+        return "-"
+    return f"{published.FIGURE_3[title].best_accuracy:.1%}"
+
+
+def _tell_terms(inception: Run, comparison: _Comparison) -> list[str]:
+    """Says what the columns mean, and how fine the numbers in them can be."""
+    num_seeds = len(comparison.by_seed)
+    if num_seeds > 1:
+        curves = f"a network's line in Figure 2, the mean over its {num_seeds} seeds"
+        brackets = (
+            " In brackets: the fewest and the most steps of a seed by itself to the same accuracy;"
+            " the lowest and the highest accuracy of a seed at the step of the best mean."
+        )
+    else:
+        curves, brackets = "a network's line in Figure 2, a single seed", ""
+    terms = (
+        f"All of it is read off {curves}. *Steps*: to the first evaluation with at least the best"
+        " accuracy of Inception. *Times fewer*: Inception's steps to that, divided by the"
+        f" network's. *Best accuracy*: the highest point of the line.{brackets}"
+    )
+    source = f"*In the paper*: {published.CITATION}, Figure 3; the ratios are those of its steps."
+    if not _has_published(inception):
+        source += (
+            " Its networks were larger, and trained on ImageNet: what can be compared with ours is"
+            " the order, and roughly the ratios, but not the steps and accuracies themselves."
+        )
+    if inception.config.train.global_batch_size != PAPER_BATCH_SIZE:
+        source += f" Its steps are of {PAPER_BATCH_SIZE} images."
+    return [terms, source, _tell_resolution(inception, comparison.goal)]
+
+
+def _tell_resolution(inception: Run, accuracy: float) -> str:
+    text = (
+        "How fine that is: an evaluation came every"
+        f" {inception.config.evaluation.every_steps:,} steps, and steps are known no better."
+    )
+    _, counts = inception.curve("validation/examples")
+    if not counts:
+        return text
+    count = counts[-1]
+    # Agresti and Coull's estimate, which isn't 0 where no image is mistaken.
+    share = (accuracy * count + 2) / (count + 4)
+    error = math.sqrt(share * (1 - share) / (count + 4))
+    return (
+        f"{text} There are {count:,} validation images: one of them is {100 / count:.2g}% of an"
+        f" accuracy, and an accuracy such as {accuracy:.1%} on so many has a standard error of"
+        f" {100 * error:.2g}% as an estimate for all images of the kind."
+    )
+
+
+def _describe_training(results: Results) -> str:
+    header = ("network", "first learning rate", "lowest training loss", "time in training steps")
+    rows = []
+    for title, runs in results.items():
+        rates = {rate for run in runs for rate in run.curve("train/learning_rate")[1][:1]}
+        losses = [run.lowest_loss for run in runs if math.isfinite(run.lowest_loss)]
+        rows.append(
+            (
+                escape(title),
+                ", ".join(f"{rate:.4g}" for rate in sorted(rates)) or "-",
+                f"{Spread.of(losses):.2g}" if losses else "-",
+                format_seconds(Spread.of(run.seconds for run in runs).mean),
+            )
+        )
+    return table(header, rows)
+
+
+# --- What Figure 3 states.
+
+# Of the networks by title, and the accuracy to which steps are counted: 1 where a statement holds,
+# -1 where the opposite does, and 0 for a tie.
+_Judge = Callable[[Mapping[str, Run], float], int]
+
+
+def _compare(a: float, b: float) -> int:
+    return (a > b) - (a < b)
+
+
+def _is_sooner(first: str, second: str) -> _Judge:
+    def judge(networks: Mapping[str, Run], goal: float) -> int:
+        steps = [networks[title].steps_to_accuracy(goal) or math.inf for title in (first, second)]
+        return -_compare(*steps)
+
+    return judge
+
+
+def _x30_is_best(networks: Mapping[str, Run], goal: float) -> int:
+    best = {title: networks[title].best_accuracy for title in published.FIGURE_3}
+    return _compare(best.pop("BN-x30"), max(best.values()))
+
+
+def _sigmoid_never_gets_there(networks: Mapping[str, Run], goal: float) -> int:
+    return 1 if networks["BN-x5-Sigmoid"].steps_to_accuracy(goal) is None else -1
+
+
+def _sigmoid_comes_close(networks: Mapping[str, Run], goal: float) -> int:
+    return _compare(networks["BN-x5-Sigmoid"].best_accuracy, 0.9 * goal)
+
+
+_STATEMENTS = {
+    "BN-Baseline reaches Inception's best accuracy in fewer steps than Inception": _is_sooner(
+        "BN-Baseline", _INCEPTION
+    ),
+    "BN-x5 reaches it in fewer steps than BN-Baseline": _is_sooner("BN-x5", "BN-Baseline"),
+    "BN-x30 reaches it in fewer steps than BN-Baseline": _is_sooner("BN-x30", "BN-Baseline"),
+    "BN-x30 reaches it later than BN-x5": _is_sooner("BN-x5", "BN-x30"),
+    "BN-x30 alone has the best accuracy": _x30_is_best,
+    "BN-x5-Sigmoid never reaches Inception's best": _sigmoid_never_gets_there,
+    "BN-x5-Sigmoid gets beyond nine tenths of it (in the paper to 97%)": _sigmoid_comes_close,
+}
+
+_AS_IN_THE_PAPER = "as in the paper"
+_OTHERWISE = "otherwise than in the paper"
+_TIE = "a tie, other than in the paper"
+_SEEDS_DISAGREE = "within the spread of the seeds"
+
+
+class _Outcome(NamedTuple):
+    """What became of a statement.
+
+    Attributes:
+      verdict: one of the four.
+      num_seeds: in how many it holds.
+    """
+
+    verdict: str
+    num_seeds: int
+
+
+def _judge(comparison: _Comparison) -> dict[str, _Outcome]:
+    """Judges each statement; none where one of the five networks is missing."""
+    if published.FIGURE_3.keys() - comparison.means.keys():
+        return {}
+    judged = {}
+    for statement, judge in _STATEMENTS.items():
+        of_seeds = [judge(networks, comparison.goal) for networks in comparison.by_seed]
+        of_all = {judge(comparison.means, comparison.goal), *of_seeds}
+        verdicts = {1: _AS_IN_THE_PAPER, 0: _TIE, -1: _OTHERWISE}
+        verdict = verdicts[of_all.pop()] if len(of_all) == 1 else _SEEDS_DISAGREE
+        judged[statement] = _Outcome(verdict, of_seeds.count(1))
+    return judged
+
+
+def _tell_order(comparison: _Comparison) -> str:
+    verdicts = [outcome.verdict for outcome in _judge(comparison).values()]
+    if not verdicts:
+        return "**The order isn't compared with the paper's:** one of its five networks is missing."
+    if set(verdicts) == {_AS_IN_THE_PAPER}:
+        says = "is the paper's"
+    elif set(verdicts) == {_AS_IN_THE_PAPER, _SEEDS_DISAGREE}:
+        says = "is the paper's as far as the seeds agree"
+    else:
+        says = "is not the paper's in all respects"
+    counts = {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)}
+    return (
+        f"**The order of the five networks {says}.** Of {len(verdicts)} statements that the paper's"
+        f" Figure 3 makes: {', '.join(f'{n} {verdict}' for verdict, n in counts.items())}."
+    )
+
+
+def _compare_statements(comparison: _Comparison) -> str:
+    of = f"of {len(comparison.by_seed)}"
+    rows = [
+        (statement, outcome.verdict, f"{outcome.num_seeds} {of}")
+        for statement, outcome in _judge(comparison).items()
+    ]
+    return table(("statement", "here", "seeds in which it holds"), rows, left=2)

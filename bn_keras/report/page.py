@@ -214,7 +214,8 @@ table { border-collapse: collapse; font-size: .9rem; line-height: 1.4;
 th, td { padding: .4rem .75rem; border-bottom: 1px solid #ddd; text-align: left;
   vertical-align: top; }
 th { border-bottom: 2px solid #888; vertical-align: bottom; }
-th:first-child, td:first-child { padding-left: 0; }
+th:first-child, td:first-child { padding-left: 0; min-width: 8rem; }
+td[style*="right"] { white-space: nowrap; }
 code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono",
   "DejaVu Sans Mono", monospace; font-size: .88em; overflow-wrap: anywhere; }
 pre { overflow-x: auto; padding: .75rem 1rem; background: #f5f5f5; border-radius: 4px;
