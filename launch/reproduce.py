@@ -1,7 +1,7 @@
 """Makes the paper's experiments and their report: figure1 to figure4, claims.
 
-Those that are named, or figure2 and figure3. What is finished is not run again, and what was stopped
-goes on.
+Those that are named, or figure2 and figure3. What is finished is not run again,
+and what was stopped goes on.
 
 Example:
   python -m launch.reproduce figure2 figure3 --scale=digits --workdir=runs/digits
@@ -36,16 +36,17 @@ _DEFAULT = ["figure2", "figure3"]
 
 def main(given: list[str]) -> None:
     """Trains what is not finished, then writes and prints the report."""
-    from bn_keras.experiment import run_all
+    from bn_keras import report
+    from bn_keras.experiment import folder_name, run_all
     from bn_keras.plan import describe
-    from bn_keras.report import write_report
 
     for name in given:
         if name not in experiments.EXPERIMENTS:
             accepted = ", ".join(experiments.EXPERIMENTS)
             raise CommandError(f"unknown experiment {name!r}: accepted are {accepted}")
     names = [name for name in experiments.EXPERIMENTS if name in (given or _DEFAULT)]
-    trials = experiments.get_runs(names, _SCALE.value, _SEEDS.value)
+    size = (_SCALE.value, _SEEDS.value)
+    trials = experiments.get_runs(names, *size)
     for trial, config in trials.items():
         trials[trial] = config = config.copy_and_resolve_references()
         config.data.data_dir = _DATA_DIR.value
@@ -62,8 +63,17 @@ def main(given: list[str]) -> None:
     for trial in trials:
         run = dataclasses.replace(runs[str(trial)], title=trial.title)
         results.setdefault(trial.title, []).append(run)
-    sections = [_SECTIONS[name](results) for name in names]
-    write_report(_title(), sections, results, _WORKDIR.value, _command(given))
+    members = [trial for trial in trials if trial in experiments.get_runs(["figure4"], *size)]
+    workdirs = [f"{_WORKDIR.value}/{folder_name(str(trial))}" for trial in members]
+    make = {
+        "figure1": report.figure_1,
+        "figure2": report.figure_2,
+        "figure3": report.figure_3,
+        "figure4": lambda _: report.figure_4(report.evaluate_figure_4(workdirs, _WORKDIR.value)),
+        "claims": report.claims,
+    }
+    sections = [make[name](results) for name in names]
+    report.write_report(_title(), sections, results, _WORKDIR.value, _command(given))
     for section in sections:
         text = re.sub(r"^!\[.*\n?", "", section.body, flags=re.MULTILINE)
         print(f"\n{section.title}\n\n{text.strip()}")
