@@ -61,7 +61,8 @@ class Recorder:
         self._unit = unit
         self._percentiles = percentiles
         self._num_batches = len(batches)
-        self._batches = strategy.run(lambda *images: tf.stack(images), args=tuple(batches))
+        stack = tf.function(lambda parts: strategy.run(tf.stack, args=(parts,)), autograph=False)
+        self._batches = stack(list(batches))
         self._seen = _Seen()
         with _observed(_find_layer(model, layer), self._seen):
             self._take_all = tf.function(self._values, autograph=False).get_concrete_function()
