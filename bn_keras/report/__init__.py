@@ -1,5 +1,6 @@
 """Reports on runs, made of what these wrote and of the paper's own numbers, which are named so."""
 
+from bn_keras.report.figure_4 import evaluate_figure_4, figure_4
 from bn_keras.report.figures import figure_2, figure_3, figure_3_row
 from bn_keras.report.page import Section, escape, format_seconds, table, write_report
 from bn_keras.report.runs import Results, Run, Spread
@@ -10,9 +11,11 @@ __all__ = [
     "Section",
     "Spread",
     "escape",
+    "evaluate_figure_4",
     "figure_2",
     "figure_3",
     "figure_3_row",
+    "figure_4",
     "format_seconds",
     "table",
     "write_report",

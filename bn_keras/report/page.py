@@ -199,7 +199,7 @@ _STYLE = """
 :root { color-scheme: light; }
 body { max-width: 60rem; margin: 2.5rem auto 4rem; padding: 0 1.25rem; background: #fff;
   color: #1a1a1a; font: 1.0625rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto,
-  "Liberation Sans", "DejaVu Sans", sans-serif; }
+  "Liberation Sans", "DejaVu Sans", sans-serif; overflow-wrap: break-word; }
 h1, h2, h3 { line-height: 1.25; max-width: 44rem; }
 h1 { font-size: 1.9rem; }
 h2 { font-size: 1.4rem; margin-top: 3rem; padding-top: .75rem; border-top: 1px solid #ccc; }
@@ -367,7 +367,21 @@ def _machine(start: Mapping) -> str:
 
 
 def _tell_settings(results: Results) -> list[str]:
-    """Says in which settings the runs differ, and what the others are."""
+    """Says in which settings the runs differ and what the others are, for each kind of runs."""
+    kinds: dict[str, dict[str, Sequence[Run]]] = {}
+    for title, seeds in results.items():
+        config = seeds[0].config
+        kind = f"{escape(config.model.name)} on {escape(config.data.name)}"
+        kinds.setdefault(kind, {})[title] = seeds
+    paragraphs = []
+    for kind, of_kind in kinds.items():
+        if len(kinds) > 1:
+            paragraphs.append(f"**{kind}**")
+        paragraphs += _compare_settings(of_kind)
+    return paragraphs
+
+
+def _compare_settings(results: Results) -> list[str]:
     settings = {
         title: [dict(_flatten(run.config.to_dict())) for run in seeds]
         for title, seeds in results.items()
@@ -390,7 +404,7 @@ def _tell_settings(results: Results) -> list[str]:
         section, _, name = key.rpartition(".")
         if not others and value not in _NOTHING:
             common.setdefault(section, []).append(f"`{name}` {value}")
-    lines = [f"- {section}: {', '.join(texts)}" for section, texts in common.items()]
+    lines = [f"- {escape(section)}: {', '.join(texts)}" for section, texts in common.items()]
     paragraphs.append("What is the same for all of them, but for what is 0, off or empty:")
     return [*paragraphs, "\n".join(lines)]
 
