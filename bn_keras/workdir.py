@@ -239,6 +239,14 @@ class Workdir:
             return []
         return starts if isinstance(starts, list) else []
 
+    def read_data_sizes(self) -> tuple[int, int]:
+        """Gives the numbers of classes and of training examples; 0 where the run doesn't say."""
+        try:
+            interface = json.loads(self._interface.read_text())
+            return len(interface["class_names"]), interface.get("num_train_examples", 0)
+        except (ValueError, OSError, KeyError, TypeError, AttributeError):
+            return 0, 0
+
     def read_metrics(self) -> list[dict]:
         """Gives the lines of metrics.jsonl in order; a last line cut short is left out."""
         if not self.metrics.exists():

@@ -24,6 +24,7 @@ def test_the_config_comes_back_as_it_was(tmp_path):
     Workdir(tmp_path / "new" / "run").create(config, *INTERFACE)
     assert Workdir(tmp_path / "new" / "run").read_config() == config
     assert Workdir(tmp_path / "new" / "run").read_interface() == INTERFACE
+    assert Workdir(tmp_path / "new" / "run").read_data_sizes() == (2, 0)
     assert {p.name for p in (tmp_path / "new" / "run").iterdir()} == {
         "config.json",
         "interface.json",
@@ -37,6 +38,7 @@ def test_a_lost_or_damaged_interface_is_named(text, tmp_path):
         (tmp_path / "interface.json").write_text(text)
     with pytest.raises(UsageError, match="interface.json is missing or damaged"):
         Workdir(tmp_path).read_interface()
+    assert Workdir(tmp_path).read_data_sizes() == (0, 0)
 
 
 def test_only_the_place_of_the_data_may_differ(tmp_path):

@@ -20,18 +20,22 @@ class Run:
       config: of the run.
       metrics: the lines of its metrics.jsonl.
       environment: what each of its starts noted, as `Workdir.noting_start` has it.
+      num_classes, num_train_examples: of its data; 0 where the workdir doesn't say.
     """
 
     title: str
     config: ConfigDict
     metrics: list[dict]
     environment: list[dict] = dataclasses.field(default_factory=list)
+    num_classes: int = 0
+    num_train_examples: int = 0
 
     @classmethod
     def read(cls, title: str, workdir: str | os.PathLike) -> "Run":
         """Reads a workdir; raises UsageError if it holds no run."""
         run = Workdir(workdir)
-        return cls(title, run.read_config(), run.read_metrics(), run.read_environment())
+        environment, sizes = run.read_environment(), run.read_data_sizes()
+        return cls(title, run.read_config(), run.read_metrics(), environment, *sizes)
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """Gives the steps at which a number was written, and the number at each."""
