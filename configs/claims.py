@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from bn_keras.report import claims
+from bn_keras.report import titles
 from configs import bn_x5
 from configs.networks import CHANGES, accelerate, derive, replaced, value_of
 
@@ -23,28 +23,28 @@ def get_runs(inception: ConfigDict) -> dict[str, ConfigDict]:
     slow = inception.schedule.base_rate
     # By title: what it is compared with, its steps, and what differs.
     runs = {
-        claims.INCEPTION_X5: (inception, full, {rate: 5 * slow}),
-        claims.INCEPTION_X30: (inception, third, {rate: 30 * slow}),
-        claims.SIGMOID: (inception, full, {"model.variant": sigmoid.model.variant}),
-        claims.SIGMOID_X5: (sigmoid, third, {rate: 5 * slow}),
-        claims.X5_AT_RATE_1: (x5, third, {rate: slow}),
+        titles.INCEPTION_X5: (inception, full, {rate: 5 * slow}),
+        titles.INCEPTION_X30: (inception, third, {rate: 30 * slow}),
+        titles.SIGMOID: (inception, full, {"model.variant": sigmoid.model.variant}),
+        titles.SIGMOID_X5: (sigmoid, third, {rate: 5 * slow}),
+        titles.X5_AT_RATE_1: (x5, third, {rate: slow}),
     }
     changed = accelerate(inception)
     made = {key: value_of(changed, key) for key, _ in CHANGES.values()}
-    runs[claims.CONTROL] = (inception, full, made)
+    runs[titles.CONTROL] = (inception, full, made)
     # What the paper compares with, also where a miniature shuffles Inception's examples, too.
     before = {key: value_of(inception, key) for key, _ in CHANGES.values()}
     before[CHANGES["shuffling"].key] = "shards"
-    for name, title in claims.ABLATIONS.items():
+    for name, title in titles.ABLATIONS.items():
         key = CHANGES[name].key
         runs[title] = (x5, full, {key: before[key]})
-    for network, reference in ((claims.INCEPTION, inception), (claims.BASELINE, baseline)):
-        for factor in claims.SCALES:
+    for network, reference in ((titles.INCEPTION, inception), (titles.BASELINE, baseline)):
+        for factor in titles.SCALES:
             values = {"model.initializer_scale": factor}
-            runs[claims.scaled(network, factor)] = (reference, third, values)
+            runs[titles.scaled(network, factor)] = (reference, third, values)
     # TF-Slim's momentum, made for the paper's many steps.
-    runs[claims.LONG_MEMORY] = (x5, third, {"batch_norm.momentum": 0.9997})
-    runs[claims.POPULATION] = (x5, third, {"population.when": "evaluations"})
+    runs[titles.LONG_MEMORY] = (x5, third, {"batch_norm.momentum": 0.9997})
+    runs[titles.POPULATION] = (x5, third, {"population.when": "evaluations"})
     return {
         title: replaced(reference, values | {"train.steps": steps})
         for title, (reference, steps, values) in runs.items()

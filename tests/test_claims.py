@@ -2,9 +2,8 @@
 
 import pytest
 
-from bn_keras.report import claims
-from configs import cifar10_inception, digits_inception, inception, networks
-from configs import claims as runs_of_claims
+from bn_keras.report import titles
+from configs import cifar10_inception, claims, digits_inception, inception, networks
 
 SCALES = {
     module.__name__.rpartition(".")[2]: module
@@ -15,12 +14,12 @@ SCALE, STEPS = "model.initializer_scale", "train.steps"
 MADE = [change.key for change in networks.CHANGES.values()]
 # By title: the network that it is compared with, what it differs in, and the part of its steps.
 EXPECTED = {
-    claims.INCEPTION_X5: ("inception", [RATE], 1),
-    claims.INCEPTION_X30: ("inception", [RATE], 3),
-    claims.SIGMOID: ("inception", [VARIANT], 1),
-    claims.SIGMOID_X5: ("inception", [VARIANT, RATE], 3),
-    claims.X5_AT_RATE_1: ("bn_x5", [RATE], 3),
-    claims.CONTROL: ("inception", MADE, 1),
+    titles.INCEPTION_X5: ("inception", [RATE], 1),
+    titles.INCEPTION_X30: ("inception", [RATE], 3),
+    titles.SIGMOID: ("inception", [VARIANT], 1),
+    titles.SIGMOID_X5: ("inception", [VARIANT, RATE], 3),
+    titles.X5_AT_RATE_1: ("bn_x5", [RATE], 3),
+    titles.CONTROL: ("inception", MADE, 1),
     "BN-x5 with 40% dropout": ("bn_x5", ["model.dropout"], 1),
     "BN-x5 with Inception's L2": ("bn_x5", ["train.l2"], 1),
     "BN-x5 with Inception's decay": ("bn_x5", ["schedule.decay_epochs"], 1),
@@ -31,16 +30,16 @@ EXPECTED = {
     ),
     "BN-x5 shuffled by shards only": ("bn_x5", ["data.shuffle"], 1),
     "BN-x5 with full distortions": ("bn_x5", ["data.distortion"], 1),
-    **{claims.scaled("Inception", f): ("inception", [SCALE], 3) for f in (0.25, 0.5, 2, 4)},
-    **{claims.scaled("BN-Baseline", f): ("bn_baseline", [SCALE], 3) for f in (0.25, 0.5, 2, 4)},
-    claims.LONG_MEMORY: ("bn_x5", ["batch_norm.momentum"], 3),
-    claims.POPULATION: ("bn_x5", ["population.when"], 3),
+    **{titles.scaled("Inception", f): ("inception", [SCALE], 3) for f in (0.25, 0.5, 2, 4)},
+    **{titles.scaled("BN-Baseline", f): ("bn_baseline", [SCALE], 3) for f in (0.25, 0.5, 2, 4)},
+    titles.LONG_MEMORY: ("bn_x5", ["batch_norm.momentum"], 3),
+    titles.POPULATION: ("bn_x5", ["population.when"], 3),
 }
 # What would be a run of the network that it is compared with, once more.
 REPEATED = {
     "digits_inception": {"BN-x5 with full distortions"},
     "cifar10_inception": set(),
-    "inception": {claims.LONG_MEMORY},
+    "inception": {titles.LONG_MEMORY},
 }
 
 
@@ -58,7 +57,7 @@ def differing(one, other):
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_runs_differ_as_their_titles_say(scale):
     base = SCALES[scale].get_config()
-    runs = runs_of_claims.get_runs(base)
+    runs = claims.get_runs(base)
     assert runs.keys() == EXPECTED.keys() - REPEATED[scale]
     steps = 6_000_000 if scale == "inception" else base.train.steps
     # The miniatures have no distortions, or shuffle Inception's examples too: no difference.
@@ -71,7 +70,7 @@ def test_the_runs_differ_as_their_titles_say(scale):
         variant, keys, part = EXPECTED[title]
         reference = networks.derive(base, variant)
         assert config.is_locked and config.seed == reference.seed
-        expected = set(keys) - (same if title == claims.CONTROL else set())
+        expected = set(keys) - (same if title == titles.CONTROL else set())
         assert differing(config, reference) - {STEPS} == expected, title
         assert config.train.steps == steps // part
         # There is a number at its end to compare with.
@@ -82,20 +81,20 @@ def test_the_runs_differ_as_their_titles_say(scale):
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_values_of_the_runs(scale):
     base = SCALES[scale].get_config()
-    runs, rate = runs_of_claims.get_runs(base), base.schedule.base_rate
+    runs, rate = claims.get_runs(base), base.schedule.base_rate
     rates = {
-        claims.INCEPTION_X5: 5,
-        claims.INCEPTION_X30: 30,
-        claims.SIGMOID: 1,
-        claims.SIGMOID_X5: 5,
-        claims.X5_AT_RATE_1: 1,
-        claims.CONTROL: 1,
-        claims.ABLATIONS["decay"]: 5,
+        titles.INCEPTION_X5: 5,
+        titles.INCEPTION_X30: 30,
+        titles.SIGMOID: 1,
+        titles.SIGMOID_X5: 5,
+        titles.X5_AT_RATE_1: 1,
+        titles.CONTROL: 1,
+        titles.ABLATIONS["decay"]: 5,
     }
     for title, factor in rates.items():
         assert runs[title].schedule.base_rate == pytest.approx(factor * rate)
-    assert runs[claims.SIGMOID].model.variant == "inception_sigmoid"
-    assert runs[claims.CONTROL].model.variant == "inception"
+    assert runs[titles.SIGMOID].model.variant == "inception_sigmoid"
+    assert runs[titles.CONTROL].model.variant == "inception"
     assert runs["BN-x5 with 40% dropout"].model.dropout == 0.4
     assert runs["BN-x5 with Inception's L2"].train.l2 == base.train.l2
     decay = runs["BN-x5 with Inception's decay"].schedule.decay_epochs
@@ -104,10 +103,10 @@ def test_the_values_of_the_runs(scale):
     assert runs["BN-x5 shuffled by shards only"].data.shuffle == "shards"
     if "BN-x5 with full distortions" in runs:
         assert runs["BN-x5 with full distortions"].data.distortion == base.data.distortion == 1
-    for factor in claims.SCALES:
-        title = claims.scaled("Inception", factor)
+    for factor in titles.SCALES:
+        title = titles.scaled("Inception", factor)
         assert title.endswith(f"{factor:g}") and runs[title].model.initializer_scale == factor
-    assert runs[claims.POPULATION].population.when == "evaluations"
+    assert runs[titles.POPULATION].population.when == "evaluations"
     assert all(config.batch_norm.momentum <= 0.9997 for config in runs.values())
 
 

@@ -1,5 +1,6 @@
 """Reports on runs, made of what these wrote and of the paper's own numbers, which are named so."""
 
+from bn_keras.report.claims import claims
 from bn_keras.report.figure_4 import evaluate_figure_4, figure_4
 from bn_keras.report.figures import figure_2, figure_3, figure_3_row
 from bn_keras.report.page import Section, escape, format_seconds, table, write_report
@@ -10,6 +11,7 @@ __all__ = [
     "Run",
     "Section",
     "Spread",
+    "claims",
     "escape",
     "evaluate_figure_4",
     "figure_2",

@@ -1,0 +1,28 @@
+"""What the runs are called: in results, in reports, and in the configs that make them."""
+
+INCEPTION, BASELINE, X5, X30 = "Inception", "BN-Baseline", "BN-x5", "BN-x30"
+X5_SIGMOID = "BN-x5-Sigmoid"
+INCEPTION_X5 = "Inception at 5 times the rate"
+INCEPTION_X30 = "Inception at 30 times the rate"
+SIGMOID = "Inception with sigmoids"
+SIGMOID_X5 = "Inception with sigmoids at 5 times the rate"
+CONTROL = "Inception with section 4.2.1's changes"
+X5_AT_RATE_1 = "BN-x5 at Inception's rate"
+# By the change of section 4.2.1 that is taken back.
+ABLATIONS = {
+    "dropout": "BN-x5 with 40% dropout",
+    "l2": "BN-x5 with Inception's L2",
+    "decay": "BN-x5 with Inception's decay",
+    "lrn": "BN-x5 with local response normalization",
+    "shuffling": "BN-x5 shuffled by shards only",
+    "distortions": "BN-x5 with full distortions",
+}
+LONG_MEMORY = "BN-x5 with a long memory"
+POPULATION = "BN-x5 by population statistics"
+# Factors on the initial weights of the convolutions, beside 1.
+SCALES = (0.25, 0.5, 2.0, 4.0)
+
+
+def scaled(title: str, factor: float) -> str:
+    """Names the run of a network whose initial weights have a factor."""
+    return f"{title}, initial weights times {factor:g}"
