@@ -1,23 +1,46 @@
-"""The report says what the runs' files say, and nothing else."""
+"""The report says what the runs' files say, and beside it what the paper says, named as such."""
+
+import dataclasses
+import importlib
+import itertools
+import os
+import re
 
 import pytest
+from matplotlib.figure import Figure
 
+from bn_keras import report
+from bn_keras.data.crops import Crops
+from bn_keras.errors import UsageError
 from bn_keras.report import (
     Run,
+    Section,
+    escape,
+    figure_2,
     figure_3,
     figure_3_row,
-    paper_order,
-    plot_curves,
+    figure_4,
+    published,
     write_report,
 )
 from bn_keras.workdir import MetricsWriter, Workdir
-from configs import digits_inception, networks
+from configs import cifar10_inception, digits_bn_x30, digits_inception, networks
 
 TITLES = [network.title for network in networks.NETWORKS.values()]
+PNG = b"\x89PNG"
 
 
-def run(title, accuracies, losses=(2.0, 1.0), diverged=False):
-    lines = [{"step": 10 * i, "validation/accuracy": a} for i, a in enumerate(accuracies, 1)]
+def configure(seed=0, **settings):
+    config = digits_inception.get_config().copy_and_resolve_references()
+    config.update_from_flattened_dict(settings | {"seed": seed})
+    return config.lock()
+
+
+def run(title, accuracies, losses=(2.0, 1.0), diverged=False, seed=0, **settings):
+    lines = [
+        {"step": 10 * i, "validation/accuracy": a, "validation/examples": 400}
+        for i, a in enumerate(accuracies, 1)
+    ]
     lines += [
         {
             "step": 10 * i,
@@ -29,12 +52,72 @@ def run(title, accuracies, losses=(2.0, 1.0), diverged=False):
     ]
     if diverged:
         lines.append({"step": 17, Workdir.DIVERGED: True})
-    return Run(title, digits_inception.get_config(), lines)
+    return Run(title, configure(seed, **settings), lines)
 
 
-def as_in_the_paper():
-    curves = [(0.5, 0.8, 0.79, 0.8), (0.5, 0.7, 0.82), (0.81, 0.83), (0.7, 0.9), (0.6, 0.75)]
-    return [run(title, accuracies) for title, accuracies in zip(TITLES, curves, strict=True)]
+# Of two seeds: the means are those in which all that Figure 3 states holds.
+CURVES = {
+    "Inception": [(0.5, 0.7, 0.79, 0.8), (0.4, 0.6, 0.7, 0.8)],
+    "BN-Baseline": [(0.5, 0.7, 0.82), (0.5, 0.7, 0.84)],
+    "BN-x5": [(0.81, 0.83), (0.83, 0.85)],
+    "BN-x30": [(0.7, 0.9), (0.6, 0.92)],
+    "BN-x5-Sigmoid": [(0.6, 0.75), (0.6, 0.77)],
+}
+
+
+def results(**changes):
+    """By title, with "BN_x30=[(0.1, 0.2)]" the curves of another; one curve a seed."""
+    curves = CURVES | {name.replace("_", "-"): curves for name, curves in changes.items()}
+    return {
+        title: [run(title, curve, seed=seed) for seed, curve in enumerate(of_title)]
+        for title, of_title in curves.items()
+    }
+
+
+def tables(body):
+    """The cells of each table, by its first header and the first cell of a row."""
+    found = {}
+    for lines in re.findall(r"(?:^\|.*\n?)+", body, re.MULTILINE):
+        header, _, *rows = (
+            [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
+            for line in lines.strip().splitlines()
+        )
+        found[header[0], header[1]] = {row[0]: row[1:] for row in rows}
+    return found
+
+
+def table_of(body, second_header):
+    return next(rows for (_, name), rows in tables(body).items() if name.startswith(second_header))
+
+
+def verdicts(results):
+    return {text: row[0] for text, row in table_of(figure_3(results).body, "here").items()}
+
+
+def environment(**changes):
+    start = {
+        "started": "2026-11-21T10:00:00+00:00",
+        "ended": "2026-11-21T11:30:00+00:00",
+        "step": 0,
+        "versions": {"bn_keras": "1.2", "tensorflow": "2.21"},
+        "commit": "abc123",
+        "modified": False,
+        "machine": {
+            "platform": "Linux x86_64",
+            "processor": "EPYC",
+            "cores": 2,
+            "devices": ["CPU"],
+        },
+    }
+    return [start | changes]
+
+
+def how_it_was_made(results, tmp_path, command="make it"):
+    write_report("t", [], results, tmp_path, command)
+    return (tmp_path / "report.md").read_text()
+
+
+# --- What a run says of itself.
 
 
 def test_what_a_run_says_of_itself():
@@ -64,69 +147,503 @@ def test_a_run_alone_has_its_row_in_words():
         assert figure_3_row(aimed) == f"best accuracy 80.00% after 20 steps{rest}"
 
 
-def test_the_table_has_a_row_a_network():
-    runs = as_in_the_paper()
-    runs[4] = run("BN-x5-Sigmoid", (0.6,), diverged=True)
-    header, rule, *rows = figure_3(runs).splitlines()
-    assert "steps to 80.0%" in header and set(rule) == set("|- ")
-    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-    assert [row[:3] for row in cells] == [
-        ["Inception", "20", "80.0%"],
-        ["BN-Baseline", "30", "82.0%"],
-        ["BN-x5", "10", "83.0%"],
-        ["BN-x30", "20", "90.0%"],
-        ["BN-x5-Sigmoid", "never", "60.0% (diverged at step 17)"],
+# --- Figure 3.
+
+
+def test_the_table_is_computed_from_the_means_of_the_seeds():
+    rows = table_of(figure_3(results()).body, "steps to 80.0%")
+    assert rows == {
+        "Inception": ["40", "31.0 million", "1.0", "1.0", "80.0%", "72.2%"],
+        "BN-Baseline": ["30", "13.3 million", "1.3", "2.3", "83.0% (82.0% to 84.0%)", "72.7%"],
+        "BN-x5": ["10", "2.1 million", "4.0", "14.8", "84.0% (83.0% to 85.0%)", "73.0%"],
+        "BN-x30": ["20", "2.7 million", "2.0", "11.5", "91.0% (90.0% to 92.0%)", "74.8%"],
+        "BN-x5-Sigmoid": ["never", "never", "-", "-", "76.0% (75.0% to 77.0%)", "69.8%"],
+    }
+
+
+def test_a_seed_that_never_gets_there_is_seen():
+    rows = table_of(figure_3(results(BN_x5=[(0.9,), (0.74,)])).body, "steps to")
+    assert rows["BN-x5"][0] == "10 (10 to never)"
+
+
+@pytest.mark.parametrize("title", TITLES)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_each_run_moves_its_own_numbers_and_nobody_elses(title, seed):
+    """None is a constant, and none is another network's."""
+    before = results()
+    after = {name: list(runs) for name, runs in before.items()}
+    changed = [line.copy() for line in before[title][seed].metrics]
+    for line in changed:
+        if "validation/accuracy" in line:
+            line["validation/accuracy"] -= 0.1
+        else:
+            line["train/loss"] /= 4
+            line["train/images_per_second"] /= 100
+            line["train/learning_rate"] *= 2
+    after[title][seed] = dataclasses.replace(before[title][seed], metrics=changed)
+    bodies = figure_3(before).body, figure_3(after).body
+    accuracies = [table_of(body, "steps to") for body in bodies]
+    trainings = [table_of(body, "first learning rate") for body in bodies]
+    assert trainings[0][title] != trainings[1][title]
+    assert all(a != b for a, b in zip(trainings[0][title], trainings[1][title], strict=True))
+    for name in TITLES:
+        is_changed = accuracies[0][name][4] != accuracies[1][name][4]
+        assert is_changed == (name == title)
+        assert name == title or trainings[0][name] == trainings[1][name]
+        # The paper's don't move.
+        assert accuracies[0][name][1::2] == accuracies[1][name][1::2]
+
+
+def test_what_is_published_agrees_with_what_is_judged():
+    """Of the paper's own numbers every statement holds."""
+    of_the_paper = {}
+    for title, network in published.FIGURE_3.items():
+        points = [(2 * 10**8, network.best_accuracy)]
+        if network.steps:
+            points.insert(0, (network.steps, published.INCEPTION_ON_IMAGENET))
+        lines = [{"step": step, "validation/accuracy": accuracy} for step, accuracy in points]
+        of_the_paper[title] = [Run(title, configure(), lines)]
+    body = figure_3(of_the_paper).body
+    assert set(verdicts(of_the_paper).values()) == {"as in the paper"}
+    assert body.startswith("**The order of the five networks is the paper's.**")
+    assert len(verdicts(of_the_paper)) == 7
+    for cells in table_of(body, "steps to").values():
+        times, of_the_paper = cells[2:4]
+        assert times == of_the_paper
+
+
+def test_the_order_is_the_papers_if_the_means_and_all_seeds_say_so():
+    body = figure_3(results()).body
+    assert body.startswith("**The order of the five networks is the paper's.** Of 7 statements")
+    assert set(verdicts(results()).values()) == {"as in the paper"}
+
+
+@pytest.mark.parametrize(
+    "changes, otherwise",
+    [
+        ({"BN_x30": [(0.1,), (0.1,)]}, ["BN-x30 reaches it in", "BN-x30 alone"]),
+        ({"BN_x30": [(0.9,), (0.9,)], "BN_x5": [(0.1, 0.85)] * 2}, ["BN-x30 reaches it later"]),
+        ({"BN_Baseline": [(0.3,)] * 2, "BN_x5": [(0.3,)] * 2}, ["BN-x30 reaches it later"]),
+        ({"BN_x5_Sigmoid": [(0.85,), (0.86,)]}, ["BN-x5-Sigmoid never"]),
+        ({"BN_x5_Sigmoid": [(0.5,), (0.6,)]}, ["BN-x5-Sigmoid gets beyond"]),
+    ],
+)
+def test_what_is_otherwise_is_said_to_be(changes, otherwise):
+    judged = verdicts(results(**changes))
+    found = [text for text, verdict in judged.items() if verdict == "otherwise than in the paper"]
+    assert len(found) >= len(otherwise)
+    assert all(any(text.startswith(start) for text in found) for start in otherwise)
+    assert "is not the paper's in all respects.**" in figure_3(results(**changes)).body
+
+
+def test_seeds_that_disagree_decide_nothing():
+    # The mean of the two is the best one, but one of them isn't.
+    changed = results(BN_x30=[(0.7, 0.99), (0.6, 0.84)])
+    body = figure_3(changed).body
+    assert table_of(body, "here")["BN-x30 alone has the best accuracy"] == [
+        "within the spread of the seeds",
+        "1 of 2 seeds",
     ]
-    assert len({len(line) for line in (header, rule, *rows)}) == 1
+    assert "is the paper's as far as the seeds agree.** Of 7 statements" in body
 
 
-def test_the_order_is_compared_with_the_papers():
-    runs = as_in_the_paper()
-    runs[1] = run("BN-Baseline", (0.5, 0.85))
-    assert sum(line.startswith("- As in the paper") for line in paper_order(runs)) == 5
-    runs[1] = run("BN-Baseline", (0.81,))
-    runs[3] = run("BN-x30", (0.1, 0.1))
-    otherwise = [line for line in paper_order(runs) if line.startswith("- Not so here")]
-    assert [line.split(": ")[1].split(" ")[0] for line in otherwise] == [
-        "BN-x5",
-        "BN-x30",
-        "BN-x30",
+def test_a_tie_is_not_the_papers_order():
+    judged = verdicts(results(BN_x5=[(0.1, 0.9), (0.1, 0.92)]))
+    assert judged["BN-x30 alone has the best accuracy"].startswith("a tie")
+    assert judged["BN-x30 reaches it later than BN-x5"].startswith("a tie")
+
+
+def test_one_seed_is_said_to_be_one():
+    alone = {title: runs[:1] for title, runs in results().items()}
+    body = figure_3(alone).body
+    assert "a single seed" in body and "In brackets" not in body
+    assert "Each line is a single run" in figure_2(alone).body
+    assert "means over 2 seeds" in figure_2(results()).body
+
+
+def test_how_fine_the_numbers_are_is_computed():
+    body = figure_3(results()).body
+    assert "every 20 steps" in body
+    # One of 400 is 0.25%; and sqrt(0.8 * 0.2 / 400) is 2%.
+    assert "400 validation images: one of them is 0.25%" in body and "error of 2%" in body
+
+
+def test_a_larger_batch_is_said_in_words():
+    larger = {"train.global_batch_size": 256}
+    runs = {title: [run(title, curves[0], **larger)] for title, curves in CURVES.items()}
+    body = figure_3(runs).body
+    assert "steps of 256 images to 80.0%" in body and "Its steps are of 32 images" in body
+
+
+def test_diverged_runs_are_results():
+    runs = results()
+    runs["BN-x5"][1] = run("BN-x5", (0.3,), diverged=True, seed=1)
+    body = figure_3(runs).body
+    assert "**Diverged:** BN-x5 (seed 1) at step 17." in body
+    assert "**Diverged:** BN-x5 (seed 1) at step 17." in figure_2(runs).body
+    assert table_of(body, "steps to")["BN-x5"][0] == "never (10 to never)"
+    assert "Diverged" not in figure_3(results()).body
+
+
+def test_runs_without_numbers_are_no_error(tmp_path):
+    runs = {title: [run(title, (), ())] for title in TITLES}
+    body = figure_3(runs).body
+    assert table_of(body, "steps")["BN-x5"][::2] == ["never", "-", "-"]
+    assert table_of(body, "first learning rate")["BN-x5"] == ["-", "-", "0 s"]
+    write_report("t", [figure_2(runs), figure_3(runs)], runs, tmp_path, "c")
+
+
+def test_some_of_the_five_are_compared_without_an_order():
+    two = {title: results()[title] for title in ("BN-x5", "Inception")}
+    body = figure_3(two).body
+    assert body.startswith("**The order isn't compared")
+    assert list(table_of(body, "steps to")) == ["Inception", "BN-x5"]
+
+
+def test_what_else_was_trained_is_for_others():
+    more = results() | {"BN-x5 with 40% dropout": [run("y", (1.0,), seed=7)]}
+    assert figure_3(more).body == figure_3(results()).body
+    assert figure_2(more).body == figure_2(results()).body
+
+
+@pytest.mark.parametrize("figure", [figure_2, figure_3])
+def test_what_cannot_be_compared_is_refused(figure):
+    with pytest.raises(UsageError, match="measure by Inception, of which there is no run"):
+        figure({"BN-x5": results()["BN-x5"]})
+    apart = results() | {"BN-x5": [run("BN-x5", (0.5,), seed=5)]}
+    with pytest.raises(UsageError, match=r"no seed that all .* BN-x5: \[5\]"):
+        figure(apart)
+
+
+# --- Figure 2.
+
+
+def lines_of(section, name):
+    """The lines of a plot that have several points, and its single points, as (x, y)."""
+    (axes,) = section.plots[name].axes
+    curves = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() != "D"]
+    diamonds = [
+        (*line.get_xydata().tolist()[0], line.get_markerfacecolor() == "white")
+        for line in axes.lines
+        if line.get_marker() == "D"
     ]
-    assert all(line.endswith(".") for line in otherwise)
+    return curves, diamonds
 
 
-def test_a_network_that_never_gets_there_is_not_sooner_than_another():
-    runs = as_in_the_paper()
-    runs[1], runs[2] = run("BN-Baseline", (0.1,)), run("BN-x5", (0.1,))
-    lines = paper_order(runs)
-    assert lines[0].startswith("- Not so here") and lines[1].startswith("- Not so here")
+def test_lines_are_the_means_and_diamonds_stand_on_them():
+    curves, diamonds = lines_of(figure_2(results()), "figure_2.png")
+    assert len(curves) == 6 and len(diamonds) == 4
+    assert curves[2] == [[10, pytest.approx(0.82)], [20, pytest.approx(0.84)]]
+    assert diamonds[0] == (40, pytest.approx(0.8), False)
+    assert diamonds[2] == (10, pytest.approx(0.82), False)
+    curves, _ = lines_of(figure_2(results()), "figure_2_loss.png")
+    assert curves == [[[10, 2.0], [20, 1.0]]] * 5
 
 
-def test_the_report_is_written_from_workdirs(tmp_path):
-    runs = []
-    for given in as_in_the_paper():
-        workdir = Workdir(tmp_path / given.title)
-        workdir.create(given.config, (8, 8, 1), "0123456789")
-        with MetricsWriter(workdir, 32) as metrics:
-            for line in given.metrics:
-                metrics.write(line["step"], {k: v for k, v in line.items() if k != "step"})
-        runs.append(Run.read(given.title, tmp_path / given.title))
-    summary = write_report(runs, tmp_path, "python -m launch.reproduce")
-    text = (tmp_path / "report.md").read_text()
-    assert figure_3(runs) in summary and summary in text
-    assert "`python -m launch.reproduce`" in text and "(accuracy.png)" in text
-    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+def test_the_papers_points_are_drawn_where_they_can_be_compared():
+    def diamonds(**settings):
+        runs = {title: [run(title, c[0], **settings)] for title, c in CURVES.items()}
+        section = figure_2(runs)
+        return section.body, [d[:2] for d in lines_of(section, "figure_2.png")[1] if d[2]]
+
+    text, points = diamonds()
+    assert not points and "Hollow" not in text
+    text, points = diamonds(**{"data.name": "imagenet2012", "train.global_batch_size": 64})
+    assert (15.5e6, 0.722) in points and (3e6, 0.748) in points and len(points) == 5
+    assert "Hollow diamonds are the paper's, at as many images in batches of 64" in text
 
 
-def test_a_run_without_numbers_is_no_error(tmp_path):
-    runs = [run(title, (), ()) for title in TITLES]
-    assert "never" in figure_3(runs)
-    plot_curves(runs, tmp_path / "plot.png")
+# --- Figure 4.
 
-
-def test_a_tie_is_no_best_accuracy():
-    runs = as_in_the_paper()
-    runs[2] = run("BN-x5", (0.81, 0.9))
-    assert "- Not so here, otherwise than in the paper: BN-x30 alone has the best accuracy." in (
-        paper_order(runs)
+# The module; under its name in the package stands the function.
+FIGURE_4 = importlib.import_module("bn_keras.report.figure_4")
+ROWS = [
+    {"model": model, "models": models, "crops": crops, "examples": 400}
+    | {"top1_error": top1, "top5_error": top1 / 10, "cut": cut, "trained_on": "shift"}
+    for crops, cut, errors in (
+        (1, [4, 1, 6, 2], (0.3, 0.2, 0.15)),
+        (48, [4, 1, 6, 2], (0.2, 0.25, 0.1)),
     )
+    for model, models, top1 in zip(("a", "b", "ensemble"), (1, 1, 2), errors, strict=True)
+]
+
+
+def test_errors_stand_beside_the_papers():
+    body = figure_4(ROWS).body
+    assert body.startswith(
+        "**48 crops in place of one lower the top-1 error of 1 of the 2 networks"
+    )
+    assert "the ensemble's is lower than that of 2 of its 2 members" in body
+    lines = re.findall(r"^\| (?:one|the) .*$", body, re.MULTILINE)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells == [
+        ["one network", "1", "1", "25.00% (20.00% to 30.00%)", "25.20%"]
+        + ["2.50% (2.00% to 3.00%)", "7.82%"],
+        ["one network", "1", "48", "22.50% (20.00% to 25.00%)", "21.99%"]
+        + ["2.25% (2.00% to 2.50%)", "5.82%"],
+        ["the ensemble", "2", "1", "15.00%", "-", "1.50%", "-"],
+        ["the ensemble", "2", "48", "10.00%", "20.10%", "1.00%", "4.90%"],
+    ]
+    assert "of a square image the three squares are one" in body
+    assert "The other networks of the 6 did not" in body
+
+
+def test_one_network_or_none_is_no_error():
+    alone = [row for row in ROWS if row["model"] == "a"]
+    assert "ensemble's" not in figure_4(alone).body.splitlines()[0]
+    assert "No member" in figure_4([]).body
+
+
+def write_run(path, config, lines, input_shape=(8, 8, 1)):
+    workdir = Workdir(path)
+    workdir.create(config, input_shape, "0123456789")
+    with MetricsWriter(workdir, 32) as metrics:
+        for line in lines:
+            metrics.write(line["step"], {k: v for k, v in line.items() if k != "step"})
+    return path
+
+
+def test_an_evaluation_is_kept_until_a_run_is_another(tmp_path, monkeypatch):
+    evaluated = []
+
+    def evaluate_networks(workdirs, crops):
+        evaluated.append((workdirs, crops))
+        return [{"model": os.fspath(path), "models": 1, "crops": 1} for path in workdirs]
+
+    monkeypatch.setattr(FIGURE_4, "evaluate_networks", evaluate_networks)
+    ends = iter(itertools.count())
+
+    def finish(name):
+        lines = [{"step": 10, Workdir.FINISHED: f"{next(ends)}"}]
+        return write_run(tmp_path / name, digits_bn_x30.get_config(), lines)
+
+    paths = [finish("a"), finish("b")]
+    paths.append(write_run(tmp_path / "c", digits_bn_x30.get_config(), [{"step": 5}]))
+
+    def evaluate(**given):
+        return report.evaluate_figure_4(paths, tmp_path, **given)
+
+    rows = evaluate()
+    assert [row["model"] for row in rows] == [os.fspath(path) for path in paths[:2]]
+    # Digits are squares, and their mirror images are none.
+    assert rows[0]["cut"] == [4, 1, 6, 1] and rows[0]["trained_on"] == "none"
+    assert evaluate() == rows and len(evaluated) == 1
+    (tmp_path / "b" / "metrics.jsonl").unlink()
+    finish("b")
+    assert evaluate() == rows and len(evaluated) == 2
+    evaluate(crops=Crops(windows=5))
+    assert len(evaluated) == 3
+    (tmp_path / "figure_4.json").write_text("{")
+    assert evaluate() == rows and len(evaluated) == 4
+    assert report.evaluate_figure_4(paths[2:], tmp_path) == []
+
+
+def test_the_crops_are_those_of_the_144_that_differ(tmp_path):
+    imagenet = configure(**{"data.image_size": 224, "data.mirror": True})
+    for name, config, shape, crops in (
+        ("imagenet", imagenet, (224, 224, 3), Crops(4, 3, 6, 2)),
+        ("cifar10", cifar10_inception.get_config(), (32, 32, 3), Crops(4, 1, 6, 2)),
+    ):
+        write_run(tmp_path / name, config, [], shape)
+        assert FIGURE_4.paper_crops(tmp_path / name) == crops
+
+
+# --- The page.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A report of Figures 2 and 3."""
+    folder = tmp_path_factory.mktemp("report") / "new" / "folder"
+    runs = results()
+    sections = [figure_2(runs), figure_3(runs)]
+    write_report("In miniature", sections, runs, folder, "python -m x --a='b c'")
+    return folder
+
+
+def test_the_files_hold_the_whole_report(folder):
+    names = {"report.md", "report.html", "figure_2.png", "figure_2_loss.png"}
+    assert {file.name for file in folder.iterdir()} == names
+    text, page = (folder / "report.md").read_text(), (folder / "report.html").read_text()
+    assert figure_3(results()).body in text and "\n    python -m x --a='b c'\n" in text
+    images = re.findall(r"\]\(([\w.]+\.png)\)", text)
+    assert images == ["figure_2.png", "figure_2_loss.png"]
+    assert all((folder / name).read_bytes().startswith(PNG) for name in images)
+    headings = ["Figure 2: accuracy against steps", "Figure 3: steps and best accuracy"]
+    for heading in [*headings, "How this was made"]:
+        (anchor,) = re.findall(rf'<h2 id="([^"]+)">{heading}</h2>', page)
+        assert f'<a href="#{anchor}">{heading}</a>' in page and f"(#{anchor})" in text
+    assert page.count("<table") == page.count('<div class="wide"') == text.count("\n| ---")
+
+
+def test_the_page_needs_no_other_file(folder):
+    page = (folder / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == page.count("src=") == 2
+    assert not re.search(r"<(script|link|iframe|object|base)|@import|url\(|srcset", page)
+    # What is linked to is fetched by nobody but a reader.
+    assert set(re.findall(r'href="(?!#)([^"]*)"', page)) == {"https://arxiv.org/abs/1502.03167"}
+
+
+def small_section(height):
+    figure = Figure(figsize=(1, 1))
+    figure.subplots().plot([1, height])
+    return Section("Small", "![A line](a.png)", {"a.png": figure})
+
+
+def test_what_others_named_is_shown_as_it_is(tmp_path):
+    bad = "<script>x</script> *a* _b_ `c` | [d](e) & \\"
+    runs = {bad: [dataclasses.replace(run("x", (0.5,)), environment=environment(commit=bad))]}
+    runs["y"] = [run("y", (0.5,), **{"data.crop": bad})]
+    write_report(bad, [Section(bad, f"<img src=x> {escape(bad)}")], runs, tmp_path, f"{bad}\n{bad}")
+    page = (tmp_path / "report.html").read_text()
+    shown = "&lt;script&gt;x&lt;/script&gt; *a* _b_ `c` | [d](e) &amp; \\"
+    assert "<script" not in page and "<em>" not in page and "<img" not in page
+    assert f"<title>{shown}</title>" in page
+    for place in ("h1", "h2", "p", "a", "td", "code"):
+        assert re.search(rf"<{place}[^>]*>[^<]*{re.escape(shown)}", page), place
+
+
+def read_all(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+
+def test_a_report_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):
+    runs = results()
+    write_report("first", [small_section(2)], runs, tmp_path, "c")
+    first = read_all(tmp_path)
+
+    def no_space(path, content):
+        if path.name.startswith("report.html"):
+            raise OSError(28, "No space left on device")
+        path.write_text("")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("etils.epath.gpath.PosixGPath.write_bytes", no_space)
+        with pytest.raises(UsageError, match="can't be written: No space left on device"):
+            write_report("second", [small_section(3)], runs, tmp_path, "c")
+    assert read_all(tmp_path) == first
+    write_report("second", [small_section(3)], runs, tmp_path, "c")
+    second = read_all(tmp_path)
+    assert second.keys() == first.keys() and all(second[name] != first[name] for name in first)
+    with pytest.raises(UsageError, match="report in .*a.png can't be written"):
+        write_report("third", [], runs, tmp_path / "a.png", "c")
+
+
+def test_the_same_runs_make_the_same_files(tmp_path):
+    for name in "ab":
+        write_report("t", [small_section(2)], results(), tmp_path / name, "c")
+    assert read_all(tmp_path / "a") == read_all(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        [Section("a", "no plot", {"a.png": Figure()})],
+        [Section("a", "![b](b.png)")],
+        [Section("a", "![b](b.png)", {"b.png": Figure()})] * 2,
+        [Section("a", "![b](../b.png)", {"../b.png": Figure()})],
+    ],
+)
+def test_a_plot_is_shown_once_where_it_is(sections, tmp_path):
+    with pytest.raises(ValueError, match="each is to be shown once"):
+        write_report("t", sections, {}, tmp_path / "new", "c")
+    assert not (tmp_path / "new").exists()
+
+
+# --- How it was made.
+
+
+def test_every_run_is_listed_with_its_end_and_its_time(tmp_path):
+    runs = results()
+    finished = [*runs["BN-x5"][0].metrics, {"step": 30, Workdir.FINISHED: "0123456789abcdef"}]
+    runs["BN-x5"][0] = dataclasses.replace(
+        runs["BN-x5"][0], metrics=finished, environment=environment()
+    )
+    killed = environment() + environment(started="2026-11-21T12:00:00+00:00", ended=None)
+    runs["BN-x30"][1] = dataclasses.replace(
+        run("BN-x30", (0.5,), diverged=True, seed=1), environment=killed
+    )
+    rows = table_of(text := how_it_was_made(runs, tmp_path), "end")
+    assert len(rows) == 10
+    assert rows["BN-x5 (seed 0)"] == ["finished", "2026-11-21 10:00 UTC", "0123456789ab"] + [
+        "30",
+        "10 s",
+        "1 h 30 min",
+    ]
+    assert rows["BN-x30 (seed 1)"][0] == "diverged at step 17"
+    assert rows["BN-x30 (seed 1)"][-1] == "over 1 h 30 min"
+    assert rows["Inception (seed 0)"][:3] == ["not finished", "-", "-"]
+    assert "it was 3 h 0 min" in text and "last ended 2026-11-21 11:30 UTC" in text
+
+
+def test_what_they_were_made_with_is_said_once_if_it_is_the_same(tmp_path):
+    runs = {
+        title: [dataclasses.replace(r, environment=environment()) for r in of_title]
+        for title, of_title in results().items()
+    }
+    text = how_it_was_made(runs, tmp_path)
+    assert "Software: bn\\_keras 1.2, tensorflow 2.21." in text and "Source: commit abc123." in text
+    assert "Machine: EPYC, 2 cores, Linux x86\\_64, trained on CPU." in text
+    assert "not the same" not in text and "no note" not in text
+
+
+@pytest.mark.parametrize(
+    "change, which",
+    [
+        ({"versions": {"bn_keras": "1.3"}}, "Software"),
+        ({"commit": "def456"}, "Source"),
+        ({"commit": None, "modified": None}, "Source"),
+        ({"modified": True}, "Source"),
+        ({"machine": environment()[0]["machine"] | {"cores": 64}}, "Machine"),
+    ],
+)
+def test_where_they_differ_each_is_named(change, which, tmp_path):
+    runs = {
+        title: [dataclasses.replace(r, environment=environment()) for r in of_title]
+        for title, of_title in results().items()
+    }
+    # Begun with the one, and gone on with with the other.
+    both = environment() + environment(**change)
+    runs["BN-x5"][1] = dataclasses.replace(runs["BN-x5"][1], environment=both)
+    text = how_it_was_made(runs, tmp_path)
+    assert re.findall(r"\*\*(\w+): not the same", text) == [which]
+    first, second = re.findall(r"^- .*: (.*\(seed \d\))\.$", text, re.MULTILINE)
+    assert second == "BN-x5 (seed 1)" and first.count("seed") == 10
+
+
+def test_runs_that_noted_nothing_are_named(tmp_path):
+    runs = results()
+    text = how_it_was_made(runs, tmp_path)
+    assert "The runs have no note of the software" in text
+    runs["BN-x5"][0] = dataclasses.replace(runs["BN-x5"][0], environment=environment())
+    text = how_it_was_made(runs, tmp_path)
+    assert "Inception (seed 0), Inception (seed 1), BN-Baseline (seed 0)" in text
+    assert "BN-x5-Sigmoid (seed 1) have no note" in text
+
+
+def test_settings_are_divided_into_what_differs_and_what_does_not(tmp_path):
+    runs = {
+        "Inception": [run("Inception", (0.5,), seed=s) for s in (0, 1)],
+        "BN-x30": [Run("BN-x30", digits_bn_x30.get_config(), [])],
+    }
+    text = how_it_was_made(runs, tmp_path)
+    header = next(line for line in text.splitlines() if "base_rate" in line)
+    assert "`model.` `dropout`" in header and "steps" not in header and "data_dir" not in text
+    rows = table_of(text, "`model.`")
+    assert "0.01" in rows["Inception"] and "0.3" in rows["BN-x30"] and "off" in rows["BN-x30"]
+    train = next(line for line in text.splitlines() if line.startswith("- train:"))
+    assert "`steps` 600" in train and "`momentum` 0.9" in train and "`l2`" not in train
+    # What is off in all of them is not worth a word.
+    assert "mixup" not in text
+
+
+def test_settings_of_other_networks_and_data_are_listed_apart(tmp_path):
+    runs = {"a": [run("a", ())], "b": [run("b", (), **{"data.name": "mnist", "model.name": "mlp"})]}
+    text = how_it_was_made(runs, tmp_path)
+    assert "**inception on digits**" in text and "**mlp on mnist**" in text
+    assert "What differs between" not in text
+    assert "**inception on digits**" not in how_it_was_made({"a": runs["a"]}, tmp_path)
+
+
+def test_a_report_of_no_runs_has_the_command(tmp_path):
+    assert how_it_was_made({}, tmp_path).endswith("## How this was made\n\n    make it\n")

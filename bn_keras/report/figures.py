@@ -41,9 +41,9 @@ def figure_2(results: Results) -> Section:
       UsageError: Inception is missing, or there is no seed that all networks were trained with.
     """
     results = _of_the_five(results)
-    accuracy = Figure(figsize=(7.2, 4.6), layout="constrained")
+    accuracy = Figure(figsize=(6.6, 4.3), layout="constrained")
     _draw_accuracy(accuracy.subplots(), results)
-    loss = Figure(figsize=(7.2, 3.6), layout="constrained")
+    loss = Figure(figsize=(6.6, 3.4), layout="constrained")
     _draw_loss(loss.subplots(), results)
     body = [
         _tell_setting(results),
@@ -216,7 +216,9 @@ def _draw_accuracy(axes: Axes, results: Results) -> None:
 def _draw_loss(axes: Axes, results: Results) -> None:
     bands = {title: _Band.of(runs, "train/loss") for title, runs in results.items()}
     _draw_bands(axes, bands)
-    axes.set(xlabel="training steps", ylabel="training loss", yscale="log")
+    axes.set(xlabel="training steps", ylabel="training loss")
+    if any(band.mean for band in bands.values()):
+        axes.set_yscale("log")
     _label_ends(axes, bands)
 
 
@@ -509,7 +511,7 @@ def _sigmoid_comes_close(networks: Mapping[str, Run], goal: float) -> int:
 
 
 _STATEMENTS = {
-    "BN-Baseline reaches Inception's best accuracy in fewer steps than Inception": _is_sooner(
+    "BN-Baseline reaches Inception's best accuracy in fewer steps than it": _is_sooner(
         "BN-Baseline", _INCEPTION
     ),
     "BN-x5 reaches it in fewer steps than BN-Baseline": _is_sooner("BN-x5", "BN-Baseline"),
@@ -571,14 +573,14 @@ def _tell_order(comparison: _Comparison) -> str:
 
 def _compare_statements(comparison: _Comparison) -> list[str]:
     rows = [
-        (statement, outcome.verdict, f"{outcome.num_seeds} of {len(comparison.by_seed)}")
+        (statement, outcome.verdict, f"{outcome.num_seeds} of {len(comparison.by_seed)} seeds")
         for statement, outcome in _judge(comparison).items()
     ]
     if not rows:
         return []
     return [
         "### What the paper's Figure 3 states, one by one",
-        table(("statement", "here", "seeds in which it holds"), rows, left=2),
+        table(("statement", "here", "holds in"), rows, left=2),
         "*Within the spread of the seeds*: the lines of Figure 2 and the seeds by themselves don't"
         " all say the same.",
     ]

@@ -271,7 +271,7 @@ def _how_it_was_made(results: Results, command: str) -> Section:
 
 
 def _list_runs(named: Iterable[tuple[str, Run]]) -> str:
-    header = ("run", "end", "started", "hash of the weights", "steps", "in steps", "wall time")
+    header = ("run", "end", "started", "hash of the weights", "steps", "in training", "wall time")
     rows = []
     for name, run in named:
         started = [start["started"] for start in run.environment]
