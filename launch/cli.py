@@ -9,6 +9,7 @@ because whoever read the output has gone. docs/launching.md tells users of them.
 import contextlib
 import difflib
 import functools
+import importlib
 import logging as std_logging
 import os
 import pathlib
@@ -138,8 +139,20 @@ def run(
     app.run(act, flags_parser=parse_flags)
 
 
+def import_quietly() -> None:
+    """Imports what tells of itself as it is loaded, in a process that is about to import it."""
+    with _native_stderr_closed():
+        importlib.import_module("bn_keras")
+
+
+def begin_process() -> None:
+    """Makes a process that was started to train beside others tell of it as this one does."""
+    flags.FLAGS.mark_as_parsed()
+    begin_logging()
+
+
 def begin_logging() -> None:
-    """Has this process tell what is ours on one line each; a new process has to call it itself."""
+    """Has this process tell what is ours, on one line each."""
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().setFormatter(

@@ -57,7 +57,7 @@ def main(given: list[str]) -> None:
     steps = sum(config.train.steps for config in trials.values())
     cli.tell({"runs": f"{len(trials)}, of {steps:,} steps in all, in {_WORKDIR.value}"})
     configs = {str(trial): config for trial, config in trials.items()}
-    runs = run_all(configs, _WORKDIR.value, _PARALLEL.value, cli.begin_logging)
+    runs = run_all(configs, _WORKDIR.value, _PARALLEL.value, cli.begin_process)
 
     results = {}
     for trial in trials:
@@ -96,3 +96,5 @@ def _command(given: list[str]) -> str:
 
 if __name__ == "__main__":
     cli.run(main, positional="EXPERIMENT", optional=True)
+elif __name__ == "__mp_main__":  # in a process that trains beside others
+    cli.import_quietly()

@@ -44,7 +44,7 @@ def main() -> None:
             configs[f"{initializer} {base_rate} seed {seed}"] = config
     count = f"{len(configs)}, of {_CONFIG.value.train.steps:,} steps each, in {_WORKDIR.value}"
     cli.tell({"config": cli.describe_config()} | describe(_CONFIG.value) | {"runs": count})
-    runs = run_all(configs, _WORKDIR.value, _PARALLEL.value, cli.begin_logging)
+    runs = run_all(configs, _WORKDIR.value, _PARALLEL.value, cli.begin_process)
     found = iter(runs.values())
 
     rows = []
@@ -62,3 +62,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     cli.run(main)
+elif __name__ == "__mp_main__":  # in a process that trains beside others
+    cli.import_quietly()
