@@ -13,10 +13,9 @@ from bn_keras.errors import UsageError
 from bn_keras.report import published
 from bn_keras.report.page import Section, escape, format_seconds, table
 from bn_keras.report.runs import Results, Run, Spread
+from bn_keras.report.titles import BASELINE, INCEPTION, X5, X5_SIGMOID, X30
 from bn_keras.schedule import PAPER_BATCH_SIZE
 
-# By whose best accuracy the others are measured.
-_INCEPTION = "Inception"
 _ACCURACY = "validation/accuracy"
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and dashes for grey print.
@@ -50,7 +49,7 @@ def figure_2(results: Results) -> Section:
         f"![Validation accuracy of {len(results)} networks against training steps](figure_2.png)",
         f"{_tell_lines(results)} A diamond marks the first evaluation at which a network's line is"
         " as high as the highest point of Inception's, the level of the thin grey line."
-        f"{_tell_published_points(results[_INCEPTION][0])}",
+        f"{_tell_published_points(results[INCEPTION][0])}",
         "![Training loss of the same networks against steps](figure_2_loss.png)",
         "The training loss of the same runs, each point a mean over the steps since the one before"
         f" it.{_tell_dropout(results)}",
@@ -78,7 +77,7 @@ def figure_3(results: Results) -> Section:
         _tell_order(comparison),
         "### Steps and accuracy",
         _compare_numbers(comparison),
-        *_tell_terms(results[_INCEPTION][0], comparison),
+        *_tell_terms(results[INCEPTION][0], comparison),
         *_compare_statements(comparison),
         "### The training of each network",
         _describe_training(results),
@@ -112,9 +111,9 @@ def _after(steps: int | None, batch: int) -> str:
 
 def _of_the_five(results: Results) -> dict[str, Sequence[Run]]:
     """Picks the paper's five networks, in its order; what else was trained is for others."""
-    if not results.get(_INCEPTION):
+    if not results.get(INCEPTION):
         raise UsageError(
-            f"Figures 2 and 3 measure by {_INCEPTION}, of which there is no run: train it beside"
+            f"Figures 2 and 3 measure by {INCEPTION}, of which there is no run: train it beside"
             f" {', '.join(results) or 'the others'}"
         )
     return {title: results[title] for title in published.FIGURE_3 if results.get(title)}
@@ -149,7 +148,7 @@ class _Comparison(NamedTuple):
             theirs = "; ".join(f"{title}: {sorted(of_title)}" for title, of_title in runs.items())
             raise UsageError(f"there is no seed that all networks were trained with: {theirs}")
         by_seed = [{title: runs[title][seed] for title in runs} for seed in seeds]
-        return cls(bands, means, by_seed, max(bands[_INCEPTION].mean, default=math.inf))
+        return cls(bands, means, by_seed, max(bands[INCEPTION].mean, default=math.inf))
 
 
 # --- The plots.
@@ -206,7 +205,7 @@ def _draw_accuracy(axes: Axes, results: Results) -> None:
         worst = min(mean.best_accuracy for mean in means.values())
         bottom = max(0.0, min(1 - 5 * (1 - goal), worst - 0.05))
         axes.set_ylim(bottom, min(axes.get_ylim()[1], 1.0))
-    if _has_published(results[_INCEPTION][0]):
+    if _has_published(results[INCEPTION][0]):
         _draw_published(axes, results)
     axes.set(xlabel="training steps", ylabel="validation accuracy")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -259,13 +258,13 @@ def _draw_diamond(
 
 def _draw_published(axes: Axes, results: Results) -> None:
     """Draws the paper's points as hollow diamonds, at steps of our batch size."""
-    per_step = PAPER_BATCH_SIZE / results[_INCEPTION][0].config.train.global_batch_size
+    per_step = PAPER_BATCH_SIZE / results[INCEPTION][0].config.train.global_batch_size
     for title, style in zip(results, cycle(_STYLES), strict=False):
         network = published.FIGURE_3[title]
         if network.steps:
             goal = published.INCEPTION_ON_IMAGENET
             _draw_diamond(axes, network.steps * per_step, goal, style["color"], full=False)
-        if title == "BN-x30":
+        if title == X30:
             steps, best = published.STEPS_OF_BN_X30, network.best_accuracy
             _draw_diamond(axes, steps * per_step, best, style["color"], full=False)
 
@@ -302,15 +301,13 @@ def _label_ends(axes: Axes, bands: Mapping[str, _Band]) -> None:
 
 
 def _tell_setting(results: Results) -> str:
-    config = results[_INCEPTION][0].config
-    images = config.train.steps * config.train.global_batch_size
+    inception = results[INCEPTION][0]
+    config = inception.config
     text = (
         f"Data: {escape(config.data.name)}. Network: the paper's Figure 5 at"
         f" {config.model.width:g} times its width with the stem for {escape(config.model.stem)}."
-        f" Training: {config.train.steps:,} steps of {config.train.global_batch_size} images,"
-        f" {images:,} in all; the paper trained for 6 million steps (BN-x30) to 31 million"
-        f" (Inception) of {PAPER_BATCH_SIZE}. Inception's learning rate begins at"
-        f" {config.schedule.base_rate:g}, and the others at the paper's multiples of it."
+        f" Training: {_tell_length(inception)} Inception's learning rate begins at"
+        f" {config.schedule.base_rate:g}, and the others' at the paper's multiples of it."
     )
     if config.population.when == "evaluations":
         return (
@@ -321,6 +318,29 @@ def _tell_setting(results: Results) -> str:
     return (
         f"{text} The BN networks are evaluated by moving averages that remember about"
         f" {memory:,.0f} steps (momentum {config.batch_norm.momentum:g})."
+    )
+
+
+def _tell_length(run: Run) -> str:
+    train = run.config.train
+    images = train.steps * train.global_batch_size
+    epochs = ""
+    if run.num_train_examples:
+        epochs = (
+            f", which is {images / run.num_train_examples:,.1f} epochs of"
+            f" {run.num_train_examples:,}"
+        )
+    papers = ", and ".join(
+        f"{title} {steps / 1e6:.0f} million"
+        f" ({steps * PAPER_BATCH_SIZE / published.NUM_TRAIN_EXAMPLES:.0f} epochs)"
+        for title, steps in (
+            (X30, published.STEPS_OF_BN_X30),
+            (INCEPTION, published.FIGURE_3[INCEPTION].steps),
+        )
+    )
+    return (
+        f"{train.steps:,} steps of {train.global_batch_size} images{epochs}. To their best accuracy"
+        f" in the paper, {papers} of {PAPER_BATCH_SIZE} images."
     )
 
 
@@ -375,7 +395,7 @@ def _tell_diverged(results: Results) -> list[str]:
 
 def _compare_numbers(comparison: _Comparison) -> str:
     _, means, by_seed, goal = comparison
-    batch = means[_INCEPTION].config.train.global_batch_size
+    batch = means[INCEPTION].config.train.global_batch_size
     unit = "steps" if batch == PAPER_BATCH_SIZE else f"steps of {batch} images"
     header = (
         "network",
@@ -395,8 +415,8 @@ def _compare_numbers(comparison: _Comparison) -> str:
                 title,
                 _steps(steps, [runs[title].steps_to_accuracy(goal) for runs in by_seed]),
                 f"{paper.steps / 1e6:.1f} million" if paper.steps else "never",
-                _times_fewer(means[_INCEPTION].steps_to_accuracy(goal), steps),
-                _times_fewer(published.FIGURE_3[_INCEPTION].steps, paper.steps),
+                _times_fewer(means[INCEPTION].steps_to_accuracy(goal), steps),
+                _times_fewer(published.FIGURE_3[INCEPTION].steps, paper.steps),
                 f"{best:.1%}" if best else "-",
                 f"{paper.best_accuracy:.1%}",
             )
@@ -499,27 +519,27 @@ def _is_sooner(first: str, second: str) -> _Judge:
 
 def _x30_is_best(networks: Mapping[str, Run], goal: float) -> int:
     best = {title: networks[title].best_accuracy for title in published.FIGURE_3}
-    return _compare(best.pop("BN-x30"), max(best.values()))
+    return _compare(best.pop(X30), max(best.values()))
 
 
 def _sigmoid_never_gets_there(networks: Mapping[str, Run], goal: float) -> int:
-    return 1 if networks["BN-x5-Sigmoid"].steps_to_accuracy(goal) is None else -1
+    return 1 if networks[X5_SIGMOID].steps_to_accuracy(goal) is None else -1
 
 
 def _sigmoid_comes_close(networks: Mapping[str, Run], goal: float) -> int:
-    return _compare(networks["BN-x5-Sigmoid"].best_accuracy, 0.9 * goal)
+    return _compare(networks[X5_SIGMOID].best_accuracy, 0.9 * goal)
 
 
 _STATEMENTS = {
-    "BN-Baseline reaches Inception's best accuracy in fewer steps than it": _is_sooner(
-        "BN-Baseline", _INCEPTION
+    f"{BASELINE} reaches Inception's best accuracy in fewer steps than it": _is_sooner(
+        BASELINE, INCEPTION
     ),
-    "BN-x5 reaches it in fewer steps than BN-Baseline": _is_sooner("BN-x5", "BN-Baseline"),
-    "BN-x30 reaches it in fewer steps than BN-Baseline": _is_sooner("BN-x30", "BN-Baseline"),
-    "BN-x30 reaches it later than BN-x5": _is_sooner("BN-x5", "BN-x30"),
-    "BN-x30 alone has the best accuracy": _x30_is_best,
-    "BN-x5-Sigmoid never reaches Inception's best": _sigmoid_never_gets_there,
-    "BN-x5-Sigmoid gets beyond nine tenths of it (in the paper to 97%)": _sigmoid_comes_close,
+    f"{X5} reaches it in fewer steps than {BASELINE}": _is_sooner(X5, BASELINE),
+    f"{X30} reaches it in fewer steps than {BASELINE}": _is_sooner(X30, BASELINE),
+    f"{X30} reaches it later than {X5}": _is_sooner(X5, X30),
+    f"{X30} alone has the best accuracy": _x30_is_best,
+    f"{X5_SIGMOID} never reaches Inception's best": _sigmoid_never_gets_there,
+    f"{X5_SIGMOID} gets beyond nine tenths of it (in the paper to 97%)": _sigmoid_comes_close,
 }
 
 _AS_IN_THE_PAPER = "as in the paper"

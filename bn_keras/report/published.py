@@ -5,6 +5,8 @@ Source: Ioffe & Szegedy 2015, arXiv 1502.03167, section 4.2.
 
 from typing import NamedTuple
 
+from bn_keras.report.titles import BASELINE, INCEPTION, X5, X5_SIGMOID, X30
+
 CITATION = "[Ioffe & Szegedy 2015](https://arxiv.org/abs/1502.03167)"
 
 
@@ -22,15 +24,18 @@ class Network(NamedTuple):
 
 # Source: Ioffe & Szegedy 2015, Figure 3; the steps and Inception's best are Figure 2's diamonds.
 FIGURE_3 = {
-    "Inception": Network(31_000_000, 0.722),
-    "BN-Baseline": Network(13_300_000, 0.727),
-    "BN-x5": Network(2_100_000, 0.730),
-    "BN-x30": Network(2_700_000, 0.748),
-    "BN-x5-Sigmoid": Network(None, 0.698),
+    INCEPTION: Network(31_000_000, 0.722),
+    BASELINE: Network(13_300_000, 0.727),
+    X5: Network(2_100_000, 0.730),
+    X30: Network(2_700_000, 0.748),
+    X5_SIGMOID: Network(None, 0.698),
 }
 
 # By which the others are measured there.
-INCEPTION_ON_IMAGENET = FIGURE_3["Inception"].best_accuracy
+INCEPTION_ON_IMAGENET = FIGURE_3[INCEPTION].best_accuracy
+
+# Training images of ImageNet: ILSVRC 2012.
+NUM_TRAIN_EXAMPLES = 1_281_167
 
 # Steps after which BN-x30 has its best accuracy. Source: Ioffe & Szegedy 2015, section 4.2.2.
 STEPS_OF_BN_X30 = 6_000_000
