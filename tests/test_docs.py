@@ -1,7 +1,7 @@
 """What README, CONTRIBUTING, CHANGELOG and docs/ show really works.
 
-Blocks are ```python, ```text (output), ```math, and indented ones, which are shell. Of these, and
-of `inline code` that is a command, it is checked by what comes first:
+Blocks are ```python, ```text (output), ```math, and shell, ```sh or indented. Of these, and of
+`inline code` that is a command, it is checked by what comes first:
 
 | Python                 | it runs, a page's blocks in order
 | launch.X               | the command itself parses it: flags, config file, overrides and their
@@ -144,6 +144,7 @@ PLANTED_INLINE = [
 def test_what_is_wrong_is_found():
     texts = [f"As in\n\n    {line}\n" for line in PLANTED_IN_BLOCKS]
     texts += [f"| as in | `{code}` |" for code in PLANTED_INLINE]
+    texts.append("```sh\nmake demmo\n```\n")
     texts.append("```pyhton\nprint()\n```\n")
     counts = {text: len(wrong) for text, wrong in zip(texts, problems(texts), strict=True)}
     assert {text for text, count in counts.items() if count != 1} == set()
@@ -193,21 +194,20 @@ def problems(texts):
 
 def pieces(text, wrong):
     """Commands and inline code: as shown, and as lists of words, "..." where some are left out."""
-    for kind, _ in FENCE.findall(text):
-        if kind not in ("python", "text", "math"):
+    blocks = INDENTED.findall(FENCE.sub("", text))
+    for kind, block in FENCE.findall(text):
+        if kind == "sh":
+            blocks.append(block)
+        elif kind not in ("python", "text", "math"):
             wrong.append(f"a block of unknown kind {kind!r}")
-    text = FENCE.sub("", text)
-    for block in INDENTED.findall(text):
+    for block in blocks:
         lines = shell_lines(block)
-        done = subprocess.run(
-            ["bash", "-n"], input="\n".join(lines), capture_output=True, text=True
-        )
-        if done.returncode:
-            wrong.append(f"{block}: {done.stderr}")
+        if error := run(["bash", "-n"], input="\n".join(lines)):
+            wrong.append(f"{block}: {error}")
             continue
         for line in lines:
             yield from ((line, words) for words in simple_commands(line))
-    for code in INLINE.findall(INDENTED.sub("", text)):
+    for code in INLINE.findall(INDENTED.sub("", FENCE.sub("", text))):
         for shown in alternatives(" ".join(code.replace("\\|", "|").split())):
             if words := words_of_inline(shown):
                 yield shown, words
@@ -222,11 +222,11 @@ def shell_lines(block):
 
 def simple_commands(line):
     """Without what joins them, and without the variables that are set in front of them."""
-    lexer = shlex.shlex(line.replace("2>&1", ""), posix=True, punctuation_chars=";&|<>")
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|")
     lexer.whitespace_split = True
     words = []
     for word in [*lexer, ";"]:
-        if set(word) <= set(";&|<>"):
+        if set(word) <= set(";&|"):
             if words:
                 yield words
             words = []
@@ -250,9 +250,8 @@ def words_of_inline(code):
         return [*shlex.split(code), LEFT_OUT]
     sections = "|".join(default.get_config())
     is_key = re.fullmatch(rf"config(\.\w+)+|({sections})(\.\w+)+", code.partition("=")[0])
-    if code in FILES_OF_A_RUN:
-        return []
     is_ours = re.match(rf"({'|'.join(FOLDERS)})/[\w./]*$|bn_keras(\.\w+)+|\.\[\w+\]$", code)
+    is_key = is_key and code not in FILES_OF_A_RUN
     if is_key or is_ours or re.fullmatch(r"\w+\.py", code):
         return [code]
     return []
