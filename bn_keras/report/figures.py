@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, PercentFormatter
+from matplotlib.ticker import EngFormatter, LogFormatter, PercentFormatter
 
 from bn_keras.errors import UsageError
 from bn_keras.report import published
@@ -218,6 +218,8 @@ def _draw_loss(axes: Axes, results: Results) -> None:
     axes.set(xlabel="training steps", ylabel="training loss")
     if any(band.mean for band in bands.values()):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter())
     _label_ends(axes, bands)
 
 
@@ -270,27 +272,29 @@ def _draw_published(axes: Axes, results: Results) -> None:
 
 
 def _label_ends(axes: Axes, bands: Mapping[str, _Band]) -> None:
-    """Writes each line's name beside its end, the names apart from each other."""
+    """Writes each line's name beside its end, the names above each other as the ends are."""
     axes.figure.canvas.draw()
     to_axes = axes.transData + axes.transAxes.inverted()
     ends = []
     for (title, band), style in zip(bands.items(), cycle(_STYLES), strict=False):
         if band.steps:
             end = band.steps[-1], band.mean[-1]
-            ends.append((to_axes.transform(end)[1], end, title, style["color"]))
-    ends.sort(key=lambda end: end[0])
-    gap = 0.065
-    lowest = -gap
-    for place, (height, end, title, color) in enumerate(ends):
-        still_above = (len(ends) - 1 - place) * gap
-        lowest = max(min(max(height, 0.0), 1 - still_above), lowest + gap)
+            ends.append((*to_axes.transform(end), end, title, style["color"]))
+    ends.sort(key=lambda end: end[1])
+    # The height of a name, and the way from a line's end to it, in parts of the axes.
+    height, way = 0.065, 0.09
+    place = -height
+    for number, (x, y, end, title, color) in enumerate(ends, start=1):
+        still_above = (len(ends) - number) * height
+        place = max(min(max(y, 0.0), 1 - still_above), place + height)
         axes.annotate(
             title,
             end,
-            xytext=(1.05, lowest),
+            xytext=(x + way, place),
             textcoords="axes fraction",
             verticalalignment="center",
             annotation_clip=False,
+            bbox=dict(facecolor="white", edgecolor="none", alpha=0.75, pad=1),
             arrowprops=dict(
                 arrowstyle="-", color=color, linewidth=1, shrinkA=0, shrinkB=1, relpos=(0, 0.5)
             ),
@@ -303,9 +307,10 @@ def _label_ends(axes: Axes, bands: Mapping[str, _Band]) -> None:
 def _tell_setting(results: Results) -> str:
     inception = results[INCEPTION][0]
     config = inception.config
+    width = "" if config.model.width == 1 else f" at {config.model.width:g} times its width"
     text = (
-        f"Data: {escape(config.data.name)}. Network: the paper's Figure 5 at"
-        f" {config.model.width:g} times its width with the stem for {escape(config.model.stem)}."
+        f"Data: {escape(config.data.name)}. Network: the paper's Figure 5{width}, with the stem for"
+        f" {escape(config.model.stem)}."
         f" Training: {_tell_length(inception)} Inception's learning rate begins at"
         f" {config.schedule.base_rate:g}, and the others' at the paper's multiples of it."
     )
@@ -598,9 +603,12 @@ def _compare_statements(comparison: _Comparison) -> list[str]:
     ]
     if not rows:
         return []
+    note = (
+        f"*{_SEEDS_DISAGREE.capitalize()}*: the lines of Figure 2 and the seeds by themselves don't"
+        " all say the same."
+    )
     return [
         "### What the paper's Figure 3 states, one by one",
         table(("statement", "here", "holds in"), rows, left=2),
-        "*Within the spread of the seeds*: the lines of Figure 2 and the seeds by themselves don't"
-        " all say the same.",
+        *([note] if any(_SEEDS_DISAGREE in row for row in rows) else []),
     ]
