@@ -404,8 +404,9 @@ def parsed(commands):
 
 
 def problem_of_config(config):
+    config = ConfigDict(config)
     try:
-        check_config(config := ConfigDict(config))
+        check_config(config)
         make_schedule(config, num_train_examples=1000)
     except UsageError as error:
         return str(error)
