@@ -15,5 +15,6 @@ def small_mlp(**overrides):
     config.checkpoint.every_steps = 25
     config.batch_norm.momentum = 0.9
     config.schedule.base_rate = 0.5
+    config.record.layer = ""
     config.update_from_flattened_dict(overrides)
     return config

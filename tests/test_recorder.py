@@ -141,7 +141,7 @@ RECORD = {"record.layer": "sigmoid_2", "record.every_steps": 7, "record.num_exam
 def test_training_does_not_notice_and_a_resumed_run_records_the_same(tmp_path, monkeypatch):
     """Two replicas whose moving statistics differ, and are merged at the loops' ends alone."""
     unrecorded, recorded = tmp_path / "unrecorded", tmp_path / "recorded"
-    train_and_evaluate(small_mlp(**TWO_REPLICAS, **SHORT, **{"record.layer": ""}), unrecorded)
+    train_and_evaluate(small_mlp(**TWO_REPLICAS, **SHORT), unrecorded)
 
     def lines(workdir, name):
         return [line for line in Workdir(workdir).read_metrics() if name in line]
