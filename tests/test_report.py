@@ -565,7 +565,7 @@ def test_every_run_is_listed_with_its_end_and_its_time(tmp_path):
     )
     rows = table_of(text := how_it_was_made(runs, tmp_path), "end")
     assert len(rows) == 10
-    assert rows["BN-x5 (seed 0)"] == ["finished", "2026-11-21 10:00 UTC", "0123456789ab"] + [
+    assert rows["BN-x5 (seed 0)"] == ["finished", "2026-11-21 10:00", "0123456789ab"] + [
         "30",
         "10 s",
         "1 h 30 min",
@@ -573,7 +573,7 @@ def test_every_run_is_listed_with_its_end_and_its_time(tmp_path):
     assert rows["BN-x30 (seed 1)"][0] == "diverged at step 17"
     assert rows["BN-x30 (seed 1)"][-1] == "over 1 h 30 min"
     assert rows["Inception (seed 0)"][:3] == ["not finished", "-", "-"]
-    assert "it was 3 h 0 min" in text and "last ended 2026-11-21 11:30 UTC" in text
+    assert "it was 3 h 0 min" in text and "last ended 2026-11-21 11:30." in text
 
 
 def test_what_they_were_made_with_is_said_once_if_it_is_the_same(tmp_path):
@@ -627,14 +627,20 @@ def test_settings_are_divided_into_what_differs_and_what_does_not(tmp_path):
         "BN-x30": [Run("BN-x30", digits_bn_x30.get_config(), [])],
     }
     text = how_it_was_made(runs, tmp_path)
-    header = next(line for line in text.splitlines() if "base_rate" in line)
-    assert "`model.` `dropout`" in header and "steps" not in header and "data_dir" not in text
-    rows = table_of(text, "`model.`")
-    assert "0.01" in rows["Inception"] and "0.3" in rows["BN-x30"] and "off" in rows["BN-x30"]
+    rows = table_of(text, "settings")
+    assert "`schedule.base_rate` 0.01" in rows["Inception"][0] and "data_dir" not in text
+    assert "`schedule.base_rate` 0.3" in rows["BN-x30"][0]
+    assert "`model.local_response_normalization` off" in rows["BN-x30"][0]
+    assert "steps" not in rows["Inception"][0]
     train = next(line for line in text.splitlines() if line.startswith("- train:"))
     assert "`steps` 600" in train and "`momentum` 0.9" in train and "`l2`" not in train
     # What is off in all of them is not worth a word.
     assert "mixup" not in text
+    runs["again"] = runs["Inception"]
+    runs["one longer"] = [run("x", (), **{"train.steps": n}) for n in (600, 900)]
+    rows = table_of(how_it_was_made(runs, tmp_path), "settings")
+    assert rows["again"] == ["as the first"]
+    assert rows["one longer"] == ["`train.steps` 600 or 900"]
 
 
 def test_settings_of_other_networks_and_data_are_listed_apart(tmp_path):

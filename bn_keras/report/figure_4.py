@@ -164,7 +164,8 @@ def _tell_terms(rows: Iterable[Mapping[str, object]]) -> str:
     members = [row for row in rows if row["models"] == 1 and row["crops"] == 1]
     scales, squares, windows, mirrors = members[0]["cut"]
     text = (
-        f"The {len(members)} networks are BN-x30 with the changes of section 4.2.3; *one network*"
+        f"The {len(members)} networks are BN-x30 with the changes of section 4.2.3, evaluated as"
+        " they were at the end of their training, when this report was made; *one network*"
         " is the mean over them, with the fewest and the most errors in brackets. The"
         " probabilities that crops and networks give are averaged."
         f" There are {members[0]['examples']:,} validation images, each counted once."

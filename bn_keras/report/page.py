@@ -256,9 +256,9 @@ def _how_it_was_made(results: Results, command: str) -> Section:
     parts = ["\n".join(f"    {line}" for line in command.splitlines())]
     if named:
         parts += [
-            "Every number and curve of ours is computed from what the runs wrote: each one's folder"
-            " holds its `config.json` with all of its settings, its `metrics.jsonl` and its"
-            " `environment.json`.",
+            "Every number and curve of ours, but where it is said otherwise, is computed from what"
+            " the runs wrote: each one's folder holds its `config.json` with all of its settings,"
+            " its `metrics.jsonl` and its `environment.json`.",
             "### The runs",
             _list_runs(named),
             _tell_time([run for _, run in named]),
@@ -271,7 +271,15 @@ def _how_it_was_made(results: Results, command: str) -> Section:
 
 
 def _list_runs(named: Iterable[tuple[str, Run]]) -> str:
-    header = ("run", "end", "started", "hash of the weights", "steps", "in training", "wall time")
+    header = (
+        "run",
+        "end",
+        "started (UTC)",
+        "hash of the weights",
+        "steps",
+        "in training",
+        "wall time",
+    )
     rows = []
     for name, run in named:
         started = [start["started"] for start in run.environment]
@@ -280,7 +288,7 @@ def _list_runs(named: Iterable[tuple[str, Run]]) -> str:
             (
                 name,
                 _end(run),
-                _date(started[0]) if started else "-",
+                _moment(started[0]) if started else "-",
                 final.get(Workdir.FINISHED, "-")[:12],
                 f"{final.get('step', 0):,}",
                 format_seconds(run.seconds),
@@ -316,15 +324,15 @@ def _tell_time(runs: Sequence[Run]) -> str:
         text += (
             f"; with the tracing and compiling of their programs, the evaluations and the"
             f" checkpoints it was {wall}, runs side by side counted one by one. The first was"
-            f" started {_date(min(start['started'] for start in starts))}, the last ended"
-            f" {_date(max(ends))}"
+            f" started {_moment(min(start['started'] for start in starts))} UTC, the last ended"
+            f" {_moment(max(ends))}"
         )
     return text + "."
 
 
-def _date(text: str) -> str:
+def _moment(text: str) -> str:
     moment = datetime.datetime.fromisoformat(text).astimezone(datetime.UTC)
-    return f"{moment:%Y-%m-%d %H:%M} UTC"
+    return f"{moment:%Y-%m-%d %H:%M}"
 
 
 def _tell_environment(named: Sequence[tuple[str, Run]]) -> list[str]:
@@ -392,13 +400,13 @@ def _compare_settings(results: Results) -> list[str]:
     paragraphs = []
     differing = [key for key, different in values.items() if len(different) > 1]
     if differing:
-        # In two parts, between which a narrow column breaks the line.
-        header = ["run", *(f"`{key.replace('.', '.` `')}`" for key in differing)]
-        rows = [
-            [escape(title), *(", ".join(_values(of_title, key)) for key in differing)]
-            for title, of_title in settings.items()
+        first = next(iter(settings.values()))
+        rows = [(escape(title), _tell_values(s, differing, first)) for title, s in settings.items()]
+        paragraphs += [
+            "What differs between the runs: of the first all of these settings, of the others those"
+            " that are not as in the first.",
+            table(("run", "settings"), rows, left=2),
         ]
-        paragraphs += ["What differs between the runs:", table(header, rows, left=len(header))]
     common: dict[str, list[str]] = {}
     for key, (value, *others) in values.items():
         section, _, name = key.rpartition(".")
@@ -409,6 +417,16 @@ def _compare_settings(results: Results) -> list[str]:
     return [*paragraphs, "\n".join(lines)]
 
 
+_Settings = Sequence[Mapping[str, object]]
+
+
+def _tell_values(of_title: _Settings, keys: Iterable[str], first: _Settings) -> str:
+    """Gives the settings of a title's runs; but for the first title, where they differ from it."""
+    told = {key: _values(of_title, key) for key in keys}
+    differing = [key for key in told if of_title is first or told[key] != _values(first, key)]
+    return ", ".join(f"`{key}` {' or '.join(told[key])}" for key in differing) or "as the first"
+
+
 def _flatten(config: Mapping, section: str = "") -> Iterator[tuple[str, object]]:
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -417,7 +435,7 @@ def _flatten(config: Mapping, section: str = "") -> Iterator[tuple[str, object]]
             yield f"{section}{key}", value
 
 
-def _values(settings: Iterable[Mapping[str, object]], key: str) -> list[str]:
+def _values(settings: _Settings, key: str) -> list[str]:
     """Gives the different values of a setting, as they are shown."""
     return list(dict.fromkeys(_value(of_run.get(key)) for of_run in settings))
 
