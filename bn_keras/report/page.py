@@ -221,6 +221,7 @@ code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono",
 pre { overflow-x: auto; padding: .75rem 1rem; background: #f5f5f5; border-radius: 4px;
   line-height: 1.4; }
 pre code { overflow-wrap: normal; }
+@media (max-width: 40rem) { table:has(th:nth-child(4)) { min-width: 38rem; } }
 @media print {
   @page { margin: 16mm; }
   body { max-width: none; margin: 0; padding: 0; font-size: 10pt; }
