@@ -42,7 +42,9 @@ from bn_keras.workdir import Workdir
 
 HOLDS = "holds"
 FAILS = "does not hold here"
-UNDECIDED = "within the spread of the seeds"
+WITHIN_SPREAD = "within the spread of the seeds"
+# For a reason that the note tells.
+UNDECIDED = "undecided"
 NOT_RUN = "not run"
 
 # An accuracy below so many times that of guessing is at chance.
@@ -56,7 +58,7 @@ class Finding(NamedTuple):
 
     Attributes:
       measured: Markdown, on one line.
-      verdict: HOLDS, FAILS, UNDECIDED or NOT_RUN.
+      verdict: HOLDS, FAILS, WITHIN_SPREAD, UNDECIDED or NOT_RUN.
       note: what in the runs' settings may have to do with it, where it doesn't hold; Markdown.
     """
 
@@ -96,10 +98,11 @@ def claims(results: Results) -> Section:
         for claim, finding in findings.items()
     ]
     verdicts = [finding.verdict for finding in findings.values()]
-    counts = {verdict: verdicts.count(verdict) for verdict in (HOLDS, FAILS, UNDECIDED, NOT_RUN)}
+    kinds = (HOLDS, FAILS, WITHIN_SPREAD, UNDECIDED, NOT_RUN)
+    counts = {verdict: verdicts.count(verdict) for verdict in kinds}
     plots = _draw_plots(results)
     body = [
-        f"Of {len(rows)} sentences: {', '.join(f'{n} {v}' for v, n in counts.items() if n)}.",
+        f"{len(rows)} sentences; {'; '.join(f'{v}: {n}' for v, n in counts.items() if n)}.",
         table(("section", "what is said", "what was measured", "verdict"), rows, left=4),
         *(f"![{text}]({name})" for name, (text, _) in plots.items()),
         "### How a verdict comes about",
@@ -143,9 +146,13 @@ def _steps(*runs: Run) -> int:
     return min(run.config.train.steps for run in runs)
 
 
+def _has_diverged(run: Run, until: int) -> bool:
+    return run.diverged_at is not None and run.diverged_at <= until
+
+
 def _accuracy(run: Run, until: int) -> float:
     """Gives the best validation accuracy up to a step; 0 if the run diverged by then."""
-    if run.diverged_at and run.diverged_at <= until:
+    if _has_diverged(run, until):
         return 0.0
     points = dict(zip(*run.curve("validation/accuracy"), strict=True))
     if until not in points:
@@ -176,28 +183,30 @@ class _Group(NamedTuple):
       title: of the network.
       accuracies: one a seed; 0 where it diverged.
       standard_error: the highest of those of its accuracies.
+      num_diverged: how many seeds did.
     """
 
     title: str
     accuracies: list[float]
     standard_error: float
+    num_diverged: int
 
     @classmethod
     def of(cls, runs: Sequence[Run], until: int) -> "_Group":
         accuracies = [_accuracy(run, until) for run in runs]
-        errors = map(_standard_error, runs, accuracies)
-        return cls(runs[0].title, accuracies, max(errors))
+        error = max(map(_standard_error, runs, accuracies))
+        return cls(runs[0].title, accuracies, error, sum(_has_diverged(r, until) for r in runs))
 
     @property
     def spread(self) -> float:
         return max(self.accuracies) - min(self.accuracies)
 
     def __str__(self) -> str:
-        diverged = self.accuracies.count(0.0)
-        if diverged == len(self.accuracies):
-            return f"{escape(self.title)} diverged"
-        note = f", {diverged} of {len(self.accuracies)} diverged" if diverged else ""
-        return f"{escape(self.title)} {Spread.of(self.accuracies):.1%}{note}"
+        count, title = len(self.accuracies), escape(self.title)
+        if self.num_diverged == count:
+            return f"{title} diverged"
+        note = f", {self.num_diverged} of {count} diverged" if self.num_diverged else ""
+        return f"{title} {Spread.of(self.accuracies):.1%}{note}"
 
 
 def margin_of(groups: Sequence[_Group]) -> float | None:
@@ -227,7 +236,8 @@ class _Comparison(NamedTuple):
     @property
     def verdict(self) -> str:
         """Whether the first is better."""
-        return {1: HOLDS, 0: UNDECIDED, -1: FAILS}[self.sign]
+        undecided = UNDECIDED if self.margin is None else WITHIN_SPREAD
+        return {1: HOLDS, 0: undecided, -1: FAILS}[self.sign]
 
     @property
     def resolution(self) -> str:
@@ -245,12 +255,18 @@ def _compare(results: Results, title: str, other: str) -> _Comparison:
     first, second = groups = [_Group.of(of_title, step) for of_title in runs]
     margin = margin_of(groups)
     measured = f"by step {step:,}: {first}, {second}"
+    if margin is not None:
+        measured += f"; margin {_points(margin)}"
+    ahead = min(first.accuracies) - max(second.accuracies)
+    behind = min(second.accuracies) - max(first.accuracies)
+    return _Comparison(measured, _sign(max(ahead, 0) - max(behind, 0), margin), margin)
+
+
+def _sign(difference: float, margin: float | None) -> int:
+    """Gives that of a difference that is more than the margin, else 0."""
     if margin is None:
-        return _Comparison(measured, 0, margin)
-    is_better = min(first.accuracies) - max(second.accuracies) > margin
-    is_worse = min(second.accuracies) - max(first.accuracies) > margin
-    measured += f"; margin {_points(margin)}"
-    return _Comparison(measured, is_better - is_worse, margin)
+        return 0
+    return (difference > margin) - (difference < -margin)
 
 
 def _points(difference: float) -> str:
@@ -314,14 +330,17 @@ def _helps(change: str, results: Results) -> Finding:
 def _does_no_harm(change: str, results: Results) -> Finding:
     """BN-x5 is not worse than with the change taken back."""
     found = _compare(results, X5, ABLATIONS[change])
-    verdict = UNDECIDED if found.margin is None else FAILS if found.sign < 0 else HOLDS
-    return Finding(found.measured, verdict, _setting(change, results))
+    verdict = HOLDS if found.verdict == WITHIN_SPREAD else found.verdict
+    note = f"{_setting(change, results)} {found.resolution}"
+    return Finding(found.measured, verdict, note)
 
 
 def _setting(change: str, results: Results) -> str:
-    """Says what the change amounts to in these runs."""
+    """Says what a change amounts to in these runs, if they tell that."""
     runs, other = _runs(results, X5), _runs(results, ABLATIONS[change])[0]
     run = runs[0]
+    if change == "lrn" or any(each.diverged_at for each in (*runs, other)):
+        return ""
     examples = run.config.train.steps * run.config.train.global_batch_size
     epochs = examples / run.num_train_examples if run.num_train_examples else 0
     length = f"The runs are {epochs:.1f} epochs long" if epochs else "The runs are short"
@@ -366,9 +385,8 @@ def _initialization(results: Results) -> Finding:
     if ends[INCEPTION].high < CHANCE_FACTOR * _chance(runs[INCEPTION][0]):
         note = "Inception is at chance this early with any of the factors."
         return Finding(measured, UNDECIDED, note)
-    if margin is None or abs(inception - baseline) <= margin:
-        return Finding(measured, UNDECIDED)
-    return Finding(measured, HOLDS if inception > baseline else FAILS)
+    found = _Comparison(measured, _sign(inception - baseline, margin), margin)
+    return Finding(found.measured, found.verdict, found.resolution)
 
 
 def _sweep(results: Results, title: str) -> dict[float, Spread]:
@@ -556,6 +574,8 @@ def _tell_rules(results: Results) -> str:
         " among so many lines, a single one that is just beyond its margin says little.",
         "That a change does no harm holds unless the network is better, in this sense, with the"
         " change taken back.",
+        "A difference that is less than its margin is within the spread of the seeds. Between one"
+        " seed and one it is undecided.",
         f"At chance is less than {CHANCE_FACTOR:g} times the accuracy of guessing. A network"
         " diverges if its loss or a weight is no longer finite, which ends the run. It trains if no"
         " seed does either.",
@@ -572,7 +592,7 @@ def _tell_notes(findings: Mapping[Claim, Finding]) -> list[str]:
     notes = [
         f"- *{claim.sentence}* ({finding.verdict}): {finding.note.strip()}"
         for claim, finding in findings.items()
-        if finding.verdict in (FAILS, UNDECIDED) and finding.note.strip()
+        if finding.verdict not in (HOLDS, NOT_RUN) and finding.note.strip()
     ]
     if not notes:
         return []
@@ -610,7 +630,9 @@ def _tabulate_invariance() -> str:
             max(_deviations(part, epsilon=epsilon, factor=factor, dtype=dtype))
             for dtype, part in columns
         ]
-        rows.append([f"{epsilon:g}", f"{factor:g}", *(f"{value:.0e}" if value else "0" for value in worst)])
+        rows.append(
+            [f"{epsilon:g}", f"{factor:g}", *(f"{value:.0e}" if value else "0" for value in worst)]
+        )
     return table(header, rows, left=0)
 
 
