@@ -289,16 +289,25 @@ def _outcomes(runs: Sequence[Run]) -> str:
 
 def _diverges(title: str, results: Results) -> Finding:
     """Every seed's loss or weights stop being finite."""
-    runs = _runs(results, title)
-    rate = _runs(results, INCEPTION)[0].config.schedule.base_rate
-    note = (
-        f"Inception's rate is {rate:g} here and 0.0015 in the paper; how far each lies below the"
-        " highest with which Inception trains need not be the same."
-    )
+    runs, note = _runs(results, title), _tell_rate(results)
     if all(run.diverged_at or _is_at_chance(run) for run in runs):
         note += " At this one it does not train here either, but stays at chance."
     verdict = HOLDS if all(run.diverged_at for run in runs) else FAILS
     return Finding(_outcomes(runs), verdict, note)
+
+
+def _is_too_high(title: str, results: Results) -> Finding:
+    """Inception is better at its own rate."""
+    found = _compare(results, INCEPTION, title)
+    return Finding(found.measured, found.verdict, f"{_tell_rate(results)} {found.resolution}")
+
+
+def _tell_rate(results: Results) -> str:
+    rate = _runs(results, INCEPTION)[0].config.schedule.base_rate
+    return (
+        f"Inception's rate is {rate:g} here and 0.0015 in the paper; how far each lies below the"
+        " highest with which Inception trains need not be the same."
+    )
 
 
 def _stays_at_chance(title: str, results: Results) -> Finding:
@@ -513,7 +522,7 @@ CLAIMS = (
     Claim(
         "3.3",
         "Without BN, 5 times the rate is worse than Inception's own",
-        partial(_is_better, INCEPTION, INCEPTION_X5),
+        partial(_is_too_high, INCEPTION_X5),
     ),
     Claim(
         "1",
