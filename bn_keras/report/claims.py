@@ -338,10 +338,8 @@ def _helps(change: str, results: Results) -> Finding:
 
 def _does_no_harm(change: str, results: Results) -> Finding:
     """BN-x5 is not worse than with the change taken back."""
-    found = _compare(results, X5, ABLATIONS[change])
-    verdict = HOLDS if found.verdict == WITHIN_SPREAD else found.verdict
-    note = f"{_setting(change, results)} {found.resolution}"
-    return Finding(found.measured, verdict, note)
+    found = _helps(change, results)
+    return found._replace(verdict=HOLDS) if found.verdict == WITHIN_SPREAD else found
 
 
 def _setting(change: str, results: Results) -> str:
@@ -357,9 +355,9 @@ def _setting(change: str, results: Results) -> str:
         training = Spread.of(run.curve("train/accuracy")[1][-1] for run in runs)
         validation = Spread.of(run.curve("validation/accuracy")[1][-1] for run in runs)
         return (
-            f"{length}. At its end BN-x5 has {training.mean:.1%} on training images and"
-            f" {validation.mean:.1%} on validation images: the less the first is above the second,"
-            " the less there is for regularization to act against."
+            f"{length}. At its end BN-x5 has {training.mean:.1%} on training images, distorted as it"
+            f" sees them, and {validation.mean:.1%} on validation images: the less the first is"
+            " above the second, the less there is for regularization to act against."
         )
     if change == "decay":
         ends = [f"{_rate_kept(each):.2g}" for each in (run, other)]
