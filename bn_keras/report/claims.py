@@ -355,8 +355,8 @@ def _setting(change: str, results: Results) -> str:
         training = Spread.of(run.curve("train/accuracy")[1][-1] for run in runs)
         validation = Spread.of(run.curve("validation/accuracy")[1][-1] for run in runs)
         return (
-            f"{length}. At its end BN-x5 has {training.mean:.1%} on training images, distorted as it"
-            f" sees them, and {validation.mean:.1%} on validation images: the less the first is"
+            f"{length}. At its end BN-x5 has {training.mean:.1%} on training images, distorted as"
+            f" it sees them, and {validation.mean:.1%} on validation images: the less the first is"
             " above the second, the less there is for regularization to act against."
         )
     if change == "decay":
