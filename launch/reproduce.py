@@ -32,6 +32,7 @@ _PARALLEL = cli.define_parallel()
 _WORKDIR = cli.define_workdir("Folder of the report, with a folder for each run.")
 
 _DEFAULT = ["figure2", "figure3"]
+_TITLE = "The paper's experiments, made again"
 
 
 def main(given: list[str]) -> None:
@@ -73,17 +74,12 @@ def main(given: list[str]) -> None:
         "claims": report.claims,
     }
     sections = [make[name](results) for name in names]
-    report.write_report(_title(), sections, results, _WORKDIR.value, _command(given))
+    report.write_report(_TITLE, sections, results, _WORKDIR.value, _command(given))
     for section in sections:
         text = re.sub(r"^!\[.*\n?", "", section.body, flags=re.MULTILINE)
         print(f"\n{section.title}\n\n{text.strip()}")
     print(f"\nThe report is {_WORKDIR.value}/report.html, and report.md with its plots beside it.")
     cli.tell({"look": f"tensorboard --logdir={_WORKDIR.value}"})
-
-
-def _title() -> str:
-    size = {"imagenet": "at its own size"}.get(_SCALE.value, f"in miniature: {_SCALE.value}")
-    return f"The paper's experiments {size}"
 
 
 def _command(given: list[str]) -> str:
