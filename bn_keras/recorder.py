@@ -64,8 +64,12 @@ class Recorder:
         stack = tf.function(lambda parts: strategy.run(tf.stack, args=(parts,)), autograph=False)
         self._batches = stack(list(batches))
         self._seen = _Seen()
+        # Raised only here: TensorFlow does not recover from what a replica raises in its trace.
+        self._error = ""
         with _observed(_find_layer(model, layer), self._seen):
             self._take_all = tf.function(self._values, autograph=False).get_concrete_function()
+        if self._error:
+            raise UsageError(self._error)
 
     def __call__(self) -> dict[str, float]:
         """Gives "record/15" and so on, of the network as it is now; NaN where it isn't finite."""
@@ -93,17 +97,24 @@ class Recorder:
         with keras.StatelessScope():
             self._model(batches[index], training=True)
         inputs = self._seen.inputs
+        self._error = self._find_error(inputs)
+        if self._error:
+            return tf.zeros([1])
+        return tf.reshape(tf.cast(inputs[..., self._unit], tf.float32), [-1])
+
+    def _find_error(self, inputs: object) -> str:
+        """Says what keeps the unit from being recorded; "" if nothing does."""
         if not isinstance(inputs, tf.Tensor):
-            raise UsageError(
+            return (
                 f"record.layer is {self._layer!r}, which isn't called with one tensor: name a layer"
                 " before or behind it"
             )
         if not 0 <= self._unit < inputs.shape[-1]:
-            raise UsageError(
+            return (
                 f"record.unit is {self._unit}, but what comes into {self._layer!r} has"
                 f" {inputs.shape[-1]} units: give one from 0 to {inputs.shape[-1] - 1}"
             )
-        return tf.reshape(tf.cast(inputs[..., self._unit], tf.float32), [-1])
+        return ""
 
 
 def open_recorder(config: ConfigDict, data: Data, trainer: Trainer) -> Recorder | None:

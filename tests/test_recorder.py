@@ -187,6 +187,16 @@ def test_a_layer_or_a_unit_that_is_not_there(layer, unit, message):
     assert "\n" not in str(caught.value)
 
 
+def test_replicas_go_on_after_a_layer_that_can_not_be_recorded(two_replicas):
+    model = mlp(two_replicas)
+    with pytest.raises(UsageError, match="record.layer is 'images'"):
+        record(model, two_replicas, images(1, 8, 5), "images")
+    # TensorFlow would refuse variables from here on, had a replica raised that.
+    with two_replicas.scope():
+        keras.Variable(0.0, synchronization="on_read", aggregation="only_first_replica")
+    assert record(mlp(two_replicas), two_replicas, images(1, 8, 5), "sigmoid_2")
+
+
 def test_nothing_is_written_by_a_run_whose_layer_is_not_there(tmp_path):
     with pytest.raises(UsageError, match="record.layer is 'sigmoid_4'"):
         train_and_evaluate(small_mlp(**{"record.layer": "sigmoid_4"}), tmp_path / "run")
