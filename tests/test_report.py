@@ -340,6 +340,18 @@ def test_lines_are_the_means_and_diamonds_stand_on_them():
     assert curves == [[[10, 2.0], [20, 1.0]]] * 5
 
 
+def test_diamonds_on_each_other_are_all_seen():
+    section = figure_2(results(BN_x5=[(0.1, 0.91), (0.1, 0.91)]))
+    (axes,) = section.plots["figure_2.png"].axes
+    sizes = {
+        line.get_color(): line.get_markersize()
+        for line in axes.lines
+        if line.get_marker() == "D" and line.get_xdata()[0] == 20
+    }
+    x5, x30 = sizes.values()
+    assert x5 > x30
+
+
 def test_the_papers_points_are_drawn_where_they_can_be_compared():
     def diamonds(**settings):
         runs = {title: [run(title, c[0], **settings)] for title, c in CURVES.items()}
@@ -494,10 +506,17 @@ def test_what_others_named_is_shown_as_it_is(tmp_path):
     bad = "<script>x</script> *a* _b_ `c` | [d](e) & \\"
     runs = {bad: [dataclasses.replace(run("x", (0.5,)), environment=environment(commit=bad))]}
     runs["y"] = [run("y", (0.5,), **{"data.crop": bad})]
-    write_report(bad, [Section(bad, f"<img src=x> {escape(bad)}")], runs, tmp_path, f"{bad}\n{bad}")
+    write_report(
+        bad,
+        [Section(bad, f"<img src=x> {escape(bad)}\n\n<div>y</div>")],
+        runs,
+        tmp_path,
+        f"{bad}\n{bad}",
+    )
     page = (tmp_path / "report.html").read_text()
     shown = "&lt;script&gt;x&lt;/script&gt; *a* _b_ `c` | [d](e) &amp; \\"
     assert "<script" not in page and "<em>" not in page and "<img" not in page
+    assert "&lt;div&gt;y&lt;/div&gt;" in page
     assert f"<title>{shown}</title>" in page
     for place in ("h1", "h2", "p", "a", "td", "code"):
         assert re.search(rf"<{place}[^>]*>[^<]*{re.escape(shown)}", page), place
