@@ -4,7 +4,7 @@ Those that are named, or figure2 and figure3. What is finished is not run again,
 and what was stopped goes on.
 
 Example:
-  python -m launch.reproduce figure2 figure3 --scale=digits --workdir=runs/digits
+  python -m launch.reproduce figure3 claims --scale=digits --workdir=runs/digits
 """
 
 import dataclasses
