@@ -110,7 +110,7 @@ def run(
       make_help: gives what --help prints, from the arguments; else that is the command's docstring
         and its flags.
     """
-    begin_logging()
+    _begin_logging()
     # A flag may stand behind the arguments, too.
     flags.FLAGS.set_gnu_getopt(True)
 
@@ -148,18 +148,16 @@ def import_quietly() -> None:
 def begin_process() -> None:
     """Makes a process that was started to train beside others tell of it as this one does."""
     flags.FLAGS.mark_as_parsed()
-    begin_logging()
+    _begin_logging()
+    _leave_out_others()
 
 
-def begin_logging() -> None:
-    """Has this process tell what is ours, on one line each."""
+def _begin_logging() -> None:
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().setFormatter(
         std_logging.Formatter("%(levelname).1s %(asctime)s %(message)s", "%m-%d %H:%M:%S")
     )
-    std_logging.getLogger("tensorflow").setLevel(std_logging.ERROR)
-    logging.get_absl_logger().addFilter(_is_ours)
 
 
 def fail(reason: object, status: int) -> NoReturn:
@@ -183,6 +181,7 @@ def _on_tensorflow(main: Callable[[], None]) -> None:
             )
     except ImportError as error:
         raise CommandError(str(error)) from None
+    _leave_out_others()
 
     try:
         main()
@@ -207,6 +206,11 @@ def _on_tensorflow(main: Callable[[], None]) -> None:
             f"the bucket can't be reached ({error.message}): see whether it is there, and log in by"
             " `gcloud auth application-default login`"
         ) from None
+
+
+def _leave_out_others() -> None:
+    std_logging.getLogger("tensorflow").setLevel(std_logging.ERROR)
+    logging.get_absl_logger().addFilter(_is_ours)
 
 
 def _is_ours(record: std_logging.LogRecord) -> bool:

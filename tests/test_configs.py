@@ -7,7 +7,14 @@ import pytest
 
 from bn_keras import models
 from bn_keras.models import BNInception, inception
-from configs import bn_x30_ensemble, default, digits_bn_x30_ensemble, digits_inception, networks
+from configs import (
+    bn_x30_ensemble,
+    cifar10_bn_x30_ensemble,
+    default,
+    digits_bn_x30_ensemble,
+    digits_inception,
+    networks,
+)
 
 CONFIGS = pathlib.Path(default.__file__).parent
 NAMES = sorted(p.stem for p in CONFIGS.glob("*.py") if "def get_config(" in p.read_text())
@@ -27,7 +34,7 @@ def shape_of(config):
 
 def test_all_that_are_promised_are_there():
     miniatures = {f"{d}_{n}" for d in ("digits", "cifar10") for n in networks.NETWORKS}
-    ensembles = {"bn_x30_ensemble", "digits_bn_x30_ensemble"}
+    ensembles = {f"{scale}bn_x30_ensemble" for scale in ("", "cifar10_", "digits_")}
     promised = {"default", *networks.NETWORKS, "mnist_baseline", "mnist_bn"}
     promised |= miniatures | ensembles
     assert promised <= set(NAMES)
@@ -97,7 +104,9 @@ def test_mnist_is_section_4_1():
     assert bn.to_dict() == baseline.to_dict()
 
 
-@pytest.mark.parametrize("module", [bn_x30_ensemble, digits_bn_x30_ensemble])
+@pytest.mark.parametrize(
+    "module", [bn_x30_ensemble, cifar10_bn_x30_ensemble, digits_bn_x30_ensemble]
+)
 def test_members_of_the_ensemble_are_bn_x30_but_for_their_changes(module):
     base = load(module.__name__.removeprefix("configs.").removesuffix("_ensemble")).to_dict()
     members = [module.get_config(str(i)).to_dict() for i in range(1, 7)]
