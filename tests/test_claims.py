@@ -11,7 +11,8 @@ from small import small_mlp
 from bn_keras.data import pipeline
 from bn_keras.report import Run, invariance, titles, write_report
 from bn_keras.report import claims as report_on
-from bn_keras.report.claims import CLAIMS, _Group, _measured_invariance, find, margin_of
+from bn_keras.report.margins import Group, margin_of
+from bn_keras.report.sentences import CLAIMS, find
 from bn_keras.trainer import make_trainer
 from bn_keras.workdir import Workdir
 from configs import cifar10_inception, claims, digits_inception, inception, networks
@@ -352,12 +353,12 @@ def test_moving_statistics_are_compared_at_the_same_weights():
 
 
 def test_how_often_the_rule_finds_a_difference_where_there_is_none():
-    """What the report says of it: up to one time in seven."""
+    """What the report says of it: in up to one of seven comparisons."""
     draw = random.Random(0)
 
     def differ():
         groups = [
-            _Group("", [draw.gauss(0.5, 0.01) for _ in range(count)], 0.0, 0) for count in (3, 1)
+            Group("", [draw.gauss(0.5, 0.01) for _ in range(count)], 0.0, 0) for count in (3, 1)
         ]
         one, other = (group.accuracies for group in groups)
         return max(min(one) - max(other), min(other) - max(one)) > margin_of(groups)
@@ -369,8 +370,8 @@ def test_how_often_the_rule_finds_a_difference_where_there_is_none():
 def test_the_section():
     results = all_results(**{titles.ABLATIONS["l2"]: (0.56,)})
     section = report_on(results)
-    begins = f"{len(CLAIMS)} sentences; holds: {len(CLAIMS) - 2}; does not hold here: 1;"
-    assert section.body.startswith(f"{begins} within the spread of the seeds: 1.\n")
+    begins = f"**{len(CLAIMS)} sentences; holds: {len(CLAIMS) - 2}; does not hold here: 1;"
+    assert section.body.startswith(f"{begins} within the spread of the seeds: 1.**\n")
     rows = [line for line in section.body.splitlines() if line.startswith("| ")]
     assert sum("**holds**" in row for row in rows) == len(CLAIMS) - 2
     notes = section.body.partition("### Where it is not")[2].partition("###")[0]
@@ -400,7 +401,7 @@ def test_the_plots_show_what_was_measured():
 
 def test_without_runs_there_is_what_needs_none(tmp_path):
     section = report_on({})
-    begins = f"{len(CLAIMS)} sentences; holds: 3; not run: {len(CLAIMS) - 3}.\n"
+    begins = f"**{len(CLAIMS)} sentences; holds: 3; not run: {len(CLAIMS) - 3}.**\n"
     assert section.body.startswith(begins)
     assert section.plots == {}
     write_report("Nothing", [section], {}, tmp_path, "command")
@@ -411,7 +412,7 @@ def test_without_runs_there_is_what_needs_none(tmp_path):
 
 
 def test_without_epsilon_only_rounding_is_left():
-    deviations = _measured_invariance()
+    deviations = invariance.measured()
     assert len(deviations) == 40
     for d in deviations:
         parts = (d.output, d.to_input, d.to_weights)

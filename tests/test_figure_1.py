@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from bn_keras.errors import UsageError
-from bn_keras.report.figure_1 import WITH_BN, WITHOUT_BN, figure_1
-from bn_keras.report.runs import Run
+from bn_keras.report import Run, figure_1
+from bn_keras.report.titles import WITH_BN, WITHOUT_BN
 from configs import mnist_bn
 
 STEPS = 5_000
@@ -55,7 +55,8 @@ def cells(body):
 
 
 def verdicts(section):
-    return re.findall(r"^- \*\*(.*?):?\*\*", section.body, re.MULTILINE)
+    """Of each statement: the verdict, and in how many seeds it holds."""
+    return re.findall(r"\| \*\*(.*?)\*\* *\| *(\S.*?) \|$", section.body, re.MULTILINE)
 
 
 def lines(axes):
@@ -81,18 +82,18 @@ def test_its_tables_are_what_the_runs_wrote():
 
 def test_its_statements_follow_the_runs():
     section = figure_1(AS_IN_THE_PAPER)
-    assert verdicts(section) == ["As in the paper (2 seeds)"] * 7
-    assert "What may be behind" not in section.body
+    assert verdicts(section) == [("holds", "2 of 2")] * 7
+    assert "was not tested" not in section.body
     swapped = {
         WITH_BN: AS_IN_THE_PAPER[WITHOUT_BN],
         WITHOUT_BN: AS_IN_THE_PAPER[WITH_BN],
     }
-    assert verdicts(figure_1(swapped)) == ["Otherwise than in the paper (2 seeds)"] * 7
-    assert "What may be behind" in figure_1(swapped).body
+    assert verdicts(figure_1(swapped)) == [("does not hold here", "0 of 2")] * 7
+    assert "was not tested" in figure_1(swapped).body
     # Of the second seed no network is better than the other.
     mixed = {title: list(runs) for title, runs in AS_IN_THE_PAPER.items()}
     mixed[WITHOUT_BN][1] = make_run(WITHOUT_BN, 1, [0.92, 0.97, 0.985], STEADY)
-    assert verdicts(figure_1(mixed)) == ["Not decided (so in 1 of 2 seeds)"] * 7
+    assert verdicts(figure_1(mixed)) == [("within the spread of the seeds", "1 of 2")] * 7
 
 
 def test_its_panels_show_the_mean_over_the_seeds_and_the_first_seeds_percentiles():
@@ -118,17 +119,17 @@ DIVERGED = make_run(WITHOUT_BN, 0, (), (), [{"step": 7, "train/loss": None, "div
 @pytest.mark.parametrize(
     "runs, expected",
     [
-        (results([([0.9, 0.95],)], [([0.5, 0.6],)]), "Not to be told from these runs"),
-        (results([((), STEADY)], [((), DRIFTING)]), "As in the paper (1 seed)"),
-        (results([([0.9], STEADY)], [()]) | {WITHOUT_BN: [DIVERGED]}, "Not to be told from these"),
-        (results([([0.9], STEADY[:1])], [([0.9], STEADY[:1])]), "Not to be told from these runs"),
-        (results([([0.9], [(1.0, 1.0, 1.0)] * 2)], [([0.9], STEADY)]), "As in the paper (1 seed)"),
+        (results([([0.9, 0.95],)], [([0.5, 0.6],)]), ("undecided", "-")),
+        (results([((), STEADY)], [((), DRIFTING)]), ("holds", "1 of 1")),
+        (results([([0.9], STEADY)], [()]) | {WITHOUT_BN: [DIVERGED]}, ("undecided", "-")),
+        (results([([0.9], STEADY[:1])], [([0.9], STEADY[:1])]), ("undecided", "-")),
+        (results([([0.9], [(1.0, 1.0, 1.0)] * 2)], [([0.9], STEADY)]), ("holds", "1 of 1")),
     ],
     ids=["not recorded", "not evaluated", "diverged", "recorded once", "nothing spread"],
 )
 def test_it_shows_what_there_is(runs, expected):
     section = figure_1(runs)
-    assert any(verdict.startswith(expected) for verdict in verdicts(section)[2:3])
+    assert verdicts(section)[2] == expected
     (figure,) = section.plots.values()
     figure.savefig(io.BytesIO(), dpi=30)
     assert "nan" not in section.body and "None" not in section.body

@@ -1,11 +1,12 @@
 """Reports on runs, made of what these wrote and of the paper's own numbers, which are named so."""
 
-from bn_keras.report.claims import claims
-from bn_keras.report.figure_1 import figure_1
-from bn_keras.report.figure_4 import evaluate_figure_4, figure_4
-from bn_keras.report.figures import figure_2, figure_3, figure_3_row
+from bn_keras.report.activations import figure_1
+from bn_keras.report.comparison import figure_3, figure_3_row
+from bn_keras.report.curves import figure_2
+from bn_keras.report.ensemble import evaluate_figure_4, figure_4
 from bn_keras.report.page import Section, escape, format_seconds, table, write_report
 from bn_keras.report.runs import Results, Run, Spread
+from bn_keras.report.sentences import claims
 
 __all__ = [
     "Results",

@@ -28,6 +28,21 @@ from bn_keras.workdir import Workdir
 _PLOT_NAME = re.compile(r"\w[\w-]*\.png", re.ASCII)
 # Where a run's data lies says nothing about it; its seed stands in its name.
 _NOT_SHOWN = ("data.data_dir", "seed")
+# Of a network that is not Inception, settings of others that it doesn't have.
+_OF_INCEPTION = tuple(
+    f"model.{name}"
+    for name in (
+        "preset",
+        "pool_projection",
+        "width",
+        "stem",
+        "initializer_scale",
+        "dropout",
+        "local_response_normalization",
+        "per_activation_bn",
+        "auxiliary_weight",
+    )
+)
 # How settings are shown that ask for nothing.
 _NOTHING = ("0", "off", "-")
 
@@ -124,6 +139,22 @@ def format_seconds(seconds: float) -> str:
         return f"{seconds // 60} min {seconds % 60} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def tell_diverged(results: Results) -> list[str]:
+    """Gives a paragraph on the runs that diverged; none if none did."""
+    diverged = [
+        f"{escape(run.name)} at step {run.diverged_at:,}"
+        for runs in results.values()
+        for run in runs
+        if run.diverged_at is not None
+    ]
+    if not diverged:
+        return []
+    return [
+        f"**Diverged:** {', '.join(diverged)}. What was before that counts; a mean over the seeds"
+        " ends where the first of them does."
+    ]
 
 
 def _anchor(title: str) -> str:
@@ -249,17 +280,13 @@ def _write(files: Mapping[str, bytes], folder: epath.Path) -> None:
 
 
 def _how_it_was_made(results: Results, command: str) -> Section:
-    named = [
-        (f"{escape(title)} (seed {run.config.seed})", run)
-        for title, seeds in results.items()
-        for run in seeds
-    ]
+    named = [(escape(run.name), run) for seeds in results.values() for run in seeds]
     parts = ["\n".join(f"    {line}" for line in command.splitlines())]
     if named:
         parts += [
             "Every number and curve of ours, but where it is said otherwise, is computed from what"
-            " the runs wrote: each one's folder holds its `config.json` with all of its settings,"
-            " its `metrics.jsonl` and its `environment.json`.",
+            " the runs wrote: the `config.json`, `metrics.jsonl` and `environment.json` in each"
+            " one's folder.",
             "### The runs",
             _list_runs(named),
             _tell_time([run for _, run in named]),
@@ -317,15 +344,15 @@ def _wall_time(run: Run) -> str:
 
 
 def _tell_time(runs: Sequence[Run]) -> str:
-    text = f"In training steps the runs spent {format_seconds(sum(run.seconds for run in runs))}"
+    text = f"The runs' training steps took {format_seconds(sum(run.seconds for run in runs))}"
     starts = [start for run in runs for start in run.environment]
     ends = [start["ended"] for start in starts if start["ended"]]
     if ends:
         wall = format_seconds(sum(run.wall_seconds for run in runs))
         text += (
-            f"; with the tracing and compiling of their programs, the evaluations and the"
-            f" checkpoints it was {wall}, runs side by side counted one by one. The first was"
-            f" started {_moment(min(start['started'] for start in starts))} UTC, the last ended"
+            f"; with compilation, evaluations and checkpoints it was {wall}, runs side by side"
+            f" counted one by one. The first was started"
+            f" {_moment(min(start['started'] for start in starts))} UTC, the last ended"
             f" {_moment(max(ends))}"
         )
     return text + "."
@@ -369,9 +396,10 @@ def _source(start: Mapping) -> str:
 
 def _machine(start: Mapping) -> str:
     machine = start["machine"]
+    cores = machine["cores"]
     return escape(
-        f"{machine['processor']}, {machine['cores']} cores, {machine['platform']},"
-        f" trained on {', '.join(machine['devices'])}"
+        f"{machine['processor']}, {cores} core{'s' if cores > 1 else ''} a run,"
+        f" {machine['platform']}, trained on {', '.join(machine['devices'])}"
     )
 
 
@@ -397,15 +425,16 @@ def _compare_settings(results: Results) -> list[str]:
     }
     all_settings = [of_run for of_title in settings.values() for of_run in of_title]
     keys = dict.fromkeys(key for of_run in all_settings for key in of_run)
-    values = {key: _values(all_settings, key) for key in keys if key not in _NOT_SHOWN}
+    not_shown = _not_shown(all_settings)
+    values = {key: _values(all_settings, key) for key in keys if key not in not_shown}
     paragraphs = []
     differing = [key for key, different in values.items() if len(different) > 1]
     if differing:
         first = next(iter(settings.values()))
         rows = [(escape(title), _tell_values(s, differing, first)) for title, s in settings.items()]
         paragraphs += [
-            "What differs between the runs: of the first all of these settings, of the others those"
-            " that are not as in the first.",
+            "What differs between the runs: of the first all that does, of the others what is not"
+            " as in the first.",
             table(("run", "settings"), rows, left=2),
         ]
     common: dict[str, list[str]] = {}
@@ -414,11 +443,16 @@ def _compare_settings(results: Results) -> list[str]:
         if not others and value not in _NOTHING:
             common.setdefault(section, []).append(f"`{name}` {value}")
     lines = [f"- {escape(section)}: {', '.join(texts)}" for section, texts in common.items()]
-    paragraphs.append("What is the same for all of them, but for what is 0, off or empty:")
+    paragraphs.append("What is the same for all of them, and not 0, off or empty:")
     return [*paragraphs, "\n".join(lines)]
 
 
 _Settings = Sequence[Mapping[str, object]]
+
+
+def _not_shown(settings: _Settings) -> tuple[str, ...]:
+    is_inception = any(of_run["model.name"] == "inception" for of_run in settings)
+    return _NOT_SHOWN if is_inception else _NOT_SHOWN + _OF_INCEPTION
 
 
 def _tell_values(of_title: _Settings, keys: Iterable[str], first: _Settings) -> str:

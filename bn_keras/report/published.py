@@ -5,6 +5,7 @@ Source: Ioffe & Szegedy 2015, arXiv 1502.03167, section 4.2.
 
 from typing import NamedTuple
 
+from bn_keras.report.runs import Run
 from bn_keras.report.titles import BASELINE, INCEPTION, X5, X5_SIGMOID, X30
 
 CITATION = "[Ioffe & Szegedy 2015](https://arxiv.org/abs/1502.03167)"
@@ -39,6 +40,11 @@ NUM_TRAIN_EXAMPLES = 1_281_167
 
 # Steps after which BN-x30 has its best accuracy. Source: Ioffe & Szegedy 2015, section 4.2.2.
 STEPS_OF_BN_X30 = 6_000_000
+
+
+def is_comparable(run: Run) -> bool:
+    """Tells whether a run is of the paper's data, so that its accuracies are of the same kind."""
+    return run.config.data.name == "imagenet2012"
 
 
 class Errors(NamedTuple):

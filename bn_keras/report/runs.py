@@ -2,6 +2,8 @@
 
 import dataclasses
 import datetime
+import itertools
+import math
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from ml_collections import ConfigDict
 
 from bn_keras.workdir import Workdir
+
+ACCURACY, LOSS = "validation/accuracy", "train/loss"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,20 +41,24 @@ class Run:
         environment, sizes = run.read_environment(), run.read_data_sizes()
         return cls(title, run.read_config(), run.read_metrics(), environment, *sizes)
 
-    def curve(self, name: str) -> tuple[list[int], list[float]]:
-        """Gives the steps at which a number was written, and the number at each."""
-        points = [(line["step"], line[name]) for line in self.metrics if line.get(name) is not None]
-        return [step for step, _ in points], [value for _, value in points]
+    @property
+    def name(self) -> str:
+        """Tells it from the runs of other seeds."""
+        return f"{self.title} (seed {self.config.seed})"
+
+    def curve(self, key: str) -> dict[int, float]:
+        """Gives the values of a number in the metrics, by the steps at which they were written."""
+        return {line["step"]: line[key] for line in self.metrics if line.get(key) is not None}
 
     @property
     def best_accuracy(self) -> float:
         """Highest validation accuracy; 0 where there was no evaluation yet."""
-        return max(self.curve("validation/accuracy")[1], default=0.0)
+        return max(self.curve(ACCURACY).values(), default=0.0)
 
     @property
     def lowest_loss(self) -> float:
         """Lowest training loss, as the mean over a loop of steps."""
-        return min(self.curve("train/loss")[1], default=float("inf"))
+        return min(self.curve(LOSS).values(), default=float("inf"))
 
     @property
     def diverged_at(self) -> int | None:
@@ -59,21 +67,28 @@ class Run:
 
     def steps_to_accuracy(self, accuracy: float) -> int | None:
         """First evaluated step with at least that validation accuracy."""
-        points = zip(*self.curve("validation/accuracy"), strict=True)
+        points = self.curve(ACCURACY).items()
         return next((step for step, value in points if value >= accuracy), None)
 
-    def steps_to_loss(self, loss: float) -> int | None:
-        """First step by which the training loss is at most that."""
-        points = zip(*self.curve("train/loss"), strict=True)
-        return next((step for step, value in points if value <= loss), None)
+    def standard_error(self, accuracy: float) -> float:
+        """That of an accuracy on the validation images, as an estimate for all images of the kind.
+
+        0 where it isn't known how many there are.
+        """
+        count = max(self.curve("validation/examples").values(), default=0)
+        if not count:
+            return 0.0
+        # Agresti and Coull's estimate, which isn't 0 where no image is mistaken.
+        share = (accuracy * count + 2) / (count + 4)
+        return math.sqrt(share * (1 - share) / (count + 4))
 
     @property
     def seconds(self) -> float:
         """Time spent in training steps."""
-        steps, rates = self.curve("train/images_per_second")
+        rates = self.curve("train/images_per_second")
         batch = self.config.train.global_batch_size
-        before = [0, *steps]
-        return sum((s - b) * batch / r for s, b, r in zip(steps, before, rates, strict=False))
+        loops = itertools.pairwise([0, *rates])
+        return sum((step - before) * batch / rates[step] for before, step in loops)
 
     @property
     def wall_seconds(self) -> float:
@@ -112,3 +127,10 @@ class Spread:
         """Formats the mean, and the lowest and the highest behind it where they differ in print."""
         mean, low, high = (format(value, spec) for value in (self.mean, self.low, self.high))
         return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def over_seeds(runs: Sequence[Run], key: str) -> dict[int, Spread]:
+    """Gives what the seeds' curves span, at each step that all of them have."""
+    curves = [run.curve(key) for run in runs]
+    steps = sorted(set.intersection(*map(set, curves)))
+    return {step: Spread.of(curve[step] for curve in curves) for step in steps}

@@ -1,7 +1,10 @@
 """What the runs are called: in results, in reports, and in the configs that make them."""
 
+WITH_BN, WITHOUT_BN = "with BN", "without BN"
+
 INCEPTION, BASELINE, X5, X30 = "Inception", "BN-Baseline", "BN-x5", "BN-x30"
 X5_SIGMOID = "BN-x5-Sigmoid"
+
 INCEPTION_X5 = "Inception at 5 times the rate"
 INCEPTION_X30 = "Inception at 30 times the rate"
 SIGMOID = "Inception with sigmoids"

@@ -19,11 +19,7 @@ from bn_keras.workdir import Workdir
 _NUM_MEMBERS = 6
 
 # By the config's crop; that of ImageNet is GoogLeNet's, as the 144 crops are.
-_NEW = ": the enlarged parts of images that the crops are, they have never seen."
-_SHOWN_IN_TRAINING = {
-    "none": f" In training the networks are shown whole images{_NEW}",
-    "shift": f" In training the networks are shown whole images, only shifted{_NEW}",
-}
+_SHOWN_IN_TRAINING = {"none": "whole images", "shift": "whole images, only shifted"}
 
 
 def evaluate_figure_4(
@@ -179,7 +175,11 @@ def _tell_terms(rows: Iterable[Mapping[str, object]]) -> str:
     if mirrors == 1:
         reasons.append("without mirror images, since the training has none")
     text += f" ({'; '.join(reasons)})." if reasons else "."
-    text += _SHOWN_IN_TRAINING.get(members[0]["trained_on"], "")
+    if shown := _SHOWN_IN_TRAINING.get(members[0]["trained_on"]):
+        text += (
+            f" In training the networks are shown {shown}, and never enlarged parts of images such"
+            " as the crops are."
+        )
     if len(members) < _NUM_MEMBERS:
         text += f" The other networks of the {_NUM_MEMBERS} did not get to the end of training."
     return text

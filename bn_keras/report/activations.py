@@ -1,7 +1,7 @@
 """The paper's Figure 1: the network of section 4.1 on MNIST, with and without BN."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,18 +10,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from bn_keras.errors import UsageError
-from bn_keras.report.page import Section, escape, table
+from bn_keras.report import verdicts
+from bn_keras.report.page import Section, escape, table, tell_diverged
+from bn_keras.report.plots import STYLES, draw_bands, lighten
 from bn_keras.report.published import CITATION
-from bn_keras.report.runs import Results, Run, Spread
+from bn_keras.report.runs import ACCURACY, Results, Run, Spread, over_seeds
+from bn_keras.report.titles import WITH_BN, WITHOUT_BN
 
-WITH_BN = "with BN"
-WITHOUT_BN = "without BN"
-
-# Okabe and Ito's colours; for grey print one is dashed.
-_STYLES = {
-    WITHOUT_BN: dict(color="#D55E00", linestyle=(0, (5, 1.5))),
-    WITH_BN: dict(color="#0072B2", linestyle="-"),
-}
 _PERCENTILES = (15, 50, 85)
 # The paper's panel begins there.
 _LOWEST_ACCURACY = 0.7
@@ -29,7 +24,7 @@ _LOWEST_ACCURACY = 0.7
 _LATE, _ABOVE_INSET = 0.35, 0.89
 # Fractions of the training at which the table shows the accuracy.
 _MOMENTS = (0.02, 0.2, 1.0)
-# The part of the training after which what was learned at once is learned.
+# The part of the training in which both networks change fast.
 _BEGINNING = 0.1
 
 
@@ -47,10 +42,10 @@ def figure_1(results: Results) -> Section:
 
     Source: Ioffe & Szegedy 2015, section 4.1 and Figure 1.
     """
-    missing = [title for title in (WITH_BN, WITHOUT_BN) if not results.get(title)]
+    missing = [title for title in (WITHOUT_BN, WITH_BN) if not results.get(title)]
     if missing:
         raise UsageError(f"Figure 1 compares two networks, but there is no run {missing[0]!r}")
-    runs = {title: results[title] for title in _STYLES}
+    runs = {title: results[title] for title in (WITHOUT_BN, WITH_BN)}
     body = [
         _tell_setting(runs),
         "![Test accuracy against training steps, and percentiles of a sigmoid's input without BN"
@@ -62,12 +57,12 @@ def figure_1(results: Results) -> Section:
         _compare_inputs(runs),
         _TERMS,
         "### What the paper states, one by one",
-        f"The paper ({CITATION}, section 4.1) has no numbers for its Figure 1. In words it says"
-        " that the network with BN trains faster and reaches a higher test accuracy, and that"
-        " without BN the distributions change a lot over time, in their mean and their variance,"
-        " while those with BN are much more stable.",
+        f"The paper ({CITATION}, section 4.1) has no numbers for its Figure 1. It says that with BN"
+        " the network trains faster and reaches a higher test accuracy, and that the distribution"
+        " of a sigmoid's input is much more stable than without BN, where its mean and variance"
+        " change a lot over time.",
         *_compare_statements(runs),
-        *_tell_diverged(runs),
+        *tell_diverged(runs),
     ]
     return Section(
         "Figure 1: activations over time", "\n\n".join(body), {"figure_1.png": _draw(runs)}
@@ -91,16 +86,11 @@ class _Input(NamedTuple):
     @classmethod
     def of(cls, run: Run) -> "_Input | None":
         """Gives None where fewer than two points were recorded."""
-        names = [f"record/{p}" for p in _PERCENTILES]
-        points = [
-            (line["step"], *(line[name] for name in names))
-            for line in run.metrics
-            if all(line.get(name) is not None for name in names)
-        ]
-        if len(points) < 2:
+        curves = [run.curve(f"record/{percentile}") for percentile in _PERCENTILES]
+        steps = sorted(set.intersection(*map(set, curves)))
+        if len(steps) < 2:
             return None
-        steps, *percentiles = np.array(points, np.float64).T
-        return cls(steps, np.stack(percentiles))
+        return cls(np.array(steps), np.array([[curve[s] for s in steps] for curve in curves]))
 
     def after_beginning(self) -> "_Input":
         later = self.steps >= _BEGINNING * self.steps[-1]
@@ -129,18 +119,6 @@ class _Input(NamedTuple):
         return largest / smallest if smallest else np.inf
 
 
-def _best(run: Run) -> float | None:
-    """The best accuracy, if there was an evaluation."""
-    return max(run.curve("validation/accuracy")[1], default=None)
-
-
-def _accuracies(runs: Sequence[Run]) -> dict[int, Spread]:
-    """Gives the accuracy at each step at which all of the runs were evaluated."""
-    curves = [dict(zip(*run.curve("validation/accuracy"), strict=True)) for run in runs]
-    steps = sorted(set.intersection(*map(set, curves)))
-    return {step: Spread.of(curve[step] for curve in curves) for step in steps}
-
-
 # --- The plot.
 
 
@@ -162,43 +140,38 @@ def _draw(runs: Results) -> Figure:
     for axes in (accuracy, without, with_):
         axes.set(xlabel="training steps", xlim=(0, steps))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        lighten(axes)
     return figure
 
 
 def _draw_accuracy(axes: Axes, runs: Results) -> None:
-    bands = {title: _accuracies(each) for title, each in runs.items()}
+    bands = {title: over_seeds(each, ACCURACY) for title, each in runs.items()}
     axes.set_title("(a) test accuracy", loc="left")
-    _draw_bands(axes, bands, decimals=0)
-    last = max((max(band) for band in bands.values() if band), default=0)
-    late = {t: {s: a for s, a in band.items() if s >= _LATE * last} for t, band in bands.items()}
-    lowest = min((a.low for band in late.values() for a in band.values()), default=0.0)
+    draw_bands(axes, bands)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    last = max((step for band in bands.values() for step in band), default=0)
+    late = {title: _from(_LATE * last, band) for title, band in bands.items()}
+    lowest = min((spread.low for band in late.values() for spread in band.values()), default=0.0)
     axes.set_ylim(_LOWEST_ACCURACY if lowest > _LOWEST_ACCURACY else 0, 1.005)
     if lowest < _ABOVE_INSET or not all(late.values()):
         _name_lines(axes, bands)
         return
     inset = axes.inset_axes([_LATE, 0.1, 0.97 - _LATE, 0.5])
-    _draw_bands(inset, late, decimals=1)
+    draw_bands(inset, late)
     _name_lines(inset, late)
+    inset.xaxis.set_major_formatter(EngFormatter(sep=""))
+    inset.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     inset.margins(x=0, y=0.35)
     inset.tick_params(labelsize=8)
     inset.grid(alpha=0.25)
     axes.indicate_inset_zoom(inset, edgecolor="0.4")
 
 
-def _draw_bands(axes: Axes, bands: dict[str, dict[int, Spread]], decimals: int) -> None:
-    """Draws the means over the seeds, and from the lowest to the highest."""
-    for title, band in bands.items():
-        style, steps, spreads = _STYLES[title], list(band), band.values()
-        axes.plot(steps, [a.mean for a in spreads], linewidth=1.6, **style)
-        lows, highs = [a.low for a in spreads], [a.high for a in spreads]
-        axes.fill_between(steps, lows, highs, color=style["color"], alpha=0.18, linewidth=0)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=decimals))
+def _from(step: float, band: Mapping[int, Spread]) -> dict[int, Spread]:
+    return {at: spread for at, spread in band.items() if at >= step}
 
 
-def _name_lines(axes: Axes, bands: dict[str, dict[int, Spread]]) -> None:
+def _name_lines(axes: Axes, bands: Mapping[str, Mapping[int, Spread]]) -> None:
     """Writes what a line is: the upper one's name above its rising middle, the other's below."""
     middles = {t: list(band.items())[len(band) // 2] for t, band in bands.items() if band}
     upper = max(middles, key=lambda title: middles[title][1].mean, default=None)
@@ -211,7 +184,7 @@ def _name_lines(axes: Axes, bands: dict[str, dict[int, Spread]]) -> None:
             textcoords="offset points",
             horizontalalignment="right" if is_upper else "left",
             verticalalignment="bottom" if is_upper else "top",
-            color=_STYLES[title]["color"],
+            color=STYLES[title]["color"],
         )
 
 
@@ -221,12 +194,12 @@ def _draw_input(axes: Axes, run: Run, title: str, caption: str) -> None:
     if recorded is None:
         axes.text(0.5, 0.5, "not recorded", ha="center", transform=axes.transAxes)
         return
-    style, steps = _STYLES[title], recorded.steps
+    color, steps = STYLES[title]["color"], recorded.steps
     low, _, high = recorded.percentiles
-    axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
     places = ("top", "center", "bottom")
     for percentile, values, place in zip(_PERCENTILES, recorded.percentiles, places, strict=True):
-        axes.plot(steps, values, color=style["color"], linewidth=1.6 if percentile == 50 else 0.8)
+        axes.plot(steps, values, color=color, linewidth=1.6 if percentile == 50 else 0.8)
         axes.annotate(
             f"{percentile}%",
             (steps[-1], values[-1]),
@@ -250,7 +223,7 @@ def _tell_setting(runs: Results) -> str:
         f" {config.train.global_batch_size} images by plain SGD at a rate of"
         f" {config.schedule.base_rate:g}; weights begin as Gaussians of deviation"
         f" {config.model.initializer_stddev:g}. The paper gives neither the rate nor the deviation:"
-        f" both are ours, and the same with and without BN. {seeds} seed{'s' if seeds > 1 else ''}."
+        f" both are ours, and the same with and without BN. Seeds: {seeds}."
     )
 
 
@@ -265,26 +238,24 @@ def _tell_panels(runs: Results) -> str:
         else "a single seed, so that what another one would change can't be seen"
     )
     return (
-        f"(a) Accuracy on the test images; {lines}. (b) and (c), to the same scale: the 15th, 50th"
-        f" and 85th percentiles of what comes into unit {record.unit} of the layer"
-        f" {escape(record.layer)}, over the same {examples:,} training images each time,"
-        " by the batch statistics of the training; of the first seed. The unit is simply the first"
-        " one: it wasn't chosen by how it looks."
+        f"(a) Accuracy on the test images; {lines}. (b) and (c), to the same scale and of the first"
+        f" seed: the 15th, 50th and 85th percentiles of the input of unit {record.unit} of the"
+        f" layer {escape(record.layer)} over {examples:,} training images, the same each time; BN"
+        " normalizes by mini-batches there, as in training."
     )
 
 
 _TERMS = (
     "*Median moved*: the highest median of the training minus the lowest, in units of the"
-    " sigmoid's input, which mean the same in both networks. *Spread*: the distance between the"
-    " 15th and the 85th percentile, where it was smallest and where it was largest. *From"
-    f" {_BEGINNING:.0%} of the training on* is when what is learned at once is behind. Unit and"
-    " weights are others in each seed, so that the range over the seeds shows how typical one is."
+    " sigmoid's input. *Spread*: the distance between the 15th and the 85th percentile, where it"
+    f" was smallest and where it was largest. *From {_BEGINNING:.0%} of the training on* leaves"
+    " out the beginning, in which both networks change fast. In brackets: the lowest and the"
+    " highest of a seed."
 )
 
-_WHY_OTHERWISE = (
-    "What may be behind what is otherwise: how soon the network without BN settles depends on the"
-    " learning rate and the initial weights, which the paper doesn't give; with BN the spread of"
-    " a sigmoid's input is a parameter of its own, gamma, which begins at 1 and is free to grow."
+_NOT_TESTED = (
+    "Whether that is so at other learning rates and initial weights, which the paper doesn't give,"
+    " was not tested."
 )
 
 
@@ -298,14 +269,16 @@ def _over_seeds(values: Sequence[float | None], spec: str) -> str:
 
 
 def _compare_accuracy(runs: Results) -> str:
-    accuracies = {title: _accuracies(each) for title, each in runs.items()}
+    accuracies = {title: over_seeds(each, ACCURACY) for title, each in runs.items()}
     common = sorted(set.intersection(*map(set, accuracies.values())))
     moments = sorted({next(s for s in common if s >= m * common[-1]) for m in _MOMENTS if common})
     rows = [
         (f"after {step:,} steps", *(format(a[step], ".2%") for a in accuracies.values()))
         for step in moments
     ]
-    best = [_over_seeds([_best(run) for run in each], ".2%") for each in runs.values()]
+    best = [
+        _over_seeds([run.best_accuracy or None for run in each], ".2%") for each in runs.values()
+    ]
     return table(("test accuracy", *runs), [*rows, ("the best of all evaluations", *best)])
 
 
@@ -334,16 +307,16 @@ _Holds = Callable[[Run, Run], bool | None]
 
 
 def _is_faster(with_bn: Run, without: Run) -> bool | None:
-    goal = _best(without)
-    if goal is None:
+    goal = without.best_accuracy
+    if not goal:
         return None
     steps = with_bn.steps_to_accuracy(goal)
     return steps is not None and steps < without.steps_to_accuracy(goal)
 
 
 def _is_better(with_bn: Run, without: Run) -> bool | None:
-    best = _best(with_bn), _best(without)
-    return None if None in best else best[0] > best[1]
+    best = with_bn.best_accuracy, without.best_accuracy
+    return best[0] > best[1] if all(best) else None
 
 
 def _is_steadier(number: Callable[[_Input], float]) -> _Holds:
@@ -354,59 +327,30 @@ def _is_steadier(number: Callable[[_Input], float]) -> _Holds:
     return holds
 
 
-_STATEMENTS: tuple[tuple[str, _Holds], ...] = (
-    ("BN trains faster: it reaches the other network's best accuracy in fewer steps", _is_faster),
-    ("BN reaches a higher test accuracy: its best is above the other network's best", _is_better),
-    (
-        "with BN the location of the input is more stable: its median moves less",
-        _is_steadier(lambda i: i.median_range),
+_LATER = f"from {_BEGINNING:.0%} of the training on"
+_STATEMENTS: Mapping[str, _Holds] = {
+    "BN trains faster: it reaches the other network's best accuracy in fewer steps": _is_faster,
+    "BN reaches a higher test accuracy: its best is above the other network's best": _is_better,
+    "with BN the median of the input moves less": _is_steadier(lambda i: i.median_range),
+    f"with BN the median moves less {_LATER}": _is_steadier(
+        lambda i: i.after_beginning().median_range
     ),
-    (
-        f"so it is from {_BEGINNING:.0%} of the training on",
-        _is_steadier(lambda i: i.after_beginning().median_range),
+    "with BN the spread changes by a smaller factor": _is_steadier(lambda i: i.spread_ratio),
+    f"with BN the spread changes by a smaller factor {_LATER}": _is_steadier(
+        lambda i: i.after_beginning().spread_ratio
     ),
-    (
-        "with BN the spread of the input is more stable: it changes by a smaller factor",
-        _is_steadier(lambda i: i.spread_ratio),
+    "with BN the spread changes by less: largest minus smallest": _is_steadier(
+        lambda i: i.spread_range
     ),
-    (
-        f"so it is from {_BEGINNING:.0%} of the training on",
-        _is_steadier(lambda i: i.after_beginning().spread_ratio),
-    ),
-    (
-        "so it is in units of the input, the largest spread minus the smallest",
-        _is_steadier(lambda i: i.spread_range),
-    ),
-)
+}
 
 
 def _compare_statements(runs: Results) -> list[str]:
     by_seed = {run.config.seed: run for run in runs[WITHOUT_BN]}
     pairs = [(r, by_seed[r.config.seed]) for r in runs[WITH_BN] if r.config.seed in by_seed]
-    lines = []
-    for statement, holds in _STATEMENTS:
-        told = [answer for answer in (holds(*pair) for pair in pairs) if answer is not None]
-        lines.append((f"- **{_judge(told)}:** {statement}.", all(told)))
-    text = "\n".join(line for line, _ in lines)
-    return [text] if all(holds for _, holds in lines) else [text, _WHY_OTHERWISE]
-
-
-def _judge(told: Sequence[bool]) -> str:
-    if not told:
-        return "Not to be told from these runs"
-    seeds = f"{len(told)} seed{'s' if len(told) > 1 else ''}"
-    if all(told):
-        return f"As in the paper ({seeds})"
-    if not any(told):
-        return f"Otherwise than in the paper ({seeds})"
-    return f"Not decided (so in {sum(told)} of {seeds})"
-
-
-def _tell_diverged(runs: Results) -> list[str]:
-    diverged = [
-        f"{title} (seed {run.config.seed}) at step {run.diverged_at:,}"
-        for title, each in runs.items()
-        for run in each
-        if run.diverged_at is not None
-    ]
-    return [f"**Diverged:** {', '.join(diverged)}. Up to there it counts."] if diverged else []
+    told = {
+        statement: [answer for pair in pairs if (answer := holds(*pair)) is not None]
+        for statement, holds in _STATEMENTS.items()
+    }
+    rows = verdicts.tabulate(told)
+    return [rows] if all(map(all, told.values())) else [rows, _NOT_TESTED]
