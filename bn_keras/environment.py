@@ -36,7 +36,7 @@ def describe() -> dict[str, object]:
         "machine": {
             "platform": f"{platform.system()} {platform.machine()}",
             "processor": _processor(),
-            "cores": _num_cores(),
+            "cores": len(cores()),
             "devices": _devices(),
         },
     }
@@ -63,11 +63,11 @@ def _processor() -> str:
     return next(names, platform.processor())
 
 
-def _num_cores() -> int:
-    """That this process may use."""
+def cores() -> list[int]:
+    """Numbers of the CPU's cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def _devices() -> list[str]:

@@ -43,14 +43,16 @@ def run_all(
     """
     workdirs = {title: Path(folder) / folder_name(title) for title in configs}
     due = [title for title in configs if _is_due(configs[title], Workdir(workdirs[title]))]
-    for title in configs:
-        is_due = state(Workdir(workdirs[title]), configs[title].train.steps)
-        logging.info("%s in %s: %s", title, workdirs[title], is_due)
+    for title, workdir in workdirs.items():
+        found = state(Workdir(workdir), configs[title].train.steps)
+        logging.info("%s in %s: %s", title, workdir, found)
     parts = shares([configs[title] for title in due], parallel)
     if len(parts) > 1:
         logging.info("%d of %d go side by side", len(parts), len(due))
-        arguments = {title: (configs[title], workdirs[title], title) for title in due}
-        tasks = [Task(title, _train_begun, (*arguments[title], begin)) for title in due]
+        tasks = [
+            Task(title, _begin_and_train, (configs[title], workdirs[title], title, begin))
+            for title in due
+        ]
         run_side_by_side(tasks, parts)
     else:
         for title in due:
@@ -77,7 +79,7 @@ def _train(config: ConfigDict, workdir: Path, title: str) -> None:
         logging.warning("%s: %s", title, error)
 
 
-def _train_begun(
+def _begin_and_train(
     config: ConfigDict, workdir: Path, title: str, begin: Callable[[], None] | None
 ) -> None:
     if begin:

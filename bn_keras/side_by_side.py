@@ -14,6 +14,7 @@ from typing import NamedTuple
 import tensorflow as tf
 from ml_collections import ConfigDict
 
+from bn_keras import environment
 from bn_keras.errors import TrainingStoppedError
 from bn_keras.signals import stop_requests
 
@@ -66,15 +67,13 @@ def shares(configs: Sequence[ConfigDict], limit: int = 0) -> list[Share]:
     Returns:
       As many shares as trainings go side by side; a single one has everything.
     """
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    cores = cores or list(range(os.cpu_count() or 1))
+    cores = environment.cores()
     accelerators = list(range(len(tf.config.list_physical_devices("GPU"))))
     devices = accelerators or cores
-    needed = max((_devices(config, len(accelerators)) for config in configs), default=1)
+    needed = max((_devices_needed(config, len(accelerators)) for config in configs), default=1)
     count = min(len(devices) // needed, len(cores), len(configs), limit or len(configs))
-    return [
-        Share(_part(cores, i, count), _part(accelerators, i, count)) for i in range(max(1, count))
-    ]
+    count = max(1, count)
+    return [Share(_part(cores, i, count), _part(accelerators, i, count)) for i in range(count)]
 
 
 def run_side_by_side(tasks: Sequence[Task], parts: Sequence[Share]) -> None:
@@ -155,7 +154,7 @@ def _stop(processes: Sequence[multiprocessing.Process]) -> None:
         process.terminate()
 
 
-def _devices(config: ConfigDict, num_accelerators: int) -> int:
+def _devices_needed(config: ConfigDict, num_accelerators: int) -> int:
     strategy, replicas = config.distribution.strategy, config.distribution.replicas
     if strategy == "one_device":
         return 1
@@ -166,5 +165,5 @@ def _devices(config: ConfigDict, num_accelerators: int) -> int:
 
 
 def _part(whole: Sequence[int], index: int, count: int) -> tuple[int, ...]:
-    size = len(whole) // max(1, count)
+    size = len(whole) // count
     return tuple(whole[index * size : (index + 1) * size])

@@ -10,8 +10,10 @@ Example:
 import dataclasses
 import re
 import shlex
+from collections.abc import Mapping, Sequence
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from configs import experiments
 from launch import cli
@@ -37,34 +39,53 @@ _TITLE = "The paper's experiments, made again"
 
 def main(given: list[str]) -> None:
     """Trains what is not finished, then writes and prints the report."""
-    from bn_keras import report
-    from bn_keras.experiment import folder_name, run_all
+    from bn_keras.experiment import run_all
     from bn_keras.plan import describe
+    from bn_keras.report import write_report
 
-    for name in given:
-        if name not in experiments.EXPERIMENTS:
-            accepted = ", ".join(experiments.EXPERIMENTS)
-            raise CommandError(f"unknown experiment {name!r}: accepted are {accepted}")
-    names = [name for name in experiments.EXPERIMENTS if name in (given or _DEFAULT)]
-    size = (_SCALE.value, _SEEDS.value)
-    trials = experiments.get_runs(names, *size)
-    for trial, config in trials.items():
-        trials[trial] = config = config.copy_and_resolve_references()
-        config.data.data_dir = _DATA_DIR.value
-        config.train.steps = min(_STEPS.value or config.train.steps, config.train.steps)
+    names = _choose(given)
+    trials = experiments.get_runs(names, _SCALE.value, _SEEDS.value)
+    configs = {str(trial): _with_flags(config) for trial, config in trials.items()}
     # The configs of one data set are for one kind of devices, so that one speaks for all.
-    for config in {config.data.name: config for config in trials.values()}.values():
+    for config in {config.data.name: config for config in configs.values()}.values():
         cli.tell(describe(config))
-    steps = sum(config.train.steps for config in trials.values())
+    steps = sum(config.train.steps for config in configs.values())
     cli.tell({"runs": f"{len(trials)}, of {steps:,} steps in all, in {_WORKDIR.value}"})
-    configs = {str(trial): config for trial, config in trials.items()}
     runs = run_all(configs, _WORKDIR.value, _PARALLEL.value, cli.begin_process)
 
     results = {}
     for trial in trials:
         run = dataclasses.replace(runs[str(trial)], title=trial.title)
         results.setdefault(trial.title, []).append(run)
-    members = [trial for trial in trials if trial in experiments.get_runs(["figure4"], *size)]
+    sections = _make_sections(names, results)
+    write_report(_TITLE, sections, results, _WORKDIR.value, _command(given))
+    for section in sections:
+        text = re.sub(r"^!\[.*\n?", "", section.body, flags=re.MULTILINE)
+        print(f"\n{section.title}\n\n{text.strip()}")
+    print(f"\nThe report is {_WORKDIR.value}/report.html, and report.md with its plots beside it.")
+    cli.tell({"look": f"tensorboard --logdir={_WORKDIR.value}"})
+
+
+def _choose(given: list[str]) -> list[str]:
+    for name in given:
+        if name not in experiments.EXPERIMENTS:
+            accepted = ", ".join(experiments.EXPERIMENTS)
+            raise CommandError(f"unknown experiment {name!r}: accepted are {accepted}")
+    return [name for name in experiments.EXPERIMENTS if name in (given or _DEFAULT)]
+
+
+def _with_flags(config: ConfigDict) -> ConfigDict:
+    config = config.copy_and_resolve_references()
+    config.data.data_dir = _DATA_DIR.value
+    config.train.steps = min(_STEPS.value or config.train.steps, config.train.steps)
+    return config
+
+
+def _make_sections(names: list[str], results: Mapping[str, Sequence]) -> list:
+    from bn_keras import report
+    from bn_keras.experiment import folder_name
+
+    members = experiments.get_runs(["figure4"], _SCALE.value, _SEEDS.value)
     workdirs = [f"{_WORKDIR.value}/{folder_name(str(trial))}" for trial in members]
     make = {
         "figure1": report.figure_1,
@@ -73,13 +94,7 @@ def main(given: list[str]) -> None:
         "figure4": lambda _: report.figure_4(report.evaluate_figure_4(workdirs, _WORKDIR.value)),
         "claims": report.claims,
     }
-    sections = [make[name](results) for name in names]
-    report.write_report(_TITLE, sections, results, _WORKDIR.value, _command(given))
-    for section in sections:
-        text = re.sub(r"^!\[.*\n?", "", section.body, flags=re.MULTILINE)
-        print(f"\n{section.title}\n\n{text.strip()}")
-    print(f"\nThe report is {_WORKDIR.value}/report.html, and report.md with its plots beside it.")
-    cli.tell({"look": f"tensorboard --logdir={_WORKDIR.value}"})
+    return [make[name](results) for name in names]
 
 
 def _command(given: list[str]) -> str:

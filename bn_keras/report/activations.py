@@ -329,17 +329,17 @@ def _is_steadier(number: Callable[[_Input], float]) -> _Holds:
 
 _LATER = f"from {_BEGINNING:.0%} of the training on"
 _STATEMENTS: Mapping[str, _Holds] = {
-    "BN trains faster: it reaches the other network's best accuracy in fewer steps": _is_faster,
-    "BN reaches a higher test accuracy: its best is above the other network's best": _is_better,
-    "with BN the median of the input moves less": _is_steadier(lambda i: i.median_range),
-    f"with BN the median moves less {_LATER}": _is_steadier(
+    "With BN training is faster: the other network's best accuracy takes fewer steps": _is_faster,
+    "With BN the best test accuracy is higher": _is_better,
+    "With BN the median of the input moves less": _is_steadier(lambda i: i.median_range),
+    f"With BN it moves less, too, {_LATER}": _is_steadier(
         lambda i: i.after_beginning().median_range
     ),
-    "with BN the spread changes by a smaller factor": _is_steadier(lambda i: i.spread_ratio),
-    f"with BN the spread changes by a smaller factor {_LATER}": _is_steadier(
+    "With BN the spread changes by a smaller factor": _is_steadier(lambda i: i.spread_ratio),
+    f"With BN it changes by a smaller factor, too, {_LATER}": _is_steadier(
         lambda i: i.after_beginning().spread_ratio
     ),
-    "with BN the spread changes by less: largest minus smallest": _is_steadier(
+    "With BN the spread changes by less, the largest minus the smallest": _is_steadier(
         lambda i: i.spread_range
     ),
 }

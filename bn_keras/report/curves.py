@@ -176,13 +176,13 @@ def _label_ends(axes: Axes, bands: Mapping[str, Mapping[int, Spread]]) -> None:
 def _tell_setting(results: Results) -> str:
     inception = results[INCEPTION][0]
     config = inception.config
-    width = "" if config.model.width == 1 else f" at {config.model.width:g} times its width"
+    width = "" if config.model.width == 1 else f" at {config.model.width:g} times their width"
     return (
-        f"Data: {escape(config.data.name)}. Network: the paper's Figure 5{width}, with the stem for"
-        f" {escape(config.model.stem)}. Training: {_tell_length(inception)} Inception's learning"
-        f" rate begins at {config.schedule.base_rate:g}, the others' at the paper's multiples of"
-        f" it. Validation accuracy is that on the split {escape(config.data.validation_split)}, by"
-        f" {_tell_statistics(inception)}."
+        f"Data: {escape(config.data.name)}. Networks: those of the paper's Figure 5{width}, with"
+        f" the *{escape(config.model.stem)}* stem. Training: {_tell_length(inception)} Inception's"
+        f" learning rate begins at {config.schedule.base_rate:g}, the others' at the paper's"
+        " multiples of it. Validation: on the split"
+        f" *{escape(config.data.validation_split)}*, by {_tell_statistics(inception)}."
     )
 
 

@@ -437,7 +437,8 @@ def _tell_rules(results: Results) -> str:
         " single line that is just beyond its margin says little.",
         f"*{WITHIN_SPREAD.capitalize()}*: the difference is within the margin.",
         f"*{UNDECIDED.capitalize()}*: there is one seed of each, or what stands below.",
-        "A change does no harm unless the network is better with it taken back.",
+        "A change does no harm unless the network is better with it taken back; harm that is less"
+        " than the margin isn't seen.",
         f"*At chance*: below {CHANCE_FACTOR:g} times the accuracy of guessing. *Diverges*: the loss"
         " or a weight is no longer finite, which ends the run. *Trains*: no seed does either.",
         "The scale of the initial weights: how far a network's highest accuracy is from its lowest,"
