@@ -24,8 +24,9 @@ _LOWEST_ACCURACY = 0.7
 _LATE, _ABOVE_INSET = 0.35, 0.89
 # Fractions of the training at which the table shows the accuracy.
 _MOMENTS = (0.02, 0.2, 1.0)
-# The part of the training in which both networks change fast.
+# The part of the training in which both networks change fast, and what comes after it.
 _BEGINNING = 0.1
+_LATER = f"from {_BEGINNING:.0%} of the training on"
 
 
 def figure_1(results: Results) -> Section:
@@ -248,9 +249,8 @@ def _tell_panels(runs: Results) -> str:
 _TERMS = (
     "*Median moved*: the highest median of the training minus the lowest, in units of the"
     " sigmoid's input. *Spread*: the distance between the 15th and the 85th percentile, where it"
-    f" was smallest and where it was largest. *From {_BEGINNING:.0%} of the training on* leaves"
-    " out the beginning, in which both networks change fast. In brackets: the lowest and the"
-    " highest of a seed."
+    f" was smallest and where it was largest. *{_LATER.capitalize()}* leaves out the beginning, in"
+    " which both networks change fast. In brackets: the lowest and the highest of a seed."
 )
 
 _NOT_TESTED = (
@@ -259,7 +259,7 @@ _NOT_TESTED = (
 )
 
 
-def _over_seeds(values: Sequence[float | None], spec: str) -> str:
+def _format_seeds(values: Sequence[float | None], spec: str) -> str:
     """Formats mean and spread of what the seeds gave, and says how many gave nothing."""
     known = [value for value in values if value is not None]
     if not known:
@@ -277,7 +277,7 @@ def _compare_accuracy(runs: Results) -> str:
         for step in moments
     ]
     best = [
-        _over_seeds([run.best_accuracy or None for run in each], ".2%") for each in runs.values()
+        _format_seeds([run.best_accuracy or None for run in each], ".2%") for each in runs.values()
     ]
     return table(("test accuracy", *runs), [*rows, ("the best of all evaluations", *best)])
 
@@ -294,9 +294,9 @@ def _compare_inputs(runs: Results) -> str:
     rows = [
         (
             name + when,
-            *(_over_seeds([i and number(i) for i in each], ".2f") for each in of.values()),
+            *(_format_seeds([i and number(i) for i in each], ".2f") for each in of.values()),
         )
-        for of, when in ((inputs, ""), (later, f", from {_BEGINNING:.0%} of the training on"))
+        for of, when in ((inputs, ""), (later, f", {_LATER}"))
         for name, number in numbers
     ]
     return table(("input of the sigmoid", *runs), rows)
@@ -315,8 +315,9 @@ def _is_faster(with_bn: Run, without: Run) -> bool | None:
 
 
 def _is_better(with_bn: Run, without: Run) -> bool | None:
-    best = with_bn.best_accuracy, without.best_accuracy
-    return best[0] > best[1] if all(best) else None
+    if not (with_bn.best_accuracy and without.best_accuracy):
+        return None
+    return with_bn.best_accuracy > without.best_accuracy
 
 
 def _is_steadier(number: Callable[[_Input], float]) -> _Holds:
@@ -327,7 +328,6 @@ def _is_steadier(number: Callable[[_Input], float]) -> _Holds:
     return holds
 
 
-_LATER = f"from {_BEGINNING:.0%} of the training on"
 _STATEMENTS: Mapping[str, _Holds] = {
     "With BN training is faster: the other network's best accuracy takes fewer steps": _is_faster,
     "With BN the best test accuracy is higher": _is_better,

@@ -280,25 +280,25 @@ def _write(files: Mapping[str, bytes], folder: epath.Path) -> None:
 
 
 def _how_it_was_made(results: Results, command: str) -> Section:
-    named = [(escape(run.name), run) for seeds in results.values() for run in seeds]
+    runs = [run for seeds in results.values() for run in seeds]
     parts = ["\n".join(f"    {line}" for line in command.splitlines())]
-    if named:
+    if runs:
         parts += [
             "Every number and curve of ours, but where it is said otherwise, is computed from what"
             " the runs wrote: the `config.json`, `metrics.jsonl` and `environment.json` in each"
             " one's folder.",
             "### The runs",
-            _list_runs(named),
-            _tell_time([run for _, run in named]),
+            _list_runs(runs),
+            _tell_time(runs),
             "### Software and machine",
-            *_tell_environment(named),
+            *_tell_environment(runs),
             "### Settings",
             *_tell_settings(results),
         ]
     return Section("How this was made", "\n\n".join(parts))
 
 
-def _list_runs(named: Iterable[tuple[str, Run]]) -> str:
+def _list_runs(runs: Iterable[Run]) -> str:
     header = (
         "run",
         "end",
@@ -309,12 +309,12 @@ def _list_runs(named: Iterable[tuple[str, Run]]) -> str:
         "wall time",
     )
     rows = []
-    for name, run in named:
+    for run in runs:
         started = [start["started"] for start in run.environment]
         final = run.metrics[-1] if run.metrics else {}
         rows.append(
             (
-                name,
+                escape(run.name),
                 _end(run),
                 _moment(started[0]) if started else "-",
                 final.get(Workdir.FINISHED, "-")[:12],
@@ -363,22 +363,22 @@ def _moment(text: str) -> str:
     return f"{moment:%Y-%m-%d %H:%M}"
 
 
-def _tell_environment(named: Sequence[tuple[str, Run]]) -> list[str]:
+def _tell_environment(runs: Sequence[Run]) -> list[str]:
     """Says what the runs were made with; where they differ, which was made with what."""
     paragraphs = []
     for what, describe in (("Software", _software), ("Source", _source), ("Machine", _machine)):
         names: dict[str, dict[str, None]] = {}
-        for name, run in named:
+        for run in runs:
             for start in run.environment:
-                names.setdefault(describe(start), {})[name] = None
+                names.setdefault(describe(start), {})[escape(run.name)] = None
         if len(names) == 1:
             paragraphs.append(f"{what}: {next(iter(names))}.")
         elif names:
             lines = [f"- {text}: {', '.join(of_text)}." for text, of_text in names.items()]
             paragraphs += [f"**{what}: not the same for all of the runs.**", "\n".join(lines)]
-    silent = [name for name, run in named if not run.environment]
+    silent = [escape(run.name) for run in runs if not run.environment]
     if silent:
-        which = "The runs have" if len(silent) == len(named) else ", ".join(silent) + " have"
+        which = "The runs have" if len(silent) == len(runs) else ", ".join(silent) + " have"
         paragraphs.append(f"{which} no note of the software and machine that they were made with.")
     return paragraphs
 

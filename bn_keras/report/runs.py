@@ -20,7 +20,7 @@ class Run:
     """One network's run, as its workdir tells it.
 
     Attributes:
-      title: the paper's name of the network.
+      title: of what is trained, as in titles.py.
       config: of the run.
       metrics: the lines of its metrics.jsonl.
       environment: what each of its starts noted, as `Workdir.noting_start` has it.
@@ -43,7 +43,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Tells it from the runs of other seeds."""
+        """The title and the seed."""
         return f"{self.title} (seed {self.config.seed})"
 
     def curve(self, key: str) -> dict[int, float]:
