@@ -38,6 +38,12 @@ def get_runs(inception: ConfigDict) -> dict[str, ConfigDict]:
     for name, title in titles.ABLATIONS.items():
         key = CHANGES[name].key
         runs[title] = (x5, full, {key: before[key]})
+    decay = CHANGES["decay"].key
+    for variant, title in (
+        ("bn_x30", titles.X30_DECAY),
+        ("bn_x5_sigmoid", titles.X5_SIGMOID_DECAY),
+    ):
+        runs[title] = (derive(inception, variant), full, {decay: before[decay]})
     for network, reference in ((titles.INCEPTION, inception), (titles.BASELINE, baseline)):
         for factor in titles.SCALES:
             values = {"model.initializer_scale": factor}

@@ -45,7 +45,9 @@ from bn_keras.report.titles import (
     X5,
     X5_AT_RATE_1,
     X5_SIGMOID,
+    X5_SIGMOID_DECAY,
     X30,
+    X30_DECAY,
     scaled,
 )
 from bn_keras.report.verdicts import FAILS, HOLDS, NOT_RUN, UNDECIDED, WITHIN_SPREAD
@@ -192,7 +194,14 @@ def _helps(change: str, results: Results) -> Finding:
 
 def _does_no_harm(change: str, results: Results) -> Finding:
     """BN-x5 is not worse than with the change taken back."""
-    found = _helps(change, results)
+    return _or_alike(_helps(change, results))
+
+
+def _is_no_worse(title: str, other: str, results: Results) -> Finding:
+    return _or_alike(_is_better(title, other, results))
+
+
+def _or_alike(found: Finding) -> Finding:
     return found._replace(verdict=HOLDS) if found.verdict == WITHIN_SPREAD else found
 
 
@@ -402,6 +411,12 @@ CLAIMS = (
     Claim("4.2.1", "A fifth of the L2 weight improves the accuracy", partial(_helps, "l2")),
     Claim(
         "4.2.1", "A rate that decays 6 times faster does no harm", partial(_does_no_harm, "decay")
+    ),
+    Claim("ours", "It does none to BN-x30, either", partial(_is_no_worse, X30, X30_DECAY)),
+    Claim(
+        "ours",
+        "Nor does it to BN-x5-Sigmoid",
+        partial(_is_no_worse, X5_SIGMOID, X5_SIGMOID_DECAY),
     ),
     Claim("4.2.1", "Local response normalization is not needed", partial(_does_no_harm, "lrn")),
     Claim("4.2.1", "Shuffling within shards improves the accuracy", partial(_helps, "shuffling")),

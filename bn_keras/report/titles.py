@@ -20,6 +20,9 @@ ABLATIONS = {
     "shuffling": "BN-x5 shuffled by shards only",
     "distortions": "BN-x5 with full distortions",
 }
+# The decay is what these share with BN-x5, whose ablation it is above.
+X30_DECAY = "BN-x30 with Inception's decay"
+X5_SIGMOID_DECAY = "BN-x5-Sigmoid with Inception's decay"
 LONG_MEMORY = "BN-x5 with a long memory"
 POPULATION = "BN-x5 by population statistics"
 # Factors on the initial weights of the convolutions, beside 1.
