@@ -2,7 +2,7 @@
 
     python -m launch.train --config=configs/cifar10_bn_x5.py --workdir=runs/cifar10_bn_x5
 
-Some 4 minutes on 2 cores; 51.7% validation accuracy.
+Some 5 minutes on one core; 54.6% on the test images (mean over 3 seeds).
 """
 
 from ml_collections import ConfigDict

@@ -2,8 +2,14 @@
 
     python -m launch.train --config=configs/cifar10_inception.py --workdir=runs/cifar10_inception
 
-Some 4 minutes on 2 cores; 38.5% validation accuracy. The base rate is not the outcome of a search
-yet.
+Some 5 minutes on one core; 46.2% on the test images (mean over 3 seeds). The initialization and the
+base rate are Inception's best of
+
+    python -m launch.search --config=configs/cifar10_inception.py --workdir=runs/search --base_rates=0.005,0.01,0.02,0.04 --seeds=0 --config.data.train_split='train[:45000]' --config.data.validation_split='train[45000:]' --config.evaluation.every_steps=500
+
+in which the test images have no part: on the 5,000 training images that are left out, 45.7%; at the
+rates 0.04, 0.02 and 0.005 it is 44.4%, 43.8% and 41.1%, and with Glorot weights 38.3% at best (at 0.02).
+The other networks' rates are the paper's multiples of it.
 """
 
 from ml_collections import ConfigDict
