@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -14,6 +15,10 @@ import tensorflow as tf
 from bn_keras.distribution import make_strategy
 
 NUM_REPLICAS = 2
+
+# What a shell starts in the background ignores SIGINT, and so would the commands that tests
+# interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0],
