@@ -83,18 +83,24 @@ def _with_flags(config: ConfigDict) -> ConfigDict:
 
 def _make_sections(names: list[str], results: Mapping[str, Sequence]) -> list:
     from bn_keras import report
-    from bn_keras.experiment import folder_name
 
-    members = experiments.get_runs(["figure4"], _SCALE.value, _SEEDS.value)
-    workdirs = [f"{_WORKDIR.value}/{folder_name(str(trial))}" for trial in members]
     make = {
         "figure1": report.figure_1,
         "figure2": report.figure_2,
         "figure3": report.figure_3,
-        "figure4": lambda _: report.figure_4(report.evaluate_figure_4(workdirs, _WORKDIR.value)),
+        "figure4": lambda _: report.figure_4(
+            report.evaluate_figure_4(_find_members(), _WORKDIR.value)
+        ),
         "claims": report.claims,
     }
     return [make[name](results) for name in names]
+
+
+def _find_members() -> list[str]:
+    from bn_keras.experiment import folder_name
+
+    members = experiments.get_runs(["figure4"], _SCALE.value, _SEEDS.value)
+    return [f"{_WORKDIR.value}/{folder_name(str(trial))}" for trial in members]
 
 
 def _command(given: list[str]) -> str:
