@@ -24,8 +24,8 @@ import tensorflow_datasets as tfds
 from _timing import compare
 
 from bn_keras.data import pipeline
-from bn_keras.data.crops import Crops
-from bn_keras.evaluate import make_ensemble_evaluator
+from bn_keras.data.multi_crop import Crops
+from bn_keras.inference.evaluation import make_ensemble_evaluator
 from bn_keras.models import BNInception
 from configs import bn_x30
 

@@ -23,7 +23,8 @@ import tensorflow_datasets as tfds
 
 from bn_keras.data import images as images_lib
 from bn_keras.data import pipeline
-from configs import default, mnist_bn
+from bn_keras.training.config import default_config
+from configs import mnist_bn
 
 STEPS, ROUNDS = 500, 15
 # Of 32 photographs; tf.data tunes itself in the first ones.
@@ -114,7 +115,7 @@ def photographs(manual_dir, data_dir):
     builder = tfds.builder("imagenet2012", data_dir=data_dir)
     download = tfds.download.DownloadConfig(manual_dir=manual_dir, num_shards=4)
     builder.download_and_prepare(download_config=download)
-    config = default.get_config().data.copy_and_resolve_references()
+    config = default_config().data.copy_and_resolve_references()
     config.update({"data_dir": data_dir, "shuffle": "examples"})
     plain = config.copy_and_resolve_references()
     plain.distortion = 0.0

@@ -24,7 +24,7 @@ from _timing import compare
 from trainer import inception_config, make_bare_loop, seconds_of
 
 from bn_keras import BNInception, cost
-from bn_keras.schedule import PAPER_BATCH_SIZE
+from bn_keras.training.schedule import PAPER_BATCH_SIZE
 
 
 class Device(NamedTuple):

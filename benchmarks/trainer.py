@@ -39,11 +39,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import tensorflow as tf
 from etils import epath
 
-from bn_keras import distribution, train
-from bn_keras.checkpoint import Checkpoints
 from bn_keras.data import pipeline
-from bn_keras.progress import Progress
-from bn_keras.trainer import make_trainer
+from bn_keras.distribute.strategy import make_strategy
+from bn_keras.runs.checkpoint import Checkpoints
+from bn_keras.training import loop as train
+from bn_keras.training.build import build_trainer
+from bn_keras.training.progress import Progress
 from configs import bn_x30, mnist_bn
 
 SECONDS_BETWEEN_CHECKPOINTS = 300
@@ -112,9 +113,9 @@ def start(data_dir):
 
 def checkpoint(data_dir):
     config = inception_config()
-    strategy = distribution.make_strategy(**config.distribution)
+    strategy = make_strategy(**config.distribution)
     data = pipeline.open_data(config.data, seed=config.seed)
-    trainer = make_trainer(
+    trainer = build_trainer(
         config, strategy, data.input_shape, data.num_classes, data.num_train_examples
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -186,13 +187,13 @@ def run(config, steps):
 
 def make_bare_loop(config):
     """A loop over a constant batch, traced, and the seconds until its first step was done."""
-    strategy = distribution.make_strategy(**config.distribution)
+    strategy = make_strategy(**config.distribution)
     data = pipeline.open_data(config.data, seed=config.seed)
     # Held on to: TensorFlow may crash where an iterator goes while it still reads ahead.
     batches = iter(data.train_batches(strategy, config.train.global_batch_size))
     batch = next(batches)
     began = time.perf_counter()
-    trainer = make_trainer(
+    trainer = build_trainer(
         config, strategy, data.input_shape, data.num_classes, data.num_train_examples
     )
 

@@ -1,9 +1,6 @@
 """The Keras layer: variables, moving statistics, modes; it brings the replicas together for ops."""
 
-import functools
-import itertools
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import keras
 import numpy as np
@@ -11,6 +8,7 @@ import tensorflow as tf
 
 from bn_keras import ops
 from bn_keras.errors import UsageError
+from bn_keras.replicas import gather_replicas, per_replica_sum
 
 
 @keras.saving.register_keras_serializable("bn_keras")
@@ -114,7 +112,7 @@ class BatchNormalization(keras.layers.Layer):
 
     def build(self, input_shape: Sequence[int | None]) -> None:
         """Makes the weights, in Keras' order, each of the shape of `axis`."""
-        self._axes = _normalized_axes(self.axis, input_shape)
+        self._axes = normalized_axes(self.axis, input_shape)
         self._shape = tuple(input_shape[a] for a in self._axes)
         if None in self._shape:
             raise UsageError(
@@ -150,7 +148,7 @@ class BatchNormalization(keras.layers.Layer):
         if self._may_diverge():
             # How many values went into the moving statistics since the last merge. No weight of
             # the layer, and tracked by nobody: every save comes right after a merge.
-            object.__setattr__(self, "_merge_weight", _per_replica_sum())
+            object.__setattr__(self, "_merge_weight", per_replica_sum())
         self.input_spec = keras.InputSpec(
             ndim=len(input_shape), axes=dict(zip(self._axes, self._shape, strict=True))
         )
@@ -291,7 +289,7 @@ class BatchNormalization(keras.layers.Layer):
         return self.synchronized and context is not None and context.num_replicas_in_sync > 1
 
     def _gather(self, packed: tf.Tensor) -> tf.Tensor:
-        return _gather_replicas(packed, self.sync_group_size)
+        return gather_replicas(packed, self.sync_group_size)
 
     def _may_diverge(self) -> bool:
         """Tells whether the replicas' moving statistics may come to differ."""
@@ -448,7 +446,7 @@ class BatchNormalization(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> Sequence[int | None]:
         """The shape of the input."""
-        _normalized_axes(self.axis, input_shape)
+        normalized_axes(self.axis, input_shape)
         return input_shape
 
     def get_config(self) -> dict:
@@ -492,182 +490,7 @@ _NOT_IN_KERAS = ("unbiased", "sync_group_size", "virtual_batch_size")
 BATCH_NORMS = (BatchNormalization, keras.layers.BatchNormalization)
 
 
-class MergeMovingStatistics(keras.callbacks.Callback):
-    """Merges the replicas' moving statistics in `fit`, `evaluate` and `predict`.
-
-    Before each evaluation and at the end of each epoch; list it before whatever saves.
-    """
-
-    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Merges for what is saved after an epoch."""
-        self._merge()
-
-    def on_train_end(self, logs: dict | None = None) -> None:
-        """Merges for what is saved after training."""
-        self._merge()
-
-    def on_test_begin(self, logs: dict | None = None) -> None:
-        """Merges for the evaluation."""
-        self._merge()
-
-    def on_predict_begin(self, logs: dict | None = None) -> None:
-        """Merges for the prediction."""
-        self._merge()
-
-    def _merge(self) -> None:
-        merge_moving_statistics(self.model, self.model.distribute_strategy)
-
-
-def merge_moving_statistics(
-    model: keras.Model, strategy: tf.distribute.Strategy | None = None
-) -> None:
-    """Gives all replicas the same moving statistics: mean and variance of their mixture.
-
-    Call it from Python, outside strategy.run, before each save and each evaluation: layers that
-    aren't synchronized keep the statistics of their own replica's batches, and only the first
-    replica's would be saved. Each replica weighs as much as the values that it has seen since
-    the last merge. One collective for the whole model; nothing to do at one replica.
-
-    Args:
-      model: with BatchNormalization layers anywhere inside.
-      strategy: under which the model was made; None is the current one.
-
-    Source: the law of total variance.
-    """
-    strategy = strategy or tf.distribute.get_strategy()
-    layers = [
-        layer
-        for layer in model._flatten_layers()
-        if isinstance(layer, BatchNormalization) and layer.built and layer._merge_weight is not None
-    ]
-    if strategy.num_replicas_in_sync == 1 or not layers:
-        return
-    key = (strategy, *map(id, layers))
-    merges = _merges.setdefault(model, {})
-    if key not in merges:
-        merges[key] = tf.function(
-            lambda: strategy.run(functools.partial(_merge_in_replica, layers)), autograph=False
-        )
-    merges[key]()
-
-
-# The traced merges of each model; gone with the model.
-_merges: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-def _merge_in_replica(layers: Sequence[BatchNormalization]) -> None:
-    """Mixes all channels of all layers at once."""
-    mixed = [layer._mixed() for layer in layers]
-    means, variances = zip(*itertools.chain(*mixed), strict=True)
-    parts = (
-        [layer._merge_weight for layer in layers],
-        means,
-        variances,
-        [layer.num_updates for layer in layers if layer.momentum is None],
-    )
-    dtype = tf.float64 if any(m.dtype == tf.float64 for m in means) else tf.float32
-    flat = [tf.reshape(tf.cast(t, dtype), [-1]) for part in parts for t in part]
-    channels = [m.shape[0] for m in means]
-    lengths = [len(layers), sum(channels), sum(channels), len(parts[-1])]
-    gathered = _gather_replicas(tf.concat(flat, axis=0))
-    weight, mean, variance, num_updates = tf.split(gathered, lengths, axis=1)
-    of_layer = [sum(mean.shape[0] for mean, _ in pairs) for pairs in mixed]
-    weight = tf.gather(weight, np.repeat(np.arange(len(layers)), of_layer), axis=1)
-    merged = zip(*(tf.split(t, channels) for t in _mixture(weight, mean, variance)), strict=True)
-    num_updates = iter(tf.unstack(tf.reduce_max(num_updates, axis=0)))
-    for layer in layers:
-        layer._take_merged(merged, num_updates)
-
-
-def _mixture(
-    weight: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Gives mean and variance [C] of a mixture of R parts, each argument being [R, C].
-
-    In differences from the first part, so that parts that agree come out as they went in, to the
-    bit. Without any weight, all weigh the same.
-    """
-    total = tf.reduce_sum(weight, axis=0)
-    share = tf.where(total > 0, weight / tf.maximum(total, 1), 1 / weight.shape[0])
-    merged = mean[0] + tf.reduce_sum(share * (mean - mean[0]), axis=0)
-    within = variance[0] + tf.reduce_sum(share * (variance - variance[0]), axis=0)
-    between = tf.reduce_sum(share * tf.square(mean - merged), axis=0)
-    return merged, within + between
-
-
-def _gather_replicas(packed: tf.Tensor, group_size: int | None = None) -> tf.Tensor:
-    """Gives the [...] of each replica of this one's group as [R, ...], by one all-reduce.
-
-    Each replica fills a row of its own and leaves the others 0; the sum is then exact, and the
-    same everywhere.
-    """
-    context = tf.distribute.get_replica_context()
-    replicas, replica = context.num_replicas_in_sync, context.replica_id_in_sync_group
-    group_size = group_size or replicas
-    if replicas % group_size:
-        raise UsageError(
-            f"sync_group_size={group_size} does not divide the {replicas} replicas: give a"
-            " divisor, or None for all of them"
-        )
-    known = tf.get_static_value(replica)
-    rank = np.arange(replicas).reshape([-1] + [1] * packed.shape.rank)
-    rows = tf.where(
-        rank == (replica if known is None else known), packed, tf.zeros([], packed.dtype)
-    )
-    rows = _in_order(
-        lambda rows: context.all_reduce(tf.distribute.ReduceOp.SUM, rows), rows, replica
-    )
-    if group_size == replicas:
-        return rows
-    first = replica // group_size * group_size
-    # Of a size that is known where the replica isn't, as on a TPU.
-    return tf.gather(rows, first + tf.range(group_size))
-
-
-def _in_order(
-    collective: Callable[[tf.Tensor], tf.Tensor], x: tf.Tensor, replica: int | tf.Tensor
-) -> tf.Tensor:
-    """Runs a collective after those before it in this graph.
-
-    Parallel branches would otherwise start theirs in whatever order, another one in each worker,
-    and could wait for each other forever (tensorflow#42111).
-    """
-    if tf.executing_eagerly():
-        return collective(x)
-
-    def collection(what: str, replica: int | None) -> list[tf.Tensor]:
-        # A function's graph inherits the collections of the one around it.
-        ours = x.graph.get_collection(f"bn_keras/{what}/{replica}")
-        return [t for t in ours if t.graph is x.graph]
-
-    replica = tf.get_static_value(replica)
-    before = collection("results", replica)
-    # The same collective of the first replica, whose graph is built first.
-    for first in collection("inputs", 0)[len(before) :][:1]:
-        if first.shape[1] != x.shape[1]:
-            raise UsageError(
-                f"replicas 0 and {replica} have {first.shape[1]} and {x.shape[1]} ghost batches, of"
-                " which synchronized=True joins one of each: give all replicas equally many"
-                " examples (drop_remainder=True)"
-            )
-    x.graph.add_to_collection(f"bn_keras/inputs/{replica}", x)
-    with tf.control_dependencies(before[-1:]):
-        x = tf.identity(x)
-    result = collective(x)
-    result.graph.add_to_collection(f"bn_keras/results/{replica}", result)
-    return result
-
-
-def _per_replica_sum() -> tf.Variable:
-    return tf.Variable(
-        0.0,
-        trainable=False,
-        synchronization=tf.VariableSynchronization.ON_READ,
-        aggregation=tf.VariableAggregation.SUM,
-    )
-
-
-def _normalized_axes(axis: int | Sequence[int], shape: Sequence[int | None]) -> list[int]:
+def normalized_axes(axis: int | Sequence[int], shape: Sequence[int | None]) -> list[int]:
     """Gives the axes from 0 on and in order."""
     rank = len(shape)
     given = [axis] if isinstance(axis, int) else list(axis)

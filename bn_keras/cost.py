@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from bn_keras.batch_norm import BATCH_NORMS
 from bn_keras.errors import UsageError
+from bn_keras.keras_internals import graph_nodes
 
 
 def _of_all_ranks(*names: str) -> tuple[type, ...]:
@@ -254,21 +255,20 @@ def _trace(
     """Adds the calls of a model's graph, inputs first, and gives what it makes of `given`."""
     tensors = {id(tensor): known for tensor, known in zip(model.inputs, given, strict=True)}
     graph = keras.Function(model.inputs, model.outputs)
-    for depth in sorted(graph._nodes_by_depth, reverse=True):
-        for node in graph._nodes_by_depth[depth]:
-            layer, name = node.operation, place + node.operation.name
-            inputs = [tensors[id(tensor)] for tensor in node.input_tensors]
-            if node.is_input:
-                # A nested model's inputs are what somebody else made.
-                if not place:
-                    calls.append(_Call(layer, name, [], [tensors[id(node.outputs[0])]], []))
-                continue
-            if _has_graph(layer):
-                outputs = _trace(layer, inputs, f"{name}/", calls)
-            else:
-                outputs = [_Tensor.of(tensor) for tensor in node.outputs]
-                calls.append(_Call(layer, name, inputs, outputs, _hidden(layer, outputs)))
-            tensors.update(zip(map(id, node.outputs), outputs, strict=True))
+    for node in graph_nodes(graph):
+        layer, name = node.operation, place + node.operation.name
+        inputs = [tensors[id(tensor)] for tensor in node.input_tensors]
+        if node.is_input:
+            # A nested model's inputs are what somebody else made.
+            if not place:
+                calls.append(_Call(layer, name, [], [tensors[id(node.outputs[0])]], []))
+            continue
+        if _has_graph(layer):
+            outputs = _trace(layer, inputs, f"{name}/", calls)
+        else:
+            outputs = [_Tensor.of(tensor) for tensor in node.outputs]
+            calls.append(_Call(layer, name, inputs, outputs, _hidden(layer, outputs)))
+        tensors.update(zip(map(id, node.outputs), outputs, strict=True))
     return [tensors[id(tensor)] for tensor in model.outputs]
 
 

@@ -1,53 +1,77 @@
-"""What can go wrong by the user's doing, apart from what is a bug in here."""
+"""Errors that the package raises on purpose. Anything else is a bug.
+
+The message of each is one line. The commands print it without a traceback and exit with `status`;
+docs/launching.md lists all statuses.
+"""
+
+from typing import ClassVar
 
 
-class UsageError(ValueError):
-    """Something was asked for that can't be done.
-
-    The message is one line: what was given, what is accepted, what to do. The launchers print
-    it alone, without a traceback, and exit with status 2.
-    """
-
-
-class TrainingDivergedError(ArithmeticError):
-    """The loss or a variable is no longer finite.
-
-    The launchers print the message alone and exit with status 3.
+class ReportedError(Exception):
+    """Base class: the message is for the user, on one line.
 
     Attributes:
-      step: the first step whose loss was not finite, counted from 1, or the one at which the
-        network was found not to be.
+      status: exit status of a command that fails with this error.
     """
+
+    status: ClassVar[int] = 2
+
+
+class UsageError(ReportedError, ValueError):
+    """An argument, a setting or a file that the user can correct.
+
+    The message says what was given, what is accepted and what to do.
+    """
+
+
+class StorageError(ReportedError, OSError):
+    """A file cannot be written or read: a full disk, missing permissions, an unreachable bucket."""
+
+
+class ResumeError(ReportedError, RuntimeError):
+    """A resumed run differs from an uninterrupted one."""
+
+
+class TrainingDivergedError(ReportedError, ArithmeticError):
+    """The loss or a variable is no longer finite.
+
+    Attributes:
+      step: first step with a non-finite loss, counted from 1, or the step at which a variable was
+        found to be non-finite.
+    """
+
+    status = 3
 
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)
         self.step = step
 
     def __reduce__(self) -> tuple:
-        # Exception's own leaves the step out when another process sends it.
+        # Exception.__reduce__ drops the step when another process sends the error.
         return type(self), (str(self), self.step)
+
+
+class WorkerLostError(ReportedError, ConnectionError):
+    """Another worker of a multi-worker training has ended or cannot be reached."""
+
+    status = 5
 
 
 class TrainingStoppedError(KeyboardInterrupt):
     """A signal stopped the training, which has been saved.
 
-    Not an Exception, so that nothing takes it for the failure of one run among several. The
-    launchers print the message alone and exit with status 128 + signum.
+    Not an Exception, so that code that handles the failure of one run among several does not catch
+    it.
 
     Attributes:
       signum: SIGTERM or SIGINT.
+      status: exit status of a command that fails with this error, 128 + signum.
     """
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.signum = signum
+        self.status = 128 + signum
 
     def __reduce__(self) -> tuple:
         return type(self), (str(self), self.signum)
-
-
-class WorkerLostError(ConnectionError):
-    """Another worker of a training on several machines has ended, or can't be reached.
-
-    The launchers print the message alone and exit with status 5.
-    """

@@ -1,7 +1,6 @@
 """Batch normalization folded into the layers before it: Algorithm 2, line 11."""
 
 import dataclasses
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +9,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from bn_keras.batch_norm import BATCH_NORMS
+from bn_keras.batch_norm import BATCH_NORMS, normalized_axes
 from bn_keras.errors import UsageError
+from bn_keras.keras_internals import all_layers, graph_nodes, graph_of
 
 _DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
 _SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
@@ -164,7 +164,7 @@ class _Plan:
                 f"model {model.name!r} is a subclassed {type(model).__name__}, whose layers its"
                 " code makes: give a Functional or Sequential model"
             )
-        if _graph(model) is None:
+        if graph_of(model) is None:
             raise UsageError(
                 f"model {model.name!r} has no weights yet: call it, or give it a keras.Input, first"
             )
@@ -180,7 +180,7 @@ class _Plan:
 
         self.batch_norms = [
             layer
-            for layer in model._flatten_layers()
+            for layer in all_layers(model)
             if isinstance(layer, BATCH_NORMS) and (layer in self._calls or layer in self.inside)
         ]
         if not self.batch_norms:
@@ -200,10 +200,10 @@ class _Plan:
 
     def _read(self, model: keras.Model, place: str = "") -> None:
         """Notes who makes and who takes each tensor of a model and of those nested in it."""
-        graph = _graph(model)
+        graph = graph_of(model)
         for tensor in graph.outputs:
             self._users.setdefault(id(tensor), []).append(None)
-        for call in itertools.chain.from_iterable(graph._nodes_by_depth.values()):
+        for call in graph_nodes(graph):
             layer = call.operation
             is_new = layer not in self._calls
             # Models that have layers in common may share calls as well, which then count twice.
@@ -217,7 +217,7 @@ class _Plan:
 
     def _read_layer(self, call: object, name: str, is_new: bool) -> None:
         layer = call.operation
-        held = layer._flatten_layers(include_self=False)
+        held = all_layers(layer, include_self=False)
         if _is_training(call):
             self.by_batch.update(
                 x for x in (layer, *held) if isinstance(x, BATCH_NORMS) and x.trainable
@@ -225,7 +225,7 @@ class _Plan:
         if not is_new:
             return
         self.names.setdefault(layer, name)
-        if _graph(layer) is None:
+        if graph_of(layer) is None:
             self.inside.update(held)
             for x in held:
                 self.names.setdefault(x, f"{name}/{x.name}")
@@ -275,13 +275,6 @@ class _Plan:
         return self._makers[id(call.input_tensors[0])]
 
 
-def _graph(layer: keras.Operation) -> keras.Function | None:
-    """Gives the graph of a Functional or Sequential model, None of any other layer."""
-    if isinstance(layer, keras.Sequential):
-        return layer._functional
-    return layer if isinstance(layer, keras.Model) and isinstance(layer, keras.Function) else None
-
-
 def _is_training(call: object) -> bool:
     """Tells whether a layer is called with training=True, whatever the model's mode."""
     second = call.arguments.args[1] if len(call.arguments.args) > 1 else None
@@ -289,10 +282,7 @@ def _is_training(call: object) -> bool:
 
 
 def _axes(batch_norm: keras.Layer) -> list[int]:
-    """Gives the axes from 0 on and in order."""
-    axis = batch_norm.axis
-    axes = [axis] if isinstance(axis, int) else axis
-    return sorted(a % batch_norm.input_spec.ndim for a in axes)
+    return normalized_axes(batch_norm.axis, [None] * batch_norm.input_spec.ndim)
 
 
 def _named(layer: keras.Operation) -> str:
@@ -319,17 +309,17 @@ class _Folder:
             if new.trainable != old.trainable:
                 new.trainable = old.trainable
         for old, new in copies:
-            if _graph(old) is None:
+            if graph_of(old) is None:
                 self._fill(old, new)
         return folded
 
     def _copy(self, old: keras.Operation) -> keras.Operation:
         if old not in self._copies:
-            self._copies[old] = self._model(old) if _graph(old) is not None else self._layer(old)
+            self._copies[old] = self._model(old) if graph_of(old) is not None else self._layer(old)
         return self._copies[old]
 
     def _model(self, model: keras.Model) -> keras.Model:
-        graph = _graph(model)
+        graph = graph_of(model)
         inputs = keras.tree.map_structure(
             lambda tensor: self._copy(tensor._keras_history.operation).output, graph.input
         )
@@ -377,7 +367,7 @@ class _Folder:
             values = dict(zip(("kernel", "bias"), _scale_and_offset(old), strict=True))
         else:
             # As in a file: some layers, such as Normalization, make more of it than their weights.
-            for o, n in zip(old._flatten_layers(), new._flatten_layers(), strict=True):
+            for o, n in zip(all_layers(old), all_layers(new), strict=True):
                 store = {}
                 o.save_own_variables(store)
                 n.load_own_variables(store)
@@ -469,7 +459,7 @@ def _random_inputs(model: keras.Model) -> object:
             " give inputs"
         )
 
-    return keras.tree.map_structure(draw, _graph(model).input)
+    return keras.tree.map_structure(draw, graph_of(model).input)
 
 
 def _compare(before: keras.Model, after: keras.Model, inputs: object) -> dict[str, object]:
@@ -530,7 +520,7 @@ def check_agreement(
     difference, size = max(
         zip(differences, sizes, strict=True), key=lambda pair: pair[0] / (pair[1] or 1)
     )
-    precision = max(_PRECISIONS.get(x.compute_dtype, 0) for x in model._flatten_layers())
+    precision = max(_PRECISIONS.get(x.compute_dtype, 0) for x in all_layers(model))
     # A difference of NaN is none that can be compared.
     if not difference <= precision**0.5 * size:
         raise ArithmeticError(

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 
 import keras
@@ -12,9 +11,8 @@ import tensorflow as tf
 
 from bn_keras import fold
 from bn_keras.batch_norm import BATCH_NORMS
-from bn_keras.data import pipeline
 from bn_keras.errors import UsageError
-from bn_keras.evaluate import open_mini_batches
+from bn_keras.keras_internals import all_layers
 from bn_keras.population import (
     LayerReport,
     PopulationReport,
@@ -22,7 +20,6 @@ from bn_keras.population import (
     estimate_population_statistics,
     preserved_state,
 )
-from bn_keras.trained import load_trained
 
 # A channel whose output deviates by less is dead. A layer fresh from its initialization gives 1;
 # bfloat16, with a step of 2^-8, loses a thousandth beside a beta of one.
@@ -164,41 +161,15 @@ def check(
     except UsageError as error:
         skipped.append(f"folding: {error}")
 
-    order = {layer.path: i for i, layer in enumerate(model._flatten_layers(include_self=False))}
+    order = {layer.path: i for i, layer in enumerate(all_layers(model, include_self=False))}
     # What is of the model as a whole comes last.
     findings.sort(key=lambda finding: order.get(finding.layer, math.inf))
     channels = sum(math.prod(layer.moving_mean.shape) for layer in layers)
     return HealthReport(len(layers), channels, tuple(findings), population, gap, tuple(skipped))
 
 
-def check_workdir(workdir: str | os.PathLike, num_batches: int) -> HealthReport:
-    """Examines the network of a run on the first batches of its training, on one device.
-
-    Args:
-      workdir: of the run.
-      num_batches: as `check`; 0 looks at the weights alone, as is done where the run's data set
-        is not at hand.
-
-    Raises:
-      UsageError: no run or no checkpoint in the folder.
-    """
-    if num_batches < 0:
-        raise UsageError(f"num_batches is {num_batches}: it has to be 0 or more")
-    network = load_trained(workdir)
-    if num_batches == 0:
-        return check(network.model)
-    config = network.config
-    try:
-        data = pipeline.open_data(config.data, seed=config.seed)
-    except UsageError as error:
-        report = check(network.model)
-        return dataclasses.replace(report, skipped=(f"what takes data: {error}",))
-    batches = open_mini_batches(config, data, tf.distribute.get_strategy())
-    return check(network.model, batches, num_batches)
-
-
 def _batch_norms(model: keras.Model) -> list[keras.Layer]:
-    return [layer for layer in model._flatten_layers() if isinstance(layer, BATCH_NORMS)]
+    return [layer for layer in all_layers(model) if isinstance(layer, BATCH_NORMS)]
 
 
 def _examine_weights(model: keras.Model, layers: Sequence[keras.Layer]) -> list[Finding]:

@@ -13,8 +13,11 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from bn_keras import ops
-from bn_keras.batch_norm import BATCH_NORMS, BatchNormalization, merge_moving_statistics
+from bn_keras.batch_norm import BATCH_NORMS, BatchNormalization
 from bn_keras.errors import UsageError
+from bn_keras.keras_internals import all_layers
+from bn_keras.merge import merge_moving_statistics
+from bn_keras.replicas import per_replica_sum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +157,7 @@ class PopulationEstimator:
     def __init__(self, model: keras.Model, strategy: tf.distribute.Strategy | None = None) -> None:
         self._model = model
         self._strategy = strategy = strategy or model.distribute_strategy
-        found = [layer for layer in model._flatten_layers() if isinstance(layer, BATCH_NORMS)]
+        found = [layer for layer in all_layers(model) if isinstance(layer, BATCH_NORMS)]
         layers = [layer for layer in found if layer.built and layer.trainable]
         if not layers:
             raise UsageError(
@@ -267,12 +270,7 @@ class _Sums:
         self.is_used = False
         channels = int(np.prod(layer.moving_mean.shape))
         # Of m, of m * mean, of the m above 1, and of these m times the unbiased variance.
-        self._sums = tf.Variable(
-            tf.zeros([4, channels], tf.float64),
-            trainable=False,
-            synchronization=tf.VariableSynchronization.ON_READ,
-            aggregation=tf.VariableAggregation.SUM,
-        )
+        self._sums = per_replica_sum([4, channels], tf.float64)
 
     def reset(self) -> None:
         self._sums.assign(tf.zeros_like(self._sums))

@@ -8,7 +8,9 @@ This run has not been made here; on CPUs alone it would take years.
 
 from ml_collections import ConfigDict
 
-from configs import inception, networks
+from bn_keras.training import networks
+
+from . import inception
 
 
 def get_config() -> ConfigDict:

@@ -5,7 +5,9 @@ python -m launch.train --config=configs/cifar10_bn_x30.py --workdir=runs/cifar10
 
 from ml_collections import ConfigDict
 
-from configs import cifar10_inception, networks
+from bn_keras.training import networks
+
+from . import cifar10_inception
 
 
 def get_config() -> ConfigDict:

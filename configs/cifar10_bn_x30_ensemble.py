@@ -10,7 +10,9 @@ they are evaluated by
 
 from ml_collections import ConfigDict
 
-from configs import cifar10_inception, networks
+from bn_keras.training import networks
+
+from . import cifar10_inception
 
 
 def get_config(number: str = "1") -> ConfigDict:

@@ -7,7 +7,9 @@ Some 5 minutes on one core; 54.6% on the test images (mean over 3 seeds).
 
 from ml_collections import ConfigDict
 
-from configs import cifar10_inception, networks
+from bn_keras.training import networks
+
+from . import cifar10_inception
 
 
 def get_config() -> ConfigDict:

@@ -5,7 +5,9 @@ python -m launch.train --config=configs/cifar10_bn_x5_sigmoid.py --workdir=runs/
 
 from ml_collections import ConfigDict
 
-from configs import cifar10_inception, networks
+from bn_keras.training import networks
+
+from . import cifar10_inception
 
 
 def get_config() -> ConfigDict:

@@ -14,7 +14,7 @@ The other networks' rates are the paper's multiples of it.
 
 from ml_collections import ConfigDict
 
-from configs import inception
+from . import inception
 
 
 def get_config() -> ConfigDict:

@@ -5,7 +5,9 @@ python -m launch.train --config=configs/digits_bn_x30.py --workdir=runs/digits_b
 
 from ml_collections import ConfigDict
 
-from configs import digits_inception, networks
+from bn_keras.training import networks
+
+from . import digits_inception
 
 
 def get_config() -> ConfigDict:

@@ -12,7 +12,9 @@ validation accuracy. Together, by
 
 from ml_collections import ConfigDict
 
-from configs import digits_inception, networks
+from bn_keras.training import networks
+
+from . import digits_inception
 
 
 def get_config(number: str = "1") -> ConfigDict:

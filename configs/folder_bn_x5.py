@@ -14,7 +14,9 @@ the paper's BN-x5, not the outcome of a search.
 
 from ml_collections import ConfigDict
 
-from configs import inception, networks
+from bn_keras.training import networks
+
+from . import inception
 
 
 def get_config() -> ConfigDict:

@@ -8,8 +8,8 @@ This run has not been made here; on CPUs alone it would take years.
 
 from ml_collections import ConfigDict
 
-from configs import default
+from bn_keras.training.config import default_config
 
 
 def get_config() -> ConfigDict:
-    return default.get_config()
+    return default_config()

@@ -7,11 +7,11 @@ Half a minute on 2 cores; 96.7% on the test set.
 
 from ml_collections import ConfigDict
 
-from configs import default
+from bn_keras.training.config import default_config
 
 
 def get_config() -> ConfigDict:
-    config = default.get_config().copy_and_resolve_references()
+    config = default_config().copy_and_resolve_references()
     config.data.name = "mnist"
     config.data.validation_split = "test"
     config.data.image_size = 0

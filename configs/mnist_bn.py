@@ -7,7 +7,7 @@ Half a minute on 2 cores; 97.4% on the test set.
 
 from ml_collections import ConfigDict
 
-from configs import mnist_baseline
+from . import mnist_baseline
 
 
 def get_config() -> ConfigDict:

@@ -12,7 +12,7 @@ import sys
 
 from absl import flags
 
-from launch import cli
+from . import cli
 
 _WORKDIR = cli.define_workdir()
 _BATCHES = flags.DEFINE_integer(
@@ -23,10 +23,10 @@ _JSON = flags.DEFINE_boolean("json", False, "Everything that was found and measu
 
 def main() -> None:
     """Examines what the flags say and prints the report."""
-    from bn_keras.health import check_workdir
+    from bn_keras.inference.run_check import check_workdir
 
     batches = _BATCHES.value or "none: the weights alone"
-    cli.tell({"network": _WORKDIR.value, "batches": f"{batches}"})
+    cli.log_lines({"network": _WORKDIR.value, "batches": f"{batches}"})
     report = check_workdir(_WORKDIR.value, _BATCHES.value)
     if _JSON.value:
         everything = {"has_faults": report.has_faults} | dataclasses.asdict(report)
@@ -37,5 +37,7 @@ def main() -> None:
         sys.exit(1)
 
 
+COMMAND = cli.Command(__name__, main)
+
 if __name__ == "__main__":
-    cli.run(main)
+    COMMAND.run()

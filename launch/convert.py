@@ -10,7 +10,7 @@ Examples:
 
 from absl import flags
 
-from launch import cli
+from . import cli
 
 _WEIGHTS = flags.DEFINE_string(
     "weights",
@@ -32,9 +32,11 @@ def main() -> None:
     """Converts what the flags name."""
     from bn_keras.convert import convert_weights
 
-    cli.tell({"weights": _WEIGHTS.value, "output": _OUTPUT.value})
+    cli.log_lines({"weights": _WEIGHTS.value, "output": _OUTPUT.value})
     convert_weights(_WEIGHTS.value, _OUTPUT.value, _SOURCE.value, overwrite=_OVERWRITE.value)
 
 
+COMMAND = cli.Command(__name__, main)
+
 if __name__ == "__main__":
-    cli.run(main)
+    COMMAND.run()

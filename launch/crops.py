@@ -7,7 +7,7 @@ Examples:
 
 from absl import flags
 
-from launch import cli
+from . import cli
 
 _OUTPUT = flags.DEFINE_string("output", None, "Picture to write, such as x.png.", required=True)
 _CROPS = flags.DEFINE_string("crops", "144", "Crops, as launch.evaluate takes them.")
@@ -16,15 +16,17 @@ _SIZE = flags.DEFINE_integer("size", 224, "Side of the network's input.", lower_
 
 def main(images: list[str]) -> None:
     """Draws what the flags say."""
-    from bn_keras.data.crops import Crops
-    from bn_keras.gallery import draw_crops
+    from bn_keras.data.multi_crop import Crops
+    from bn_keras.pictures.crop_sheet import draw_crops
 
     if len(images) > 1:
         cli.fail(f"unexpected argument {images[1]!r}: the crops of one image are drawn", 2)
-    cli.tell({"image": images[0], "crops": f"{_CROPS.value}, of {_SIZE.value} pixels"})
+    cli.log_lines({"image": images[0], "crops": f"{_CROPS.value}, of {_SIZE.value} pixels"})
     draw_crops(images[0], Crops.parse(_CROPS.value), _SIZE.value, _OUTPUT.value)
     print(f"The picture is {_OUTPUT.value}.")
 
 
+COMMAND = cli.Command(__name__, main, positional="IMAGE")
+
 if __name__ == "__main__":
-    cli.run(main, positional="IMAGE")
+    COMMAND.run()

@@ -18,7 +18,7 @@ import json
 
 from absl import flags
 
-from launch import cli
+from . import cli
 
 _CONFIG = cli.define_config(required=False)
 _WORKDIRS = flags.DEFINE_multi_string(
@@ -34,19 +34,19 @@ _JSON = flags.DEFINE_bool("json", False, "Prints a line of JSON for each row of 
 
 def main() -> None:
     """Evaluates what the flags say and prints the result."""
-    from bn_keras.data.crops import Crops
-    from bn_keras.evaluate import evaluate_networks, format_errors
-    from bn_keras.plan import describe
-    from bn_keras.workdir import Workdir
+    from bn_keras.data.multi_crop import Crops
+    from bn_keras.inference.evaluation import evaluate_networks, format_errors
+    from bn_keras.runs.workdir import Workdir
+    from bn_keras.training.plan import describe
 
     if not _WORKDIRS.value + _MODELS.value:
         cli.fail("--workdir or --model is missing: see --help", 2)
     crops = [Crops.parse(text) for text in _CROPS.value]
-    config, given_by = _CONFIG.value, cli.describe_config()
+    config, given_by = _CONFIG.value, str(_CONFIG)
     if config is None and _WORKDIRS.value:
         given_by = f"that of {_WORKDIRS.value[0]}"
         config = Workdir(_WORKDIRS.value[0]).read_config()
-    cli.tell(
+    cli.log_lines(
         {"networks": ", ".join(_WORKDIRS.value + _MODELS.value), "config": given_by}
         | (describe(config) if config else {})
         | {"crops": ", ".join(_CROPS.value)}
@@ -55,5 +55,7 @@ def main() -> None:
     print("\n".join(map(json.dumps, rows)) if _JSON.value else format_errors(rows))
 
 
+COMMAND = cli.Command(__name__, main)
+
 if __name__ == "__main__":
-    cli.run(main)
+    COMMAND.run()

@@ -9,7 +9,7 @@ Examples:
 
 from absl import flags
 
-from launch import cli
+from . import cli
 
 _WORKDIR = cli.define_workdir()
 _OUTPUT = flags.DEFINE_string(
@@ -30,10 +30,10 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an output that is th
 
 def main() -> None:
     """Exports what the flags say and prints what came of it."""
-    from bn_keras.export import export_workdir
+    from bn_keras.inference.exporter import export_workdir
 
     form = f"{_FORMAT.value}, folded" if _FOLD.value else _FORMAT.value
-    cli.tell({"network": _WORKDIR.value, "output": f"{_OUTPUT.value}, {form}"})
+    cli.log_lines({"network": _WORKDIR.value, "output": f"{_OUTPUT.value}, {form}"})
     report = export_workdir(
         _WORKDIR.value,
         _OUTPUT.value,
@@ -45,5 +45,7 @@ def main() -> None:
     print(report)
 
 
+COMMAND = cli.Command(__name__, main)
+
 if __name__ == "__main__":
-    cli.run(main)
+    COMMAND.run()

@@ -36,6 +36,21 @@ def format_help(
     return "\n\n".join([*sections, examples])
 
 
+def format_commands(commands: Mapping[str, str]) -> str:
+    """Formats the list of commands that `bn-keras` prints on its own.
+
+    Args:
+      commands: what each does, by name.
+    """
+    return "\n\n".join(
+        [
+            "Usage: bn-keras COMMAND [--flag=value ...]",
+            _table(commands),
+            "bn-keras COMMAND --help shows the flags and examples of a command.",
+        ]
+    )
+
+
 def is_required(flag: flags.Flag) -> bool:
     """Tells whether a command can't do without a flag, which absl marks by a validator."""
     return any("other than None" in validator.message for validator in flag.validators)

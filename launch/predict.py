@@ -14,7 +14,7 @@ import sys
 
 from absl import flags
 
-from launch import cli
+from . import cli
 
 _WORKDIRS = flags.DEFINE_multi_string(
     "workdir", None, "Folder of a run; repeated, those of an ensemble's members.", required=True
@@ -28,11 +28,11 @@ _JSON = flags.DEFINE_bool("json", False, "Prints a line of JSON for each image i
 
 def main(images: list[str]) -> None:
     """Prints what is seen in each of the images."""
-    from bn_keras.data.crops import Crops
+    from bn_keras.data.multi_crop import Crops
     from bn_keras.errors import UsageError
-    from bn_keras.predict import make_predictor
+    from bn_keras.inference.prediction import make_predictor
 
-    cli.tell({"networks": ", ".join(_WORKDIRS.value), "crops": _CROPS.value})
+    cli.log_lines({"networks": ", ".join(_WORKDIRS.value), "crops": _CROPS.value})
     predict = make_predictor(_WORKDIRS.value, Crops.parse(_CROPS.value), best=_BEST.value)
     failed = False
     for image in images:
@@ -52,5 +52,7 @@ def main(images: list[str]) -> None:
         sys.exit(2)
 
 
+COMMAND = cli.Command(__name__, main, positional="IMAGE")
+
 if __name__ == "__main__":
-    cli.run(main, positional="IMAGE")
+    COMMAND.run()

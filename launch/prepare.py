@@ -6,7 +6,7 @@ Example:
 
 from absl import flags
 
-from launch import cli
+from . import cli
 
 _MANUAL_DIR = flags.DEFINE_string(
     "manual_dir",
@@ -24,9 +24,11 @@ def main() -> None:
     from bn_keras.data.imagenet import prepare_imagenet
 
     place = _DATA_DIR.value or "TFDS's own folder"
-    cli.tell({"archives": _MANUAL_DIR.value, "output": f"imagenet2012 in {place}"})
+    cli.log_lines({"archives": _MANUAL_DIR.value, "output": f"imagenet2012 in {place}"})
     print(f"imagenet2012 is in {prepare_imagenet(_MANUAL_DIR.value, _DATA_DIR.value)}")
 
 
+COMMAND = cli.Command(__name__, main)
+
 if __name__ == "__main__":
-    cli.run(main)
+    COMMAND.run()

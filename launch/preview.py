@@ -6,7 +6,7 @@ Example:
 
 from absl import flags
 
-from launch import cli
+from . import cli
 
 _CONFIG = cli.define_config()
 _OUTPUT = flags.DEFINE_string("output", None, "The picture to write, a .png.", required=True)
@@ -15,14 +15,16 @@ _EXAMPLES = flags.DEFINE_integer("examples", 8, "How many training and validatio
 
 def main() -> None:
     """Writes the picture."""
-    from bn_keras.plan import describe
-    from bn_keras.preview import write_preview
+    from bn_keras.pictures.augmented_input import write_preview
+    from bn_keras.training.plan import describe
 
     data = describe(_CONFIG.value)["data"]
-    cli.tell({"config": cli.describe_config(), "data": data, "output": _OUTPUT.value})
+    cli.log_lines({"config": str(_CONFIG), "data": data, "output": _OUTPUT.value})
     write_preview(_CONFIG.value, _OUTPUT.value, _EXAMPLES.value)
     print(f"The picture is {_OUTPUT.value}.")
 
 
+COMMAND = cli.Command(__name__, main)
+
 if __name__ == "__main__":
-    cli.run(main)
+    COMMAND.run()

@@ -15,14 +15,13 @@ from collections.abc import Mapping, Sequence
 from absl import flags
 from ml_collections import ConfigDict
 
-from configs import experiments
-from launch import cli
-from launch.errors import CommandError
+from . import cli
+from .command_error import CommandError
 
 _SCALE = flags.DEFINE_enum(
     "scale",
     "digits",
-    experiments.SCALES,
+    ["digits", "cifar10", "imagenet"],
     "Size of it all: minutes, an hour on two cores, or the paper's.",
 )
 _SEEDS = flags.DEFINE_integer(
@@ -39,18 +38,19 @@ _TITLE = "The paper's experiments, made again"
 
 def main(given: list[str]) -> None:
     """Trains what is not finished, then writes and prints the report."""
-    from bn_keras.experiment import run_all
-    from bn_keras.plan import describe
+    from bn_keras.experiments.paper import get_runs
+    from bn_keras.experiments.run_all import run_all
     from bn_keras.report import write_report
+    from bn_keras.training.plan import describe
 
     names = _choose(given)
-    trials = experiments.get_runs(names, _SCALE.value, _SEEDS.value)
+    trials = get_runs(names, _SCALE.value, _SEEDS.value)
     configs = {str(trial): _with_flags(config) for trial, config in trials.items()}
     # The configs of one data set are for one kind of devices, so that one speaks for all.
     for config in {config.data.name: config for config in configs.values()}.values():
-        cli.tell(describe(config))
+        cli.log_lines(describe(config))
     steps = sum(config.train.steps for config in configs.values())
-    cli.tell({"runs": f"{len(trials)}, of {steps:,} steps in all, in {_WORKDIR.value}"})
+    cli.log_lines({"runs": f"{len(trials)}, of {steps:,} steps in all, in {_WORKDIR.value}"})
     runs = run_all(configs, _WORKDIR.value, _PARALLEL.value, cli.begin_process)
 
     results = {}
@@ -63,15 +63,17 @@ def main(given: list[str]) -> None:
         text = re.sub(r"^!\[.*\n?", "", section.body, flags=re.MULTILINE)
         print(f"\n{section.title}\n\n{text.strip()}")
     print(f"\nThe report is {_WORKDIR.value}/report.html, and report.md with its plots beside it.")
-    cli.tell({"look": f"tensorboard --logdir={_WORKDIR.value}"})
+    cli.log_lines({"look": f"tensorboard --logdir={_WORKDIR.value}"})
 
 
 def _choose(given: list[str]) -> list[str]:
+    from bn_keras.experiments.paper import EXPERIMENTS
+
     for name in given:
-        if name not in experiments.EXPERIMENTS:
-            accepted = ", ".join(experiments.EXPERIMENTS)
+        if name not in EXPERIMENTS:
+            accepted = ", ".join(EXPERIMENTS)
             raise CommandError(f"unknown experiment {name!r}: accepted are {accepted}")
-    return [name for name in experiments.EXPERIMENTS if name in (given or _DEFAULT)]
+    return [name for name in EXPERIMENTS if name in (given or _DEFAULT)]
 
 
 def _with_flags(config: ConfigDict) -> ConfigDict:
@@ -97,21 +99,22 @@ def _make_sections(names: list[str], results: Mapping[str, Sequence]) -> list:
 
 
 def _find_members() -> list[str]:
-    from bn_keras.experiment import folder_name
+    from bn_keras.experiments.paper import get_runs
+    from bn_keras.experiments.run_all import folder_name
 
-    members = experiments.get_runs(["figure4"], _SCALE.value, _SEEDS.value)
+    members = get_runs(["figure4"], _SCALE.value, _SEEDS.value)
     return [f"{_WORKDIR.value}/{folder_name(str(trial))}" for trial in members]
 
 
 def _command(given: list[str]) -> str:
-    command = ["python", "-m", "launch.reproduce", *given]
+    command = [*cli.command_line("reproduce"), *given]
     for flag in (_SCALE, _SEEDS, _STEPS, _DATA_DIR, _WORKDIR):
         if flag.present or flag is _SCALE:
             command.append(f"--{flag.name}={flag.value}")
     return shlex.join(command)
 
 
+COMMAND = cli.Command(__name__, main, positional="EXPERIMENT", optional=True)
+
 if __name__ == "__main__":
-    cli.run(main, positional="EXPERIMENT", optional=True)
-elif __name__ == "__mp_main__":  # in a process that trains beside others
-    cli.import_quietly()
+    COMMAND.run()

@@ -11,7 +11,7 @@ import statistics
 
 from absl import flags
 
-from launch import cli
+from . import cli
 
 _CONFIG = cli.define_config()
 _WORKDIR = cli.define_workdir("Folder with a folder for each run.")
@@ -27,8 +27,8 @@ _PARALLEL = cli.define_parallel()
 
 def main() -> None:
     """Trains every combination and prints them, the best first."""
-    from bn_keras.experiment import run_all
-    from bn_keras.plan import describe
+    from bn_keras.experiments.run_all import run_all
+    from bn_keras.training.plan import describe
 
     for flag in (_INITIALIZERS, _BASE_RATES, _SEEDS):
         if not flag.value:
@@ -43,7 +43,7 @@ def main() -> None:
             config.seed = cli.parse(int, seed, "--seeds")
             configs[f"{initializer} {base_rate} seed {seed}"] = config
     count = f"{len(configs)}, of {_CONFIG.value.train.steps:,} steps each, in {_WORKDIR.value}"
-    cli.tell({"config": cli.describe_config()} | describe(_CONFIG.value) | {"runs": count})
+    cli.log_lines({"config": str(_CONFIG)} | describe(_CONFIG.value) | {"runs": count})
     runs = run_all(configs, _WORKDIR.value, _PARALLEL.value, cli.begin_process)
     found = iter(runs.values())
 
@@ -60,7 +60,7 @@ def main() -> None:
         print(f"{-accuracy:24.4f}  {loss:20.4f}  {setting}")
 
 
+COMMAND = cli.Command(__name__, main)
+
 if __name__ == "__main__":
-    cli.run(main)
-elif __name__ == "__mp_main__":  # in a process that trains beside others
-    cli.import_quietly()
+    COMMAND.run()

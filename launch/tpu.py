@@ -13,12 +13,11 @@ import math
 import sys
 
 from absl import flags
-from ml_collections import config_flags
 
-from launch import cli
-from launch.cloud import control
-from launch.cloud.control import Cloud
-from launch.cloud.job import (
+from . import cli
+from .cloud import control
+from .cloud.control import Cloud
+from .cloud.job import (
     Job,
     check_batch_size,
     check_data,
@@ -26,7 +25,7 @@ from launch.cloud.job import (
     parse_valid_until,
     training_arguments,
 )
-from launch.help import format_help
+from .help import format_help
 
 _WORKDIR = cli.define_workdir(
     "Folder of the run, gs://BUCKET/FOLDER; the job's own lies beside it.", required=False
@@ -112,11 +111,7 @@ def _job(now: datetime.datetime) -> Job:
         zone=_ZONE.value,
         accelerator_type=_TYPE.value,
         workdir=_WORKDIR.value,
-        arguments=training_arguments(
-            config_flags.get_config_filename(flags.FLAGS["config"]),
-            config_flags.get_override_values(flags.FLAGS["config"]),
-            _WORKDIR.value,
-        ),
+        arguments=training_arguments(_CONFIG.given, _CONFIG.overrides, _WORKDIR.value),
         image=_IMAGE.value,
         project=_PROJECT.value,
         service_account=_SERVICE_ACCOUNT.value,
@@ -253,10 +248,13 @@ def _help(argv: list[str]) -> str:
     return format_help(_ACTIONS[subcommand].__doc__, options, required)
 
 
+COMMAND = cli.Command(
+    __name__,
+    main,
+    positional="a subcommand (submit, watch, status, logs or delete)",
+    needs_tensorflow=False,
+    make_help=_help,
+)
+
 if __name__ == "__main__":
-    cli.run(
-        main,
-        positional="a subcommand (submit, watch, status, logs or delete)",
-        needs_tensorflow=False,
-        make_help=_help,
-    )
+    COMMAND.run()

@@ -12,7 +12,7 @@ import shlex
 
 from absl import flags
 
-from launch import cli
+from . import cli
 
 _CONFIG = cli.define_config()
 _WORKDIR = cli.define_workdir()
@@ -30,11 +30,11 @@ _PROFILE_STEPS = flags.DEFINE_integer(
 
 def main() -> None:
     """Trains what the flags say, or tries it."""
-    from bn_keras.plan import plan
+    from bn_keras.training.plan import plan
 
     if _DRY_RUN.value and _VERIFY_RESUME.value:
         cli.fail("--dry_run and --verify_resume are two things: give one of them", 2)
-    cli.tell({"config": cli.describe_config()} | plan(_CONFIG.value, _WORKDIR.value))
+    cli.log_lines({"config": str(_CONFIG)} | plan(_CONFIG.value, _WORKDIR.value))
     if _DRY_RUN.value:
         _dry_run()
     elif _VERIFY_RESUME.value:
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def _dry_run() -> None:
-    from bn_keras.dry_run import dry_run
+    from bn_keras.training.dry_run import dry_run
 
     for paragraph in dry_run(_CONFIG.value):
         print(f"{paragraph}\n", flush=True)
@@ -52,7 +52,7 @@ def _dry_run() -> None:
 
 
 def _verify_resume() -> None:
-    from bn_keras.train import verify_resume
+    from bn_keras.training.loop import verify_resume
 
     digest = verify_resume(_CONFIG.value)
     print(f"A resumed run is the unbroken one: both have variables_sha256 {digest}")
@@ -60,8 +60,8 @@ def _verify_resume() -> None:
 
 def _train() -> None:
     from bn_keras.report import Run, figure_3_row
-    from bn_keras.train import train_and_evaluate
-    from bn_keras.workdir import Workdir
+    from bn_keras.runs.workdir import Workdir
+    from bn_keras.training.loop import train_and_evaluate
 
     workdir = _WORKDIR.value
     last = train_and_evaluate(_CONFIG.value, workdir, profile_steps=_PROFILE_STEPS.value)
@@ -69,16 +69,18 @@ def _train() -> None:
     parts = (run.metrics, run.checkpoints, run.best, run.finished)
     there = ", ".join(part.name for part in parts if part.exists())
     accuracy, loss = (last[f"validation/{name}"] for name in ("accuracy", "loss"))
-    cli.tell(
+    cli.log_lines(
         {
             "end": f"step {last['step']:,}: validation accuracy {accuracy:.4f}, loss {loss:.4f}",
             "figure 3": figure_3_row(Run.read(run.path.name, workdir)),
             "run": f"{workdir}: {there}",
             "look": shlex.join(["tensorboard", f"--logdir={workdir}"]),
-            "next": shlex.join(["python", "-m", "launch.evaluate", f"--workdir={workdir}"]),
+            "next": shlex.join([*cli.command_line("evaluate"), f"--workdir={workdir}"]),
         }
     )
 
 
+COMMAND = cli.Command(__name__, main)
+
 if __name__ == "__main__":
-    cli.run(main)
+    COMMAND.run()

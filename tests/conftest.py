@@ -12,7 +12,7 @@ import keras
 import pytest
 import tensorflow as tf
 
-from bn_keras.distribution import make_strategy
+from bn_keras.distribute.strategy import make_strategy
 
 NUM_REPLICAS = 2
 

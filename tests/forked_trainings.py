@@ -15,8 +15,8 @@ import sys
 import threading
 
 from bn_keras import evaluate  # noqa: F401
-from bn_keras.models import inception
-from bn_keras.trainer import Trainer
+from bn_keras.models import bn_inception as inception
+from bn_keras.training.step import Trainer
 
 # Most of a short run's time goes into its graph. Stem and classifier have BN and dropout.
 inception.FIGURE_5 = []

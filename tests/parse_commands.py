@@ -19,16 +19,18 @@ import sys
 from absl import app, flags
 
 import launch.cloud.control  # noqa: F401  (what takes time is imported before the forks)
-from configs import experiments
+from bn_keras.experiments import paper as experiments
 from launch import cli
 from launch.help import is_required
 
 LAUNCH = pathlib.Path(cli.__file__).parent
 # The one first that most flags are of.
-COMMANDS = [f"launch.{p.stem}" for p in sorted(LAUNCH.glob("*.py")) if "cli.run(" in p.read_text()]
+COMMANDS = [
+    f"launch.{p.stem}" for p in sorted(LAUNCH.glob("*.py")) if "cli.Command(" in p.read_text()
+]
 COMMANDS.sort(key=lambda name: name != "launch.train")
 LEFT_OUT = "..."
-ANY_CONFIG = "--config=configs/default.py"
+ANY_CONFIG = "--config=inception"
 ANY_ARGUMENT = "any"
 
 
@@ -71,7 +73,7 @@ def parse_here(command, arguments):
     with contextlib.redirect_stderr(io.StringIO()) as stderr, contextlib.suppress(SystemExit):
         runpy.run_module(command, run_name="__main__", alter_sys=True)
     error = stderr.getvalue().strip()
-    config = None if error or "config" not in flags.FLAGS else flags.FLAGS["config"].value
+    config = None if error else cli._config_flag.value
     return [error, config and config.to_dict()]
 
 
@@ -84,7 +86,7 @@ def parse_only(act, flags_parser):
     # What these two look at only when they run.
     if "_subcommand" in module and positional != [ANY_ARGUMENT]:
         module["_subcommand"](positional)
-    if "experiments" in module and (unknown := set(positional) - set(experiments.EXPERIMENTS)):
+    if "_make_sections" in module and (unknown := set(positional) - set(experiments.EXPERIMENTS)):
         cli.fail(f"unknown experiments {unknown}", 2)
 
 

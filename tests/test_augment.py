@@ -14,7 +14,7 @@ from bn_keras.data import images as images_lib
 from bn_keras.data.augment import Mixing
 from bn_keras.data.images import Preprocessing
 from bn_keras.errors import UsageError
-from bn_keras.train import train_and_evaluate
+from bn_keras.training.loop import train_and_evaluate
 
 MAGNITUDE = 0.4
 NAMES = list(augment.rand_augment_operations(MAGNITUDE))

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from bn_keras.models import BNInception, inception, without_auxiliary
-from bn_keras.train import train_and_evaluate
-from bn_keras.trained import load_trained
-from bn_keras.trainer import Trainer
-from bn_keras.workdir import Workdir
+from bn_keras.inference.loading import load_trained
+from bn_keras.models import BNInception, without_auxiliary
+from bn_keras.models import bn_inception as inception
+from bn_keras.runs.workdir import Workdir
+from bn_keras.training.loop import train_and_evaluate
+from bn_keras.training.step import Trainer
 from configs import digits_bn_x5
 
 DIGITS = dict(classes=10, input_shape=(8, 8, 1), width=0.03, stem="digits")

@@ -14,8 +14,8 @@ import reference
 import tensorflow as tf
 
 from bn_keras import BatchNormalization, ops
-from bn_keras.batch_norm import MergeMovingStatistics, merge_moving_statistics
 from bn_keras.errors import UsageError
+from bn_keras.merge import MergeMovingStatistics, merge_moving_statistics
 
 EPSILON = 1e-3
 GAMMA, BETA = np.array([0.5, 1.0, 2.0]), np.array([1.0, -1.0, 0.0])

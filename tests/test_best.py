@@ -8,11 +8,11 @@ import tensorflow as tf
 from small import small_mlp
 
 from bn_keras.errors import UsageError
-from bn_keras.evaluate import evaluate_networks
-from bn_keras.export import export_workdir
-from bn_keras.predict import make_predictor
-from bn_keras.train import train_and_evaluate
-from bn_keras.trained import load_trained
+from bn_keras.inference.evaluation import evaluate_networks
+from bn_keras.inference.exporter import export_workdir
+from bn_keras.inference.loading import load_trained
+from bn_keras.inference.prediction import make_predictor
+from bn_keras.training.loop import train_and_evaluate
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from etils import epath
 from etils.epath import gpath, register
 from full_disk import files_of_at_most
 
-from bn_keras.checkpoint import Checkpoints
 from bn_keras.errors import UsageError
+from bn_keras.runs.checkpoint import Checkpoints
 
 DATA, INDEX = "data-00000-of-00001", "index"
 
@@ -347,7 +347,7 @@ import os, random, signal, sys, time
 import keras
 import numpy as np
 from etils import epath
-from bn_keras.checkpoint import Checkpoints
+from bn_keras.runs.checkpoint import Checkpoints
 
 def save_for_ever(done):
     shapes = {name: [50_000] for name in "abcdef"}

@@ -9,13 +9,16 @@ import tensorflow as tf
 from small import small_mlp
 
 from bn_keras.data import pipeline
-from bn_keras.report import Run, invariance, titles, write_report
+from bn_keras.experiments import claim_runs as claims
+from bn_keras.experiments import titles
+from bn_keras.report import Run, invariance, write_report
 from bn_keras.report import claims as report_on
 from bn_keras.report.margins import Group, margin_of
 from bn_keras.report.sentences import CLAIMS, find
-from bn_keras.trainer import make_trainer
-from bn_keras.workdir import Workdir
-from configs import cifar10_inception, claims, digits_inception, inception, networks
+from bn_keras.runs.workdir import Workdir
+from bn_keras.training import networks
+from bn_keras.training.build import build_trainer
+from configs import cifar10_inception, digits_inception, inception
 
 SCALES = {
     module.__name__.rpartition(".")[2]: module
@@ -71,7 +74,7 @@ def differing(one, other):
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_runs_differ_as_their_titles_say(scale):
     base = SCALES[scale].get_config()
-    runs = claims.get_runs(base)
+    runs = claims.get_claim_runs(base)
     assert runs.keys() == EXPECTED.keys() - REPEATED[scale]
     steps = 6_000_000 if scale == "inception" else base.train.steps
     # The miniatures have no distortions, or shuffle Inception's examples too: no difference.
@@ -95,7 +98,7 @@ def test_the_runs_differ_as_their_titles_say(scale):
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_values_of_the_runs(scale):
     base = SCALES[scale].get_config()
-    runs, rate = claims.get_runs(base), base.schedule.base_rate
+    runs, rate = claims.get_claim_runs(base), base.schedule.base_rate
     rates = {
         titles.INCEPTION_X5: 5,
         titles.INCEPTION_X30: 30,
@@ -140,7 +143,7 @@ def test_a_shorter_run_is_the_first_part_of_a_longer_one():
         config = small_mlp(**changes)
         data = pipeline.open_data(config.data, seed=config.seed)
         sizes = (data.input_shape, data.num_classes, data.num_train_examples)
-        trainer = make_trainer(config, tf.distribute.get_strategy(), *sizes)
+        trainer = build_trainer(config, tf.distribute.get_strategy(), *sizes)
         trainer.train(trainer.open_batches(data, 0), 3)
         return [variable.numpy() for variable in trainer.model.variables]
 
@@ -176,7 +179,7 @@ ALL_AT_CHANCE |= {titles.scaled("Inception", factor): (0.1,) for factor in title
 BASE = cifar10_inception.get_config()
 CONFIGS = {
     network.title: networks.derive(BASE, variant) for variant, network in networks.NETWORKS.items()
-} | claims.get_runs(BASE)
+} | claims.get_claim_runs(BASE)
 
 
 def made_up(title, accuracy, seed=0, diverged_at=None, **changes):

@@ -1,27 +1,28 @@
 """Every config loads, is locked, has the schema of default.py, and is the paper's."""
 
-import importlib
 import pathlib
 
 import pytest
 
-from bn_keras import models
-from bn_keras.models import BNInception, inception
+from bn_keras.models import BNInception
+from bn_keras.models import bn_inception as inception
+from bn_keras.training import networks
+from bn_keras.training.build import build_model
+from bn_keras.training.config import default_config
+from bn_keras.training.config_files import load_config
 from configs import (
     bn_x30_ensemble,
     cifar10_bn_x30_ensemble,
-    default,
     digits_bn_x30_ensemble,
     digits_inception,
-    networks,
 )
 
-CONFIGS = pathlib.Path(default.__file__).parent
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 NAMES = sorted(p.stem for p in CONFIGS.glob("*.py") if "def get_config(" in p.read_text())
 
 
 def load(name):
-    return importlib.import_module(f"configs.{name}").get_config()
+    return load_config(name)
 
 
 def shape_of(config):
@@ -35,7 +36,7 @@ def shape_of(config):
 def test_all_that_are_promised_are_there():
     miniatures = {f"{d}_{n}" for d in ("digits", "cifar10") for n in networks.NETWORKS}
     ensembles = {f"{scale}bn_x30_ensemble" for scale in ("", "cifar10_", "digits_")}
-    promised = {"default", *networks.NETWORKS, "mnist_baseline", "mnist_bn"}
+    promised = {*networks.NETWORKS, "mnist_baseline", "mnist_bn"}
     promised |= miniatures | ensembles
     assert promised <= set(NAMES)
 
@@ -43,12 +44,12 @@ def test_all_that_are_promised_are_there():
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_locked_and_follows_the_schema(name):
     config = load(name)
-    assert shape_of(config) == shape_of(default.get_config())
+    assert shape_of(config) == shape_of(default_config())
     with pytest.raises(AttributeError):
         config.train.stepz = 3
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "default"])
+@pytest.mark.parametrize("name", NAMES)
 def test_its_first_lines_give_the_command(name):
     text = (CONFIGS / f"{name}.py").read_text()
     assert f"python -m launch.train --config=configs/{name}.py" in text
@@ -147,7 +148,7 @@ MINIATURE = dict(input_shape=(8, 8, 1), classes=10)
 @pytest.mark.parametrize("variant", inception.VARIANTS)
 def test_the_network_of_a_config_is_the_variant_of_its_name(variant, short_figure_5):
     config = networks.derive(digits_inception.get_config(), variant)
-    by_config = models.from_config(config, **MINIATURE)
+    by_config = build_model(config, **MINIATURE)
     by_name = BNInception(variant, **MINIATURE, width=0.125, stem="digits", momentum=0.9)
     assert by_config.get_config() == by_name.get_config()
 
@@ -155,8 +156,8 @@ def test_the_network_of_a_config_is_the_variant_of_its_name(variant, short_figur
 def test_what_a_config_says_of_the_network(short_figure_5):
     config = networks.derive(digits_inception.get_config(), "bn_x5")
     config.model.update(preset="caffe", pool_projection=64, auxiliary_weight=0.4)
-    assert len(models.from_config(config, **MINIATURE).outputs) == 1
-    by_config = models.from_config(config, **MINIATURE, training=True)
+    assert len(build_model(config, **MINIATURE).outputs) == 1
+    by_config = build_model(config, **MINIATURE, training=True)
     options = dict(width=0.125, stem="digits", momentum=0.9)
     by_name = BNInception(
         "bn_x5", **MINIATURE, **options, preset="caffe", pool_projection=64, auxiliary=True
@@ -164,4 +165,4 @@ def test_what_a_config_says_of_the_network(short_figure_5):
     assert by_config.get_config() == by_name.get_config()
     assert by_config.get_layer("3a_1x1_bn").epsilon == 1e-5
     config.batch_norm.epsilon = 0.01
-    assert models.from_config(config, **MINIATURE).get_layer("3a_1x1_bn").epsilon == 0.01
+    assert build_model(config, **MINIATURE).get_layer("3a_1x1_bn").epsilon == 0.01

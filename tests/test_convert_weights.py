@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from bn_keras import BNInception, convert
 from bn_keras.errors import UsageError
-from bn_keras.models.inception import FIGURE_5
+from bn_keras.models.bn_inception import FIGURE_5
 from tests.test_launch import assert_fails_on_one_line, launch
 
 CLASSES = 7

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from bn_keras import BatchNormalization, BNInception, SigmoidMLP, cost
 from bn_keras.errors import UsageError
-from bn_keras.models.inception import FIGURE_5
+from bn_keras.models.bn_inception import FIGURE_5
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 L = keras.layers

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from bn_keras.data.crops import SINGLE_CROP, CropPreprocessing, Crops
 from bn_keras.data.images import Preprocessing
+from bn_keras.data.multi_crop import SINGLE_CROP, CropPreprocessing, Crops
 from bn_keras.errors import UsageError
 
 GOOGLENET = Crops.parse("144")

@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 
 from bn_keras.data import pipeline, sources
 from bn_keras.errors import UsageError
-from configs import default
+from bn_keras.training.config import default_config
 
 NUM_EXAMPLES = 47
 NUM_VALIDATION_EXAMPLES = 21
@@ -79,7 +79,7 @@ def data_dir(tmp_path_factory):
 
 
 def settings(**changes):
-    config = default.get_config().data.copy_and_resolve_references()
+    config = default_config().data.copy_and_resolve_references()
     config.update({"image_size": 8, "shuffle": "examples", **changes})
     return config
 
@@ -510,7 +510,7 @@ def test_an_input_dropped_while_it_reads_ahead_does_not_crash():
     program = """
 import tensorflow as tf
 from bn_keras.data import pipeline
-from bn_keras.distribution import make_strategy
+from bn_keras.distribute.strategy import make_strategy
 from configs import bn_x5
 config = bn_x5.get_config().data.copy_and_resolve_references()
 config.name = "synthetic"

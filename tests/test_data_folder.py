@@ -13,10 +13,10 @@ from small import small_mlp
 from test_data import ONE, Pipelines, assert_same, labels_of, train
 
 from bn_keras.data import pipeline
-from bn_keras.data.bad_examples import BadExamples
+from bn_keras.data.unreadable import BadExamples
 from bn_keras.errors import UsageError
-from bn_keras.train import train_and_evaluate
-from configs import default
+from bn_keras.training.config import default_config
+from bn_keras.training.loop import train_and_evaluate
 
 CLASSES = ("cat", "dög 2", "zèbre")
 NUM_TRAIN, NUM_VALIDATION = 10, 4
@@ -55,7 +55,7 @@ def root(tmp_path):
 
 
 def settings(root, **changes):
-    config = default.get_config().data.copy_and_resolve_references()
+    config = default_config().data.copy_and_resolve_references()
     config.update({"name": "folder", "data_dir": str(root), "image_size": 8, "crop": "none"})
     config.update({"mirror": False, "distortion": 0.0, **changes})
     return config

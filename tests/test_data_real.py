@@ -10,17 +10,17 @@ import tensorflow_datasets as tfds
 from test_crops import googlenet_crops
 
 from bn_keras.data import pipeline
-from bn_keras.data.crops import CropPreprocessing, Crops
 from bn_keras.data.imagenet import ARCHIVES, prepare_imagenet
+from bn_keras.data.multi_crop import CropPreprocessing, Crops
 from bn_keras.errors import UsageError
-from configs import default
+from bn_keras.training.config import default_config
 
 DATA = Path(os.environ.get("BN_KERAS_DATA") or Path(__file__).parents[2] / "shared" / "data")
 STRATEGY = tf.distribute.get_strategy()
 
 
 def settings(**changes):
-    config = default.get_config().data.copy_and_resolve_references()
+    config = default_config().data.copy_and_resolve_references()
     config.update(changes)
     return config
 

@@ -6,9 +6,9 @@ import pytest
 import tensorflow as tf
 
 from bn_keras import BatchNormalization, BNInception, SigmoidMLP
-from bn_keras.diagnosis import first_non_finite
-from bn_keras.models import inception
-from bn_keras.trainer import Trainer
+from bn_keras.models import bn_inception as inception
+from bn_keras.training.diagnosis import first_non_finite
+from bn_keras.training.step import Trainer
 
 
 class Steep(keras.layers.Layer):
@@ -29,13 +29,13 @@ class Failing(keras.layers.Layer):
         return inputs
 
 
-def make_trainer(model, strategy=None, **options):
+def build_trainer(model, strategy=None, **options):
     strategy = strategy or tf.distribute.get_strategy()
     return Trainer(model, keras.optimizers.SGD(0.1), strategy, 8, **options)
 
 
 def diagnose(model, images, labels=None, strategy=None, **options):
-    trainer = make_trainer(model, strategy, **options)
+    trainer = build_trainer(model, strategy, **options)
     before = [v.numpy() for v in trainer.variables]
     labels = np.arange(len(images), dtype=np.int32) % 4 if labels is None else labels
     batch = tf.constant(images), tf.constant(labels)
@@ -201,7 +201,7 @@ def test_one_of_two_replicas(two_replicas, synchronized):
         model = mlp(synchronized=synchronized)
         kernel = model.get_layer("dense_1").kernel
         kernel.assign(tf.fill(kernel.shape, 1e38))
-        trainer = make_trainer(model, two_replicas)
+        trainer = build_trainer(model, two_replicas)
     images = np.zeros((8, 6), np.float32)
 
     def find(images):

@@ -8,7 +8,7 @@ import sys
 import pytest
 import tensorflow as tf
 
-from bn_keras.distribution import (
+from bn_keras.distribute.strategy import (
     from_all_workers,
     is_chief,
     make_strategy,
@@ -54,7 +54,7 @@ def test_what_feeds_a_replica_has_no_thread_to_wait_for(monkeypatch):
 
 def test_it_splits_a_cpu_that_nobody_has_touched():
     program = (
-        "from bn_keras.distribution import make_strategy;"
+        "from bn_keras.distribute.strategy import make_strategy;"
         "print(make_strategy('mirrored', 3).num_replicas_in_sync)"
     )
     done = subprocess.run(

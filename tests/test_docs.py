@@ -33,10 +33,10 @@ import pytest
 from ml_collections import ConfigDict
 
 import bn_keras
-from bn_keras.distribution import STRATEGIES
+from bn_keras.distribute.strategy import STRATEGIES
 from bn_keras.errors import UsageError
-from bn_keras.trainer import check_config, make_schedule
-from configs import default
+from bn_keras.training.build import build_schedule
+from bn_keras.training.config import check_config, default_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [
@@ -248,7 +248,7 @@ def words_of_inline(code):
     is_command = rest and first in ("make", "pip", "docker", *UNCHECKED)
     if is_command or re.match(r"(\S+/)?python$|--\w|launch\.", first):
         return [*shlex.split(code), LEFT_OUT]
-    sections = "|".join(default.get_config())
+    sections = "|".join(default_config())
     is_key = re.fullmatch(rf"config(\.\w+)+|({sections})(\.\w+)+", code.partition("=")[0])
     is_ours = re.match(rf"({'|'.join(FOLDERS)})/[\w./]*$|bn_keras(\.\w+)+|\.\[\w+\]$", code)
     is_key = is_key and code not in FILES_OF_A_RUN
@@ -363,7 +363,7 @@ def check_name(name):
         require("NAME" in name or (ROOT / name).exists(), "there is no such file")
     elif name.endswith(".py"):
         require(any(any((ROOT / folder).rglob(name)) for folder in FOLDERS), "no such file")
-    elif "." in name and name.partition(".")[0] in ("config", *default.get_config()):
+    elif "." in name and name.partition(".")[0] in ("config", *default_config()):
         return check_key(name.removeprefix("config."))
     else:
         raise Wrong(f"{name} is none of the commands that this test knows")
@@ -379,7 +379,7 @@ def resolves(name):
 
 def check_key(text):
     key, _, value = text.partition("=")
-    node = default.get_config()
+    node = default_config()
     for part in key.split("."):
         require(isinstance(node, ConfigDict) and part in node, "there is no such key")
         node = node[part]
@@ -407,7 +407,7 @@ def problem_of_config(config):
     config = ConfigDict(config)
     try:
         check_config(config)
-        make_schedule(config, num_train_examples=1000)
+        build_schedule(config, num_train_examples=1000)
     except UsageError as error:
         return str(error)
     strategy = config.distribution.strategy

@@ -6,11 +6,11 @@ import pytest
 import tensorflow as tf
 from small import small_mlp
 
-from bn_keras import environment
 from bn_keras.errors import UsageError
 from bn_keras.report import Run
-from bn_keras.train import train_and_evaluate
-from bn_keras.workdir import Workdir
+from bn_keras.runs import environment
+from bn_keras.runs.workdir import Workdir
+from bn_keras.training.loop import train_and_evaluate
 
 
 def test_what_it_says(tmp_path, monkeypatch):
@@ -73,6 +73,6 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bn_keras.workdir.write_atomically", full)
+    monkeypatch.setattr("bn_keras.runs.workdir.write_atomically", full)
     with pytest.raises(UsageError, match="No space left"), Workdir(tmp_path).noting_start(0, {}):
         pass

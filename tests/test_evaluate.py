@@ -7,20 +7,20 @@ import tensorflow as tf
 from small import small_mlp
 
 from bn_keras.data import pipeline, sources
-from bn_keras.data.crops import SINGLE_CROP, CropPreprocessing, Crops
 from bn_keras.data.images import Preprocessing
+from bn_keras.data.multi_crop import SINGLE_CROP, CropPreprocessing, Crops
 from bn_keras.errors import UsageError
-from bn_keras.evaluate import (
+from bn_keras.inference.evaluation import (
     evaluate_networks,
     format_errors,
     make_ensemble_evaluator,
     make_evaluator,
     make_scorer,
 )
-from bn_keras.export import export_workdir
-from bn_keras.train import train_and_evaluate
-from bn_keras.trained import load_exported, load_trained
-from bn_keras.workdir import Workdir
+from bn_keras.inference.exporter import export_workdir
+from bn_keras.inference.loading import load_exported, load_trained
+from bn_keras.runs.workdir import Workdir
+from bn_keras.training.loop import train_and_evaluate
 
 ONE_DEVICE = tf.distribute.get_strategy()
 SIZE, CLASSES, IMAGES = 14, 7, 23

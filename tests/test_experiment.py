@@ -5,9 +5,9 @@ import os
 import pytest
 from small import small_mlp
 
-from bn_keras import experiment
 from bn_keras.errors import UsageError
-from bn_keras.workdir import Workdir
+from bn_keras.experiments import run_all as experiment
+from bn_keras.runs.workdir import Workdir
 
 FEW = {"train.steps": 4}
 

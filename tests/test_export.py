@@ -13,11 +13,11 @@ import tensorflow as tf
 from small import small_mlp
 from test_launch import assert_fails_on_one_line, launch
 
-from bn_keras import export
 from bn_keras.errors import UsageError
-from bn_keras.export import export_workdir
-from bn_keras.train import train_and_evaluate
-from bn_keras.trained import load_trained
+from bn_keras.inference import exporter as export
+from bn_keras.inference.exporter import export_workdir
+from bn_keras.inference.loading import load_trained
+from bn_keras.training.loop import train_and_evaluate
 
 FORMATS = {"keras": "net.keras", "saved_model": "net", "tflite": "net.tflite"}
 CLASSES = [str(i) for i in range(10)]

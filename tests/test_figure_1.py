@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from bn_keras.errors import UsageError
+from bn_keras.experiments.titles import WITH_BN, WITHOUT_BN
 from bn_keras.report import Run, figure_1
-from bn_keras.report.titles import WITH_BN, WITHOUT_BN
 from configs import mnist_bn
 
 STEPS = 5_000

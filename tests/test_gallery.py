@@ -5,9 +5,9 @@ import pytest
 import tensorflow as tf
 from matplotlib.figure import Figure
 
-from bn_keras.data.crops import SINGLE_CROP, Crops
+from bn_keras.data.multi_crop import SINGLE_CROP, Crops
 from bn_keras.errors import UsageError
-from bn_keras.gallery import draw_crops
+from bn_keras.pictures.crop_sheet import draw_crops
 
 
 @pytest.fixture

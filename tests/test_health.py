@@ -11,8 +11,9 @@ from small import small_mlp
 
 from bn_keras import BatchNormalization, estimate_population_statistics
 from bn_keras.errors import UsageError
-from bn_keras.health import check, check_workdir
-from bn_keras.train import train_and_evaluate
+from bn_keras.health import check
+from bn_keras.inference.run_check import check_workdir
+from bn_keras.training.loop import train_and_evaluate
 
 KERAS_BN = keras.layers.BatchNormalization
 

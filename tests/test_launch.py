@@ -21,7 +21,7 @@ from bn_keras.errors import (
     WorkerLostError,
 )
 from launch import cli
-from launch.errors import CommandError
+from launch.command_error import CommandError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DIGITS = (
@@ -57,7 +57,10 @@ def assert_fails_on_one_line(done, status, *parts):
         (["--workdir=w"], ["--config is missing"]),
         (["--config=configs/bn_x5.py"], ["--workdir is missing"]),
         (["--config=configs/nope.py", "--workdir=w"], ["can't be loaded", "configs/nope.py"]),
-        (["--config=configs/networks.py", "--workdir=w"], ["can't be loaded", "get_config"]),
+        (
+            ["--config=bn_keras/training/networks.py", "--workdir=w"],
+            ["can't be loaded", "get_config"],
+        ),
         ([*DIGITS, "--workdir=w", "--config.train.stepz=3"], ["'train.stepz'", "steps_per_loop"]),
         ([*DIGITS, "--workdir=w", "--config.trian.steps=3"], ["'trian.steps'", "train"]),
         ([*DIGITS, "--workdir=w", "--config.train.steps=many"], ["type int, not 'many'"]),
@@ -84,7 +87,7 @@ def test_flags_that_cannot_be_meant(arguments, parts, tmp_path):
     assert not (ROOT / "w").exists()
 
 
-COMMANDS = sorted(p.stem for p in (ROOT / "launch").glob("*.py") if "cli.run(" in p.read_text())
+COMMANDS = sorted(p.stem for p in (ROOT / "launch").glob("*.py") if "cli.Command(" in p.read_text())
 SUBCOMMANDS = [("tpu", name) for name in ("submit", "watch", "status", "logs", "delete")]
 
 
@@ -173,7 +176,8 @@ def test_what_ends_a_command_has_its_status(error, status, unfiltered):
         raise error
 
     with pytest.raises(CommandError, match="no") as raised:
-        cli._on_tensorflow(main)
+        with cli._bn_keras_errors():
+            main()
     assert raised.value.status == status
 
 
@@ -182,11 +186,12 @@ def test_a_bug_keeps_its_traceback(unfiltered):
         raise tf.errors.FailedPreconditionError(None, None, "no")
 
     with pytest.raises(tf.errors.FailedPreconditionError):
-        cli._on_tensorflow(main)
+        with cli._bn_keras_errors():
+            main()
 
 
 def test_a_reader_that_has_had_enough():
-    code = "from launch import cli; cli.run(lambda: print('x' * 100_000), needs_tensorflow=False)"
+    code = "from launch import cli; cli.Command('__main__', lambda: print('x' * 100_000), needs_tensorflow=False).run()"
     command = [sys.executable, "-c", code]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
@@ -196,7 +201,8 @@ def test_a_reader_that_has_had_enough():
 
 
 def test_only_our_own_warnings_are_shown(unfiltered, caplog):
-    cli._on_tensorflow(lambda: None)
+    with cli._bn_keras_errors():
+        pass
     logger = absl_logging.get_absl_logger()
     for folder in (ROOT / "bn_keras", ROOT / "launch", pathlib.Path(tf.__file__).parent):
         for level in (logging.INFO, logging.WARNING, logging.ERROR):

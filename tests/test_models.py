@@ -9,14 +9,15 @@ import pytest
 
 from bn_keras.batch_norm import BatchNormalization
 from bn_keras.errors import UsageError
-from bn_keras.models import BNInception, SigmoidMLP, inception
-from bn_keras.models.inception import (
+from bn_keras.models import BNInception, SigmoidMLP
+from bn_keras.models import bn_inception as inception
+from bn_keras.models.bn_inception import (
     FIGURE_5,
     STEMS,
     VARIANTS,
     LocalResponseNormalization,
 )
-from bn_keras.models.weights import load_weights
+from bn_keras.models.weights_file import load_weights
 
 
 def trainable_parameters(model):

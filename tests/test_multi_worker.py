@@ -12,11 +12,12 @@ import threading
 import pytest
 from small import small_mlp
 
-from bn_keras import cluster, distribution
-from bn_keras.cluster import Cluster
+from bn_keras.distribute import cluster
+from bn_keras.distribute.cluster import Cluster
 from bn_keras.errors import UsageError
-from bn_keras.train import train_and_evaluate
-from bn_keras.workdir import Workdir
+from bn_keras.runs.workdir import Workdir
+from bn_keras.training import loop
+from bn_keras.training.loop import train_and_evaluate
 
 CONFIG = {"population.when": "evaluations", "population.num_batches": 2}
 TESTS = pathlib.Path(__file__).parent
@@ -144,7 +145,7 @@ def test_workers_that_are_not_of_one_run_are_refused(differs, message, tmp_path,
     def found(strategy, number):
         return [number, number + 20 if differs(number) else number]
 
-    monkeypatch.setattr(distribution, "from_all_workers", found)
+    monkeypatch.setattr(loop, "from_all_workers", found)
     with pytest.raises(UsageError, match=message):
         train_and_evaluate(small_mlp(), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -8,12 +8,12 @@ import keras
 import pytest
 from small import small_mlp
 
-from bn_keras.checkpoint import Checkpoints
 from bn_keras.data import pipeline, sources
-from bn_keras.dry_run import dry_run
 from bn_keras.errors import UsageError
-from bn_keras.plan import describe, plan
-from bn_keras.workdir import Workdir
+from bn_keras.runs.checkpoint import Checkpoints
+from bn_keras.runs.workdir import Workdir
+from bn_keras.training.dry_run import dry_run
+from bn_keras.training.plan import describe, plan
 
 PREPARED = (
     pathlib.Path(

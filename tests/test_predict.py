@@ -10,12 +10,12 @@ from PIL import Image
 from small import small_mlp
 from test_launch import launch
 
-from bn_keras.data.crops import SINGLE_CROP, CropPreprocessing, Crops
-from bn_keras.data.files import read_image
+from bn_keras.data.multi_crop import SINGLE_CROP, CropPreprocessing, Crops
+from bn_keras.data.single_image import read_image
 from bn_keras.errors import UsageError
-from bn_keras.predict import make_predictor
-from bn_keras.train import train_and_evaluate
-from bn_keras.trained import load_trained
+from bn_keras.inference.loading import load_trained
+from bn_keras.inference.prediction import make_predictor
+from bn_keras.training.loop import train_and_evaluate
 
 
 def photograph(height=60, width=80):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from test_launch import assert_fails_on_one_line, launch
 
-from bn_keras import preview
 from bn_keras.data import pipeline
 from bn_keras.errors import UsageError
+from bn_keras.pictures import augmented_input as preview
 from configs import digits_bn_x5
 
 

@@ -10,14 +10,14 @@ import tensorflow as tf
 from small import small_mlp
 
 from bn_keras import BatchNormalization
-from bn_keras.distribution import make_strategy
+from bn_keras.distribute.strategy import make_strategy
 from bn_keras.errors import UsageError
 from bn_keras.models import SigmoidMLP
-from bn_keras.recorder import Recorder
-from bn_keras.train import train_and_evaluate
-from bn_keras.trainer import Trainer, check_config
-from bn_keras.workdir import Workdir
-from configs import default
+from bn_keras.runs.workdir import Workdir
+from bn_keras.training.config import check_config, default_config
+from bn_keras.training.loop import train_and_evaluate
+from bn_keras.training.recorder import Recorder
+from bn_keras.training.step import Trainer
 
 EPSILON = 1e-3
 PERCENTILES = (0, 15, 50, 97.5)
@@ -213,7 +213,7 @@ def test_nothing_is_written_by_a_run_whose_layer_is_not_there(tmp_path):
     ],
 )
 def test_settings_that_can_not_be_meant(key, value, message):
-    config = default.get_config().copy_and_resolve_references()
+    config = default_config().copy_and_resolve_references()
     config.record[key] = value
     with pytest.raises(UsageError, match=message):
         check_config(config)

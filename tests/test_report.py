@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from bn_keras import report
-from bn_keras.data.crops import Crops
+from bn_keras.data.multi_crop import Crops
 from bn_keras.errors import UsageError
 from bn_keras.report import (
     Run,
@@ -23,8 +23,9 @@ from bn_keras.report import (
     published,
     write_report,
 )
-from bn_keras.workdir import MetricsWriter, Workdir
-from configs import cifar10_inception, digits_bn_x30, digits_inception, networks
+from bn_keras.runs.workdir import MetricsWriter, Workdir
+from bn_keras.training import networks
+from configs import cifar10_inception, digits_bn_x30, digits_inception
 
 TITLES = [network.title for network in networks.NETWORKS.values()]
 PNG = b"\x89PNG"

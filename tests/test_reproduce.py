@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 
-from bn_keras.trainer import check_config
-from configs import bn_x30, cifar10_inception, experiments, inception, mnist_bn
+from bn_keras.experiments import paper as experiments
+from bn_keras.training.config import check_config
+from configs import bn_x30, cifar10_inception, inception, mnist_bn
 
 
 @pytest.mark.parametrize("scale", experiments.SCALES)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from bn_keras.workdir import Workdir
+from bn_keras.runs.workdir import Workdir
 
 TESTS = pathlib.Path(__file__).resolve().parent
 STATUSES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from bn_keras.errors import UsageError
-from bn_keras.schedule import ExamplesSchedule
-from bn_keras.trainer import make_schedule
+from bn_keras.training.build import build_schedule
+from bn_keras.training.schedule import ExamplesSchedule
 from configs import bn_x5, bn_x30, inception
 
 IMAGENET = 1_281_167
@@ -48,13 +48,13 @@ def test_decays_are_counted_exactly_beyond_what_float32_holds():
     ],
 )
 def test_the_papers_schedules(config, start, steps, share):
-    schedule = make_schedule(config.get_config(), IMAGENET)
+    schedule = build_schedule(config.get_config(), IMAGENET)
     assert float(schedule(0)) == pytest.approx(start)
     assert float(schedule(steps)) / start == pytest.approx(share, abs=0.004)
 
 
 def test_accelerated_networks_decay_six_times_faster():
-    slow, fast = (make_schedule(c.get_config(), IMAGENET) for c in (inception, bn_x5))
+    slow, fast = (build_schedule(c.get_config(), IMAGENET) for c in (inception, bn_x5))
     assert slow.decay_examples == pytest.approx(6 * fast.decay_examples, rel=1e-6)
 
 

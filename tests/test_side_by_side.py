@@ -11,7 +11,7 @@ import tensorflow as tf
 from small import small_mlp
 
 from bn_keras.errors import TrainingStoppedError, UsageError
-from bn_keras.side_by_side import Share, Task, run_side_by_side, shares
+from bn_keras.experiments.parallel import Share, Task, run_side_by_side, shares
 
 PARTS = [Share((0,), ()), Share((0,), ())]
 

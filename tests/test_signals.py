@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from bn_keras import signals
-from bn_keras.signals import stop_requests
+from bn_keras.training import stop_signals as signals
+from bn_keras.training.stop_signals import stop_requests
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 

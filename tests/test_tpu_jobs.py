@@ -19,7 +19,7 @@ from launch.cloud import control
 from launch.cloud import job as jobs
 from launch.cloud.control import Cloud, JobFailedError, Status
 from launch.cloud.gcloud import GcloudError, NameTakenError, NotFoundInCloudError, Outcome, checked
-from launch.errors import CommandError
+from launch.command_error import CommandError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FAKES = pathlib.Path(__file__).with_name("fakes")

@@ -12,17 +12,19 @@ import pytest
 import tensorflow as tf
 from small import small_mlp
 
-from bn_keras import train
 from bn_keras.data import pipeline
 from bn_keras.errors import TrainingDivergedError, TrainingStoppedError, UsageError
-from bn_keras.evaluate import evaluate_networks
-from bn_keras.models import SigmoidMLP, inception
+from bn_keras.inference.evaluation import evaluate_networks
+from bn_keras.inference.loading import load_trained
+from bn_keras.models import SigmoidMLP
+from bn_keras.models import bn_inception as inception
 from bn_keras.population import estimate_population_statistics
-from bn_keras.train import train_and_evaluate
-from bn_keras.trained import load_trained
-from bn_keras.trainer import Trainer
-from bn_keras.workdir import Workdir
-from configs import default, digits_bn_x5, digits_inception
+from bn_keras.runs.workdir import Workdir
+from bn_keras.training import loop as train
+from bn_keras.training.config import default_config
+from bn_keras.training.loop import train_and_evaluate
+from bn_keras.training.step import Trainer
+from configs import digits_bn_x5, digits_inception
 
 
 @pytest.fixture
@@ -592,7 +594,7 @@ def test_every_key_of_the_config_is_read(tmp_path, monkeypatch, short_figure_5):
     train_and_evaluate(config, tmp_path / "run")
     monkeypatch.undo()
 
-    schema = default.get_config()
+    schema = default_config()
     keys = {("", key) for key in schema} | {
         (name, key)
         for name, section in schema.items()

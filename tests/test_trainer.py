@@ -7,9 +7,10 @@ import tensorflow as tf
 from small import small_mlp
 
 from bn_keras.data import pipeline
-from bn_keras.distribution import make_strategy
+from bn_keras.distribute.strategy import make_strategy
 from bn_keras.models import SigmoidMLP
-from bn_keras.trainer import Trainer, make_trainer
+from bn_keras.training.build import build_trainer
+from bn_keras.training.step import Trainer
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(12, 3, 3, 1)).astype(np.float32)
@@ -150,7 +151,7 @@ def test_a_config_becomes_a_trainer():
         **{"train.ema": 0.9, "train.micro_batches": 2, "train.precision": "mixed_float16"}
     )
     data = pipeline.open_data(config.data, seed=0)
-    trainer = make_trainer(
+    trainer = build_trainer(
         config, make_strategy("one_device"), data.input_shape, 10, 1000, rate_factor=0.5
     )
     assert trainer.micro_batches == 2

@@ -10,17 +10,19 @@ import socket
 import pytest
 from full_disk import files_of_at_most
 
-from bn_keras import models, workdir
 from bn_keras.data import pipeline
 from bn_keras.errors import UsageError
-from bn_keras.workdir import MetricsWriter, Workdir
-from configs import default, mnist_bn
+from bn_keras.runs import workdir
+from bn_keras.runs.workdir import MetricsWriter, Workdir
+from bn_keras.training.build import build_model
+from bn_keras.training.config import default_config
+from configs import mnist_bn
 
 INTERFACE = ((8, 8, 1), ("cat", "dog"))
 
 
 def test_the_config_comes_back_as_it_was(tmp_path):
-    config = default.get_config()
+    config = default_config()
     Workdir(tmp_path / "new" / "run").create(config, *INTERFACE)
     assert Workdir(tmp_path / "new" / "run").read_config() == config
     assert Workdir(tmp_path / "new" / "run").read_interface() == INTERFACE
@@ -42,7 +44,7 @@ def test_a_lost_or_damaged_interface_is_named(text, tmp_path):
 
 
 def test_only_the_place_of_the_data_may_differ(tmp_path):
-    config = default.get_config()
+    config = default_config()
     Workdir(tmp_path).create(config, *INTERFACE)
     config.data.data_dir = "/elsewhere"
     Workdir(tmp_path).check(config)
@@ -102,7 +104,7 @@ def test_a_damaged_config_is_named(text, tmp_path):
 # Whoever uses the config of a run: network and data for launch.evaluate, predict, check and export,
 # and launch.train, which goes on with it.
 READERS = {
-    "network": lambda run: models.from_config(run.read_config(), *INTERFACE),
+    "network": lambda run: build_model(run.read_config(), *INTERFACE),
     "data": lambda run: pipeline.open_data(run.read_config().data, run.read_config().seed),
     "train": lambda run: run.check(mnist_bn.get_config()),
 }
@@ -137,7 +139,7 @@ def test_a_config_from_before_a_key_was_there_says_so(key, readers, tmp_path):
 
 
 def test_a_config_that_was_read_equals_the_one_written(tmp_path):
-    config = default.get_config()
+    config = default_config()
     Workdir(tmp_path).create(config, *INTERFACE)
     read = Workdir(tmp_path).read_config()
     assert read.model == config.model and config.model == read.model
@@ -149,7 +151,7 @@ def test_a_config_that_was_read_equals_the_one_written(tmp_path):
 
 
 def test_a_damaged_line_of_metrics_is_named_and_kept(tmp_path):
-    config = default.get_config()
+    config = default_config()
     workdir = Workdir(tmp_path)
     workdir.create(config, *INTERFACE)
     damaged = '{"step": 1}\n{"step": 2, \n{"step": 3}\n'
@@ -208,7 +210,7 @@ def locks(path):
 
 
 def test_one_process_at_a_time_trains_in_a_workdir(tmp_path):
-    Workdir(tmp_path).create(default.get_config(), *INTERFACE)
+    Workdir(tmp_path).create(default_config(), *INTERFACE)
     with Workdir(tmp_path).locked():
         with pytest.raises(UsageError, match="is in use") as caught:
             locks(tmp_path)
@@ -219,7 +221,7 @@ def test_one_process_at_a_time_trains_in_a_workdir(tmp_path):
 
 
 def test_a_lock_goes_with_its_process(tmp_path):
-    Workdir(tmp_path).create(default.get_config(), *INTERFACE)
+    Workdir(tmp_path).create(default_config(), *INTERFACE)
     ready, told = os.pipe()
     child = os.fork()
     if not child:
@@ -238,13 +240,13 @@ def test_a_new_run_is_locked_once_its_folder_is_there(tmp_path):
     first, second = (Workdir(tmp_path / "run") for _ in range(2))
     with first.locked(), second.locked():
         assert not (tmp_path / "run").exists()
-        first.create(default.get_config(), *INTERFACE)
+        first.create(default_config(), *INTERFACE)
         with pytest.raises(UsageError, match=f"is in use: process {os.getpid()}"):
-            second.create(default.get_config(), *INTERFACE)
+            second.create(default_config(), *INTERFACE)
         with pytest.raises(UsageError, match="is in use"):
             locks(tmp_path / "run")
         # As a run does that goes back to its last checkpoint.
-        first.create(default.get_config(), *INTERFACE)
+        first.create(default_config(), *INTERFACE)
     assert locks(tmp_path / "run")
 
 
@@ -252,13 +254,13 @@ def test_a_run_that_another_process_began_and_ended_meanwhile_is_not_begun_anew(
     late, other = Workdir(tmp_path), Workdir(tmp_path)
     with late.locked():
         with other.locked():
-            other.create(default.get_config(), *INTERFACE)
+            other.create(default_config(), *INTERFACE)
         with pytest.raises(UsageError, match="has begun a run in .* meanwhile: start again"):
-            late.create(default.get_config(), *INTERFACE)
+            late.create(default_config(), *INTERFACE)
 
 
 def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, caplog):
-    Workdir(tmp_path).create(default.get_config(), *INTERFACE)
+    Workdir(tmp_path).create(default_config(), *INTERFACE)
 
     def refused(*_):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -269,7 +271,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, caplog):
 
 
 def test_a_bucket_has_no_locks(tmp_path, monkeypatch):
-    Workdir(tmp_path).create(default.get_config(), *INTERFACE)
+    Workdir(tmp_path).create(default_config(), *INTERFACE)
     monkeypatch.setattr(workdir, "is_local", lambda path: False)
     with Workdir(tmp_path).locked():
         assert locks(tmp_path)

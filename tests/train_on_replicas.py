@@ -5,9 +5,9 @@ import sys
 import numpy as np
 
 from bn_keras.data import pipeline
-from bn_keras.distribution import make_strategy
-from bn_keras.models import inception
-from bn_keras.trainer import make_trainer
+from bn_keras.distribute.strategy import make_strategy
+from bn_keras.models import bn_inception as inception
+from bn_keras.training.build import build_trainer
 from configs import digits_bn_x5_sigmoid
 
 LOOPS, STEPS_PER_LOOP = 4, 2
@@ -27,7 +27,7 @@ def main():
     data = pipeline.open_data(config.data, config.seed)
     results = {}
     for replicas, strategy in strategies.items():
-        trainer = make_trainer(
+        trainer = build_trainer(
             config, strategy, data.input_shape, data.num_classes, data.num_train_examples
         )
         batches = iter(data.train_batches(strategy, config.train.global_batch_size))

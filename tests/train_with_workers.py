@@ -15,8 +15,8 @@ import traceback
 
 import tensorflow as tf
 
-from bn_keras import evaluate, train  # noqa: F401
-from bn_keras.trainer import Trainer
+from bn_keras import train  # noqa: F401
+from bn_keras.training.step import Trainer
 
 SECONDS_TO_END = 200
 

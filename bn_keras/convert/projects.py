@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from bn_keras.models.inception import FIGURE_5
+from bn_keras.models.bn_inception import FIGURE_5
 
 
 class Project(NamedTuple):

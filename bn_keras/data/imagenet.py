@@ -9,7 +9,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from absl import logging
 
-from bn_keras.data.bad_examples import first_line
+from bn_keras.data.unreadable import first_line
 from bn_keras.errors import UsageError
 
 # Of training and validation. image-net.org gives them to those who register there.

@@ -51,7 +51,7 @@ class Preprocessing:
 
     Attributes:
       size: height and width of the result.
-      crop: "inception", "shift" or "none", see configs/default.py.
+      crop: "inception", "shift" or "none", see bn_keras/training/config.py.
       mirror: whether half of the training images are mirrored.
       distortion: strength of the photometric distortions in training, 0 for none.
       binary: the result is 0 and 1, thresholded at one half, instead of within [-1, 1].

@@ -18,9 +18,9 @@ from ml_collections import ConfigDict
 from bn_keras.data import images as images_lib
 from bn_keras.data import sources
 from bn_keras.data.augment import MIXING_UNIFORMS, RAND_AUGMENT_UNIFORMS, Mixing
-from bn_keras.data.bad_examples import BadExamples
-from bn_keras.data.crops import CropPreprocessing
 from bn_keras.data.images import Preprocessing
+from bn_keras.data.multi_crop import CropPreprocessing
+from bn_keras.data.unreadable import BadExamples
 from bn_keras.errors import UsageError
 
 # Batches of small images are made several steps at a time, since tf.data's cost for an element

@@ -14,8 +14,8 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from bn_keras.data.bad_examples import first_line
 from bn_keras.data.folder import Files, open_folder
+from bn_keras.data.unreadable import first_line
 from bn_keras.errors import UsageError
 
 EMBEDDED = ("digits", "synthetic")

@@ -5,8 +5,8 @@ from bn_keras.report.comparison import figure_3, figure_3_row
 from bn_keras.report.curves import figure_2
 from bn_keras.report.ensemble import evaluate_figure_4, figure_4
 from bn_keras.report.page import Section, escape, format_seconds, table, write_report
-from bn_keras.report.runs import Results, Run, Spread
 from bn_keras.report.sentences import claims
+from bn_keras.runs.history import Results, Run, Spread
 
 __all__ = [
     "Results",

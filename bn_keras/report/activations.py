@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from bn_keras.errors import UsageError
+from bn_keras.experiments.titles import WITH_BN, WITHOUT_BN
 from bn_keras.report import verdicts
 from bn_keras.report.page import Section, escape, table, tell_diverged
 from bn_keras.report.plots import STYLES, draw_bands, lighten
 from bn_keras.report.published import CITATION
-from bn_keras.report.runs import ACCURACY, Results, Run, Spread, over_seeds
-from bn_keras.report.titles import WITH_BN, WITHOUT_BN
+from bn_keras.runs.history import ACCURACY, Results, Run, Spread, over_seeds
 
 _PERCENTILES = (15, 50, 85)
 # The paper's panel begins there.

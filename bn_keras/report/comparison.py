@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from bn_keras.errors import UsageError
+from bn_keras.experiments.titles import BASELINE, INCEPTION, X5, X5_SIGMOID, X30
 from bn_keras.report import published, verdicts
 from bn_keras.report.page import Section, table, tell_diverged
-from bn_keras.report.runs import ACCURACY, Results, Run, Spread, over_seeds
-from bn_keras.report.titles import BASELINE, INCEPTION, X5, X5_SIGMOID, X30
-from bn_keras.schedule import PAPER_BATCH_SIZE
+from bn_keras.runs.history import ACCURACY, Results, Run, Spread, over_seeds
+from bn_keras.training.schedule import PAPER_BATCH_SIZE
 
 
 class Comparison(NamedTuple):

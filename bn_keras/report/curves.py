@@ -13,13 +13,13 @@ from matplotlib.ticker import (
     StrMethodFormatter,
 )
 
+from bn_keras.experiments.titles import INCEPTION, X30
 from bn_keras.report import published
 from bn_keras.report.comparison import Comparison
 from bn_keras.report.page import Section, escape, tell_diverged
 from bn_keras.report.plots import STYLES, draw_bands, lighten
-from bn_keras.report.runs import LOSS, Results, Run, Spread, over_seeds
-from bn_keras.report.titles import INCEPTION, X30
-from bn_keras.schedule import PAPER_BATCH_SIZE
+from bn_keras.runs.history import LOSS, Results, Run, Spread, over_seeds
+from bn_keras.training.schedule import PAPER_BATCH_SIZE
 
 
 def figure_2(results: Results) -> Section:

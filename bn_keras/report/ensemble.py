@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from etils import epath
 
-from bn_keras.data.crops import SINGLE_CROP, Crops
-from bn_keras.evaluate import evaluate_networks
-from bn_keras.files import write_atomically, writing
+from bn_keras.data.multi_crop import SINGLE_CROP, Crops
+from bn_keras.inference.evaluation import evaluate_networks
 from bn_keras.report import published
 from bn_keras.report.page import Section, table
-from bn_keras.report.runs import Spread
-from bn_keras.workdir import Workdir
+from bn_keras.runs.atomic_files import write_atomically, writing
+from bn_keras.runs.history import Spread
+from bn_keras.runs.workdir import Workdir
 
 # Members of the paper's ensemble.
 _NUM_MEMBERS = 6
@@ -35,7 +35,7 @@ def evaluate_figure_4(
       crops: the many; None is `paper_crops`.
 
     Returns:
-      The rows of `bn_keras.evaluate.evaluate_networks`, which also say in "cut" how many scales,
+      The rows of `bn_keras.inference.evaluation.evaluate_networks`, which also say in "cut" how many scales,
       squares, windows and mirrors the many crops are, and in "trained_on" the crop of the config;
       none where no run got to its end.
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from bn_keras.report.page import escape
-from bn_keras.report.runs import ACCURACY, Results, Run, Spread
 from bn_keras.report.verdicts import FAILS, HOLDS, UNDECIDED, WITHIN_SPREAD
-from bn_keras.workdir import Workdir
+from bn_keras.runs.history import ACCURACY, Results, Run, Spread
+from bn_keras.runs.workdir import Workdir
 
 
 class NotRunError(Exception):

@@ -20,9 +20,9 @@ from markdown.extensions.toc import slugify_unicode
 from markdown.treeprocessors import Treeprocessor
 from matplotlib.figure import Figure
 
-from bn_keras.files import move, writing
-from bn_keras.report.runs import Results, Run
-from bn_keras.workdir import Workdir
+from bn_keras.runs.atomic_files import move, writing
+from bn_keras.runs.history import Results, Run
+from bn_keras.runs.workdir import Workdir
 
 # What a plot may be called: it stands in a link as it is.
 _PLOT_NAME = re.compile(r"\w[\w-]*\.png", re.ASCII)

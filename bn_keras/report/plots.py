@@ -4,8 +4,16 @@ from collections.abc import Mapping
 
 from matplotlib.axes import Axes
 
-from bn_keras.report.runs import Spread
-from bn_keras.report.titles import BASELINE, INCEPTION, WITH_BN, WITHOUT_BN, X5, X5_SIGMOID, X30
+from bn_keras.experiments.titles import (
+    BASELINE,
+    INCEPTION,
+    WITH_BN,
+    WITHOUT_BN,
+    X5,
+    X5_SIGMOID,
+    X30,
+)
+from bn_keras.runs.history import Spread
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and dashes for grey print.
 STYLES = {

@@ -5,8 +5,8 @@ Source: Ioffe & Szegedy 2015, arXiv 1502.03167, section 4.2.
 
 from typing import NamedTuple
 
-from bn_keras.report.runs import Run
-from bn_keras.report.titles import BASELINE, INCEPTION, X5, X5_SIGMOID, X30
+from bn_keras.experiments.titles import BASELINE, INCEPTION, X5, X5_SIGMOID, X30
+from bn_keras.runs.history import Run
 
 CITATION = "[Ioffe & Szegedy 2015](https://arxiv.org/abs/1502.03167)"
 

@@ -14,23 +14,7 @@ from matplotlib.ticker import (
     StrMethodFormatter,
 )
 
-from bn_keras.report import invariance, verdicts
-from bn_keras.report.margins import (
-    Difference,
-    Group,
-    NotRunError,
-    accuracy_at,
-    best_by,
-    common_steps,
-    compare,
-    ended_runs,
-    margin_of,
-    points,
-)
-from bn_keras.report.page import Section, escape, table
-from bn_keras.report.plots import STYLES, lighten
-from bn_keras.report.runs import ACCURACY, LOSS, Results, Run, Spread
-from bn_keras.report.titles import (
+from bn_keras.experiments.titles import (
     ABLATIONS,
     BASELINE,
     CONTROL,
@@ -50,7 +34,23 @@ from bn_keras.report.titles import (
     X30_DECAY,
     scaled,
 )
+from bn_keras.report import invariance, verdicts
+from bn_keras.report.margins import (
+    Difference,
+    Group,
+    NotRunError,
+    accuracy_at,
+    best_by,
+    common_steps,
+    compare,
+    ended_runs,
+    margin_of,
+    points,
+)
+from bn_keras.report.page import Section, escape, table
+from bn_keras.report.plots import STYLES, lighten
 from bn_keras.report.verdicts import FAILS, HOLDS, NOT_RUN, UNDECIDED, WITHIN_SPREAD
+from bn_keras.runs.history import ACCURACY, LOSS, Results, Run, Spread
 
 # An accuracy below so many times that of guessing is at chance.
 CHANCE_FACTOR = 1.5
@@ -90,7 +90,7 @@ def claims(results: Results) -> Section:
     """Tests each sentence by the runs that there are, and section 3.3's by measuring it now.
 
     Args:
-      results: of the paper's networks, and of the runs of configs/claims.py. What is missing, or
+      results: of the paper's networks, and of the runs of bn_keras/experiments/claim_runs.py. What is missing, or
         has not come to its end, is a line that says so.
     """
     findings = {claim: find(claim, results) for claim in CLAIMS}

@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from launch.cloud import job as jobs
-from launch.cloud.gcloud import (
+from ..command_error import CommandError
+from . import job as jobs
+from .gcloud import (
     GcloudError,
     NameTakenError,
     NotFoundInCloudError,
@@ -17,8 +18,7 @@ from launch.cloud.gcloud import (
     checked,
     run_command,
 )
-from launch.cloud.job import Job
-from launch.errors import CommandError
+from .job import Job
 
 # How many polls in a row may go without an answer.
 _MAX_UNANSWERED = 10

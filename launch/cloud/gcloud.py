@@ -5,8 +5,8 @@ import re
 import subprocess
 from collections.abc import Callable
 
-from launch.cloud.job import Command
-from launch.errors import CommandError
+from ..command_error import CommandError
+from .job import Command
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import re
 import shlex
 from collections.abc import Mapping
 
-from launch.errors import CommandError
+from ..command_error import CommandError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # What the Dockerfile copies, and itself.

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from bn_keras import BatchNormalization
-from bn_keras.trainer import Trainer
+from bn_keras.training.step import Trainer
 
 pytest.importorskip("libtpu", reason="the wheel tensorflow-tpu is not installed: make tpu-check")
 

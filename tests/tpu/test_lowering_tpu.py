@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from bn_keras import SigmoidMLP
-from bn_keras.trainer import Trainer
+from bn_keras.training.step import Trainer
 
 
 def test_a_step_of_values_is_the_step():

@@ -19,9 +19,9 @@ import tensorflow as tf
 
 from bn_keras import BatchNormalization
 from bn_keras.data import pipeline
-from bn_keras.data.crops import Crops
-from bn_keras.evaluate import make_ensemble_evaluator
-from bn_keras.trainer import make_trainer
+from bn_keras.data.multi_crop import Crops
+from bn_keras.inference.evaluation import make_ensemble_evaluator
+from bn_keras.training.build import build_trainer
 
 pytest.importorskip("libtpu", reason="the wheel tensorflow-tpu is not installed: make tpu-check")
 
@@ -76,7 +76,7 @@ def count_batch_norms(model):
 def test_a_training_step(on_a_core, name):
     config = read_config(name)
     strategy = tf.distribute.get_strategy()
-    trainer = make_trainer(config, strategy, IMAGE_SHAPE, CLASSES, TRAIN_EXAMPLES)
+    trainer = build_trainer(config, strategy, IMAGE_SHAPE, CLASSES, TRAIN_EXAMPLES)
     steps = lower_steps(trainer, tf.zeros([PER_REPLICA_BATCH_SIZE], tf.int32))
     assert list(steps) == ["_step_whole"]
     counts = lowering.opcodes(steps["_step_whole"])
@@ -90,7 +90,7 @@ def test_a_training_step_with_every_option(on_a_core):
     """Labels are mixtures, as of MixUp and CutMix."""
     config = read_config("bn_x5", **EVERYTHING)
     strategy = tf.distribute.get_strategy()
-    trainer = make_trainer(config, strategy, IMAGE_SHAPE, CLASSES, TRAIN_EXAMPLES)
+    trainer = build_trainer(config, strategy, IMAGE_SHAPE, CLASSES, TRAIN_EXAMPLES)
     steps = lower_steps(trainer, tf.zeros([PER_REPLICA_BATCH_SIZE, CLASSES]))
     assert list(steps) == ["_set_to_zero", "_sum_part", "_apply_sums"]
     part = steps["_sum_part"]
@@ -108,7 +108,7 @@ def test_an_evaluation_step(on_a_core, monkeypatch, crops):
     config = read_config("bn_x30", **{"data.name": "synthetic"})
     data = pipeline.open_data(config.data, seed=0)
     strategy = tf.distribute.get_strategy()
-    trainer = make_trainer(config, strategy, IMAGE_SHAPE, CLASSES, TRAIN_EXAMPLES)
+    trainer = build_trainer(config, strategy, IMAGE_SHAPE, CLASSES, TRAIN_EXAMPLES)
     model = trainer.inference_model
     recorder = lowering.Recorder(strategy)
     evaluate = make_ensemble_evaluator([model], data, recorder, 32, Crops.parse(crops))

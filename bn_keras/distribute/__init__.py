@@ -1,0 +1,1 @@
+"""Devices and clusters: the only place that names a strategy class."""

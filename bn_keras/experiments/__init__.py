@@ -1,0 +1,1 @@
+"""The paper's experiments: which runs each takes, and how they are run."""

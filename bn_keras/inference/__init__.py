@@ -1,0 +1,1 @@
+"""What becomes of a trained network: loading, evaluation, prediction, export, check-up."""

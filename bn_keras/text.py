@@ -1,0 +1,52 @@
+"""Plain text for people: aligned tables, counted nouns, the first line of an error."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+
+def align(rows: Iterable[Sequence[str]], left: int = 1, min_width: int = 0) -> list[list[str]]:
+    """Pads the cells of each column to a common width.
+
+    Args:
+      rows: of equal length, the header included.
+      left: how many of the first columns are aligned to the left; the others are to the right.
+      min_width: of each column, in characters.
+
+    Returns:
+      The padded cells, row by row.
+    """
+    rows = [list(row) for row in rows]
+    widths = [max(min_width, *map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        for row in rows
+    ]
+
+
+def table(rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
+    """Returns the lines of a plain table, with two spaces between columns; see `align`."""
+    return ["  ".join(cells).rstrip() for cells in align(rows, left)]
+
+
+def counted(count: int, noun: str) -> str:
+    """Returns a number with its noun, such as "1 layer" or "1,024 layers"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def first_of(names: Sequence[str], limit: int = 3) -> str:
+    """Returns the first names, separated by commas, and how many more there are."""
+    more = [f"{len(names) - limit} more"] if len(names) > limit else []
+    return ", ".join([*names[:limit], *more])
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or the error's class where it has none.
+
+    TensorFlow's "{{node ...}}" in front and "[Op:...]" at the end are dropped.
+    """
+    text = getattr(error, "strerror", None) or getattr(error, "message", None) or str(error)
+    line = text.strip().partition("\n")[0]
+    return re.sub(r"\{\{.*?\}\} ?|\s*\[Op:.*", "", line) or type(error).__name__

@@ -1,0 +1,1 @@
+"""Training: the config, the schedule, the step and the loop around it."""

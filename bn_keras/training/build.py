@@ -1,0 +1,158 @@
+"""Builds what a config describes: the model, the schedule, the trainer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+from ml_collections import ConfigDict
+
+from bn_keras.errors import UsageError
+from bn_keras.models import BNInception, SigmoidMLP
+from bn_keras.training.schedule import ExamplesSchedule
+from bn_keras.training.step import Trainer
+
+_PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
+
+
+def build_model(
+    config: ConfigDict, input_shape: Sequence[int], classes: int, training: bool = False
+) -> keras.Model:
+    """Builds the network of config.model and config.batch_norm, in config.train.precision.
+
+    Args:
+      config: see `default_config`.
+      input_shape: of one example, (height, width, channels).
+      classes: number of logits.
+      training: whether to build what only training needs: the auxiliary classifier, if
+        config.model.auxiliary_weight is not 0, whose logits are then a second output.
+
+    Raises:
+      UsageError: an unknown name, or a value that the network does not accept.
+    """
+    builder = _BUILDERS.get(config.model.name)
+    if builder is None:
+        raise UsageError(
+            f"unknown model.name {config.model.name!r}: expected one of {', '.join(_BUILDERS)}"
+        )
+    if config.train.precision not in _PRECISIONS:
+        raise UsageError(
+            f"unknown train.precision {config.train.precision!r}: expected one of"
+            f" {', '.join(_PRECISIONS)}"
+        )
+    batch_norm = dict(
+        momentum=config.batch_norm.momentum, synchronized=config.batch_norm.synchronized
+    )
+    if config.batch_norm.epsilon:
+        batch_norm["epsilon"] = config.batch_norm.epsilon
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(config.train.precision)
+    try:
+        return builder(
+            config.model,
+            training,
+            variant=config.model.variant,
+            classes=classes,
+            input_shape=input_shape,
+            kernel_initializer=_initializer(
+                config.model.initializer, config.model.initializer_stddev
+            ),
+            **batch_norm,
+        )
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def build_schedule(
+    config: ConfigDict, num_train_examples: int, rate_factor: float = 1.0
+) -> ExamplesSchedule:
+    """Builds the schedule of config.schedule, whose epochs become examples."""
+    schedule = config.schedule
+    return ExamplesSchedule(
+        schedule.base_rate * rate_factor,
+        config.train.global_batch_size,
+        reference_batch_size=schedule.reference_batch_size,
+        decay=schedule.decay,
+        decay_factor=schedule.decay_factor,
+        decay_examples=max(1, round(schedule.decay_epochs * num_train_examples)),
+        warmup_examples=round(schedule.warmup_epochs * num_train_examples),
+        total_examples=config.train.steps * config.train.global_batch_size,
+    )
+
+
+def build_trainer(
+    config: ConfigDict,
+    strategy: tf.distribute.Strategy,
+    input_shape: Sequence[int],
+    num_classes: int,
+    num_train_examples: int,
+    rate_factor: float = 1.0,
+) -> Trainer:
+    """Builds the trainer that a config describes, with initial weights drawn from its seed.
+
+    Args:
+      config: see `default_config`.
+      strategy: that distributes the training.
+      input_shape: of one example, (height, width, channels).
+      num_classes: number of logits.
+      num_train_examples: per epoch of the schedule.
+      rate_factor: factor on the learning rate.
+
+    Raises:
+      UsageError: a value that the network or the schedule does not accept.
+    """
+    keras.utils.set_random_seed(config.seed)
+    with strategy.scope():
+        model = build_model(config, input_shape, num_classes, training=True)
+        optimizer = keras.optimizers.SGD(
+            build_schedule(config, num_train_examples, rate_factor), momentum=config.train.momentum
+        )
+    return Trainer(
+        model,
+        optimizer,
+        strategy,
+        config.train.global_batch_size,
+        l2=config.train.l2,
+        auxiliary_weight=config.model.auxiliary_weight,
+        label_smoothing=config.train.label_smoothing,
+        micro_batches=config.train.micro_batches,
+        ema=config.train.ema,
+        loss_scaling=config.train.precision == "mixed_float16",
+    )
+
+
+def _build_inception(model: ConfigDict, training: bool, **options: Any) -> keras.Model:
+    return BNInception(
+        **options,
+        preset=model.preset,
+        pool_projection=model.pool_projection or None,
+        width=model.width,
+        stem=model.stem,
+        initializer_scale=model.initializer_scale,
+        dropout=model.dropout,
+        local_response_normalization=model.local_response_normalization,
+        per_activation_bn=model.per_activation_bn,
+        auxiliary=training and model.auxiliary_weight > 0,
+    )
+
+
+def _build_mlp(model: ConfigDict, training: bool, **options: Any) -> keras.Model:
+    return SigmoidMLP(**options)
+
+
+_BUILDERS = {"inception": _build_inception, "mlp": _build_mlp}
+
+
+def _initializer(name: str, stddev: float) -> keras.initializers.Initializer:
+    if name == "normal":
+        return keras.initializers.RandomNormal(stddev=stddev)
+    try:
+        initializer = keras.initializers.get(name)
+    except (ValueError, KeyError):  # KeyError: a name that needs arguments, such as "constant"
+        initializer = None
+    if initializer is None or "seed" not in initializer.get_config():
+        raise UsageError(
+            f"unknown model.initializer {name!r}: expected 'normal' or the name of one of Keras'"
+            " random initializers, such as 'he_normal' or 'glorot_uniform'"
+        )
+    return initializer

@@ -1,0 +1,246 @@
+"""The config schema: every setting with its default and meaning, and the check of their values.
+
+The defaults are the paper's Inception on ImageNet. `networks.py` derives the other networks from
+it, and each file in configs/ is one experiment. Values that the paper leaves open name their
+source.
+"""
+
+import math
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from bn_keras.errors import UsageError
+
+
+def default_config() -> ConfigDict:
+    """Returns the schema with its defaults, locked: a key that is not here is an error."""
+    config = ConfigDict()
+
+    # Seed of everything random: weights, example order, distortions, dropout.
+    config.seed = 0
+
+    config.data = ConfigDict()
+    # "digits" (part of scikit-learn), "synthetic", "folder" for your own images, or the name of an
+    # image classification set in TFDS: "mnist", "cifar10", "imagenet2012", ...
+    config.data.name = "imagenet2012"
+    # Folder of prepared TFDS sets; "" is TFDS's default, ~/tensorflow_datasets. For "folder", the
+    # folder with SPLIT/CLASS/IMAGE. A relative path is saved as an absolute one.
+    config.data.data_dir = ""
+    # TFDS syntax, such as "train[:90%]". "folder" accepts percentages, taken of each class, and
+    # ".[:90%]" and ".[90%:]" where data_dir holds CLASS/IMAGE.
+    config.data.train_split = "train"
+    config.data.validation_split = "validation"
+    # Side of the network's square input, in pixels; 0 keeps the size of the images.
+    config.data.image_size = 224
+    # "inception": area 8-100%, aspect ratio 3/4-4/3, resized (GoogLeNet). "shift": by up to an
+    # eighth of the side, padded with mean grey. "none": the whole image.
+    config.data.crop = "inception"
+    # Mirror left to right with probability 1/2.
+    config.data.mirror = True
+    # Strength of the photometric distortions, from 0 (none) to 1 (full).
+    config.data.distortion = 1.0
+    # Magnitude of RandAugment (keras-cv), from 0 (none) to 1. Not in the paper.
+    config.data.random_augment = 0.0
+    # MixUp and CutMix: alpha of the Beta distribution of the shares; 0 turns it off. With both on,
+    # they alternate by batch. Images are mixed in pairs: each replica needs an even number.
+    config.data.mixup = 0.0
+    config.data.cutmix = 0.0
+    # Threshold pixels at one half to 0 and 1 (section 4.1) instead of scaling them to [-1, 1].
+    config.data.binary = False
+    # "examples": shuffle within shards; "shards": change only the order of the shards. Data in
+    # memory is one shard; single files are always shuffled.
+    config.data.shuffle = "shards"
+    # Unreadable images accepted per split and process. Each is named in the log; training replaces
+    # it, evaluation leaves it out.
+    config.data.max_bad_examples = 0
+
+    config.model = ConfigDict()
+    # "inception" (Figure 5) or "mlp" (section 4.1).
+    config.model.name = "inception"
+    # inception: "inception", "bn_baseline", "bn_x5", "bn_x30", "bn_x5_sigmoid", the ensemble's
+    # "bn_x30_ensemble_1" to "bn_x30_ensemble_6", "inception_sigmoid". mlp: "baseline", "bn".
+    config.model.variant = "inception"
+    # Origin of the open details (projections, stem, padding, biases): "paper", "slim" (TF-Slim) or
+    # "caffe" (the PyTorch ports).
+    config.model.preset = "paper"
+    # Channels projected after the pools of 4c and 4d; 0 is the preset's value.
+    config.model.pool_projection = 0
+    # Factor on every number of channels.
+    config.model.width = 1.0
+    # "imagenet": 7x7 separable with stride 2, pool, 3x3, pool. "cifar": 3x3 with stride 2, no
+    # pools. "digits": 3x3 with stride 1, no pools.
+    config.model.stem = "imagenet"
+    # Keras initializer of all kernels, or "normal" with initializer_stddev.
+    config.model.initializer = "he_normal"
+    config.model.initializer_stddev = 0.01
+    # The next four are None by default, which means the variant's own value. A value given here
+    # takes precedence over the variant.
+    # Factor on the initial weights of the convolutions.
+    config.model.initializer_scale = placeholder(float)
+    # Fraction of the activations dropped before the classifier in training.
+    config.model.dropout = placeholder(float)
+    # Local response normalization in the stem.
+    config.model.local_response_normalization = placeholder(bool)
+    # BN in module 5b per activation instead of per feature map.
+    config.model.per_activation_bn = placeholder(bool)
+    # Weight of the loss of an auxiliary classifier on module 4d, built for training only; 0 leaves
+    # it out. Inception-v3 uses 0.4.
+    config.model.auxiliary_weight = 0.0
+
+    config.batch_norm = ConfigDict()
+    # Fraction of the moving statistics kept at each step (TF-Slim's value).
+    config.batch_norm.momentum = 0.9997
+    # Added to the variance under the root; 0 is the preset's value: 1e-3 (TF-Slim), "caffe" 1e-5.
+    config.batch_norm.epsilon = 0.0
+    # Compute batch statistics over all replicas instead of per replica.
+    config.batch_norm.synchronized = False
+
+    config.train = ConfigDict()
+    config.train.steps = 31_000_000
+    config.train.global_batch_size = 32
+    # Momentum of SGD (GoogLeNet).
+    config.train.momentum = 0.9
+    # Weight of the L2 penalty l2/2 * |w|^2 on kernels (TF-Slim's value).
+    config.train.l2 = 4e-5
+    # Share of each label that is spread over all classes.
+    config.train.label_smoothing = 0.0
+    # Gradient accumulation: micro-batches per global batch, for batches that do not fit into
+    # memory. BN normalizes each micro-batch on its own.
+    config.train.micro_batches = 1
+    # Fraction kept at each step by the exponential moving average (EMA) of the weights; 0 keeps no
+    # EMA. It is evaluated wherever population statistics are, and always in a network without BN.
+    config.train.ema = 0.0
+    # Stop at the first evaluation with this accuracy, a fraction; 0 trains for all steps.
+    config.train.until_accuracy = 0.0
+    # How often a diverged run is rolled back to its last checkpoint, each time with its learning
+    # rate multiplied by retry_factor.
+    config.train.retries = 0
+    config.train.retry_factor = 0.5
+    # Keras dtype policy: "float32", "mixed_bfloat16", or "mixed_float16" with dynamic loss scaling.
+    config.train.precision = "float32"
+    # Steps run on the device between two looks at the loss; each loop writes one line of metrics.
+    config.train.steps_per_loop = 500
+
+    config.schedule = ConfigDict()
+    # Learning rate at reference_batch_size; it scales linearly with train.global_batch_size.
+    config.schedule.base_rate = 0.0015
+    config.schedule.reference_batch_size = 32
+    # Linear warm-up from 0 over these epochs.
+    config.schedule.warmup_epochs = 0.0
+    # "steps", or "cosine": from the end of the warm-up to 0 at train.steps.
+    config.schedule.decay = "steps"
+    # Multiply the rate by decay_factor every decay_epochs (GoogLeNet); 1 keeps it constant.
+    config.schedule.decay_factor = 0.96
+    config.schedule.decay_epochs = 8.0
+
+    config.evaluation = ConfigDict()
+    # Evaluate on the validation images every so many steps, and at the end.
+    config.evaluation.every_steps = 20_000
+    config.evaluation.global_batch_size = 32
+
+    config.population = ConfigDict()
+    # When population statistics (Algorithm 2) replace the moving statistics: "never"; "end": in
+    # the last evaluation and the finished network; "evaluations": in every evaluation too.
+    config.population.when = "never"
+    # Training batches that they are computed from; each takes about as long as a training step.
+    config.population.num_batches = 100
+
+    config.record = ConfigDict()
+    # Layer whose input is recorded as percentiles during training (Figure 1b, c); "" records
+    # nothing.
+    config.record.layer = ""
+    # Index into the input's last axis: a unit, or a feature map with all of its locations.
+    config.record.unit = 0
+    config.record.percentiles = (15, 50, 85)
+    # Record before the first step and every so many steps.
+    config.record.every_steps = 250
+    # First training examples, in whole batches, kept in the devices' memory.
+    config.record.num_examples = 1_000
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_steps = 5_000
+    # Checkpoints kept, the latest ones.
+    config.checkpoint.keep = 3
+
+    config.distribution = ConfigDict()
+    # "one_device", "mirrored", "multi_worker" (one process per host, listed in TF_CONFIG), or "tpu"
+    # (all cores of a single-host TPU).
+    config.distribution.strategy = "mirrored"
+    # Replicas of "mirrored": 0 uses every GPU, or one CPU replica where there is none. Leave it at
+    # 0 for the other strategies.
+    config.distribution.replicas = 0
+
+    return config.lock()
+
+
+_POSITIVE = (
+    "train.steps",
+    "train.global_batch_size",
+    "train.steps_per_loop",
+    "train.micro_batches",
+    "train.retry_factor",
+    "schedule.reference_batch_size",
+    "schedule.base_rate",
+    "schedule.decay_factor",
+    "schedule.decay_epochs",
+    "model.width",
+    "model.initializer_stddev",
+    "evaluation.every_steps",
+    "evaluation.global_batch_size",
+    "population.num_batches",
+    "record.every_steps",
+    "record.num_examples",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+)
+_NOT_NEGATIVE = (
+    "train.l2",
+    "train.retries",
+    "schedule.warmup_epochs",
+    "model.auxiliary_weight",
+)
+_FRACTIONS = ("train.momentum", "train.label_smoothing", "train.ema", "train.until_accuracy")
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises UsageError for a number outside its range.
+
+    Names, such as those of models and data sets, are checked where they are looked up.
+    """
+    _check_range(config, _POSITIVE, lambda value: 0 < value < math.inf, "a positive number")
+    _check_range(config, _NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "0 or more")
+    _check_range(config, _FRACTIONS, lambda value: 0 <= value < 1, "0 or more and less than 1")
+    _check_range(config, ["train.retry_factor"], lambda value: value <= 1, "at most 1")
+    train = config.train
+    if train.global_batch_size % train.micro_batches:
+        raise UsageError(
+            f"train.micro_batches={train.micro_batches} is invalid: expected a divisor of"
+            f" train.global_batch_size={train.global_batch_size}"
+        )
+    if config.population.when not in ("never", "end", "evaluations"):
+        raise UsageError(
+            f"unknown population.when {config.population.when!r}: expected never, end or"
+            " evaluations"
+        )
+    percentiles = config.record.percentiles
+    if not percentiles or not all(0 <= p <= 100 for p in percentiles):
+        raise UsageError(
+            f"record.percentiles={percentiles} is invalid: expected one or more numbers from 0 to"
+            " 100"
+        )
+    if not 0 <= config.seed < 2**32:
+        raise UsageError(f"seed={config.seed} is invalid: expected 0 to {2**32 - 1}")
+
+
+def _check_range(
+    config: ConfigDict,
+    keys: tuple[str, ...] | list[str],
+    accepts: Callable[[float], bool],
+    expected: str,
+) -> None:
+    for key in keys:
+        section, name = key.split(".")
+        if not accepts(config[section][name]):
+            raise UsageError(f"{key}={config[section][name]} is invalid: expected {expected}")
