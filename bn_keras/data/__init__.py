@@ -1,1 +1,1 @@
-"""Examples: where they come from, what is done to them, in what order they reach a strategy."""
+"""Data sets, preprocessing and the input pipeline."""

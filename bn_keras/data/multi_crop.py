@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from bn_keras.data import images as images_lib
-from bn_keras.data.images import Preprocessing
+from bn_keras.data import transforms
+from bn_keras.data.transforms import Preprocessing
 from bn_keras.errors import UsageError
 
 # Shorter side of the image over the side of the network's input: 256, 288, 320 and 352 of 224.
@@ -211,7 +211,7 @@ class CropPreprocessing:
         """As Preprocessing.from_encoded; several crops give squares in [0, 1], for `cut`."""
         if self.crops.count == 1:
             return self.preprocessing.from_encoded(encoded, uniforms, channels)
-        image = images_lib.decode(encoded, channels)
+        image = transforms.decode(encoded, channels)
         return tuple(squares[0] for squares in self._scaled_squares(image[None], 255))
 
     def _scaled_squares(self, images: tf.Tensor, white: int) -> tuple[tf.Tensor, ...]:

@@ -5,7 +5,7 @@ import os
 import tensorflow as tf
 from etils import epath
 
-from bn_keras.data import images
+from bn_keras.data import transforms
 from bn_keras.errors import UsageError
 
 # Longer side over the shorter; what is resized by its shorter side is to fit into memory.
@@ -34,7 +34,7 @@ def read_image(path: str | os.PathLike, channels: int = 3) -> tuple[tf.Tensor, t
         reason = getattr(error, "strerror", None) or getattr(error, "message", error)
         raise UsageError(f"image {path} can't be read: {reason}") from None
     try:
-        image = images.decode(encoded, channels)
+        image = transforms.decode(encoded, channels)
     except tf.errors.OpError:
         # TensorFlow's reason names the kernel that gave up, and is no better than this.
         raise UsageError(

@@ -1,54 +1,48 @@
-"""Examples that can't be read: named once each, counted, and too many of them stopped at."""
+"""Unreadable examples: each is logged once and counted; too many are an error."""
 
-import re
 import threading
 
 from absl import logging
 
 from bn_keras.errors import UsageError
+from bn_keras.text import first_line
 
 
-class BadExamples:
-    """The bad examples of a split that this process has met; any thread may add to them.
+class UnreadableExamples:
+    """Unreadable examples of a split that this process has found; any thread may add one.
 
     Args:
-      limit: how many there may be.
+      limit: how many are accepted, `data.max_bad_examples`.
 
     Attributes:
-      too_many: the error that says so, once there are.
+      error: the error to raise once there are more than `limit`; None before.
     """
 
     def __init__(self, limit: int) -> None:
-        self.too_many: UsageError | None = None
+        self.error: UsageError | None = None
         self._limit = limit
-        self._names = set()
+        self._names: set[str] = set()
         self._lock = threading.Lock()
 
     @property
     def count(self) -> int:
-        """How many different ones there are."""
+        """Number of different unreadable examples."""
         return len(self._names)
 
-    def add(self, name: str, error: Exception) -> None:
-        """Takes note of an example, unless it is known; raises UsageError if that is too many."""
+    def add(self, name: str, reason: Exception) -> None:
+        """Logs and counts an example that is not known yet; raises UsageError beyond the limit."""
         with self._lock:
-            # Also of a known one: it may come before the one too many, and be decoded after it.
-            if self.too_many:
-                raise self.too_many
+            # A known example may be decoded again after the one that exceeded the limit.
+            if self.error:
+                raise self.error
             if name in self._names:
                 return
             self._names.add(name)
-            what = f"bad example {name}: {first_line(error)}"
+            text = f"unreadable example {name}: {first_line(reason)}"
             if self.count > self._limit:
-                self.too_many = UsageError(
-                    f"{what} (data.max_bad_examples is {self._limit}: repair or remove it, or raise"
-                    " that number)"
+                self.error = UsageError(
+                    f"{text}; data.max_bad_examples={self._limit} accepts no more: repair or"
+                    " remove it, or raise the limit"
                 )
-                raise self.too_many
-            logging.warning("%s (%d of at most %d)", what, self.count, self._limit)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, without what TensorFlow says of its graph."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return re.sub(r"\{\{.*?\}\} ?|\s*\[Op:.*", "", line)
+                raise self.error
+            logging.warning("%s (%d of at most %d)", text, self.count, self._limit)

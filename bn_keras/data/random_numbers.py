@@ -1,0 +1,104 @@
+"""Random numbers and permutations as pure functions of a seed and a position; no state."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from bn_keras.data.augment import MIXING_UNIFORMS, RAND_AUGMENT_UNIFORMS
+from bn_keras.data.transforms import NUM_UNIFORMS
+
+# Streams of permutations and of uniform numbers. Each use has its own, so that switching one on
+# does not change the others.
+_EXAMPLES, _SHARDS = 0, 1
+_DISTORTIONS, _RAND_AUGMENT, _MIXING = 0, 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomNumbers:
+    """Everything random in the training input.
+
+    Attributes:
+      seed: 32 bits.
+      rand_augment: whether images get numbers for RandAugment as well.
+    """
+
+    seed: int
+    rand_augment: bool = False
+
+    def permute_examples(
+        self, indices: tf.Tensor, count: int | tf.Tensor, number: tf.Tensor
+    ) -> tf.Tensor:
+        """Permutes examples; see `_permute`."""
+        return _permute(indices, count, self.seed, _EXAMPLES, number)
+
+    def permute_shards(
+        self, indices: tf.Tensor, count: int | tf.Tensor, number: tf.Tensor
+    ) -> tf.Tensor:
+        """Permutes shards; see `_permute`."""
+        return _permute(indices, count, self.seed, _SHARDS, number)
+
+    def draw_for_images(self, number: tf.Tensor, shape: Sequence[int | tf.Tensor]) -> tf.Tensor:
+        """Draws uniform numbers in [0, 1) for preprocessing, a row for each image.
+
+        Args:
+          number: int64; determines the numbers together with the seed.
+          shape: shape of the array of images.
+
+        Returns:
+          float32 [*shape, columns], the columns as in `Preprocessing.from_pool`.
+        """
+        drawn = _draw(self.seed, _DISTORTIONS, number, [*shape, NUM_UNIFORMS])
+        if not self.rand_augment:
+            return drawn
+        others = _draw(self.seed, _RAND_AUGMENT, number, [*shape, RAND_AUGMENT_UNIFORMS])
+        return tf.concat([drawn, others], axis=-1)
+
+    def draw_for_mixing(self, step: tf.Tensor, global_batch_size: int) -> tf.Tensor:
+        """Draws uniform numbers for `Mixing`, float32 [global_batch_size, MIXING_UNIFORMS]."""
+        return _draw(self.seed, _MIXING, step, [global_batch_size, MIXING_UNIFORMS])
+
+
+def _draw(seed: int, stream: int, number: tf.Tensor, shape: Sequence[int | tf.Tensor]) -> tf.Tensor:
+    """Draws numbers in [0, 1), determined by a 32-bit seed, a stream and an int64."""
+    words = tf.stack([tf.constant(seed + stream * 2**32, tf.int64), number])
+    return tf.random.stateless_uniform(tf.stack(shape), seed=words)
+
+
+def _permute(
+    indices: tf.Tensor, count: int | tf.Tensor, seed: int, stream: int, number: tf.Tensor
+) -> tf.Tensor:
+    """Maps indices through a random permutation of `count` items.
+
+    TensorFlow's index_shuffle, with scrambled seeds and twice its rounds. On its own it uses only
+    the lowest byte of each seed, and permutes 60,000 items almost equally for neighbouring seeds
+    (correlation 0.9). It also pads a matrix of seeds wrongly.
+
+    Args:
+      indices: int64 [n] in [0, count).
+      count: number of items.
+      seed, stream: determine the permutation, together with `number`.
+      number: int64, a scalar or [n], one for each index; for example the epoch.
+
+    Returns:
+      int64 [n].
+    """
+    key = _scramble(tf.constant(2 * seed + stream, tf.int64)) + tf.cast(number, tf.uint64)
+    words = tf.broadcast_to(_scramble(key), tf.shape(indices))[:, None] + tf.constant(
+        [1, 2, 3], tf.uint64
+    )
+    return tf.raw_ops.RandomIndexShuffle(
+        index=indices, seed=_scramble(words), max_index=tf.cast(count, tf.int64) - 1, rounds=8
+    )
+
+
+def _scramble(numbers: tf.Tensor) -> tf.Tensor:
+    """Maps integers one-to-one to uint64 that look random: SplitMix64's finalizer.
+
+    Source: Steele, Lea and Flood 2014, Fast splittable pseudorandom number generators.
+    """
+    bits = tf.cast(numbers, tf.uint64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        shifted = tf.bitwise.right_shift(bits, tf.constant(shift, tf.uint64))
+        bits = tf.bitwise.bitwise_xor(bits, shifted) * tf.constant(factor, tf.uint64)
+    return bits

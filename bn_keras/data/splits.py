@@ -1,0 +1,192 @@
+"""The splits of a data set: in memory, in TFRecord files or in single image files."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from bn_keras.errors import UsageError
+
+# Part of the error for a truncated or damaged file of records; the pipeline looks for it.
+TOO_FEW_RECORDS = "fewer readable records than expected in"
+# Bytes read ahead from a file that is read during training.
+_READ_AHEAD_BYTES = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+    """A split in memory.
+
+    Attributes:
+      images: uint8 [pool, H, W, C].
+      labels: int32 [pool].
+      white: value of a white pixel.
+      num_examples: size of the split; 0 is the size of the pool. A larger split repeats the pool:
+        example i is entry i mod pool.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    white: int = 255
+    num_examples: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.num_examples:
+            object.__setattr__(self, "num_examples", len(self.labels))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        height, width, channels = self.images.shape[1:]
+        return height, width, channels
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """A split in TFRecord files, read during training; images stay encoded until they are used.
+
+    A shard is a run of consecutive records of one file.
+
+    Attributes:
+      paths: file of each shard.
+      skips: number of records in the file before each shard.
+      lengths: number of records in each shard.
+      example_bytes: mean size of a record.
+      image_shape: (H, W, C); H and W are None if they differ between images.
+      parse: TensorFlow function from a record, a string tensor, to (encoded image, label); fails
+        for a label that is not a class.
+    """
+
+    paths: tuple[str, ...]
+    skips: tuple[int, ...]
+    lengths: tuple[int, ...]
+    example_bytes: int
+    image_shape: tuple[int | None, int | None, int]
+    parse: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+
+    @property
+    def num_examples(self) -> int:
+        """Number of records in all shards."""
+        return sum(self.lengths)
+
+    def read(self, shards: tf.Tensor) -> tf.Tensor:
+        """Reads whole shards.
+
+        Args:
+          shards: int64 [n] numbers of the shards.
+
+        Returns:
+          Their records, string [sum of their lengths], shard by shard.
+        """
+        paths, skips, lengths = map(tf.constant, (self.paths, self.skips, self.lengths))
+
+        def open_shard(shard: tf.Tensor) -> tf.data.Dataset:
+            # Nothing after damaged bytes can be read; the assertion below counts the records.
+            records = tf.data.TFRecordDataset(paths[shard], buffer_size=_READ_AHEAD_BYTES)
+            return (
+                records.ignore_errors()
+                .skip(tf.cast(skips, tf.int64)[shard])
+                .take(tf.cast(lengths, tf.int64)[shard])
+            )
+
+        count = tf.reduce_sum(tf.gather(tf.cast(lengths, tf.int64), shards))
+        records = tf.data.Dataset.from_tensor_slices(shards).flat_map(open_shard)
+        # Without a single readable record there is no batch; the empty one fails the assertion.
+        none = tf.data.Dataset.from_tensors(tf.constant([], tf.string))
+        records = records.batch(count).concatenate(none).take(1).get_single_element()
+        check = tf.debugging.Assert(
+            tf.equal(tf.size(records, tf.int64), count),
+            [TOO_FEW_RECORDS, tf.gather(paths, shards)],
+            summarize=-1,
+        )
+        # A gather of a missing record would fail first, with a less helpful error.
+        with tf.control_dependencies([check]):
+            return tf.identity(records)
+
+    def read_one(self, shard: int, index: int) -> tuple[str, bytes]:
+        """Reads one record of a shard.
+
+        Returns:
+          A name by which a person can find the record, and the record.
+        """
+        path, index = self.paths[shard], self.skips[shard] + index
+        [record] = tf.data.TFRecordDataset(path).skip(index).take(1).as_numpy_iterator()
+        features = tf.train.Example.FromString(record).features.feature
+        place = f"record {index} of {path}"
+        if not features["file_name"].bytes_list.value:
+            return place, record
+        return f"{features['file_name'].bytes_list.value[0].decode()} ({place})", record
+
+
+class Files:
+    """A split of single image files, read during training.
+
+    Its interface is that of `Shards`. All files form one shard, and a record is the number of a
+    file: all records are in memory, to be permuted as a whole and started from anywhere.
+
+    Args:
+      paths: path of each file.
+      labels: label of each file.
+    """
+
+    image_shape = (None, None, 3)
+    # Approximate size of a record.
+    example_bytes = 32
+
+    def __init__(self, paths: Sequence[str], labels: Sequence[int]) -> None:
+        self.lengths = (len(paths),)
+        self.num_examples = len(paths)
+        # Eager tensors: a million paths would not fit into a graph.
+        with tf.device("CPU:0"):
+            self._paths = tf.constant(paths)
+            self._labels = tf.constant(labels, tf.int32)
+
+    def read(self, shards: tf.Tensor) -> tf.Tensor:
+        """Reads whole shards; see `Shards.read`."""
+        del shards  # There is only shard 0.
+        return tf.as_string(tf.range(self.num_examples))
+
+    def read_one(self, shard: int, index: int) -> tuple[str, bytes]:
+        """Reads one record; see `Shards.read_one`."""
+        del shard
+        return self._paths[index].numpy().decode(), str(index).encode()
+
+    def parse(self, record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Reads the file of a record; see `Shards.parse`."""
+        index = tf.strings.to_number(record, tf.int32)
+        return tf.io.read_file(tf.gather(self._paths, index)), tf.gather(self._labels, index)
+
+
+Split = Arrays | Shards | Files
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The classes of a data set and its two splits, both of the same kind."""
+
+    class_names: tuple[str, ...]
+    train: Split
+    validation: Split
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """Sizes of a data set, known without reading its images or even having it.
+
+    Attributes:
+      image_shape: (H, W, C); H and W are None if they differ between images.
+      num_classes: number of classes.
+      num_train_examples, num_validation_examples: None if unknown before the set is prepared.
+    """
+
+    image_shape: tuple[int | None, int | None, int]
+    num_classes: int
+    num_train_examples: int | None
+    num_validation_examples: int | None
+
+
+def unknown_split(name: str, split: str, splits: Iterable[str]) -> UsageError:
+    """Returns the error for a split that a data set does not have."""
+    names = ", ".join(map(repr, splits))
+    return UsageError(f"data set {name!r} has no split {split!r}: it has {names}")

@@ -1,0 +1,227 @@
+"""Image classification sets of TensorFlow Datasets (TFDS)."""
+
+import contextlib
+import difflib
+import math
+import socket
+import sys
+import urllib.parse
+import urllib.request
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from bn_keras.data.splits import Arrays, Description, Shards, Source, unknown_split
+from bn_keras.errors import UsageError
+from bn_keras.text import first_line
+
+# Data sets that TFDS does not have; see `open_source`.
+NOT_IN_TFDS = ("digits", "synthetic", "folder")
+# Larger sets, by the size of their decoded images, are read from their files during training.
+MEMORY_LIMIT_BYTES = 2**30
+# Timeout for the server from which a set is downloaded.
+CONNECTION_SECONDS = 5
+
+IMAGENET_TRAIN_EXAMPLES = 1_281_167
+# Split sizes of the sets in configs/. TFDS knows them only after a set is prepared.
+_SIZES = {
+    "imagenet2012": {"train": IMAGENET_TRAIN_EXAMPLES, "validation": 50_000},
+    "cifar10": {"train": 50_000, "test": 10_000},
+    "mnist": {"train": 60_000, "test": 10_000},
+}
+
+
+def open_tfds(name: str, data_dir: str, train_split: str, validation_split: str) -> Source:
+    """Opens a TFDS set, and downloads and prepares it if necessary.
+
+    Sets of at most MEMORY_LIMIT_BYTES whose images have one size are read into memory.
+
+    Args:
+      name, data_dir, train_split, validation_split: see `open_source`.
+
+    Raises:
+      UsageError: see `open_source`.
+    """
+    tfds.disable_progress_bar()
+    builder = _prepare(name, data_dir)
+    image, label = _find_image_and_label(name, builder.info)
+    names = (train_split, validation_split)
+    splits = [_find_split(name, builder.info.splits, split) for split in names]
+    height, width, channels = builder.info.features[image].shape
+    decoded_bytes = sum(split.num_examples for split in splits) * math.prod(
+        (height or 0, width or 0, channels)
+    )
+    class_names = tuple(builder.info.features[label].names)
+    if 0 < decoded_bytes <= MEMORY_LIMIT_BYTES:
+        # An undecodable image fails here; read during training, it is named and replaced.
+        with contextlib.suppress(tf.errors.InvalidArgumentError):
+            return Source(
+                class_names, *(_read_arrays(builder, split, image, label) for split in splits)
+            )
+    return Source(class_names, *(_list_shards(builder, split, image, label) for split in splits))
+
+
+def describe_tfds(name: str, data_dir: str, train_split: str, validation_split: str) -> Description:
+    """Describes a TFDS set without a download; see `sources.describe`."""
+    builder = _find_builder(name, data_dir)
+    image, label = _find_image_and_label(name, builder.info)
+    features = builder.info.features
+    known = builder.info.splits or _known_splits(builder)
+    sizes = [
+        _find_split(name, known, split).num_examples if known else None
+        for split in (train_split, validation_split)
+    ]
+    return Description(features[image].shape, features[label].num_classes, *sizes)
+
+
+def locate_tfds(name: str, data_dir: str) -> str:
+    """Returns where a TFDS set is, or how it gets there; see `sources.locate`."""
+    builder = _find_builder(name, data_dir)
+    if builder.is_prepared():
+        return f"prepared in {builder.data_dir}"
+    if name == "imagenet2012":
+        return "not prepared: launch.prepare makes it from the official archives"
+    if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+        return "not prepared: TFDS makes it from archives that must be downloaded by hand"
+    return f"not prepared: to be downloaded into {builder.data_dir}"
+
+
+def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
+    if data_dir and not tf.io.gfile.isdir(data_dir):
+        raise UsageError(
+            f"data.data_dir={data_dir!r} is not a folder: expected the folder of prepared TFDS"
+            " sets, or '' for TFDS's default"
+        )
+    try:
+        return tfds.builder(name, data_dir=data_dir or None, try_gcs=False)
+    except (tfds.core.registered.DatasetNotFoundError, ValueError, AssertionError):
+        raise _unknown_name(name) from None
+
+
+def _prepare(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
+    """Returns the builder of a set, after preparing the set if necessary."""
+    builder = _find_builder(name, data_dir)
+    if builder.is_prepared():
+        return builder
+    if name == "imagenet2012":
+        raise UsageError(
+            f"data set {name!r} is not in {builder.data_dir}: set data.data_dir to the folder that"
+            " holds it, or prepare it from its archives with"
+            " python -m launch.prepare --manual_dir=ARCHIVES --data_dir=FOLDER"
+        )
+    try:
+        _check_reachable(builder)
+        # TFDS prints what it does; standard output is for results.
+        with contextlib.redirect_stdout(sys.stderr):
+            builder.download_and_prepare()
+    # TFDS raises many kinds of errors here.
+    except Exception as error:
+        raise UsageError(
+            f"data set {name!r} is not in {builder.data_dir} and cannot be prepared there"
+            f" ({first_line(error)}): set data.data_dir to a folder that holds it, or use"
+            " 'digits', which needs no download"
+        ) from error
+    return builder
+
+
+def _check_reachable(builder: tfds.core.DatasetBuilder) -> None:
+    """Raises OSError if a set's server is unreachable; TFDS would retry for minutes."""
+    if urllib.request.getproxies() or builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+        return
+    urls = map(urllib.parse.urlsplit, builder.url_infos)
+    for host in sorted({url.hostname for url in urls if url.scheme in ("http", "https")}):
+        try:
+            socket.create_connection((host, 443), timeout=CONNECTION_SECONDS).close()
+        except OSError as error:
+            raise OSError(f"no connection to {host}: {error.strerror or error}") from error
+
+
+def _find_image_and_label(name: str, info: tfds.core.DatasetInfo) -> tuple[str, str]:
+    """Returns the names of the image feature and the label feature."""
+    features = info.features
+    keys = tuple(info.supervised_keys or ("image", "label"))
+    kinds = (tfds.features.Image, tfds.features.ClassLabel)
+    if len(keys) == 2 and all(
+        isinstance(key, str) and key in features and isinstance(features[key], kind)
+        for key, kind in zip(keys, kinds, strict=True)
+    ):
+        return keys
+    raise UsageError(
+        f"data set {name!r} has no image with a class label (its features: {', '.join(features)}):"
+        " choose an image classification set"
+    )
+
+
+def _known_splits(builder: tfds.core.DatasetBuilder) -> tfds.core.splits.SplitDict | None:
+    """Returns the splits of a set that is not prepared, able to count slices; None if unknown."""
+    if builder.name not in _SIZES:
+        return None
+    return tfds.core.splits.SplitDict(
+        tfds.core.SplitInfo(
+            name=name,
+            shard_lengths=[size],
+            num_bytes=0,
+            filename_template=tfds.core.ShardedFileTemplate(
+                data_dir=builder.data_path, dataset_name=builder.name, filetype_suffix="tfrecord"
+            ),
+        )
+        for name, size in _SIZES[builder.name].items()
+    )
+
+
+def _find_split(name: str, splits: tfds.core.splits.SplitDict, split: str) -> tfds.core.SplitInfo:
+    try:
+        found = splits[split]
+    except (KeyError, ValueError):
+        raise unknown_split(name, split, splits) from None
+    if not found.num_examples:
+        raise UsageError(f"split {split!r} of data set {name!r} is empty: choose a larger part")
+    return found
+
+
+def _list_shards(
+    builder: tfds.core.DatasetBuilder, split: tfds.core.SplitInfo, image: str, label: str
+) -> Shards:
+    """Returns a split as its TFRecord files."""
+    if builder.info.file_format != tfds.core.FileFormat.TFRECORD:
+        raise UsageError(
+            f"data set {builder.name!r} is stored as {builder.info.file_format.value} and is too"
+            " large for memory: prepare it as tfrecord, which can be read during training"
+        )
+    wanted = tfds.decode.PartialDecoding({image: True, label: True})
+    features = wanted.extract_features(builder.info.features)
+    classes = np.arange(builder.info.features[label].num_classes, dtype=np.int32)
+
+    def parse(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        example = features.deserialize_example(record, decoders={image: tfds.decode.SkipDecoding()})
+        # On the CPU a gather fails for a label that is not a class.
+        return example[image], tf.gather(classes, example[label])
+
+    files = split.file_instructions
+    num_records = sum(whole.num_examples for whole in builder.info.splits.values())
+    return Shards(
+        paths=tuple(file.filename for file in files),
+        skips=tuple(file.skip for file in files),
+        lengths=tuple(file.take for file in files),
+        example_bytes=builder.info.dataset_size // num_records,
+        image_shape=builder.info.features[image].shape,
+        parse=parse,
+    )
+
+
+def _read_arrays(
+    builder: tfds.core.DatasetBuilder, split: tfds.core.SplitInfo, image: str, label: str
+) -> Arrays:
+    """Reads a whole split into memory, in the order of its files."""
+    examples = builder.as_dataset(split=split.name, shuffle_files=False, batch_size=-1)
+    return Arrays(examples[image].numpy(), examples[label].numpy().astype(np.int32))
+
+
+def _unknown_name(name: str) -> UsageError:
+    close = difflib.get_close_matches(name, [*NOT_IN_TFDS, *tfds.list_builders()], n=3)
+    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    return UsageError(
+        f"unknown data set {name!r}: {hint}expected 'digits' or 'synthetic' (no download),"
+        " 'folder' (your own images), or the name of an image classification set in TFDS"
+    )
