@@ -1,14 +1,10 @@
-# make demo: the paper's networks in miniature. make test: the tests. make lint: style.
-# Everything runs in .venv, which the first of them makes; the paths are relative, so that the
-# checkout may lie in a folder with spaces in its name.
+# `make` lists the targets. The first one to run sets up .venv.
+# All paths are relative, so that the path of the checkout may contain spaces.
 
 EXTRA ?= cpu
 DOCKER_EXTRA ?= cpu
 PY := .venv/bin/python
 READY := .venv/ready-$(EXTRA)
-# PyTorch has an environment of its own, since nothing else needs it. On Linux its plain wheel brings
-# CUDA along: set PIP_INDEX_URL or PIP_EXTRA_INDEX_URL to PyTorch's CPU wheels, and pip takes those.
-# Of pytorchcv and tf-slim one network each is needed, which takes nothing else that they ask for.
 PEERS := .venv-peers/ready
 TPU := .venv-tpu/ready
 COMMA := ,
@@ -17,57 +13,67 @@ COMMA := ,
 .PHONY: help demo test test-peers tpu-check docker-check data-imagenet lint format bench
 
 help:
-	@echo "make demo    train the paper's five networks in miniature and write their report"
-	@echo "make test    run the tests"
-	@echo "make test-peers"
-	@echo "             compare the layer and the network with PyTorch's and TF-Slim's"
-	@echo "make tpu-check"
-	@echo "             lower every ImageNet network's steps for TPU, which takes none (Python 3.11 or 3.12)"
+	@echo "make demo        train the paper's five networks in miniature and report them"
+	@echo "make test        run the tests"
+	@echo "make test-peers  compare layer and network with PyTorch's and TF-Slim's"
+	@echo "make tpu-check   lower the training steps of all ImageNet networks for TPU"
+	@echo "                 (no TPU needed; Python 3.11 or 3.12)"
 	@echo "make docker-check"
-	@echo "             run what the Dockerfile runs, without an engine (installs TensorFlow anew)"
+	@echo "                 run the Dockerfile's commands without Docker (installs TensorFlow)"
 	@echo "make data-imagenet MANUAL_DIR=... [DATA_DIR=...]"
-	@echo "             prepare ImageNet from its two official archives"
-	@echo "make lint    check style; make format mends it"
-	@echo "make bench   run the benchmarks (alone on the machine, please)"
+	@echo "                 prepare ImageNet from its two official archives"
+	@echo "make lint        check style and types"
+	@echo "make format      auto-fix style"
+	@echo "make bench       run the benchmarks (on an otherwise idle machine)"
 
-# The first Python from 3.11 to 3.$(1) that really starts; a new setup.cfg installs anew.
+# Finds the first Python from 3.11 to 3.$(1) that starts.
 find_python = for python in "$$PYTHON" python3 python3.13 python3.12 python3.11; do \
 	  if [ -n "$$python" ] && "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, $(1)))' 2>/dev/null; \
 	  then found="$$python"; break; fi; done; \
-	if [ -z "$$found" ]; then echo "error: no Python from 3.11 to 3.$(1) found$(2); install one, or name it: make PYTHON=/path/to/python ..." >&2; exit 2; fi
+	if [ -z "$$found" ]; then echo "error: no Python from 3.11 to 3.$(1) found$(2): install one, or set its path: make PYTHON=/path/to/python ..." >&2; exit 2; fi
 
-$(READY): setup.cfg pyproject.toml
+# Installs the checkout, editable, with the extras $(2) and further packages $(3) into the
+# environment $(1). The editable install resolves bn_keras_launch and bn_keras_configs by an import
+# hook, which type checkers do not run; the .pth file makes them find bn_keras.
+install = $(1)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$(2)]" $(3); \
+	$(1)/bin/python -c 'import os, pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "bn_keras_checkout.pth").write_text(os.getcwd() + "\n")'
+
+# A change of the dependencies sets up a new environment.
+$(READY): setup.cfg
 	@set -e; $(call find_python,13); \
 	echo "Setting up .venv with $$("$$found" --version), TensorFlow for $(EXTRA); this takes a minute or two."; \
 	"$$found" -m venv --clear .venv; \
-	$(PY) -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRA),dev]"; \
+	$(call install,.venv,$(EXTRA)$(COMMA)train$(COMMA)dev); \
 	touch $(READY)
 
 demo: $(READY)
-	@$(PY) -m launch.reproduce --scale=digits --workdir=runs/digits
+	@.venv/bin/bn-keras reproduce --scale=digits --workdir=runs/digits
 
 test: $(READY)
 	@$(PY) -m pytest -n 2 tests
 
+# PyTorch has an environment of its own: nothing else needs it. On Linux its default wheel includes
+# CUDA; PIP_INDEX_URL or PIP_EXTRA_INDEX_URL can select PyTorch's CPU wheels.
+# pytorchcv and tf-slim are installed for one network each, which needs none of their dependencies.
 $(PEERS): $(READY) Makefile
 	@set -e; echo "Setting up .venv-peers with PyTorch and TF-Slim."; \
 	$(PY) -m venv --clear .venv-peers; \
-	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRA),dev]" torch==2.13.0; \
+	$(call install,.venv-peers,$(EXTRA)$(COMMA)train$(COMMA)dev,torch==2.13.0); \
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps pytorchcv==0.0.74 tf-slim==1.1.0; \
 	touch $(PEERS)
 
 test-peers: $(PEERS)
 	@.venv-peers/bin/python -m pytest tests/peers
 
-# The TPU's TensorFlow is older, and a wheel of its own.
-$(TPU): setup.cfg pyproject.toml
-	@set -e; $(call find_python,12,$(COMMA) for which alone TensorFlow has a wheel for TPU); \
+# TensorFlow for TPU is an older release in a wheel of its own.
+$(TPU): setup.cfg
+	@set -e; $(call find_python,12,$(COMMA) the last with a TensorFlow wheel for TPU); \
 	echo "Setting up .venv-tpu with $$("$$found" --version), TensorFlow for TPU; this takes a minute or two."; \
 	"$$found" -m venv --clear .venv-tpu; \
-	.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[tpu,dev]"; \
+	$(call install,.venv-tpu,tpu$(COMMA)train$(COMMA)dev); \
 	touch $(TPU)
 
-# Without the variable, TensorFlow looks for a TPU for minutes.
+# Without the variable, TensorFlow searches for a TPU for minutes.
 tpu-check: $(TPU)
 	@TPU_SKIP_MDS_QUERY=1 .venv-tpu/bin/python -m pytest -n 2 tests/tpu
 
@@ -75,11 +81,12 @@ docker-check: $(READY)
 	@DOCKER_CHECK=$(DOCKER_EXTRA) $(PY) -m pytest -s tests/test_docker.py
 
 data-imagenet: $(READY)
-	@$(PY) -m launch.prepare --manual_dir="$(MANUAL_DIR)" --data_dir="$(DATA_DIR)"
+	@.venv/bin/bn-keras prepare --manual_dir="$(MANUAL_DIR)" --data_dir="$(DATA_DIR)"
 
 lint: $(READY)
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
 
 format: $(READY)
 	@$(PY) -m ruff check --fix .

@@ -1,5 +1,5 @@
-"""One experiment a file: what differs from the schema in bn_keras/training/config.py.
+"""One experiment per file: the settings that differ from the schema bn_keras/training/config.py.
 
-Installed as bn_keras_configs, which is also the name to import them by in a config of your own:
+Installed as bn_keras_configs; configs outside of this folder import them by that name:
 `from bn_keras_configs import bn_x5`.
 """

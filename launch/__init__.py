@@ -1,21 +1,32 @@
-"""The commands: each reads its flags and calls one function of bn_keras.
+"""The commands of `bn-keras`: each reads its flags and calls one function of bn_keras.
 
-Installed as bn_keras_launch, with the console script `bn-keras`. In a checkout,
-`python -m launch.train` is `bn-keras train`.
+Installed as bn_keras_launch. In a checkout, `python -m launch.train` runs the same code as
+`bn-keras train`.
 """
 
 import importlib.util
 import sys
 
-# Packages of the extra "train" that a command imports first; one of them missing means that the
-# extra is.
-_TRAIN = ("absl", "ml_collections", "etils", "tensorflow_datasets", "keras_cv", "tqdm")
+# Modules that the extra "train" installs.
+TRAIN_MODULES = (
+    "absl",
+    "etils",
+    "importlib_resources",
+    "keras_cv",
+    "markdown",
+    "matplotlib",
+    "ml_collections",
+    "sklearn",
+    "tensorboard",
+    "tensorflow_datasets",
+    "tqdm",
+)
 
-_missing = [name for name in _TRAIN if importlib.util.find_spec(name) is None]
-if _missing:
+# Checked here because the modules of the commands import these packages.
+if _missing := [name for name in TRAIN_MODULES if importlib.util.find_spec(name) is None]:
     print(
-        f"error: the commands need the extra 'train', without which {', '.join(_missing)} are"
-        " missing: pip install 'bn_keras[cpu,train]' (or gpu, tpu)",
+        "error: bn-keras needs the extra 'train': install bn_keras[cpu,train] (or gpu or tpu"
+        f" instead of cpu); missing modules: {', '.join(_missing)}",
         file=sys.stderr,
     )
     sys.exit(2)

@@ -1,8 +1,9 @@
-"""Every test sees two logical CPU devices, so that two replicas can be tried anywhere."""
+"""Splits the CPU into two logical devices, so that every test can use two replicas."""
 
 import gc
 import os
 import signal
+from collections.abc import Iterator
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -12,12 +13,12 @@ import keras
 import pytest
 import tensorflow as tf
 
-from bn_keras.distribute.strategy import make_strategy
+from bn_keras.distribute import make_strategy
 
 NUM_REPLICAS = 2
 
-# What a shell starts in the background ignores SIGINT, and so would the commands that tests
-# interrupt.
+# A process that a shell starts in the background ignores SIGINT, and its children inherit that.
+# Some tests interrupt commands by SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 tf.config.set_logical_device_configuration(
@@ -26,18 +27,18 @@ tf.config.set_logical_device_configuration(
 )
 
 
-def pytest_collection_finish():
-    """Takes all that is imported out of the garbage collector's sight.
+def pytest_collection_finish() -> None:
+    """Excludes everything imported so far from garbage collection.
 
-    To go through it takes a quarter of a second, and keras.utils.clear_session does so.
+    keras.utils.clear_session runs a collection, which would spend a quarter of a second on it.
     """
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
-def seeded():
-    """Fixed weights, and no graph or policy left over from the test before."""
+def seeded() -> Iterator[None]:
+    """Seeds the random generators and removes the graph and dtype policy of the previous test."""
     keras.utils.clear_session()
     keras.utils.set_random_seed(0)
     policy = keras.config.dtype_policy()
@@ -46,6 +47,6 @@ def seeded():
 
 
 @pytest.fixture
-def two_replicas():
-    """A MirroredStrategy over two CPU replicas."""
+def two_replicas() -> tf.distribute.Strategy:
+    """Returns a MirroredStrategy over two CPU replicas."""
     return make_strategy("mirrored", NUM_REPLICAS)
