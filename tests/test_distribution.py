@@ -1,4 +1,4 @@
-"""Strategies by name, and one line for what can't be had."""
+"""Strategies by name, and one-line errors for invalid ones."""
 
 import json
 import socket
@@ -12,7 +12,7 @@ from bn_keras.distribute.strategy import (
     from_all_workers,
     is_chief,
     make_strategy,
-    naming_lost_workers,
+    reporting_lost_workers,
 )
 from bn_keras.errors import UsageError
 
@@ -22,11 +22,11 @@ def test_one_device_has_one_replica():
 
 
 @pytest.mark.parametrize("replicas, expected", [(0, 1), (1, 1), (2, 2)])
-def test_mirrored_takes_so_many_cpu_replicas(replicas, expected):
+def test_mirrored_splits_the_cpu_into_replicas(replicas, expected):
     assert make_strategy("mirrored", replicas).num_replicas_in_sync == expected
 
 
-def test_two_strategies_of_one_process_do_not_disturb_each_other():
+def test_two_strategies_work_in_one_process():
     for size in (3, 5):
         strategy = make_strategy("mirrored", 2)
         sums = tf.function(
@@ -39,8 +39,8 @@ def test_two_strategies_of_one_process_do_not_disturb_each_other():
         ] * 2
 
 
-def test_what_feeds_a_replica_has_no_thread_to_wait_for(monkeypatch):
-    """tf.data's autotuning, which would make the end of a run wait for up to a minute."""
+def test_iterators_of_several_replicas_are_not_autotuned(monkeypatch):
+    """Autotuning would delay the end of a run by up to a minute."""
     strategy = make_strategy("mirrored", 2)
     opened = []
     make_iterator = tf.data.Dataset.__iter__
@@ -52,7 +52,7 @@ def test_what_feeds_a_replica_has_no_thread_to_wait_for(monkeypatch):
     assert len(opened) == 2 and not any(d.options().autotune.enabled is not False for d in opened)
 
 
-def test_it_splits_a_cpu_that_nobody_has_touched():
+def test_an_unused_cpu_is_split_into_replicas():
     program = (
         "from bn_keras.distribute.strategy import make_strategy;"
         "print(make_strategy('mirrored', 3).num_replicas_in_sync)"
@@ -68,26 +68,26 @@ def test_it_splits_a_cpu_that_nobody_has_touched():
     [
         (
             ("cluster",),
-            "unknown distribution.strategy 'cluster': accepted are one_device, mirrored,"
+            "unknown distribution.strategy 'cluster': expected one of one_device, mirrored,"
             " multi_worker, tpu",
         ),
         (("one_device", 2), "one_device has one"),
-        (("mirrored", -1), "has to be 0 or more"),
-        (("tpu", 2), "strategy tpu takes all devices: set it to 0"),
-        (("multi_worker", 2), "strategy multi_worker takes all devices: set it to 0"),
+        (("mirrored", -1), "replicas=-1 is invalid: expected a non-negative integer"),
+        (("tpu", 2), "strategy tpu uses all devices; set it to 0"),
+        (("multi_worker", 2), "strategy multi_worker uses all devices; set it to 0"),
         (("multi_worker",), "TF_CONFIG is not set"),
         (("tpu",), "this machine has no TPU.*set distribution.strategy=mirrored"),
-        (("mirrored", 64), "TensorFlow has already started with 2 CPU"),
+        (("mirrored", 64), "TensorFlow has already started with 2 CPU devices"),
     ],
 )
-def test_what_cannot_be_had_is_refused(arguments, message, monkeypatch):
+def test_invalid_strategies_are_rejected(arguments, message, monkeypatch):
     monkeypatch.delenv("TF_CONFIG", raising=False)
     tf.config.list_logical_devices()
     with pytest.raises(UsageError, match=message):
         make_strategy(*arguments)
 
 
-def test_a_worker_is_made_before_tensorflow_starts(monkeypatch):
+def test_a_worker_cannot_be_made_after_tensorflow_has_started(monkeypatch):
     tf.config.list_logical_devices()
     with socket.create_server(("localhost", 0)) as server:
         address = f"localhost:{server.getsockname()[1]}"
@@ -97,9 +97,9 @@ def test_a_worker_is_made_before_tensorflow_starts(monkeypatch):
         make_strategy("multi_worker")
 
 
-def test_a_process_without_other_workers_writes_and_waits_for_nobody(two_replicas):
+def test_a_process_without_other_workers_is_the_chief_and_waits_for_nobody(two_replicas):
     for strategy in (tf.distribute.get_strategy(), two_replicas):
         assert is_chief(strategy)
         assert from_all_workers(strategy, 7) == [7]
-        with pytest.raises(tf.errors.UnavailableError), naming_lost_workers(strategy):
+        with pytest.raises(tf.errors.UnavailableError), reporting_lost_workers(strategy):
             raise tf.errors.UnavailableError(None, None, "Collective ops is aborted by: a test")

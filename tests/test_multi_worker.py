@@ -1,4 +1,4 @@
-"""Two processes train as one: by what comes out, and when one of them ends."""
+"""Two workers train as one process does, and react when one of them ends."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from bn_keras.distribute import cluster
 from bn_keras.distribute.cluster import Cluster
 from bn_keras.errors import UsageError
 from bn_keras.runs.workdir import Workdir
-from bn_keras.training import loop
+from bn_keras.training import workers
 from bn_keras.training.loop import train_and_evaluate
 
 CONFIG = {"population.when": "evaluations", "population.num_batches": 2}
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pairs(folder):
-    """A run's pairs of workers, by what befell them, until it got to its end; and others."""
+    """Results of pairs of workers by name: one run until its end, an evaluation, a divergence."""
     config = folder / "config.py"
     settings = {"distribution.strategy": "multi_worker", "distribution.replicas": 0} | CONFIG
     config.write_text(
@@ -44,7 +44,7 @@ def pairs(folder):
         return {"command": "train", "arguments": arguments} | disturbance
 
     evaluate = [f"--workdir={folder / 'run'}", "--json"]
-    given = {
+    commands = {
         "terminated": train("run", "run", signum=int(signal.SIGTERM), at_step=12),
         "killed": train("run", "run", signum=int(signal.SIGKILL), at_step=45),
         "finished": train("run", "run"),
@@ -54,13 +54,13 @@ def pairs(folder):
         ),
     }
     done = subprocess.run(
-        [sys.executable, str(TESTS / "train_with_workers.py"), json.dumps(list(given.values()))],
+        [sys.executable, str(TESTS / "train_with_workers.py"), json.dumps(list(commands.values()))],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return dict(zip(given, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    return dict(zip(commands, json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
 def statuses(pair):
@@ -68,30 +68,30 @@ def statuses(pair):
 
 
 def errors(pair):
-    """The one line of each worker's error."""
-    found = []
+    """Returns each worker's error, which is the last line of its output."""
+    last_lines = []
     for worker in pair:
         lines = [line for line in worker["text"].splitlines() if line.startswith("error: ")]
         assert len(lines) == 1 and worker["text"].splitlines()[-1] == lines[0], worker["text"]
-        found.append(lines[0])
-    return found
+        last_lines.append(lines[0])
+    return last_lines
 
 
-def test_a_signal_to_one_stops_both_at_the_same_step(pairs):
+def test_a_signal_to_one_worker_stops_both_at_the_same_step(pairs):
     assert statuses(pairs["terminated"]) == [143, 143]
     for error in errors(pairs["terminated"]):
         assert "stopped by SIGTERM at step 20 of 60 and saved" in error
 
 
-def test_where_one_is_killed_the_other_ends(pairs):
+def test_a_worker_ends_when_the_other_is_killed(pairs):
     assert statuses(pairs["killed"]) == [5, -signal.SIGKILL]
     assert pairs["killed"][0]["seconds"] < 20
     line = pairs["killed"][0]["text"].splitlines()[-1]
     assert line.startswith("error: worker 1 of TF_CONFIG has ended or does not answer")
 
 
-def test_killed_and_restarted_workers_end_as_two_replicas_of_one_process(pairs, folder):
-    """To the bit: the sum of two numbers has no order."""
+def test_restarted_workers_equal_two_replicas_of_one_process(pairs, folder):
+    """Bit-exact, since the sum of two numbers does not depend on their order."""
     assert statuses(pairs["finished"]) == [0, 0], pairs["finished"]
     config = small_mlp(**CONFIG, **{"distribution.strategy": "mirrored"})
     config.distribution.replicas = 2
@@ -104,9 +104,9 @@ def test_killed_and_restarted_workers_end_as_two_replicas_of_one_process(pairs, 
     assert lines[0][-1]["variables_sha256"] == expected["variables_sha256"]
 
 
-def test_the_chief_alone_writes(pairs, folder):
+def test_only_the_chief_writes(pairs, folder):
     assert statuses(pairs["finished"]) == [0, 0]
-    # One file of events for each of the three starts that got so far.
+    # One file of events for each of the three starts.
     assert len(list((folder / "run").glob("events.*"))) == 3
 
 
@@ -119,7 +119,7 @@ def test_workers_evaluate_together(pairs, folder):
         assert found["examples"] == last["validation/examples"]
 
 
-def test_what_diverges_on_one_worker_diverges_and_goes_back_on_both(pairs, folder):
+def test_a_divergence_on_one_worker_rolls_back_both(pairs, folder):
     assert statuses(pairs["diverged"]) == [3, 3]
     first, second = errors(pairs["diverged"])
     assert "the loss is not finite at step 7 " in first
@@ -135,30 +135,30 @@ def test_what_diverges_on_one_worker_diverges_and_goes_back_on_both(pairs, folde
     "differs, message",
     [
         (lambda number: number > 0, "the workers have different configs"),
-        (lambda number: number == 0, "the workers found the checkpoints of steps 0, 20 in workdir"),
+        (lambda number: number == 0, "the workers read the checkpoints of steps 0, 20 in workdir"),
     ],
     ids=["config", "step"],
 )
-def test_workers_that_are_not_of_one_run_are_refused(differs, message, tmp_path, monkeypatch):
-    """They compare the hash of the config, and then the step to go on from."""
+def test_workers_of_different_runs_are_rejected(differs, message, tmp_path, monkeypatch):
+    """The workers compare the hash of the config, then the step to resume from."""
 
-    def found(strategy, number):
+    def gathered(strategy, number):
         return [number, number + 20 if differs(number) else number]
 
-    monkeypatch.setattr(loop, "from_all_workers", found)
+    monkeypatch.setattr(workers, "from_all_workers", gathered)
     with pytest.raises(UsageError, match=message):
         train_and_evaluate(small_mlp(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-# --- TF_CONFIG, and how workers meet.
+# --- TF_CONFIG and the meeting of workers
 
 
-def test_the_chief_comes_first(monkeypatch):
-    given = {"worker": ["b:1", "[::1]:65535"], "chief": ["a:1"]}
+def test_the_chief_is_the_first_worker(monkeypatch):
+    jobs = {"worker": ["b:1", "[::1]:65535"], "chief": ["a:1"]}
     task = {"type": "worker", "index": "1"}
-    monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": given, "task": task}))
-    assert Cluster.from_environment() == (("a:1", "b:1", "[::1]:65535"), 2)
+    monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": jobs, "task": task}))
+    assert Cluster.from_environment() == Cluster(("a:1", "b:1", "[::1]:65535"), 2)
 
 
 def tf_config(addresses=("a:1", "b:1"), job="worker", index=0, **more):
@@ -170,34 +170,52 @@ def tf_config(addresses=("a:1", "b:1"), job="worker", index=0, **more):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "TF_CONFIG is not set: give each process its own, such as TF_CONFIG='{"),
-        ("{", "it has to be JSON that names a cluster of workers"),
-        ("[]", "it has to be JSON"),
-        ("{}", "it has to be JSON"),
-        ('{"cluster": {"worker": ["a:1"]}}', "it has to be JSON"),
-        ('{"cluster": ["a:1"], "task": {"type": "worker", "index": 0}}', "it has to be JSON"),
-        (tf_config([]), "it has to be JSON"),
-        (tf_config(["a"]), "each with HOST:PORT"),
-        (tf_config(["a:http"]), "each with HOST:PORT"),
-        (tf_config(["a:65536"]), "each with HOST:PORT"),
-        (tf_config(index="first"), "it has to be JSON"),
-        (tf_config(ps=["c:1"]), "it has to be JSON"),
-        (tf_config(["a:1", "a:1"]), "two workers have the same address"),
-        (tf_config(index=2), "worker 2: the cluster has worker 0, worker 1"),
-        (tf_config(index=-1), "worker -1: the cluster has worker 0, worker 1"),
-        (tf_config(job="chief"), "chief 0: the cluster has worker 0, worker 1"),
+        ("", "TF_CONFIG is not set: set it for each process, for example TF_CONFIG='{"),
+        ("{", "TF_CONFIG='{' is invalid: expected JSON with the HOST:PORT of each worker"),
+        ("[]", "expected JSON"),
+        ("{}", "expected JSON"),
+        ('{"cluster": {"worker": ["a:1"]}}', "expected JSON"),
+        ('{"cluster": ["a:1"], "task": {"type": "worker", "index": 0}}', "expected JSON"),
+        (tf_config([]), "expected JSON"),
+        (tf_config(["a"]), "expected JSON with the HOST:PORT of each worker"),
+        (tf_config(["a:http"]), "expected JSON with the HOST:PORT of each worker"),
+        (tf_config(["a:65536"]), "expected JSON with the HOST:PORT of each worker"),
+        (tf_config(index="first"), "expected JSON"),
+        (tf_config(ps=["c:1"]), "expected JSON"),
+        (tf_config(["a:1", "a:1"]), "TF_CONFIG lists a:1 more than once"),
+        (
+            tf_config(index=2),
+            "unknown task worker 2 in TF_CONFIG: expected one of worker 0, worker 1",
+        ),
+        (
+            tf_config(index=-1),
+            "unknown task worker -1 in TF_CONFIG: expected one of worker 0, worker 1",
+        ),
+        (
+            tf_config(job="chief"),
+            "unknown task chief 0 in TF_CONFIG: expected one of worker 0, worker 1",
+        ),
     ],
 )
-def test_what_cannot_be_meant_is_one_line(text, message, monkeypatch):
+def test_an_invalid_tf_config_is_one_line(text, message, monkeypatch):
     monkeypatch.setenv("TF_CONFIG", text)
     with pytest.raises(UsageError) as caught:
         Cluster.from_environment()
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("job, index", [("worker", "first"), ("worker", 256)])
+def test_errors_about_a_large_cluster_are_short(job, index, monkeypatch):
+    addresses = [f"host{i}:2222" for i in range(256)]
+    monkeypatch.setenv("TF_CONFIG", tf_config(addresses, job, index))
+    with pytest.raises(UsageError) as caught:
+        Cluster.from_environment()
+    assert len(str(caught.value)) < 400
+
+
 @pytest.fixture
 def servers():
-    """Listen at two free ports."""
+    """Two servers that listen at free ports."""
     with socket.create_server(("", 0)) as first, socket.create_server(("", 0)) as second:
         yield first, second
 
@@ -213,7 +231,7 @@ def test_workers_meet_in_any_order(servers):
     threads = [threading.Thread(target=Cluster(addresses, i).meet) for i in (0, 1)]
     for thread in threads:
         thread.start()
-    # The first one that has met the other listens no more; in its place comes TensorFlow.
+    # A worker that has met the other stops listening; TensorFlow's server takes its place.
     while all(thread.is_alive() for thread in threads):
         threads[0].join(0.01)
     index = [thread.is_alive() for thread in threads].index(False)
@@ -223,17 +241,17 @@ def test_workers_meet_in_any_order(servers):
     assert not any(thread.is_alive() for thread in threads)
 
 
-def test_a_worker_that_does_not_come_is_named(servers, monkeypatch):
+def test_a_missing_worker_is_named(servers, monkeypatch):
     addresses = tuple(map(address_of, servers))
     servers[0].close()
-    # RFC 2606: there is no such host.
+    # RFC 2606 reserves .invalid: no such host exists.
     addresses += ("host.invalid:1",)
-    monkeypatch.setattr(cluster, "_SECONDS_TO_MEET", 0.0)
+    monkeypatch.setattr(cluster, "_MEETING_TIMEOUT_SECONDS", 0.0)
     with pytest.raises(UsageError, match="no process listens at host.invalid:1 of TF_CONFIG"):
         Cluster(addresses, 0).meet()
 
 
-def test_a_port_that_is_taken_is_named(servers):
+def test_a_port_in_use_is_named(servers):
     addresses = tuple(map(address_of, servers))
-    with pytest.raises(UsageError, match=f"worker 1 can't listen at .*{addresses[1]}.*already in"):
+    with pytest.raises(UsageError, match=f"worker 1 cannot listen at .*{addresses[1]}.*already in"):
         Cluster(addresses, 1).meet()

@@ -1,7 +1,7 @@
-"""Run by test_multi_worker: commands of two workers each, one pair after the other.
+"""Runs commands of two workers each, one pair after the other, for test_multi_worker.
 
-They are forked once TensorFlow is imported, which takes longer than such a training, and is allowed
-before its first operation.
+The workers are forked after TensorFlow is imported, which takes longer than these trainings.
+TensorFlow allows a fork before its first operation.
 """
 
 import json
@@ -15,35 +15,36 @@ import traceback
 
 import tensorflow as tf
 
-from bn_keras import train  # noqa: F401
+import bn_keras.training.loop  # noqa: F401  (slow, therefore imported before the forks)
 from bn_keras.training.step import Trainer
 
 SECONDS_TO_END = 200
 
 
 def main():
-    """Reads and writes JSON: for each pair what `run_pair` takes, and what it gives."""
+    """Reads the arguments of `run_pair` for each pair as JSON, and writes its results."""
     pairs = json.loads(sys.argv[1])
     print(json.dumps([run_pair(**pair) for pair in pairs]))
 
 
 def run_pair(command, arguments, signum=0, at_step=0, spoiled_step=0):
-    """Starts two workers and waits for their ends.
+    """Starts two workers and waits until both have ended.
 
     Args:
-      command: of launch.
-      arguments: of each worker.
-      signum: that the second worker gets in the loop of steps that ends after `at_step`.
-      at_step: of the signal.
-      spoiled_step: whose images are NaN for the second worker.
+      command: name of a command.
+      arguments: arguments of each worker.
+      signum: signal to the second worker, sent in the loop that begins at or before `at_step` and
+        ends after it.
+      at_step: step of the signal.
+      spoiled_step: step at which the images of the second worker are NaN.
 
     Returns:
-      Of each worker the "status", what it wrote ("text"), and the "seconds" until its end from the
-      first one's.
+      For each worker: its "status", its output ("text"), and the "seconds" from the end of the
+      first worker to its own.
     """
     addresses = free_addresses(len(arguments))
     workers = {}
-    for index, given in enumerate(arguments):
+    for index, own_arguments in enumerate(arguments):
         task = {"type": "worker", "index": index}
         os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": task})
         reader, writer = os.pipe()
@@ -55,7 +56,7 @@ def run_pair(command, arguments, signum=0, at_step=0, spoiled_step=0):
             signal.alarm(SECONDS_TO_END)
             if index == 1:
                 disturb(signum, at_step, spoiled_step)
-            act(command, given)
+            run_command(command, own_arguments)
         os.close(writer)
         workers[child] = reader
     ends = {}
@@ -73,8 +74,8 @@ def run_pair(command, arguments, signum=0, at_step=0, spoiled_step=0):
     ]
 
 
-def act(command, arguments):
-    """Is `python -m launch.COMMAND`."""
+def run_command(command, arguments):
+    """Does the same as `python -m launch.COMMAND`, and exits."""
     sys.argv = [command, *arguments]
     status = 1
     try:
@@ -90,17 +91,17 @@ def act(command, arguments):
 
 
 def disturb(signum, at_step, spoiled_step):
-    take_steps, differentiate = Trainer.train, Trainer.gradients
+    train, gradients = Trainer.train, Trainer.gradients
 
     def interrupted(self, batches, num_steps):
         begin = int(self.optimizer.iterations.numpy())
         if signum and begin <= at_step < begin + num_steps:
             os.kill(os.getpid(), signum)
-        return take_steps(self, batches, num_steps)
+        return train(self, batches, num_steps)
 
     def spoiled(self, images, labels):
         now = tf.equal(self.optimizer.iterations.value, spoiled_step - 1)
-        return differentiate(self, tf.where(now, float("nan"), images), labels)
+        return gradients(self, tf.where(now, float("nan"), images), labels)
 
     Trainer.train = interrupted
     if spoiled_step:

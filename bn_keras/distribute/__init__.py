@@ -1,1 +1,17 @@
-"""Devices and clusters: the only place that names a strategy class."""
+"""Devices and clusters: the only package that names a strategy class or reads TF_CONFIG."""
+
+from bn_keras.distribute.strategy import (
+    STRATEGIES,
+    from_all_workers,
+    is_chief,
+    make_strategy,
+    reporting_lost_workers,
+)
+
+__all__ = [
+    "STRATEGIES",
+    "from_all_workers",
+    "is_chief",
+    "make_strategy",
+    "reporting_lost_workers",
+]

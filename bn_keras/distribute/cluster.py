@@ -1,33 +1,36 @@
-"""The processes of one training on several machines, as the environment's TF_CONFIG names them."""
+"""The processes of a multi-worker training: the only module that reads TF_CONFIG."""
 
 import contextlib
+import dataclasses
 import json
 import os
+import reprlib
 import socket
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from absl import logging
 
 from bn_keras.errors import UsageError
+from bn_keras.text import first_of
 
-# In which the other processes have to be there: machines asked for together come minutes apart.
-_SECONDS_TO_MEET = 600.0
-_SECONDS_BETWEEN_TRIES = 0.2
-_SECONDS_TO_ANSWER = 5.0
+# Machines that are requested together may become available minutes apart.
+_MEETING_TIMEOUT_SECONDS = 600.0
+_SECONDS_BETWEEN_ATTEMPTS = 0.2
+_CONNECTION_TIMEOUT_SECONDS = 5.0
 _JOBS = ("chief", "worker")
 _EXAMPLE = (
     '{"cluster": {"worker": ["HOST1:2222", "HOST2:2222"]}, "task": {"type": "worker", "index": 0}}'
 )
 
 
-class Cluster(NamedTuple):
-    """All workers, and which of them this process is.
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """All workers, and the position of this process among them.
 
     Attributes:
-      addresses: HOST:PORT of each worker in their order, the chief's first.
-      index: of this process among them.
+      addresses: HOST:PORT of each worker, the chief first.
+      index: position of this process in `addresses`.
     """
 
     addresses: tuple[str, ...]
@@ -35,102 +38,119 @@ class Cluster(NamedTuple):
 
     @classmethod
     def from_environment(cls) -> "Cluster":
-        """Reads TF_CONFIG, whose form is TensorFlow's.
+        """Reads TF_CONFIG, in TensorFlow's format.
 
         Raises:
-          UsageError: it is not set, or can't be meant.
+          UsageError: TF_CONFIG is not set or invalid.
         """
         text = os.environ.get("TF_CONFIG")
         if not text:
             raise UsageError(
-                "distribution.strategy is multi_worker, but TF_CONFIG is not set: give each process"
-                f" its own, such as TF_CONFIG='{_EXAMPLE}'"
+                "distribution.strategy is multi_worker, but TF_CONFIG is not set: set it for each"
+                f" process, for example TF_CONFIG='{_EXAMPLE}'"
             )
         try:
             addresses, task = _parse(text)
         except (AttributeError, KeyError, TypeError, ValueError):
             raise UsageError(
-                f"TF_CONFIG is {text!r}: it has to be JSON that names a cluster of workers, each"
-                f" with HOST:PORT, and this process' task, such as {_EXAMPLE}"
+                f"TF_CONFIG={_shortened(text)} is invalid: expected JSON with the HOST:PORT of each"
+                f" worker and the task of this process, for example {_EXAMPLE}"
             ) from None
-        if len(set(addresses.values())) < len(addresses):
-            raise UsageError(f"TF_CONFIG is {text!r}: two workers have the same address")
-        if task not in addresses:
-            accepted = ", ".join(f"{job} {index}" for job, index in addresses)
+        workers = list(addresses.values())
+        if repeated := [address for address in workers if workers.count(address) > 1]:
             raise UsageError(
-                f"the task in TF_CONFIG is {task[0]} {task[1]}: the cluster has {accepted}"
+                f"TF_CONFIG lists {repeated[0]} more than once: expected a different address for"
+                " each worker"
             )
-        return cls(tuple(addresses.values()), list(addresses).index(task))
+        if task not in addresses:
+            expected = first_of([f"{job} {index}" for job, index in addresses])
+            raise UsageError(
+                f"unknown task {task[0]} {task[1]} in TF_CONFIG: expected one of {expected}"
+            )
+        return cls(tuple(workers), list(addresses).index(task))
 
     def meet(self) -> None:
-        """Waits until every other worker's process listens at its address.
+        """Waits until every other worker listens at its address.
 
-        This one listens too, so that TensorFlow's server takes over a port that is known to be
-        free, and workers that come later find it. TensorFlow would wait too, but without saying for
-        whom, and no timeout that it takes ends the chief's wait.
+        This worker listens at its own address meanwhile, so that later workers find it. A free port
+        is thereby confirmed before TensorFlow's server takes it over. TensorFlow also waits, but
+        does not report which workers are missing, and none of its timeouts ends the chief's wait.
 
         Raises:
-          UsageError: this worker's port is taken, or another worker didn't come.
+          UsageError: the port of this worker is in use, or another worker did not start in time.
         """
         with self._listening():
             missing = [a for i, a in enumerate(self.addresses) if i != self.index]
-            deadline = time.monotonic() + _SECONDS_TO_MEET
             logging.info(
-                "worker %d of %d: waits for %s", self.index, len(self.addresses), ", ".join(missing)
+                "worker %d of %d: waiting for %s",
+                self.index,
+                len(self.addresses),
+                first_of(missing),
             )
-            while missing := [address for address in missing if not _answers(address)]:
+            deadline = time.monotonic() + _MEETING_TIMEOUT_SECONDS
+            while missing := [address for address in missing if not _is_listening(address)]:
                 if time.monotonic() > deadline:
                     raise UsageError(
-                        f"no process listens at {', '.join(missing)} of TF_CONFIG, after"
-                        f" {_SECONDS_TO_MEET:.0f} seconds: start one for each worker, and see that"
-                        " the machines reach each other at these ports"
+                        f"no process listens at {first_of(missing)} of TF_CONFIG after"
+                        f" {_MEETING_TIMEOUT_SECONDS:.0f} seconds: start one process for each"
+                        " worker, and check that the machines reach each other at these ports"
                     )
-                time.sleep(_SECONDS_BETWEEN_TRIES)
+                time.sleep(_SECONDS_BETWEEN_ATTEMPTS)
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:
         address = self.addresses[self.index]
-        both = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if both else socket.AF_INET
+        dualstack = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dualstack else socket.AF_INET
         try:
             server = socket.create_server(
-                ("", _split(address)[1]), family=family, dualstack_ipv6=both
+                ("", _split(address)[1]), family=family, dualstack_ipv6=dualstack
             )
         except OSError as error:
             raise UsageError(
-                f"worker {self.index} can't listen at its address {address} of TF_CONFIG"
-                f" ({error.strerror}): end what has that port, or give another one"
+                f"worker {self.index} cannot listen at its address {address} of TF_CONFIG"
+                f" ({error.strerror}): stop the process that uses this port, or set another port"
             ) from None
         with server:
             yield
 
 
 def _parse(text: str) -> tuple[dict[tuple[str, int], str], tuple[str, int]]:
-    """Gives the address of each task, and which task this is; raises what comes up if it can't."""
-    given = json.loads(text)
-    jobs, task = given["cluster"], given["task"]
+    """Returns the address of each task, and the task of this process.
+
+    Raises:
+      AttributeError, KeyError, TypeError, ValueError: the text is no valid TF_CONFIG.
+    """
+    values = json.loads(text)
+    jobs, task = values["cluster"], values["task"]
     addresses = {
         (job, index): address for job in _JOBS for index, address in enumerate(jobs.get(job, ()))
     }
     for address in addresses.values():
         _split(address)
     if not addresses or set(jobs) - set(_JOBS):
-        raise ValueError
+        raise ValueError("expected workers only")
     return addresses, (task["type"], int(task["index"]))
 
 
 def _split(address: str) -> tuple[str, int]:
-    """Gives host and port; raises ValueError if there aren't both."""
+    """Returns the host and the port of an address; raises ValueError if either is missing."""
     host, _, port = address.rpartition(":")
     if not host or not 0 < int(port) < 2**16:
-        raise ValueError
+        raise ValueError("expected HOST:PORT")
     return host.strip("[]"), int(port)
 
 
-def _answers(address: str) -> bool:
+def _shortened(text: str) -> str:
+    """Returns the quoted text, without its middle if it is long."""
+    shortened = reprlib.Repr()
+    shortened.maxstring = 100
+    return shortened.repr(text)
+
+
+def _is_listening(address: str) -> bool:
     try:
-        socket.create_connection(_split(address), timeout=_SECONDS_TO_ANSWER).close()
-    # UnicodeError: no name of a host.
-    except (OSError, UnicodeError):
+        socket.create_connection(_split(address), timeout=_CONNECTION_TIMEOUT_SECONDS).close()
+    except (OSError, UnicodeError):  # UnicodeError: an invalid host name
         return False
     return True

@@ -1,92 +1,80 @@
-"""Where the work runs: the only file that names a strategy class or sets up devices."""
+"""Distribution strategies: the only module that names a strategy class or configures devices."""
 
 import contextlib
 import functools
-import os
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from tensorflow.python.data.ops import multi_device_iterator_ops
 
+from bn_keras.cores import usable_cores
 from bn_keras.distribute.cluster import Cluster
 from bn_keras.errors import UsageError, WorkerLostError
+from bn_keras.text import counted, first_line
 
 STRATEGIES = ("one_device", "mirrored", "multi_worker", "tpu")
 
 
 def make_strategy(strategy: str, replicas: int = 0) -> tf.distribute.Strategy:
-    """Makes the strategy that a run is distributed by.
+    """Builds the strategy that distributes a run.
 
-    Called before TensorFlow has touched a device, it can split the CPU into several replicas.
+    The CPU can be split into several replicas only before TensorFlow uses a device.
 
     Args:
-      strategy: "one_device": the first accelerator, or the CPU; "mirrored": the same on several;
-        "multi_worker": all accelerators, or the CPU, of each process that TF_CONFIG names; "tpu":
-        all cores of the TPU that this machine is the one host of.
-      replicas: how many devices "mirrored" takes; 0 is every accelerator there is, or one CPU
-        replica where there is none.
+      strategy: one of STRATEGIES.
+        "one_device": the first accelerator, or the CPU.
+        "mirrored": several accelerators of this machine, or several CPU replicas.
+        "multi_worker": all accelerators, or the CPU, of each process in TF_CONFIG.
+        "tpu": all cores of a TPU with this machine as its only host.
+      replicas: number of devices for "mirrored"; 0 uses all accelerators, or one CPU replica on a
+        machine without accelerators. The other strategies accept 0 only ("one_device" also 1).
 
     Raises:
-      UsageError: an unknown name, more accelerators than there are, a TPU that is not there, a CPU
-        that can no longer be split, or workers that don't meet.
+      UsageError: an unknown name, more replicas than accelerators, no TPU, a CPU that can no longer
+        be split, or workers that did not start in time.
+      WorkerLostError: the workers started, but could not connect.
     """
     if strategy not in STRATEGIES:
         raise UsageError(
-            f"unknown distribution.strategy {strategy!r}: accepted are {', '.join(STRATEGIES)}"
+            f"unknown distribution.strategy {strategy!r}: expected one of {', '.join(STRATEGIES)}"
         )
-    _leave_device_iterators_untuned()
+    _disable_device_iterator_autotuning()
     if strategy == "one_device":
-        if replicas > 1:
-            raise UsageError(
-                f"distribution.replicas is {replicas}, but strategy one_device has one:"
-                " set distribution.strategy=mirrored"
-            )
-        # TensorFlow's default strategy runs on the first accelerator, or else on the CPU.
-        return tf.distribute.get_strategy()
-    if strategy in ("multi_worker", "tpu"):
-        if replicas:
-            raise UsageError(
-                f"distribution.replicas is {replicas}, but strategy {strategy} takes all devices:"
-                " set it to 0"
-            )
-        return _on_tpu() if strategy == "tpu" else _on_workers()
-    if replicas < 0:
-        raise UsageError(f"distribution.replicas is {replicas}: it has to be 0 or more")
-    accelerators = tf.config.list_physical_devices("GPU")
-    if not accelerators:
-        return _mirrored_on_cpu(replicas or 1)
-    if replicas > len(accelerators):
+        return _one_device(replicas)
+    if strategy == "mirrored":
+        return _mirrored(replicas)
+    if replicas:
         raise UsageError(
-            f"distribution.replicas is {replicas}, but there are {len(accelerators)} accelerators:"
-            " set it to 0 to take them all"
+            f"distribution.replicas={replicas} is invalid: strategy {strategy} uses all devices;"
+            " set it to 0"
         )
-    count = replicas or len(accelerators)
-    return tf.distribute.MirroredStrategy([f"GPU:{i}" for i in range(count)])
+    return _tpu() if strategy == "tpu" else _multi_worker()
 
 
 def is_chief(strategy: tf.distribute.Strategy) -> bool:
-    """Tells whether this process is the one that writes: of several workers, the first."""
+    """Returns whether this process writes the files of a run: of several workers, the first."""
     return strategy.extended.should_checkpoint
 
 
 def from_all_workers(strategy: tf.distribute.Strategy, number: float) -> list[float]:
-    """Gives the numbers of all workers' processes in their order, once each has come by here.
+    """Returns the numbers of all workers, in the order of the cluster.
 
-    All of them have to make the same calls in the same order. Without other workers, it is the
-    number given.
+    It waits until each worker has called it. All workers must make the same calls in the same
+    order. Without other workers, the result is the given number alone.
 
     Args:
-      strategy: of `make_strategy`.
-      number: of this process; whole ones up to 2**53 come out as they are.
+      strategy: result of `make_strategy`.
+      number: number of this process; integers up to 2**53 are exact.
     """
-    if not _has_workers(strategy):
+    if not _is_multi_worker(strategy):
         return [number]
     cluster = Cluster.from_environment()
     if len(cluster.addresses) == 1:
         return [number]
-    # Each fills a place of its own and leaves the others 0; the sum is then exact.
+    # Each worker fills its own place and leaves the others 0, which makes the sum exact.
     numbers = np.zeros(len(cluster.addresses))
     numbers[cluster.index] = number
     total = strategy.reduce(tf.distribute.ReduceOp.SUM, tf.constant(numbers), axis=None)
@@ -94,36 +82,96 @@ def from_all_workers(strategy: tf.distribute.Strategy, number: float) -> list[fl
 
 
 @contextlib.contextmanager
-def naming_lost_workers(strategy: tf.distribute.Strategy) -> Iterator[None]:
-    """Where workers wait for each other: one that is gone is told on one line.
+def reporting_lost_workers(strategy: tf.distribute.Strategy) -> Iterator[None]:
+    """Turns TensorFlow's error about a lost worker into one line.
 
-    TensorFlow finds out at once where a process has ended, and after ten seconds where it doesn't
-    answer.
+    TensorFlow detects a process that has ended at once, and one that does not answer after ten
+    seconds.
 
     Raises:
-      WorkerLostError: in the place of TensorFlow's error.
+      WorkerLostError: another worker has ended or does not answer.
     """
     try:
         yield
     except tf.errors.OpError as error:
-        if not (_has_workers(strategy) and "Collective ops is aborted" in str(error)):
+        if not (_is_multi_worker(strategy) and "Collective ops is aborted" in str(error)):
             raise
         own = (strategy.cluster_resolver.task_type, str(strategy.cluster_resolver.task_id))
         tasks = set(re.findall(r"/job:(\w+)(?:/replica:0)?/task:(\d+)", str(error))) - {own}
         lost = " ".join(tasks.pop()) if len(tasks) == 1 else "another worker"
         raise WorkerLostError(
-            f"{lost} of TF_CONFIG has ended or does not answer: see what it says there, and start"
-            " all workers again"
+            f"{lost} of TF_CONFIG has ended or does not answer: read its output, and restart all"
+            " workers"
         ) from None
 
 
-def _has_workers(strategy: tf.distribute.Strategy) -> bool:
+def _is_multi_worker(strategy: tf.distribute.Strategy) -> bool:
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
 
-# A process can be made a worker once.
+def _one_device(replicas: int) -> tf.distribute.Strategy:
+    """Returns TensorFlow's default strategy, which uses the first accelerator or the CPU."""
+    if replicas > 1:
+        raise UsageError(
+            f"distribution.replicas={replicas} is invalid: strategy one_device has one replica; set"
+            " distribution.strategy=mirrored"
+        )
+    return tf.distribute.get_strategy()
+
+
+def _mirrored(replicas: int) -> tf.distribute.Strategy:
+    if replicas < 0:
+        raise UsageError(
+            f"distribution.replicas={replicas} is invalid: expected a non-negative integer"
+        )
+    accelerators = tf.config.list_physical_devices("GPU")
+    if not accelerators:
+        return _mirrored_on_cpu(replicas or 1)
+    if replicas > len(accelerators):
+        raise UsageError(
+            f"distribution.replicas={replicas} is invalid: this machine has"
+            f" {counted(len(accelerators), 'accelerator')}; set it to 0 to use them all"
+        )
+    count = replicas or len(accelerators)
+    return tf.distribute.MirroredStrategy([f"GPU:{i}" for i in range(count)])
+
+
+def _mirrored_on_cpu(count: int) -> tf.distribute.Strategy:
+    _split_cpu(count)
+    # The default on CPUs is a collective, whose keys clash between the strategies of one process.
+    # Summing on one device is as fast.
+    return tf.distribute.MirroredStrategy(
+        [f"CPU:{i}" for i in range(count)],
+        cross_device_ops=tf.distribute.ReductionToOneDevice(),
+    )
+
+
+def _split_cpu(count: int) -> None:
+    """Splits the CPU into at least `count` logical devices."""
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    configured = tf.config.get_logical_device_configuration(cpu)
+    existing = len(configured) if configured else 1
+    if existing >= count:
+        return
+    try:
+        # Each replica gets its share of the cores. A small network takes half as long again if all
+        # replicas compete for all cores.
+        threads = max(1, len(usable_cores()) // count)
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.set_logical_device_configuration(
+            cpu, [tf.config.LogicalDeviceConfiguration()] * count
+        )
+    except RuntimeError:
+        raise UsageError(
+            f"distribution.replicas={count} is too late: TensorFlow has already started with"
+            f" {counted(existing, 'CPU device')}; make the strategy before anything else runs on a"
+            " device"
+        ) from None
+
+
+# A process can become a worker only once.
 @functools.cache
-def _on_workers() -> tf.distribute.Strategy:
+def _multi_worker() -> tf.distribute.Strategy:
     cluster = Cluster.from_environment()
     cluster.meet()
     try:
@@ -134,77 +182,39 @@ def _on_workers() -> tf.distribute.Strategy:
             " strategy before anything else runs on a device"
         ) from None
     except tf.errors.OpError as error:
-        # Such as that the other one is still there from before, and won't have this one back.
+        # For example, a worker still runs from an earlier start and rejects this process.
         raise WorkerLostError(
-            f"the workers of TF_CONFIG don't come together ({error.message.splitlines()[0]}): end"
-            " all of them, and start them again"
+            f"the workers of TF_CONFIG cannot connect ({first_line(error)}): stop and restart all"
+            " of them"
         ) from None
 
 
-def _on_tpu() -> tf.distribute.Strategy:
+def _tpu() -> tf.distribute.Strategy:
     resolver = tf.distribute.cluster_resolver.TPUClusterResolver("local")
     try:
         tf.tpu.experimental.initialize_tpu_system(resolver)
     except tf.errors.OpError:
         raise UsageError(
-            "distribution.strategy is tpu, but this machine has no TPU, or not the TensorFlow of"
-            " bn_keras[tpu]: set distribution.strategy=mirrored"
+            "distribution.strategy is tpu, but this machine has no TPU, or TensorFlow was installed"
+            " without bn_keras[tpu]: set distribution.strategy=mirrored"
         ) from None
     return tf.distribute.TPUStrategy(resolver)
 
 
-def _mirrored_on_cpu(count: int) -> tf.distribute.Strategy:
-    _split_cpu(count)
-    # The default for CPUs is a collective, whose keys clash between the strategies of one
-    # process; summing on one device is as fast there.
-    return tf.distribute.MirroredStrategy(
-        [f"CPU:{i}" for i in range(count)],
-        cross_device_ops=tf.distribute.ReductionToOneDevice(),
-    )
-
-
 @functools.cache
-def _leave_device_iterators_untuned() -> None:
-    """Makes what feeds each of several replicas from the one input end when it is told to.
+def _disable_device_iterator_autotuning() -> None:
+    """Makes the iterators that feed several replicas end without delay.
 
-    It has nothing to tune, but TensorFlow gives it the thread of tf.data's autotuning, which looks
-    up at times that double to a minute. To be woken at the end, it has to see the cancellation
-    that wakes it, which is marked only afterwards: about every second time it sleeps on, and the
-    end of a training with it. No public option gets there.
+    These iterators have nothing to tune, but TensorFlow starts tf.data's autotuning thread for
+    them. The thread sleeps for intervals that double up to a minute. At the end it is woken before
+    the cancellation is marked, so that about every second time it sleeps again, and the training
+    waits for it. No public option reaches these iterators.
     """
     create = multi_device_iterator_ops._create_device_dataset
     options = tf.data.Options()
     options.autotune.enabled = False
 
-    def create_untuned(*arguments: object) -> tf.data.Dataset:
+    def create_untuned(*arguments: Any) -> tf.data.Dataset:
         return create(*arguments).with_options(options)
 
     multi_device_iterator_ops._create_device_dataset = create_untuned
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _split_cpu(count: int) -> None:
-    """Makes at least `count` logical devices out of the CPU."""
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    configured = tf.config.get_logical_device_configuration(cpu)
-    if len(configured or [None]) >= count:
-        return
-    try:
-        # Each replica's kernels get their share of the cores; all of them contending for all
-        # cores takes half as long again for a small network.
-        cores = _usable_cores()
-        tf.config.threading.set_intra_op_parallelism_threads(max(1, cores // count))
-        tf.config.set_logical_device_configuration(
-            cpu, [tf.config.LogicalDeviceConfiguration()] * count
-        )
-    except RuntimeError:
-        raise UsageError(
-            f"distribution.replicas is {count}, but TensorFlow has already started with"
-            f" {len(configured or [None])} CPU device(s): make the strategy before anything else"
-            " runs on a device"
-        ) from None
