@@ -1,38 +1,55 @@
-"""All uses of what Keras 3 keeps private, each with its reason."""
+"""Every use of Keras 3's private attributes, each with its reason."""
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import keras
 
 
-def all_layers(model: keras.Layer, include_self: bool = True) -> list[keras.Layer]:
-    """Returns the layers of a model, those of nested models, wrappers and cells included.
+class Call(Protocol):
+    """One call of an operation in a graph: Keras' Node, which has no public name.
 
-    `model.layers` has the outermost ones only, and Keras has no public way to the others.
+    Attributes:
+      operation: the called operation.
+      arguments: `args` and `kwargs` of the call.
+      input_tensors, outputs: flat lists of symbolic tensors.
+      is_input: whether the operation is an InputLayer.
+    """
+
+    operation: keras.Operation
+    arguments: Any
+    input_tensors: Sequence[keras.KerasTensor]
+    outputs: Sequence[keras.KerasTensor]
+    is_input: bool
+
+
+def all_layers(model: keras.Layer, include_self: bool = True) -> list[keras.Layer]:
+    """Returns the layers of a model, including those of nested models, wrappers and cells.
+
+    `model.layers` contains only the outermost layers, and Keras has no public access to the others.
 
     Args:
-      model: a model or a layer.
-      include_self: whether `model` itself is the first of them.
+      model: model or layer.
+      include_self: whether the list starts with `model` itself.
     """
     return list(model._flatten_layers(include_self=include_self))
 
 
 def graph_of(layer: keras.Operation) -> keras.Function | None:
-    """Returns the graph of operations that a functional or sequential model runs, else None.
+    """Returns the graph of a functional or sequential model, or None for any other layer.
 
-    A Sequential wraps its graph in a private attribute, and has none before it is built.
+    A Sequential keeps its graph in a private attribute, which is None until the model is built.
     """
     if isinstance(layer, keras.Sequential):
         return layer._functional
     return layer if isinstance(layer, keras.Model) and isinstance(layer, keras.Function) else None
 
 
-def graph_nodes(graph: keras.Function) -> list[Any]:
-    """Returns the calls of a graph's operations, in the order of the computation.
+def graph_calls(graph: keras.Function) -> list[Call]:
+    """Returns the calls of a graph in the order of execution.
 
-    The public `operations` names each operation once, however often it is called.
+    The public `operations` lists each operation once, however often it is called.
     """
     return [
         node
@@ -41,17 +58,40 @@ def graph_nodes(graph: keras.Function) -> list[Any]:
     ]
 
 
-@contextlib.contextmanager
-def replaced_method(layer: keras.Layer, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Replaces a method of one layer until the block ends; the class keeps its own.
+def run_graph(
+    graph: keras.Function, inputs: Any, operation_fn: Callable[[keras.Operation], Callable]
+) -> Any:
+    """Runs a graph on new inputs, with each operation replaced by `operation_fn(operation)`.
 
-    Keras calls `layer.call`, `layer._moments` and the like by attribute, so that an attribute of
-    the instance takes precedence over the class's method.
+    The public way to run a graph, calling it, cannot replace its operations.
 
     Args:
-      layer: whose method is replaced.
-      name: of the method.
-      function: takes the method's arguments without `self`.
+      graph: graph of a model.
+      inputs: tensors, in the structure of graph.input.
+      operation_fn: returns the function to call in place of an operation.
+
+    Returns:
+      The outputs, in the structure of graph.output.
+    """
+    return graph._run_through_graph(inputs, operation_fn=operation_fn)
+
+
+def producer(tensor: keras.KerasTensor) -> keras.Operation:
+    """Returns the operation that computes a symbolic tensor."""
+    return tensor._keras_history.operation
+
+
+@contextlib.contextmanager
+def replaced_method(layer: keras.Layer, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Replaces a method of one layer inside a `with` block; other layers keep theirs.
+
+    Keras looks up `layer.call`, `layer._moments` and the like on the instance, where an attribute
+    takes precedence over the class's method.
+
+    Args:
+      layer: layer to change.
+      name: method name.
+      function: replacement, called without `self`.
     """
     setattr(layer, name, function)
     try:

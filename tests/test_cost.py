@@ -1,4 +1,4 @@
-"""What a network costs: against the paper's table, published counts, and TensorFlow's graphs."""
+"""Costs agree with the paper's table, published counts and TensorFlow's own graphs."""
 
 import functools
 import importlib
@@ -8,7 +8,7 @@ import keras
 import pytest
 import tensorflow as tf
 
-from bn_keras import BatchNormalization, BNInception, SigmoidMLP, cost
+from bn_keras import BatchNormalization, BNInception, SigmoidMLP, count_cost
 from bn_keras.errors import UsageError
 from bn_keras.models.bn_inception import FIGURE_5
 
@@ -18,11 +18,11 @@ L = keras.layers
 
 @functools.cache
 def _inception_cost():
-    return cost.count(BNInception("bn_x30"))
+    return count_cost(BNInception("bn_x30"))
 
 
 def _figure_5_multiply_adds():
-    """By the paper's table and sizes, with a separable stem and 96 projected in 4c and 4d."""
+    """Uses the paper's table and sizes, a separable stem and projections of 96 in 4c and 4d."""
     total = 112**2 * (7 * 7 * 3 * 8 + 3 * 8 * 64)
     total += 56**2 * (64 * 64 + 3 * 3 * 64 * 192)
     side, channels = 28, 192
@@ -47,14 +47,14 @@ def test_inception_costs_what_figure_5_says():
     assert counted.uncounted == ()
 
 
-def test_parameters_are_counted_with_the_auxiliary_classifier_and_without_what_is_frozen():
+def test_auxiliary_parameters_count_as_trainable_and_frozen_ones_do_not():
     model = BNInception("bn_x30", input_shape=(224, 224, 3), auxiliary=True)
-    # The moving statistics: a mean and a variance for each beta.
+    # Moving statistics: a mean and a variance for each beta.
     betas = sum(v.shape[0] for v in model.trainable_variables if v.name == "beta")
-    counted = cost.count(model)
+    counted = count_cost(model)
     assert (counted.trainable, counted.non_trainable) == (13_605_672, 2 * betas)
     model.get_layer("logits").trainable = False
-    frozen = cost.count(model)
+    frozen = count_cost(model)
     assert frozen.trainable == 13_605_672 - 1_025_000
     assert frozen.non_trainable == 2 * betas + 1_025_000
 
@@ -62,15 +62,15 @@ def test_parameters_are_counted_with_the_auxiliary_classifier_and_without_what_i
 @pytest.mark.parametrize(
     "name, parameters, multiply_adds, tolerance",
     [
-        # He et al. 2015 (arXiv 1512.03385), table 1: 3.8e9. (4.1e9 is of version 1.5, whose
-        # strides are in the 3x3 convolutions.)
+        # He et al. 2015 (arXiv 1512.03385), table 1: 3.8e9. (4.1e9 is the count of version 1.5,
+        # which strides in the 3x3 convolutions.)
         ("ResNet50", 25_636_712, 3.8e9, 0.02),
         # Sandler et al. 2018 (arXiv 1801.04381), table 4: 300 M.
         ("MobileNetV2", 3_538_984, 300e6, 0.01),
     ],
 )
-def test_published_counts(name, parameters, multiply_adds, tolerance):
-    counted = cost.count(getattr(keras.applications, name)(weights=None))
+def test_applications_have_their_published_counts(name, parameters, multiply_adds, tolerance):
+    counted = count_cost(getattr(keras.applications, name)(weights=None))
     assert counted.trainable + counted.non_trainable == parameters
     assert counted.multiply_adds == pytest.approx(multiply_adds, rel=tolerance)
 
@@ -88,25 +88,25 @@ def _every_kind():
     return keras.Model(images, x)
 
 
-def test_multiply_adds_are_those_of_tensorflows_profiler():
+def test_multiply_adds_equal_those_of_tensorflows_profiler():
     model = _every_kind()
     images = tf.TensorSpec([1, *model.input_shape[1:]])
     graph = tf.function(lambda x: model(x, training=False)).get_concrete_function(images).graph
     builder = tf.compat.v1.profiler.ProfileOptionBuilder
     options = builder(builder.float_operation()).with_empty_output().build()
-    # Kinds of operations, each the child of the one before.
+    # The profiler nests the kinds of operations, each inside the previous one.
     kind = tf.compat.v1.profiler.profile(graph, cmd="op", options=options)
     flops = {}
     while kind.children:
         (kind,) = kind.children
         flops[kind.name] = kind.float_ops
     products = sum(flops[name] for name in ("Conv2D", "DepthwiseConv2dNative", "MatMul"))
-    assert cost.count(model).flops == products
+    assert count_cost(model).flops == products
 
 
 @pytest.mark.parametrize(
     "shape, layer, multiply_adds",
-    # What the profiler doesn't see, or counts by an approximation.
+    # The profiler does not see these layers, or approximates their counts.
     [
         ((8, 8, 6), L.Conv2D(4, 3, groups=2), 36 * 4 * 9 * 3),
         ((8, 8, 6), L.Conv2D(4, 3, dilation_rate=2), 16 * 4 * 9 * 6),
@@ -116,30 +116,30 @@ def test_multiply_adds_are_those_of_tensorflows_profiler():
         ((5, 7, 3), L.Dense(4), 35 * 3 * 4),
     ],
 )
-def test_multiply_adds_by_hand(shape, layer, multiply_adds):
+def test_multiply_adds_equal_those_counted_by_hand(shape, layer, multiply_adds):
     images = keras.Input(shape)
-    assert cost.count(keras.Model(images, layer(images))).multiply_adds == multiply_adds
+    assert count_cost(keras.Model(images, layer(images))).multiply_adds == multiply_adds
 
 
-def test_layers_inside_of_models_count_where_they_are_called():
+def test_layers_of_nested_models_count_at_each_call():
     tower = keras.Sequential([keras.Input((8, 8, 4)), L.Conv2D(4, 3, padding="same"), L.ReLU()])
     images = keras.Input((8, 8, 4))
-    once = cost.count(keras.Model(images, tower(images)))
-    twice = cost.count(keras.Model(images, tower(tower(images))))
-    flat = cost.count(tower)
+    once = count_cost(keras.Model(images, tower(images)))
+    twice = count_cost(keras.Model(images, tower(tower(images))))
+    flat = count_cost(tower)
     assert [layer.name for layer in once.layers][1:] == [
         f"{tower.name}/{layer.name}" for layer in flat.layers[1:]
     ]
     assert once.multiply_adds == flat.multiply_adds == 64 * 4 * 9 * 4
     assert twice.multiply_adds == 2 * once.multiply_adds
     assert twice.trainable == once.trainable == 9 * 4 * 4 + 4
-    # The images, and what each ReLU makes.
+    # The images and the output of each ReLU.
     assert once.activation_bytes == 2 * 64 * 4 * 4
     assert twice.activation_bytes == 3 * 64 * 4 * 4
 
 
 def _branches():
-    """Every rule of what is kept."""
+    """A network that uses every rule about saved activations."""
     x = images = keras.Input((16, 16, 8))
     x = L.Conv2D(16, 3, padding="same", use_bias=False)(x)
     x = L.Activation("relu")(BatchNormalization()(x))
@@ -152,7 +152,7 @@ def _branches():
 
 
 def _elements_read_backward(model):
-    """Elements of an image that TensorFlow's backward pass takes from the forward pass."""
+    """Returns how many values per image TensorFlow's backward pass reads from the forward pass."""
     forward = set()
 
     @tf.function
@@ -167,7 +167,7 @@ def _elements_read_backward(model):
             tensor = tensor.op.inputs[tensor.value_index]
         return tensor.ref()
 
-    # A batch of a size that nothing else has.
+    # No other tensor has an axis of 17.
     graph = step.get_concrete_function(tf.TensorSpec([17, *model.input_shape[1:]])).graph
     read, seen, tensors = set(), set(), list(graph.outputs)
     while tensors:
@@ -181,19 +181,19 @@ def _elements_read_backward(model):
     return sum(shape.num_elements() for shape in shapes if 17 in shape[:1]) / 17
 
 
-def test_what_is_kept_is_what_tensorflows_backward_pass_reads():
+def test_saved_activations_are_those_that_tensorflows_backward_pass_reads():
     model = _branches()
-    assert cost.count(model, "float32").activation_bytes == 4 * _elements_read_backward(model)
+    assert count_cost(model, "float32").activation_bytes == 4 * _elements_read_backward(model)
 
 
-def test_kept_at_another_precision():
+def test_activation_memory_follows_the_dtype():
     model = _branches()
-    whole = cost.count(model).activation_bytes
-    assert cost.count(model, "bfloat16").activation_bytes == whole / 2
+    whole = count_cost(model).activation_bytes
+    assert count_cost(model, "bfloat16").activation_bytes == whole / 2
     keras.config.set_dtype_policy("mixed_bfloat16")
-    # The images are float32 as before.
+    # The images remain float32.
     images = 16 * 16 * 8 * 4
-    assert cost.count(_branches()).activation_bytes == (whole - images) / 2 + images
+    assert count_cost(_branches()).activation_bytes == (whole - images) / 2 + images
 
 
 def test_the_table_has_the_rows_of_figure_5_and_fits_a_screen():
@@ -203,39 +203,40 @@ def test_the_table_has_the_rows_of_figure_5_and_fits_a_screen():
     rows = {line.split()[0]: line.split() for line in lines if line}
     assert [name for name in rows if name[0].isdigit()] == [row.name for row in FIGURE_5]
     assert rows["3c"][1] == "14x14x576" and rows["5b"][1] == "7x7x1024"
-    assert rows["all"][1:5] == ["1000", "11,188,288", "1.93", "G"]
+    assert rows["total"][1:5] == ["1000", "11,188,288", "1.93", "G"]
     parameters = [int(row[2].replace(",", "")) for name, row in rows.items() if _is_row(row)]
-    assert sum(parameters) == 2 * counted.trainable  # the sum's own row included
+    # The rows include the total.
+    assert sum(parameters) == 2 * counted.trainable
 
 
 def _is_row(words):
     return len(words) > 2 and words[2].replace(",", "").isdigit()
 
 
-def test_one_line_says_the_same():
-    line = cost.count(SigmoidMLP()).line()
+def test_summary_is_one_line():
+    line = count_cost(SigmoidMLP()).summary()
     assert line == (
-        "100,010 parameters, 99,400 multiply-adds an image forward, 0.00528 MiB of it kept for the"
-        " way back"
+        "100,010 parameters; per image: 99,400 multiply-adds forward, 0.00528 MiB activation"
+        " memory in training"
     )
 
 
-def test_a_network_without_names_is_shown_by_the_size_of_its_maps():
+def test_a_network_with_automatic_names_is_grouped_by_map_size():
     x = images = keras.Input((8, 8, 3))
     for i in range(60):
         x = L.Conv2D(3, 3, padding="same", strides=1 + (i == 30), name=f"conv_{i}")(x)
-    lines = str(cost.count(keras.Model(images, x))).splitlines()
+    lines = str(count_cost(keras.Model(images, x))).splitlines()
     assert [line.split()[0] for line in lines[1:3]] == ["8x8", "4x4"]
     assert len(lines) <= 24
 
 
-def test_what_is_not_counted_is_named():
+def test_uncounted_layers_are_listed():
     x = images = keras.Input((8, 4))
     x = L.LSTM(3, name="memory", return_sequences=True)(x)
     x = L.MultiHeadAttention(2, 3, name="attention")(x, x)
-    counted = cost.count(keras.Model(images, L.Dense(2)(L.PReLU()(x))))
+    counted = count_cost(keras.Model(images, L.Dense(2)(L.PReLU()(x))))
     assert counted.uncounted == ("memory", "attention")
-    assert "Not counted: the multiply-adds of memory, attention" in str(counted)
+    assert "Multiply-adds not counted: memory, attention" in str(counted)
 
 
 class _Subclassed(keras.Model):
@@ -246,20 +247,26 @@ class _Subclassed(keras.Model):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: _Subclassed(name="own"), "model 'own' is no Functional or Sequential"),
-        (lambda: keras.Sequential([L.Dense(2)], name="unbuilt"), "model 'unbuilt' is no"),
+        (
+            lambda: _Subclassed(name="own"),
+            "'own' cannot be counted: expected a Functional or Sequential",
+        ),
+        (
+            lambda: keras.Sequential([L.Dense(2)], name="unbuilt"),
+            "'unbuilt' cannot be counted",
+        ),
         (
             lambda: keras.Sequential([keras.Input((None, None, 3)), L.Conv2D(2, 3)]),
-            r"shape \(None, None, None, 3\): .* build the model for images of a known size",
+            r"unknown size, \(None, None, None, 3\): build the model for images of a fixed size",
         ),
     ],
 )
-def test_what_cannot_be_counted(make, message):
+def test_uncountable_models_are_rejected(make, message):
     with pytest.raises(UsageError, match=message):
-        cost.count(make())
+        count_cost(make())
 
 
-def test_the_tables_of_the_page_on_scaling_are_what_its_command_prints(monkeypatch, capsys):
+def test_the_tables_in_the_scaling_page_are_what_the_benchmark_prints(monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     importlib.import_module("scaling").main()
     printed = capsys.readouterr().out

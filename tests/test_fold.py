@@ -1,4 +1,4 @@
-"""A folded network computes what the network did, without its BatchNormalization."""
+"""A folded network computes the same outputs without BatchNormalization."""
 
 import keras
 import numpy as np
@@ -6,7 +6,8 @@ import pytest
 
 from bn_keras import BatchNormalization, BNInception, SigmoidMLP, fold, fold_batch_norm
 from bn_keras.errors import UsageError
-from bn_keras.fold import unfoldable
+from bn_keras.fold import unfoldable_layers
+from bn_keras.keras_internals import all_layers
 
 KERAS_BN = keras.layers.BatchNormalization
 BATCH_NORMS = (BatchNormalization, KERAS_BN)
@@ -14,7 +15,7 @@ L = keras.layers
 
 
 def trained(model, seed=0):
-    """Gives all weights values that a trained network could have, the signs of gamma too."""
+    """Sets all weights to values that a trained network could have, including negative gammas."""
     rng = np.random.default_rng(seed)
 
     def value(variable):
@@ -33,7 +34,7 @@ def trained(model, seed=0):
 
 
 def batch_norms(model):
-    return [layer for layer in model._flatten_layers() if isinstance(layer, BATCH_NORMS)]
+    return [layer for layer in all_layers(model) if isinstance(layer, BATCH_NORMS)]
 
 
 def example(model, batch=3):
@@ -78,8 +79,8 @@ FOLDABLE = {
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("shape, make", FOLDABLE.values(), ids=FOLDABLE)
-def test_every_layer_with_a_kernel_takes_the_next_one_up(shape, make, bias):
-    """In float64, where rounding hides nothing."""
+def test_batch_norm_folds_into_every_layer_with_a_kernel(shape, make, bias):
+    """float64 hides no error behind rounding."""
     norm = KERAS_BN(epsilon=0.1, dtype="float64") if bias else BatchNormalization(dtype="float64")
     model = trained(chain(shape, make(use_bias=bias, dtype="float64"), norm))
     folded, report = fold_batch_norm(model, example(model))
@@ -88,7 +89,7 @@ def test_every_layer_with_a_kernel_takes_the_next_one_up(shape, make, bias):
     assert_same(folded, model, rtol=1e-12)
 
 
-def test_folded_weights_are_those_of_float64_rounded_once():
+def test_folded_weights_are_computed_in_float64_and_rounded_once():
     model = trained(chain((6, 6, 3), L.Conv2D(4, 3), KERAS_BN(scale=False)))
     kernel, bias, beta, mean, variance = (w.astype(np.float64) for w in model.get_weights())
     scale = 1 / np.sqrt(variance + 1e-3)
@@ -106,7 +107,7 @@ def _application(name):
 
 NETWORKS = {
     "bn_baseline": (lambda: BNInception("bn_baseline", 10, (32, 32, 3), 0.1), 69, 0),
-    # Whose last module normalizes per activation.
+    # The last module normalizes per activation.
     "ensemble": (lambda: BNInception("bn_x30_ensemble_4", 10, (8, 8, 3), 0.1, "cifar"), 62, 7),
     "mlp": (lambda: SigmoidMLP(), 3, 0),
     "ResNet50": (lambda: _application("ResNet50"), 53, 0),
@@ -114,12 +115,12 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("make, gone, kept", NETWORKS.values(), ids=NETWORKS)
-def test_whole_networks(make, gone, kept):
+@pytest.mark.parametrize("make, folded_layers, kept", NETWORKS.values(), ids=NETWORKS)
+def test_networks_fold(make, folded_layers, kept):
     model = trained(make())
     folded, report = fold_batch_norm(model, example(model))
-    assert (len(report.folded), len(report.kept)) == (gone, kept)
-    assert not batch_norms(folded) and len(batch_norms(model)) == gone + kept
+    assert (len(report.folded), len(report.kept)) == (folded_layers, kept)
+    assert not batch_norms(folded) and len(batch_norms(model)) == folded_layers + kept
     assert report.top1_agreement == 1
     assert_same(folded, model)
     names = {layer.name for layer in model.layers} - set(report.folded)
@@ -130,8 +131,8 @@ def test_whole_networks(make, gone, kept):
 
 
 @pytest.mark.parametrize("name", ["bn_baseline", "MobileNetV2"])
-def test_half_precision_loses_nothing_more(name):
-    """Both are as far from the float32 network, within a factor."""
+def test_folding_is_as_accurate_in_half_precision(name):
+    """Both networks deviate from the float32 network by about the same amount."""
     make, *_ = NETWORKS[name]
     exact = trained(make())
     keras.config.set_dtype_policy("mixed_bfloat16")
@@ -147,7 +148,7 @@ def test_half_precision_loses_nothing_more(name):
     assert 0 < np.std(after - truth) < 1.5 * np.std(before - truth)
 
 
-def test_the_given_model_is_left_alone():
+def test_the_given_model_is_unchanged():
     model = trained(chain((6, 6, 3), L.Conv2D(4, 3), BatchNormalization(), L.ReLU()))
     model.compile("sgd", "mse")
     kept, calls = model.get_weights(), [len(x._inbound_nodes) for x in model.layers]
@@ -215,19 +216,19 @@ KEPT = {
     "pooling": (lambda: chain((6, 6, 3), L.MaxPooling2D(), KERAS_BN(name="bn")), "MaxPooling2D"),
     "activation": (
         lambda: chain((6, 6, 3), L.Conv2D(4, 3, activation="relu"), KERAS_BN(name="bn")),
-        "its activation inside",
+        "which includes an activation",
     ),
     "per activation": (
         lambda: chain((6, 6, 3), L.Conv2D(4, 3), BatchNormalization([1, 2, 3], name="bn")),
-        "axis=[1, 2, 3] is not that layer's channels",
+        "whose channel axis is not axis=[1, 2, 3]",
     ),
     "other axis": (
         lambda: chain((6, 6, 3), L.Conv2D(4, 3), KERAS_BN(axis=1, name="bn")),
-        "axis=1 is not that layer's channels",
+        "whose channel axis is not axis=1",
     ),
     "other axis of Dense": (
         lambda: chain((6, 3), L.Dense(4), KERAS_BN(axis=1, name="bn")),
-        "axis=1 is not that layer's channels",
+        "whose channel axis is not axis=1",
     ),
     "subclass": (lambda: chain((6, 6, 3), Custom(4, 3), KERAS_BN(name="bn")), "follows Custom"),
     "precision": (
@@ -235,10 +236,10 @@ KEPT = {
         "Dense 'dense', which computes in bfloat16",
     ),
     "vector": (lambda: chain((5,), BatchNormalization(name="bn")), "InputLayer"),
-    "outputs": (_two_outputs, "Conv2D 'conv', whose output goes to the outputs too"),
-    "branch": (_branch, "Conv2D 'conv', whose output goes to Add 'add' too"),
+    "outputs": (_two_outputs, "Conv2D 'conv', whose output is also used by the model's outputs"),
+    "branch": (_branch, "Conv2D 'conv', whose output is also used by Add 'add'"),
     "concatenated": (_concatenated, "follows Concatenate 'cat'"),
-    "shared convolution": (_shared_conv, "Conv2D 'conv', which is used elsewhere too"),
+    "shared convolution": (_shared_conv, "Conv2D 'conv', which is also used elsewhere"),
     "shared": (_shared_with_a_bad_place, "is shared, and in one place follows InputLayer"),
     "after nested": (_after_nested, "follows Sequential 'inner'"),
     "lora": (_lora, "LoRA"),
@@ -246,20 +247,20 @@ KEPT = {
 
 
 @pytest.mark.parametrize("make, reason", KEPT.values(), ids=KEPT)
-def test_what_cannot_be_folded_is_one_affine_layer(make, reason):
+def test_an_unfoldable_layer_becomes_one_affine_layer(make, reason):
     model = trained(make())
     folded, report = fold_batch_norm(model)
     assert not report.folded and list(report.kept) == ["bn"] and reason in report.kept["bn"]
-    assert unfoldable(model) == report.kept
+    assert unfoldable_layers(model) == report.kept
     assert type(folded.get_layer("bn")) in (L.DepthwiseConv2D, L.Rescaling)
     assert_same(folded, model)
-    # Also while what else there is trains on.
+    # Also while the rest of the model trains.
     x = example(model)
     for a, b in zip(run(folded, x, training=True), run(model, x), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_an_affine_layer_has_the_dtype_of_the_layer():
+def test_an_affine_layer_has_the_dtype_of_the_layer_that_it_replaces():
     keras.config.set_dtype_policy("mixed_bfloat16")
     for model in (_concatenated(), chain((6, 5), L.ReLU(), KERAS_BN(name="bn"))):
         folded, _ = fold_batch_norm(trained(model))
@@ -272,7 +273,7 @@ def _block(x, conv, bn):
 
 
 def _siamese():
-    """One convolution and one BN, in the same order in two places."""
+    """One convolution and one BN, called in the same order in two places."""
     conv, bn = L.Conv2D(4, 3), KERAS_BN()
     inputs = keras.Input((6, 6, 3))
     return keras.Model(
@@ -287,7 +288,7 @@ def _one_norm_of_two():
 
 
 def _nested():
-    """A nested model in two places, one in it, a BN that is an output, and keywords."""
+    """A nested model called twice, a model inside it, a BN as an output, and keyword arguments."""
     deep = keras.Sequential([keras.Input((4, 4, 4)), L.DepthwiseConv2D(2), KERAS_BN()], name="deep")
     inner = chain((6, 6, 3), L.Conv2D(4, 3), BatchNormalization(), deep)
     inputs = keras.Input((6, 6, 3))
@@ -312,7 +313,7 @@ SHARED = {f.__name__: f for f in (_siamese, _one_norm_of_two, _nested, _pieces_o
 
 
 @pytest.mark.parametrize("make", SHARED.values(), ids=SHARED)
-def test_shared_and_nested_layers_are_folded_where_every_place_allows_it(make):
+def test_shared_and_nested_layers_fold_if_every_place_allows_it(make):
     model = trained(make())
     folded, report = fold_batch_norm(model)
     assert not report.kept and not batch_norms(folded)
@@ -324,16 +325,16 @@ def test_shared_and_nested_layers_are_folded_where_every_place_allows_it(make):
     assert_same(folded, model)
 
 
-def test_a_piece_that_ends_before_a_batch_norm_needs_what_it_ends_with():
+def test_a_convolution_that_ends_a_nested_model_is_not_folded_into():
     model = trained(_pieces_of_one(first_end=1))
     folded, report = fold_batch_norm(model)
     assert report.folded == ("whole/bn_1",)
     assert list(report.kept) == ["whole/bn_0"]
-    assert report.kept["whole/bn_0"].endswith("whose output goes to the outputs too")
+    assert report.kept["whole/bn_0"].endswith("whose output is also used by the model's outputs")
     assert_same(folded, model)
 
 
-def test_layers_of_the_same_name_are_told_apart():
+def test_layers_of_the_same_name_are_distinguished():
     inner = [chain((5,), L.ReLU(), KERAS_BN(name="bn")) for _ in range(2)]
     for i, model in enumerate(inner):
         model.name = f"inner_{i}"
@@ -342,7 +343,7 @@ def test_layers_of_the_same_name_are_told_apart():
     assert report.folded == ("bn",) and set(report.kept) == {"inner_0/bn", "inner_1/bn"}
 
 
-def test_a_network_on_a_backbone_in_a_sequential_model():
+def test_a_backbone_in_a_sequential_model_folds():
     backbone = keras.applications.MobileNetV2(
         weights=None, input_shape=(32, 32, 3), include_top=False, alpha=0.35
     )
@@ -353,7 +354,7 @@ def test_a_network_on_a_backbone_in_a_sequential_model():
     assert_same(folded, model)
 
 
-def test_what_normalizes_by_the_batch_stays():
+def test_layers_that_always_use_batch_statistics_are_kept():
     inner = chain((6, 6, 3), L.Conv2D(4, 3), KERAS_BN(name="nested"))
     inputs = keras.Input((6, 6, 3))
     x = KERAS_BN(name="called")(L.Conv2D(4, 3)(inputs), training=True)
@@ -368,7 +369,7 @@ def test_what_normalizes_by_the_batch_stays():
 
 @keras.saving.register_keras_serializable("test_fold")
 class Block(keras.Model):
-    """A subclassed model inside of a functional one."""
+    """A subclassed model inside a functional one."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -381,18 +382,18 @@ class Block(keras.Model):
         return self.norm(x, training=training)
 
 
-def test_inside_of_other_layers_it_stays_frozen():
+def test_batch_norm_inside_other_layers_is_kept_and_frozen():
     wrapped = L.TimeDistributed(BatchNormalization(name="wrapped"))
     model = trained(chain((2, 6, 3), L.Dense(4), wrapped, Block()))
     folded, report = fold_batch_norm(model)
     assert set(report.kept) == {"time_distributed/wrapped", "block/hidden"}
-    assert all("is inside of a layer" in reason for reason in report.kept.values())
+    assert all("is inside a layer" in reason for reason in report.kept.values())
     assert_same(folded, model)
     x = example(model)
     np.testing.assert_allclose(run(folded, x, training=True), run(folded, x))
 
 
-def test_flags_and_adapted_layers_are_kept():
+def test_trainable_flags_and_adapted_layers_are_kept():
     normalization = L.Normalization()
     normalization.adapt(np.random.default_rng(0).normal(3, 5, (100, 4)))
     inner = chain((3,), L.Dense(3, name="thawed"), KERAS_BN(), KERAS_BN(name="affine"))
@@ -407,33 +408,33 @@ def test_flags_and_adapted_layers_are_kept():
     assert_same(folded, model)
 
 
-def test_a_model_of_several_replicas(two_replicas):
+def test_a_model_made_on_two_replicas_folds(two_replicas):
     with two_replicas.scope():
         model = SigmoidMLP(input_shape=(4, 4, 1))
     folded, _ = fold_batch_norm(trained(model))
     assert_same(folded, model)
 
 
-def test_the_report_says_what_was_measured():
+def test_the_report_contains_the_measurements():
     model = trained(SigmoidMLP(input_shape=(4, 4, 1)))
     x = example(model, 5)
     folded, report = fold_batch_norm(model, x)
     (before,), (after,) = run(model, x), run(folded, x)
-    # tf.function may order a sum otherwise.
+    # tf.function may sum in another order.
     assert report.largest_difference == pytest.approx(np.abs(after - before).max(), abs=1e-6)
     assert report.largest_output == pytest.approx(np.abs(before).max(), rel=1e-5)
     assert report.input_shapes == ((5, 4, 4, 1),)
-    assert report.speed_up == report.milliseconds_before / report.milliseconds_after
+    assert report.speedup == report.milliseconds_before / report.milliseconds_after
     lines = str(report).splitlines()
     assert lines[0] == "3 of 3 BatchNormalization layers folded"
-    assert "the same class first in 100.0%" in lines[1] and "[5, 4, 4, 1]" in lines[2]
+    assert "same top class in 100.0%" in lines[1] and "[5, 4, 4, 1]" in lines[2]
     _, report = fold_batch_norm(_branch())
     assert str(report).splitlines()[-1] == (
-        "kept bn  follows Conv2D 'conv', whose output goes to Add 'add' too"
+        "not folded: bn  follows Conv2D 'conv', whose output is also used by Add 'add'"
     )
 
 
-def test_wrong_weights_are_found_out(monkeypatch):
+def test_wrong_folded_weights_are_detected(monkeypatch):
     right = fold._folded_weights
 
     def wrong(*args):
@@ -441,11 +442,11 @@ def test_wrong_weights_are_found_out(monkeypatch):
         return weights | {"bias": weights["bias"] + 1}
 
     monkeypatch.setattr(fold, "_folded_weights", wrong)
-    with pytest.raises(ArithmeticError, match="'chain', folded, .* differ by up to 1 from"):
+    with pytest.raises(ArithmeticError, match="folded model 'chain' .* differ by up to 1 from"):
         fold_batch_norm(chain((4,), L.Dense(3), KERAS_BN()))
 
 
-def test_sides_without_a_length_get_one():
+def test_random_inputs_have_a_size_where_the_model_has_none():
     model = chain((None, None, 3), L.Conv2D(2, 3), KERAS_BN(), L.GlobalAveragePooling2D())
     _, report = fold_batch_norm(model)
     assert report.input_shapes == ((8, 224, 224, 3),)
@@ -479,31 +480,35 @@ def _integers():
     "make, inputs, message",
     [
         (Subclassed, None, "is a subclassed Subclassed"),
-        (lambda: keras.Sequential([L.Dense(3), KERAS_BN()]), None, "no weights yet"),
+        (lambda: keras.Sequential([L.Dense(3), KERAS_BN()]), None, "is not built"),
         (lambda: chain((4,), L.Dense(3)), None, "has no BatchNormalization to fold"),
-        (_not_finite, None, "'bn' give no finite scale"),
-        (_integers, None, "takes int32"),
-        (lambda: chain((4,), L.Dense(3), KERAS_BN()), np.zeros((2, 5)), "can't run on the inputs"),
+        (_not_finite, None, "'bn' has no finite scale"),
+        (_integers, None, "has an input of int32"),
+        (
+            lambda: chain((4,), L.Dense(3), KERAS_BN()),
+            np.zeros((2, 5)),
+            "not accept the inputs",
+        ),
         (
             lambda: chain((4,), Undescribed(len, name="odd"), L.Dense(3), KERAS_BN()),
             None,
-            "Undescribed 'odd' can't be copied",
+            "Undescribed 'odd' cannot be copied",
         ),
     ],
 )
-def test_what_cannot_be_meant(make, inputs, message):
+def test_invalid_models_and_inputs_are_rejected(make, inputs, message):
     with pytest.raises(UsageError, match=message) as caught:
         fold_batch_norm(make(), inputs)
     assert "\n" not in str(caught.value)
 
 
-def test_a_folded_network_is_of_keras_alone(tmp_path):
+def test_a_folded_network_consists_of_keras_layers_only(tmp_path):
     inputs = keras.Input((6, 6, 3))
     x = L.Conv2D(4, 3)(BatchNormalization()(inputs))
     x = BatchNormalization([1, 2, 3])(BatchNormalization()(x))
     model = trained(keras.Model(inputs, L.Dense(3)(L.Flatten()(x))))
     folded, report = fold_batch_norm(model)
     assert (len(report.folded), len(report.kept)) == (1, 2)
-    assert all(type(x).__module__.startswith("keras.") for x in folded._flatten_layers())
+    assert all(type(x).__module__.startswith("keras.") for x in all_layers(folded))
     folded.save(tmp_path / "folded.keras")
     assert_same(keras.saving.load_model(tmp_path / "folded.keras"), model)

@@ -1,4 +1,4 @@
-"""The check-up finds what is planted in a healthy network, and only that."""
+"""The check finds each fault that is planted in a healthy network, and nothing else."""
 
 import dataclasses
 import json
@@ -11,15 +11,16 @@ from small import small_mlp
 
 from bn_keras import BatchNormalization, estimate_population_statistics
 from bn_keras.errors import UsageError
-from bn_keras.health import check
+from bn_keras.health import check_batch_norm
 from bn_keras.inference.run_check import check_workdir
+from bn_keras.keras_internals import all_layers
 from bn_keras.training.loop import train_and_evaluate
 
 KERAS_BN = keras.layers.BatchNormalization
 
 
 def batches_of(num_batches):
-    """Images that differ more from each other than within themselves."""
+    """Returns images that differ more from each other than within themselves."""
     rng = np.random.default_rng(0)
     return [
         (rng.normal(0.5, 2, [64, 1, 1, 3]) + rng.normal(size=[64, 6, 6, 3])).astype(np.float32)
@@ -46,7 +47,7 @@ def network(cls=BatchNormalization):
 
 
 def layer_of(model, name):
-    return next(layer for layer in model._flatten_layers() if layer.name == name)
+    return next(layer for layer in all_layers(model) if layer.name == name)
 
 
 def healthy(cls=BatchNormalization):
@@ -66,10 +67,10 @@ def found_in(report):
 
 
 @pytest.mark.parametrize("cls", [BatchNormalization, KERAS_BN])
-def test_a_healthy_network_is_one_line_and_left_as_it_was(cls):
+def test_a_healthy_network_is_reported_on_one_line_and_unchanged(cls):
     model = healthy(cls)
     before = [v.numpy() for v in model.variables]
-    report = check(model, BATCHES, len(BATCHES))
+    report = check_batch_norm(model, BATCHES, len(BATCHES))
     assert not report.findings and not report.skipped and not report.has_faults
     assert (report.num_layers, report.num_channels) == (2, 9)
     assert report.population.num_batches == 4 and 0 < report.gap < 0.6
@@ -77,7 +78,7 @@ def test_a_healthy_network_is_one_line_and_left_as_it_was(cls):
     assert "\n" not in str(report) and len(str(report)) <= 100
     for value, variable in zip(before, model.variables, strict=True):
         np.testing.assert_array_equal(value, variable.numpy())
-    # And its layers are in training mode when they should be, and only then.
+    # The layers follow the mode of the model again.
     model(BATCHES[0], training=False)
     moving_mean = layer_of(model, "second").moving_mean
     value = moving_mean.numpy()
@@ -105,11 +106,11 @@ PLANTED = {
         ),
         [("never_updated", "first", True, ())],
     ),
-    "a channel without gamma": (
+    "gamma almost 0 in one channel": (
         lambda m: set_values(layer_of(m, "second").gamma, 1, lambda v: -1e-4),
         [("dead", "second", False, (1,))],
     ),
-    "no channel with gamma": (
+    "gamma 0 in all channels": (
         lambda m: set_values(layer_of(m, "second").gamma, slice(None), np.zeros_like),
         [("dead", "second", True, (0, 1, 2, 3, 4))],
     ),
@@ -134,10 +135,10 @@ PLANTED = {
 
 @pytest.mark.parametrize("cls", [BatchNormalization, KERAS_BN])
 @pytest.mark.parametrize("plant, expected", PLANTED.values(), ids=PLANTED)
-def test_what_is_planted_is_found_and_only_that(plant, expected, cls):
+def test_only_the_planted_fault_is_found(plant, expected, cls):
     model = healthy(cls)
     plant(model)
-    report = check(model, BATCHES, len(BATCHES))
+    report = check_batch_norm(model, BATCHES, len(BATCHES))
     assert found_in(report) == expected
     assert report.has_faults == expected[0][2]
     row, summary = str(report).splitlines()
@@ -165,31 +166,31 @@ def test_what_is_planted_is_found_and_only_that(plant, expected, cls):
     ],
     ids=["nothing", "gamma", "constant", "small"],
 )
-def test_what_the_weights_say_without_data(plant, expected):
+def test_weights_are_checked_without_data(plant, expected):
     model = network()
     plant(model)
     estimate_population_statistics(model, BATCHES, len(BATCHES))
-    report = check(model)
+    report = check_batch_norm(model)
     assert found_in(report) == expected
-    assert report.skipped == ("what takes data: none was given",)
+    assert report.skipped == ("checks on data: no dataset was passed",)
     assert report.population is None and report.gap is None
-    # And nothing more of it with data.
-    assert found_in(check(model, BATCHES, len(BATCHES))) == expected
+    # Data adds no finding.
+    assert found_in(check_batch_norm(model, BATCHES, len(BATCHES))) == expected
 
 
-def test_sorted_data_shows_in_the_gap():
-    """Each batch of one kind: the moving statistics are right, and no batch is like them."""
+def test_sorted_data_causes_a_gap():
+    """Each batch differs from the moving statistics, which are right on average."""
     model = network()
     batches = [x + 20 * i for i, x in enumerate(BATCHES)]
     estimate_population_statistics(model, batches, len(batches))
-    report = check(model, batches, len(batches))
+    report = check_batch_norm(model, batches, len(batches))
     assert found_in(report) == [("gap", "network", False, ())]
-    assert report.gap > 1 and f"{report.gap:.2g} apart" in str(report)
+    assert report.gap > 1 and f"differ, gap {report.gap:.2g}" in str(report)
 
 
 @pytest.mark.parametrize("cls", [BatchNormalization, KERAS_BN])
-def test_the_gap_is_that_of_the_definition(cls):
-    """Nothing of the dropout is in it."""
+def test_the_gap_agrees_with_its_definition(cls):
+    """Dropout does not contribute to the gap."""
     model = keras.Sequential(
         [keras.Input([3]), keras.layers.Dropout(0.5), cls(), keras.layers.Dropout(0.5)]
     )
@@ -200,10 +201,10 @@ def test_the_gap_is_that_of_the_definition(cls):
     training = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-3)
     inference = (x - 0.1) / np.sqrt(3 + 1e-3)
     gap = np.sqrt(np.mean((training - inference) ** 2) / np.mean(training**2))
-    assert check(model, batches, 4).gap == pytest.approx(gap, rel=1e-5)
+    assert check_batch_norm(model, batches, 4).gap == pytest.approx(gap, rel=1e-5)
 
 
-def test_of_several_outputs_the_gap_is_the_largest(two_replicas):
+def test_the_gap_of_several_outputs_is_the_largest(two_replicas):
     with two_replicas.scope():
         model = network()
         model = keras.Model(model.inputs, [model.inputs[0], *model.outputs, model.outputs[0] * 0])
@@ -212,30 +213,31 @@ def test_of_several_outputs_the_gap_is_the_largest(two_replicas):
     gaps = []
     for outputs in (model.outputs, model.outputs[:2], model.outputs[1]):
         part = keras.Model(model.inputs, outputs)
-        gaps.append(check(part, data, 4, two_replicas).gap)
-    # The last output is the same for all examples, and the first has no gap.
+        gaps.append(check_batch_norm(part, data, 4, two_replicas).gap)
+    # The last output is the same for all examples; the first has no gap.
     assert gaps[0] is None and gaps[1] == gaps[2] > 0
 
 
-def test_what_follows_an_activation_does_not_fold():
+def test_an_unfoldable_layer_is_a_note():
     images = keras.Input([6, 6, 3])
     norm = BatchNormalization(name="norm")
     model = keras.Model(images, norm(keras.layers.ReLU(name="relu")(images)))
     estimate_population_statistics(model, BATCHES, 4)
-    report = check(model, BATCHES, 4)
+    report = check_batch_norm(model, BATCHES, 4)
     assert found_in(report) == [("unfoldable", "norm", False, ())]
     assert "follows ReLU 'relu'" in str(report) and not report.has_faults
 
 
-def test_where_there_is_little_to_look_at():
+def test_skipped_checks_are_reported():
     plain = keras.Sequential([keras.Input([3]), keras.layers.Dense(2)])
-    report = check(plain, [])
+    report = check_batch_norm(plain, [])
     assert str(report) == (
-        "healthy: 0 BN layers, 0 channels; skipped what takes data: there is no BatchNormalization"
+        "healthy: 0 BN layers, 0 channels; skipped checks on data: the model has no"
+        " BatchNormalization"
     )
     model = healthy()
     model.trainable = False
-    assert "all layers are frozen" in str(check(model, BATCHES, 4))
+    assert "all layers are frozen" in str(check_batch_norm(model, BATCHES, 4))
 
     class Subclassed(keras.Model):
         def __init__(self):
@@ -246,23 +248,23 @@ def test_where_there_is_little_to_look_at():
             return self.norm(inputs, training=training)
 
     model = Subclassed()
-    with pytest.raises(UsageError, match="has no weights yet"):
-        check(model)
+    with pytest.raises(UsageError, match="is not built"):
+        check_batch_norm(model)
     model(BATCHES[0], training=True)
-    assert "skipped folding: model" in str(check(model))
+    assert "skipped check of folding: model" in str(check_batch_norm(model))
 
 
-def test_data_that_is_not_finite_or_too_little():
+def test_non_finite_and_insufficient_data():
     model = healthy()
-    report = check(model, [BATCHES[0] * np.inf], 1)
+    report = check_batch_norm(model, [BATCHES[0] * np.inf], 1)
     assert found_in(report) == [("not_finite", "network", True, ())]
     with pytest.raises(UsageError, match="the dataset is empty"):
-        check(model, [], 1)
+        check_batch_norm(model, [], 1)
     with pytest.raises(UsageError, match="ended after 4 of num_batches=20"):
-        check(model, BATCHES)
+        check_batch_norm(model, BATCHES)
 
 
-def test_a_run_and_a_run_whose_statistics_lag_behind(tmp_path):
+def test_lagging_statistics_of_a_run_are_stale(tmp_path):
     train_and_evaluate(small_mlp(), tmp_path / "good")
     report = check_workdir(tmp_path / "good", 20)
     assert (str(report).splitlines(), report.skipped) == ([str(report)], ())
@@ -274,18 +276,18 @@ def test_a_run_and_a_run_whose_statistics_lag_behind(tmp_path):
     assert not check_workdir(tmp_path / "lagging", 0).findings
     json.dumps(dataclasses.asdict(report), allow_nan=False)
 
-    # With Algorithm 2 the same network is healthy.
+    # With population statistics (Algorithm 2), the same network is healthy.
     by_population = {"population.when": "end", "population.num_batches": 20}
     train_and_evaluate(small_mlp(**lagging, **by_population), tmp_path / "population")
     assert not check_workdir(tmp_path / "population", 20).findings
 
 
-def test_a_run_whose_data_is_not_at_hand(tmp_path):
+def test_weights_of_a_run_are_checked_without_its_data(tmp_path):
     train_and_evaluate(small_mlp(**{"train.steps": 2}), tmp_path)
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"digits"', '"nowhere_to_be_found"'))
     report = check_workdir(tmp_path, 20)
     assert not report.findings and report.population is None
     assert len(report.skipped) == 1 and "nowhere_to_be_found" in report.skipped[0]
-    with pytest.raises(UsageError, match="num_batches is -1"):
+    with pytest.raises(UsageError, match="num_batches=-1 is invalid"):
         check_workdir(tmp_path, -1)
