@@ -1,4 +1,4 @@
-"""A disk without room, for tests of what may be written when it is met."""
+"""A full disk, for tests of interrupted writes."""
 
 import contextlib
 import resource
@@ -6,7 +6,7 @@ import resource
 
 @contextlib.contextmanager
 def files_of_at_most(num_bytes):
-    """Has every longer write fail: with EFBIG, since ENOSPC takes a file system of its own."""
+    """Makes longer writes fail with EFBIG; ENOSPC would need a file system of its own."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:

@@ -1,4 +1,4 @@
-"""A run says with what, and where, it was made, at each of its starts."""
+"""A run records its software and hardware at each start."""
 
 import subprocess
 
@@ -6,40 +6,41 @@ import pytest
 import tensorflow as tf
 from small import small_mlp
 
-from bn_keras.errors import UsageError
+from bn_keras.errors import StorageError
 from bn_keras.report import Run
 from bn_keras.runs import environment
 from bn_keras.runs.workdir import Workdir
 from bn_keras.training.loop import train_and_evaluate
 
 
-def test_what_it_says(tmp_path, monkeypatch):
-    said = environment.describe.__wrapped__()
-    assert said["versions"]["tensorflow"] == tf.__version__
-    assert said["machine"]["cores"] >= 1 and said["machine"]["devices"] == ["CPU"]
+def test_versions_machine_and_commit_are_recorded(tmp_path, monkeypatch):
+    recorded = environment.describe.__wrapped__()
+    assert recorded["versions"]["tensorflow"] == tf.__version__
+    assert recorded["machine"]["cores"] >= 1 and recorded["machine"]["devices"] == ["CPU"]
+    assert (environment._CHECKOUT / "bn_keras" / "runs" / "environment.py").is_file()
 
     def git(*arguments):
         subprocess.run(["git", "-C", tmp_path, *arguments], check=True, capture_output=True)
 
-    monkeypatch.setattr(environment, "_ROOT", tmp_path)
+    monkeypatch.setattr(environment, "_CHECKOUT", tmp_path)
     assert environment.describe.__wrapped__()["commit"] is None
     git("init")
     (tmp_path / "file").write_text("one")
     git("add", "file")
     git("-c", "user.name=n", "-c", "user.email=e@example.org", "commit", "-m", "first")
-    said = environment.describe.__wrapped__()
-    assert len(said["commit"]) == 40 and said["modified"] is False
+    recorded = environment.describe.__wrapped__()
+    assert len(recorded["commit"]) == 40 and recorded["modified"] is False
     (tmp_path / "file").write_text("two")
     assert environment.describe.__wrapped__()["modified"] is True
 
 
-def test_each_start_of_a_run_is_noted(tmp_path):
+def test_each_start_of_a_run_is_recorded(tmp_path):
     config = small_mlp(**{"train.steps": 10, "checkpoint.every_steps": 5})
     train_and_evaluate(config, tmp_path)
     (start,) = Run.read("x", tmp_path).environment
     assert start["step"] == 0 and start["started"] <= start["ended"]
     assert {key: start[key] for key in environment.describe()} == environment.describe()
-    # The last loop again, as after a kill.
+    # Repeats the last loop, as after a kill.
     run = Workdir(tmp_path)
     run.drop_metrics_after(5)
     (tmp_path / "checkpoints" / "10.npz").unlink(missing_ok=True)
@@ -49,7 +50,7 @@ def test_each_start_of_a_run_is_noted(tmp_path):
     assert Run.read("x", tmp_path).wall_seconds >= 0
 
 
-def test_an_end_is_noted_whatever_it_is(tmp_path):
+def test_an_end_is_recorded_after_any_error(tmp_path):
     run = Workdir(tmp_path)
     with pytest.raises(ZeroDivisionError), run.noting_start(3, {"commit": None}):
         (begun,) = run.read_environment()
@@ -61,7 +62,7 @@ def test_an_end_is_noted_whatever_it_is(tmp_path):
     assert Run("x", None, [], [begun]).wall_seconds == 0
 
 
-def test_a_worker_that_does_not_write_notes_nothing(tmp_path):
+def test_a_worker_other_than_the_chief_records_nothing(tmp_path):
     run = Workdir(tmp_path)
     run.writes = False
     with run.noting_start(0, {}):
@@ -69,10 +70,10 @@ def test_a_worker_that_does_not_write_notes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path, monkeypatch):
+def test_an_unwritable_folder_is_reported(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("bn_keras.runs.workdir.write_atomically", full)
-    with pytest.raises(UsageError, match="No space left"), Workdir(tmp_path).noting_start(0, {}):
+    with pytest.raises(StorageError, match="No space left"), Workdir(tmp_path).noting_start(0, {}):
         pass

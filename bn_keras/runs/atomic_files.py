@@ -1,58 +1,61 @@
-"""Files that are written whole or not at all, local or in a bucket."""
+"""Files that are written completely or not at all, local or in a bucket."""
 
 import contextlib
 import os
-import re
 from collections.abc import Iterator
 
 import tensorflow as tf
 from etils import epath
 
-from bn_keras.errors import UsageError
+from bn_keras.errors import StorageError
+from bn_keras.text import first_line
 
 
 def is_local(path: epath.Path) -> bool:
-    """Tells a path of this machine's file system from one of a bucket."""
+    """Returns whether a path is on a file system of this machine, not in a bucket."""
     return "://" not in os.fspath(path)
 
 
 @contextlib.contextmanager
 def writing(what: str, advice: str = "") -> Iterator[None]:
-    """Turns a full disk and the like into one line, whatever of it TensorFlow or Python says.
+    """Turns the errors of Python and TensorFlow about a full disk and the like into one line.
 
     Args:
-      what: is being written in the block.
-      advice: what the line ends with.
+      what: name of what the block writes.
+      advice: end of the message.
 
     Raises:
-      UsageError: "WHAT can't be written: REASON; ADVICE".
+      StorageError: "WHAT cannot be written: REASON; ADVICE".
     """
     try:
         yield
+    except StorageError:
+        # From a nested block, which names the file more precisely.
+        raise
     except (OSError, tf.errors.OpError) as error:
         advice = advice and f"; {advice}"
-        raise UsageError(f"{what} can't be written: {reason_of(error)}{advice}") from None
+        raise StorageError(f"{what} cannot be written: {reason_of(error)}{advice}") from None
 
 
 def reason_of(error: Exception) -> str:
-    """Gives the part of an error's text that says what is wrong, on one line."""
-    text = getattr(error, "strerror", None) or getattr(error, "message", None) or str(error)
-    # TensorFlow's: "{{node}} a/temporary/file; No space left on device [Op:SaveV2]".
-    line = re.sub(r"^\{\{.*?\}\} | \[Op:.*", "", text.strip().partition("\n")[0])
-    return line.rpartition("; ")[2] or type(error).__name__
+    """Returns the cause that an error of the file system states, without the path.
+
+    TensorFlow's messages have the form "a/temporary/file; No space left on device".
+    """
+    return first_line(error).rpartition("; ")[2]
 
 
 def write_atomically(path: epath.Path, text: str) -> None:
-    """Writes a file that is there with all of its text, or as it was before."""
+    """Writes a file; if that fails, the previous file remains."""
     unfinished = path.parent / f"{path.name}.unfinished"
     unfinished.write_text(text)
     move(unfinished, path)
 
 
 def move(source: epath.Path, target: epath.Path) -> None:
-    """Gives a file another name, once all of it is on the disk; replaces what is there."""
+    """Renames a file once all of it is on the disk, replacing the target if it exists."""
     if is_local(source):
-        # For writing too, without which Windows refuses to.
+        # Windows flushes only files that are open for writing.
         descriptor = os.open(source, os.O_RDWR)
         try:
             os.fsync(descriptor)

@@ -1,27 +1,46 @@
-"""With what, and where, a run is made: what its reader needs in order to believe it."""
+"""The software and hardware of a run, recorded so that its results can be reproduced."""
 
 import functools
-import os
 import pathlib
 import platform
 import subprocess
+from typing import TypedDict
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 import bn_keras
+from bn_keras.cores import usable_cores
 
-_ROOT = pathlib.Path(__file__).resolve().parents[1]
+_CHECKOUT = pathlib.Path(bn_keras.__file__).resolve().parents[1]
+
+
+class Machine(TypedDict):
+    """The hardware of a run."""
+
+    platform: str
+    processor: str
+    cores: int
+    devices: list[str]
+
+
+class Environment(TypedDict):
+    """The software and hardware of a run.
+
+    "commit" is the commit of the checkout that contains the package, and "modified" whether tracked
+    files differ from it. Both are None outside a checkout.
+    """
+
+    versions: dict[str, str]
+    commit: str | None
+    modified: bool | None
+    machine: Machine
 
 
 @functools.cache
-def describe() -> dict[str, object]:
-    """Gives "versions", "commit", "modified" and "machine".
-
-    "commit" is that of the checkout which the package lies in, and "modified" whether files of it
-    differ from that; both are None where it lies in none.
-    """
+def describe() -> Environment:
+    """Returns the environment of this process."""
     commit = _git("rev-parse", "HEAD")
     return {
         "versions": {
@@ -36,18 +55,19 @@ def describe() -> dict[str, object]:
         "machine": {
             "platform": f"{platform.system()} {platform.machine()}",
             "processor": _processor(),
-            "cores": len(cores()),
+            "cores": len(usable_cores()),
             "devices": _devices(),
         },
     }
 
 
 def _git(*arguments: str) -> str | None:
-    if not (_ROOT / ".git").exists():
+    """Returns the output of a git command in the checkout, or None if there is no checkout."""
+    if not (_CHECKOUT / ".git").exists():
         return None
     try:
         done = subprocess.run(
-            ["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, timeout=10
+            ["git", "-C", str(_CHECKOUT), *arguments], capture_output=True, text=True, timeout=10
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -63,15 +83,8 @@ def _processor() -> str:
     return next(names, platform.processor())
 
 
-def cores() -> list[int]:
-    """Numbers of the CPU's cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
 def _devices() -> list[str]:
-    """The accelerators by their names, else the kinds of TensorFlow's devices."""
+    """Returns the names of the accelerators, or ["CPU"] if there are none."""
     gpus = tf.config.list_physical_devices("GPU")
     names = [tf.config.experimental.get_device_details(gpu).get("device_name") for gpu in gpus]
     tpus = [device.device_type for device in tf.config.list_logical_devices("TPU")]
