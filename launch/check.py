@@ -1,9 +1,9 @@
-"""Examines the BatchNormalization layers of a run's network: a table of what is wrong with them.
+"""Checks the BatchNormalization layers of a run's network and prints a table of the findings.
 
-Nothing wrong is one line. Status 1 says that there is a fault; notes alone leave it at 0.
+A healthy network prints one line. The exit status is 1 for a fault, and 0 for notes alone.
 
 Example:
-  python -m launch.check --workdir=runs/mnist_bn
+  bn-keras check --workdir=runs/mnist_bn
 """
 
 import dataclasses
@@ -16,21 +16,21 @@ from . import cli
 
 _WORKDIR = cli.define_workdir()
 _BATCHES = flags.DEFINE_integer(
-    "batches", 20, "Training batches to run the network on; 0 looks at the weights alone."
+    "batches", 20, "Training batches to run the network on; 0 checks the weights alone."
 )
-_JSON = flags.DEFINE_boolean("json", False, "Everything that was found and measured, as JSON.")
+_JSON = flags.DEFINE_boolean("json", False, "Print all findings and measurements as JSON.")
 
 
 def main() -> None:
-    """Examines what the flags say and prints the report."""
+    """Checks the network and prints the report."""
     from bn_keras.inference.run_check import check_workdir
 
-    batches = _BATCHES.value or "none: the weights alone"
-    cli.log_lines({"network": _WORKDIR.value, "batches": f"{batches}"})
+    batches = str(_BATCHES.value or "none, weights alone")
+    cli.log_lines({"network": _WORKDIR.value, "batches": batches})
     report = check_workdir(_WORKDIR.value, _BATCHES.value)
     if _JSON.value:
-        everything = {"has_faults": report.has_faults} | dataclasses.asdict(report)
-        print(json.dumps(everything, indent=2, allow_nan=False))
+        values = {"has_faults": report.has_faults} | dataclasses.asdict(report)
+        print(json.dumps(values, indent=2, allow_nan=False))
     else:
         print(report)
     if report.has_faults:

@@ -1,11 +1,11 @@
-"""Writes another project's weights of BN-Inception as a Keras model.
+"""Converts another project's weights of BN-Inception to a Keras model.
 
-These are the PyTorch ports of pytorchcv and Cadene's pretrainedmodels (.pth, or .npz where PyTorch
-is not installed) and TF-Slim's inception_v2. The log tells what images the network takes.
+Supported are the PyTorch ports of pytorchcv and of Cadene's pretrainedmodels (.pth, or .npz without
+PyTorch) and TF-Slim's inception_v2. The log describes the images that the network expects.
 
 Examples:
-  python -m launch.convert --weights=inception_v2.ckpt --output=slim.keras
-  python -m launch.convert --weights=bninception.pth --output=caffe.weights.h5
+  bn-keras convert --weights=inception_v2.ckpt --output=slim.keras
+  bn-keras convert --weights=bninception.pth --output=caffe.weights.h5
 """
 
 from absl import flags
@@ -15,21 +15,24 @@ from . import cli
 _WEIGHTS = flags.DEFINE_string(
     "weights",
     None,
-    "File of PyTorch's (.npz, .pth, .pt, .tar), or a TensorFlow checkpoint: its prefix, one of its"
-    " files or its folder.",
+    "PyTorch file (.npz, .pth, .pt, .tar), or TensorFlow checkpoint: its prefix, one of its files"
+    " or its folder.",
     required=True,
 )
 _OUTPUT = flags.DEFINE_string(
-    "output", None, "File to write, ending in .keras or .weights.h5.", required=True
+    "output", None, "Output file that ends in .keras or .weights.h5.", required=True
 )
 _SOURCE = flags.DEFINE_enum(
-    "source", None, ["pytorch", "slim"], "Whose weights they are; without it, the ending tells."
+    "source",
+    None,
+    ["pytorch", "slim"],
+    "Origin of the weights; inferred from the file extension by default.",
 )
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an output that is there.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an existing output.")
 
 
 def main() -> None:
-    """Converts what the flags name."""
+    """Converts the weights."""
     from bn_keras.convert import convert_weights
 
     cli.log_lines({"weights": _WEIGHTS.value, "output": _OUTPUT.value})

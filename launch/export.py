@@ -1,10 +1,10 @@
-"""Writes the network of a run as a .keras file, a SavedModel or a TFLite file.
+"""Exports the network of a run as a .keras file, a SavedModel or a TFLite file.
 
-What is written is read again and compared with the network before it stands at --output.
+The export is read back and compared with the network before it is moved to --output.
 
 Examples:
-  python -m launch.export --workdir=runs/bn_x30 --output=bn_x30.keras --fold
-  python -m launch.export --workdir=runs/a --output=net/1 --format=saved_model
+  bn-keras export --workdir=runs/bn_x30 --output=bn_x30.keras --fold
+  bn-keras export --workdir=runs/a --output=net/1 --format=saved_model
 """
 
 from absl import flags
@@ -13,27 +13,25 @@ from . import cli
 
 _WORKDIR = cli.define_workdir()
 _OUTPUT = flags.DEFINE_string(
-    "output", None, "File, or folder of a SavedModel, to write.", required=True
+    "output", None, "Output file, or folder for a SavedModel.", required=True
 )
 _FORMAT = flags.DEFINE_enum(
     "format",
     "keras",
     ["keras", "saved_model", "tflite"],
-    "keras (images to logits), saved_model (JPEG files to probabilities, too) or tflite.",
+    "keras (images to logits), saved_model (also JPEG files to probabilities) or tflite.",
 )
-_FOLD = flags.DEFINE_bool("fold", False, "Fold batch normalization into the layers before it.")
-_BEST = flags.DEFINE_bool(
-    "best", False, "Take the network of the run's best evaluation in place of the last one."
-)
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an output that is there.")
+_FOLD = flags.DEFINE_bool("fold", False, "Fold batch normalization into the preceding layers.")
+_BEST = flags.DEFINE_bool("best", False, "Export the network of the run's best evaluation.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an existing export.")
 
 
 def main() -> None:
-    """Exports what the flags say and prints what came of it."""
+    """Exports the network and prints a report."""
     from bn_keras.inference.exporter import export_workdir
 
-    form = f"{_FORMAT.value}, folded" if _FOLD.value else _FORMAT.value
-    cli.log_lines({"network": _WORKDIR.value, "output": f"{_OUTPUT.value}, {form}"})
+    description = f"{_FORMAT.value}, folded" if _FOLD.value else _FORMAT.value
+    cli.log_lines({"network": _WORKDIR.value, "output": f"{_OUTPUT.value}, {description}"})
     report = export_workdir(
         _WORKDIR.value,
         _OUTPUT.value,

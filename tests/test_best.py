@@ -1,4 +1,4 @@
-"""Whoever takes a run's network takes that of its best evaluation, if asked for it."""
+"""Loading, evaluation, prediction and export can use the network of the best evaluation."""
 
 import shutil
 
@@ -17,7 +17,7 @@ from bn_keras.training.loop import train_and_evaluate
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of 60 steps, of which the best was step 25."""
+    """A run of 60 steps with step 25 as its best."""
     folder = tmp_path_factory.mktemp("run")
     train_and_evaluate(small_mlp(**{"data.binary": False}), folder)
     shutil.rmtree(folder / "best")
@@ -27,14 +27,14 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_the_best_is_loaded_and_exported(run, tmp_path):
+def test_the_best_network_is_loaded_and_exported(run, tmp_path):
     best, last = load_trained(run, best=True), load_trained(run)
     assert (best.step, last.step) == (25, 60)
     report = export_workdir(run, tmp_path / "best.keras", best=True)
     assert (report.step, export_workdir(run, tmp_path / "last.keras").step) == (25, 60)
 
 
-def test_the_best_predicts(run, tmp_path):
+def test_the_best_network_predicts(run, tmp_path):
     image = tmp_path / "image.png"
     pixels = np.random.default_rng(0).integers(256, size=(8, 8, 1), dtype=np.uint8)
     image.write_bytes(tf.io.encode_png(pixels).numpy())
@@ -45,8 +45,10 @@ def test_the_best_predicts(run, tmp_path):
     assert make_predictor([run])(image)[0].probability != pytest.approx(max(found.values()))
 
 
-def test_there_may_be_no_best(run, tmp_path):
-    with pytest.raises(UsageError, match="the best of its evaluations is a run's"):
+def test_a_missing_best_network_is_reported(run, tmp_path):
+    with pytest.raises(
+        UsageError, match="the best evaluation is recorded in a run only: pass its workdir"
+    ):
         evaluate_networks(exported=["network.keras"], best=True)
     other = shutil.copytree(run, tmp_path / "other")
     shutil.rmtree(other / "best")

@@ -1,4 +1,4 @@
-"""Evaluation: every image once, whatever the batch, the replicas, the crops and the members."""
+"""Evaluation counts every image once, for any batch, replicas, crops and ensemble."""
 
 import keras
 import numpy as np
@@ -6,20 +6,16 @@ import pytest
 import tensorflow as tf
 from small import small_mlp
 
-from bn_keras.data import pipeline, sources
-from bn_keras.data.images import Preprocessing
+from bn_keras.data import pipeline
 from bn_keras.data.multi_crop import SINGLE_CROP, CropPreprocessing, Crops
+from bn_keras.data.splits import Arrays, Source
+from bn_keras.data.transforms import Preprocessing
 from bn_keras.errors import UsageError
-from bn_keras.inference.evaluation import (
-    evaluate_networks,
-    format_errors,
-    make_ensemble_evaluator,
-    make_evaluator,
-    make_scorer,
-)
+from bn_keras.inference.evaluation import evaluate_networks, format_errors
 from bn_keras.inference.exporter import export_workdir
 from bn_keras.inference.loading import load_exported, load_trained
 from bn_keras.runs.workdir import Workdir
+from bn_keras.training.evaluator import Evaluator, make_evaluator, make_scorer
 from bn_keras.training.loop import train_and_evaluate
 
 ONE_DEVICE = tf.distribute.get_strategy()
@@ -27,13 +23,13 @@ SIZE, CLASSES, IMAGES = 14, 7, 23
 
 
 def small_data():
-    """Images larger than what the network sees, and longer than high."""
+    """Images larger than the network's input, and wider than high."""
     random = np.random.default_rng(0)
-    arrays = sources.Arrays(
+    arrays = Arrays(
         random.integers(0, 256, (IMAGES, 18, 25, 3), np.uint8),
         random.integers(0, CLASSES, IMAGES).astype(np.int32),
     )
-    source = sources.Source(tuple(map(str, range(CLASSES))), arrays, arrays)
+    source = Source(tuple(map(str, range(CLASSES))), arrays, arrays)
     preprocessing = Preprocessing((SIZE, SIZE), "inception", True, 1.0, binary=False)
     return pipeline.Data(source, preprocessing, 0, "shards"), arrays
 
@@ -43,7 +39,7 @@ def small_network(seed, softmax=False):
     layers = [
         keras.layers.Conv2D(4, 3, strides=2, activation="relu"),
         keras.layers.Flatten(),
-        # Large weights, so that the mean of probabilities is not that of logits.
+        # With large weights, the mean of probabilities differs from that of logits.
         keras.layers.Dense(CLASSES, kernel_initializer=keras.initializers.RandomNormal(stddev=2.0)),
     ]
     model = keras.Sequential([keras.Input((SIZE, SIZE, 3)), *layers])
@@ -52,8 +48,8 @@ def small_network(seed, softmax=False):
     return model
 
 
-def probabilities_by_hand(model, crops, images):
-    """Arithmetic mean in float64 of what the network makes of each image's crops."""
+def mean_probabilities(model, crops, images):
+    """Returns the mean probabilities over the crops of each image, computed in float64."""
     means = []
     for image in images:
         if crops.count == 1:
@@ -66,7 +62,7 @@ def probabilities_by_hand(model, crops, images):
     return np.stack(means)
 
 
-def figures_by_hand(probabilities, labels):
+def metrics_of(probabilities, labels):
     order = np.argsort(-probabilities, axis=1)
     hits = order == labels[:, None]
     return {
@@ -82,47 +78,47 @@ def test_probabilities_are_averaged_over_crops_and_members(crops):
     crops = Crops.parse(crops)
     data, arrays = small_data()
     models = [small_network(seed) for seed in (0, 1, 2)]
-    found = make_ensemble_evaluator(models, data, ONE_DEVICE, 32, crops)()
-    members = [probabilities_by_hand(model, crops, arrays.images) for model in models]
-    expected = [figures_by_hand(p, arrays.labels) for p in [*members, np.mean(members, axis=0)]]
+    found = Evaluator(models, data, ONE_DEVICE, 32, crops)()
+    members = [mean_probabilities(model, crops, arrays.images) for model in models]
+    expected = [metrics_of(p, arrays.labels) for p in [*members, np.mean(members, axis=0)]]
     assert len(found) == 4
-    for row, by_hand in zip(found, expected, strict=True):
-        assert row == pytest.approx(by_hand, rel=1e-4)
-    # What this is about shows: the ensemble is neither of its members.
+    for row, metrics in zip(found, expected, strict=True):
+        assert row == pytest.approx(metrics, rel=1e-4)
+    # The ensemble differs from each of its members.
     assert len({row["loss"] for row in found}) == 4
 
 
 @pytest.mark.parametrize("crops", ["1", "10", "144"])
 @pytest.mark.parametrize("global_batch_size", [2, 30, 64])
-def test_any_batch_and_replicas_give_the_same(crops, global_batch_size, two_replicas):
+def test_results_do_not_depend_on_batch_and_replicas(crops, global_batch_size, two_replicas):
     crops = Crops.parse(crops)
     data, _ = small_data()
-    reference = make_ensemble_evaluator([small_network(0)], data, ONE_DEVICE, 7, crops)()
+    reference = Evaluator([small_network(0)], data, ONE_DEVICE, 7, crops)()
     with two_replicas.scope():
         model = small_network(0)
-    found = make_ensemble_evaluator([model], data, two_replicas, global_batch_size, crops)()
+    found = Evaluator([model], data, two_replicas, global_batch_size, crops)()
     assert found[0]["examples"] == IMAGES
     assert found[0] == pytest.approx(reference[0], rel=1e-5)
 
 
-def test_a_model_is_never_called_with_more_than_its_batch():
+def test_a_model_is_called_with_at_most_its_batch():
     data, _ = small_data()
-    seen = []
+    sizes = []
 
     class Watched(keras.layers.Layer):
         def call(self, x):
-            seen.append(x.shape[0])
+            sizes.append(x.shape[0])
             return x
 
     network = small_network(0)
     model = keras.Sequential([keras.Input((SIZE, SIZE, 3)), Watched(), network])
     for crops, batch, called in [("144", 50, 48), ("144", 7, 6), ("10", 50, 50), ("10", 64, 60)]:
-        seen.clear()
-        make_ensemble_evaluator([model], data, ONE_DEVICE, batch, Crops.parse(crops))()
-        assert set(seen) == {called}
+        sizes.clear()
+        Evaluator([model], data, ONE_DEVICE, batch, Crops.parse(crops))()
+        assert set(sizes) == {called}
 
 
-def test_a_lost_image_is_noticed(monkeypatch):
+def test_a_lost_image_raises(monkeypatch):
     data, _ = small_data()
     evaluate = make_evaluator(small_network(0), data, ONE_DEVICE, 8)
     evaluate()
@@ -131,13 +127,13 @@ def test_a_lost_image_is_noticed(monkeypatch):
         evaluate()
 
 
-def test_a_batch_that_cannot_be_split(two_replicas):
+def test_a_batch_that_the_replicas_do_not_divide_is_rejected(two_replicas):
     data, _ = small_data()
-    with pytest.raises(UsageError, match="15 can't be split over 2 replicas"):
-        make_ensemble_evaluator([small_network(0)], data, two_replicas, 15, Crops.parse("10"))
+    with pytest.raises(UsageError, match="15 cannot be split evenly over 2 replicas"):
+        Evaluator([small_network(0)], data, two_replicas, 15, Crops.parse("10"))
 
 
-def test_logits_and_probabilities_are_told_apart():
+def test_logits_and_probabilities_are_distinguished():
     images = tf.random.stateless_normal([4, SIZE, SIZE, 3], [0, 0])
     single = CropPreprocessing(small_data()[0].preprocessing, SINGLE_CROP)
     models = [small_network(0), small_network(0, softmax=True)]
@@ -160,14 +156,14 @@ def test_improbable_classes_keep_their_order():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Three runs on digits that differ by seed."""
+    """Three runs on digits with different seeds."""
     folder = tmp_path_factory.mktemp("runs")
     for seed in (0, 1, 2):
         train_and_evaluate(small_mlp(seed=seed), folder / str(seed))
     return [folder / str(seed) for seed in (0, 1, 2)]
 
 
-def test_a_run_evaluated_again_gives_its_last_line(runs):
+def test_evaluating_a_run_reproduces_its_last_line(runs):
     last = Workdir(runs[0]).read_metrics()[-1]
     (found,) = evaluate_networks([runs[0]])
     assert (found["step"], found["statistics"]) == (60, "moving")
@@ -178,7 +174,7 @@ def test_a_run_evaluated_again_gives_its_last_line(runs):
     assert found["top5_error"] == 1 - found["top5_accuracy"]
 
 
-def test_runs_with_several_crops_and_their_ensemble(runs):
+def test_several_runs_are_evaluated_with_several_crops_and_as_an_ensemble(runs):
     rows = evaluate_networks(runs, crops=[SINGLE_CROP, Crops.parse("10")])
     assert [(row["model"], row["crops"], row["models"]) for row in rows] == [
         (name, crops, models)
@@ -186,7 +182,7 @@ def test_runs_with_several_crops_and_their_ensemble(runs):
         for name, models in [*((str(run), 1) for run in runs), ("ensemble", 3)]
     ]
     assert {row["examples"] for row in rows} == {355}
-    # The cross-entropy of a mean is at most the mean of the cross-entropies.
+    # The cross-entropy of the mean is at most the mean of the cross-entropies.
     for members, ensemble in ((rows[:3], rows[3]), (rows[4:7], rows[7])):
         assert ensemble["loss"] < np.mean([row["loss"] for row in members])
     title, *lines, total = format_errors(rows).splitlines()
@@ -198,18 +194,18 @@ def test_runs_with_several_crops_and_their_ensemble(runs):
     assert len(set(map(len, [title, *lines]))) == 1
 
 
-def test_what_is_no_run_or_another_network_is_refused(tmp_path):
+def test_folders_without_a_run_and_other_networks_are_rejected(tmp_path):
     with pytest.raises(UsageError, match="holds no run"):
         evaluate_networks([tmp_path])
     config = small_mlp(**{"train.steps": 2})
     Workdir(tmp_path).create(config, (8, 8, 1), "0123456789")
     with pytest.raises(UsageError, match="no checkpoint of a trained network yet"):
         evaluate_networks([tmp_path])
-    with pytest.raises(UsageError, match="not that of the run"):
+    with pytest.raises(UsageError, match="describes another network than the run"):
         evaluate_networks([tmp_path], small_mlp(**{"model.variant": "baseline"}))
 
 
-def test_members_of_other_classes_are_refused(runs, tmp_path):
+def test_members_with_other_classes_are_rejected(runs, tmp_path):
     config = small_mlp(**{"train.steps": 2})
     train_and_evaluate(config, tmp_path)
     assert load_trained(tmp_path).class_names == tuple("0123456789")
@@ -220,14 +216,14 @@ def test_members_of_other_classes_are_refused(runs, tmp_path):
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
-def test_members_that_see_other_pixels_are_refused(runs, tmp_path):
+def test_members_with_other_preprocessing_are_rejected(runs, tmp_path):
     train_and_evaluate(small_mlp(**{"train.steps": 2, "data.binary": False}), tmp_path)
-    with pytest.raises(UsageError, match="data.binary is True, but not for the network in") as e:
+    with pytest.raises(UsageError, match="data.binary is True, but the network in .*False") as e:
         evaluate_networks([runs[0], tmp_path])
     assert "\n" not in str(e.value)
 
 
-def test_exported_networks_in_an_ensemble(runs, tmp_path):
+def test_exported_networks_are_evaluated_like_runs(runs, tmp_path):
     keras_file, folded, saved_model = (
         export_workdir(run, tmp_path / name, kind, fold=fold).output
         for run, name, kind, fold in (
@@ -246,27 +242,30 @@ def test_exported_networks_in_an_ensemble(runs, tmp_path):
     *_, mixed = evaluate_networks(runs[:2], exported=[saved_model])
     assert mixed["loss"] == pytest.approx(expected[-1]["loss"], rel=1e-4)
 
-    with pytest.raises(UsageError, match="doesn't say what it was trained on: give a config"):
+    with pytest.raises(UsageError, match="does not record its data set: pass a config"):
         evaluate_networks(exported=[keras_file])
     other = small_mlp(**{"data.name": "synthetic", "data.image_size": 8})
     other.unlock()
-    with pytest.raises(UsageError, match="but the network in .*a.keras was trained for 10 classes"):
+    with pytest.raises(UsageError, match="but the network in .*a.keras was trained on 10 classes"):
         evaluate_networks([], other, exported=[keras_file])
 
 
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda path: None, "is no exported network: accepted are .keras files and folders of"),
-        (lambda path: path.mkdir(), "is no exported network"),
-        (lambda path: path.write_bytes(b"PK\3\4 and no more"), "can't be read as a network: "),
+        (
+            lambda path: None,
+            "is not an exported network: expected a .keras file or the folder of a",
+        ),
+        (lambda path: path.mkdir(), "is not an exported network"),
+        (lambda path: path.write_bytes(b"PK\3\4 and no more"), "cannot be read as a network: "),
         (
             lambda path: keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]).save(path),
-            "it has to map images",
+            r"expected images \[N, height, width, channels\]",
         ),
     ],
 )
-def test_what_is_no_exported_network_is_refused(make, message, tmp_path):
+def test_files_that_are_no_exported_network_are_rejected(make, message, tmp_path):
     make(tmp_path / "x.keras")
     with pytest.raises(UsageError, match=message) as caught:
         load_exported(tmp_path / "x.keras")

@@ -1,4 +1,4 @@
-"""What an export leaves is the network, whole or not at all."""
+"""An export computes what the network computes, and is complete or absent."""
 
 import json
 import os
@@ -13,8 +13,8 @@ import tensorflow as tf
 from small import small_mlp
 from test_launch import assert_fails_on_one_line, launch
 
-from bn_keras.errors import UsageError
-from bn_keras.inference import exporter as export
+from bn_keras.errors import StorageError, UsageError
+from bn_keras.inference import exporter
 from bn_keras.inference.exporter import export_workdir
 from bn_keras.inference.loading import load_trained
 from bn_keras.training.loop import train_and_evaluate
@@ -30,8 +30,8 @@ def workdir(tmp_path_factory):
     return folder
 
 
-def images(number=5):
-    return np.random.default_rng(1).integers(0, 2, (number, 8, 8, 1)).astype(np.float32)
+def images(count=5):
+    return np.random.default_rng(1).integers(0, 2, (count, 8, 8, 1)).astype(np.float32)
 
 
 def logits_of(workdir):
@@ -39,7 +39,7 @@ def logits_of(workdir):
 
 
 def read(path, file_format):
-    """Runs a file by what its readers have."""
+    """Runs an export with the software that loads it."""
     if file_format == "keras":
         return keras.saving.load_model(path)(images())
     if file_format == "saved_model":
@@ -51,7 +51,7 @@ def read(path, file_format):
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
 @pytest.mark.parametrize("fold", [False, True], ids=["", "folded"])
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_the_network_comes_back(file_format, fold, workdir, tmp_path):
+def test_an_export_computes_the_logits_of_the_network(file_format, fold, workdir, tmp_path):
     output = tmp_path / "new" / FORMATS[file_format]
     report = export_workdir(workdir, output, file_format, fold=fold)
     np.testing.assert_allclose(read(output, file_format), logits_of(workdir), rtol=1e-4, atol=1e-5)
@@ -65,13 +65,13 @@ def test_the_network_comes_back(file_format, fold, workdir, tmp_path):
     assert ("3 of 3 BatchNormalization layers folded" in str(report)) == fold
 
 
-def test_a_keras_file_needs_bn_keras_only_where_it_says_so(workdir, tmp_path):
-    needed = {}
+def test_a_keras_file_loads_with_the_reported_software(workdir, tmp_path):
+    readers = {}
     for name, fold in {"plain": False, "folded": True}.items():
         report = export_workdir(workdir, tmp_path / f"{name}.keras", fold=fold)
-        needed[name] = report.reader
-    assert needed["plain"] == "Keras after import bn_keras (for BatchNormalization)"
-    assert needed["folded"] == "Keras alone"
+        readers[name] = report.reader
+    assert readers["plain"] == "Keras after import bn_keras (for BatchNormalization)"
+    assert readers["folded"] == "Keras alone"
     np.save(tmp_path / "x.npy", images())
     code = (
         "import sys, keras, numpy as np; load = keras.saving.load_model; x = np.load('x.npy');"
@@ -89,11 +89,11 @@ def test_a_keras_file_needs_bn_keras_only_where_it_says_so(workdir, tmp_path):
         np.testing.assert_allclose(y, logits_of(workdir), rtol=1e-4, atol=1e-5)
 
 
-def test_a_saved_model_takes_image_files(workdir, tmp_path):
+def test_a_saved_model_accepts_image_files(workdir, tmp_path):
     export_workdir(workdir, tmp_path / "1", "saved_model")
     served = tf.saved_model.load(tmp_path / "1").signatures
     assert [n.decode() for n in served["class_names"]()["class_names"].numpy()] == CLASSES
-    # PNG keeps every pixel, and images of the network's size are only brought to its range.
+    # PNG is lossless, and images of the network's size are only scaled to its range.
     files = [tf.io.encode_png(255 * x.astype(np.uint8)) for x in images()]
     outputs = served["serving_default"](encoded=tf.stack(files))
     expected = tf.nn.softmax(logits_of(workdir)).numpy()
@@ -101,7 +101,7 @@ def test_a_saved_model_takes_image_files(workdir, tmp_path):
     best = [CLASSES[i].encode() for i in expected.argmax(axis=1)]
     assert outputs["class_name"].numpy().tolist() == best
 
-    # Files of any size and kind, and batches of any number, none among them.
+    # Files of any size and format, and batches of any size, also empty ones.
     noise = np.random.default_rng(0).integers(0, 256, (30, 50, 3), np.uint8)
     mixed = tf.stack([files[0], tf.io.encode_jpeg(noise), tf.io.encode_png(noise[:9])])
     together = served["serving_default"](encoded=mixed)["probabilities"].numpy()
@@ -132,25 +132,25 @@ def test_tflite_of_mixed_precision_is_float32(workdir, tmp_path):
         ("net.h5", "keras", ["net.h5", "ends in .keras"]),
         ("net", "tflite", ["ends in .tflite"]),
         ("gs://bucket/net.keras", "keras", ["local path"]),
-        ("a_file/net.keras", "keras", ["a_file is no folder"]),
+        ("a_file/net.keras", "keras", ["net.keras is invalid", "a_file is not a folder"]),
         ("net.keras", "keras", ["net.keras exists", "--overwrite"]),
         ("a_folder", "saved_model", ["a_folder exists"]),
     ],
 )
-def test_outputs_that_cannot_be_meant(output, file_format, parts, tmp_path):
+def test_invalid_outputs_are_rejected(output, file_format, parts, tmp_path):
     (tmp_path / "a_file").write_text("mine")
     (tmp_path / "net.keras").write_text("mine")
     (tmp_path / "a_folder").mkdir()
     before = sorted(os.listdir(tmp_path))
     path = output if "://" in output else tmp_path / output
-    # Found out before the run is looked for.
+    # The output is checked before the run is read.
     with pytest.raises(UsageError) as caught:
         export_workdir(tmp_path / "no run", path, file_format)
     assert all(part in str(caught.value) for part in parts)
     assert "\n" not in str(caught.value) and sorted(os.listdir(tmp_path)) == before
 
 
-def test_runs_that_cannot_be_exported(workdir, tmp_path):
+def test_folders_without_a_trained_network_are_rejected(workdir, tmp_path):
     output = tmp_path / "net.keras"
     with pytest.raises(UsageError, match="holds no run"):
         export_workdir(tmp_path / "no run", output)
@@ -161,7 +161,7 @@ def test_runs_that_cannot_be_exported(workdir, tmp_path):
     assert os.listdir(tmp_path) == ["run"]
 
 
-def test_an_output_that_is_there_is_replaced_on_request(workdir, tmp_path):
+def test_an_existing_export_is_replaced_on_request(workdir, tmp_path):
     for file_format, name in FORMATS.items():
         output = tmp_path / name
         if file_format == "saved_model":
@@ -175,7 +175,7 @@ def test_an_output_that_is_there_is_replaced_on_request(workdir, tmp_path):
     assert "notes.txt" not in os.listdir(tmp_path / "net")
 
 
-def test_what_is_there_and_no_export_is_never_replaced(tmp_path):
+def test_an_existing_output_of_another_kind_is_never_replaced(tmp_path):
     (tmp_path / "net.keras").mkdir()
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("mine")
@@ -186,15 +186,17 @@ def test_what_is_there_and_no_export_is_never_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_a_file_that_reads_otherwise_is_not_left(file_format, workdir, tmp_path, monkeypatch):
-    right = export._READERS[file_format]
+def test_an_export_that_computes_something_else_is_removed(
+    file_format, workdir, tmp_path, monkeypatch
+):
+    form = exporter._FORMATS[file_format]
 
-    def wrong(path):
-        network = right(path)
+    def read_wrongly(path):
+        network = form.read(path)
         return lambda x: network(x) + 1
 
-    monkeypatch.setitem(export._READERS, file_format, wrong)
-    with pytest.raises(ArithmeticError, match=f"{FORMATS[file_format]}, read again, .* by up to 1"):
+    monkeypatch.setitem(exporter._FORMATS, file_format, form._replace(read=read_wrongly))
+    with pytest.raises(ArithmeticError, match=f"the exported {FORMATS[file_format]} .* by up to 1"):
         export_workdir(workdir, tmp_path / FORMATS[file_format], file_format)
     assert not os.listdir(tmp_path)
 
@@ -202,20 +204,21 @@ def test_a_file_that_reads_otherwise_is_not_left(file_format, workdir, tmp_path,
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left"), tf.errors.UnknownError(None, None, "No space left")]
 )
-def test_what_breaks_off_leaves_what_was_there(error, workdir, tmp_path, monkeypatch):
-    def break_off(model, trained, path):
+def test_a_failed_export_keeps_the_previous_output(error, workdir, tmp_path, monkeypatch):
+    def fail(model, trained, path):
         path.write_text("half")
         raise error
 
     (tmp_path / "net.keras").write_text("old")
-    monkeypatch.setitem(export._WRITERS, "keras", break_off)
-    with pytest.raises(UsageError, match="net.keras can't be written: No space left"):
+    form = exporter._FORMATS["keras"]._replace(write=fail)
+    monkeypatch.setitem(exporter._FORMATS, "keras", form)
+    with pytest.raises(StorageError, match="net.keras cannot be written: No space left"):
         export_workdir(workdir, tmp_path / "net.keras", overwrite=True)
     assert os.listdir(tmp_path) == ["net.keras"]
     assert (tmp_path / "net.keras").read_text() == "old"
 
 
-def test_the_command(workdir, tmp_path):
+def test_the_command_exports_and_rejects_invalid_flags(workdir, tmp_path):
     output = tmp_path / "net.tflite"
     arguments = [f"--workdir={workdir}", f"--output={output}", "--format=tflite", "--fold"]
     done = launch("export", *arguments)

@@ -1,4 +1,4 @@
-"""The classes seen in images from files, and what is said of files that hold none."""
+"""Predictions for image files, and one-line errors for unreadable ones."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def as_file(image, kind, mode="RGB"):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two runs of networks that see grey images of 8x8."""
+    """Two runs of networks for grey 8x8 images."""
     folder = tmp_path_factory.mktemp("runs")
     for seed in (0, 1):
         config = small_mlp(seed=seed, **{"data.binary": False})
@@ -41,7 +41,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("crops", ["1", "10", "144"])
-def test_the_mean_of_crops_and_networks(crops, runs, tmp_path):
+def test_probabilities_are_averaged_over_crops_and_networks(crops, runs, tmp_path):
     crops = Crops.parse(crops)
     path = tmp_path / "image.png"
     path.write_bytes(as_file(photograph(), "PNG"))
@@ -62,11 +62,11 @@ KINDS += [("GIF", "P"), ("BMP", "RGB")]
 
 
 @pytest.mark.parametrize("kind, mode", KINDS)
-def test_every_kind_of_image_is_the_picture_that_pillow_sees(kind, mode, tmp_path):
+def test_every_format_decodes_as_pillow_does(kind, mode, tmp_path):
     image = photograph()
     path = tmp_path / "image"
     if mode == "I;16":
-        # Pillow cuts 16 bits off at 255.
+        # Pillow clips 16-bit values at 255.
         grey = tf.image.rgb_to_grayscale(image)
         path.write_bytes(tf.io.encode_png(tf.cast(grey, tf.uint16) * 257).numpy())
         expected = tf.repeat(grey, 3, axis=-1).numpy()
@@ -77,12 +77,12 @@ def test_every_kind_of_image_is_the_picture_that_pillow_sees(kind, mode, tmp_pat
     assert contents.numpy() == path.read_bytes()
     assert pixels.shape == (60, 80, 3) and pixels.dtype == tf.uint8
     difference = np.abs(pixels.numpy().astype(int) - expected)
-    # Decoders of JPEG are free to round, and CMYK has no one RGB.
+    # JPEG decoders may round differently, and CMYK to RGB has no single definition.
     tolerance = {"RGB": 2, "L": 2, "CMYK": 4}[mode] if kind == "JPEG" else 0
     assert difference.max() <= tolerance
 
 
-def test_an_image_of_one_pixel(runs, tmp_path):
+def test_an_image_of_one_pixel_is_classified(runs, tmp_path):
     path = tmp_path / "tiny.png"
     path.write_bytes(as_file(photograph(1, 1), "PNG"))
     for crops in (SINGLE_CROP, Crops.parse("144")):
@@ -108,7 +108,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_images_are_named(name, tmp_path):
+def test_unreadable_images_are_named(name, tmp_path):
     contents, message = BAD[name]
     if contents is not None:
         (tmp_path / name).write_bytes(contents)
@@ -117,13 +117,15 @@ def test_bad_images_are_named(name, tmp_path):
     assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_networks_of_other_classes_are_refused(runs, tmp_path):
+def test_networks_with_other_preprocessing_are_rejected(runs, tmp_path):
     train_and_evaluate(small_mlp(**{"train.steps": 2}), tmp_path)
-    with pytest.raises(UsageError, match="sees images otherwise than that in"):
+    with pytest.raises(
+        UsageError, match="differs from that in .* in its classes or its preprocessing"
+    ):
         make_predictor([runs[0], tmp_path])
 
 
-def test_the_command_goes_on_after_a_bad_image(runs, tmp_path):
+def test_the_command_processes_the_images_after_an_unreadable_one(runs, tmp_path):
     (tmp_path / "good.png").write_bytes(as_file(photograph(), "PNG"))
     (tmp_path / "text.jpg").write_bytes(BAD["text.jpg"][0])
     names = ["text.jpg", "good.png", "missing.jpg"]
@@ -145,6 +147,6 @@ def test_the_command_goes_on_after_a_bad_image(runs, tmp_path):
     assert [p["class"] for p in read["top5"]] == [p.class_name for p in ten]
 
 
-def test_the_command_needs_an_image():
+def test_the_command_requires_an_image():
     done = launch("predict", "--workdir=w")
     assert (done.returncode, done.stderr) == (2, "error: IMAGE is missing: see --help\n")

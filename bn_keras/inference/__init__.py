@@ -1,1 +1,1 @@
-"""What becomes of a trained network: loading, evaluation, prediction, export, check-up."""
+"""Uses of a trained network: loading, evaluation, prediction, export and a check of its BN."""

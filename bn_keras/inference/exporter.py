@@ -1,4 +1,4 @@
-"""A run's network in a file that others can run: .keras, SavedModel or TFLite."""
+"""Export of a run's network as a .keras file, a SavedModel or a TFLite file."""
 
 import contextlib
 import dataclasses
@@ -8,37 +8,36 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from bn_keras.data.images import Preprocessing
-from bn_keras.errors import UsageError
+from bn_keras.data.transforms import Preprocessing
+from bn_keras.errors import StorageError, UsageError
 from bn_keras.fold import FoldReport, check_agreement, fold_batch_norm
 from bn_keras.inference.loading import TrainedNetwork, load_trained
 from bn_keras.keras_internals import all_layers
+from bn_keras.runs.atomic_files import writing
 from bn_keras.training.build import build_model
 
-# The ending that a file has to have; a SavedModel is a folder.
-ENDINGS = {"keras": ".keras", "saved_model": "", "tflite": ".tflite"}
-
-# Images that the network and its file are compared on.
-_EXAMPLES = 4
+# Images on which the network is compared with its export.
+_NUM_EXAMPLES = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportReport:
-    """What was written; str() gives a few lines.
+    """Report of an export; str() formats it in a few lines.
 
     Attributes:
-      output: where it lies.
+      output: path of the export.
       num_bytes: its size.
-      step, statistics: of the network, as in TrainedNetwork.
-      largest_difference: between the outputs of the network and of what was written.
-      largest_output: the largest absolute value of these outputs.
-      reader: what it takes to read it.
-      fold: of the folding; None where nothing was folded.
+      step, statistics: step and statistics of the network; see `TrainedNetwork`.
+      largest_difference: largest difference between the outputs of the network and of its export.
+      largest_output: largest absolute value of these outputs.
+      reader: software that loads the export.
+      fold: report of the folding; None if nothing was folded.
     """
 
     output: pathlib.Path
@@ -53,10 +52,10 @@ class ExportReport:
     def __str__(self) -> str:
         lines = [] if self.fold is None else [str(self.fold)]
         lines += [
-            f"read again, it differs by at most {self.largest_difference:.2g} from the network, in"
-            f" outputs of up to {self.largest_output:.3g}",
+            f"round trip verified: largest difference {self.largest_difference:.2g} in outputs of"
+            f" up to {self.largest_output:.3g}",
             f"{self.output}: step {self.step}, {self.statistics} statistics,"
-            f" {self.num_bytes / 1e6:.1f} MB, to be read with {self.reader}",
+            f" {self.num_bytes / 1e6:.1f} MB, loads with {self.reader}",
         ]
         return "\n".join(lines)
 
@@ -70,107 +69,106 @@ def export_workdir(
     overwrite: bool = False,
     best: bool = False,
 ) -> ExportReport:
-    """Writes the network of a run in a format for inference.
+    """Exports the network of a run for inference.
 
-    What is written is read again and compared with the network, and only then stands at `output`;
-    whatever goes wrong before leaves nothing there, or what was there.
+    The export is read back and compared with the network before it is moved to `output`. After any
+    failure, `output` is as it was.
 
     Formats:
-      - "keras": the network, from images [N, *input_shape] in the range of its preprocessing to
-        logits. Reading it takes `import bn_keras`; folded, mostly Keras alone.
-      - "saved_model": TensorFlow alone reads it. Its signature "serving_default" takes `encoded`,
-        strings [N] that are JPEG (or PNG, BMP, GIF) files of any size, prepares them as for the
-        evaluation, and gives `probabilities`, float32 [N, classes], and `class_name`, string [N],
-        of the most probable; "images" takes `images` as the network does and gives `logits`;
-        "class_names" takes nothing and gives the names, string [classes].
-      - "tflite": its signature "serving_default" takes `images` as the network does, and gives
-        `logits`. Of a network in mixed precision it holds the float32 weights in float32.
+      - "keras": the network from images [N, *input_shape], preprocessed, to logits. Loading it
+        needs `import bn_keras`; a folded network usually needs Keras alone.
+      - "saved_model": needs TensorFlow alone and includes the preprocessing. Signature
+        "serving_default": `encoded`, string [N], JPEG, PNG, BMP or GIF files of any size, to
+        `probabilities`, float32 [N, classes], and `class_name`, string [N], the most probable
+        class. Signature "images": preprocessed `images` to `logits`. Signature "class_names": no
+        input, to the names, string [classes].
+      - "tflite": signature "serving_default": preprocessed `images` to `logits`. The weights of a
+        network in mixed precision are stored in float32.
 
     Args:
-      workdir: of the run.
-      output: a local path that ends in .keras, in .tflite, or anyhow for a SavedModel, a folder.
+      workdir: folder of the run.
+      output: local path: a file that ends in .keras or .tflite, or the folder of a SavedModel.
       file_format: "keras", "saved_model" or "tflite".
-      fold: whether fold_batch_norm goes before.
-      overwrite: whether an output that is there is replaced.
-      best: takes the run's network of its best evaluation, as `load_trained` does.
+      fold: whether batch normalization is folded first; see `fold_batch_norm`.
+      overwrite: whether an existing export is replaced.
+      best: whether to export the network of the run's best evaluation; see `load_trained`.
 
     Raises:
-      UsageError: an unknown format, no run in the workdir, or an output that can't be written.
-      ArithmeticError: what was read again is not the network.
+      UsageError: an unknown format, no run in the workdir, or an invalid output.
+      StorageError: the output cannot be written.
+      ArithmeticError: the export does not compute what the network computes.
     """
-    output = _checked(os.fspath(output), file_format, overwrite)
+    path = _check_output(os.fspath(output), file_format, overwrite)
     trained = load_trained(workdir, best=best)
-    model, report = _in_float32(trained) if file_format == "tflite" else trained.model, None
+    model = _in_float32(trained) if file_format == "tflite" else trained.model
+    fold_report = None
     if fold:
-        model, report = fold_batch_norm(model)
-    with _complete(output) as unfinished:
-        try:
-            _WRITERS[file_format](model, trained, unfinished)
-        except tf.errors.OpError as error:  # TensorFlow's name for what the system says
-            raise OSError(error.message) from None
-        difference, size = _compare(model, trained, unfinished, file_format)
+        model, fold_report = fold_batch_norm(model)
+    with _replacing(path) as unfinished:
+        with writing(f"output {path}"):
+            _FORMATS[file_format].write(model, trained, unfinished)
+        largest_difference, largest_output = _verify(model, trained, unfinished, file_format)
         num_bytes = _size(unfinished)
     return ExportReport(
-        output=output,
+        output=path,
         num_bytes=num_bytes,
         step=trained.step,
         statistics=trained.statistics,
-        largest_difference=difference,
-        largest_output=size,
+        largest_difference=largest_difference,
+        largest_output=largest_output,
         reader=_reader(model, file_format),
-        fold=report,
+        fold=fold_report,
     )
 
 
-def _checked(path: str, file_format: str, overwrite: bool) -> pathlib.Path:
-    """Finds out what can't go well before it takes time."""
-    if file_format not in ENDINGS:
-        raise UsageError(f"unknown format {file_format!r}: accepted are {', '.join(ENDINGS)}")
-    ending, output = ENDINGS[file_format], pathlib.Path(path)
-    if "://" in path or not output.name.endswith(ending):
-        ends = f" that ends in {ending}" if ending else ""
-        raise UsageError(f"output {path} has to be a local path{ends}")
-    if output.exists():
+def _check_output(output: str, file_format: str, overwrite: bool) -> pathlib.Path:
+    """Returns the path of the output, or raises before any time is spent."""
+    if file_format not in _FORMATS:
+        raise UsageError(f"unknown format {file_format!r}: expected one of {', '.join(_FORMATS)}")
+    suffix, path = _FORMATS[file_format].suffix, pathlib.Path(output)
+    if "://" in output or not path.name.endswith(suffix):
+        file = f"file that ends in {suffix}" if suffix else "folder"
+        raise UsageError(f"output {output} is invalid: expected the local path of a {file}")
+    if path.exists():
         if not overwrite:
-            raise UsageError(f"output {output} exists: give another one, or --overwrite")
-        is_its_kind = output.is_file() if ending else (output / "saved_model.pb").is_file()
-        if not is_its_kind:
+            raise UsageError(f"output {path} exists: pass another path, or --overwrite")
+        is_export = path.is_file() if suffix else (path / "saved_model.pb").is_file()
+        if not is_export:
             raise UsageError(
-                f"output {output} is there and no {file_format}, and is not overwritten: give"
-                " another one"
+                f"output {path} exists, is not in the format {file_format}, and is not overwritten:"
+                " pass another path"
             )
-    parent = next(p for p in output.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UsageError(f"output {output} can't be written: {parent} is no folder to write to")
-    return output
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir():
+        raise UsageError(f"output {path} is invalid: {parent} is not a folder")
+    if not os.access(parent, os.W_OK):
+        raise StorageError(f"output {path} cannot be written: {parent} is not writable")
+    return path
 
 
 @contextlib.contextmanager
-def _complete(output: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a path to write to, and moves what is there to `output` at the end, unless it fails."""
-    folder = None
+def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a temporary path, and moves it to `path` if the block succeeds."""
+    with writing(f"output {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # In the same folder, since a move is atomic only within one file system.
+        folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        # Beside it, since only within one file system a move is at once.
-        folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-        unfinished = folder / output.name
+        unfinished = folder / path.name
         yield unfinished
-        if output.is_dir():
-            output.rename(folder / "before")
-        unfinished.replace(output)
-    except OSError as error:
-        reason = error.strerror or str(error).splitlines()[0]
-        raise UsageError(f"output {output} can't be written: {reason}") from None
+        with writing(f"output {path}"):
+            if path.is_dir():
+                path.rename(folder / "previous")
+            unfinished.replace(path)
     finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _in_float32(trained: TrainedNetwork) -> keras.Model:
-    """Gives the network without mixed precision, for which TFLite has no kernels."""
+    """Returns the network without mixed precision, for which TFLite has no kernels."""
     config = trained.config.copy_and_resolve_references()
     config.train.precision = "float32"
-    model = build_model(config, trained.input_shape, len(trained.class_names))
+    model = build_model(config, trained.input_shape, trained.num_classes)
     model.set_weights(trained.model.get_weights())
     return model
 
@@ -180,42 +178,21 @@ def _write_keras(model: keras.Model, trained: TrainedNetwork, path: pathlib.Path
 
 
 def _write_saved_model(model: keras.Model, trained: TrainedNetwork, path: pathlib.Path) -> None:
-    def serve(encoded: tf.Tensor) -> dict[str, tf.Tensor]:
+    def predict(encoded: tf.Tensor) -> dict[str, tf.Tensor]:
         probabilities = _probabilities(model, trained.preprocessing, encoded)
         best = tf.argmax(probabilities, axis=1)
-        return {"probabilities": probabilities, "class_name": tf.gather(names(), best)}
+        return {"probabilities": probabilities, "class_name": tf.gather(class_names(), best)}
 
-    def names() -> tf.Tensor:
+    def class_names() -> tf.Tensor:
         return tf.constant(trained.class_names)
 
     archive = keras.export.ExportArchive()
     archive.track(model)
-    strings = tf.TensorSpec([None], tf.string, "encoded")
-    archive.add_endpoint("serving_default", serve, [strings])
+    files = tf.TensorSpec([None], tf.string, "encoded")
+    archive.add_endpoint("serving_default", predict, [files])
     _add_network(archive, "images", model)
-    archive.add_endpoint("class_names", lambda: {"class_names": names()}, [])
+    archive.add_endpoint("class_names", lambda: {"class_names": class_names()}, [])
     archive.write_out(path, verbose=False)
-
-
-def _add_network(archive: keras.export.ExportArchive, name: str, model: keras.Model) -> None:
-    archive.add_endpoint(
-        name,
-        lambda images: {"logits": model(images, training=False)},
-        [tf.TensorSpec(model.input.shape, tf.float32, "images")],
-    )
-
-
-def _probabilities(
-    model: keras.Model, preprocessing: Preprocessing, encoded: tf.Tensor
-) -> tf.Tensor:
-    """Maps encoded images, string [N], to probabilities, float32 [N, classes]."""
-    shape = model.input.shape[1:]
-    images = tf.map_fn(
-        lambda image: preprocessing.from_encoded(image, None, channels=shape[-1]),
-        encoded,
-        fn_output_signature=tf.TensorSpec(shape, tf.float32),
-    )
-    return tf.nn.softmax(model(images, training=False))
 
 
 def _write_tflite(model: keras.Model, trained: TrainedNetwork, path: pathlib.Path) -> None:
@@ -227,24 +204,26 @@ def _write_tflite(model: keras.Model, trained: TrainedNetwork, path: pathlib.Pat
         path.write_bytes(tf.lite.TFLiteConverter.from_saved_model(folder).convert())
 
 
-_WRITERS = {"keras": _write_keras, "saved_model": _write_saved_model, "tflite": _write_tflite}
-
-
-def _compare(
-    model: keras.Model, trained: TrainedNetwork, path: pathlib.Path, file_format: str
-) -> tuple[float, float]:
-    """Reads what was written, and gives what check_agreement says of its outputs."""
-    images = _random_images(trained.input_shape)
-    pairs = [(model(images, training=False), _READERS[file_format](path)(images))]
-    if file_format == "saved_model":
-        encoded = _random_files(trained.input_shape)
-        served = tf.saved_model.load(path).signatures["serving_default"](encoded=encoded)
-        probabilities = _probabilities(model, trained.preprocessing, encoded)
-        pairs.append((probabilities, served["probabilities"]))
-    expected, read = (
-        [np.asarray(t, np.float64) for t in side] for side in zip(*pairs, strict=True)
+def _add_network(archive: keras.export.ExportArchive, name: str, model: keras.Model) -> None:
+    """Adds a signature from images to logits."""
+    archive.add_endpoint(
+        name,
+        lambda images: {"logits": model(images, training=False)},
+        [tf.TensorSpec(model.input.shape, tf.float32, "images")],
     )
-    return check_agreement(model, expected, read, f"{path.name}, read again,")
+
+
+def _probabilities(
+    model: keras.Model, preprocessing: Preprocessing, encoded: tf.Tensor
+) -> tf.Tensor:
+    """Computes the probabilities, float32 [N, classes], of encoded images, string [N]."""
+    shape = model.input.shape[1:]
+    images = tf.map_fn(
+        lambda image: preprocessing.from_encoded(image, None, channels=shape[-1]),
+        encoded,
+        fn_output_signature=tf.TensorSpec(shape, tf.float32),
+    )
+    return tf.nn.softmax(model(images, training=False))
 
 
 def _read_keras(path: pathlib.Path) -> Callable[[np.ndarray], tf.Tensor]:
@@ -259,28 +238,70 @@ def _read_saved_model(path: pathlib.Path) -> Callable[[np.ndarray], tf.Tensor]:
 
 def _read_tflite(path: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
     with warnings.catch_warnings():
-        # That it goes to a package of its own one day.
+        # The interpreter announces that it will move to a package of its own.
         warnings.filterwarnings("ignore", message=".*tf.lite.Interpreter is deprecated")
-        # Without the delegate, which says on standard error that it is there.
+        # The default delegate announces itself on standard error.
         resolver = tf.lite.experimental.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
         interpreter = tf.lite.Interpreter(os.fspath(path), experimental_op_resolver_type=resolver)
     network = interpreter.get_signature_runner("serving_default")
     return lambda images: network(images=images)["logits"]
 
 
-_READERS = {"keras": _read_keras, "saved_model": _read_saved_model, "tflite": _read_tflite}
+class _Format(NamedTuple):
+    """A format of an export.
+
+    Attributes:
+      suffix: end of the file's name; "" for a folder.
+      write: writes a network to a path.
+      read: reads a function from images to logits.
+    """
+
+    suffix: str
+    write: Callable[[keras.Model, TrainedNetwork, pathlib.Path], None]
+    read: Callable[[pathlib.Path], Callable[[np.ndarray], tf.Tensor | np.ndarray]]
+
+
+_FORMATS = {
+    "keras": _Format(".keras", _write_keras, _read_keras),
+    "saved_model": _Format("", _write_saved_model, _read_saved_model),
+    "tflite": _Format(".tflite", _write_tflite, _read_tflite),
+}
+
+
+def _verify(
+    model: keras.Model, trained: TrainedNetwork, path: pathlib.Path, file_format: str
+) -> tuple[float, float]:
+    """Compares an export with its network; returns the largest difference and the largest output.
+
+    Raises:
+      ArithmeticError: the outputs differ by more than rounding.
+    """
+    images = _random_images(trained.input_shape)
+    expected = [model(images, training=False)]
+    outputs = [_FORMATS[file_format].read(path)(images)]
+    if file_format == "saved_model":
+        encoded = _random_files(trained.input_shape)
+        expected.append(_probabilities(model, trained.preprocessing, encoded))
+        served = tf.saved_model.load(path).signatures["serving_default"](encoded=encoded)
+        outputs.append(served["probabilities"])
+    return check_agreement(
+        model,
+        [np.asarray(tensor, np.float64) for tensor in expected],
+        [np.asarray(tensor, np.float64) for tensor in outputs],
+        f"the exported {path.name}",
+    )
 
 
 def _random_images(shape: tuple[int, int, int]) -> np.ndarray:
     generator = np.random.default_rng(0)
-    return generator.uniform(-1, 1, size=(_EXAMPLES, *shape)).astype(np.float32)
+    return generator.uniform(-1, 1, size=(_NUM_EXAMPLES, *shape)).astype(np.float32)
 
 
 def _random_files(shape: tuple[int, int, int]) -> tf.Tensor:
-    """Gives JPEG files of noise, each of another size, string [N]."""
+    """Returns JPEG files of noise in different sizes, string [N]."""
     generator = np.random.default_rng(0)
     height, width, channels = shape
-    sizes = [(height + 3 * i, 2 * width + i, channels) for i in range(_EXAMPLES)]
+    sizes = [(height + 3 * i, 2 * width + i, channels) for i in range(_NUM_EXAMPLES)]
     noise = [generator.integers(256, size=size, dtype=np.uint8) for size in sizes]
     return tf.stack([tf.io.encode_jpeg(image) for image in noise])
 
@@ -291,6 +312,7 @@ def _size(path: pathlib.Path) -> int:
 
 
 def _reader(model: keras.Model, file_format: str) -> str:
+    """Returns the software that loads an export."""
     if file_format != "keras":
         return {"saved_model": "TensorFlow", "tflite": "TFLite"}[file_format]
     types = {type(layer) for layer in all_layers(model)}

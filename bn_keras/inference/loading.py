@@ -1,33 +1,35 @@
-"""A network as it was trained or exported, for whoever evaluates, exports or examines it."""
+"""Loading of trained and of exported networks."""
 
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import keras
 import tensorflow as tf
+from etils import epath
 from ml_collections import ConfigDict
 
-from bn_keras.data.images import Preprocessing
-from bn_keras.data.pipeline import make_preprocessing
+from bn_keras.data.transforms import Preprocessing
 from bn_keras.errors import UsageError
 from bn_keras.runs.checkpoint import Checkpoints
 from bn_keras.runs.workdir import Workdir
+from bn_keras.text import first_line
 from bn_keras.training.build import build_model
 
 
 class TrainedNetwork(NamedTuple):
-    """The network of a run: as it was finished, of the latest checkpoint, or the best.
+    """The finished, the latest or the best network of a run.
 
     Attributes:
-      model: from images float32 [N, *input_shape] to logits [N, classes].
-      config: of the run.
-      step: of the checkpoint.
-      statistics: by which its BatchNormalization layers normalize: "moving", or "population"
-        where the run took these.
+      model: network from images float32 [N, *input_shape] to logits [N, classes].
+      config: config of the run.
+      step: step of the checkpoint.
+      statistics: the statistics of its BatchNormalization layers: "moving", or "population" if the
+        run estimated them.
       input_shape: (height, width, channels).
-      class_names: one a logit, in their order.
-      preprocessing: what brings an image to input_shape.
+      class_names: name of each logit, in order.
+      preprocessing: preprocessing of an image into the network's input.
     """
 
     model: keras.Model
@@ -40,7 +42,7 @@ class TrainedNetwork(NamedTuple):
 
     @property
     def num_classes(self) -> int:
-        """Of the logits."""
+        """Number of logits."""
         return len(self.class_names)
 
 
@@ -49,16 +51,18 @@ def load_trained(
     strategy: tf.distribute.Strategy | None = None,
     best: bool = False,
 ) -> TrainedNetwork:
-    """Loads the network of a run; its data set need not be at hand.
+    """Loads the network of a run; the run's data set is not needed.
 
     Args:
-      workdir: of the run.
-      strategy: in whose scope the model is made; None is TensorFlow's default, one device.
-      best: takes the one of the evaluation with the highest accuracy, as it was evaluated, in
-        place of the finished or the latest one.
+      workdir: folder of the run.
+      strategy: strategy in whose scope the model is made; None uses TensorFlow's default, one
+        device.
+      best: whether to load the network of the evaluation with the highest accuracy, as it was
+        evaluated. By default the finished network is loaded, or else the latest checkpoint.
 
     Raises:
-      UsageError: no run or no checkpoint in the folder, or one that can't be read.
+      UsageError: no run or no checkpoint in the folder, or all checkpoints are damaged.
+      StorageError: a checkpoint cannot be read.
     """
     run = Workdir(workdir)
     config = run.read_config()
@@ -66,36 +70,58 @@ def load_trained(
     strategy = strategy or tf.distribute.get_strategy()
     with strategy.scope():
         model = build_model(config, input_shape, len(class_names))
-    parts = {"model": model.variables}
     folders = [run.best] if best else [run.finished, run.checkpoints]
-    saved = [Checkpoints(folder, parts) for folder in folders]
-    step = next((checkpoints.restore() for checkpoints in saved if checkpoints.latest), 0)
-    # The checkpoint of step 0 is of a network that has learned nothing.
-    if not step:
+    step, folder = _restore_first(model, folders)
+    if not step:  # The checkpoint of step 0 has initial weights.
         raise UsageError(
             f"the run in {run.path} has no {'best ' if best else ''}checkpoint of a trained network"
-            " yet, or none that can be read: let it train on"
+            " yet, or none that can be read: continue its training"
         )
     statistics = "moving"
-    if best or saved[0].latest:
-        # The line of an evaluation goes when the run goes back to a checkpoint before it.
-        when = ("evaluations",) if best else ("end", "evaluations")
-        statistics = "population" if config.population.when in when else "moving"
-        if lines := run.evaluations(step):
-            line = max(lines, key=lambda line: line["validation/accuracy"]) if best else lines[-1]
-            statistics = line["validation/statistics"]
-    preprocessing = make_preprocessing(config.data, input_shape[:2])
+    if folder != run.checkpoints:
+        statistics = _evaluated_statistics(run, step, best, config.population.when)
+    preprocessing = Preprocessing(
+        input_shape[:2],
+        crop=config.data.crop,
+        mirror=config.data.mirror,
+        distortion=config.data.distortion,
+        binary=config.data.binary,
+        random_augment=config.data.random_augment,
+    )
     return TrainedNetwork(model, config, step, statistics, input_shape, class_names, preprocessing)
 
 
+def _restore_first(
+    model: keras.Model, folders: Sequence[epath.Path]
+) -> tuple[int, epath.Path | None]:
+    """Restores a model from the first folder with a checkpoint; returns its step and the folder."""
+    for folder in folders:
+        if step := Checkpoints(folder, {"model": model.variables}).restore():
+            return step, folder
+    return 0, None
+
+
+def _evaluated_statistics(run: Workdir, step: int, best: bool, population_when: str) -> str:
+    """Returns the statistics that the best or the finished network was evaluated with."""
+    lines = run.evaluations(step)
+    if best and lines:
+        lines = [max(lines, key=lambda line: line["validation/accuracy"])]
+    if lines:
+        return lines[-1]["validation/statistics"]
+    # A run that returns to an earlier checkpoint drops the lines behind it, but keeps the network.
+    with_population = ("evaluations",) if best else ("end", "evaluations")
+    return "population" if population_when in with_population else "moving"
+
+
 class ExportedNetwork(NamedTuple):
-    """A network that launch.export has written, or any other Keras model for images.
+    """A network exported by `export_workdir`, or any other Keras model for images.
 
     Attributes:
-      model: from images float32 [N, *input_shape] to logits or probabilities [N, classes].
+      model: network from images float32 [N, *input_shape] to logits or probabilities [N, classes].
       input_shape: (height, width, channels).
-      num_classes: of its output.
-      class_names: in their order; None for a .keras file, which doesn't hold them.
+      num_classes: size of its output.
+      class_names: name of each class, in order; None for a .keras file, which does not contain
+        them.
     """
 
     model: keras.Model
@@ -107,44 +133,44 @@ class ExportedNetwork(NamedTuple):
 def load_exported(
     path: str | os.PathLike, strategy: tf.distribute.Strategy | None = None
 ) -> ExportedNetwork:
-    """Loads a .keras file or a SavedModel of launch.export.
+    """Loads a .keras file or a SavedModel from `export_workdir`.
 
     Args:
-      path: of the file, or of the SavedModel's folder.
+      path: path of the file, or of the SavedModel's folder.
       strategy: as in `load_trained`.
 
     Raises:
-      UsageError: there is neither, it can't be read, or it doesn't map images to classes.
+      UsageError: no such file, a damaged one, or a network that does not map images to classes.
     """
     path = pathlib.Path(path)
     is_saved_model = (path / "saved_model.pb").is_file()
     if not (is_saved_model or path.suffix == ".keras" and path.is_file()):
         raise UsageError(
-            f"{path} is no exported network: accepted are .keras files and folders of SavedModels"
+            f"{path} is not an exported network: expected a .keras file or the folder of a"
+            " SavedModel"
         )
     strategy = strategy or tf.distribute.get_strategy()
     try:
         with strategy.scope():
             model, names = _read_saved_model(path) if is_saved_model else _read_keras(path)
-    # What Keras and TensorFlow raise on a damaged or a foreign file is of many kinds.
+    # Keras and TensorFlow raise errors of many types for a damaged or foreign file.
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"{path} can't be read as a network: {reason}") from error
+        raise UsageError(f"{path} cannot be read as a network: {first_line(error)}") from error
     shapes = [tensor.shape for tensor in (*model.inputs, *model.outputs)]
     if [len(shape) for shape in shapes] != [4, 2] or None in shapes[0][1:]:
         raise UsageError(
-            f"{path} maps {', '.join(map(str, shapes))}: it has to map images [N, height, width,"
-            " channels] of one size to one output [N, classes]"
+            f"{path} is a network with the shapes {', '.join(map(str, shapes))}: expected images"
+            " [N, height, width, channels] of one size and one output [N, classes]"
         )
     images, outputs = shapes
     return ExportedNetwork(model, tuple(images[1:]), outputs[1], names)
 
 
-def _read_keras(path: pathlib.Path) -> tuple[keras.Model, None]:
+def _read_keras(path: pathlib.Path) -> tuple[keras.Model, tuple[str, ...] | None]:
     return keras.saving.load_model(path, compile=False), None
 
 
-def _read_saved_model(path: pathlib.Path) -> tuple[keras.Model, tuple[str, ...]]:
+def _read_saved_model(path: pathlib.Path) -> tuple[keras.Model, tuple[str, ...] | None]:
     signatures = tf.saved_model.load(path).signatures
     names = signatures["class_names"]()["class_names"].numpy()
     _, arguments = signatures["images"].structured_input_signature

@@ -1,4 +1,4 @@
-"""The classes that trained networks see in single images."""
+"""Prediction of the classes of single images."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -10,15 +10,15 @@ from absl import logging
 from bn_keras.data.multi_crop import SINGLE_CROP, CropPreprocessing, Crops
 from bn_keras.data.single_image import read_image
 from bn_keras.errors import UsageError
-from bn_keras.inference.evaluation import make_scorer
 from bn_keras.inference.loading import load_trained
+from bn_keras.training.evaluator import make_scorer
 
-# Crops that a network is called with.
-_BATCH_SIZE = 36
+# Largest number of crops that a network is called with.
+_MAX_BATCH_SIZE = 36
 
 
 class Prediction(NamedTuple):
-    """A class, and the probability that the networks give it."""
+    """A class and its predicted probability."""
 
     class_name: str
     probability: float
@@ -30,39 +30,41 @@ def make_predictor(
     num_classes: int = 5,
     best: bool = False,
 ) -> Callable[[str | os.PathLike], list[Prediction]]:
-    """Makes a function that looks at one image, with several networks' and crops' mean probability.
+    """Builds a function that predicts the class of an image.
+
+    Its probabilities are the mean over all networks and crops.
 
     Args:
-      workdirs: of the runs whose networks are asked, as `load_trained` takes them.
-      crops: of each image.
-      num_classes: how many of the most probable classes it gives, or all if there are fewer.
-      best: takes each run's network of its best evaluation, as `load_trained` does.
+      workdirs: folders of the runs whose networks predict; see `load_trained`.
+      crops: crops of each image.
+      num_classes: how many of the most probable classes are returned, at most all of them.
+      best: whether to use the network of each run's best evaluation; see `load_trained`.
 
     Returns:
-      A function of an image's path. It gives the most probable classes, best first, and raises
-      UsageError if there is no image that can be read.
+      A function of the path of an image. It returns the most probable classes in descending order
+      and raises what `read_image` raises.
 
     Raises:
-      UsageError: no network in a workdir, networks that differ in their classes or in how they see
-        an image, or crops that can't be cut.
+      UsageError: no network in a workdir, networks with different classes or preprocessing, or
+        crops that the network's input does not allow.
     """
     networks = [load_trained(workdir, best=best) for workdir in workdirs]
     first = networks[0]
     for workdir, network in zip(workdirs, networks, strict=True):
         logging.info("%s: step %d, %s statistics", workdir, network.step, network.statistics)
-        seen = (network.class_names, network.input_shape, network.preprocessing.binary)
-        if seen != (first.class_names, first.input_shape, first.preprocessing.binary):
+        kind = (network.class_names, network.input_shape, network.preprocessing.binary)
+        if kind != (first.class_names, first.input_shape, first.preprocessing.binary):
             raise UsageError(
-                f"the network in {workdir} has other classes or sees images otherwise than that in"
-                f" {workdirs[0]}: ask each by itself"
+                f"the network in {workdir} differs from that in {workdirs[0]} in its classes or its"
+                " preprocessing: predict with each network alone"
             )
     preprocessing = CropPreprocessing(first.preprocessing, crops)
-    score = make_scorer([network.model for network in networks], preprocessing, _BATCH_SIZE)
+    score = make_scorer([network.model for network in networks], preprocessing, _MAX_BATCH_SIZE)
 
     @tf.function
-    def most_probable(shown: tf.Tensor | tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, tf.Tensor]:
-        # The last row is the ensemble's, or that of the only network.
-        logs = score(tf.nest.map_structure(lambda tensor: tensor[tf.newaxis], shown))[-1, 0]
+    def most_probable(image: tf.Tensor | tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, tf.Tensor]:
+        # The last row belongs to the ensemble or to the only network.
+        logs = score(tf.nest.map_structure(lambda tensor: tensor[tf.newaxis], image))[-1, 0]
         return tf.nn.top_k(tf.exp(logs), min(num_classes, len(first.class_names)))
 
     def predict(path: str | os.PathLike) -> list[Prediction]:
