@@ -205,7 +205,7 @@ def speed(network: cost.Cost, images: int, device: Device, assumed: Assumptions)
 
 
 def main():
-    network = cost.count(BNInception("bn_x30"))
+    network = cost.count_cost(BNInception("bn_x30"))
     batch_norms = sum(map(_is_batch_norm, network.layers))
     print(
         f"BN-x30: {network.trainable:,} parameters, {network.multiply_adds / 1e9:.2f} G"
@@ -230,7 +230,7 @@ def main():
         ],
     )
     print("\nThe same model and published speeds of ResNet-50:\n")
-    resnet = cost.count(keras.applications.ResNet50(weights=None))
+    resnet = cost.count_cost(keras.applications.ResNet50(weights=None))
     rows = []
     for name, (device, images, published) in PUBLISHED.items():
         low, high = (speed(resnet, images, device, a) for a in (CAUTIOUS, BOLD))
@@ -289,7 +289,7 @@ def measure():
         tile=16,
     )
     config = inception_config()
-    network = cost.count(BNInception(config.model.variant))
+    network = cost.count_cost(BNInception(config.model.variant))
     images, steps = config.train.global_batch_size, 5
     low, high = (
         step_seconds(network, images, device, assumed, itemsize=4) for assumed in (BOLD, CAUTIOUS)
