@@ -1,6 +1,7 @@
-"""The Keras layer: variables, moving statistics, modes; it brings the replicas together for ops."""
+"""The Keras layer: its variables, its modes, its moving statistics, and how replicas share them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Self, TypeAlias
 
 import keras
 import numpy as np
@@ -10,6 +11,11 @@ from bn_keras import ops
 from bn_keras.errors import UsageError
 from bn_keras.replicas import gather_replicas, per_replica_sum
 
+# What Keras accepts: an instance, a function, a registered name, or a config.
+Initializer: TypeAlias = keras.initializers.Initializer | Callable[..., tf.Tensor] | str | dict
+Regularizer: TypeAlias = keras.regularizers.Regularizer | Callable[..., tf.Tensor] | str | dict
+Constraint: TypeAlias = keras.constraints.Constraint | Callable[..., tf.Tensor] | str | dict
+
 
 @keras.saving.register_keras_serializable("bn_keras")
 class BatchNormalization(keras.layers.Layer):
@@ -17,48 +23,57 @@ class BatchNormalization(keras.layers.Layer):
 
     Decisions:
       - Training normalizes by the biased batch variance (Algorithm 1). Bessel's correction enters
-        only in the moving variance, and only with unbiased=True.
-      - Statistics and parameters are float32 at least, whatever the dtype of the activations.
-      - A batch of which nothing counts (empty, or all masked) leaves the moving statistics alone.
-      - Frozen (trainable=False) is inference.
-      - `training` may be a tensor; both modes are then computed and one is chosen.
-      - A mask says which values make up the statistics; all values are normalized. It has the
-        input's shape without `axis`; or, where only that fits, without the last axis, which is
-        how keras.layers.Masking makes it.
-      - Of several ghost batches in one step, the moving statistics take the count-weighted mean.
-      - Replicas that aren't synchronized keep moving statistics of their own between two calls
-        of merge_moving_statistics (MergeMovingStatistics in `fit`).
+        only the moving variance, and only with unbiased=True.
+      - Statistics and parameters are at least float32, whatever the dtype of the activations.
+      - An empty or entirely masked batch leaves the moving statistics unchanged.
+      - A frozen layer (trainable=False) runs in inference mode.
+      - `training` may be a tensor. Both modes are then computed and one result is selected.
+      - A mask selects the values that the statistics count; all values are normalized. Its shape
+        is that of the input without `axis`. If only that fits, it may instead omit the last axis,
+        as the masks of keras.layers.Masking do.
+      - With several ghost batches per step, the moving statistics use their count-weighted mean.
+      - Replicas that are not synchronized keep moving statistics of their own until
+        merge_moving_statistics (in `fit`: MergeMovingStatistics) merges them.
 
     Args:
-      axis: the axis, or list of axes, with statistics and parameters of their own; the others are
-        reduced over. [1, 2, 3] of images is the per-activation transform.
-      momentum: fraction of the moving statistics that is kept at each step, in [0, 1]; None
-        averages over all batches so far with equal weight, which takes one more weight, the last:
-        how many there were.
+      axis: axis or list of axes with statistics and parameters of their own; the remaining axes
+        are reduced. [1, 2, 3] normalizes each activation of an image separately.
+      momentum: fraction of the moving statistics that is kept at each step, in [0, 1] (PyTorch's
+        momentum is 1 minus it). None averages all batches so far with equal weight; this adds one
+        weight, num_updates, after all others.
       epsilon: added to the variance under the root, > 0.
-      center, scale: whether there is a beta, a gamma.
-      beta_initializer, gamma_initializer, moving_mean_initializer,
-      moving_variance_initializer, beta_regularizer, gamma_regularizer, beta_constraint,
-      gamma_constraint: as everywhere in Keras.
-      renorm: batch renormalization (Ioffe 2017).
-      renorm_clipping: "rmin", "rmax", "dmax"; what is missing does not clip.
-      renorm_momentum: as momentum, for the statistics that renorm corrects towards.
-      synchronized: statistics of the batches of all replicas together, in one collective forward
-        and one backward.
-      unbiased: the moving variance takes the unbiased estimate, m / (m - 1) times the batch's
-        (Algorithm 2); False takes the biased one, as Keras does.
-      sync_group_size: with synchronized, how many consecutive replicas share their statistics;
-        None is all of them.
-      virtual_batch_size: statistics of ghost batches of so many consecutive examples; None is of
-        the whole batch. Without effect at inference. With synchronized, the replicas' first ghost
-        batches make up one, and so on; all replicas then need equally many.
+      center: whether to add beta.
+      scale: whether to multiply by gamma.
+      beta_initializer, gamma_initializer: initial parameters.
+      moving_mean_initializer, moving_variance_initializer: initial moving statistics.
+      beta_regularizer, gamma_regularizer: penalties on the parameters.
+      beta_constraint, gamma_constraint: projections of the parameters after each update.
+      renorm: whether to use batch renormalization (Ioffe 2017).
+      renorm_clipping: bounds "rmin", "rmax" and "dmax" of the corrections r and d; a missing bound
+        does not clip.
+      renorm_momentum: like momentum, for the statistics that renorm corrects towards; not None.
+      synchronized: whether the replicas share the statistics of their batches, with one collective
+        forward and one backward.
+      unbiased: whether the moving variance averages unbiased (Bessel-corrected) batch variances,
+        m / (m - 1) times the biased one (Algorithm 2). False averages biased variances, as Keras
+        does.
+      sync_group_size: number of consecutive replicas that share statistics if synchronized. None
+        means all replicas.
+      virtual_batch_size: number of consecutive examples per ghost batch, which has statistics of
+        its own; divides the batch of each replica. None means the whole batch. Not used at
+        inference. With synchronized=True the k-th ghost batches of all replicas share statistics,
+        so each replica needs the same number of them.
       **kwargs: name, dtype, trainable.
 
     Raises:
-      UsageError: a value that can't be meant.
+      UsageError: an invalid value.
 
     Source: Ioffe & Szegedy 2015, Algorithms 1 and 2.
     """
+
+    # Number of values that entered the moving statistics since the last merge, or None if the
+    # replicas' moving statistics cannot differ.
+    values_since_merge: tf.Variable | None = None
 
     def __init__(
         self,
@@ -67,26 +82,26 @@ class BatchNormalization(keras.layers.Layer):
         epsilon: float = 1e-3,
         center: bool = True,
         scale: bool = True,
-        beta_initializer: object = "zeros",
-        gamma_initializer: object = "ones",
-        moving_mean_initializer: object = "zeros",
-        moving_variance_initializer: object = "ones",
-        beta_regularizer: object = None,
-        gamma_regularizer: object = None,
-        beta_constraint: object = None,
-        gamma_constraint: object = None,
+        beta_initializer: Initializer = "zeros",
+        gamma_initializer: Initializer = "ones",
+        moving_mean_initializer: Initializer = "zeros",
+        moving_variance_initializer: Initializer = "ones",
+        beta_regularizer: Regularizer | None = None,
+        gamma_regularizer: Regularizer | None = None,
+        beta_constraint: Constraint | None = None,
+        gamma_constraint: Constraint | None = None,
         renorm: bool = False,
-        renorm_clipping: dict | None = None,
+        renorm_clipping: dict[str, float | None] | None = None,
         renorm_momentum: float = 0.99,
         synchronized: bool = False,
         *,
         unbiased: bool = True,
         sync_group_size: int | None = None,
         virtual_batch_size: int | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.axis = [int(a) for a in axis] if isinstance(axis, list | tuple) else int(axis)
+        self.axis = [int(a) for a in axis] if isinstance(axis, Sequence) else int(axis)
         self.momentum = None if momentum is None else float(momentum)
         self.epsilon = float(epsilon)
         self.center = center
@@ -107,30 +122,29 @@ class BatchNormalization(keras.layers.Layer):
         self.sync_group_size = sync_group_size
         self.virtual_batch_size = virtual_batch_size
         self.supports_masking = True
-        self._merge_weight = None
         self._check_arguments()
 
     def build(self, input_shape: Sequence[int | None]) -> None:
-        """Makes the weights, in Keras' order, each of the shape of `axis`."""
-        self._axes = normalized_axes(self.axis, input_shape)
+        """Creates the weights, in the order of the Keras layer, each with the shape of `axis`."""
+        self._axes = canonical_axes(self.axis, input_shape)
         self._shape = tuple(input_shape[a] for a in self._axes)
         if None in self._shape:
             raise UsageError(
-                f"axis={self.axis} of the input {tuple(input_shape)} has no known size:"
-                " give keras.Input one"
+                f"axis={self.axis} has an unknown size in input shape {tuple(input_shape)}:"
+                " pass the size to keras.Input"
             )
         if self.virtual_batch_size is not None and 0 in self._axes:
             raise UsageError(
-                f"axis={self.axis} includes the batch, which virtual_batch_size splits:"
-                " give one of them"
+                f"axis={self.axis} includes the batch axis, which virtual_batch_size splits:"
+                " use one or the other"
             )
         self.gamma = self.beta = None
         if self.scale:
-            self.gamma = self._add_weight(
+            self.gamma = self._add_parameter(
                 "gamma", self.gamma_initializer, self.gamma_regularizer, self.gamma_constraint
             )
         if self.center:
-            self.beta = self._add_weight(
+            self.beta = self._add_parameter(
                 "beta", self.beta_initializer, self.beta_regularizer, self.beta_constraint
             )
         self.moving_mean = self._add_statistic("moving_mean", self.moving_mean_initializer)
@@ -145,10 +159,9 @@ class BatchNormalization(keras.layers.Layer):
             self.num_updates = self.add_weight(
                 shape=(), name="num_updates", initializer="zeros", dtype="int64", trainable=False
             )
-        if self._may_diverge():
-            # How many values went into the moving statistics since the last merge. No weight of
-            # the layer, and tracked by nobody: every save comes right after a merge.
-            object.__setattr__(self, "_merge_weight", per_replica_sum())
+        if self._replicas_may_diverge():
+            # Not tracked by Keras and so never saved: every save follows a merge.
+            object.__setattr__(self, "values_since_merge", per_replica_sum())
         self.input_spec = keras.InputSpec(
             ndim=len(input_shape), axes=dict(zip(self._axes, self._shape, strict=True))
         )
@@ -159,46 +172,49 @@ class BatchNormalization(keras.layers.Layer):
         training: bool | tf.Tensor | None = None,
         mask: tf.Tensor | None = None,
     ) -> tf.Tensor:
-        """Normalizes by the batch's statistics in training, by the moving ones otherwise.
+        """Normalizes by batch statistics in training mode, by moving statistics at inference.
 
         Args:
-          inputs: of any rank from 2 on.
-          training: a bool, a boolean scalar tensor, or None, which is False.
-          mask: nonzero where a value counts in the statistics.
+          inputs: any shape of rank 2 or more.
+          training: a bool, a boolean scalar tensor, or None for inference.
+          mask: the statistics count the values where it is nonzero.
+
+        Returns:
+          Same shape as inputs, in the compute dtype.
         """
-        mask = self._full_mask(mask, inputs)
-        x = ops.channels_last(inputs, self._axes)
+        mask = self._expand_mask(mask, inputs)
+        x = ops.move_channels_last(inputs, self._axes)
         if isinstance(training, tf.Tensor | tf.Variable) and self.trainable:
             training = tf.cast(training, tf.bool)
-            # Both, and one of them chosen: in a branch of tf.cond no collective can run.
+            # No tf.cond: a collective cannot run inside a branch.
             y = tf.where(training, self._train(x, mask, training), self._infer(x))
         else:
             y = self._train(x, mask) if self.trainable and training else self._infer(x)
-        return tf.cast(ops.channels_back(y, inputs, self._axes), self.compute_dtype)
+        return tf.cast(ops.move_channels_back(y, inputs, self._axes), self.compute_dtype)
 
     def _infer(self, x: tf.Tensor) -> tf.Tensor:
-        mean, variance = _flat(self.moving_mean), _flat(self.moving_variance)
+        mean, variance = _flatten(self.moving_mean), _flatten(self.moving_variance)
         return ops.normalize(x, mean, variance, *self._parameters(), self.epsilon)
 
     def _train(
-        self, x: tf.Tensor, mask: tf.Tensor | None, if_: bool | tf.Tensor = True
+        self, x: tf.Tensor, mask: tf.Tensor | None, training: bool | tf.Tensor = True
     ) -> tf.Tensor:
-        """Normalizes, and updates the moving statistics if `if_`."""
-        x, dtype = self._checked(x), x.dtype
+        """Normalizes by batch statistics, and updates the moving statistics if `training`."""
+        x, dtype = self._check_batch(x), x.dtype
         if self.renorm:
-            # The correction goes on top of x_hat, which half precision would round once more.
+            # Half precision would round x_hat before its correction.
             x = tf.cast(x, ops.statistics_dtype(x.dtype))
         y, moments = ops.batch_normalize(
             x,
             *((None, None) if self.renorm else self._parameters()),
             self.epsilon,
             mask=mask,
-            group_size=self.virtual_batch_size,
+            virtual_batch_size=self.virtual_batch_size,
             gather=self._gather if self._is_synchronized() else None,
         )
         if self.renorm:
             y = tf.cast(self._renormalize(y, moments), dtype)
-        self.update_moving_statistics(moments, if_)
+        self.update_moving_statistics(moments, training)
         return y
 
     def _renormalize(self, x_hat: tf.Tensor, moments: ops.Moments) -> tf.Tensor:
@@ -206,81 +222,99 @@ class BatchNormalization(keras.layers.Layer):
 
         Source: Ioffe 2017 (arXiv 1702.03275), Algorithm 1.
         """
-        floor = self.epsilon**0.5
-        stddev = tf.maximum(tf.cast(_flat(self.renorm_stddev), x_hat.dtype), floor)
+        min_stddev = self.epsilon**0.5
+        stddev = tf.maximum(tf.cast(_flatten(self.renorm_stddev), x_hat.dtype), min_stddev)
         r = tf.sqrt(moments.variance[0] + self.epsilon) / stddev
-        d = (moments.mean[0] - tf.cast(_flat(self.renorm_mean), x_hat.dtype)) / stddev
-        r, d = self._clipped(r, d)
+        d = (moments.mean[0] - tf.cast(_flatten(self.renorm_mean), x_hat.dtype)) / stddev
+        r, d = self._clip(r, d)
         gamma, beta = (p if p is None else tf.cast(p, x_hat.dtype) for p in self._parameters())
         scale, offset = (r, d) if gamma is None else (r * gamma, d * gamma)
         return x_hat * scale + (offset if beta is None else offset + beta)
 
-    def _clipped(self, r: tf.Tensor, d: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        clip = self.renorm_clipping
-        if clip.get("rmin") is not None:
-            r = tf.maximum(r, clip["rmin"])
-        if clip.get("rmax") is not None:
-            r = tf.minimum(r, clip["rmax"])
-        if clip.get("dmax") is not None:
-            d = tf.clip_by_value(d, -clip["dmax"], clip["dmax"])
+    def _clip(self, r: tf.Tensor, d: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        rmin, rmax, dmax = self._renorm_bounds()
+        if rmin is not None:
+            r = tf.maximum(r, rmin)
+        if rmax is not None:
+            r = tf.minimum(r, rmax)
+        if dmax is not None:
+            d = tf.clip_by_value(d, -dmax, dmax)
         return r, d
 
-    def update_moving_statistics(self, moments: ops.Moments, if_: bool | tf.Tensor = True) -> None:
-        """Moves the moving statistics on, where the batch had anything to say.
+    # --- Moving statistics.
 
-        Each call in training mode comes by here once, in the replica's context. Whoever makes
-        other use of batch statistics overrides it, or puts a function in its place on one layer
-        for a while, as population.py does.
+    def update_moving_statistics(
+        self, moments: ops.Moments, training: bool | tf.Tensor = True
+    ) -> None:
+        """Updates the moving statistics, unless the batch is empty or entirely masked.
+
+        Every call in training mode runs this once, in replica context. Override it, or replace it
+        on one layer, to use the batch statistics differently.
 
         Args:
-          moments: of the G ghost batches of the call, synchronized as the layer is; variances
-            are biased.
-          if_: whether the call is in training mode, where `training` is a tensor.
+          moments: moments of the call's G ghost batches, merged over synchronized replicas;
+            variances are biased.
+          training: whether the call is in training mode, if that is a tensor.
         """
         count, mean, variance = moments
-        known = tf.get_static_value(count)
-        if known is None:
+        static_count = tf.get_static_value(count)
+        if static_count is None:
             total = tf.reduce_sum(count, axis=0)
-            share, fewer = tf.math.divide_no_nan(count, total), tf.maximum(count - 1, 1)
+            share = tf.math.divide_no_nan(count, total)
+            degrees_of_freedom = tf.maximum(count - 1, 1)
+            updates = tf.logical_and(total > 0, training)
         else:
-            # Mostly the batch's size is known, and none of this has to be in the graph.
-            count, total = known, known.sum(axis=0)
-            share, fewer = count / np.maximum(total, 1), np.maximum(count - 1, 1)
-        updates = tf.logical_and(total > 0, if_) if known is None or not total.all() else if_
-        # Bessel's correction enters here; a single value is taken for two.
-        correction = count / fewer if self.unbiased else 1.0
+            # Computed in NumPy, which adds no operation to the graph.
+            count, total = static_count, static_count.sum(axis=0)
+            share = count / np.maximum(total, 1)
+            degrees_of_freedom = np.maximum(count - 1, 1)
+            updates = training if total.all() else tf.logical_and(total > 0, training)
+        # Bessel's correction enters here. One value has no unbiased variance; m - 1 is at least 1.
+        correction = count / degrees_of_freedom if self.unbiased else 1.0
         new_mean = tf.reduce_sum(share * mean, axis=0)
         new_variance = tf.reduce_sum(share * correction * variance, axis=0)
-        keep = self.momentum
-        if keep is None:
-            done = self.num_updates.value + tf.cast(tf.reduce_any(updates), tf.int64)
-            self.num_updates.assign(done)
-            keep = 1 - 1 / tf.cast(tf.maximum(done, 1), tf.float64)
-
-        def move(moving: keras.Variable, new: tf.Tensor, keep: float | tf.Tensor) -> tf.Tensor:
-            old = _flat(moving)
-            kept, rate = keep, 1 - keep
-            if isinstance(keep, tf.Tensor):
-                kept, rate = tf.cast(kept, old.dtype), tf.cast(rate, old.dtype)
-            moved = old * kept + tf.cast(new, old.dtype) * rate
-            if updates is not True:
-                moved = tf.where(updates, moved, old)
-            moving.assign(self._shaped(moved))
-            return moved
-
-        move(self.moving_mean, new_mean, keep)
+        momentum = self._count_update(updates) if self.momentum is None else self.momentum
+        self._move(self.moving_mean, new_mean, momentum, updates)
         if not self.renorm:
-            move(self.moving_variance, new_variance, keep)
+            self._move(self.moving_variance, new_variance, momentum, updates)
         else:
-            # Keras' choice: the standard deviation moves, and the variance follows from it.
-            stddev = move(self.moving_stddev, tf.sqrt(new_variance + self.epsilon), keep)
-            self.moving_variance.assign(self._shaped(tf.nn.relu(tf.square(stddev) - self.epsilon)))
-            move(self.renorm_mean, new_mean, self.renorm_momentum)
+            # As in the Keras layer, standard deviations are averaged and the moving variance
+            # follows from them.
+            stddev = tf.sqrt(new_variance + self.epsilon)
+            stddev = self._move(self.moving_stddev, stddev, momentum, updates)
+            moving_variance = tf.nn.relu(tf.square(stddev) - self.epsilon)
+            self.moving_variance.assign(self._unflatten(moving_variance))
+            self._move(self.renorm_mean, new_mean, self.renorm_momentum, updates)
             biased = tf.reduce_sum(share * variance, axis=0)
-            move(self.renorm_stddev, tf.sqrt(biased + self.epsilon), self.renorm_momentum)
-        if self._merge_weight is not None:
-            values = tf.cast(tf.reduce_mean(total), tf.float32)
-            self._merge_weight.assign_add(tf.where(if_, values, 0.0))
+            stddev = tf.sqrt(biased + self.epsilon)
+            self._move(self.renorm_stddev, stddev, self.renorm_momentum, updates)
+        if self.values_since_merge is not None:
+            num_values = tf.cast(tf.reduce_mean(total), tf.float32)
+            self.values_since_merge.assign_add(tf.where(training, num_values, 0.0))
+
+    def _count_update(self, updates: bool | tf.Tensor) -> tf.Tensor:
+        """Counts an update, and returns the momentum of the equal-weight average, float64."""
+        num_updates = self.num_updates.value + tf.cast(tf.reduce_any(updates), tf.int64)
+        self.num_updates.assign(num_updates)
+        return 1 - 1 / tf.cast(tf.maximum(num_updates, 1), tf.float64)
+
+    def _move(
+        self,
+        moving: keras.Variable,
+        new: tf.Tensor,
+        momentum: float | tf.Tensor,
+        updates: bool | tf.Tensor,
+    ) -> tf.Tensor:
+        """Assigns momentum * moving + (1 - momentum) * new where `updates`; returns it, [C]."""
+        old = _flatten(moving)
+        kept, added = momentum, 1 - momentum
+        if isinstance(momentum, tf.Tensor):
+            kept, added = tf.cast(kept, old.dtype), tf.cast(added, old.dtype)
+        moved = old * kept + tf.cast(new, old.dtype) * added
+        if updates is not True:
+            moved = tf.where(updates, moved, old)
+        moving.assign(self._unflatten(moved))
+        return moved
 
     # --- Replicas.
 
@@ -291,50 +325,29 @@ class BatchNormalization(keras.layers.Layer):
     def _gather(self, packed: tf.Tensor) -> tf.Tensor:
         return gather_replicas(packed, self.sync_group_size)
 
-    def _may_diverge(self) -> bool:
-        """Tells whether the replicas' moving statistics may come to differ."""
-        replicas = tf.distribute.get_strategy().num_replicas_in_sync
-        alike = self.synchronized and self.sync_group_size in (None, replicas)
-        return replicas > 1 and not alike
-
-    def _mixed(self) -> list[tuple[tf.Tensor, tf.Tensor]]:
-        """The means and variances that a merge mixes, [C]."""
-        pairs = [(_flat(self.moving_mean), _flat(self.moving_variance))]
-        if self.renorm:
-            pairs.append((_flat(self.renorm_mean), tf.square(_flat(self.renorm_stddev))))
-        return pairs
-
-    def _take_merged(
-        self, mixed: Iterator[tuple[tf.Tensor, tf.Tensor]], num_updates: Iterator[tf.Tensor]
-    ) -> None:
-        """Takes its own from what the merge of all layers made of `_mixed` and `num_updates`."""
-
-        def assign(variable: keras.Variable, value: tf.Tensor) -> None:
-            variable.assign(tf.cast(tf.reshape(value, variable.shape), variable.dtype))
-
-        mean, variance = next(mixed)
-        assign(self.moving_mean, mean)
-        assign(self.moving_variance, variance)
-        if self.renorm:
-            assign(self.moving_stddev, tf.sqrt(variance + self.epsilon))
-            mean, variance = next(mixed)
-            assign(self.renorm_mean, mean)
-            assign(self.renorm_stddev, tf.sqrt(variance))
-        if self.momentum is None:
-            assign(self.num_updates, next(num_updates))
-        self._merge_weight.assign(0.0)
+    def _replicas_may_diverge(self) -> bool:
+        """Returns whether the replicas' moving statistics can come to differ."""
+        num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        share_all = self.synchronized and self.sync_group_size in (None, num_replicas)
+        return num_replicas > 1 and not share_all
 
     # --- Shapes and checks.
 
     def _parameters(self) -> tuple[tf.Tensor | None, tf.Tensor | None]:
-        return tuple(None if p is None else _flat(p) for p in (self.gamma, self.beta))
+        """Returns gamma and beta, [C] or None."""
+        gamma, beta = (None if p is None else _flatten(p) for p in (self.gamma, self.beta))
+        return gamma, beta
 
-    def _shaped(self, t: tf.Tensor) -> tf.Tensor:
-        """Gives a [C] the shape of the weights."""
+    def _unflatten(self, t: tf.Tensor) -> tf.Tensor:
+        """Reshapes [C] to the shape of the weights."""
         return t if len(self._shape) == 1 else tf.reshape(t, self._shape)
 
-    def _add_weight(
-        self, name: str, initializer: object, regularizer: object, constraint: object
+    def _add_parameter(
+        self,
+        name: str,
+        initializer: Initializer,
+        regularizer: Regularizer | None,
+        constraint: Constraint | None,
     ) -> keras.Variable:
         return self.add_weight(
             shape=self._shape,
@@ -345,56 +358,49 @@ class BatchNormalization(keras.layers.Layer):
             autocast=False,
         )
 
-    def _add_statistic(self, name: str, initializer: object) -> keras.Variable:
+    def _add_statistic(self, name: str, initializer: Initializer) -> keras.Variable:
         return self.add_weight(
             shape=self._shape, name=name, initializer=initializer, trainable=False, autocast=False
         )
 
     def _initial_stddev(self, shape: Sequence[int], dtype: str | None = None) -> tf.Tensor:
-        # A clone: an initializer that is asked twice may refuse, or draw anew.
+        # A clone, because a second call of the same initializer may fail or draw other values.
         initializer = self.moving_variance_initializer
         if isinstance(initializer, keras.initializers.Initializer):
             initializer = initializer.clone()
         return keras.ops.sqrt(initializer(shape, dtype=dtype))
 
-    def _full_mask(self, mask: tf.Tensor | None, inputs: tf.Tensor) -> tf.Tensor | None:
-        """Gives the mask with every axis of the input, channels last."""
+    def _expand_mask(self, mask: tf.Tensor | None, inputs: tf.Tensor) -> tf.Tensor | None:
+        """Returns the mask with the rank of the input and its channels last."""
         if mask is None:
             return None
         mask = tf.convert_to_tensor(mask)
         rank = inputs.shape.rank
-
-        def fits(axes: Sequence[int]) -> bool:
-            return mask.shape.rank == len(axes) and all(
-                m in (1, None) or inputs.shape[a] in (m, None)
-                for m, a in zip(mask.shape, axes, strict=True)
-            )
-
         reduced = [a for a in range(rank) if a not in self._axes]
-        if fits(reduced):
+        if _fits(mask.shape, [inputs.shape[a] for a in reduced]):
             for a in self._axes:
                 mask = tf.expand_dims(mask, a)
-        elif fits(range(rank - 1)):
+        elif _fits(mask.shape, inputs.shape[:-1]):
             mask = tf.broadcast_to(mask[..., None], tf.shape(inputs))
         else:
             raise UsageError(
-                f"{self.name}: a mask of shape {tuple(mask.shape)} does not fit an input of shape"
-                f" {tuple(inputs.shape)} with axis={self.axis}: give it the input's shape without"
+                f"{self.name}: mask shape {tuple(mask.shape)} does not fit input shape"
+                f" {tuple(inputs.shape)} with axis={self.axis}: expected the input's shape without"
                 " axis"
             )
-        return ops.channels_last(mask, self._axes)
+        return ops.move_channels_last(mask, self._axes)
 
-    def _checked(self, x: tf.Tensor) -> tf.Tensor:
-        """Gives x, if the ghost batches divide it."""
+    def _check_batch(self, x: tf.Tensor) -> tf.Tensor:
+        """Returns x, checked to consist of whole ghost batches."""
         size = self.virtual_batch_size
         if size is None or x.shape[0] is not None and x.shape[0] % size == 0:
             return x
         message = (
             f"{self.name}: virtual_batch_size={size} does not divide the batch of this replica:"
-            " give batches that are a multiple of it (drop_remainder=True), or another size"
+            " use batches of a multiple of it (drop_remainder=True) or another size"
         )
         if x.shape[0] is not None:
-            raise UsageError(f"{message}; the batch is {x.shape[0]}")
+            raise UsageError(f"{message}; the batch has {x.shape[0]} examples")
         with tf.control_dependencies(
             [tf.debugging.assert_equal(tf.shape(x)[0] % size, 0, message)]
         ):
@@ -405,33 +411,37 @@ class BatchNormalization(keras.layers.Layer):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise UsageError(
-                    f"{name}={value}: it is the fraction that is kept, from 0 to 1"
+                    f"{name}={value} is invalid: expected the fraction kept, in [0, 1]"
                     " (PyTorch's momentum is 1 minus it)"
                 )
         if not self.epsilon > 0:
-            raise UsageError(f"epsilon={self.epsilon}: it has to be greater than 0")
+            raise UsageError(f"epsilon={self.epsilon} is invalid: expected a positive number")
         for name in ("virtual_batch_size", "sync_group_size"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value > 0):
                 raise UsageError(
-                    f"{name}={value!r}: it has to be a whole number from 1 on, or None"
+                    f"{name}={value!r} is invalid: expected a positive integer or None"
                 )
         if self.sync_group_size is not None and not self.synchronized:
             raise UsageError(
-                f"sync_group_size={self.sync_group_size} without synchronized=True has no meaning:"
-                " set synchronized=True as well"
+                f"sync_group_size={self.sync_group_size} has no effect without synchronized=True:"
+                " set synchronized=True"
             )
         if self.renorm:
             self._check_renorm()
 
+    def _renorm_bounds(self) -> tuple[float | None, float | None, float | None]:
+        clipping = self.renorm_clipping or {}
+        return clipping.get("rmin"), clipping.get("rmax"), clipping.get("dmax")
+
     def _check_renorm(self) -> None:
-        keys = ["rmax", "rmin", "dmax"]
-        clipping = self.renorm_clipping
-        if set(clipping) - set(keys):
+        expected = ["rmax", "rmin", "dmax"]
+        if set(self.renorm_clipping or {}) - set(expected):
             raise UsageError(
-                f"Received invalid keys for renorm_clipping: {clipping}; accepted are {keys}"
+                f"Received invalid keys for renorm_clipping: {self.renorm_clipping}; expected"
+                f" {expected}"
             )
-        rmin, rmax, dmax = (clipping.get(k) for k in ("rmin", "rmax", "dmax"))
+        rmin, rmax, dmax = self._renorm_bounds()
         if rmin is not None and rmax is not None and rmax < rmin:
             raise UsageError(
                 f"rmax should be greater than rmin in renorm_clipping: rmax={rmax}, rmin={rmin}"
@@ -440,19 +450,20 @@ class BatchNormalization(keras.layers.Layer):
             raise UsageError(f"dmax should be non-negative in renorm_clipping: dmax={dmax}")
         if self.virtual_batch_size is not None:
             raise UsageError(
-                f"renorm=True with virtual_batch_size={self.virtual_batch_size}: renorm undoes"
-                " what ghost batches are for; give one of them"
+                f"renorm=True and virtual_batch_size={self.virtual_batch_size} are mutually"
+                " exclusive: renorm undoes the effect of ghost batches"
             )
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> Sequence[int | None]:
-        """The shape of the input."""
-        normalized_axes(self.axis, input_shape)
+        """Returns the input shape, after checking `axis` against it."""
+        canonical_axes(self.axis, input_shape)
         return input_shape
 
-    def get_config(self) -> dict:
-        """The arguments; ours only where they say something that Keras' layer can't.
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments; those that the Keras layer lacks only if they are set.
 
-        So a layer that does what Keras' does has a config that Keras' takes, and the other way.
+        A layer that behaves like the Keras layer therefore has a config that the Keras layer
+        accepts, and vice versa.
         """
         config = {
             **super().get_config(),
@@ -474,41 +485,59 @@ class BatchNormalization(keras.layers.Layer):
             config[f"{name}_regularizer"] = keras.regularizers.serialize(regularizer)
             constraint = getattr(self, f"{name}_constraint")
             config[f"{name}_constraint"] = keras.constraints.serialize(constraint)
-        ours = {name: getattr(self, name) for name in _NOT_IN_KERAS}
-        return config | {name: value for name, value in ours.items() if value}
+        additional = {name: getattr(self, name) for name in _NOT_IN_KERAS}
+        return config | {name: value for name, value in additional.items() if value}
 
     @classmethod
-    def from_config(cls, config: dict) -> "BatchNormalization":
-        """Makes the layer of a config, ours or Keras': one without "unbiased" is biased."""
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Builds a layer from a config of this layer or of the Keras layer.
+
+        A config without "unbiased" makes a biased layer.
+        """
         return cls(**{"unbiased": False, **config})
 
 
 _NOT_IN_KERAS = ("unbiased", "sync_group_size", "virtual_batch_size")
 
-
-# What folding, population statistics and the check-up are about: ours, and Keras'.
+# The layers that folding, population statistics, health checks and cost estimates support.
 BATCH_NORMS = (BatchNormalization, keras.layers.BatchNormalization)
 
 
-def normalized_axes(axis: int | Sequence[int], shape: Sequence[int | None]) -> list[int]:
-    """Gives the axes from 0 on and in order."""
+def canonical_axes(axis: int | Sequence[int], shape: Sequence[int | None]) -> list[int]:
+    """Returns the axes as non-negative numbers in ascending order.
+
+    Args:
+      axis: axis or list of axes, each in [-rank, rank).
+      shape: input shape.
+
+    Raises:
+      UsageError: an axis is out of bounds or repeated, or no axis is left to reduce.
+    """
     rank = len(shape)
     given = [axis] if isinstance(axis, int) else list(axis)
     if not given or not all(-rank <= a < rank for a in given):
         raise UsageError(
-            f"axis={axis} is out of bounds for an input of shape {tuple(shape)}: accepted are"
-            f" {-rank} to {rank - 1}"
+            f"axis={axis} is out of bounds for input shape {tuple(shape)}: expected {-rank} to"
+            f" {rank - 1}"
         )
     axes = sorted(a % rank for a in given)
     if len(set(axes)) < len(axes):
-        raise UsageError(f"axis={axis} names an axis of the input {tuple(shape)} twice")
+        raise UsageError(f"axis={axis} repeats an axis of input shape {tuple(shape)}")
     if len(axes) == rank:
         raise UsageError(
-            f"axis={axis} leaves no axis of the input {tuple(shape)} to take statistics over"
+            f"axis={axis} covers all axes of input shape {tuple(shape)}: leave at least one axis"
+            " to compute statistics over"
         )
     return axes
 
 
-def _flat(variable: keras.Variable) -> tf.Tensor:
+def _flatten(variable: keras.Variable) -> tf.Tensor:
     value = tf.convert_to_tensor(variable)
     return value if value.shape.rank == 1 else tf.reshape(value, [-1])
+
+
+def _fits(shape: tf.TensorShape, expected: Sequence[int | None]) -> bool:
+    """Returns whether each dimension equals the expected one, is 1, or is unknown."""
+    return shape.rank == len(expected) and all(
+        d in (1, None) or e in (d, None) for d, e in zip(shape, expected, strict=True)
+    )

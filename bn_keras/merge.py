@@ -1,9 +1,8 @@
 """Merging the moving statistics of replicas that are not synchronized."""
 
-import functools
-import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import keras
 import numpy as np
@@ -17,23 +16,24 @@ from bn_keras.replicas import gather_replicas
 class MergeMovingStatistics(keras.callbacks.Callback):
     """Merges the replicas' moving statistics in `fit`, `evaluate` and `predict`.
 
-    Before each evaluation and at the end of each epoch; list it before whatever saves.
+    Runs before each evaluation and prediction, after each epoch and after training. List it before
+    any callback that saves the model.
     """
 
-    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Merges for what is saved after an epoch."""
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Merges before the model is saved after an epoch."""
         self._merge()
 
-    def on_train_end(self, logs: dict | None = None) -> None:
-        """Merges for what is saved after training."""
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Merges before the model is saved after training."""
         self._merge()
 
-    def on_test_begin(self, logs: dict | None = None) -> None:
-        """Merges for the evaluation."""
+    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Merges before an evaluation."""
         self._merge()
 
-    def on_predict_begin(self, logs: dict | None = None) -> None:
-        """Merges for the prediction."""
+    def on_predict_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Merges before a prediction."""
         self._merge()
 
     def _merge(self) -> None:
@@ -41,73 +41,116 @@ class MergeMovingStatistics(keras.callbacks.Callback):
 
 
 def merge_moving_statistics(
-    model: keras.Model, strategy: tf.distribute.Strategy | None = None
+    model: keras.Layer, strategy: tf.distribute.Strategy | None = None
 ) -> None:
-    """Gives all replicas the same moving statistics: mean and variance of their mixture.
+    """Assigns all replicas the mean and variance of the mixture of their moving statistics.
 
-    Call it from Python, outside strategy.run, before each save and each evaluation: layers that
-    aren't synchronized keep the statistics of their own replica's batches, and only the first
-    replica's would be saved. Each replica weighs as much as the values that it has seen since
-    the last merge. One collective for the whole model; nothing to do at one replica.
+    Layers that are not synchronized keep the statistics of their own replica's batches, and only
+    those of the first replica are saved. Call this from Python, outside strategy.run, before each
+    save and each evaluation. Each replica is weighted by the number of values that it has seen
+    since the last merge. The whole model needs one collective; a single replica needs none.
 
     Args:
-      model: with BatchNormalization layers anywhere inside.
-      strategy: under which the model was made; None is the current one.
+      model: model or layer with BatchNormalization layers at any depth.
+      strategy: strategy that the model was created under; None means the current one.
 
     Source: the law of total variance.
     """
     strategy = strategy or tf.distribute.get_strategy()
-    layers = [
-        layer
+    counters = {
+        layer: counter
         for layer in all_layers(model)
-        if isinstance(layer, BatchNormalization) and layer.built and layer._merge_weight is not None
-    ]
-    if strategy.num_replicas_in_sync == 1 or not layers:
+        if isinstance(layer, BatchNormalization)
+        and (counter := layer.values_since_merge) is not None
+    }
+    if strategy.num_replicas_in_sync == 1 or not counters:
         return
-    key = (strategy, *map(id, layers))
-    merges = _merges.setdefault(model, {})
+    key = (strategy, *map(id, counters))
+    merges = _traced_merges.setdefault(model, {})
     if key not in merges:
         merges[key] = tf.function(
-            lambda: strategy.run(functools.partial(_merge_in_replica, layers)), autograph=False
+            lambda: strategy.run(lambda: _merge_in_replica(counters)), autograph=False
         )
     merges[key]()
 
 
-# The traced merges of each model; gone with the model.
-_merges: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+# The traced functions of each model, which are released together with it.
+_traced_merges: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def _merge_in_replica(layers: Sequence[BatchNormalization]) -> None:
-    """Mixes all channels of all layers at once."""
-    mixed = [layer._mixed() for layer in layers]
-    means, variances = zip(*itertools.chain(*mixed), strict=True)
-    parts = (
-        [layer._merge_weight for layer in layers],
-        means,
-        variances,
-        [layer.num_updates for layer in layers if layer.momentum is None],
+def _merge_in_replica(counters: Mapping[BatchNormalization, tf.Variable]) -> None:
+    """Merges all channels of all layers in one collective, and resets their counters.
+
+    Args:
+      counters: number of values that each layer has seen since the last merge.
+    """
+    weights, means, variances = zip(
+        *(
+            (counter, mean, variance)
+            for layer, counter in counters.items()
+            for mean, variance in _read_statistics(layer)
+        ),
+        strict=True,
     )
-    dtype = tf.float64 if any(m.dtype == tf.float64 for m in means) else tf.float32
-    flat = [tf.reshape(tf.cast(t, dtype), [-1]) for part in parts for t in part]
-    channels = [m.shape[0] for m in means]
-    lengths = [len(layers), sum(channels), sum(channels), len(parts[-1])]
-    gathered = gather_replicas(tf.concat(flat, axis=0))
-    weight, mean, variance, num_updates = tf.split(gathered, lengths, axis=1)
-    of_layer = [sum(mean.shape[0] for mean, _ in pairs) for pairs in mixed]
-    weight = tf.gather(weight, np.repeat(np.arange(len(layers)), of_layer), axis=1)
-    merged = zip(*(tf.split(t, channels) for t in _mixture(weight, mean, variance)), strict=True)
-    num_updates = iter(tf.unstack(tf.reduce_max(num_updates, axis=0)))
-    for layer in layers:
-        layer._take_merged(merged, num_updates)
+    updates = [layer.num_updates for layer in counters if layer.momentum is None]
+    dtype = tf.float64 if any(mean.dtype == tf.float64 for mean in means) else tf.float32
+    packed = [tf.reshape(tf.cast(t, dtype), [-1]) for t in (*weights, *means, *variances, *updates)]
+    channels = [mean.shape[0] for mean in means]
+    sizes = [len(weights), sum(channels), sum(channels), len(updates)]
+    gathered = gather_replicas(tf.concat(packed, axis=0))
+    weight, mean, variance, num_updates = tf.split(gathered, sizes, axis=1)
+    weight = tf.gather(weight, np.repeat(np.arange(len(channels)), channels), axis=1)
+    merged = zip(*(tf.split(t, channels) for t in _mix(weight, mean, variance)), strict=True)
+    merged_updates = iter(tf.unstack(tf.reduce_max(num_updates, axis=0)))
+    for layer, counter in counters.items():
+        _assign_statistics(layer, merged, merged_updates)
+        counter.assign(0.0)
 
 
-def _mixture(
-    weight: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Gives mean and variance [C] of a mixture of R parts, each argument being [R, C].
+def _read_statistics(layer: BatchNormalization) -> list[tuple[tf.Tensor, tf.Tensor]]:
+    """Returns the pairs of mean and variance, each [C], that a merge mixes."""
+    pairs = [(layer.moving_mean, layer.moving_variance)]
+    if layer.renorm:
+        pairs.append((layer.renorm_mean, tf.square(layer.renorm_stddev)))
+    return [(tf.reshape(mean, [-1]), tf.reshape(variance, [-1])) for mean, variance in pairs]
 
-    In differences from the first part, so that parts that agree come out as they went in, to the
-    bit. Without any weight, all weigh the same.
+
+def _assign_statistics(
+    layer: BatchNormalization,
+    merged: Iterator[tuple[tf.Tensor, tf.Tensor]],
+    num_updates: Iterator[tf.Tensor],
+) -> None:
+    """Assigns a layer its share of the merged statistics.
+
+    Args:
+      layer: the next layer.
+      merged: yields pairs of mean and variance, [C], in the order of `_read_statistics`.
+      num_updates: yields the update counts of the layers with momentum=None.
+    """
+
+    def assign(variable: keras.Variable, value: tf.Tensor) -> None:
+        variable.assign(tf.cast(tf.reshape(value, variable.shape), variable.dtype))
+
+    mean, variance = next(merged)
+    assign(layer.moving_mean, mean)
+    assign(layer.moving_variance, variance)
+    if layer.renorm:
+        assign(layer.moving_stddev, tf.sqrt(variance + layer.epsilon))
+        mean, variance = next(merged)
+        assign(layer.renorm_mean, mean)
+        assign(layer.renorm_stddev, tf.sqrt(variance))
+    if layer.momentum is None:
+        assign(layer.num_updates, next(num_updates))
+
+
+def _mix(weight: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Computes mean and variance, [C], of a mixture of R parts.
+
+    Computed in differences from the first part, so that equal parts are returned bit for bit.
+    Without any weight, all parts weigh the same.
+
+    Args:
+      weight, mean, variance: [R, C].
     """
     total = tf.reduce_sum(weight, axis=0)
     share = tf.where(total > 0, weight / tf.maximum(total, 1), 1 / weight.shape[0])

@@ -1,44 +1,51 @@
 """The batch-normalizing transform as functions of tensors, forward and backward.
 
-Activations come with the channels last, [N, ..., C]. Nothing here knows a layer or a strategy:
-what crosses replicas comes in as a callable, `gather`.
+Activations are channels-last, [N, ..., C]. This module knows no layer and no strategy: a callable,
+`gather`, exchanges tensors between replicas.
 
-There are two ways to the same numbers. `_Fused` calls TensorFlow's fused kernels, which pass over
-memory about as rarely as can be; `_Plain` is made of ordinary operations, takes every dtype and
-mask, and is differentiable, so that it also serves as the gradient's gradient.
+Two implementations compute the same numbers. `_Fused` calls TensorFlow's fused kernels, which read
+and write the activations as few times as possible. `_Unfused` consists of ordinary operations: it
+accepts every dtype and mask, and because it is differentiable it also provides the second-order
+gradients.
 """
 
+import functools
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
 
-# What the fused kernels take; they compute in float32 for all three.
+from bn_keras.cores import usable_cores
+
+# Dtypes that the fused kernels accept. They compute in float32 for all three.
 _FUSED_DTYPES = (tf.float16, tf.bfloat16, tf.float32)
 
-# From so many elements on, the kernels take less time on a CPU than ordinary operations do.
-_PAYS_IN_TRAINING = 2**16
-_PAYS_AT_INFERENCE = 2**18
+# Number of elements from which the kernels are faster on a CPU than ordinary operations.
+_MIN_SIZE_TO_FUSE_TRAINING = 2**16
+_MIN_SIZE_TO_FUSE_INFERENCE = 2**18
 
-# So many values of one channel are added up in float32 without a second look: up to a mean of a
-# thousand standard deviations it comes out right to a thousandth of one.
-_FEW_VALUES = 2**15
+# Number of values per channel up to which a float32 sum needs no check: at a mean of 1,000 standard
+# deviations the computed mean is still accurate to a thousandth of a standard deviation.
+_MAX_UNCHECKED_COUNT = 2**15
 
-# [...] of this replica -> [R, ...] of the R replicas that share their statistics, the same on
-# each, in one collective. Has to be differentiable.
+# Maps [...] of this replica to [R, ...] of the R replicas that share statistics. The result is the
+# same on each of them. Differentiable, and one collective per call.
 Gather = Callable[[tf.Tensor], tf.Tensor]
+
+# Maps (dy, x, gamma) to (dx, dgamma, dbeta).
+_Backward = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]
 
 
 class Moments(NamedTuple):
     """Statistics of a batch, or of each of the G ghost batches that it is split into.
 
+    Mean and variance are 0 where count is 0.
+
     Attributes:
-      count: [G, 1], or [G, C] where a mask differs by channel: how many values went in.
+      count: [G, 1], or [G, C] if the mask differs by channel: number of values.
       mean: [G, C].
-      variance: [G, C], biased: over count, as in Algorithm 1. Bessel's correction is not in it.
-        Where count is 0, so are mean and variance.
+      variance: [G, C], biased: divided by count, as in Algorithm 1, without Bessel's correction.
     """
 
     count: tf.Tensor
@@ -47,7 +54,7 @@ class Moments(NamedTuple):
 
 
 def statistics_dtype(dtype: tf.DType) -> tf.DType:
-    """Gives the dtype in which activations of a dtype are summed: float32, or their own float64."""
+    """Returns the dtype of the statistics of activations: float64 for float64, else float32."""
     return tf.float64 if dtype == tf.float64 else tf.float32
 
 
@@ -59,17 +66,17 @@ def normalize(
     beta: tf.Tensor | None,
     epsilon: float,
 ) -> tf.Tensor:
-    """Maps x to gamma * (x - mean) / sqrt(variance + epsilon) + beta, by given statistics.
+    """Computes gamma * (x - mean) / sqrt(variance + epsilon) + beta for given statistics.
 
-    Computed in float32 (float64 for float64) whatever the dtype of x. Mean and variance are
-    constants to the gradient.
+    Computed in float32 (float64 for float64) whatever the dtype of x. No gradient flows to mean
+    and variance.
 
     Args:
       x: [N, ..., C] activations.
       mean: [C].
       variance: [C], >= 0.
-      gamma: [C]; None is 1.
-      beta: [C]; None is 0.
+      gamma: [C]; None means 1.
+      beta: [C]; None means 0.
       epsilon: added under the root, > 0.
 
     Returns:
@@ -80,9 +87,10 @@ def normalize(
     x = tf.convert_to_tensor(x)
     dtype = statistics_dtype(x.dtype)
     mean, variance = (tf.stop_gradient(tf.cast(t, dtype)) for t in (mean, variance))
-    gamma, beta = _or_default(gamma, beta, x)
-    if _pays_to_fuse(x, _PAYS_AT_INFERENCE):
-        return _like(_kernel_inference(_as_images(x), mean, variance, gamma, beta, epsilon), x)
+    gamma, beta = _with_defaults(gamma, beta, x)
+    if _should_fuse(x, _MIN_SIZE_TO_FUSE_INFERENCE):
+        y = _run_inference_kernel(_as_images(x), mean, variance, gamma, beta, epsilon)
+        return _restore(y, x)
     y = (tf.cast(x, dtype) - mean) * (gamma * tf.math.rsqrt(variance + epsilon)) + beta
     return tf.cast(y, x.dtype)
 
@@ -94,135 +102,147 @@ def batch_normalize(
     epsilon: float,
     *,
     mask: tf.Tensor | None = None,
-    group_size: int | None = None,
+    virtual_batch_size: int | None = None,
     gather: Gather | None = None,
 ) -> tuple[tf.Tensor, Moments]:
     """Normalizes x by the statistics of the batch itself.
 
-    Decisions: statistics are in float32, or float64 for float64. Parts are merged by count, mean
-    and variance, never by sums of squares, so that no mean is too large. One collective forward
-    and one backward. The gradients of gamma and beta are this replica's own: adding up the
-    replicas' is the optimizer's business, and doing it here would count it twice. The gradient
-    has a gradient.
+    Decisions:
+      - Statistics are float32, or float64 for float64.
+      - Statistics of parts are merged by count, mean and variance, never by sums of squares, so
+        that large means lose no digits.
+      - Replicas need one collective forward and one backward.
+      - The gradients of gamma and beta are this replica's own. The optimizer sums them over the
+        replicas; a sum here as well would count them twice.
+      - Second-order gradients are supported.
 
     Args:
       x: [N, ..., C] activations; N may be 0.
-      gamma: [C]; None is 1.
-      beta: [C]; None is 0.
+      gamma: [C]; None means 1.
+      beta: [C]; None means 0.
       epsilon: added under the root, > 0.
-      mask: nonzero where a value counts, of x's rank, each axis as in x or 1; None is everywhere.
-        What doesn't count is normalized all the same.
-      group_size: how many consecutive examples make a ghost batch with statistics of its own; has
-        to divide N. None is all.
-      gather: brings the replicas together; None is this replica alone.
+      mask: same rank as x, each axis as in x or 1; statistics count the values where it is
+        nonzero. Masked values are normalized too. None counts all values.
+      virtual_batch_size: number of consecutive examples in a ghost batch, which has statistics of
+        its own; divides N. None means the whole batch.
+      gather: exchanges statistics with other replicas; None means this replica alone.
 
     Returns:
-      y, of the shape and dtype of x, and the moments, which carry no gradient.
+      y, with the shape and dtype of x, and the moments, through which no gradient flows.
 
     Source: Ioffe & Szegedy 2015, Algorithm 1, and the gradients in section 3.
     """
     x = tf.convert_to_tensor(x)
-    gamma, beta = _or_default(gamma, beta, x)
-    plain = _Plain(epsilon, group_size, gather, mask, x)
-    num_groups = _num_groups(x, group_size)
-    # Splitting takes a number of groups that is known when the graph is built.
-    fusable = _pays_to_fuse(x, _PAYS_IN_TRAINING) and mask is None and num_groups
-    transform = _Fused(epsilon, num_groups, gather) if fusable else plain
-    y, moments, residuals = transform.forward(tf.stop_gradient(x), gamma, beta)
+    gamma, beta = _with_defaults(gamma, beta, x)
+    unfused = _Unfused(epsilon, virtual_batch_size, gather, mask, x)
+    # The kernels run once per ghost batch, so the number of ghost batches must be static.
+    num_groups = _static_num_groups(x, virtual_batch_size)
+    forward = unfused.forward
+    if mask is None and num_groups and _should_fuse(x, _MIN_SIZE_TO_FUSE_TRAINING):
+        forward = (
+            _Fused(epsilon, num_groups).forward
+            if gather is None
+            else _SynchronizedFused(epsilon, num_groups, gather).forward
+        )
+    y, moments, backward = forward(tf.stop_gradient(x), gamma, beta)
 
     @tf.custom_gradient
     def differentiable(x, gamma, beta):  # noqa: ANN001
         @tf.custom_gradient
-        def backward(dy, x, gamma):  # noqa: ANN001
+        def first_order(dy, x, gamma):  # noqa: ANN001
             def second_order(*upstream):
                 with tf.GradientTape() as tape:
                     tape.watch([dy, x, gamma])
-                    # The moments anew from x, since they too change with it.
-                    outputs = plain.backward(dy, x, gamma, plain.moments(x))
+                    # The moments depend on x, so they are computed again under this tape.
+                    outputs = unfused.backward(unfused.compute_moments(x), dy, x, gamma)
                 return tape.gradient(outputs, [dy, x, gamma], upstream)
 
-            return transform.backward(dy, x, gamma, residuals), second_order
+            return backward(dy, x, gamma), second_order
 
-        return y, lambda dy: backward(dy, x, gamma)
+        return y, lambda dy: first_order(dy, x, gamma)
 
     return differentiable(x, gamma, beta), moments
 
 
-class _Plain:
-    """The transform in ordinary operations, in the statistics' dtype.
+class _Unfused:
+    """The transform in ordinary operations, in the dtype of the statistics.
 
-    Ghost batches get an axis of their own, the first. Statistics keep the axes that they are
-    taken over, with one entry.
+    Ghost batches have an axis of their own, the first. Statistics keep their reduced axes, with
+    size 1.
     """
 
     def __init__(
         self,
         epsilon: float,
-        group_size: int | None,
+        virtual_batch_size: int | None,
         gather: Gather | None,
         mask: tf.Tensor | None,
         x: tf.Tensor,
     ) -> None:
         self._epsilon = epsilon
-        self._group_size = group_size
+        self._virtual_batch_size = virtual_batch_size
         self._gather = gather
-        self._axes = list(range(x.shape.rank - 1) if group_size is None else range(1, x.shape.rank))
-        self._kept = None
+        rank = x.shape.rank
+        self._axes = list(range(rank - 1) if virtual_batch_size is None else range(1, rank))
+        self._mask = None
         if mask is not None:
             mask = tf.cast(mask, tf.bool)
-            like = _dims(x)[:-1] + _dims(mask)[-1:]
-            self._kept = self._grouped(tf.broadcast_to(mask, like))
+            self._mask = self._group(tf.broadcast_to(mask, _dims(x)[:-1] + _dims(mask)[-1:]))
 
     def forward(
         self, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor
-    ) -> tuple[tf.Tensor, Moments, Moments]:
-        moments = self.moments(x)
+    ) -> tuple[tf.Tensor, Moments, _Backward]:
+        moments = self.compute_moments(x)
         scale = gamma * tf.math.rsqrt(moments.variance + self._epsilon)
-        y = (self._floats(x) - moments.mean) * scale + beta
-        return _like(y, x), Moments(*map(_without_ones, moments)), moments
+        y = (self._group_and_cast(x) - moments.mean) * scale + beta
+        squeezed = Moments(*map(_squeeze_statistic, moments))
+        return _restore(y, x), squeezed, functools.partial(self.backward, moments)
 
-    def moments(self, x: tf.Tensor) -> Moments:
-        """Takes the corrected two-pass algorithm: a mean, and the mean of what is left."""
-        x = self._floats(x)
-        if self._kept is None:
+    def compute_moments(self, x: tf.Tensor) -> Moments:
+        """Computes the moments in two passes: a mean, then the mean and variance of the rest.
+
+        The second mean corrects the rounding error of the first.
+        """
+        x = self._group_and_cast(x)
+        if self._mask is None:
             dims = _dims(x)
-            like = [1 if a in self._axes else d for a, d in enumerate(dims[:-1])] + [1]
-            count = _constant(_product([dims[a] for a in self._axes]), like, x.dtype)
+            shape = [1 if a in self._axes else d for a, d in enumerate(dims[:-1])] + [1]
+            count = _constant(_product([dims[a] for a in self._axes]), shape, x.dtype)
         else:
-            count = self._sum(tf.cast(self._kept, x.dtype))
-        mean = self._mean(self._keep(x), count)
-        deviation = self._keep(x - mean)
-        rest = self._mean(deviation, count)
+            count = self._sum(tf.cast(self._mask, x.dtype))
+        mean = self._mean(self._apply_mask(x), count)
+        deviation = self._apply_mask(x - mean)
+        correction = self._mean(deviation, count)
         squares = self._mean(tf.square(deviation), count)
-        moments = Moments(count, mean + rest, tf.nn.relu(squares - tf.square(rest)))
-        return _merged(self._gather, moments)
+        variance = tf.nn.relu(squares - tf.square(correction))
+        return _merge_moments(self._gather, Moments(count, mean + correction, variance))
 
     def backward(
-        self, dy: tf.Tensor, x: tf.Tensor, gamma: tf.Tensor, moments: Moments
+        self, moments: Moments, dy: tf.Tensor, x: tf.Tensor, gamma: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        dy = self._floats(dy)
-        deviation_scale = tf.math.rsqrt(moments.variance + self._epsilon)
-        x_hat = (self._floats(x) - moments.mean) * deviation_scale
-        if self._kept is not None:
-            # What doesn't count may be NaN; where its dy is 0 it takes no part.
-            x_hat = tf.where(self._kept | (dy != 0), x_hat, 0.0)
+        dy = self._group_and_cast(dy)
+        inverse_stddev = tf.math.rsqrt(moments.variance + self._epsilon)
+        x_hat = (self._group_and_cast(x) - moments.mean) * inverse_stddev
+        if self._mask is not None:
+            # A masked value may be NaN; with a dy of 0 it must not reach any sum.
+            x_hat = tf.where(self._mask | (dy != 0), x_hat, 0.0)
         dgamma, dbeta = self._sum(dy * x_hat), self._sum(dy)
-        mean_dy, mean_dy_x_hat = _shared_means(self._gather, dbeta, dgamma, moments.count)
-        through_moments = self._keep(mean_dy + x_hat * mean_dy_x_hat)
-        dx = gamma * deviation_scale * (dy - through_moments)
-        others = list(range(dx.shape.rank - 1))
-        return _like(dx, x), tf.reduce_sum(dgamma, others), tf.reduce_sum(dbeta, others)
+        mean_dy, mean_dy_x_hat = _compute_dy_means(self._gather, dbeta, dgamma, moments.count)
+        through_moments = self._apply_mask(mean_dy + x_hat * mean_dy_x_hat)
+        dx = gamma * inverse_stddev * (dy - through_moments)
+        axes = list(range(dx.shape.rank - 1))
+        return _restore(dx, x), tf.reduce_sum(dgamma, axes), tf.reduce_sum(dbeta, axes)
 
-    def _grouped(self, x: tf.Tensor) -> tf.Tensor:
-        if self._group_size is None:
+    def _group(self, x: tf.Tensor) -> tf.Tensor:
+        if self._virtual_batch_size is None:
             return x
-        return tf.reshape(x, [-1, self._group_size, *_dims(x)[1:]])
+        return tf.reshape(x, [-1, self._virtual_batch_size, *_dims(x)[1:]])
 
-    def _floats(self, x: tf.Tensor) -> tf.Tensor:
-        return tf.cast(self._grouped(x), statistics_dtype(x.dtype))
+    def _group_and_cast(self, x: tf.Tensor) -> tf.Tensor:
+        return tf.cast(self._group(x), statistics_dtype(x.dtype))
 
-    def _keep(self, x: tf.Tensor) -> tf.Tensor:
-        return x if self._kept is None else tf.where(self._kept, x, 0.0)
+    def _apply_mask(self, x: tf.Tensor) -> tf.Tensor:
+        return x if self._mask is None else tf.where(self._mask, x, 0.0)
 
     def _sum(self, x: tf.Tensor) -> tf.Tensor:
         return tf.reduce_sum(x, self._axes, keepdims=True)
@@ -232,117 +252,138 @@ class _Plain:
 
 
 class _Fused:
-    """The transform by TensorFlow's fused kernels, on images [N, H, W, C], a group at a time."""
+    """The transform in TensorFlow's fused kernels, called once per ghost batch."""
 
-    def __init__(self, epsilon: float, num_groups: int, gather: Gather | None) -> None:
+    def __init__(self, epsilon: float, num_groups: int) -> None:
         self._epsilon = epsilon
         self._num_groups = num_groups
-        self._gather = gather
 
     def forward(
         self, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor
-    ) -> tuple[tf.Tensor, Moments, object]:
-        groups = self._groups(x)
-        values = _product(_dims(groups[0])[:-1])
-        trained = [_kernel_training(g, values, gamma, beta, self._epsilon) for g in groups]
-        ys, means, variances, residuals = zip(*trained, strict=True)
-        count = _constant(values, [self._num_groups, 1], gamma.dtype)
-        moments = Moments(count, tf.stack(means), tf.stack(variances))
-        if self._gather is not None:
-            # The kernel was only asked for the moments.
-            residuals = moments = _merged(self._gather, moments)
-            ys = [
-                _kernel_inference(images, mean, variance, gamma, beta, self._epsilon)
-                for images, mean, variance in self._by_group(groups, *moments[1:])
-            ]
-        return _like(_joined(ys), x), moments, residuals
+    ) -> tuple[tf.Tensor, Moments, _Backward]:
+        ys, moments, residuals = self._run_training(self._split(x), gamma, beta)
+        return _restore(_concat(ys), x), moments, functools.partial(self._backward, residuals)
 
-    def backward(
-        self, dy: tf.Tensor, x: tf.Tensor, gamma: tf.Tensor, residuals: object
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        dys, groups = self._groups(dy), self._groups(x)
-        if self._gather is None:
-            gradients = [
-                _kernel_gradient(dy, images, gamma, reserved, self._epsilon, is_training=True)
-                for dy, (images, *reserved) in zip(dys, residuals, strict=True)
-            ]
-            dxs, dgammas, dbetas = zip(*gradients, strict=True)
-        else:
-            dxs, dgammas, dbetas = self._synchronized_backward(dys, groups, gamma, residuals)
-        return _like(_joined(dxs), x), tf.add_n(dgammas), tf.add_n(dbetas)
+    def _run_training(
+        self, groups: Sequence[tf.Tensor], gamma: tf.Tensor, beta: tf.Tensor
+    ) -> tuple[Sequence[tf.Tensor], Moments, Sequence[Sequence[tf.Tensor]]]:
+        """Returns y of each group, the moments, and the residuals of each group."""
+        count = _product(_dims(groups[0])[:-1])
+        results = [_run_training_kernel(g, count, gamma, beta, self._epsilon) for g in groups]
+        ys, means, variances, residuals = zip(*results, strict=True)
+        counts = _constant(count, [self._num_groups, 1], gamma.dtype)
+        return ys, Moments(counts, tf.stack(means), tf.stack(variances)), residuals
 
-    def _synchronized_backward(
+    def _backward(
         self,
-        dys: Sequence[tf.Tensor],
-        groups: Sequence[tf.Tensor],
+        residuals: Sequence[Sequence[tf.Tensor]],
+        dy: tf.Tensor,
+        x: tf.Tensor,
         gamma: tf.Tensor,
-        moments: Moments,
-    ) -> tuple[list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]:
-        # With the statistics taken for constants, the kernel gives gamma / sigma * dy and this
-        # replica's two sums in one go.
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         gradients = [
-            _kernel_gradient(
-                dy, images, gamma, (mean, variance, []), self._epsilon, is_training=False
-            )
-            for dy, images, mean, variance in self._by_group(dys, groups, *moments[1:])
+            _run_gradient_kernel(dy, images, gamma, reserved, self._epsilon, is_training=True)
+            for dy, (images, *reserved) in zip(self._split(dy), residuals, strict=True)
         ]
-        direct, dgammas, dbetas = zip(*gradients, strict=True)
-        means = _shared_means(self._gather, tf.stack(dbetas), tf.stack(dgammas), moments.count)
-        scales = -gamma * tf.math.rsqrt(moments.variance + self._epsilon)
-        # What passes through the moments, scale * (mean_dy + x_hat * mean_dy_x_hat), is an affine
-        # map of x_hat, and so a normalization as well.
-        dxs = [
-            dx
-            + _kernel_inference(
-                images, mean, variance, scale * mean_dy_x_hat, scale * mean_dy, self._epsilon
-            )
-            for dx, images, mean, variance, scale, mean_dy, mean_dy_x_hat in self._by_group(
-                direct, groups, *moments[1:], scales, *means
-            )
-        ]
-        return dxs, dgammas, dbetas
+        dxs, dgammas, dbetas = zip(*gradients, strict=True)
+        return _restore(_concat(dxs), x), tf.add_n(dgammas), tf.add_n(dbetas)
 
-    def _groups(self, x: tf.Tensor) -> list[tf.Tensor]:
+    def _split(self, x: tf.Tensor) -> list[tf.Tensor]:
+        """Returns the ghost batches as images [N, H, W, C]."""
         images = _as_images(x)
         return [images] if self._num_groups == 1 else tf.split(images, self._num_groups)
 
-    def _by_group(self, *parts: tf.Tensor | Sequence[tf.Tensor]) -> zip:
+    def _zip_groups(self, *parts: tf.Tensor | Sequence[tf.Tensor]) -> Iterable[tuple]:
         unstacked = [
             tf.unstack(p, self._num_groups) if isinstance(p, tf.Tensor) else p for p in parts
         ]
         return zip(*unstacked, strict=True)
 
 
-# --- What parts of a batch make together.
+class _SynchronizedFused(_Fused):
+    """The transform in fused kernels, with statistics shared by several replicas."""
+
+    def __init__(self, epsilon: float, num_groups: int, gather: Gather) -> None:
+        super().__init__(epsilon, num_groups)
+        self._gather = gather
+
+    def forward(
+        self, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor
+    ) -> tuple[tf.Tensor, Moments, _Backward]:
+        groups = self._split(x)
+        # The training kernel only provides this replica's moments; its y is discarded.
+        _, local, _ = self._run_training(groups, gamma, beta)
+        moments = _merge_moments(self._gather, local)
+        ys = [
+            _run_inference_kernel(images, mean, variance, gamma, beta, self._epsilon)
+            for images, mean, variance in self._zip_groups(groups, *moments[1:])
+        ]
+        backward = functools.partial(self._synchronized_backward, moments)
+        return _restore(_concat(ys), x), moments, backward
+
+    def _synchronized_backward(
+        self, moments: Moments, dy: tf.Tensor, x: tf.Tensor, gamma: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        groups = self._split(x)
+        # With is_training=False the kernel treats the statistics as constants. It returns
+        # gamma / sigma * dy and both sums of this replica in one call.
+        gradients = [
+            _run_gradient_kernel(
+                dy, images, gamma, (mean, variance, []), self._epsilon, is_training=False
+            )
+            for dy, images, mean, variance in self._zip_groups(
+                self._split(dy), groups, *moments[1:]
+            )
+        ]
+        direct, dgammas, dbetas = zip(*gradients, strict=True)
+        dy_means = _compute_dy_means(
+            self._gather, tf.stack(dbetas), tf.stack(dgammas), moments.count
+        )
+        scales = -gamma * tf.math.rsqrt(moments.variance + self._epsilon)
+        # The gradient through the moments, scale * (mean_dy + x_hat * mean_dy_x_hat), is affine in
+        # x_hat. It is therefore itself a normalization.
+        dxs = [
+            dx
+            + _run_inference_kernel(
+                images, mean, variance, scale * mean_dy_x_hat, scale * mean_dy, self._epsilon
+            )
+            for dx, images, mean, variance, scale, mean_dy, mean_dy_x_hat in self._zip_groups(
+                direct, groups, *moments[1:], scales, *dy_means
+            )
+        ]
+        return _restore(_concat(dxs), x), tf.add_n(dgammas), tf.add_n(dbetas)
 
 
-def _merged(gather: Gather | None, moments: Moments) -> Moments:
-    """Merges the replicas' moments by the law of total variance, exact at any mean."""
+# --- Merging the statistics of replicas.
+
+
+def _merge_moments(gather: Gather | None, moments: Moments) -> Moments:
+    """Merges the replicas' moments by the law of total variance, which is exact at any mean."""
     if gather is None:
         return moments
-    count, mean, variance = _gathered(gather, moments)
+    count, mean, variance = _gather_packed(gather, moments)
     total = tf.reduce_sum(count, axis=0)
     share = tf.math.divide_no_nan(count, total)
     rough = tf.reduce_sum(share * mean, axis=0)
-    # Of differences from a rough mean, so that rounding is in proportion to those.
+    # Differences from a rough mean are small, and so is their rounding.
     merged = rough + tf.reduce_sum(share * (mean - rough), axis=0)
     within = tf.reduce_sum(share * variance, axis=0)
     between = tf.reduce_sum(share * tf.square(mean - merged), axis=0)
     return Moments(total, merged, within + between)
 
 
-def _shared_means(
+def _compute_dy_means(
     gather: Gather | None, sum_dy: tf.Tensor, sum_dy_x_hat: tf.Tensor, count: tf.Tensor
 ) -> list[tf.Tensor]:
-    """Gives the means of dy and dy * x_hat over everything that shares its statistics."""
+    """Computes the means of dy and dy * x_hat over all replicas that share statistics."""
     sums = [sum_dy, sum_dy_x_hat]
     if gather is not None:
-        sums = [tf.reduce_sum(s, axis=0) for s in _gathered(gather, sums)]
+        sums = [tf.reduce_sum(s, axis=0) for s in _gather_packed(gather, sums)]
     return [tf.math.divide_no_nan(s, count) for s in sums]
 
 
-def _gathered(gather: Gather, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-    """Gives each tensor with the replicas stacked in front, by a single collective."""
+def _gather_packed(gather: Gather, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """Returns each tensor stacked over the replicas, [R, ...], by a single collective."""
     packed = gather(tf.concat(tensors, axis=-1))
     return tf.split(packed, [t.shape[-1] for t in tensors], axis=-1)
 
@@ -350,66 +391,56 @@ def _gathered(gather: Gather, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
 # --- TensorFlow's fused kernels.
 
 
-def _kernel_training(
-    images: tf.Tensor, values: int | tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tuple]:
-    """Gives y, mean and biased variance [C], and what the gradient needs: images and reserves.
+def _run_training_kernel(
+    images: tf.Tensor, count: int | tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, Sequence[tf.Tensor]]:
+    """Returns y, mean, biased variance, and the residuals: images and the kernel's reserves.
 
     Args:
       images: [N, H, W, C].
-      values: how many there are of each channel.
-      gamma, beta, epsilon: as everywhere.
+      count: number of values per channel.
+      gamma, beta: [C].
+      epsilon: added under the root, > 0.
     """
     y, mean, variance, *reserved = tf.raw_ops.FusedBatchNormV3(
         x=images, scale=gamma, offset=beta, mean=[], variance=[], epsilon=epsilon
     )
-    known = isinstance(values, int)
-    count = float(values) if known else tf.cast(values, tf.float32)
+    is_static = isinstance(count, int)
+    num_values = float(count) if isinstance(count, int) else tf.cast(count, tf.float32)
     # The kernel applies Bessel's correction to the variance that it returns (not to the one that
-    # it normalizes by), with m - 1 no less than 1; and of nothing it returns NaN.
-    if known and count:
-        variance *= max(count - 1, 1) / count
+    # it normalizes by), with m - 1 at least 1. For an empty batch it returns NaN.
+    if is_static and num_values:
+        variance *= max(num_values - 1, 1) / num_values
     else:
-        biased = tf.math.divide_no_nan(tf.maximum(count - 1.0, 1.0), count)
-        variance = tf.math.multiply_no_nan(variance, biased)
-        mean = tf.math.multiply_no_nan(mean, tf.minimum(count, 1.0))
-
-    def around_a_value() -> tuple:
-        value = images[0, 0, 0]
-        rest = images - value
-        mean, variance = tf.nn.moments(tf.cast(rest, tf.float32), [0, 1, 2])
-        y = _kernel_inference(rest, mean, variance, gamma, beta, epsilon)
-        return y, tf.cast(value, tf.float32) + mean, variance, rest, mean, variance, tf.zeros([0])
-
+        bessel = tf.math.divide_no_nan(tf.maximum(num_values - 1.0, 1.0), num_values)
+        variance = tf.math.multiply_no_nan(variance, bessel)
+        mean = tf.math.multiply_no_nan(mean, tf.minimum(num_values, 1.0))
     outputs = y, mean, variance, images, *reserved
-    if not _has_accelerator() and not (known and count <= _FEW_VALUES):
-        # On the CPU the kernel adds up its values one by one in float32: where the sum's spacing
-        # outgrows the deviations, they drown (at 400,000 values, a mean of 300 standard
-        # deviations). A value of the batch, taken off, leaves a mean of the deviations' size.
-        drowned = tf.reduce_any(tf.square(mean * (count * 2.0**-25)) > variance + epsilon)
-        outputs = tf.cond(drowned, around_a_value, lambda: outputs)
+    if not _has_accelerator() and not (is_static and num_values <= _MAX_UNCHECKED_COUNT):
+        # On the CPU the kernel adds values one by one in float32. Once the spacing of the sum
+        # exceeds the deviations, they are lost (at 400,000 values, from a mean of 300 standard
+        # deviations). Subtracting one value of the batch first leaves a small mean.
+        is_lost = tf.reduce_any(tf.square(mean * (num_values * 2.0**-25)) > variance + epsilon)
+        outputs = tf.cond(
+            is_lost, lambda: _train_shifted(images, gamma, beta, epsilon), lambda: outputs
+        )
     y, mean, variance, *residuals = outputs
     return y, mean, variance, residuals
 
 
-def _pays_to_fuse(x: tf.Tensor, from_size: int) -> bool:
-    size = x.shape.num_elements()
-    if _kernel_threads() == 1:
-        # Waking up the other threads is most of what a small call costs.
-        from_size //= 16
-    small = size is not None and size < from_size
-    return x.dtype in _FUSED_DTYPES and (not small or _has_accelerator())
+def _train_shifted(
+    images: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float
+) -> tuple[tf.Tensor, ...]:
+    """Returns y, mean, variance and residuals, computed after subtracting the first value."""
+    shift = images[0, 0, 0]
+    shifted = images - shift
+    mean, variance = tf.nn.moments(tf.cast(shifted, tf.float32), [0, 1, 2])
+    y = _run_inference_kernel(shifted, mean, variance, gamma, beta, epsilon)
+    reserved = mean, variance, tf.zeros([0])
+    return y, tf.cast(shift, tf.float32) + mean, variance, shifted, *reserved
 
 
-def _kernel_threads() -> int:
-    return tf.config.threading.get_intra_op_parallelism_threads() or os.cpu_count() or 1
-
-
-def _has_accelerator() -> bool:
-    return any(d.device_type != "CPU" for d in tf.config.list_logical_devices())
-
-
-def _kernel_inference(
+def _run_inference_kernel(
     images: tf.Tensor,
     mean: tf.Tensor,
     variance: tf.Tensor,
@@ -428,7 +459,7 @@ def _kernel_inference(
     )[0]
 
 
-def _kernel_gradient(
+def _run_gradient_kernel(
     dy: tf.Tensor,
     images: tf.Tensor,
     gamma: tf.Tensor,
@@ -436,29 +467,52 @@ def _kernel_gradient(
     epsilon: float,
     is_training: bool,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    return tuple(
-        tf.raw_ops.FusedBatchNormGradV3(
-            y_backprop=dy,
-            x=images,
-            scale=gamma,
-            reserve_space_1=reserved[0],
-            reserve_space_2=reserved[1],
-            reserve_space_3=reserved[2],
-            epsilon=epsilon,
-            is_training=is_training,
-        )[:3]
+    dx, dgamma, dbeta, *_ = tf.raw_ops.FusedBatchNormGradV3(
+        y_backprop=dy,
+        x=images,
+        scale=gamma,
+        reserve_space_1=reserved[0],
+        reserve_space_2=reserved[1],
+        reserve_space_3=reserved[2],
+        epsilon=epsilon,
+        is_training=is_training,
     )
+    return dx, dgamma, dbeta
 
 
-# --- Shapes. A dimension is an int where it is known, else a scalar tensor.
+def _should_fuse(x: tf.Tensor, min_size: int) -> bool:
+    if x.dtype not in _FUSED_DTYPES:
+        return False
+    if _has_accelerator():
+        return True
+    if _num_kernel_threads() == 1:
+        # Waking the other threads is most of the cost of a small call.
+        min_size //= 16
+    size = x.shape.num_elements()
+    return size is None or size >= min_size
 
 
-def channels_last(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
-    """Brings some axes to the end and makes one of them.
+def _num_kernel_threads() -> int:
+    # By default TensorFlow starts one thread per core that the process may run on.
+    return tf.config.threading.get_intra_op_parallelism_threads() or len(usable_cores())
+
+
+def _has_accelerator() -> bool:
+    return any(d.device_type != "CPU" for d in tf.config.list_logical_devices())
+
+
+# --- Shapes. A dimension is an int where it is static, else a scalar tensor.
+
+
+def move_channels_last(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
+    """Moves some axes to the end and flattens them into one.
 
     Args:
-      x: of any shape.
-      axes: which, ascending, from 0 on.
+      x: any shape.
+      axes: non-negative and ascending.
+
+    Returns:
+      [remaining axes of x..., C].
     """
     rank = x.shape.rank
     reduced = [a for a in range(rank) if a not in axes]
@@ -470,8 +524,8 @@ def channels_last(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
     return tf.reshape(x, [*dims[: len(reduced)], _product(dims[len(reduced) :])])
 
 
-def channels_back(y: tf.Tensor, x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
-    """Undoes channels_last(x, axes) for a y of the same shape."""
+def move_channels_back(y: tf.Tensor, x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
+    """Returns y in the shape of x: the inverse of move_channels_last(x, axes)."""
     dims = _dims(x)
     order = [a for a in range(len(dims)) if a not in axes] + list(axes)
     if len(axes) > 1:
@@ -484,8 +538,8 @@ def channels_back(y: tf.Tensor, x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
 def _dims(x: tf.Tensor) -> list[int | tf.Tensor]:
     if x.shape.is_fully_defined():
         return list(x.shape)
-    actual = tf.unstack(tf.shape(x))
-    return [a if d is None else d for a, d in zip(actual, x.shape, strict=True)]
+    dynamic = tf.unstack(tf.shape(x))
+    return [a if d is None else d for a, d in zip(dynamic, x.shape, strict=True)]
 
 
 def _product(dims: Sequence[int | tf.Tensor]) -> int | tf.Tensor:
@@ -500,13 +554,13 @@ def _constant(
     value: int | tf.Tensor, dims: Sequence[int | tf.Tensor], dtype: tf.DType
 ) -> tf.Tensor:
     if all(isinstance(v, int) for v in (value, *dims)):
-        # A single node, which tf.get_static_value reads.
+        # A single node, whose value tf.get_static_value can read.
         return tf.constant(value, dtype, dims)
     return tf.fill(dims, tf.cast(value, dtype))
 
 
 def _as_images(x: tf.Tensor) -> tf.Tensor:
-    """Views [N, ..., C] as [N, H, W, C], which is all that the kernels take."""
+    """Reshapes [N, ..., C] to [N, H, W, C], the only layout that the kernels accept."""
     rank = x.shape.rank
     if rank == 4:
         return x
@@ -516,33 +570,33 @@ def _as_images(x: tf.Tensor) -> tf.Tensor:
     return tf.reshape(x, [-1, _product(dims[1:-2]), dims[-2], dims[-1]])
 
 
-def _without_ones(statistic: tf.Tensor) -> tf.Tensor:
-    """Gives [G, 1, ..., 1, C] as [G, C], and a constant as a constant."""
+def _squeeze_statistic(statistic: tf.Tensor) -> tf.Tensor:
+    """Reshapes [G, 1, ..., 1, C] to [G, C]. The result of a constant is a constant."""
     ones = tuple(range(1, statistic.shape.rank - 1))
-    known = tf.get_static_value(statistic)
-    if known is not None:
-        return tf.constant(known.squeeze(ones))
+    static = tf.get_static_value(statistic)
+    if static is not None:
+        return tf.constant(static.squeeze(ones))
     return tf.squeeze(statistic, ones) if ones else statistic
 
 
-def _like(y: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
-    """Gives y in the shape and dtype of x."""
+def _restore(y: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
+    """Returns y with the shape and dtype of x."""
     y = tf.cast(y, x.dtype)
     return y if y.shape.rank == x.shape.rank else tf.reshape(y, tf.shape(x))
 
 
-def _joined(parts: Sequence[tf.Tensor]) -> tf.Tensor:
-    return parts[0] if len(parts) == 1 else tf.concat(parts, axis=0)
+def _concat(groups: Sequence[tf.Tensor]) -> tf.Tensor:
+    return groups[0] if len(groups) == 1 else tf.concat(groups, axis=0)
 
 
-def _num_groups(x: tf.Tensor, group_size: int | None) -> int:
-    """Gives the number of ghost batches, 0 where it isn't known."""
-    if group_size is None:
+def _static_num_groups(x: tf.Tensor, virtual_batch_size: int | None) -> int:
+    """Returns the number of ghost batches, or 0 if it is unknown."""
+    if virtual_batch_size is None:
         return 1
-    return (x.shape[0] or 0) // group_size
+    return (x.shape[0] or 0) // virtual_batch_size
 
 
-def _or_default(
+def _with_defaults(
     gamma: tf.Tensor | None, beta: tf.Tensor | None, x: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
     dtype, channels = statistics_dtype(x.dtype), x.shape[-1]

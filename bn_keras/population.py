@@ -3,36 +3,38 @@
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
-from tqdm import tqdm
 
 from bn_keras import ops
 from bn_keras.batch_norm import BATCH_NORMS, BatchNormalization
 from bn_keras.errors import UsageError
-from bn_keras.keras_internals import all_layers
+from bn_keras.keras_internals import all_layers, replaced_method
 from bn_keras.merge import merge_moving_statistics
 from bn_keras.replicas import per_replica_sum
+from bn_keras.text import align
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """How far the moving statistics of one layer were from the population's.
+    """Distance of one layer's moving statistics from the population statistics E and Var.
 
-    Over all channels, and over all replicas where these had moving statistics of their own.
+    Covers all channels, and all replicas if each has moving statistics of its own.
 
     Attributes:
       layer: path of the layer in the model.
-      channels: how many there are.
-      mean_distance_average, mean_distance_largest: of |moving mean - E| / sqrt(Var + epsilon), in
-        standard deviations of what comes into the layer.
-      variance_ratio_smallest, variance_ratio_average, variance_ratio_largest: of
-        (moving variance + epsilon) / (Var + epsilon); the average is the geometric one.
+      channels: number of channels.
+      mean_distance_average, mean_distance_largest: |moving mean - E| / sqrt(Var + epsilon), in
+        standard deviations of the layer's input.
+      variance_ratio_smallest, variance_ratio_average, variance_ratio_largest:
+        (moving variance + epsilon) / (Var + epsilon); the average is geometric.
     """
 
     layer: str
@@ -46,37 +48,35 @@ class LayerReport:
 
 @dataclasses.dataclass(frozen=True)
 class PopulationReport:
-    """Moving against population statistics, a row for each layer; str() gives a table.
+    """Moving statistics compared with population statistics; str() formats a table.
 
     Attributes:
-      num_batches: how many batches of the dataset were taken.
-      rows: in the order of the model's layers.
+      num_batches: number of batches read from the dataset.
+      rows: one per layer, in the order of the model's layers.
     """
 
     num_batches: int
     rows: tuple[LayerReport, ...]
 
     def __str__(self) -> str:
-        head = ("layer", "channels", "average", "largest", "smallest", "average", "largest")
+        header = ("layer", "channels", "average", "largest", "smallest", "average", "largest")
         body = [
             (name, str(channels), *(f"{number:.4g}" for number in numbers))
             for name, channels, *numbers in map(dataclasses.astuple, self.rows)
         ]
-        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-        lines = [
-            "  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])])
-            for first, *rest in (head, *body)
-        ]
-        # Each over the last of its columns.
-        end, ratio = len(lines[0]), sum(widths[-3:]) + 6
-        above = "mean distance".rjust(end - ratio) + "variance ratio".rjust(ratio)
+        rows = align([header, *body])
+        # Each title ends with the last column that it covers.
+        distance_end, ratio_end = (len("  ".join(rows[0][:stop])) for stop in (4, 7))
+        titles = "mean distance".rjust(distance_end) + "variance ratio".rjust(
+            ratio_end - distance_end
+        )
         return "\n".join(
             [
                 f"Population statistics E, Var of num_batches={self.num_batches}",
                 "mean distance: |moving mean - E| / sqrt(Var + epsilon)",
                 "variance ratio: (moving variance + epsilon) / (Var + epsilon)",
-                above,
-                *lines,
+                titles,
+                *("  ".join(cells) for cells in rows),
             ]
         )
 
@@ -89,53 +89,53 @@ def estimate_population_statistics(
     *,
     update: bool = True,
 ) -> PopulationReport:
-    """Replaces the moving statistics of a trained network by those of the population.
+    """Replaces the moving statistics of a trained network with population statistics.
 
-    Training mini-batches B pass through the network in training mode, the parameters as they
-    are; for each BatchNormalization in the model, ours or Keras', wherever it is nested,
+    Training mini-batches B pass through the network in training mode, with fixed parameters. For
+    each BatchNormalization layer of this package or of Keras, at any depth,
 
       E[x] = E_B[mean_B],   Var[x] = E_B[m / (m - 1) * variance_B]
 
-    with mean and biased variance over the m values of B: Bessel's correction enters here, once a
-    mini-batch, whatever the layer's `unbiased` says.
+    where mean_B and the biased variance_B are over the m values of B. Bessel's correction enters
+    here, once per mini-batch, whatever the layer's `unbiased`.
 
     Decisions:
-      - One pass for all layers: each sees the inputs that it sees in training, and so those that
-        the layers before it make by the statistics of the mini-batch. The loop of Algorithm 2
-        goes through the activations one by one, over this same training network.
-      - Var[x] is the mean of the variances within the mini-batches, as the paper has it. The
-        variance of all values pooled is larger by what the mini-batches' means differ beyond
-        the chance of m independent draws, as they do where the values of one image resemble each
-        other, or where a layer is used in several places. The variance within is what the network
-        was trained to be normalized by.
-      - Where mini-batches differ in size, each weighs by its values m; one of a single value
-        counts in E[x] only. Sums run in float64, over means and variances, never over squares.
+      - One pass estimates all layers. Each layer sees its training-mode inputs, which earlier
+        layers normalize by mini-batch statistics. The loop of Algorithm 2 visits the activations
+        one by one, over this same training network.
+      - Var[x] averages the variances within mini-batches, as in the paper. The variance of all
+        values pooled is larger if the means of mini-batches differ by more than m independent
+        samples would, for example because the values of one image resemble each other or because
+        a layer is used in several places. The network was trained with the variance within.
+      - A mini-batch is weighted by its number of values m. A single value counts in E[x] only.
+        Sums run in float64, over means and variances, never over squares.
       - A mini-batch is what the layer normalizes together: each use of a shared layer, each ghost
-        batch, and each replica's part, except that replicas which are synchronized make up one.
-        What a mask leaves out is not in it. (keras.layers.RNN calls its cell once more for the
+        batch, and each replica's part, except that synchronized replicas form one mini-batch.
+        Masked values are excluded. (keras.layers.RNN calls its cell an additional time for the
         first time step, which therefore counts twice, in training as here.)
-      - Frozen layers, and layers that the model doesn't run through, keep their statistics.
-      - Nothing else moves: what the pass itself changes, such as the generators of dropout (which
-        do draw anew for each batch), is put back, on each replica. So it is, with the moving
-        statistics, after any error.
-      - The variances of keras.layers.BatchNormalization are as exact as that layer's own; with
-        synchronized=True these cancel at large means, and replace_batch_norm is the remedy.
+      - Frozen layers, and layers that the model does not run, keep their statistics.
+      - Nothing else changes. Other state that the pass modifies is restored on each replica, such
+        as the generators of dropout (dropout still draws a new mask for each batch). After an
+        error the moving statistics are restored too.
+      - The variances of keras.layers.BatchNormalization are as exact as that layer's own. With
+        synchronized=True it loses digits at large means; replace_batch_norm fixes this.
 
     Args:
-      model: built.
-      dataset: of batches as in training: inputs, or tuples of which the inputs come first. A
-        tf.data.Dataset is distributed, its batches being global ones; what is distributed
-        already, as an iterator too, is taken as it is. One replica takes any iterable.
-      num_batches: how many batches are taken, >= 1.
-      strategy: under which the model was made; None is the one that the model remembers.
-      update: False leaves the moving statistics too, and only reports.
+      model: built model.
+      dataset: batches as in training: inputs, or tuples that begin with the inputs. A
+        tf.data.Dataset of global batches is distributed. A distributed dataset or iterator is used
+        as it is. A single replica accepts any iterable.
+      num_batches: number of batches to read, >= 1.
+      strategy: strategy that the model was created under; None means the one that the model
+        remembers.
+      update: whether to assign the statistics; False only reports.
 
     Returns:
-      How far the moving statistics were from the population's.
+      Distance of the moving statistics from the population statistics.
 
     Raises:
-      UsageError: the dataset ended early, no mini-batch of a layer had two values, the
-        statistics aren't finite, or there is no layer to estimate.
+      UsageError: the dataset ends early, a layer has no mini-batch of two values, the statistics
+        are not finite, or there is no layer to estimate.
 
     Source: Ioffe & Szegedy 2015, Algorithm 2, lines 7 to 10.
     """
@@ -143,12 +143,12 @@ def estimate_population_statistics(
 
 
 class PopulationEstimator:
-    """As estimate_population_statistics, traced once however often it is called.
+    """Estimates like estimate_population_statistics, but traces the model only once.
 
-    Which layers are frozen is read here, at the start.
+    The layers to estimate are chosen here; freezing a layer later has no effect.
 
     Args:
-      model, strategy: as there.
+      model, strategy: see estimate_population_statistics.
 
     Raises:
       UsageError: no layer to estimate.
@@ -162,94 +162,100 @@ class PopulationEstimator:
         if not layers:
             raise UsageError(
                 f"model {model.name!r} has no BatchNormalization to estimate:"
-                f" {len(found)} found, of which none is both built and trainable"
+                f" {len(found)} found, none both built and trainable"
             )
         with strategy.scope():
-            self._sums = [_Sums(layer) for layer in layers]
+            self._sums = [_MomentSums(layer) for layer in layers]
 
-        def run(inputs: object) -> None:
+        def run(inputs: Any) -> None:
             strategy.run(lambda inputs: model(inputs, training=True), args=(inputs,))
 
-        # Kept, with its trace. One more for whatever other size a last batch has.
+        # reduce_retracing: a smaller last batch adds a single trace.
         self._run = tf.function(run, reduce_retracing=True)
 
     def estimate(
         self, dataset: Iterable, num_batches: int, *, update: bool = True
     ) -> PopulationReport:
-        """Estimates, as estimate_population_statistics."""
+        """Estimates the statistics; see estimate_population_statistics."""
         if not (isinstance(num_batches, int | np.integer) and num_batches >= 1):
-            raise UsageError(f"num_batches is {num_batches}: it has to be a whole number from 1 on")
-        batches = distributed(dataset, self._strategy)
+            raise UsageError(f"num_batches={num_batches} is invalid: expected a positive integer")
+        batches = distribute_dataset(dataset, self._strategy)
         with preserved_state(self._model, self._strategy):
-            self._pass(batches, num_batches)
-        estimated = [sums for sums in self._sums if sums.is_used]
-        statistics = [sums.population() for sums in estimated]
-        rows = [
-            _compare(sums.layer, *population, self._strategy)
-            for sums, population in zip(estimated, statistics, strict=True)
+            self._sum_moments(batches, num_batches)
+        estimated = [
+            (sums.layer, *sums.compute_population()) for sums in self._sums if sums.is_used
         ]
+        rows = [_compare(*statistics, self._strategy) for statistics in estimated]
         if update:
-            for sums, population in zip(estimated, statistics, strict=True):
-                _assign(sums.layer, *population, self._strategy)
+            for statistics in estimated:
+                _assign(*statistics, self._strategy)
         return PopulationReport(num_batches, tuple(rows))
 
     @contextlib.contextmanager
     def applied(self, dataset: Iterable, num_batches: int) -> Iterator[PopulationReport]:
-        """Has the model hold population statistics for a while, and its own again afterwards.
+        """Assigns population statistics, and restores the moving statistics at the end.
 
-        The replicas' moving statistics are merged first, as they are for an evaluation by these.
+        The replicas' moving statistics are merged first, as before an evaluation that uses them.
 
         Args:
-          dataset, num_batches: as estimate_population_statistics.
+          dataset, num_batches: see estimate_population_statistics.
         """
         merge_moving_statistics(self._model, self._strategy)
         with preserved_state(self._model, self._strategy):
             yield self.estimate(dataset, num_batches)
 
-    def _pass(self, batches: Iterable, num_batches: int) -> None:
-        """Sums over batches, whatever the model's state may become of it."""
-        seen = 0
-        with (
-            contextlib.ExitStack() as observed,
-            tqdm(
-                desc="population statistics",
-                total=num_batches,
-                unit="batch",
-                disable=not sys.stderr.isatty(),
-                # Goes again where it stands below another one, such as a training's.
-                leave=None,
-                dynamic_ncols=True,
-            ) as bar,
-        ):
+    def _sum_moments(self, batches: Iterable, num_batches: int) -> None:
+        """Runs the model on batches and sums their moments; may change the model's state."""
+        num_read = 0
+        with _progress_bar(num_batches) as advance, contextlib.ExitStack() as observed:
             for sums in self._sums:
                 sums.reset()
-                # All through, since a batch of another shape is traced anew.
+                # Observed for the whole loop, because a batch of another shape is traced again.
                 observed.enter_context(_observed(sums.layer, sums.add))
             for batch in itertools.islice(batches, num_batches):
                 self._run(batch[0] if isinstance(batch, tuple) else batch)
-                bar.update()
-                seen += 1
-        if seen < num_batches:
+                advance()
+                num_read += 1
+        if num_read < num_batches:
             raise UsageError(
-                f"the dataset ended after {seen} of num_batches={num_batches} batches: lower"
+                f"the dataset ended after {num_read} of num_batches={num_batches} batches: lower"
                 " num_batches, or repeat() the dataset"
             )
+
+
+@contextlib.contextmanager
+def _progress_bar(total: int) -> Iterator[Callable[[], Any]]:
+    """Yields a function to call after each batch.
+
+    It advances a bar if stderr is a terminal and tqdm is installed.
+    """
+    if not sys.stderr.isatty() or importlib.util.find_spec("tqdm") is None:
+        yield lambda: None
+        return
+    from tqdm import tqdm
+
+    # leave=None removes the bar at the end if it is below another one, such as the trainer's.
+    with tqdm(
+        desc="population statistics", total=total, unit="batch", leave=None, dynamic_ncols=True
+    ) as bar:
+        yield bar.update
 
 
 @contextlib.contextmanager
 def preserved_state(
     model: keras.Model, strategy: tf.distribute.Strategy | None = None
 ) -> Iterator[None]:
-    """Puts every variable of the model back at the end, on each replica.
+    """Restores every variable of the model at the end, on each replica.
 
-    Around an estimate and an evaluation, training goes on as though there had been neither.
+    An estimate and an evaluation inside it do not affect training.
 
     Args:
-      model: built.
-      strategy: under which it was made; None is the one that the model remembers.
+      model: built model.
+      strategy: strategy that the model was created under; None means the one that the model
+        remembers.
     """
     strategy = strategy or model.distribute_strategy
-    saved = [(c, c.numpy()) for v in model.variables for c in _components(v, strategy)]
+    saved = [(c, c.numpy()) for v in model.variables for c in _local_variables(v, strategy)]
     try:
         yield
     finally:
@@ -257,47 +263,49 @@ def preserved_state(
             component.assign(value)
 
 
-class _Sums:
-    """What a layer's mini-batches add up to, each replica by itself; reading sums over them.
+class _MomentSums:
+    """Sums over the mini-batches of one layer.
 
-    Args:
-      layer: whose statistics these are.
+    Each replica adds to sums of its own. Reading sums over the replicas.
+
+    Attributes:
+      layer: the layer whose moments are added.
+      is_used: whether the model runs the layer, known once the model is traced.
     """
 
     def __init__(self, layer: keras.Layer) -> None:
         self.layer = layer
-        # Whether the model runs through the layer, as its trace shows.
         self.is_used = False
         channels = int(np.prod(layer.moving_mean.shape))
-        # Of m, of m * mean, of the m above 1, and of these m times the unbiased variance.
+        # Rows: m, m * mean, m where m > 1, and m * unbiased variance where m > 1.
         self._sums = per_replica_sum([4, channels], tf.float64)
 
     def reset(self) -> None:
         self._sums.assign(tf.zeros_like(self._sums))
 
-    def add(self, moments: ops.Moments, if_: bool | tf.Tensor = True) -> None:
-        """Adds the G mini-batches of one call.
+    def add(self, moments: ops.Moments, training: bool | tf.Tensor = True) -> None:
+        """Adds the G mini-batches of one call, if `training`.
 
-        Replicas that are synchronized add the same; that scales all four sums alike.
+        Synchronized replicas add the same values, which scales all four sums alike.
         """
         self.is_used = True
         count, mean, variance = (tf.cast(t, tf.float64) for t in moments)
-        count = tf.broadcast_to(count * tf.cast(if_, tf.float64), tf.shape(mean))
+        count = tf.broadcast_to(count * tf.cast(training, tf.float64), tf.shape(mean))
         several = tf.where(count > 1, count, 0)
         # Bessel's correction enters here.
         unbiased = variance * tf.math.divide_no_nan(several, several - 1)
         rows = tf.stack([count, count * mean, several, several * unbiased])
         self._sums.assign_add(tf.reduce_sum(rows, axis=1))
 
-    def population(self) -> tuple[np.ndarray, np.ndarray]:
-        """Gives E[x] and Var[x], float64 [C]."""
-        values, mean, several, variance = self._sums.read_value().numpy()
+    def compute_population(self) -> tuple[np.ndarray, np.ndarray]:
+        """Computes E[x] and Var[x], float64 [C]."""
+        count, mean, several, variance = self._sums.read_value().numpy()
         if not np.all(several > 0):
             raise UsageError(
-                f"layer {self.layer.path!r} saw no mini-batch of two values or more in each"
-                " channel, which an unbiased variance takes: give larger batches, or more of them"
+                f"layer {self.layer.path!r} saw no mini-batch with two or more values in each"
+                " channel, which an unbiased variance needs: use larger batches, or more of them"
             )
-        mean, variance = mean / values, variance / several
+        mean, variance = mean / count, variance / several
         if not np.all(np.isfinite([mean, variance])):
             raise UsageError(
                 f"the statistics of layer {self.layer.path!r} are not finite: look for NaN or"
@@ -306,31 +314,26 @@ class _Sums:
         return mean, variance
 
 
-@contextlib.contextmanager
 def _observed(
-    layer: keras.Layer, add: Callable[[ops.Moments, bool | tf.Tensor], None]
-) -> Iterator[None]:
-    """Hands the moments of each training-mode call to `add`."""
+    layer: keras.Layer, add: Callable[..., None]
+) -> contextlib.AbstractContextManager[None]:
+    """Returns a context in which each training-mode call of the layer passes its moments to `add`.
+
+    A layer of this package then does not update its moving statistics.
+    """
     if isinstance(layer, BatchNormalization):
-        # In the place of the moving average.
-        name, observer = "update_moving_statistics", add
-    else:
-        name, observer = "_moments", functools.partial(_observed_moments, layer, add)
-    setattr(layer, name, observer)
-    try:
-        yield
-    finally:
-        # The class' own comes to light again.
-        delattr(layer, name)
+        return replaced_method(layer, "update_moving_statistics", add)
+    observer = functools.partial(_observe_keras_moments, layer, add)
+    return replaced_method(layer, "_moments", observer)
 
 
-def _observed_moments(
+def _observe_keras_moments(
     layer: keras.layers.BatchNormalization,
-    add: Callable[[ops.Moments], None],
+    add: Callable[..., None],
     inputs: tf.Tensor,
     mask: tf.Tensor | None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Is keras.layers.BatchNormalization._moments, observed."""
+    """Calls keras.layers.BatchNormalization._moments, and passes the result to `add`."""
     mean, variance = type(layer)._moments(layer, inputs, mask)
     if mask is None:
         count = tf.cast([tf.size(inputs) // inputs.shape[layer.axis]], tf.float64)
@@ -338,25 +341,31 @@ def _observed_moments(
             context = tf.distribute.get_replica_context()
             count = context.all_reduce(tf.distribute.ReduceOp.SUM, count)
     else:
-        # With a mask, Keras synchronizes nothing.
+        # Keras does not synchronize masked batches.
         counted = tf.cast(tf.cast(mask, tf.bool), tf.float64)[..., tf.newaxis]
         counted = tf.broadcast_to(counted, tf.shape(inputs))
         count = tf.reduce_sum(counted, axis=layer._reduction_axes)
-    # Of an empty batch Keras makes NaN.
-    seen = [tf.where(count > 0, tf.reshape(t, [-1]), 0) for t in (mean, variance)]
-    add(ops.Moments(*(t[tf.newaxis] for t in (count, *seen))))
+    # For an empty batch Keras returns NaN.
+    finite = [tf.where(count > 0, tf.reshape(t, [-1]), 0) for t in (mean, variance)]
+    add(ops.Moments(*(t[tf.newaxis] for t in (count, *finite))))
     return mean, variance
 
 
-def distributed(dataset: Iterable, strategy: tf.distribute.Strategy) -> Iterable:
-    """Gives the dataset as replicas can share it; one replica takes it as it is."""
-    already = (tf.distribute.DistributedDataset, tf.distribute.DistributedIterator)
-    if strategy.num_replicas_in_sync == 1 or isinstance(dataset, already):
+def distribute_dataset(dataset: Iterable, strategy: tf.distribute.Strategy) -> Iterable:
+    """Returns the dataset distributed over the replicas; a single replica needs no change.
+
+    Raises:
+      UsageError: there are several replicas, and the dataset is no tf.data.Dataset.
+    """
+    is_distributed = isinstance(
+        dataset, tf.distribute.DistributedDataset | tf.distribute.DistributedIterator
+    )
+    if strategy.num_replicas_in_sync == 1 or is_distributed:
         return dataset
     if not isinstance(dataset, tf.data.Dataset):
         raise UsageError(
             f"dataset is a {type(dataset).__name__}, which {strategy.num_replicas_in_sync} replicas"
-            " can't share: give a tf.data.Dataset of global batches, or a distributed dataset"
+            " cannot share: pass a tf.data.Dataset of global batches or a distributed dataset"
         )
     return strategy.experimental_distribute_dataset(dataset)
 
@@ -368,7 +377,7 @@ def _compare(
     strategy: tf.distribute.Strategy,
 ) -> LayerReport:
     moving_mean, moving_variance = (
-        np.stack([c.numpy().astype(np.float64).ravel() for c in _components(v, strategy)])
+        np.stack([c.numpy().astype(np.float64).ravel() for c in _local_variables(v, strategy)])
         for v in (layer.moving_mean, layer.moving_variance)
     )
     distance = np.abs(moving_mean - mean) / np.sqrt(variance + layer.epsilon)
@@ -392,15 +401,15 @@ def _assign(
 ) -> None:
     values = [(layer.moving_mean, mean), (layer.moving_variance, variance)]
     if layer.renorm:
-        # From which the next training step would make the moving variance.
+        # The next training step computes the moving variance from it.
         values.append((layer.moving_stddev, np.sqrt(variance + layer.epsilon)))
     for variable, value in values:
-        for component in _components(variable, strategy):
+        for component in _local_variables(variable, strategy):
             component.assign(value.reshape(variable.shape).astype(variable.dtype))
 
 
-def _components(
+def _local_variables(
     variable: keras.Variable, strategy: tf.distribute.Strategy
 ) -> Sequence[tf.Variable]:
-    """Gives the variable of each of this process' replicas."""
+    """Returns the variable of each replica of this process."""
     return strategy.experimental_local_results(variable.value)

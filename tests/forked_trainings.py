@@ -1,7 +1,8 @@
-"""Run by test_resume: the commands of a run, in processes that get signals at random moments.
+"""Runs the commands of a run in processes that receive signals at random times; see test_resume.
 
-They are forked once TensorFlow is imported, which takes longer than such a training and is allowed
-before its first operation. Their signals, statuses and output are those of any other process.
+The processes are forked after TensorFlow is imported, because the import takes longer than such a
+training. TensorFlow allows a fork before its first operation. Signals, statuses and output are
+those of any other process.
 """
 
 import functools
@@ -18,12 +19,13 @@ from bn_keras import evaluate  # noqa: F401
 from bn_keras.models import bn_inception as inception
 from bn_keras.training.step import Trainer
 
-# Most of a short run's time goes into its graph. Stem and classifier have BN and dropout.
+# Without modules the graph, which takes most of a short run, is small. The stem and the classifier
+# have BN and dropout.
 inception.FIGURE_5 = []
 
 
 def launch(command, *arguments, output=os.devnull, before=lambda: None):
-    """Runs a command in a process of its own, and gives its status."""
+    """Runs a command in a forked process and returns its exit status."""
     child = os.fork()
     if not child:
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), sys.stdout.fileno())
@@ -40,17 +42,17 @@ def launch(command, *arguments, output=os.devnull, before=lambda: None):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def expect(number, loop, seconds):
-    """Has this process get a signal so long after a loop of steps begins."""
+def schedule_signal(number, loop, seconds):
+    """Sends this process a signal some seconds after the given loop of steps begins."""
     loops = itertools.count()
     train = Trainer.train
 
-    def train_and_be_sent(self, *arguments):
+    def train_and_send(self, *arguments):
         if next(loops) == loop:
             threading.Timer(seconds, os.kill, (os.getpid(), number)).start()
         return train(self, *arguments)
 
-    Trainer.train = train_and_be_sent
+    Trainer.train = train_and_send
 
 
 def main(folder, seed, *arguments):
@@ -60,9 +62,11 @@ def main(folder, seed, *arguments):
     unbroken, killed = (f"--workdir={folder}/{name}" for name in ("unbroken", "killed"))
     statuses = [launch("train", unbroken, *arguments)]
     for number in signals:
-        # In that loop, or in what comes between it and the next ones.
-        expected = functools.partial(expect, number, random.randint(1, 12), random.uniform(0, 0.02))
-        statuses.append(launch("train", killed, *arguments, before=expected))
+        # The signal arrives in that loop or between it and later ones.
+        send = functools.partial(
+            schedule_signal, number, random.randint(1, 12), random.uniform(0, 0.02)
+        )
+        statuses.append(launch("train", killed, *arguments, before=send))
     statuses.append(launch("train", killed, *arguments))
     statuses.append(launch("evaluate", killed, "--best", "--json", output=f"{folder}/best.json"))
     print(json.dumps({"signals": signals, "statuses": statuses}))

@@ -1,4 +1,4 @@
-"""Run by test_batch_norm_distributed: groups of two among four replicas."""
+"""Checks groups of two of four replicas; run by test_batch_norm_distributed."""
 
 import numpy as np
 import reference
@@ -9,11 +9,12 @@ tf.config.set_logical_device_configuration(
 )
 
 from bn_keras import ops  # noqa: E402
-from bn_keras.batch_norm import BatchNormalization, merge_moving_statistics  # noqa: E402
+from bn_keras.batch_norm import BatchNormalization  # noqa: E402
+from bn_keras.merge import merge_moving_statistics  # noqa: E402
 
 
 def main():
-    ops._PAYS_IN_TRAINING = 0  # The kernels, for small inputs as well.
+    ops._MIN_SIZE_TO_FUSE_TRAINING = 0  # Runs the kernels on small inputs too.
     strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(4)])
     rng = np.random.default_rng(0)
     x = (10 * np.arange(8)[:, None] + rng.normal(size=(8, 3))).astype(np.float32)
@@ -48,12 +49,8 @@ def main():
         for value in means[replicas]:
             np.testing.assert_allclose(value, 0.5 * mean, rtol=1e-5)
 
-    class Holder:
-        def _flatten_layers(self):
-            return [layer]
-
-    # Groups keep statistics of their own, which a merge brings together as well.
-    merge_moving_statistics(Holder(), strategy)
+    # Each group has statistics of its own until they are merged.
+    merge_moving_statistics(layer, strategy)
     for value in strategy.experimental_local_results(layer.moving_mean.value):
         np.testing.assert_allclose(value, 0.5 * x.mean(0), rtol=1e-5)
 

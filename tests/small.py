@@ -1,10 +1,10 @@
-"""A run that takes a second, for tests of what surrounds the training."""
+"""A config whose run takes a second, for tests of everything around the training."""
 
 from configs import mnist_bn
 
 
 def small_mlp(**overrides):
-    """The network of section 4.1 on digits, for a few steps."""
+    """Returns the config of a short training of the section 4.1 network on digits."""
     config = mnist_bn.get_config().copy_and_resolve_references()
     config.data.name = "digits"
     config.data.validation_split = "validation"

@@ -1,4 +1,4 @@
-"""The layer in one process on one device: statistics, modes, weights, files, refusals."""
+"""The layer in one process on one device: statistics, modes, weights, files, errors."""
 
 import keras
 import numpy as np
@@ -13,18 +13,18 @@ EPSILON = 1e-3
 
 
 @pytest.fixture(autouse=True)
-def small_inputs_are_fused_too(monkeypatch):
-    """By default, inputs as small as those of the tests don't go through the kernels."""
-    monkeypatch.setattr(ops, "_PAYS_IN_TRAINING", 0)
-    monkeypatch.setattr(ops, "_PAYS_AT_INFERENCE", 0)
+def fuse_small_inputs(monkeypatch):
+    """Runs the kernels on the small inputs of the tests too, unlike by default."""
+    monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_TRAINING", 0)
+    monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_INFERENCE", 0)
 
 
 def _data(*shape, seed=0, mean=2.0):
     return np.random.default_rng(seed).normal(mean, 3, shape).astype(np.float32)
 
 
-def _fresh(layer, rank=2):
-    """The layer built over three channels, with parameters that show."""
+def _build(layer, rank=2):
+    """Returns the layer built for three channels, with parameters other than 0 and 1."""
     layer.build((None,) * (rank - 1) + (3,))
     layer.gamma.assign([0.5, 1, 2])
     layer.beta.assign([1, -1, 0])
@@ -35,7 +35,7 @@ def _fresh(layer, rank=2):
 
 
 @pytest.mark.parametrize("unbiased", [False, True])
-def test_moving_statistics_follow_the_batches(unbiased):
+def test_moving_statistics_average_the_batches(unbiased):
     layer = BatchNormalization(momentum=0.7, unbiased=unbiased)
     mean, variance = np.zeros(3), np.ones(3)
     for step in range(4):
@@ -48,14 +48,14 @@ def test_moving_statistics_follow_the_batches(unbiased):
         variance = reference.moving(variance, batch_variance, 0.7)
     np.testing.assert_allclose(layer.moving_mean, mean, rtol=1e-5)
     np.testing.assert_allclose(layer.moving_variance, variance, rtol=1e-5)
-    # Inference takes just these.
+    # Inference uses them.
     x = _data(4, 2, 3, seed=9)
     np.testing.assert_allclose(
         layer(x), (x - mean) / np.sqrt(variance + EPSILON), rtol=1e-4, atol=1e-5
     )
 
 
-def test_two_values_have_an_unbiased_variance_of_two():
+def test_the_unbiased_variance_of_0_and_2_is_2():
     x = np.array([[0.0], [2.0]], np.float32)
     for unbiased, expected in ((True, 2), (False, 1)):
         layer = BatchNormalization(momentum=0.0, unbiased=unbiased)
@@ -66,7 +66,7 @@ def test_two_values_have_an_unbiased_variance_of_two():
     assert keras_layer.moving_variance.numpy() == pytest.approx(1)
 
 
-def test_without_momentum_the_average_is_over_all_batches():
+def test_without_momentum_all_batches_weigh_the_same():
     layer = BatchNormalization(momentum=None, unbiased=False)
     batches = [_data(6, 3, seed=s) for s in range(5)]
     for x in batches:
@@ -82,7 +82,7 @@ def test_without_momentum_the_average_is_over_all_batches():
 
 @pytest.mark.parametrize("empty", ["no examples", "all masked"])
 @pytest.mark.parametrize("renorm", [False, True])
-def test_a_batch_of_nothing_changes_nothing(empty, renorm):
+def test_an_empty_or_masked_batch_changes_nothing(empty, renorm):
     x = _data(0 if empty == "no examples" else 4, 5, 3)
     kwargs = {"mask": np.zeros((4, 5), bool)} if empty == "all masked" else {}
 
@@ -95,11 +95,11 @@ def test_a_batch_of_nothing_changes_nothing(empty, renorm):
 
     assert change(BatchNormalization(momentum=0.5, renorm=renorm)) == [0] * (5 if renorm else 2)
     theirs = change(keras.layers.BatchNormalization(momentum=0.5))
-    assert not max(theirs) == 0  # NaN, or dragged towards 0
+    assert not max(theirs) == 0  # NaN, or pulled towards 0
 
 
-def test_frozen_is_inference():
-    layer = _fresh(BatchNormalization())
+def test_a_frozen_layer_runs_in_inference_mode():
+    layer = _build(BatchNormalization())
     layer.trainable = False
     x, before = _data(6, 3), layer.get_weights()
     np.testing.assert_array_equal(layer(x, training=True), layer(x, training=False))
@@ -116,7 +116,7 @@ def test_frozen_is_inference():
     "arguments", [{}, {"synchronized": True}, {"renorm": True, "dtype": "mixed_bfloat16"}]
 )
 def test_training_may_be_a_tensor(arguments):
-    layers = [_fresh(BatchNormalization(momentum=0.5, **arguments)) for _ in "ab"]
+    layers = [_build(BatchNormalization(momentum=0.5, **arguments)) for _ in "ab"]
     x = tf.cast(_data(6, 3), layers[0].compute_dtype)
 
     @tf.function
@@ -145,9 +145,9 @@ def test_training_may_be_a_tensor(arguments):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "mixed_bfloat16", "float32", "float64"])
-def test_dtypes(dtype):
+def test_statistics_are_exact_in_every_dtype(dtype):
     layer = BatchNormalization(dtype=dtype, momentum=0.5)
-    # In float16 the squares of these would overflow.
+    # In float16 the squares of these values would overflow.
     x = tf.cast(_data(64, 3, mean=500.0), layer.compute_dtype)
     y = layer(x, training=True)
     assert y.dtype == layer.compute_dtype
@@ -172,7 +172,7 @@ def test_dtypes(dtype):
     ],
 )
 @pytest.mark.parametrize("masked", [False, True])
-def test_any_axes(axis, shape, masked):
+def test_any_axes_equal_the_reference(axis, shape, masked):
     layer = BatchNormalization(axis=axis, momentum=0.0, unbiased=False)
     x, rng = _data(*shape), np.random.default_rng(1)
     keep = sorted(a % len(shape) for a in np.atleast_1d(axis))
@@ -200,7 +200,7 @@ def test_any_axes(axis, shape, masked):
     np.testing.assert_allclose(layer(x), y, atol=1e-4)
 
 
-def test_keras_takes_a_mask_off_the_last_axis_only():
+def test_keras_supports_masks_on_the_last_axis_only():
     x, mask = _data(4, 3, 5), np.ones((4, 5), bool)
     BatchNormalization(axis=1)(x, training=True, mask=mask)
     with pytest.raises(Exception, match="(?i)incompatible|broadcast"):
@@ -209,12 +209,12 @@ def test_keras_takes_a_mask_off_the_last_axis_only():
         keras.layers.BatchNormalization(axis=[1, 2])
 
 
-def test_a_mask_of_kerass_own_making_fits_as_well():
+def test_a_mask_made_by_keras_fits_too():
     x = _data(5, 2, 4)
     x[:, 1] = 0
     layer = BatchNormalization(axis=1, momentum=0.0)
     layer(keras.layers.Masking()(x), training=True)
-    # Nothing of the second channel counts, so its statistics stay.
+    # The second channel is masked, so its statistics stay.
     np.testing.assert_allclose(layer.moving_mean, [x[:, 0].mean(), 0], rtol=1e-5)
     np.testing.assert_allclose(layer.moving_variance[1], 1)
 
@@ -222,9 +222,9 @@ def test_a_mask_of_kerass_own_making_fits_as_well():
 # --- Ghost batches.
 
 
-def test_ghost_batches_are_batches():
+def test_ghost_batches_equal_separate_batches():
     plain, ghost = (
-        _fresh(BatchNormalization(momentum=0.5, virtual_batch_size=v), rank=3) for v in (None, 4)
+        _build(BatchNormalization(momentum=0.5, virtual_batch_size=v), rank=3) for v in (None, 4)
     )
     x = _data(12, 5, 3)
     y = ghost(x, training=True)
@@ -234,10 +234,10 @@ def test_ghost_batches_are_batches():
         _, mean, variance, count = reference.batch_normalize(part, 1, 0, EPSILON)
         means.append(mean)
         variances.append(reference.unbiased(variance, count))
-    # One step, one update: Algorithm 2 averages over the batches.
+    # One update per step: Algorithm 2 averages over the batches.
     np.testing.assert_allclose(ghost.moving_mean, 0.5 * np.mean(means, 0), rtol=1e-5)
     np.testing.assert_allclose(ghost.moving_variance, 0.5 + 0.5 * np.mean(variances, 0), rtol=1e-5)
-    # Inactive at inference, where any batch will do.
+    # Inference has no ghost batches and accepts any batch.
     plain.set_weights(ghost.get_weights())
     np.testing.assert_allclose(ghost(x[:7]), plain(x[:7]), rtol=1e-6)
 
@@ -245,10 +245,10 @@ def test_ghost_batches_are_batches():
 # --- Renorm.
 
 
-def test_renorm_is_keras_renorm():
+def test_renorm_equals_keras():
     clipping = {"rmin": 0.6, "rmax": 1.5, "dmax": 0.4}
     ours, theirs = (
-        _fresh(
+        _build(
             cls(renorm=True, renorm_clipping=clipping, renorm_momentum=0.6, momentum=0.8, **kw),
             rank=3,
         )
@@ -287,7 +287,7 @@ def _network(layer):
 
 @pytest.mark.parametrize("suffix", [".weights.h5", ".keras"])
 @pytest.mark.parametrize("renorm", [False, True])
-def test_weights_pass_both_ways(tmp_path, suffix, renorm):
+def test_weights_load_into_the_keras_layer_and_back(tmp_path, suffix, renorm):
     x = _data(3, 4, 4, 2)
     pair = [BatchNormalization, keras.layers.BatchNormalization]
     for source, target in (pair, pair[::-1]):
@@ -301,7 +301,7 @@ def test_weights_pass_both_ways(tmp_path, suffix, renorm):
         np.testing.assert_allclose(loaded(x), saved(x), rtol=1e-5, atol=1e-5)
 
 
-def test_whole_models_pass_both_ways(tmp_path):
+def test_saved_models_convert_to_this_layer_and_back(tmp_path):
     x = _data(3, 4, 4, 2)
     theirs = _network(keras.layers.BatchNormalization(name="bn"))
     theirs.save(tmp_path / "theirs.keras")
@@ -329,7 +329,7 @@ def test_whole_models_pass_both_ways(tmp_path):
         {"renorm": True, "renorm_clipping": {"rmax": 2.0}, "renorm_momentum": 0.9},
     ],
 )
-def test_a_config_makes_the_same_layer(arguments):
+def test_a_layer_equals_the_one_built_from_its_config(arguments):
     layer = BatchNormalization(**arguments)
     again = keras.layers.deserialize(keras.layers.serialize(layer))
     assert isinstance(again, BatchNormalization)
@@ -338,7 +338,7 @@ def test_a_config_makes_the_same_layer(arguments):
     assert again.get_config() == layer.get_config()
 
 
-def test_saved_model(tmp_path):
+def test_an_exported_model_returns_the_same_outputs(tmp_path):
     model = _network(BatchNormalization())
     x = _data(3, 4, 4, 2)
     model.export(tmp_path / "served", verbose=False)
@@ -347,7 +347,7 @@ def test_saved_model(tmp_path):
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
-def test_fit_trains_like_keras_own(jit_compile):
+def test_fit_trains_like_the_keras_layer(jit_compile):
     x, y = _data(24, 4, 4, 2), _data(24, 2, seed=1)
     weights = []
     for layer in (BatchNormalization(unbiased=False), keras.layers.BatchNormalization()):
@@ -359,7 +359,7 @@ def test_fit_trains_like_keras_own(jit_compile):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_scaling_the_kernel_before_it_changes_nothing():
+def test_scaling_the_kernel_before_the_layer_changes_nothing():
     """Section 3.3: BN((aW)u) = BN(Wu), and the gradient of aW is 1/a of that of W."""
     u, kernel = _data(64, 5), np.random.default_rng(1).normal(size=(5, 3))
     layer = BatchNormalization(epsilon=1e-12)
@@ -375,22 +375,22 @@ def test_scaling_the_kernel_before_it_changes_nothing():
     np.testing.assert_allclose(*gradients, rtol=1e-2, atol=1e-3)
 
 
-# --- Refusals.
+# --- Errors.
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"momentum": 1.1}, r"momentum=1\.1.*from 0 to 1"),
+        ({"momentum": 1.1}, r"momentum=1\.1 is invalid: expected the fraction kept, in \[0, 1\]"),
         ({"renorm_momentum": -1}, "renorm_momentum=-1"),
-        ({"epsilon": 0}, r"epsilon=0\.0.*greater than 0"),
-        ({"virtual_batch_size": 0}, "virtual_batch_size=0"),
+        ({"epsilon": 0}, r"epsilon=0\.0 is invalid: expected a positive number"),
+        ({"virtual_batch_size": 0}, "virtual_batch_size=0 is invalid: expected a positive integer"),
         ({"sync_group_size": 2}, "synchronized=True"),
-        ({"renorm": True, "virtual_batch_size": 2}, "give one of them"),
+        ({"renorm": True, "virtual_batch_size": 2}, "mutually exclusive"),
         ({"renorm": True, "renorm_clipping": {"max": 1}}, "invalid keys.*rmax"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(arguments, message):
+def test_an_invalid_argument_raises(arguments, message):
     with pytest.raises(UsageError, match=message):
         BatchNormalization(**arguments)
 
@@ -399,28 +399,28 @@ def test_what_cannot_be_meant_is_refused(arguments, message):
     "arguments, shape, message",
     [
         ({"axis": 3}, (2, 3, 4), r"axis=3 is out of bounds.*-3 to 2"),
-        ({"axis": [1, -2]}, (2, 3, 4), "twice"),
-        ({"axis": [0, 1, 2]}, (2, 3, 4), "no axis"),
+        ({"axis": [1, -2]}, (2, 3, 4), "repeats an axis"),
+        ({"axis": [0, 1, 2]}, (2, 3, 4), "covers all axes"),
         ({"axis": []}, (2, 3), "out of bounds"),
-        ({"axis": 1}, (2, None, 4), "no known size"),
-        ({"axis": 0, "virtual_batch_size": 2}, (2, 3), "includes the batch"),
+        ({"axis": 1}, (2, None, 4), "unknown size"),
+        ({"axis": 0, "virtual_batch_size": 2}, (2, 3), "includes the batch axis"),
     ],
 )
-def test_an_input_that_does_not_fit_is_refused(arguments, shape, message):
+def test_an_input_shape_that_does_not_fit_raises(arguments, shape, message):
     with pytest.raises(UsageError, match=message):
         BatchNormalization(**arguments).build(shape)
 
 
-def test_a_mask_of_the_wrong_rank_is_refused():
-    with pytest.raises(UsageError, match=r"mask of shape \(2, 3, 4\).*\(2, 3, 4\)"):
+def test_a_mask_shape_that_does_not_fit_raises():
+    with pytest.raises(UsageError, match=r"mask shape \(2, 3, 4\).*\(2, 3, 4\)"):
         BatchNormalization()(np.zeros((2, 3, 4), np.float32), mask=np.ones((2, 3, 4)))
-    with pytest.raises(UsageError, match=r"mask of shape \(2, 5\)"):
+    with pytest.raises(UsageError, match=r"mask shape \(2, 5\)"):
         BatchNormalization()(np.zeros((2, 3, 4), np.float32), mask=np.ones((2, 5)))
 
 
-def test_a_batch_that_the_ghosts_do_not_divide_is_refused():
+def test_a_batch_of_incomplete_ghost_batches_raises():
     layer = BatchNormalization(virtual_batch_size=4)
-    with pytest.raises(UsageError, match="virtual_batch_size=4 does not divide.*the batch is 6"):
+    with pytest.raises(UsageError, match="virtual_batch_size=4 does not divide.*has 6 examples"):
         layer(_data(6, 3), training=True)
     run = tf.function(lambda x: layer(x, training=True), input_signature=[tf.TensorSpec([None, 3])])
     assert run(_data(8, 3)).shape == (8, 3)

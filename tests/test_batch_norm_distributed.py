@@ -1,4 +1,4 @@
-"""Several replicas with different data are one replica with all of it."""
+"""Several replicas with different data equal one replica with all of the data."""
 
 import json
 import os
@@ -22,15 +22,15 @@ GAMMA, BETA = np.array([0.5, 1.0, 2.0]), np.array([1.0, -1.0, 0.0])
 
 
 @pytest.fixture(autouse=True)
-def small_inputs_are_fused_too(monkeypatch):
-    """By default, inputs as small as those of the tests don't go through the kernels."""
-    monkeypatch.setattr(ops, "_PAYS_IN_TRAINING", 0)
-    monkeypatch.setattr(ops, "_PAYS_AT_INFERENCE", 0)
+def fuse_small_inputs(monkeypatch):
+    """Runs the kernels on the small inputs of the tests too, unlike by default."""
+    monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_TRAINING", 0)
+    monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_INFERENCE", 0)
 
 
 def _data(*shape, mean=0.0, seed=0):
     rng = np.random.default_rng(seed)
-    # No two examples, and so no two replicas, are alike.
+    # All examples differ, and so do the replicas.
     drift = np.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1))
     return (mean + drift + 3 * rng.normal(size=shape)).astype(np.float32)
 
@@ -46,7 +46,7 @@ def _local(strategy, value):
     return [v.numpy() for v in strategy.experimental_local_results(value)]
 
 
-def _make(strategy, shape=(None, None, 3), **arguments):
+def _build(strategy, shape=(None, None, 3), **arguments):
     with strategy.scope():
         layer = BatchNormalization(momentum=0.5, unbiased=False, **arguments)
         layer.build(shape)
@@ -56,7 +56,7 @@ def _make(strategy, shape=(None, None, 3), **arguments):
 
 
 def _train(strategy, layer, x, dy, mask=None):
-    """One call on each replica: y, dx, dgamma, dbeta."""
+    """Calls the layer once on each replica; returns y, dx, dgamma and dbeta of all replicas."""
 
     @tf.function(reduce_retracing=True)
     def train(x, dy, mask):
@@ -74,12 +74,12 @@ def _train(strategy, layer, x, dy, mask=None):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("at", [4, 6, 8])
 @pytest.mark.parametrize("mean", [0.0, 1e4])
-def test_synchronized_is_the_joined_batch(two_replicas, at, mean, masked):
-    """Equal, unequal and empty replicas; outputs, gradients, and statistics on each."""
+def test_synchronized_replicas_equal_the_joined_batch(two_replicas, at, mean, masked):
+    """Checks outputs, gradients and statistics with equal, unequal and empty replicas."""
     x, dy = _data(8, 5, 3, mean=mean), _data(8, 5, 3, seed=1)
     mask = np.random.default_rng(2).random((8, 5)) < 0.6 if masked else None
     full = np.broadcast_to(mask[..., None], x.shape) if masked else None
-    layer = _make(two_replicas, synchronized=True)
+    layer = _build(two_replicas, synchronized=True)
     masks = None if mask is None else _split(two_replicas, mask, at)
     y, dx, dgamma, dbeta = _train(
         two_replicas, layer, _split(two_replicas, x, at), _split(two_replicas, dy, at), masks
@@ -89,7 +89,7 @@ def test_synchronized_is_the_joined_batch(two_replicas, at, mean, masked):
     spacing = 8 * mean * 2**-24
     np.testing.assert_allclose(np.concatenate(y), expected[0], atol=1e-5 + spacing)
     np.testing.assert_allclose(np.concatenate(dx), exact[0], atol=1e-4 + 4 * spacing)
-    # Each replica's own: the optimizer sums them.
+    # The gradients of each replica are its own; the optimizer sums them.
     np.testing.assert_allclose(sum(dgamma), exact[1], atol=1e-3 + 200 * spacing)
     np.testing.assert_allclose(sum(dbeta), exact[2], rtol=1e-4)
     np.testing.assert_allclose(dbeta[0], dy[:at].sum((0, 1)), rtol=1e-4, atol=1e-3)
@@ -99,13 +99,13 @@ def test_synchronized_is_the_joined_batch(two_replicas, at, mean, masked):
         strict=True,
     ):
         np.testing.assert_allclose(means, 0.5 * expected[1], rtol=1e-5, atol=1e-5)
-        # The replicas' means lie apart by about a deviation, and are rounded to the spacing.
+        # The replicas' means differ by about a standard deviation, rounded to the spacing.
         np.testing.assert_allclose(variances, 0.5 + 0.5 * expected[2], rtol=1e-5 + spacing / 10)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_keras_synchronized_fails_at_that(two_replicas, masked):
-    """Rows 1 and 2 of the field's table: cancellation, and a mask that undoes the sync."""
+def test_synchronized_keras_layers_differ_from_the_joined_batch(two_replicas, masked):
+    """Large means cancel, and a mask turns synchronization off."""
     x = _data(8, 5, 3, mean=0.0 if masked else 1e4)
     mask = _split(two_replicas, np.ones((8, 5), bool), 4) if masked else None
     with two_replicas.scope():
@@ -120,9 +120,9 @@ def test_keras_synchronized_fails_at_that(two_replicas, masked):
 
 
 def test_ghost_batches_join_across_replicas(two_replicas):
-    """The k-th ghost batch of each replica makes one statistical batch."""
+    """The k-th ghost batches of all replicas share statistics."""
     x, dy = _data(8, 5, 3), _data(8, 5, 3, seed=1)
-    layer = _make(two_replicas, synchronized=True, virtual_batch_size=2)
+    layer = _build(two_replicas, synchronized=True, virtual_batch_size=2)
     y, dx, dgamma, _ = _train(
         two_replicas, layer, _split(two_replicas, x, 4), _split(two_replicas, dy, 4)
     )
@@ -137,11 +137,11 @@ def test_ghost_batches_join_across_replicas(two_replicas):
     np.testing.assert_allclose(sum(dgamma), exact_dgamma, atol=1e-3)
 
 
-def test_unequal_numbers_of_ghost_batches_are_refused(two_replicas):
-    """By TensorFlow only when it runs, with a collective that is aborted."""
-    layer = _make(two_replicas, synchronized=True, virtual_batch_size=2)
+def test_unequal_numbers_of_ghost_batches_raise(two_replicas):
+    """TensorFlow itself would fail only at run time, with an aborted collective."""
+    layer = _build(two_replicas, synchronized=True, virtual_batch_size=2)
 
-    # AutoGraph would put its own error around ours.
+    # AutoGraph would wrap the error in one of its own.
     @tf.function(autograph=False)
     def run(x):
         return two_replicas.run(lambda x: layer(x, training=True), args=(x,))
@@ -150,9 +150,9 @@ def test_unequal_numbers_of_ghost_batches_are_refused(two_replicas):
         run(_split(two_replicas, _data(6, 5, 3), 4))
 
 
-def test_training_as_a_tensor_synchronizes_too(two_replicas):
+def test_replicas_synchronize_if_training_is_a_tensor(two_replicas):
     x = _data(8, 5, 3)
-    layer = _make(two_replicas, synchronized=True)
+    layer = _build(two_replicas, synchronized=True)
 
     @tf.function
     def run(x, training):
@@ -167,9 +167,9 @@ def test_training_as_a_tensor_synchronizes_too(two_replicas):
 
 
 def test_second_order_gradients_cross_replicas(two_replicas):
-    """Of the sum of both replicas' losses, against one replica with all examples."""
+    """Those of the sum of both replicas' losses equal those of one replica with all examples."""
     x = _data(8, 5, 3)
-    layer = _make(two_replicas, synchronized=True)
+    layer = _build(two_replicas, synchronized=True)
     single = BatchNormalization()
     single.build((None, None, 3))
     single.gamma.assign(GAMMA)
@@ -193,7 +193,7 @@ def test_second_order_gradients_cross_replicas(two_replicas):
 
 
 def test_one_packed_collective_each_way_in_a_fixed_order(two_replicas, monkeypatch):
-    """Two parallel layers, whose collectives could start in any order (tensorflow#42111)."""
+    """The collectives of two parallel layers could start in any order (tensorflow#42111)."""
     calls = []
     context_class = type(_context_of(two_replicas))
     original = context_class.all_reduce
@@ -204,7 +204,7 @@ def test_one_packed_collective_each_way_in_a_fixed_order(two_replicas, monkeypat
         return result
 
     monkeypatch.setattr(context_class, "all_reduce", counted)
-    layers = [_make(two_replicas, synchronized=True) for _ in "ab"]
+    layers = [_build(two_replicas, synchronized=True) for _ in "ab"]
 
     @tf.function
     def run(x):
@@ -224,8 +224,7 @@ def test_one_packed_collective_each_way_in_a_fixed_order(two_replicas, monkeypat
             assert before.op in _ancestors(given.op)
 
 
-def test_keras_takes_more_collectives_and_no_kernel(two_replicas, monkeypatch):
-    """Row 7 of the field's table."""
+def test_keras_needs_more_collectives_and_uses_no_kernel(two_replicas, monkeypatch):
     context_class, calls = type(_context_of(two_replicas)), []
     original = context_class.all_reduce
 
@@ -267,7 +266,7 @@ def _ancestors(op):
     return seen
 
 
-# --- Merged moving statistics.
+# --- Merging moving statistics.
 
 
 def _model(strategy, **arguments):
@@ -285,7 +284,7 @@ def _step(strategy, model, x):
 
 
 @pytest.mark.parametrize("renorm", [False, True])
-def test_merged_statistics_are_those_of_the_mixture(two_replicas, renorm):
+def test_merged_statistics_equal_those_of_the_mixture(two_replicas, renorm):
     model = _model(two_replicas, momentum=0.5, unbiased=False, renorm=renorm)
     x = _data(8, 3)
     _step(two_replicas, model, _split(two_replicas, x, 6))
@@ -308,14 +307,14 @@ def test_merged_statistics_are_those_of_the_mixture(two_replicas, renorm):
             np.testing.assert_allclose(
                 layer.moving_stddev.value, np.sqrt(variance + EPSILON), rtol=1e-5
             )
-    # To merge what agrees changes no bit of it.
+    # Merging equal statistics does not change them, bit for bit.
     merged = [_local(two_replicas, v.value) for v in model.variables]
     merge_moving_statistics(model, two_replicas)
     for a, b in zip(merged, [_local(two_replicas, v.value) for v in model.variables], strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_replica_that_saw_nothing_has_no_say(two_replicas):
+def test_a_replica_without_data_has_no_weight(two_replicas):
     model = _model(two_replicas, momentum=0.5)
     x = _data(8, 3)
     _step(two_replicas, model, _split(two_replicas, x, 8))
@@ -338,11 +337,11 @@ def test_one_collective_merges_a_model_and_is_traced_once(two_replicas, monkeypa
     )
     for _ in range(3):
         merge_moving_statistics(model, two_replicas)
-    assert len(calls) == 2  # once in each replica's trace
+    assert len(calls) == 2  # one for each replica's trace
     assert _local(two_replicas, model.get_layer("outer").num_updates.value) == [1, 1]
 
 
-def test_one_replica_or_synchronized_layers_need_no_merge(two_replicas):
+def test_merging_one_replica_or_synchronized_layers_changes_nothing(two_replicas):
     single = _model(tf.distribute.get_strategy())
     merge_moving_statistics(single)
     model = _model(two_replicas, synchronized=True)
@@ -356,8 +355,8 @@ def test_one_replica_or_synchronized_layers_need_no_merge(two_replicas):
         np.testing.assert_array_equal(a, b)
 
 
-def test_fit_merges_by_its_callback(two_replicas):
-    """Nine examples in batches of eight: the last batch leaves one replica empty."""
+def test_the_callback_merges_in_fit(two_replicas):
+    """With nine examples in batches of eight, one replica has no example in the last batch."""
     x, y = _data(9, 3), np.zeros((9, 3), np.float32)
     for layer, merged in ((BatchNormalization, True), (keras.layers.BatchNormalization, False)):
         with two_replicas.scope():
@@ -369,17 +368,17 @@ def test_fit_merges_by_its_callback(two_replicas):
         assert (np.isfinite(second).all() and np.array_equal(first, second)) == merged
 
 
-def test_groups_have_to_divide_the_replicas(two_replicas):
-    layer = _make(two_replicas, synchronized=True, sync_group_size=3)
+def test_a_group_size_that_does_not_divide_the_replicas_raises(two_replicas):
+    layer = _build(two_replicas, synchronized=True, sync_group_size=3)
     x = _split(two_replicas, _data(4, 5, 3), 2)
     with pytest.raises(UsageError, match="sync_group_size=3 does not divide the 2 replicas"):
         two_replicas.run(lambda x: layer(x, training=True), args=(x,))
 
 
-# --- Other numbers of replicas need processes of their own.
+# --- Other numbers of replicas need a process of their own.
 
 
-def _run_script(name, environment, *arguments):
+def _start_script(name, environment, *arguments):
     root = pathlib.Path(__file__).parent
     path = os.pathsep.join([str(root.parent), str(root)])
     return subprocess.Popen(
@@ -391,7 +390,7 @@ def _run_script(name, environment, *arguments):
     )
 
 
-def _finished(processes):
+def _wait_for(processes):
     try:
         outputs = [p.communicate(timeout=120) for p in processes]
     finally:
@@ -402,19 +401,19 @@ def _finished(processes):
     return outputs
 
 
-def test_groups_of_two_among_four_replicas():
-    _finished([_run_script("four_replicas.py", {})])
+def test_groups_of_two_of_four_replicas_share_statistics():
+    _wait_for([_start_script("four_replicas.py", {})])
 
 
-def test_two_processes_are_one_with_the_joined_batch(tmp_path):
+def test_two_processes_equal_one_with_the_joined_batch(tmp_path):
     with socket.socket() as a, socket.socket() as b:
         for s in (a, b):
             s.bind(("localhost", 0))
         cluster = {"worker": [f"localhost:{s.getsockname()[1]}" for s in (a, b)]}
     files = [str(tmp_path / f"{index}.npz") for index in (0, 1)]
-    _finished(
+    _wait_for(
         [
-            _run_script(
+            _start_script(
                 "two_workers.py",
                 {
                     "TF_CONFIG": json.dumps(

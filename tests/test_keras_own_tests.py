@@ -1,4 +1,4 @@
-"""Keras' tests of its own layer, as they ship with Keras, run against ours in its place."""
+"""Runs the tests of the Keras layer, which ship with Keras, on this package's layer."""
 
 import importlib.util
 import inspect
@@ -18,14 +18,14 @@ _MODULE = (
 
 @keras.saving.register_keras_serializable("bn_keras_tests")
 class _KerasSemantics(BatchNormalization):
-    """Ours with Keras' estimate of the moving variance."""
+    """The layer with the biased moving variance of Keras."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{"unbiased": False, **kwargs})
 
 
 class _Layers:
-    """keras.src.layers with one layer exchanged."""
+    """keras.src.layers with one layer replaced."""
 
     BatchNormalization = _KerasSemantics
 
@@ -39,7 +39,7 @@ def _keras_test_case() -> type:
     spec = importlib.util.spec_from_file_location("keras_batch_normalization_test", _MODULE)
     module = importlib.util.module_from_spec(spec)
     with warnings.catch_warnings():
-        # Of pytest, about a mark of Keras' own.
+        # pytest does not know a mark that Keras defines.
         warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
         spec.loader.exec_module(module)
     module.layers = _Layers()
@@ -48,12 +48,12 @@ def _keras_test_case() -> type:
 
 
 @pytest.mark.skipif(not _MODULE.exists(), reason="this Keras ships without its tests")
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of Keras, about its tests' generators
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Keras warns about generators in its tests.
 class TestKerasOwn(_keras_test_case()):
-    """All of them, on our layer."""
+    """All tests of the Keras layer, on this package's layer."""
 
 
 @pytest.mark.skipif(not _MODULE.exists(), reason="this Keras ships without its tests")
-def test_none_of_them_is_left_out():
+def test_all_keras_tests_are_collected():
     names = [n for n, _ in inspect.getmembers(TestKerasOwn) if n.startswith("test_")]
     assert len(names) >= 33

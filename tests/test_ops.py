@@ -1,4 +1,4 @@
-"""The transform against the paper in float64, and its gradients against finite differences."""
+"""Compares the transform with the paper in float64, and its gradients with finite differences."""
 
 import numpy as np
 import pytest
@@ -12,10 +12,10 @@ TOLERANCE = {"float64": 1e-12, "float32": 3e-6, "float16": 4e-3, "bfloat16": 3e-
 
 
 @pytest.fixture(autouse=True)
-def small_inputs_are_fused_too(monkeypatch):
-    """By default, inputs as small as those of the tests don't go through the kernels."""
-    monkeypatch.setattr(ops, "_PAYS_IN_TRAINING", 0)
-    monkeypatch.setattr(ops, "_PAYS_AT_INFERENCE", 0)
+def fuse_small_inputs(monkeypatch):
+    """Runs the kernels on the small inputs of the tests too, unlike by default."""
+    monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_TRAINING", 0)
+    monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_INFERENCE", 0)
 
 
 def _parameters(channels, rng):
@@ -31,7 +31,7 @@ def _close(actual, expected, tolerance):
 
 
 def _run(x, gamma, beta, dy, **kwargs):
-    """y, moments, and the gradients of x, gamma, beta, from within a tf.function."""
+    """Returns y, moments, and the gradients of x, gamma and beta, computed in a tf.function."""
 
     @tf.function
     def run(x, gamma, beta, dy):
@@ -46,7 +46,7 @@ def _run(x, gamma, beta, dy, **kwargs):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", [(16, 3), (6, 5, 3), (4, 3, 5, 2), (2, 3, 2, 4, 3)])
-def test_values_and_gradients_are_the_papers(shape, dtype):
+def test_values_and_gradients_equal_the_paper(shape, dtype):
     rng = np.random.default_rng(0)
     x = tf.cast(rng.normal(2, 3, shape), dtype)
     dy = tf.cast(rng.normal(size=shape), dtype)
@@ -57,7 +57,7 @@ def test_values_and_gradients_are_the_papers(shape, dtype):
     tolerance = TOLERANCE[dtype]
     assert y.dtype == dtype
     _close(y, expected[0], tolerance)
-    # Whatever the activations are, the statistics are float32 at least.
+    # The statistics are at least float32, whatever the dtype of the activations.
     assert moments.mean.dtype == ("float64" if dtype == "float64" else "float32")
     _close(moments.mean[0], expected[1], min(tolerance, 3e-6))
     _close(moments.variance[0], expected[2], min(tolerance, 3e-6))
@@ -68,7 +68,7 @@ def test_values_and_gradients_are_the_papers(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-def test_normalize_is_the_affine_map(dtype):
+def test_normalize_computes_the_affine_map(dtype):
     rng = np.random.default_rng(1)
     x = tf.cast(rng.normal(size=(4, 3, 5, 2)), dtype)
     mean, variance = rng.normal(size=2), rng.uniform(0.1, 2, 2)
@@ -79,7 +79,7 @@ def test_normalize_is_the_affine_map(dtype):
     assert y.dtype == dtype
 
 
-def _mask(shape, rng):
+def _random_mask(shape, rng):
     return (rng.random((*shape[:-1], 1)) < 0.6).astype(np.float32)
 
 
@@ -90,21 +90,21 @@ def _gather_of_one(packed):
 PATHS = {
     "fused": {},
     "synchronized": {"gather": _gather_of_one},
-    "ghost": {"group_size": 2},
-    "ghost, synchronized": {"group_size": 2, "gather": _gather_of_one},
+    "ghost": {"virtual_batch_size": 2},
+    "ghost, synchronized": {"virtual_batch_size": 2, "gather": _gather_of_one},
 }
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("masked", [False, True])
-def test_every_path_takes_the_same_statistics(path, masked):
+def test_every_path_computes_the_same_statistics(path, masked):
     rng = np.random.default_rng(2)
     shape, options = (6, 3, 2, 4), PATHS[path]
     x, dy = (tf.cast(rng.normal(1, 2, shape), tf.float32) for _ in range(2))
     gamma, beta = _parameters(4, rng)
-    mask = _mask(shape, rng) if masked else None
+    mask = _random_mask(shape, rng) if masked else None
     y, moments, gradients = _run(x, gamma, beta, dy, mask=mask, **options)
-    size = options.get("group_size", 6)
+    size = options.get("virtual_batch_size", 6)
     groups = [slice(i, i + size) for i in range(0, 6, size)]
     parts = [mask if mask is None else np.broadcast_to(mask, shape)[g] for g in groups]
     expected = [
@@ -125,15 +125,15 @@ def test_every_path_takes_the_same_statistics(path, masked):
 
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("options", ["fused", "synchronized", "ghost", "masked", "float64"])
-def test_second_order_gradients_by_finite_differences(options, graph):
-    """Of a function of dx, dgamma and dbeta, for every input that they depend on."""
+def test_second_order_gradients_equal_finite_differences(options, graph):
+    """The objective is a function of dx, dgamma and dbeta; every input of theirs is varied."""
     rng = np.random.default_rng(3)
     shape = (4, 3, 2)
-    # The fused kernels have no float64: the differences are taken in float64, whose gradient
-    # is compared, and the float32 paths are held against it.
+    # Finite differences need float64, which the fused kernels do not support: the float64 gradient
+    # is compared with the differences, and the float32 paths with the float64 gradient.
     kwargs = dict(PATHS.get(options, {}))
     if options == "masked":
-        kwargs["mask"] = _mask(shape, rng)
+        kwargs["mask"] = _random_mask(shape, rng)
     inputs = [rng.normal(size=shape), *_parameters(2, rng), rng.normal(size=shape)]
     probes = [rng.normal(size=s) for s in (shape, (2,), (2,))]
 
@@ -180,7 +180,7 @@ def test_second_order_gradients_by_finite_differences(options, graph):
 
 @pytest.mark.parametrize("options", ["fused", "synchronized", "masked"])
 @pytest.mark.parametrize("mean", [0.0, 1e2, 1e4])
-def test_large_means_cost_no_more_than_float32_itself(options, mean):
+def test_large_means_lose_no_more_than_the_rounding_of_float32(options, mean):
     rng = np.random.default_rng(4)
     x = (mean + rng.normal(size=(64, 7, 7, 3))).astype(np.float32)
     kwargs = dict(PATHS.get(options, {}))
@@ -188,7 +188,7 @@ def test_large_means_cost_no_more_than_float32_itself(options, mean):
         kwargs["mask"] = np.ones((1, 1, 1, 1))
     y, moments = ops.batch_normalize(x, None, None, EPSILON, **kwargs)
     expected = reference.batch_normalize(x, 1.0, 0.0, EPSILON)
-    # float32 rounds the mean itself by this much, and the kernel adds up 3,000 values.
+    # float32 rounds the mean by this much, and the kernel sums 3,000 values.
     spacing = 16 * mean * 2**-24
     np.testing.assert_allclose(y, expected[0], atol=1e-5 + spacing)
     np.testing.assert_allclose(moments.variance[0], expected[2], rtol=1e-5 + spacing**2)
@@ -196,8 +196,8 @@ def test_large_means_cost_no_more_than_float32_itself(options, mean):
 
 @pytest.mark.parametrize("mean", [1e3, 1e4, 1e6])
 @pytest.mark.parametrize("synchronized", [False, True])
-def test_means_do_not_drown_the_sums_of_a_large_batch(mean, synchronized):
-    """400,000 values added up one by one in float32 miss a mean of 1e4 by 12: Keras' layer does."""
+def test_large_means_do_not_lose_the_deviations_of_a_large_batch(mean, synchronized):
+    """A float32 sum of 400,000 values, one by one, misses a mean of 1e4 by 12, as Keras does."""
     rng = np.random.default_rng(5)
     x = (mean + rng.normal(size=(32, 112, 112, 1))).astype(np.float32)
     gather = _gather_of_one if synchronized else None
@@ -207,18 +207,18 @@ def test_means_do_not_drown_the_sums_of_a_large_batch(mean, synchronized):
     np.testing.assert_allclose(y, expected[0], atol=2e-3 + 4 * mean * 2**-24)
 
 
-def test_tiny_variances_keep_their_digits():
+def test_tiny_variances_lose_no_digits():
     rng = np.random.default_rng(6)
     x = (1 + 1e-4 * rng.normal(size=(256, 4))).astype(np.float32)
     y, moments = ops.batch_normalize(x, None, None, 1e-10)
     expected = reference.batch_normalize(x, 1.0, 0.0, 1e-10)
-    # The mean is off by a few times 2**-24, that is 0.2% of the deviations.
+    # The mean is off by a few times 2**-24, which is 0.2% of the deviations.
     np.testing.assert_allclose(moments.variance[0], expected[2], rtol=1e-4)
     np.testing.assert_allclose(y, expected[0], atol=5e-3)
 
 
 @pytest.mark.parametrize("options", [*PATHS, "masked"])
-def test_nothing_is_no_nan(options):
+def test_empty_and_masked_batches_produce_no_nan(options):
     kwargs = dict(PATHS.get(options, {}))
     x = tf.zeros([0 if options != "masked" else 4, 3, 2])
     if options == "masked":
@@ -230,11 +230,11 @@ def test_nothing_is_no_nan(options):
     assert tf.reduce_sum(moments.count) == 0
 
 
-def test_what_is_masked_may_be_nan():
-    """NaN where the mask is off stays there: neither statistics nor gradients see it."""
+def test_masked_values_may_be_nan():
+    """A masked NaN reaches neither the statistics nor the other gradients."""
     rng = np.random.default_rng(7)
     shape = (6, 4, 3)
-    mask = _mask(shape, rng)
+    mask = _random_mask(shape, rng)
     x = np.where(mask > 0, rng.normal(size=shape), np.nan).astype(np.float32)
     dy = (rng.normal(size=shape) * mask).astype(np.float32)
     y, moments, gradients = _run(tf.constant(x), np.ones(3), np.zeros(3), dy, mask=mask)
@@ -247,7 +247,7 @@ def test_what_is_masked_may_be_nan():
     _close(gradients[1], exact[1], 3e-5)
 
 
-def test_a_dynamic_batch_gives_what_a_static_one_does():
+def test_a_batch_of_unknown_size_equals_one_of_static_size():
     rng = np.random.default_rng(8)
     x, dy = (rng.normal(size=(6, 3, 2)).astype(np.float32) for _ in range(2))
     for options in PATHS.values():
@@ -269,7 +269,7 @@ def test_a_dynamic_batch_gives_what_a_static_one_does():
 def test_xla_compiles_forward_and_backward():
     rng = np.random.default_rng(9)
     x, dy = (tf.constant(rng.normal(size=(4, 3, 3, 2)), tf.float32) for _ in range(2))
-    for options in (*PATHS.values(), {"mask": _mask(x.shape, rng)}):
+    for options in (*PATHS.values(), {"mask": _random_mask(x.shape, rng)}):
 
         def run(x, dy, options=options):
             with tf.GradientTape() as tape:
@@ -285,17 +285,17 @@ def test_xla_compiles_forward_and_backward():
 
 
 @pytest.mark.parametrize("axes", [[1], [3], [1, 2, 3], [0, 2]])
-def test_channels_last_and_back(axes):
+def test_channels_move_last_and_back(axes):
     x = tf.reshape(tf.range(120), [2, 3, 4, 5])
-    moved = ops.channels_last(x, axes)
+    moved = ops.move_channels_last(x, axes)
     reduced = tuple(a for a in range(4) if a not in axes)
     expected = np.sum(x, reduced).reshape(-1)
     np.testing.assert_array_equal(np.sum(moved, tuple(range(len(reduced)))), expected)
-    np.testing.assert_array_equal(ops.channels_back(moved, x, axes), x)
+    np.testing.assert_array_equal(ops.move_channels_back(moved, x, axes), x)
 
 
-def test_small_inputs_take_the_shorter_way(monkeypatch):
-    """And get the same numbers: below some size a kernel costs more than it saves."""
+def test_small_inputs_use_ordinary_operations_and_get_the_same_numbers(monkeypatch):
+    """Below some size a kernel costs more than it saves."""
     rng = np.random.default_rng(10)
     x, dy = (tf.constant(rng.normal(size=(6, 3, 2)), tf.float32) for _ in range(2))
     fused = _run(x, np.ones(2), np.zeros(2), dy)
@@ -310,11 +310,11 @@ def test_small_inputs_take_the_shorter_way(monkeypatch):
 
 
 @pytest.mark.parametrize("threads, fused", [(1, True), (2, False)])
-def test_small_tensors_go_through_the_kernel_where_it_has_no_threads_to_wake(
+def test_small_inputs_use_the_kernel_if_it_has_no_other_threads_to_wake(
     threads, fused, monkeypatch
 ):
-    monkeypatch.setattr(ops, "_PAYS_IN_TRAINING", 2**16)
-    monkeypatch.setattr(ops, "_kernel_threads", lambda: threads)
+    monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_TRAINING", 2**16)
+    monkeypatch.setattr(ops, "usable_cores", lambda: list(range(threads)))
 
     @tf.function
     def transform(x):

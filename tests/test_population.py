@@ -1,4 +1,4 @@
-"""Algorithm 2, lines 7 to 10, against the paper in float64."""
+"""Compares population statistics (Algorithm 2, lines 7 to 10) with the paper in float64."""
 
 import re
 import sys
@@ -18,7 +18,7 @@ EPSILON = 1e-3
 
 
 def _batches(sizes, *shape, mean=0.0):
-    """Batches of the given sizes, whose means lie apart."""
+    """Returns batches of the given sizes with different means."""
     rng = np.random.default_rng(0)
     return [
         (mean + rng.normal() + rng.uniform(1, 3, shape[-1:]) * rng.normal(size=(n, *shape))).astype(
@@ -34,7 +34,7 @@ def _dataset(batches):
 
 
 def _algorithm_2(batches, axis=-1):
-    """E[x] and Var[x] over mini-batches, from the definition."""
+    """Computes E[x] and Var[x] over mini-batches from the definition."""
     moments = [reference.batch_normalize(x, 1, 0, EPSILON, axis)[1:] for x in batches if x.size]
     means, variances, counts = (np.stack(m) for m in zip(*moments, strict=True))
     several = counts.min(axis=tuple(range(1, counts.ndim))) > 1
@@ -81,11 +81,11 @@ def _changed(before, after):
 @pytest.mark.parametrize("cls", [BatchNormalization, KERAS_BN])
 @pytest.mark.parametrize("shape, axis", [((3,), -1), ((4, 5, 3), -1), ((3, 5), 1)])
 @pytest.mark.parametrize("mean", [0.0, 1e4])
-def test_one_layer_is_the_definition(cls, shape, axis, mean):
+def test_one_layer_equals_the_definition(cls, shape, axis, mean):
     batches = _batches([6] * 5, *shape, mean=mean)
     model = _model([cls(axis=axis, momentum=0.9)], *shape)
     estimate_population_statistics(model, _dataset(batches), num_batches=4)
-    # A mean of float32 near 1e4 is known to its spacing, and so is what deviates from it.
+    # A float32 mean near 1e4 is accurate to its spacing, and so are the deviations from it.
     rtol, atol = (1e-5, 1e-6) if mean == 0 else (0, 1e-3)
     found = model.layers[0]
     expected_mean, expected_variance = _algorithm_2(batches[:4], axis)
@@ -93,7 +93,7 @@ def test_one_layer_is_the_definition(cls, shape, axis, mean):
     np.testing.assert_allclose(found.moving_variance, expected_variance, max(rtol, atol))
 
 
-def test_many_batches_lose_no_digit():
+def test_many_batches_lose_no_digits():
     batch = _batches([7], 3, mean=0.1)[0]
     found = []
     for times in (1, 200):
@@ -104,7 +104,7 @@ def test_many_batches_lose_no_digit():
 
 
 @pytest.mark.parametrize("precision, rtol", [("float32", 1e-5), ("mixed_bfloat16", 2e-2)])
-def test_the_second_layer_sees_what_it_sees_in_training(precision, rtol):
+def test_the_second_layer_sees_its_training_mode_inputs(precision, rtol):
     keras.config.set_dtype_policy(precision)
     model = _model(
         [
@@ -127,7 +127,7 @@ def test_the_second_layer_sees_what_it_sees_in_training(precision, rtol):
     estimate_population_statistics(model, _dataset(batches), num_batches=6)
     _check(first, _algorithm_2(hidden), rtol, atol=rtol)
     _check(second, _algorithm_2(deep), rtol)
-    # The inference network would give the second layer something else.
+    # In the inference network, the second layer would see other inputs.
     mean, variance = _algorithm_2(hidden)
     folded = [gamma * (h - mean) / np.sqrt(variance + EPSILON) + beta for h in hidden]
     other = _algorithm_2([np.maximum(f, 0) @ kernel_2 + bias_2 for f in folded])
@@ -147,8 +147,8 @@ def test_the_mean_does_not_depend_on_the_split():
         np.testing.assert_allclose(layer.moving_mean, found[0].moving_mean, atol=1e-6)
 
 
-def test_the_variance_is_that_within_the_batches():
-    """Moving whole batches apart doesn't change it; that of all values pooled would grow."""
+def test_the_variance_is_the_one_within_batches():
+    """Shifting whole batches does not change it; the variance of all values pooled would grow."""
     batches = _batches([8] * 4, 3)
     variances = []
     for spread in (0, 10):
@@ -161,8 +161,8 @@ def test_the_variance_is_that_within_the_batches():
 
 
 @pytest.mark.parametrize("cls", [BatchNormalization, KERAS_BN])
-def test_batches_weigh_by_their_size(cls):
-    """The one of a single value counts in the mean only, the empty one nowhere."""
+def test_batches_are_weighted_by_size(cls):
+    """A single value counts in the mean only, an empty batch nowhere."""
     batches = _batches([8, 3, 1, 0, 5], 3)
     model = _model([cls()], 3)
     estimate_population_statistics(model, _dataset(batches), num_batches=5)
@@ -180,7 +180,7 @@ def test_each_use_of_a_shared_layer_is_a_mini_batch():
 
 
 @pytest.mark.parametrize("cls", [BatchNormalization, KERAS_BN])
-def test_nested_models_and_wrappers(cls):
+def test_layers_in_nested_models_and_wrappers_are_estimated(cls):
     nested = _model([cls(name="deep")], 2, 3)
     wrapped = keras.layers.TimeDistributed(cls(name="wrapped"))
     inputs = keras.Input([4, 2, 3])
@@ -194,8 +194,8 @@ def test_nested_models_and_wrappers(cls):
     _check(nested.layers[0], _algorithm_2(normalized), atol=1e-5)
 
 
-def test_inside_a_loop_of_the_graph():
-    """Where moments can't leave the loop as tensors."""
+def test_layers_in_a_graph_loop_are_estimated():
+    """Moments cannot leave the loop as tensors."""
 
     class Loop(keras.layers.Layer):
         def __init__(self):
@@ -218,7 +218,7 @@ def test_inside_a_loop_of_the_graph():
     _check(loop.norm, _algorithm_2([x[:, t] for x in batches for t in range(4)]))
 
 
-def test_axis_lists_ghost_batches_and_images_with_labels():
+def test_axis_lists_and_ghost_batches_are_estimated_from_labelled_images():
     layer = BatchNormalization(axis=[1, 2], virtual_batch_size=2)
     model = _model([layer], 4, 3, 5)
     batches = _batches([6] * 3, 4, 3, 5)
@@ -229,7 +229,7 @@ def test_axis_lists_ghost_batches_and_images_with_labels():
 
 
 @pytest.mark.parametrize("cls", [BatchNormalization, KERAS_BN])
-def test_what_is_masked_is_not_in_it(cls):
+def test_masked_values_are_excluded(cls):
     model = _model([keras.layers.Masking(), cls()], 4, 3)
     batches = _batches([5] * 4, 4, 3)
     kept = []
@@ -239,13 +239,15 @@ def test_what_is_masked_is_not_in_it(cls):
         kept.append(x[mask])
     assert kept[0].size == 0
     estimate_population_statistics(model, batches, num_batches=4)
-    # Keras divides by the count plus 1e-7.
+    # Keras divides by the count plus 1e-7, within the tolerance.
     _check(model.layers[1], _algorithm_2(kept))
 
 
 @pytest.mark.parametrize("cls", [BatchNormalization, KERAS_BN])
 @pytest.mark.parametrize("synchronized, distributed", [(False, True), (True, False)])
-def test_replicas(two_replicas, cls, synchronized, distributed):
+def test_replicas_count_separately_unless_synchronized(
+    two_replicas, cls, synchronized, distributed
+):
     batches = _batches([8, 8, 5, 4], 3)
     with two_replicas.scope():
         layer = cls(synchronized=synchronized)
@@ -253,7 +255,7 @@ def test_replicas(two_replicas, cls, synchronized, distributed):
     data = _dataset(batches)
     if distributed:
         data = iter(two_replicas.experimental_distribute_dataset(data))
-    # None is the strategy that the model was made under.
+    # None means the strategy that the model was created under.
     given = two_replicas if distributed else None
     estimate_population_statistics(model, data, num_batches=4, strategy=given)
     halves = [half for x in batches for half in np.split(x, [-(-len(x) // 2)])]
@@ -279,7 +281,7 @@ def _stateful_model():
     )
 
 
-def test_nothing_else_moves(two_replicas):
+def test_nothing_else_changes(two_replicas):
     with two_replicas.scope():
         model = _stateful_model()
     _randomize(model)
@@ -290,15 +292,15 @@ def test_nothing_else_moves(two_replicas):
     assert "frozen" not in str(report)
     estimate_population_statistics(model, _dataset(batches), 3)
     after = _state(model, two_replicas)
-    moved = {"moving_mean", "moving_variance", "moving_stddev"}
-    assert _changed(before, after) == moved
+    expected = {"moving_mean", "moving_variance", "moving_stddev"}
+    assert _changed(before, after) == expected
     assert not any("frozen" in p for p in before if not np.array_equal(before[p], after[p]))
     renorm = model.layers[3]
     stddev = np.sqrt(renorm.moving_variance.numpy() + EPSILON)
     np.testing.assert_allclose(renorm.moving_stddev, stddev, rtol=1e-6)
 
 
-def test_dropout_draws_anew_for_each_batch():
+def test_dropout_draws_a_new_mask_for_each_batch():
     model = _model([keras.layers.Dropout(0.5, seed=1), BatchNormalization()], 50)
     ones = [np.ones([4, 50], np.float32)] * 2
     mean = []
@@ -308,7 +310,7 @@ def test_dropout_draws_anew_for_each_batch():
     assert np.abs(mean[0] - mean[1]).max() > 0.2
 
 
-def test_restored_on_error(two_replicas):
+def test_an_error_restores_the_state(two_replicas):
     with two_replicas.scope():
         model = _stateful_model()
     _randomize(model)
@@ -329,7 +331,7 @@ def test_restored_on_error(two_replicas):
     with pytest.raises(UsageError, match="ended after 2 of num_batches=3 batches"):
         estimate_population_statistics(model, _dataset(_batches([8] * 2, 3)), num_batches=3)
     assert not _changed(before, _state(model, two_replicas))
-    # And the layers take moving averages again.
+    # The layers update their moving averages again.
     data = two_replicas.experimental_distribute_dataset(_dataset(_batches([8], 3)))
     two_replicas.run(lambda x: model(x, training=True), args=(next(iter(data)),))
     after = _state(model, two_replicas)
@@ -341,12 +343,12 @@ def test_restored_on_error(two_replicas):
 @pytest.mark.parametrize(
     "sizes, bad, message",
     [
-        ([1, 1], 1.0, "saw no mini-batch of two values .* larger batches"),
-        ([0, 0], 1.0, "saw no mini-batch of two values"),
+        ([1, 1], 1.0, "saw no mini-batch with two or more values .* larger batches"),
+        ([0, 0], 1.0, "saw no mini-batch with two or more values"),
         ([4, 4], np.nan, "not finite"),
     ],
 )
-def test_too_little_or_bad_data(sizes, bad, message):
+def test_too_little_or_non_finite_data_raises(sizes, bad, message):
     model = _model([BatchNormalization(), BatchNormalization()], 3)
     before = _state(model, tf.distribute.get_strategy())
     with pytest.raises(UsageError, match=message) as error:
@@ -355,19 +357,19 @@ def test_too_little_or_bad_data(sizes, bad, message):
     assert not _changed(before, _state(model, tf.distribute.get_strategy()))
 
 
-def test_what_can_not_be_meant(two_replicas):
+def test_an_invalid_argument_raises(two_replicas):
     for number in (0, 1.5):
-        with pytest.raises(UsageError, match=f"num_batches is {number}: .* whole number from 1"):
+        with pytest.raises(UsageError, match=f"num_batches={number} .* a positive integer"):
             estimate_population_statistics(_model([BatchNormalization()], 3), [], number)
-    with pytest.raises(UsageError, match="1 found, of which none is both built and trainable"):
+    with pytest.raises(UsageError, match="1 found, none both built and trainable"):
         estimate_population_statistics(_model([BatchNormalization(trainable=False)], 3), [], 1)
     with two_replicas.scope():
         model = _model([BatchNormalization()], 3)
-    with pytest.raises(UsageError, match="a list, which 2 replicas can't share"):
+    with pytest.raises(UsageError, match="a list, which 2 replicas cannot share"):
         estimate_population_statistics(model, _batches([4], 3), 1)
 
 
-def test_layers_that_are_not_run_through_are_left_alone():
+def test_layers_that_the_model_does_not_run_keep_their_statistics():
     class Model(keras.Model):
         def __init__(self):
             super().__init__()
@@ -387,7 +389,7 @@ def test_layers_that_are_not_run_through_are_left_alone():
     np.testing.assert_array_equal(model.unused.moving_variance, np.ones(3))
 
 
-def test_the_report_says_how_far(two_replicas):
+def test_the_report_measures_the_distance(two_replicas):
     with two_replicas.scope():
         model = _model([BatchNormalization(epsilon=0.5), BatchNormalization(name="other")], 2)
     layer = model.layers[0]
@@ -415,13 +417,13 @@ def test_the_report_says_how_far(two_replicas):
     ]
     expected = [distance.mean(), distance.max(), ratio.min(), ratio.prod() ** 0.25, ratio.max()]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    # Once written, nothing is off.
+    # After the update the distance is zero.
     again = estimate_population_statistics(model, _dataset(batches), 3)
     assert max(row.mean_distance_largest for row in again.rows) < 1e-6
     assert max(abs(row.variance_ratio_largest - 1) for row in again.rows) < 1e-6
 
 
-def test_the_report_is_a_table():
+def test_the_report_is_an_aligned_table():
     model = _model([BatchNormalization(name="a"), BatchNormalization(name="a_longer_name")], 2)
     title, *_, above, head, first, second = str(
         estimate_population_statistics(model, _batches([8], 2), 1)
@@ -431,11 +433,11 @@ def test_the_report_is_a_table():
     assert [line.split()[0] for line in body] == [layer.path for layer in model.layers]
     ends = [[m.end() for m in re.finditer(r"\S+", line)][1:] for line in (head, *body)]
     assert ends[0] == ends[1] == ends[2] and len(ends[0]) == 6
-    # The words above close with the columns that they are of.
+    # Each title ends with the last of its columns.
     assert [m.end() for m in re.finditer(r"distance|ratio", above)] == [ends[0][2], ends[0][5]]
 
 
-def test_an_estimator_is_traced_once_and_starts_anew():
+def test_an_estimator_is_traced_once_and_starts_from_zero():
     traces = []
 
     class Traced(keras.layers.Layer):
@@ -455,11 +457,14 @@ def test_an_estimator_is_traced_once_and_starts_anew():
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_a_bar_on_a_terminal_only(terminal, capsys, monkeypatch):
+@pytest.mark.parametrize("terminal, installed", [(True, True), (False, True), (True, False)])
+def test_a_progress_bar_needs_a_terminal_and_tqdm(terminal, installed, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    if not installed:
+        # None in sys.modules makes an import fail.
+        monkeypatch.setitem(sys.modules, "tqdm", None)
     model = _model([BatchNormalization()], 3)
     estimate_population_statistics(model, _batches([4] * 2, 3), 2)
     shown = capsys.readouterr().err
-    assert ("population statistics" in shown and "2/2" in shown) == terminal
-    assert terminal or not shown
+    assert ("population statistics" in shown and "2/2" in shown) == (terminal and installed)
+    assert (terminal and installed) or not shown

@@ -1,4 +1,4 @@
-"""A run gives the same numbers on any number of replicas."""
+"""A run computes the same numbers on any number of replicas."""
 
 import os
 import pathlib
@@ -15,7 +15,7 @@ from bn_keras.models.dropout import Dropout
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """What train_on_replicas.py found, by its names: on four replicas, which takes a process."""
+    """Runs train_on_replicas.py, in a process with four replicas, and loads what it saves."""
     root = pathlib.Path(__file__).parent
     file = tmp_path_factory.mktemp("runs") / "runs.npz"
     done = subprocess.run(
@@ -29,7 +29,7 @@ def runs(tmp_path_factory):
 
 
 def variables_of(runs, replicas):
-    """By index and name, the first replica's; all have the same, to the bit."""
+    """Returns the variables by index and name, checked to be the same bits on all replicas."""
     found = {}
     for name in runs:
         prefix, _, rest = name.partition(" ")
@@ -41,13 +41,13 @@ def variables_of(runs, replicas):
 
 
 @pytest.mark.parametrize("replicas", [2, 4])
-def test_the_number_of_replicas_changes_roundings_alone(runs, replicas):
-    """Synchronized BN, distortions and dropout, for eight steps of the same global batches.
+def test_the_number_of_replicas_changes_only_rounding(runs, replicas):
+    """Trains for eight steps of the same global batches with synchronized BN and dropout.
 
-    What differs is the order of float32 sums, which comes to a rounding or so of each weight at
-    each step. One of each at the start, tried on one replica with eight seeds, has become at most
-    8e-5 of a variable's largest value after eight steps, and 1.1e-7 of a loss. So eight such
-    steps may come to eight times that.
+    Only the order of float32 sums differs, by about one rounding of each weight per step. One
+    rounding of each weight before the first step, tried on one replica with eight seeds, grew to at
+    most 8e-5 of a variable's largest value after eight steps, and to 1.1e-7 of a loss. The
+    tolerances are eight times that, for a rounding at each of the eight steps.
     """
     np.testing.assert_allclose(runs[f"{replicas} losses"], runs["1 losses"], rtol=8.8e-7)
     one, several = variables_of(runs, 1), variables_of(runs, replicas)
@@ -65,8 +65,8 @@ def test_the_number_of_replicas_changes_roundings_alone(runs, replicas):
 # --- Dropout.
 
 
-def dropped(strategy, layer, x):
-    """The layer's output for the rows of x, divided among the replicas, in two steps."""
+def apply_dropout(strategy, layer, x):
+    """Returns the layer's output for the rows of x, split over the replicas, at two steps."""
     parts = np.split(x, strategy.num_replicas_in_sync)
     run = tf.function(lambda x: strategy.run(lambda x: layer(x, training=True), args=(x,)))
     values = strategy.experimental_distribute_values_from_function(
@@ -76,7 +76,7 @@ def dropped(strategy, layer, x):
 
 
 @pytest.mark.parametrize("noise_shape", [None, (None, 1, 4)])
-def test_replicas_drop_what_one_would(two_replicas, noise_shape):
+def test_replicas_drop_the_same_values_as_one_replica(two_replicas, noise_shape):
     x = np.random.default_rng(0).normal(size=(6, 5, 4)).astype(np.float32)
     one = keras.layers.Dropout(0.5, noise_shape, seed=3)
     with two_replicas.scope():
@@ -84,15 +84,15 @@ def test_replicas_drop_what_one_would(two_replicas, noise_shape):
         keras_own = keras.layers.Dropout(0.5, noise_shape, seed=3)
     expected = [one(x, training=True).numpy() for _ in range(2)]
     assert np.any(expected[0] != expected[1])
-    np.testing.assert_array_equal(dropped(two_replicas, ours, x), expected)
-    # The defect: both replicas have the same mask.
-    first, second = np.split(dropped(two_replicas, keras_own, x)[0] == 0, 2)
+    np.testing.assert_array_equal(apply_dropout(two_replicas, ours, x), expected)
+    # In the Keras layer both replicas have the same mask.
+    first, second = np.split(apply_dropout(two_replicas, keras_own, x)[0] == 0, 2)
     np.testing.assert_array_equal(first, second)
     for copy in two_replicas.experimental_local_results(ours.seed_generator.state.value):
         np.testing.assert_array_equal(copy, one.seed_generator.state.value)
 
 
-def test_its_gradient_is_its_mask(two_replicas):
+def test_the_gradient_is_the_mask(two_replicas):
     x = np.ones((4, 8), np.float32)
     with two_replicas.scope():
         layer = Dropout(0.5, seed=3)
@@ -113,7 +113,7 @@ def test_its_gradient_is_its_mask(two_replicas):
     np.testing.assert_array_equal(dx, y * x)
 
 
-def test_without_replicas_or_training_it_is_keras_own(two_replicas):
+def test_without_replicas_or_training_it_equals_the_keras_layer(two_replicas):
     x = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
     ours, keras_own = Dropout(0.4, seed=1), keras.layers.Dropout(0.4, seed=1)
     for training in (True, False):
@@ -123,18 +123,18 @@ def test_without_replicas_or_training_it_is_keras_own(two_replicas):
         np.testing.assert_array_equal(local, x)
 
 
-def test_it_is_saved_and_loaded(tmp_path):
+def test_a_saved_layer_loads(tmp_path):
     model = keras.Sequential([keras.Input((4,)), Dropout(0.25, noise_shape=(None, 1), seed=7)])
     model.save(tmp_path / "model.keras")
     (layer,) = keras.saving.load_model(tmp_path / "model.keras").layers
     assert type(layer) is Dropout
     assert (layer.rate, layer.noise_shape, layer.seed) == (0.25, (None, 1), 7)
-    # As Keras' own, in place of which it stands in checkpoints that were written before it.
+    # The same variables as the Keras layer, so that older checkpoints load.
     assert [v.shape for v in layer.variables] == [(2,)]
 
 
 def test_shapes_stay_static(two_replicas):
-    """A TPU takes no others."""
+    """A TPU needs static shapes."""
     with two_replicas.scope():
         layer = Dropout(0.5)
     shapes = []

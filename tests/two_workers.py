@@ -1,4 +1,4 @@
-"""Run by test_batch_norm_distributed: one of two processes of a MultiWorkerMirroredStrategy."""
+"""Runs one of two MultiWorkerMirroredStrategy processes of test_batch_norm_distributed."""
 
 import json
 import os
@@ -12,8 +12,8 @@ DATA = (np.arange(12)[:, None, None, None] + _rng.normal(size=(12, 4, 4, 2))).as
 
 
 def train(strategy, data):
-    """Trains three steps of two parallel synchronized branches, and gives all variables."""
-    # Not before the strategy: it has to be the first to touch TensorFlow's devices.
+    """Trains three parallel synchronized branches for three steps and returns all variables."""
+    # Imported after the strategy is created, which must be the first to use TensorFlow's devices.
     import keras
 
     from bn_keras.batch_norm import BatchNormalization
@@ -50,7 +50,7 @@ def train(strategy, data):
 def main():
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
-    # Unequal parts.
+    # The parts are unequal.
     np.savez(sys.argv[1], **train(strategy, DATA[:8] if index == 0 else DATA[8:]))
 
 

@@ -15,4 +15,4 @@ def on_a_core(monkeypatch):
     """What the package asks TensorFlow about devices and replicas is as it would be there."""
     monkeypatch.setattr(ops, "_has_accelerator", lambda: True)
     monkeypatch.setattr(tf.distribute, "get_replica_context", lowering.CoreContext)
-    monkeypatch.setattr(BatchNormalization, "_may_diverge", lambda layer: not layer.synchronized)
+    monkeypatch.setattr(BatchNormalization, "_replicas_may_diverge", lambda layer: not layer.synchronized)
