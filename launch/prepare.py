@@ -1,7 +1,7 @@
-"""Prepares ImageNet for training from the official archives; a few hours, once.
+"""Prepares ImageNet for training from its official archives, once; takes a few hours.
 
 Example:
-  python -m launch.prepare --manual_dir=archives --data_dir=tfds
+  bn-keras prepare --manual_dir=archives --data_dir=tfds
 """
 
 from absl import flags
@@ -11,20 +11,22 @@ from . import cli
 _MANUAL_DIR = flags.DEFINE_string(
     "manual_dir",
     None,
-    "Folder with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.",
+    "Folder of ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.",
     required=True,
 )
 _DATA_DIR = flags.DEFINE_string(
-    "data_dir", "", "Folder of prepared sets, as --config.data.data_dir; TFDS's own if left out."
+    "data_dir",
+    "",
+    "Folder of prepared sets, as --config.data.data_dir; TFDS's default if left out.",
 )
 
 
 def main() -> None:
-    """Prepares the set and says where it is."""
+    """Prepares the data set and prints its folder."""
     from bn_keras.data.imagenet import prepare_imagenet
 
-    place = _DATA_DIR.value or "TFDS's own folder"
-    cli.log_lines({"archives": _MANUAL_DIR.value, "output": f"imagenet2012 in {place}"})
+    folder = _DATA_DIR.value or "TFDS's default folder"
+    cli.log_lines({"archives": _MANUAL_DIR.value, "output": f"imagenet2012 in {folder}"})
     print(f"imagenet2012 is in {prepare_imagenet(_MANUAL_DIR.value, _DATA_DIR.value)}")
 
 

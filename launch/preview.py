@@ -1,7 +1,7 @@
-"""Draws what the network is fed: training examples by strength of distortion, and validation.
+"""Draws the augmented input: training examples by strength of distortion, and validation examples.
 
 Example:
-  python -m launch.preview --config=configs/cifar10_bn_x5.py --output=fed.png
+  bn-keras preview --config=cifar10_bn_x5 --output=preview.png
 """
 
 from absl import flags
@@ -9,19 +9,20 @@ from absl import flags
 from . import cli
 
 _CONFIG = cli.define_config()
-_OUTPUT = flags.DEFINE_string("output", None, "The picture to write, a .png.", required=True)
-_EXAMPLES = flags.DEFINE_integer("examples", 8, "How many training and validation examples.")
+_OUTPUT = flags.DEFINE_string("output", None, "Picture to write, such as x.png.", required=True)
+_EXAMPLES = flags.DEFINE_integer("examples", 8, "Number of training and validation examples.")
 
 
 def main() -> None:
     """Writes the picture."""
     from bn_keras.pictures.augmented_input import write_preview
-    from bn_keras.training.plan import describe
+    from bn_keras.training.plan import describe_input
 
-    data = describe(_CONFIG.value)["data"]
+    config = _CONFIG.config
+    data = describe_input(config)["data"]
     cli.log_lines({"config": str(_CONFIG), "data": data, "output": _OUTPUT.value})
-    write_preview(_CONFIG.value, _OUTPUT.value, _EXAMPLES.value)
-    print(f"The picture is {_OUTPUT.value}.")
+    write_preview(config, _OUTPUT.value, _EXAMPLES.value)
+    print(f"wrote {_OUTPUT.value}")
 
 
 COMMAND = cli.Command(__name__, main)

@@ -1,11 +1,11 @@
-"""Beyond the paper: RandAugment for each image by itself, and images mixed in pairs.
+"""Augmentation beyond the paper: RandAugment, MixUp and CutMix.
 
-As all that is done to images, these are functions of uniform numbers in [0, 1) that the caller
-draws. RandAugment's operations are keras-cv's kernels, given the values that its layers would draw:
-their generators have a state, which no seed of theirs determines, and what an example looks like
-would follow from all that was drawn before it. MixUp and CutMix are written out here: keras-cv 0.9
-draws them the same way, and its CutMix takes the shares of the labels from a box of which a part
-may lie outside the image, at alpha 1 by 0.17 off on average.
+Like all preprocessing, these are functions of uniform numbers in [0, 1) that the caller draws.
+RandAugment uses the kernels of keras-cv with explicit values: the random generators of its layers
+have a state that their seed does not determine, so that an augmented image would depend on
+everything drawn before it. MixUp and CutMix are implemented here for the same reason, and because
+CutMix of keras-cv 0.9 computes label shares from a box that may extend beyond the image, which is
+wrong by 0.17 on average at alpha 1.
 """
 
 import dataclasses
@@ -14,32 +14,32 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-# Operations that an image goes through, one after the other, and by how much their magnitudes
-# deviate: keras-cv's defaults.
+# Operations applied to each image in sequence, and standard deviation of their magnitudes
+# (keras-cv's defaults).
 NUM_OPERATIONS = 3
 MAGNITUDE_STDDEV = 0.15
-# What keras-cv's policy lets Solarization add, at the most, before it inverts.
+# Largest value that Solarization adds before it inverts, in keras-cv's policy.
 MAX_ADDITION = 110.0
-# For each operation: which one, and two for its magnitude and direction.
+# Per operation: its choice, and two numbers for magnitude and direction.
 RAND_AUGMENT_UNIFORMS = 3 * NUM_OPERATIONS
 
-# For each mixed image: its share, and the place of a box down and to the right.
+# Per mixed image: its share, and the position of a box down and right.
 MIXING_UNIFORMS = 3
 
 _WHITE = 255.0
 _RANGE = (0.0, _WHITE)
-# Halvings of [0, 1] in the search for a share.
+# Bisections of [0, 1] in the search for a share.
 _BISECTIONS = 30
 
-# Of an image [1, H, W, C] and two uniform numbers [1, 1]; gives such an image.
+# Function of an image [1, H, W, C] and two uniform numbers [1, 1], to an image of the same shape.
 Operation = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]
 
 
 def rand_augment(images: tf.Tensor, uniforms: tf.Tensor, magnitude: float) -> tf.Tensor:
-    """Takes each image through operations of its own draw.
+    """Applies randomly chosen operations to each image.
 
-    Each is one of the ten of `rand_augment_operations`, or none, all equally likely: what
-    keras-cv's rate of 10/11 comes to.
+    Each operation is one of the ten of `rand_augment_operations`, or none, with equal probability,
+    which corresponds to keras-cv's rate of 10/11.
 
     Args:
       images: float32 [n, H, W, 1 or 3] in [0, 255].
@@ -53,7 +53,7 @@ def rand_augment(images: tf.Tensor, uniforms: tf.Tensor, magnitude: float) -> tf
     """
     operations = [*rand_augment_operations(magnitude).values(), lambda image, *_: image]
 
-    def augmented(arguments: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
+    def augment_one(arguments: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
         image, row = arguments[0][tf.newaxis], arguments[1]
         shape = image.shape
         for draws in tf.unstack(tf.reshape(row, [NUM_OPERATIONS, 3, 1, 1])):
@@ -66,26 +66,26 @@ def rand_augment(images: tf.Tensor, uniforms: tf.Tensor, magnitude: float) -> tf
         return image[0]
 
     return tf.map_fn(
-        augmented,
+        augment_one,
         (images, uniforms),
         fn_output_signature=tf.TensorSpec(images.shape[1:], images.dtype),
     )
 
 
 def rand_augment_operations(magnitude: float) -> dict[str, Operation]:
-    """The operations of keras_cv.layers.RandAugment, by the names of its policy.
+    """Returns the operations of keras_cv.layers.RandAugment by their names in its policy.
 
-    Their values are distributed as there: normally around the magnitude, within [0, 1], or evenly
-    up to it either way. Equalization and the stretching of contrast have none, and are done in full
-    at any magnitude. Colours of grey images have nothing to lose.
+    Their values have the same distributions: normal around the magnitude, clipped to [0, 1], or
+    uniform up to the magnitude in either direction. Equalization and auto-contrast have no
+    magnitude. Color degeneration leaves grey images unchanged.
     """
-    # It takes its time, and few runs need it.
+    # Slow to import, and rarely needed.
     from keras_cv import layers
 
-    # In float32 whatever policy the network is built under.
+    # Independent of the dtype policy of the network.
     dtype = "float32"
     auto_contrast = layers.AutoContrast(_RANGE, dtype=dtype).augment_images
-    # It branches by a tensor's value, for which it has to be a function by itself.
+    # Branches on the value of a tensor, which requires a tf.function.
     equalize = tf.function(layers.Equalization(_RANGE, dtype=dtype).augment_images)
     solarize = layers.Solarization(_RANGE, dtype=dtype).augment_images
     color = layers.RandomColorDegeneration(1.0, dtype=dtype).augment_images
@@ -136,16 +136,16 @@ def rand_augment_operations(magnitude: float) -> dict[str, Operation]:
 
 @dataclasses.dataclass(frozen=True)
 class Mixing:
-    """MixUp, CutMix or both by turns: images that give way to others in part, labels likewise.
+    """MixUp, CutMix, or both in alternating steps: mixes images and their labels in pairs.
 
-    Each image is mixed with its neighbour in the global batch, the first with the second and so
-    on, and the other way round, with a share of its own. So a pair lies on one replica, however
-    many there are, as long as each has an even number of examples.
+    Rows 0 and 1 of the global batch are a pair, rows 2 and 3, and so on. Each image of a pair is
+    mixed with the other one, with its own share. A pair is always on one replica, for any number of
+    replicas, if each has an even number of examples.
 
     Attributes:
-      mixup: alpha of MixUp, which fades the other image in; 0 is none.
-      cutmix: alpha of CutMix, which shows the other image in a box; 0 is none.
-      num_classes: of the labels.
+      mixup: alpha of MixUp, which blends the images; 0 turns it off.
+      cutmix: alpha of CutMix, which pastes a box of the other image; 0 turns it off.
+      num_classes: number of classes.
 
     Source: Zhang et al. 2017, arXiv 1710.09412; Yun et al. 2019, arXiv 1905.04899.
     """
@@ -157,55 +157,61 @@ class Mixing:
     def mix(
         self, images: tf.Tensor, labels: tf.Tensor, uniforms: tf.Tensor, step: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Mixes the examples of a step, or a part of them that splits no pair.
+        """Mixes the examples of a step, or whole pairs of them.
 
         Args:
           images: float32 [n, H, W, C], n even.
           labels: int32 [n].
           uniforms: float32 [n, MIXING_UNIFORMS] in [0, 1).
-          step: an integer; where both are asked for, CutMix has the odd ones.
+          step: integer scalar; with both kinds of mixing, odd steps use CutMix.
 
         Returns:
-          Images as before, and labels float32 [n, num_classes]: of each class its share.
+          Images of the same shape, and labels float32 [n, num_classes], the share of each class.
         """
         count, height, width, channels = images.shape
-        kinds = [(_faded, self.mixup), (_boxed, self.cutmix)]
+        kinds = [(_mixup_weights, self.mixup), (_cutmix_weights, self.cutmix)]
         branches = [
-            functools.partial(weigh, uniforms, alpha, height, width)
-            for weigh, alpha in kinds
+            functools.partial(weights_of, uniforms, alpha, height, width)
+            for weights_of, alpha in kinds
             if alpha
         ]
         rows, columns = tf.switch_case(tf.cast(step % len(branches), tf.int32), branches)
         weights = tf.reduce_mean(rows, axis=1) * tf.reduce_mean(columns, axis=1)
-        labels = _blended(tf.one_hot(labels, self.num_classes), weights[:, tf.newaxis])
-        # A row of the image at a time: three numbers at a time take several times as long.
+        labels = _blend(tf.one_hot(labels, self.num_classes), weights[:, tf.newaxis])
+        # Computed by rows of the image: by pixels of three numbers it takes several times as long.
         pixels = tf.reshape(images, [count, height, width * channels])
         columns = tf.repeat(columns, channels, axis=1)
-        pixels = _blended(pixels, rows[:, :, tf.newaxis] * columns[:, tf.newaxis])
+        pixels = _blend(pixels, rows[:, :, tf.newaxis] * columns[:, tf.newaxis])
         return tf.reshape(pixels, images.shape), labels
 
 
-def _blended(values: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-    """Gives way to the neighbour's values [n, ...] by these weights, which broadcast to them."""
+def _blend(values: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+    """Blends values [n, ...] with those of the pair's other member.
+
+    Args:
+      values: real [n, ...].
+      weights: weights of the other member, broadcast to the values.
+    """
     neighbours = tf.gather(values, tf.bitwise.bitwise_xor(tf.range(values.shape[0]), 1))
     return (1 - weights) * values + weights * neighbours
 
 
-def _faded(
+def _mixup_weights(
     uniforms: tf.Tensor, alpha: float, height: int, width: int
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """The other image's weights by MixUp: one factor a row [n, H], one a column [n, W]."""
+    """Returns MixUp's weights of the other image: a factor per row [n, H] and column [n, W]."""
     count = uniforms.shape[0]
     others = beta_quantiles(uniforms[:, :1], alpha)
     return tf.broadcast_to(others, [count, height]), tf.ones([count, width])
 
 
-def _boxed(
+def _cutmix_weights(
     uniforms: tf.Tensor, alpha: float, height: int, width: int
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """The same by CutMix: 1 inside the box. Its centre may be anywhere, its share is of the area.
+    """Returns CutMix's weights of the other image, 1 inside the box; see `_mixup_weights`.
 
-    What lies outside the image counts for nothing, in the labels either.
+    The share is the area of the box, whose centre may be anywhere. The part of the box outside the
+    image does not count, nor does it in the labels.
     """
     side = tf.sqrt(beta_quantiles(uniforms[:, :1], alpha))
 
@@ -219,22 +225,20 @@ def _boxed(
 
 
 def beta_quantiles(uniforms: tf.Tensor, alpha: float) -> tf.Tensor:
-    """Turns uniform numbers into shares that follow Beta(alpha, alpha), each into one.
-
-    By bisection, to a billionth, in float64.
+    """Computes the quantiles of Beta(alpha, alpha) by bisection in float64, to 1e-9.
 
     Args:
-      uniforms: float32 of any shape, in [0, 1).
+      uniforms: float32 of any shape, in [0, 1): values of the cumulative distribution.
       alpha: greater than 0.
 
     Returns:
-      float32 of the same shape: where the cumulative distribution has these values.
+      float32 of the same shape, in [0, 1].
     """
-    wanted = tf.cast(uniforms, tf.float64)
-    parameter = tf.fill(tf.shape(wanted), tf.constant(alpha, tf.float64))
-    share = tf.zeros_like(wanted)
+    targets = tf.cast(uniforms, tf.float64)
+    parameter = tf.fill(tf.shape(targets), tf.constant(alpha, tf.float64))
+    share = tf.zeros_like(targets)
     for power in range(1, _BISECTIONS + 1):
-        further = share + 0.5**power
-        is_below = tf.math.betainc(parameter, parameter, further) <= wanted
-        share = tf.where(is_below, further, share)
+        larger = share + 0.5**power
+        is_below = tf.math.betainc(parameter, parameter, larger) <= targets
+        share = tf.where(is_below, larger, share)
     return tf.cast(share, tf.float32)

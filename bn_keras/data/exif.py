@@ -1,37 +1,37 @@
-"""Which way up a photograph belongs, as the EXIF block of its JPEG says.
+"""The orientation of a photograph in the EXIF block of its JPEG.
 
-Cameras store what their sensor saw and note how they were held; TensorFlow's decoders don't look
-at that. What is damaged, or says nothing that makes sense, counts as not being there.
+Cameras store the image as the sensor recorded it and note how they were held; TensorFlow's decoders
+ignore the note. A damaged or invalid block counts as none.
 """
 
 import tensorflow as tf
 
-# The first bytes of a file, in which its EXIF block has to begin. Cameras begin with it; others put
-# a thumbnail or a colour profile before it.
+# Start of a file in which an EXIF block has to begin. Cameras write the block first; other programs
+# may write a thumbnail or a colour profile before it.
 HEAD_BYTES = 4096
-# A block with its length fits into two bytes.
+# The length of a block is stored in two bytes.
 MAX_BLOCK_BYTES = 2**16
 
-# The block's length, its name, and the byte order of what follows, Intel's or Motorola's.
+# Length of the block, its name, and the byte order of its content: Intel's or Motorola's.
 _BLOCK = r"\C\CExif\x00\x00(?:II\*\x00|MM\x00\*)"
 _TIFF_BEGIN = 8
 _ORIENTATION, _SHORT, _UPRIGHT = 0x0112, 3, 1
 
 
-def is_noted(encoded: tf.Tensor) -> tf.Tensor:
-    """Whether a JPEG, a string tensor, has an EXIF block; takes some microseconds."""
+def has_exif(encoded: tf.Tensor) -> tf.Tensor:
+    """Returns whether a JPEG, a scalar string, has an EXIF block; takes a few microseconds."""
     head = tf.strings.substr(encoded, 0, HEAD_BYTES)
     return tf.strings.regex_full_match(head, rf"\C*{_BLOCK}\C*")
 
 
-def orientation(encoded: tf.Tensor) -> tf.Tensor:
-    """How the stored image has to be turned, by EXIF's number from 1, not at all, to 8.
+def read_orientation(encoded: tf.Tensor) -> tf.Tensor:
+    """Reads the orientation of the stored image, from 1 (upright) to 8.
 
     Args:
-      encoded: a string: a JPEG that `is_noted`.
+      encoded: scalar string, a JPEG for which `has_exif` is true.
 
     Returns:
-      An int32 scalar, as `turned` takes it.
+      An int32 scalar.
 
     Source: CIPA DC-008 (Exif 2.32), sections 4.5.4 and 4.6.4.
     """
@@ -39,70 +39,75 @@ def orientation(encoded: tf.Tensor) -> tf.Tensor:
     block = tf.strings.regex_replace(head, rf"\A\C*?({_BLOCK})", r"\1", replace_global=False)
     values = tf.cast(tf.io.decode_raw(block, tf.uint8), tf.int64)
     values = values[_TIFF_BEGIN : 256 * values[0] + values[1]]
-    motorola = tf.reduce_any(tf.equal(values[:1], ord("M")))
+    is_motorola = tf.reduce_any(tf.equal(values[:1], ord("M")))
 
-    def number(digits: tf.Tensor) -> tf.Tensor:
-        """Of bytes [..., k]."""
-        first_is_high = tf.where(motorola, digits, digits[..., ::-1])
+    def to_number(digits: tf.Tensor) -> tf.Tensor:
+        """Converts bytes [..., k] to numbers [...]."""
+        big_endian = tf.where(is_motorola, digits, digits[..., ::-1])
         powers = 256 ** tf.range(tf.shape(digits)[-1] - 1, -1, -1)
-        return tf.reduce_sum(first_is_high * tf.cast(powers, tf.int64), axis=-1)
+        return tf.reduce_sum(big_endian * tf.cast(powers, tf.int64), axis=-1)
 
-    # Beyond the block's end a slice is empty, and its number 0.
-    begin = number(values[4:8])
-    count = number(values[begin : begin + 2])
+    # Slices beyond the end of the block are empty, and their number is 0.
+    begin = to_number(values[4:8])
+    count = to_number(values[begin : begin + 2])
     entries = values[begin + 2 : begin + 2 + 12 * count]
     entries = tf.reshape(entries[: tf.size(entries) // 12 * 12], [-1, 12])
-    tag, kind, value = number(entries[:, :2]), number(entries[:, 2:4]), number(entries[:, 8:10])
+    tag, kind = to_number(entries[:, :2]), to_number(entries[:, 2:4])
+    value = to_number(entries[:, 8:10])
     found = value[(tag == _ORIENTATION) & (kind == _SHORT) & (value >= 1) & (value <= 8)]
     return tf.cast(tf.concat([found, [_UPRIGHT]], axis=0)[0], tf.int32)
 
 
-def turned(pixels: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
-    """Turns and mirrors an image [H, W, C] until it stands as it was seen."""
+def rotate_upright(pixels: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
+    """Rotates and mirrors an image [H, W, C] with an orientation until it is upright."""
     pixels = tf.cond(
-        _lies(orientation), lambda: tf.transpose(pixels, [1, 0, 2]), lambda: tf.identity(pixels)
+        _is_transposed(orientation),
+        lambda: tf.transpose(pixels, [1, 0, 2]),
+        lambda: tf.identity(pixels),
     )
-    down, right = _reversed(orientation)
-    return tf.reverse(pixels, tf.boolean_mask([0, 1], tf.stack([down, right])))
+    rows, columns = _are_reversed(orientation)
+    return tf.reverse(pixels, tf.boolean_mask([0, 1], tf.stack([rows, columns])))
 
 
-def turned_shape(height: tf.Tensor, width: tf.Tensor, orientation: tf.Tensor) -> list[tf.Tensor]:
-    """Height and width after `turned`."""
-    lies = _lies(orientation)
-    return [tf.where(lies, width, height), tf.where(lies, height, width)]
+def upright_shape(height: tf.Tensor, width: tf.Tensor, orientation: tf.Tensor) -> list[tf.Tensor]:
+    """Returns height and width after `rotate_upright`."""
+    is_transposed = _is_transposed(orientation)
+    return [tf.where(is_transposed, width, height), tf.where(is_transposed, height, width)]
 
 
 def stored_window(
     window: tf.Tensor, height: tf.Tensor, width: tf.Tensor, orientation: tf.Tensor
 ) -> tf.Tensor:
-    """Where a window of the turned image lies in the stored one.
+    """Maps a window of the upright image to the stored image.
 
     Args:
-      window: int32 [4]: top, left, height and width in the turned image.
-      height: of the turned image, int32.
-      width: likewise.
-      orientation: as from `orientation`.
+      window: int32 [4]: top, left, height and width in the upright image.
+      height, width: int32 size of the upright image.
+      orientation: see `read_orientation`.
 
     Returns:
-      int32 [4]: the same of the stored image.
+      int32 [4]: top, left, height and width in the stored image.
     """
     top, left, rows, columns = tf.unstack(window)
-    down, right = _reversed(orientation)
-    top = tf.where(down, height - top - rows, top)
-    left = tf.where(right, width - left - columns, left)
+    rows_reversed, columns_reversed = _are_reversed(orientation)
+    top = tf.where(rows_reversed, height - top - rows, top)
+    left = tf.where(columns_reversed, width - left - columns, left)
     return tf.where(
-        _lies(orientation),
+        _is_transposed(orientation),
         tf.stack([left, top, columns, rows]),
         tf.stack([top, left, rows, columns]),
     )
 
 
-def _lies(orientation: tf.Tensor) -> tf.Tensor:
-    """Whether rows have to become columns, which comes first."""
+def _is_transposed(orientation: tf.Tensor) -> tf.Tensor:
+    """Returns whether the stored image has to be transposed first."""
     return orientation >= 5
 
 
-def _reversed(orientation: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Whether, then, the order of the rows is reversed, and that of the columns."""
-    one_of = lambda *numbers: tf.reduce_any(tf.equal(orientation, numbers))  # noqa: E731
-    return one_of(3, 4, 7, 8), one_of(2, 3, 6, 7)
+def _are_reversed(orientation: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns whether, after that, the rows have to be reversed, and the columns."""
+
+    def is_one_of(*numbers: int) -> tf.Tensor:
+        return tf.reduce_any(tf.equal(orientation, numbers))
+
+    return is_one_of(3, 4, 7, 8), is_one_of(2, 3, 6, 7)

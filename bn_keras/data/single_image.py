@@ -1,4 +1,4 @@
-"""Single images in files of the user's."""
+"""Single image files."""
 
 import os
 
@@ -7,44 +7,45 @@ from etils import epath
 
 from bn_keras.data import transforms
 from bn_keras.errors import UsageError
+from bn_keras.text import first_line
 
-# Longer side over the shorter; what is resized by its shorter side is to fit into memory.
+# Largest ratio of the longer side to the shorter. Images are resized by the shorter side, and the
+# result has to fit into memory.
 MAX_ASPECT = 100
 
 
 def read_image(path: str | os.PathLike, channels: int = 3) -> tuple[tf.Tensor, tf.Tensor]:
-    """Reads and decodes the image in a file: JPEG, PNG, BMP, or the first frame of a GIF.
+    """Reads and decodes an image file: JPEG, PNG, BMP, or the first frame of a GIF.
 
-    Grey images get three equal channels where three are asked for, and colours become grey where
-    one is; CMYK becomes RGB, 16 bits a channel become 8, and transparency is left out.
+    Grey images and colour images are converted to the requested channels, CMYK to RGB, and 16 bits
+    per channel to 8; transparency is dropped.
 
     Args:
-      path: of the file; gs://... works as well.
-      channels: of the result, 1 or 3.
+      path: path of the file; gs://... is accepted.
+      channels: channels of the result, 1 or 3.
 
     Returns:
-      The file's contents, a string tensor, and the image, uint8 [H, W, channels].
+      The file's contents, a scalar string, and the image, uint8 [H, W, channels].
 
     Raises:
-      UsageError: no such file, or not such an image, whole and of a reasonable shape.
+      UsageError: the file does not exist, is not a complete image in one of these formats, or has
+        an extreme aspect ratio.
     """
     try:
         encoded = tf.constant(epath.Path(path).read_bytes())
     except (OSError, tf.errors.OpError) as error:
-        reason = getattr(error, "strerror", None) or getattr(error, "message", error)
-        raise UsageError(f"image {path} can't be read: {reason}") from None
+        raise UsageError(f"image {path} cannot be read: {first_line(error)}") from None
     try:
         image = transforms.decode(encoded, channels)
     except tf.errors.OpError:
-        # TensorFlow's reason names the kernel that gave up, and is no better than this.
+        # TensorFlow's message names its kernel and says no more than this one.
         raise UsageError(
-            f"image {path} can't be decoded: it is damaged, cut short, or none of JPEG, PNG, BMP,"
-            " GIF"
+            f"image {path} cannot be decoded: expected a complete JPEG, PNG, BMP or GIF file"
         ) from None
     height, width, _ = image.shape
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise UsageError(
-            f"image {path} is {height} pixels high and {width} wide: one side may be at most"
-            f" {MAX_ASPECT} times the other"
+            f"image {path} is {height} pixels high and {width} wide: expected sides with a ratio of"
+            f" at most {MAX_ASPECT}"
         )
     return encoded, image

@@ -129,8 +129,9 @@ def _check_reachable(builder: tfds.core.DatasetBuilder) -> None:
     """Raises OSError if a set's server is unreachable; TFDS would retry for minutes."""
     if urllib.request.getproxies() or builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
         return
-    urls = map(urllib.parse.urlsplit, builder.url_infos)
-    for host in sorted({url.hostname for url in urls if url.scheme in ("http", "https")}):
+    urls = [urllib.parse.urlsplit(url) for url in builder.url_infos]
+    hosts = {url.hostname for url in urls if url.hostname and url.scheme in ("http", "https")}
+    for host in sorted(hosts):
         try:
             socket.create_connection((host, 443), timeout=CONNECTION_SECONDS).close()
         except OSError as error:

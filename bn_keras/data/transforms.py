@@ -1,8 +1,8 @@
-"""What is done to images: crops, mirrors and colours, as functions of tensors.
+"""Decoding, crops, mirroring and photometric distortions as functions of tensors.
 
-Nothing here draws a random number or knows where an image comes from: every random choice is a
-function of uniform numbers in [0, 1) that the caller gives, one row an image, so that what an
-example looks like depends on its place in the order alone.
+Nothing here draws random numbers or knows where an image comes from. Every random choice is a
+function of uniform numbers in [0, 1), one row per image, that the caller passes: the result depends
+only on the image and on its place in the order of examples.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ CROP = slice(0, 4)
 MIRROR = 4
 COLOUR = slice(5, 9)
 NUM_UNIFORMS = 9
-# Where RandAugment is asked for, its numbers follow.
+# Further columns, present if RandAugment is on.
 RAND_AUGMENT = slice(NUM_UNIFORMS, NUM_UNIFORMS + augment.RAND_AUGMENT_UNIFORMS)
 
 CROPS = ("inception", "shift", "none")
@@ -27,12 +27,12 @@ CROPS = ("inception", "shift", "none")
 # GoogLeNet's training crop (arXiv 1409.4842, section 6).
 MIN_AREA = 0.08
 MIN_ASPECT, MAX_ASPECT = 3 / 4, 4 / 3
-# Side of the evaluation crop over the shorter side of the image: 224 of 256, as a fraction.
+# Side of the evaluation crop, as a fraction of the image's shorter side: 224 of 256.
 EVALUATION_FRACTION = (7, 8)
-# "shift" moves an image by at most its side over this.
+# "shift" moves an image by at most this fraction of its side, 1/8.
 SHIFT_DIVISOR = 8
 
-# Distortions at strength 1: TF-Slim's, for the same networks.
+# Distortions at strength 1 (TF-Slim's values for these networks).
 MAX_BRIGHTNESS = 32 / 255
 MAX_CONTRAST = 0.5
 MAX_SATURATION = 0.5
@@ -47,14 +47,14 @@ _RGB_TO_YIQ = (
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """What is done to each image on its way to the network.
+    """Preprocessing of images for the network, in training and in evaluation.
 
     Attributes:
-      size: height and width of the result.
-      crop: "inception", "shift" or "none", see bn_keras/training/config.py.
-      mirror: whether half of the training images are mirrored.
+      size: height and width of the network's input.
+      crop: "inception", "shift" or "none"; see bn_keras/training/config.py.
+      mirror: mirror half of the training images.
       distortion: strength of the photometric distortions in training, 0 for none.
-      binary: the result is 0 and 1, thresholded at one half, instead of within [-1, 1].
+      binary: threshold at one half to 0 and 1 instead of scaling to [-1, 1].
       random_augment: magnitude of RandAugment in training, 0 for none.
     """
 
@@ -67,38 +67,38 @@ class Preprocessing:
 
     @property
     def num_pixels(self) -> int:
-        """Of the result."""
+        """Number of pixels per image of the network's input."""
         return math.prod(self.size)
 
     def from_pool(
         self, pool: tf.Tensor, indices: tf.Tensor, uniforms: tf.Tensor | None, white: int
     ) -> tf.Tensor:
-        """Takes images of one size from memory, as a whole batch.
+        """Preprocesses a batch of images of one size in memory.
 
         Args:
           pool: uint8 [N, H, W, C].
-          indices: int32 [n] into the pool.
-          uniforms: float32 [n, NUM_UNIFORMS] in [0, 1), with RAND_AUGMENT more columns if
-            `random_augment`; or None for evaluation: no mirror, no distortion, the centre instead
-            of a random crop.
-          white: value of a fully lit pixel.
+          indices: int32 [n]; images of the batch.
+          uniforms: float32 [n, NUM_UNIFORMS] in [0, 1), with the columns RAND_AUGMENT appended if
+            `random_augment`; None for evaluation: the centre crop, not mirrored, not distorted.
+          white: value of a white pixel.
 
         Returns:
           float32 [n, *size, C].
         """
         image_size = tuple(pool.shape[1:3])
-        training = uniforms is not None
-        window = self._centre(*image_size)
-        mirrored = uniforms[:, MIRROR] < 0.5 if training and self.mirror else None
-        if training and self.crop == "inception":
+        window = self._centre_window(*image_size)
+        mirrored = uniforms[:, MIRROR] < 0.5 if uniforms is not None and self.mirror else None
+        offsets = None
+        if uniforms is not None and self.crop == "shift":
+            offsets = tf.cast(shift_offsets(uniforms[:, CROP][:, :2], *self.size), tf.float32)
+        if uniforms is not None and self.crop == "inception":
             windows = inception_windows(uniforms[:, CROP], *image_size)
             pixels = resample(pool, indices, windows, mirrored, self.size, white / 2)
-        elif training and (self.crop == "shift" or self.mirror) or window != (0, 0, *self.size):
+        elif offsets is not None or mirrored is not None or window != (0, 0, *self.size):
             windows = tf.broadcast_to(tf.constant(window, tf.float32), [tf.size(indices), 4])
-            if training and self.crop == "shift":
-                moved = tf.cast(shifts(uniforms[:, CROP][:, :2], *self.size), tf.float32)
+            if offsets is not None:
                 scale = [window[2] / self.size[0], window[3] / self.size[1]]
-                windows -= tf.pad(moved * scale, [[0, 0], [0, 2]])
+                windows -= tf.pad(offsets * scale, [[0, 0], [0, 2]])
             method = "nearest" if window[2:] == self.size else "bilinear"
             pixels = resample(pool, indices, windows, mirrored, self.size, white / 2, method)
         else:
@@ -108,24 +108,25 @@ class Preprocessing:
     def from_encoded(
         self, encoded: tf.Tensor, uniforms: tf.Tensor | None, channels: int
     ) -> tf.Tensor:
-        """Decodes one image, of a JPEG only the part that is shown, and turns it upright.
+        """Decodes and preprocesses one image; of a JPEG only the crop is decoded.
 
-        In training the decoder takes its fast integer transform and plain chroma upscaling.
+        JPEGs are rotated upright. In training they are decoded with the fast integer DCT and plain
+        chroma upsampling.
 
         Args:
-          encoded: a string: JPEG, PNG, BMP or GIF.
-          uniforms: a row of those of `from_pool`, or None for evaluation.
-          channels: of the result, 1 or 3.
+          encoded: scalar string, a JPEG, PNG, BMP or GIF file.
+          uniforms: one row as in `from_pool`, or None for evaluation.
+          channels: channels of the result, 1 or 3.
 
         Returns:
           float32 [*size, channels].
         """
         training = uniforms is not None
 
-        def window_in(height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
-            if training and self.crop == "inception":
+        def choose_window(height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
+            if uniforms is not None and self.crop == "inception":
                 return inception_windows(uniforms[None, CROP], height, width)[0]
-            return tf.stack(self._centre(height, width))
+            return tf.stack(self._centre_window(height, width))
 
         def decode_window(window: tf.Tensor) -> tf.Tensor:
             return tf.io.decode_and_crop_jpeg(
@@ -136,42 +137,43 @@ class Preprocessing:
                 dct_method="INTEGER_FAST" if training else "INTEGER_ACCURATE",
             )
 
-        def decode_part() -> tf.Tensor:
+        def decode_crop() -> tf.Tensor:
             shape = tf.io.extract_jpeg_shape(encoded)
-            return decode_window(window_in(shape[0], shape[1]))
+            return decode_window(choose_window(shape[0], shape[1]))
 
-        def decode_turned() -> tf.Tensor:
-            shape, orientation = tf.io.extract_jpeg_shape(encoded), exif.orientation(encoded)
-            height, width = exif.turned_shape(shape[0], shape[1], orientation)
-            window = exif.stored_window(window_in(height, width), height, width, orientation)
-            return exif.turned(decode_window(window), orientation)
+        def decode_rotated_crop() -> tf.Tensor:
+            shape, orientation = tf.io.extract_jpeg_shape(encoded), exif.read_orientation(encoded)
+            height, width = exif.upright_shape(shape[0], shape[1], orientation)
+            window = exif.stored_window(choose_window(height, width), height, width, orientation)
+            return exif.rotate_upright(decode_window(window), orientation)
 
         def decode_jpeg() -> tf.Tensor:
-            return tf.cond(exif.is_noted(encoded), _rarely(decode_turned), decode_part)
+            return tf.cond(exif.has_exif(encoded), _outlined(decode_rotated_crop), decode_crop)
 
-        def decode_all() -> tf.Tensor:
+        def decode_other() -> tf.Tensor:
             image = tf.io.decode_image(encoded, channels=channels, expand_animations=False)
             shape = tf.shape(image)
-            top, left, height, width = tf.unstack(window_in(shape[0], shape[1]))
+            top, left, height, width = tf.unstack(choose_window(shape[0], shape[1]))
             return image[top : top + height, left : left + width]
 
-        pixels = tf.cond(tf.io.is_jpeg(encoded), decode_jpeg, decode_all)
+        pixels = tf.cond(tf.io.is_jpeg(encoded), decode_jpeg, decode_other)
         pixels = tf.image.resize(tf.ensure_shape(pixels, [None, None, channels]), self.size)
-        if training and self.crop == "shift":
-            pixels = shift(pixels, shifts(uniforms[None, CROP][:, :2], *self.size)[0], 255 / 2)
-        if training and self.mirror:
+        if uniforms is not None and self.crop == "shift":
+            offset = shift_offsets(uniforms[None, CROP][:, :2], *self.size)[0]
+            pixels = shift(pixels, offset, 255 / 2)
+        if uniforms is not None and self.mirror:
             pixels = tf.cond(
                 uniforms[MIRROR] < 0.5, lambda: tf.reverse(pixels, axis=[1]), lambda: pixels
             )
-        return self._finish(pixels[None], uniforms[None] if training else None, 255)[0]
+        return self._finish(pixels[None], None if uniforms is None else uniforms[None], 255)[0]
 
-    def _centre(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """The window that is shown where none is drawn."""
+    def _centre_window(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Returns the evaluation crop."""
         fraction = EVALUATION_FRACTION if self.crop == "inception" else (1, 1)
         return centre_window(height, width, self.size, fraction)
 
     def _finish(self, pixels: tf.Tensor, uniforms: tf.Tensor | None, white: int) -> tf.Tensor:
-        """Distorts pixels in [0, white] and brings them to the network's range."""
+        """Augments the colours of pixels in [0, white] and scales them to the network's range."""
         pixels = tf.cast(pixels, tf.float32)
         if uniforms is not None and self.random_augment:
             scale = 255 / white
@@ -186,16 +188,17 @@ class Preprocessing:
         return self.to_network_range(pixels, white)
 
     def to_network_range(self, pixels: tf.Tensor, white: float) -> tf.Tensor:
-        """Brings float32 pixels in [0, white] to [-1, 1], or to 0 and 1 if `binary`."""
+        """Maps float32 pixels in [0, white] to [-1, 1], or to 0 and 1 if `binary`."""
         if self.binary:
             return tf.cast(pixels >= white / 2, tf.float32)
         return pixels * (2 / white) - 1
 
 
-def _rarely(branch: Callable[[], tf.Tensor]) -> Callable[[], tf.Tensor]:
-    """Keeps a branch of a graph in one piece.
+def _outlined(branch: Callable[[], tf.Tensor]) -> Callable[[], tf.Tensor]:
+    """Wraps a rare branch into a function that is not inlined.
 
-    TensorFlow walks through all parts of a branch that it does not take, too: 10 microseconds.
+    TensorFlow visits each operation of an inlined branch even if it is not taken, which would take
+    10 microseconds.
     """
     if tf.executing_eagerly():
         return branch
@@ -203,11 +206,11 @@ def _rarely(branch: Callable[[], tf.Tensor]) -> Callable[[], tf.Tensor]:
 
 
 def decode(encoded: tf.Tensor, channels: int) -> tf.Tensor:
-    """Decodes a whole image, a JPEG by its accurate transform, and turns it upright.
+    """Decodes a whole image; JPEGs with the accurate DCT, rotated upright.
 
     Args:
-      encoded: a string: JPEG, PNG, BMP or GIF, of which it is the first frame.
-      channels: of the result, 1 or 3.
+      encoded: scalar string, a JPEG, PNG, BMP or GIF file; of a GIF the first frame is decoded.
+      channels: channels of the result, 1 or 3.
 
     Returns:
       uint8 [H, W, channels].
@@ -216,8 +219,8 @@ def decode(encoded: tf.Tensor, channels: int) -> tf.Tensor:
     def decode_jpeg() -> tf.Tensor:
         pixels = tf.io.decode_jpeg(encoded, channels=channels, dct_method="INTEGER_ACCURATE")
         return tf.cond(
-            exif.is_noted(encoded),
-            lambda: exif.turned(pixels, exif.orientation(encoded)),
+            exif.has_exif(encoded),
+            lambda: exif.rotate_upright(pixels, exif.read_orientation(encoded)),
             lambda: pixels,
         )
 
@@ -230,17 +233,16 @@ def decode(encoded: tf.Tensor, channels: int) -> tf.Tensor:
 
 
 def inception_windows(uniforms: tf.Tensor, height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
-    """GoogLeNet's training crop: a window of random area, aspect ratio and place.
+    """Returns GoogLeNet's training crop: a window of random area, aspect ratio and position.
 
-    The area is uniform between 8% of the image and the largest that an aspect ratio within
-    3/4 to 4/3 leaves room for (all of it, in a photograph of 4:3); the aspect ratio is
-    log-uniform among those whose window of that area fits. Nothing is drawn twice; the custom of
-    drawing both until the window fits makes large areas rarer than the even distribution that
-    GoogLeNet states.
+    The area is uniform between 8% of the image and the largest for which an aspect ratio between
+    3/4 and 4/3 fits (100% for a 4:3 photograph). The aspect ratio is log-uniform over those that
+    fit with that area. The usual implementation draws both again until the window fits, which makes
+    large areas rarer than in the uniform distribution that the paper states.
 
     Args:
-      uniforms: float32 [n, 4] in [0, 1): area, aspect ratio, vertical and horizontal place.
-      height: of the image in pixels, a scalar or [n].
+      uniforms: float32 [n, 4] in [0, 1): area, aspect ratio, vertical and horizontal position.
+      height: height of the image in pixels, a scalar or [n].
       width: likewise.
 
     Returns:
@@ -259,7 +261,7 @@ def inception_windows(uniforms: tf.Tensor, height: tf.Tensor, width: tf.Tensor) 
     pixels = area * image_height * image_width
     crop_height = tf.clip_by_value(tf.round(tf.sqrt(pixels / aspect)), 1.0, image_height)
     crop_width = tf.clip_by_value(tf.round(tf.sqrt(pixels * aspect)), 1.0, image_width)
-    # A float32 just under 1 may round the product up to the excluded end.
+    # With a float32 just below 1 the product may round up to the excluded end.
     top = tf.minimum(
         tf.floor(uniforms[:, 2] * (image_height - crop_height + 1)), image_height - crop_height
     )
@@ -272,36 +274,37 @@ def inception_windows(uniforms: tf.Tensor, height: tf.Tensor, width: tf.Tensor) 
 def centre_window(
     height: int, width: int, size: tuple[int, int], fraction: tuple[int, int]
 ) -> tuple[int, int, int, int]:
-    """The centred window of a size's shape that fills a fraction of what fits into an image.
+    """Returns the centred window with a given aspect ratio and relative size.
 
     Args:
-      height: of the image in pixels, a number or a tensor.
+      height: height of the image in pixels, a number or a tensor.
       width: likewise.
-      size: height and width whose ratio the window takes.
-      fraction: numerator and denominator.
+      size: height and width with the aspect ratio of the window.
+      fraction: numerator and denominator of the window's side over the side of the largest window
+        that fits.
 
     Returns:
-      Top, left, height and width in pixels, as numbers or tensors as the image's are.
+      Top, left, height and width in pixels: numbers, or tensors if height and width are.
     """
     tall, wide = height * size[1], width * size[0]
     numerator, denominator = fraction
     fitting = (tall + wide - abs(tall - wide)) // 2 * numerator
-    # Rounded up, so that a tiny image still has a pixel to show.
+    # Rounded up, so that the window has at least one pixel.
     crop_height = -(-fitting // (denominator * size[1]))
     crop_width = -(-fitting // (denominator * size[0]))
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
-def shifts(uniforms: tf.Tensor, height: int, width: int) -> tf.Tensor:
-    """Pixels to move an image by, at most an eighth of each side either way.
+def shift_offsets(uniforms: tf.Tensor, height: int, width: int) -> tf.Tensor:
+    """Returns random shifts of at most 1/8 of each side, in either direction.
 
     Args:
       uniforms: float32 [n, 2] in [0, 1).
-      height: of the image in pixels.
+      height: height of the image in pixels.
       width: likewise.
 
     Returns:
-      int32 [n, 2]: down and right.
+      int32 [n, 2]: pixels down and right.
     """
     largest = tf.constant([height // SHIFT_DIVISOR, width // SHIFT_DIVISOR])
     choices = 2 * largest + 1
@@ -309,12 +312,12 @@ def shifts(uniforms: tf.Tensor, height: int, width: int) -> tf.Tensor:
     return tf.minimum(drawn, choices - 1) - largest
 
 
-def shift(image: tf.Tensor, moved: tf.Tensor, fill: float) -> tf.Tensor:
-    """Moves one image [H, W, C] down and right by int32 [2] pixels, as `shifts` gives them."""
+def shift(image: tf.Tensor, offset: tf.Tensor, fill: float) -> tf.Tensor:
+    """Shifts one image [H, W, C] down and right by int32 [2] pixels; see `shift_offsets`."""
     height, width, _ = image.shape
     rows, columns = height // SHIFT_DIVISOR, width // SHIFT_DIVISOR
     padded = tf.pad(image, [[rows] * 2, [columns] * 2, [0, 0]], constant_values=fill)
-    begin = tf.concat([[rows, columns] - moved, [0]], axis=0)
+    begin = tf.concat([[rows, columns] - offset, [0]], axis=0)
     return tf.slice(padded, begin, image.shape)
 
 
@@ -327,28 +330,27 @@ def resample(
     fill: float,
     method: str = "bilinear",
 ) -> tf.Tensor:
-    """Takes images from a pool, each through its own window, mirrored or not, to one size.
+    """Gathers, crops, resizes and mirrors images of a pool with a single kernel.
 
-    One pass of one kernel does the choice, the crop, the scaling and the mirror. The corner
-    pixels of a window land on the corner pixels of the result.
+    The corner pixels of a window become the corner pixels of the result.
 
     Args:
       images: [N, H, W, C] of any real dtype.
-      indices: int32 [n] into the pool.
-      windows: real [n, 4]: top, left, height, width in pixels; may reach beyond the image.
-      mirrored: bool [n], or None for never.
+      indices: int32 [n]; images of the pool.
+      windows: real [n, 4]: top, left, height, width in pixels; may extend beyond the image.
+      mirrored: bool [n]; None mirrors none.
       size: height and width of the result.
-      fill: value of what lies outside the image.
-      method: "bilinear", or "nearest", which is exact for windows of the result's own size.
+      fill: value of pixels outside the image.
+      method: "bilinear", or "nearest", which is exact for windows of the size of the result.
 
     Returns:
       float32 [n, *size, C].
     """
     top, left, height, width = tf.unstack(tf.cast(windows, tf.float32), axis=-1)
-    # A thousandth of a pixel further in, so that rounding puts no edge pixel outside.
-    inwards = tf.where(height > 1, 0.001, 0.0), tf.where(width > 1, 0.001, 0.0)
-    top, bottom = top + inwards[0], top + height - 1 - inwards[0]
-    left, right = left + inwards[1], left + width - 1 - inwards[1]
+    # Inset by 0.001 pixels, so that no edge pixel is rounded to the outside.
+    inset = tf.where(height > 1, 0.001, 0.0), tf.where(width > 1, 0.001, 0.0)
+    top, bottom = top + inset[0], top + height - 1 - inset[0]
+    left, right = left + inset[1], left + width - 1 - inset[1]
     if mirrored is not None:
         left, right = tf.where(mirrored, right, left), tf.where(mirrored, left, right)
     rows, columns = max(images.shape[1] - 1, 1), max(images.shape[2] - 1, 1)
@@ -363,32 +365,32 @@ def distort(
     uniforms: tf.Tensor,
     strength: float,
     white: float,
-    shown_as: tuple[float, float] | None = None,
+    output_range: tuple[float, float] | None = None,
 ) -> tf.Tensor:
-    """Changes brightness, contrast, saturation and hue by one affine map of each image's colours.
+    """Changes brightness, contrast, saturation and hue with one affine colour map per image.
 
-    Brightness adds, contrast scales about the image's own mean colour, saturation scales the
-    chroma (I and Q of YIQ) and hue turns it. The four commute but for clipping, which happens
-    once, at the end. Single-channel images get the first two.
+    Brightness adds; contrast scales about the image's mean colour; saturation scales the chroma (I
+    and Q of YIQ); hue rotates it. The four commute except for clipping, which is done once, at the
+    end. Single-channel images get only brightness and contrast.
 
     Args:
       images: float32 [n, H, W, 1 or 3] in [0, white].
       uniforms: float32 [n, 4] in [0, 1): brightness, contrast, saturation, hue.
       strength: 1 is TF-Slim's range (brightness within 32/255 of white, contrast and saturation
-        within 0.5 to 1.5, hue within a fifth of a turn); smaller ranges in proportion.
-      white: value of a fully lit pixel.
-      shown_as: what 0 and white become, in the same pass; None leaves them.
+        within 0.5 to 1.5, hue within a fifth of a turn); the ranges are proportional to it.
+      white: value of a white pixel.
+      output_range: values that 0 and white are mapped to; None keeps them.
 
     Returns:
-      Same shape and dtype, in the range of shown_as.
+      Same shape and dtype, in output_range.
 
     Source: Howard 2013, arXiv 1312.5402; TF-Slim's inception_preprocessing for the ranges.
     """
     _, height, width, channels = images.shape
-    low, high = shown_as or (0.0, white)
+    low, high = output_range or (0.0, white)
     scale = (high - low) / white
-    # A row of the image at a time, here and below: three numbers at a time take several times as
-    # long.
+    # Computed by rows of the image, here and below: by pixels of three numbers it takes several
+    # times as long.
     means = tf.reduce_mean(tf.reshape(images, [-1, height, width * channels]), axis=1)
     means = tf.reduce_mean(tf.reshape(means, [-1, width, channels]), axis=1)
     matrices, offsets = colour_maps(uniforms, strength, means, white)
@@ -402,13 +404,11 @@ def distort(
 def colour_maps(
     uniforms: tf.Tensor, strength: float, means: tf.Tensor, white: float
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """The affine maps of `distort`: colour -> matrix @ colour + offset.
+    """Returns the affine maps of `distort`: colour -> matrix @ colour + offset.
 
     Args:
-      uniforms: as in `distort`.
-      strength: as in `distort`.
-      means: float32 [n, C], each image's mean colour, C 1 or 3.
-      white: as in `distort`.
+      uniforms, strength, white: see `distort`.
+      means: float32 [n, C], mean colour of each image; C is 1 or 3.
 
     Returns:
       Matrices [n, C, C] and offsets [n, C], float32.
@@ -427,7 +427,11 @@ def colour_maps(
 
 
 def _chroma_maps(cosine: tf.Tensor, sine: tf.Tensor) -> tf.Tensor:
-    """RGB maps [n, 3, 3] that keep luma and turn (I, Q) by the given scaled rotation [n]."""
+    """Returns RGB maps [n, 3, 3] that keep luma and rotate and scale (I, Q).
+
+    Args:
+      cosine, sine: [n], each times the scale.
+    """
     to_yiq = np.array(_RGB_TO_YIQ)
     to_rgb = np.linalg.inv(to_yiq)
     y, i, q = (np.diag(row) for row in np.eye(3))

@@ -1,1 +1,1 @@
-"""Galleries of images as the network sees them."""
+"""Pictures of images as the network sees them."""

@@ -1,21 +1,20 @@
-"""A picture of the crops that an image is evaluated by."""
+"""A picture of the crops of an image in multi-crop evaluation."""
 
 import os
+from typing import Any
 
-import matplotlib
 import numpy as np
 import tensorflow as tf
-
-from bn_keras.data.multi_crop import Crops
-from bn_keras.data.single_image import read_image
-from bn_keras.errors import UsageError
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
 
-# Okabe and Ito's, which colour-blind readers can tell apart.
+from bn_keras.data.multi_crop import Crop, Crops
+from bn_keras.data.single_image import read_image
+from bn_keras.errors import UsageError
+from bn_keras.pictures.picture_file import save_picture
+
+# Okabe and Ito's palette is safe for colour-blind readers.
 _COLOURS = ("#E69F00", "#56B4E9", "#CC79A7")
 _SQUARES = {True: ("left", "centre", "right"), False: ("top", "centre", "bottom")}
 _WINDOWS = {
@@ -26,49 +25,79 @@ _WINDOWS = {
     (1, 1): "centre",
     None: "whole square",
 }
-# Inches of a crop, and of the resized images beside them.
+# Inches of a crop, and of the resized images beside the crops.
 _CROP, _IMAGE = 0.8, 3.2
 
 
 def draw_crops(
     image: str | os.PathLike, crops: Crops, size: int, output: str | os.PathLike
 ) -> None:
-    """Draws an image's squares at each scale, and every crop, as the network is shown them.
+    """Writes a picture of an image's squares at each scale, and of all its crops.
 
-    A row has the crops of one square at one scale, and a column those of one window.
+    A row has the crops of one square at one scale, a column those of one window.
 
     Args:
       image: path of the image.
-      crops: what to show, of which there are several.
+      crops: crops to show, more than one.
       size: side of the network's input.
-      output: path of the picture; its ending says in which format.
+      output: path of the picture; its extension selects the format.
 
     Raises:
-      UsageError: the image can't be read, or the picture can't be written.
+      UsageError: the image cannot be read, or the crops or the path are invalid.
+      StorageError: the picture cannot be written.
     """
     if crops.count == 1:
-        raise UsageError("a single crop is the centre of the image alone: give several crops")
-    _, pixels = read_image(image)
-    table = crops.table(size)
-    shown = crops.cut(crops.take_squares(pixels[tf.newaxis], size), size).numpy()
-    shown = np.clip(np.round(shown), 0, 255).astype(np.uint8)
+        raise UsageError("a single crop is the centre of the image: choose several crops")
+    _, decoded = read_image(image)
+    table = crops.list_crops(size)
+    cut = crops.cut(crops.extract_squares(decoded[tf.newaxis], size), size).numpy()
+    cut = np.clip(np.round(cut), 0, 255).astype(np.uint8)
+    pixels = decoded.numpy()
     columns = crops.windows * crops.mirrors
     rows = len(table) // columns
-    wide = pixels.shape[1] >= pixels.shape[0]
-    figure = plt.figure(
+    figure = Figure(
         figsize=(_IMAGE + 1.2 + columns * _CROP, 1.1 + max(rows * _CROP, crops.scales * 1.2)),
         layout="constrained",
     )
     title = f"{os.path.basename(image)}: {crops.count} crops of {size}x{size} pixels"
     figure.suptitle(title, parse_math=False)
-    left, right = figure.subfigures(1, 2, width_ratios=(_IMAGE, 1.2 + columns * _CROP))
-    # All on one scale of pixels, that of the largest.
+    widths = (_IMAGE, 1.2 + columns * _CROP)
+    [[left, right]] = figure.subfigures(1, 2, squeeze=False, width_ratios=widths)
+    # Shared axes: all images have the scale of the largest.
     scales = left.subplots(crops.scales, sharex=True, sharey=True, squeeze=False)
     for axes, side in zip(scales.flat, crops.shorter_sides(size), strict=True):
-        _draw_scale(axes, pixels.numpy(), side, {crop.square for crop in table}, size)
-        axes.set_axis_off()
-    grid = right.subplots(rows, columns, squeeze=False)
-    for axes, crop, picture in zip(grid.flat, table, shown, strict=True):
+        _draw_scale(axes, pixels, side, {crop.square for crop in table}, size)
+    _draw_grid(right, table, cut, columns, is_wide=pixels.shape[1] >= pixels.shape[0])
+    save_picture(figure, output)
+
+
+def _draw_scale(
+    axes: Axes, pixels: np.ndarray, shorter_side: int, squares: set[int], size: int
+) -> None:
+    """Draws the image at one scale with its squares, and the size of a window, dashed."""
+    height, width = (round(n * shorter_side / min(pixels.shape[:2])) for n in pixels.shape[:2])
+    axes.imshow(pixels, extent=(0, width, height, 0))
+    for square in sorted(squares):
+        top, left = ((n - shorter_side) * square // 2 for n in (height, width))
+        # Different insets keep edges apart that the squares share.
+        inset = shorter_side * (square + 1) / 100
+        side = shorter_side - 2 * inset
+        _draw_box(axes, left + inset, top + inset, side, color=_COLOURS[square], linewidth=1.8)
+    _draw_box(axes, (width - size) / 2, (height - size) / 2, size, color="w", linestyle="--")
+    axes.set_title(f"{height}x{width} pixels", fontsize=8)
+    axes.set_axis_off()
+
+
+def _draw_box(axes: Axes, left: float, top: float, side: float, **style: Any) -> None:
+    axes.add_patch(Rectangle((left, top), side, side, fill=False, **style))
+
+
+def _draw_grid(
+    figure: SubFigure, table: list[Crop], cut: np.ndarray, columns: int, is_wide: bool
+) -> None:
+    """Draws all crops, with the names of the windows on top and of the squares on the left."""
+    grid = figure.subplots(len(table) // columns, columns, squeeze=False)
+    for axes, crop, picture in zip(grid.flat, table, cut, strict=True):
         axes.imshow(picture)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set(color=_COLOURS[crop.square], linewidth=1.5)
@@ -76,31 +105,5 @@ def draw_crops(
         mirrored = ",\nmirrored" if crop.mirrored else ""
         axes.set_title(f"{_WINDOWS[crop.window]}{mirrored}", fontsize=7)
     for axes, crop in zip(grid[:, 0], table[::columns], strict=True):
-        label = f"{crop.shorter_side}\n{_SQUARES[wide][crop.square]}"
+        label = f"{crop.shorter_side}\n{_SQUARES[is_wide][crop.square]}"
         axes.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
-    try:
-        figure.savefig(output, dpi=120)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"picture {output} can't be written: {error}") from None
-    finally:
-        plt.close(figure)
-
-
-def _draw_scale(
-    axes: Axes, pixels: np.ndarray, shorter_side: int, squares: set[int], size: int
-) -> None:
-    """The image resized to a scale, with its squares and the size of a window, dashed."""
-    height, width = (round(n * shorter_side / min(pixels.shape[:2])) for n in pixels.shape[:2])
-    axes.imshow(pixels, extent=(0, width, height, 0))
-    for square in sorted(squares):
-        top, left = ((n - shorter_side) * square // 2 for n in (height, width))
-        # Their common edges side by side, so that each can be seen.
-        inset = shorter_side * (square + 1) / 100
-        side = shorter_side - 2 * inset
-        _draw_box(axes, left + inset, top + inset, side, color=_COLOURS[square], linewidth=1.8)
-    _draw_box(axes, (width - size) / 2, (height - size) / 2, size, color="w", linestyle="--")
-    axes.set_title(f"{height}x{width} pixels", fontsize=8)
-
-
-def _draw_box(axes: Axes, left: float, top: float, side: float, **style: object) -> None:
-    axes.add_patch(Rectangle((left, top), side, side, fill=False, **style))
