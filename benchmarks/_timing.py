@@ -1,23 +1,24 @@
-"""Times functions against each other in one run."""
+"""Compares the times of functions within one run."""
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 
 def compare(
-    functions: Mapping[str, Callable[[], object]], rounds: int = 9, block: int = 3
+    functions: Mapping[str, Callable[[], Any]], rounds: int = 9, block: int = 3
 ) -> dict[str, float]:
-    """Gives each function's median time of a call in milliseconds.
+    """Returns the median time of a call of each function, in milliseconds.
 
-    The functions take turns in blocks of calls, so that whatever else the machine does befalls
-    all of them. A block's first call is not timed: it pays for the memory that the function
-    before it has returned.
+    The functions take turns in blocks of calls, so that other load on the machine affects all of
+    them. The first call of a block is not timed: it allocates the memory that the previous
+    function has freed.
 
     Args:
-      functions: each waits for its own result.
-      rounds: how often the turn comes round.
-      block: timed calls in a turn.
+      functions: functions by name; each waits for its own result.
+      rounds: number of blocks per function.
+      block: number of timed calls in a block.
     """
     for function in functions.values():
         function()
@@ -32,21 +33,23 @@ def compare(
     return {name: 1e3 * statistics.median(t) for name, t in times.items()}
 
 
-def table(title: str, rows: Mapping[str, Mapping[str, float]], ratios: Mapping[str, tuple]) -> None:
+def print_table(
+    title: str, rows: Mapping[str, Mapping[str, float]], ratios: Mapping[str, tuple[str, str]]
+) -> None:
     """Prints milliseconds and ratios as a Markdown table, with the ratios' geometric means.
 
     Args:
-      title: what was measured.
-      rows: by case, the milliseconds of each function.
-      ratios: by heading, the two functions whose times are divided.
+      title: title of the table.
+      rows: milliseconds by case and function.
+      ratios: (numerator, denominator) by heading, both names of functions.
     """
     names = list(next(iter(rows.values())))
     print(f"\n{title}\n")
     print("|".join(["", "ms a call", *names, *ratios, ""]))
     print("|---" * (1 + len(names) + len(ratios)) + "|")
-    of = {h: [row[a] / row[b] for row in rows.values()] for h, (a, b) in ratios.items()}
+    values = {h: [row[a] / row[b] for row in rows.values()] for h, (a, b) in ratios.items()}
     for i, (case, row) in enumerate(rows.items()):
-        cells = [f"{row[n]:.2f}" for n in names] + [f"{of[h][i]:.2f}" for h in ratios]
+        cells = [f"{row[n]:.2f}" for n in names] + [f"{values[h][i]:.2f}" for h in ratios]
         print("|".join(["", case, *cells, ""]))
-    means = [f"{statistics.geometric_mean(of[h]):.2f}" for h in ratios]
+    means = [f"{statistics.geometric_mean(values[h]):.2f}" for h in ratios]
     print("|".join(["", "geometric mean", *[""] * len(names), *means, ""]), flush=True)

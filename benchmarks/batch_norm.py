@@ -1,8 +1,8 @@
-"""The layer alone against Keras' layer and the raw kernels, forward and backward, on the CPU.
+"""Compares the layer with the Keras layer and the raw kernels, forward and backward, on the CPU.
 
     python benchmarks/batch_norm.py [part ...]
 
-Parts: float32, bfloat16, inference, shapes, ghost, masked; all without any.
+Parts: float32, bfloat16, inference, shapes, ghost, masked. Default: all.
 """
 
 import os
@@ -13,11 +13,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import tensorflow as tf
-from _timing import compare, table
+from _timing import compare, print_table
 
 from bn_keras import BatchNormalization
 
-# What BN-Inception normalizes, from its stem to its end, with 32 images.
+# Activations that BN-Inception normalizes, from its stem to its end, for 32 images.
 SHAPES = [
     (32, 112, 112, 64),
     (32, 56, 56, 192),
@@ -27,11 +27,11 @@ SHAPES = [
 ]
 
 
-def _name(shape):
+def name_of(shape):
     return "×".join(map(str, shape))
 
 
-def _training(layer, x, dy, mask=None):
+def training_step(layer, x, dy, mask=None):
     layer.build(x.shape)
 
     @tf.function
@@ -45,8 +45,8 @@ def _training(layer, x, dy, mask=None):
     return lambda: step(x, dy)
 
 
-def _raw_training(x, dy):
-    """Only the two kernels, with the moving statistics that every layer has to keep."""
+def raw_training_step(x, dy):
+    """Calls only the two kernels, and updates the moving statistics as every layer must."""
     channels = x.shape[-1]
     gamma, beta = tf.Variable(tf.ones(channels)), tf.Variable(tf.zeros(channels))
     moving = [tf.Variable(tf.zeros(channels)), tf.Variable(tf.ones(channels))]
@@ -73,33 +73,33 @@ def _raw_training(x, dy):
     return lambda: step(x, dy)
 
 
-def _inputs(shape, dtype="float32"):
+def random_inputs(shape, dtype="float32"):
     return tuple(tf.cast(tf.random.normal(shape), dtype) for _ in range(2))
 
 
 def training(dtype):
     rows, policy = {}, "mixed_bfloat16" if dtype == "bfloat16" else dtype
     for shape in SHAPES:
-        x, dy = _inputs(shape, dtype)
-        rows[_name(shape)] = compare(
+        x, dy = random_inputs(shape, dtype)
+        rows[name_of(shape)] = compare(
             {
-                "ours": _training(BatchNormalization(dtype=policy), x, dy),
-                "raw kernels": _raw_training(x, dy),
-                "Keras": _training(keras.layers.BatchNormalization(dtype=policy), x, dy),
+                "ours": training_step(BatchNormalization(dtype=policy), x, dy),
+                "raw kernels": raw_training_step(x, dy),
+                "Keras": training_step(keras.layers.BatchNormalization(dtype=policy), x, dy),
             }
         )
     ratios = {"Keras/ours": ("Keras", "ours"), "ours/raw": ("ours", "raw kernels")}
-    table(f"Forward and backward, {dtype}", rows, ratios)
+    print_table(f"Forward and backward, {dtype}", rows, ratios)
 
 
-def _raw_inference(shape):
+def raw_inference(shape):
     one, zero = tf.ones(shape[-1]), tf.zeros(shape[-1])
     return lambda x: tf.raw_ops.FusedBatchNormV3(
         x=x, scale=one, offset=zero, mean=zero, variance=one, is_training=False
     )[0]
 
 
-def _inference(function, x):
+def call_in_graph(function, x):
     function = tf.function(function)
     return lambda: function(x)
 
@@ -108,19 +108,19 @@ def inference():
     rows = {}
     for shape in SHAPES:
         ours, theirs = BatchNormalization(), keras.layers.BatchNormalization()
-        x, _ = _inputs(shape)
+        x, _ = random_inputs(shape)
         for layer in (ours, theirs):
             layer.build(shape)
-        functions = {"raw kernel": _raw_inference(shape), "ours": ours, "Keras": theirs}
-        rows[_name(shape)] = compare(
-            {name: _inference(f, x) for name, f in functions.items()}, rounds=25
+        functions = {"raw kernel": raw_inference(shape), "ours": ours, "Keras": theirs}
+        rows[name_of(shape)] = compare(
+            {name: call_in_graph(f, x) for name, f in functions.items()}, rounds=25
         )
     ratios = {"ours/raw": ("ours", "raw kernel"), "Keras/ours": ("Keras", "ours")}
-    table("Inference, float32", rows, ratios)
+    print_table("Inference, float32", rows, ratios)
 
 
 def shapes():
-    """Rank 2, and statistics of each activation (section 4.2.3)."""
+    """Compares rank 2, and per-activation BN of images (section 4.2.3)."""
     rows = {}
     for shape, axis in (
         ((60, 100), -1),
@@ -129,44 +129,46 @@ def shapes():
         ((32, 7, 7, 1024), [1, 2, 3]),
         ((32, 28, 28, 256), [1, 2, 3]),
     ):
-        x, dy = _inputs(shape)
+        x, dy = random_inputs(shape)
         flat = [tf.reshape(t, [shape[0], -1]) for t in (x, dy)]
-        rows[f"{_name(shape)}, axis={axis}"] = compare(
+        rows[f"{name_of(shape)}, axis={axis}"] = compare(
             {
-                "ours": _training(BatchNormalization(axis=axis), x, dy),
-                # Keras has no axis lists: it gets the activations in a row.
-                "Keras": _training(keras.layers.BatchNormalization(), *flat),
+                "ours": training_step(BatchNormalization(axis=axis), x, dy),
+                # The Keras layer has no axis lists, so it normalizes flattened activations.
+                "Keras": training_step(keras.layers.BatchNormalization(), *flat),
             },
             rounds=15,
         )
-    table("Other shapes, forward and backward, float32", rows, {"Keras/ours": ("Keras", "ours")})
+    print_table(
+        "Other shapes, forward and backward, float32", rows, {"Keras/ours": ("Keras", "ours")}
+    )
 
 
 def ghost():
     rows = {}
     for shape in SHAPES:
-        x, dy = _inputs(shape)
-        functions = {"plain": _training(BatchNormalization(), x, dy)}
+        x, dy = random_inputs(shape)
+        functions = {"plain": training_step(BatchNormalization(), x, dy)}
         for size in (16, 8):
             layer = BatchNormalization(virtual_batch_size=size)
-            functions[f"ghosts of {size}"] = _training(layer, x, dy)
-        rows[_name(shape)] = compare(functions)
+            functions[f"ghosts of {size}"] = training_step(layer, x, dy)
+        rows[name_of(shape)] = compare(functions)
     ratios = {f"{size}/plain": (f"ghosts of {size}", "plain") for size in (16, 8)}
-    table("Ghost batches, forward and backward, float32", rows, ratios)
+    print_table("Ghost batches, forward and backward, float32", rows, ratios)
 
 
 def masked():
     rows = {}
     for shape in SHAPES:
-        x, dy = _inputs(shape)
+        x, dy = random_inputs(shape)
         mask = tf.constant(np.random.default_rng(0).random(shape[:-1]) < 0.8)
-        rows[_name(shape)] = compare(
+        rows[name_of(shape)] = compare(
             {
-                "ours": _training(BatchNormalization(), x, dy, mask),
-                "Keras": _training(keras.layers.BatchNormalization(), x, dy, mask),
+                "ours": training_step(BatchNormalization(), x, dy, mask),
+                "Keras": training_step(keras.layers.BatchNormalization(), x, dy, mask),
             }
         )
-    table("Masked, forward and backward, float32", rows, {"Keras/ours": ("Keras", "ours")})
+    print_table("Masked, forward and backward, float32", rows, {"Keras/ours": ("Keras", "ours")})
 
 
 PARTS = {

@@ -1,10 +1,10 @@
-"""Whole training steps of 32 images of 224², with our layer, with Keras', and without any.
+"""Compares training steps of 32 images of 224² with this layer, the Keras layer, and no layer.
 
     python benchmarks/batch_norm_networks.py [network ...]
 
-Networks: inception-float32, inception-bfloat16, resnet50, mobilenetv2, memory; all without any.
-The first are BN-Inception; resnet50 and mobilenetv2 are those of keras.applications before and
-after replace_batch_norm. memory is the peak of BN-Inception's step, in processes of their own.
+Networks: inception-float32, inception-bfloat16, resnet50, mobilenetv2, memory. Default: all.
+inception-* are BN-Inception. resnet50 and mobilenetv2 are networks of keras.applications before and
+after replace_batch_norm. memory measures the peak of a BN-Inception step, each in its own process.
 """
 
 import os
@@ -15,7 +15,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import tensorflow as tf
-from _timing import compare, table
+from _timing import compare, print_table
 
 from bn_keras import BatchNormalization, BNInception, replace_batch_norm
 
@@ -23,8 +23,8 @@ IMAGES, SIDE, CLASSES = 32, 224, 1000
 LAYERS = ("ours", "Keras", "none")
 
 
-def _exchanged(model, make):
-    """The model with make(config) in place of each of our layers."""
+def _replace_layers(model, make):
+    """Returns the model with make(config) in place of each layer of this package."""
 
     def clone(layer):
         if isinstance(layer, BatchNormalization):
@@ -39,24 +39,24 @@ def _keras_layer(config):
     return keras.layers.BatchNormalization.from_config(config)
 
 
-class _Nothing(keras.layers.Layer):
+class _Identity(keras.layers.Layer):
     def call(self, inputs, training=None, mask=None):
         return inputs
 
 
 def _no_layer(config):
-    return _Nothing(name=config["name"], dtype=config["dtype"])
+    return _Identity(name=config["name"], dtype=config["dtype"])
 
 
 def _inception(layer):
     model = BNInception(input_shape=(SIDE, SIDE, 3), classes=CLASSES)
     if layer == "ours":
         return model
-    return _exchanged(model, _keras_layer if layer == "Keras" else _no_layer)
+    return _replace_layers(model, _keras_layer if layer == "Keras" else _no_layer)
 
 
 def _step(model):
-    """One step of SGD on a constant batch, which takes the loading of images out of it."""
+    """Returns one step of SGD on a constant batch, which excludes the loading of images."""
     optimizer = keras.optimizers.SGD(1e-6, momentum=0.9)
     optimizer.build(model.trainable_variables)
     images = tf.random.normal([IMAGES, SIDE, SIDE, 3])
@@ -80,7 +80,7 @@ def inception(policy):
     row = compare({name: _step(_inception(name)) for name in LAYERS}, rounds=4, block=2)
     keras.config.set_dtype_policy("float32")
     ratios = {"Keras/ours": ("Keras", "ours"), "ours/none": ("ours", "none")}
-    table(f"A step of BN-Inception, {policy}", {f"{IMAGES}×{SIDE}²": row}, ratios)
+    print_table(f"A step of BN-Inception, {policy}", {f"{IMAGES}×{SIDE}²": row}, ratios)
 
 
 def application(name):
@@ -90,7 +90,7 @@ def application(name):
     functions = {"after": _step(replace_batch_norm(before)), "before": _step(before)}
     row = compare(functions, rounds=3, block=2)
     ratios = {"before/after": ("before", "after")}
-    table(f"A step of {name} before and after replace_batch_norm", {"float32": row}, ratios)
+    print_table(f"A step of {name} before and after replace_batch_norm", {"float32": row}, ratios)
 
 
 def memory():
@@ -105,9 +105,9 @@ def memory():
         print("|".join(["", layer, *sizes, ""]), flush=True)
 
 
-def _memory_of(layer, in_order):
+def _measure_memory(layer, in_order):
     if in_order:
-        # Else the peak is also chance, of which branches happen to meet.
+        # Otherwise the peak also depends on which branches happen to run at the same time.
         tf.config.threading.set_inter_op_parallelism_threads(1)
     step = _step(_inception(layer))
     step()
@@ -127,7 +127,7 @@ NETWORKS = {
 
 if __name__ == "__main__":
     if sys.argv[1:] and sys.argv[1].startswith("memory-"):
-        _memory_of(sys.argv[1].removeprefix("memory-"), in_order="in-order" in sys.argv)
+        _measure_memory(sys.argv[1].removeprefix("memory-"), in_order="in-order" in sys.argv)
     else:
         for network in sys.argv[1:] or NETWORKS:
             NETWORKS[network]()

@@ -1,4 +1,6 @@
-"""The layer against PyTorch's, channels last, forward and backward (PyTorch: make test-peers).
+"""Compares the layer with PyTorch's, channels last, forward and backward.
+
+make test-peers installs PyTorch.
 
 .venv-peers/bin/python benchmarks/batch_norm_pytorch.py
 """
@@ -8,8 +10,8 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import tensorflow as tf
-from _timing import compare, table
-from batch_norm import SHAPES, _inputs, _name, _raw_training, _training
+from _timing import compare, print_table
+from batch_norm import SHAPES, name_of, random_inputs, raw_training_step, training_step
 
 from bn_keras import BatchNormalization
 
@@ -39,21 +41,21 @@ def main():
     print(f"TensorFlow {tf.__version__}, PyTorch {torch.__version__}, {os.cpu_count()} CPU cores")
     rows = {}
     for shape in SHAPES:
-        x, dy = _inputs(shape)
-        rows[_name(shape)] = compare(
+        x, dy = random_inputs(shape)
+        rows[name_of(shape)] = compare(
             {
-                "ours": _training(BatchNormalization(), x, dy),
-                "raw kernels": _raw_training(x, dy),
+                "ours": training_step(BatchNormalization(), x, dy),
+                "raw kernels": raw_training_step(x, dy),
                 "PyTorch": _pytorch(x, dy),
             },
             rounds=15,
         )
     ratios = {"PyTorch/ours": ("PyTorch", "ours"), "PyTorch/raw": ("PyTorch", "raw kernels")}
-    table("Forward and backward, float32", rows, ratios)
+    print_table("Forward and backward, float32", rows, ratios)
 
 
 if __name__ == "__main__":
     if torch is None:
-        print("left out: PyTorch is not installed (make test-peers installs it)")
+        print("skipped: PyTorch is not installed (make test-peers installs it)")
     else:
         main()

@@ -1,4 +1,4 @@
-"""Synchronized over two CPU replicas, against Keras' synchronized layer and the plain ones.
+"""Compares synchronized layers on two CPU replicas with Keras and without synchronization.
 
 python benchmarks/batch_norm_synchronized.py
 """
@@ -9,11 +9,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import tensorflow as tf
-from _timing import compare, table
+from _timing import compare, print_table
 
 from bn_keras import BatchNormalization
 
-# Of each replica.
+# Shapes of each replica.
 SHAPES = [(16, 112, 112, 64), (16, 28, 28, 256), (16, 7, 7, 1024)]
 
 
@@ -60,7 +60,7 @@ def main():
         "Keras/ours": ("Keras", "ours"),
         "ours/not synchronized": ("ours", "ours, not synchronized"),
     }
-    table("Two CPU replicas, forward and backward, float32", rows, ratios)
+    print_table("Two CPU replicas, forward and backward, float32", rows, ratios)
 
 
 if __name__ == "__main__":

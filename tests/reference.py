@@ -1,12 +1,16 @@
-"""The paper in float64 NumPy: what every test compares with."""
+"""The paper in float64 NumPy, the reference of the tests."""
 
 import numpy as np
 
 
 def batch_normalize(x, gamma, beta, epsilon, axis=-1, mask=None):
-    """Algorithm 1 over all axes but `axis`; mask has the shape of x, True where a value counts.
+    """Computes Algorithm 1 over all axes except `axis`.
 
-    Returns y, mean, biased variance and count, the last three with the shape of the axes kept.
+    Args:
+      mask: shape of x; the statistics count the values where it is True.
+
+    Returns:
+      y, mean, biased variance and count; the last three have the shape of `axis`.
     """
     x, keep = np.asarray(x, np.float64), _axes(axis, np.ndim(x))
     reduced = tuple(a for a in range(x.ndim) if a not in keep)
@@ -21,7 +25,7 @@ def batch_normalize(x, gamma, beta, epsilon, axis=-1, mask=None):
 
 
 def gradients(dy, x, gamma, epsilon, axis=-1, mask=None):
-    """Section 3, for statistics of what the mask keeps: dx, dgamma, dbeta."""
+    """Computes dx, dgamma and dbeta of section 3, for statistics of the unmasked values."""
     x, dy = np.asarray(x, np.float64), np.asarray(dy, np.float64)
     keep = _axes(axis, x.ndim)
     reduced = tuple(a for a in range(x.ndim) if a not in keep)
@@ -37,17 +41,17 @@ def gradients(dy, x, gamma, epsilon, axis=-1, mask=None):
 
 
 def moving(old, new, momentum):
-    """One update of a moving statistic."""
+    """Computes one update of a moving statistic."""
     return momentum * np.asarray(old, np.float64) + (1 - momentum) * np.asarray(new, np.float64)
 
 
 def unbiased(variance, count):
-    """Bessel's correction, Algorithm 2, line 10."""
+    """Applies Bessel's correction, Algorithm 2, line 10."""
     return variance * count / (count - 1)
 
 
 def mixture(weights, means, variances):
-    """Mean and variance of a mixture: the law of total variance."""
+    """Computes mean and variance of a mixture by the law of total variance."""
     shares = np.asarray(weights, np.float64) / np.sum(weights)
     mean = np.tensordot(shares, means, 1)
     return mean, np.tensordot(shares, variances + (means - mean) ** 2, 1)

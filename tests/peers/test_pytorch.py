@@ -1,4 +1,4 @@
-"""PyTorch's batch normalization, step by step the same (make test-peers installs it)."""
+"""Compares the layer with PyTorch's step by step (make test-peers installs PyTorch)."""
 
 import numpy as np
 import pytest
@@ -19,22 +19,22 @@ KINDS = {
 @pytest.mark.parametrize("rank", KINDS)
 @pytest.mark.parametrize("axis", [1, -1])
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_outputs_gradients_and_running_statistics(rank, axis, momentum):
-    """Four steps of SGD on each, then inference. Their momentum is the fraction taken in."""
+def test_outputs_gradients_and_running_statistics_equal_pytorch(rank, axis, momentum):
+    """Runs four steps of SGD, then inference. PyTorch's momentum is the fraction not kept."""
     cls, shape = KINDS[rank]
     rng = np.random.default_rng(rank)
     theirs = cls(3, eps=1e-3, momentum=momentum)
     ours = BatchNormalization(
         axis=axis, momentum=None if momentum is None else 1 - momentum, epsilon=1e-3
     )
-    ours.build(shape if axis == 1 else _last(np.zeros(shape)).shape)
+    ours.build(shape if axis == 1 else _channels_last(np.zeros(shape)).shape)
     gamma, beta = rng.uniform(0.5, 2, 3), rng.normal(size=3)
     with torch.no_grad():
         theirs.weight.copy_(torch.tensor(gamma))
         theirs.bias.copy_(torch.tensor(beta))
     ours.gamma.assign(gamma)
     ours.beta.assign(beta)
-    place = (lambda a: a) if axis == 1 else _last
+    permute = (lambda a: a) if axis == 1 else _channels_last
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1)
     for _ in range(4):
         x, weights = (rng.normal(1, 2, shape).astype(np.float32) for _ in range(2))
@@ -44,28 +44,28 @@ def test_outputs_gradients_and_running_statistics(rank, axis, momentum):
         loss = (torch.sin(y) * torch.tensor(weights)).mean()
         loss.backward()
         with tf.GradientTape() as tape:
-            ours_inputs = tf.constant(place(x))
+            ours_inputs = tf.constant(permute(x))
             tape.watch(ours_inputs)
             outputs = ours(ours_inputs, training=True)
-            loss = tf.reduce_mean(tf.sin(outputs) * place(weights))
+            loss = tf.reduce_mean(tf.sin(outputs) * permute(weights))
         variables = [ours.gamma.value, ours.beta.value]
         dx, dgamma, dbeta = tape.gradient(loss, [ours_inputs, *variables])
-        _close(outputs, place(y.detach().numpy()))
-        _close(dx, place(inputs.grad.numpy()))
+        _close(outputs, permute(y.detach().numpy()))
+        _close(dx, permute(inputs.grad.numpy()))
         _close(dgamma, theirs.weight.grad.numpy())
         _close(dbeta, theirs.bias.grad.numpy())
         optimizer.step()
         for variable, gradient in zip(variables, (dgamma, dbeta), strict=True):
             variable.assign_sub(0.1 * gradient)
         _close(ours.moving_mean, theirs.running_mean.numpy())
-        # Both take the unbiased variance here, and the biased one to normalize by.
+        # Both use the unbiased variance here and normalize by the biased one.
         _close(ours.moving_variance, theirs.running_var.numpy())
     theirs.eval()
     x = rng.normal(1, 2, shape).astype(np.float32)
-    _close(ours(place(x)), place(theirs(torch.tensor(x)).detach().numpy()))
+    _close(ours(permute(x)), permute(theirs(torch.tensor(x)).detach().numpy()))
 
 
-def test_second_order():
+def test_second_order_gradients_equal_pytorch():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(8, 3)).astype(np.float32)
     theirs, ours = torch.nn.BatchNorm1d(3, eps=1e-3), BatchNormalization()
@@ -82,7 +82,7 @@ def test_second_order():
     _close(outer.gradient(norm, tensor), second.numpy(), 1e-4)
 
 
-def _last(array):
+def _channels_last(array):
     return np.moveaxis(array, 1, -1)
 
 

@@ -1,4 +1,4 @@
-"""TF-Slim's inception_v2 and its checkpoints give the same logits (make test-peers installs it)."""
+"""Checkpoints of TF-Slim's inception_v2 give the same logits (make test-peers installs TF-Slim)."""
 
 import numpy as np
 import pytest
@@ -16,14 +16,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:`layer.apply` is deprecated:User
 
 
 @pytest.fixture(autouse=True)
-def name_that_tensorflow_had(monkeypatch):
+def restore_name_that_tensorflow_removed(monkeypatch):
     monkeypatch.setattr(ops, "Tensor", tf.Tensor, raising=False)
 
 
 def _inception_v2(images, classes, scale):
-    """Their network, as inception_v2_arg_scope has it.
+    """Builds inception_v2 with the arguments of inception_v2_arg_scope.
 
-    That asks for BN of Keras 2 by its collection of updates; inference has none.
+    updates_collections differs: its default selects the BN layer of Keras 2. Inference has no
+    updates.
     """
     batch_norm = dict(decay=0.9997, epsilon=0.001, scale=scale, updates_collections=None)
     with slim.arg_scope(
@@ -38,7 +39,7 @@ def _inception_v2(images, classes, scale):
 
 
 def _randomized(variable):
-    """Nothing is left at 0 or 1, nor the stem, which has no BN, at weights of 1."""
+    """Assigns random values, so that no variable stays at 0 or 1, not even in the stem."""
     random = tf1.random_normal(variable.shape, stddev=0.3, seed=1)
     if variable.op.name.endswith(("moving_variance", "gamma")):
         random = tf1.random_uniform(variable.shape, 0.5, 1.5, seed=1)
@@ -46,14 +47,14 @@ def _randomized(variable):
 
 
 @pytest.mark.parametrize("side, version, scale", [(224, 2, False), (96, 2, True), (201, 1, False)])
-def test_logits(side, version, scale, tmp_path):
-    """In both formats of checkpoints, with a gamma or without, of maps of odd sizes as well."""
+def test_converted_checkpoints_give_the_same_logits(side, version, scale, tmp_path):
+    """Covers both checkpoint formats, networks with and without gamma, and odd image sizes."""
     images = np.random.default_rng(side).uniform(-1, 1, (2, side, side, 3)).astype(np.float32)
     with tf.Graph().as_default():
         tf1.set_random_seed(0)
         logits = _inception_v2(tf.constant(images), 1001, scale)
         variables = slim.get_model_variables()
-        # As in a training's checkpoint.
+        # Checkpoints of a training contain these averages too.
         averages = tf1.train.ExponentialMovingAverage(0.5).apply(variables)
         step = tf1.train.create_global_step()
         with tf1.Session() as session:

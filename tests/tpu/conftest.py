@@ -1,4 +1,4 @@
-"""A test may go on as though it were traced for a core of a TPU."""
+"""Traces a test as on one core of a TPU."""
 
 import pytest
 import tensorflow as tf
@@ -12,7 +12,9 @@ import lowering  # noqa: E402
 
 @pytest.fixture
 def on_a_core(monkeypatch):
-    """What the package asks TensorFlow about devices and replicas is as it would be there."""
+    """Answers the package's questions about devices and replicas as on a TPU core."""
     monkeypatch.setattr(ops, "_has_accelerator", lambda: True)
     monkeypatch.setattr(tf.distribute, "get_replica_context", lowering.CoreContext)
-    monkeypatch.setattr(BatchNormalization, "_replicas_may_diverge", lambda layer: not layer.synchronized)
+    monkeypatch.setattr(
+        BatchNormalization, "_replicas_may_diverge", lambda layer: not layer.synchronized
+    )

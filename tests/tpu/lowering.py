@@ -1,4 +1,4 @@
-"""Lowers for a TPU what a run hands to its cores, on a machine that has none."""
+"""Lowers the functions of a run for TPU, on a machine without one."""
 
 import collections
 import contextlib
@@ -13,10 +13,9 @@ NUM_CORES = 8
 
 
 class CoreContext:
-    """Stands in for the replica context of one of 8 cores.
+    """Fakes the replica context of one of 8 cores.
 
-    TPUStrategy's all_reduce is this same operation, and there too the graph doesn't know which
-    replica it will be.
+    TPUStrategy's all_reduce is the same operation, and its graph does not know its replica either.
     """
 
     num_replicas_in_sync = NUM_CORES
@@ -34,10 +33,10 @@ class CoreContext:
 
 
 class Recorder:
-    """A strategy that only notes what it is to run.
+    """A strategy that records the functions to run instead of running them.
 
     Attributes:
-      runs: (function, arguments) by the function's name.
+      runs: (function, arguments) by function name.
     """
 
     def __init__(self, strategy):
@@ -52,11 +51,11 @@ class Recorder:
 
 
 class Lowered(NamedTuple):
-    """What came of a function.
+    """A lowered function.
 
     Attributes:
       hlo: XLA's operations for TPU.
-      assigned: the variables that it assigns.
+      assigned: variables that the function assigns.
     """
 
     hlo: str
@@ -64,32 +63,32 @@ class Lowered(NamedTuple):
 
 
 def lower(function, args=(), constants=()):
-    """Lowers a function for TPU, with what it does to variables.
+    """Lowers a function that may read and assign variables for TPU.
 
     Args:
-      function, args, constants: as `without_variables`.
+      function, args, constants: see `without_variables`.
     """
     pure, inputs, assigned = without_variables(function, args, constants)
     compiled = tf.function(pure, jit_compile=True, autograph=False)
-    give_ir = compiled.experimental_get_compiler_ir(*_specs(inputs))
-    return Lowered(give_ir(stage="hlo", platform_name="TPU"), assigned)
+    get_ir = compiled.experimental_get_compiler_ir(*_specs(inputs))
+    return Lowered(get_ir(stage="hlo", platform_name="TPU"), assigned)
 
 
 def without_variables(function, args=(), constants=()):
-    """Makes a function of values out of one that reads and assigns variables.
+    """Turns a function that reads and assigns variables into a function of their values.
 
-    XLA takes no variables here, where no device holds any. In the function's own graph each reading
-    of one gives way to what it would read: the value that was assigned last, or that of before.
-    Anything else that is done to a variable is an error.
+    XLA accepts no variables here, because no device holds any. In the graph of the function each
+    read of a variable is replaced by its current value: the last one assigned, or the initial one.
+    Any other operation on a variable is an error.
 
     Args:
-      function: as strategy.run would get it.
-      args: of it; only the shapes and dtypes of tensors matter.
-      constants: Keras variables that it merely reads, within control flow too.
+      function: function to pass to strategy.run.
+      args: its arguments; only the shapes and dtypes of tensors matter.
+      constants: Keras variables that the function only reads, possibly inside control flow.
 
     Returns:
-      A function that gives the results and the new values of what was assigned; what it takes:
-      the tensors of args, and the variables that are read; and the variables that are assigned.
+      A function that returns the results and the new values of the assigned variables; its inputs,
+      which are the tensors of args and the variables read; and the assigned variables.
     """
     flat = tf.nest.flatten(args)
     tensors = [a for a in flat if isinstance(a, tf.Tensor)]
@@ -104,7 +103,7 @@ def without_variables(function, args=(), constants=()):
     given = [*tensors, *constants]
     graph = tf.function(call, autograph=False).get_concrete_function(*_specs(given)).graph
     variables = _by_handle(graph)
-    graph_def, last = _of_values(graph, variables)
+    graph_def, last = _replace_variables(graph, variables)
     names = [t.op.name for t in graph.inputs if t.dtype != tf.resource]
     inputs = dict(zip(names, given, strict=True))
     read = {name.split(":")[0] for node in graph_def.node for name in node.input}
@@ -122,7 +121,7 @@ def _specs(values):
 
 
 def _by_handle(graph):
-    """Gives the variables by the names that their handles have in the graph."""
+    """Returns the variables by the names of their handles in the graph."""
     variables = {id(v.handle): v for v in graph.variables}
     return {
         inner.op.name: variables[id(outer)]
@@ -131,23 +130,23 @@ def _by_handle(graph):
     }
 
 
-def _of_values(graph, variables):
-    """Gives the graph of values, and the last ones of what was assigned."""
+def _replace_variables(graph, variables):
+    """Returns the graph without variables, and the last value of each assigned variable."""
     now, last = {name: name for name in variables}, {}
     graph_def = graph.as_graph_def()
-    # In the order in which the operations were made, which is the program's.
+    # The nodes are in the order of their creation, which is the order of the program.
     for node in graph_def.node:
         inputs = [name for name in node.input if not name.startswith("^")]
         handle, *rest = inputs or [""]
         if handle not in variables:
             node.input[:] = inputs
         elif node.op == "ReadVariableOp":
-            _become(node, "Identity", [now[handle]])
+            _rewrite(node, "Identity", [now[handle]])
         elif node.op == "AssignVariableOp":
-            _become(node, "Identity", rest)
+            _rewrite(node, "Identity", rest)
             now[handle] = last[handle] = f"{node.name}:0"
         elif node.op in ("AssignAddVariableOp", "AssignSubVariableOp"):
-            _become(node, {"A": "AddV2", "S": "Sub"}[node.op[6]], [now[handle], *rest])
+            _rewrite(node, {"A": "AddV2", "S": "Sub"}[node.op[6]], [now[handle], *rest])
             now[handle] = last[handle] = f"{node.name}:0"
         else:
             raise NotImplementedError(f"{node.op} of {variables[handle].name}")
@@ -157,7 +156,7 @@ def _of_values(graph, variables):
     return graph_def, last
 
 
-def _become(node, op, inputs):
+def _rewrite(node, op, inputs):
     dtype = node.attr["dtype"].type
     node.op, node.input[:] = op, inputs
     node.attr.clear()
@@ -165,15 +164,15 @@ def _become(node, op, inputs):
 
 
 def check_runs_on_a_core(hlo):
-    """Finds sizes that are only known at run time, and whatever waits for the host."""
-    # A bound in the place of a size, as in f32[<=8,10].
+    """Checks that every size is static and that nothing waits for the host."""
+    # A size known only at run time has a bound, as in f32[<=8,10].
     assert re.findall(r"\[[^]\n]*<=[^]\n]*\]", hlo) == []
     assert {"infeed", "outfeed", "recv", "send"} & set(opcodes(hlo)) == set()
-    # What the TPU's compiler has ready-made.
+    # The TPU's compiler provides this operation.
     assert set(re.findall(r'custom_call_target="(\w+)"', hlo)) <= {"ResizeBilinear"}
 
 
 def opcodes(hlo):
-    """Counts each of XLA's operations."""
+    """Counts the operations of each kind in HLO."""
     instruction = r"^\s+(?:ROOT )?\S+ = (?:\(.*?\)|\S+) ([a-z][a-z-]*)\("
     return collections.Counter(re.findall(instruction, hlo, flags=re.MULTILINE))

@@ -1,6 +1,6 @@
 """A training step with each kind of BatchNormalization lowers for TPU.
 
-What that proves and what it doesn't stands in test_networks_tpu.
+See test_networks_tpu for what that proves and what it does not.
 """
 
 import keras
@@ -29,7 +29,7 @@ pytest.importorskip("libtpu", reason="the wheel tensorflow-tpu is not installed:
     ids=str,
 )
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
-def test_a_training_step(on_a_core, policy, arguments, collectives):
+def test_a_training_step_lowers(on_a_core, policy, arguments, collectives):
     keras.config.set_dtype_policy(policy)
     inputs = keras.Input((16, 16, 3), batch_size=8)
     x = keras.layers.Conv2D(8, 3, strides=2, padding="same", use_bias=False)(inputs)

@@ -1,4 +1,4 @@
-"""What the other tests here go by."""
+"""Tests of `lowering`, which the other tests here rely on."""
 
 import keras
 import lowering
@@ -10,7 +10,7 @@ from bn_keras import SigmoidMLP
 from bn_keras.training.step import Trainer
 
 
-def test_a_step_of_values_is_the_step():
+def test_a_step_without_variables_equals_the_step():
     model = SigmoidMLP(classes=4, input_shape=(6,), units=(5, 5))
     optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
     trainer = Trainer(model, optimizer, tf.distribute.get_strategy(), 8, l2=1e-3, ema=0.9)
@@ -27,13 +27,13 @@ def test_a_step_of_values_is_the_step():
         np.testing.assert_allclose(variable.numpy(), value, rtol=1e-6, atol=1e-7)
 
 
-def test_what_else_is_done_to_a_variable_is_an_error():
+def test_an_unsupported_operation_on_a_variable_raises():
     variable = tf.Variable(tf.zeros([3, 2]))
     with pytest.raises(NotImplementedError, match="ResourceGather"):
         lowering.without_variables(lambda: tf.gather(variable, [0, 1]))
 
 
-def test_a_size_that_depends_on_values_is_seen():
+def test_a_size_that_depends_on_values_is_found():
     pytest.importorskip(
         "libtpu", reason="the wheel tensorflow-tpu is not installed: make tpu-check"
     )
@@ -42,7 +42,7 @@ def test_a_size_that_depends_on_values_is_seen():
         lowering.check_runs_on_a_core(hlo)
 
 
-def test_what_only_the_host_can_do_does_not_lower():
+def test_an_operation_of_the_host_does_not_lower():
     pytest.importorskip(
         "libtpu", reason="the wheel tensorflow-tpu is not installed: make tpu-check"
     )

@@ -1,17 +1,15 @@
-"""The steps of the ImageNet configs lower for TPU, as they are handed to its cores.
+"""The steps of the ImageNet configs lower for TPU (no TPU needed).
 
-What lowers is what the training loop and the evaluation give to strategy.run, at full size:
-forward pass, losses, backward pass, L2, the sum of the gradients over 8 cores, SGD with momentum
-and the schedule, moving statistics, random generators, averaged weights. XLA's kernels for TPU
-exist for all of it, every size is known beforehand, and nothing waits for the host.
+The tests lower the functions that the training loop and the evaluation pass to strategy.run, at
+full size: forward pass, losses, backward pass, L2, the sum of the gradients over 8 cores, SGD with
+momentum and schedule, moving statistics, random generators, EMA of the weights. They prove that XLA
+has a TPU kernel for each operation, that every size is static, and that nothing waits for the host.
 
-It doesn't prove that a TPU's own compiler, which comes after this, takes it and has the memory; nor
-what a TPU computes, and how fast; nor TPUStrategy itself, of which the collective and the replica's
-number are stood in for, its copies of variables and the loop on the host around the steps not at
-all; nor the input.
+They do not prove that the TPU's own compiler, which runs after this, accepts the result and that it
+fits in memory; nor what a TPU computes, and how fast. TPUStrategy itself is not tested: fakes
+replace its collective and its replica id, and its copies of variables and the host loop around the
+steps are left out. The input pipeline is not tested either.
 """
-
-import importlib
 
 import lowering
 import pytest
@@ -20,8 +18,9 @@ import tensorflow as tf
 from bn_keras import BatchNormalization
 from bn_keras.data import pipeline
 from bn_keras.data.multi_crop import Crops
-from bn_keras.inference.evaluation import make_ensemble_evaluator
 from bn_keras.training.build import build_trainer
+from bn_keras.training.config_files import load_config
+from bn_keras.training.evaluator import Evaluator
 
 pytest.importorskip("libtpu", reason="the wheel tensorflow-tpu is not installed: make tpu-check")
 
@@ -42,17 +41,14 @@ EVERYTHING = {
 
 
 def read_config(name, **overrides):
-    name, _, member = name.partition(":")
-    get_config = importlib.import_module(f"configs.{name}").get_config
-    config = get_config(member) if member else get_config()
-    config = config.copy_and_resolve_references()
+    config = load_config(name).copy_and_resolve_references()
     config.train.global_batch_size = PER_REPLICA_BATCH_SIZE * lowering.NUM_CORES
     config.update_from_flattened_dict(overrides)
     return config
 
 
 def lower_steps(trainer, labels):
-    """Lowers what the training loop hands over; gives the HLO by the functions' names."""
+    """Lowers the functions that the training loop passes on; returns HLO by function name."""
     trainer.strategy = recorder = lowering.Recorder(trainer.strategy)
     images = tf.zeros([PER_REPLICA_BATCH_SIZE, *IMAGE_SHAPE])
     trainer.trace(iter(tf.data.Dataset.from_tensors((images, labels)).repeat()))
@@ -73,7 +69,7 @@ def count_batch_norms(model):
     "name",
     ["inception", "bn_baseline", "bn_x5", "bn_x30", "bn_x5_sigmoid", "bn_x30_ensemble:6"],
 )
-def test_a_training_step(on_a_core, name):
+def test_a_training_step_lowers(on_a_core, name):
     config = read_config(name)
     strategy = tf.distribute.get_strategy()
     trainer = build_trainer(config, strategy, IMAGE_SHAPE, CLASSES, TRAIN_EXAMPLES)
@@ -82,12 +78,12 @@ def test_a_training_step(on_a_core, name):
     counts = lowering.opcodes(steps["_step_whole"])
     layers = count_batch_norms(trainer.model)
     assert counts["batch-norm-training"] == counts["batch-norm-grad"] == layers
-    # Nothing but gradients crosses cores.
+    # Only gradients cross cores.
     assert counts["all-reduce"] == len(trainer.model.trainable_variables)
 
 
-def test_a_training_step_with_every_option(on_a_core):
-    """Labels are mixtures, as of MixUp and CutMix."""
+def test_a_training_step_with_every_option_lowers(on_a_core):
+    """Labels are mixtures, as with MixUp and CutMix."""
     config = read_config("bn_x5", **EVERYTHING)
     strategy = tf.distribute.get_strategy()
     trainer = build_trainer(config, strategy, IMAGE_SHAPE, CLASSES, TRAIN_EXAMPLES)
@@ -103,15 +99,15 @@ def test_a_training_step_with_every_option(on_a_core):
 
 
 @pytest.mark.parametrize("crops", ["1", "144"])
-def test_an_evaluation_step(on_a_core, monkeypatch, crops):
-    """Where there are 144, the core cuts and resizes them, and has the network called in a loop."""
+def test_an_evaluation_step_lowers(on_a_core, monkeypatch, crops):
+    """For 144 crops the core cuts and resizes them and calls the network in a loop."""
     config = read_config("bn_x30", **{"data.name": "synthetic"})
-    data = pipeline.open_data(config.data, seed=0)
+    data = pipeline.open_data(**config.data, seed=0)
     strategy = tf.distribute.get_strategy()
     trainer = build_trainer(config, strategy, IMAGE_SHAPE, CLASSES, TRAIN_EXAMPLES)
     model = trainer.inference_model
     recorder = lowering.Recorder(strategy)
-    evaluate = make_ensemble_evaluator([model], data, recorder, 32, Crops.parse(crops))
+    evaluate = Evaluator([model], data, recorder, 32, Crops.parse(crops))
 
     class Traced(Exception):
         pass

@@ -1,12 +1,12 @@
-"""What no TPU process could run isn't in the package."""
+"""The package contains nothing that a TPU process cannot run."""
 
 import pathlib
 
 import bn_keras
 
 
-def test_nothing_asks_for_jit_compile():
-    """In a process with a TPU it compiles for the host; strategy.run compiles for the TPU itself.
+def test_the_package_does_not_use_jit_compile():
+    """In a TPU process jit_compile compiles for the host; strategy.run compiles for the TPU itself.
 
     Source: keras#19448.
     """
