@@ -12,7 +12,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import tensorflow as tf
-from _timing import compare, table
+from _timing import compare, print_table
 
 from bn_keras import BatchNormalization, BNInception, fold_batch_norm
 
@@ -49,7 +49,7 @@ def networks(policy):
         # Single images are short: the median takes more of them.
         rounds = 12 if batch == 1 else 6
         rows[f"{batch}×{SIDE}²"] = compare(functions, rounds=rounds, block=3)
-    table(f"Inference of BN-Inception, {policy}", rows, RATIOS)
+    print_table(f"Inference of BN-Inception, {policy}", rows, RATIOS)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import tensorflow as tf
-from _timing import compare, table
+from _timing import compare, print_table
 from batch_norm_networks import CLASSES, SIDE, _step
 from batch_norm_networks import IMAGES as TRAINING_BATCH
 
@@ -115,7 +115,7 @@ def main(precisions):
         }
         rows[f"training {TRAINING_BATCH}, {precision}"] = compare(functions, rounds=4, block=2)
     ratios = {"pytorchcv/ours": ("pytorchcv", "ours")}
-    table(f"BN-Inception, images of {SIDE}x{SIDE}", rows, ratios)
+    print_table(f"BN-Inception, images of {SIDE}x{SIDE}", rows, ratios)
 
 
 if __name__ == "__main__":
