@@ -1,4 +1,8 @@
-"""Batch normalization (Ioffe & Szegedy 2015) for TensorFlow and Keras."""
+"""Batch normalization (Ioffe & Szegedy 2015) for TensorFlow and Keras.
+
+Importing this package loads only TensorFlow, Keras, NumPy, h5py and the layer library. The trainer
+is in the subpackages `data` to `training`.
+"""
 
 import importlib.util
 import os
@@ -7,11 +11,11 @@ __version__ = "0.1.0"
 
 if importlib.util.find_spec("tensorflow") is None:
     raise ImportError(
-        "bn_keras needs TensorFlow and found none: install exactly one of its extras,"
-        " 'bn_keras[cpu]', 'bn_keras[gpu]' or 'bn_keras[tpu]'."
+        "bn_keras needs TensorFlow, which is not installed: install exactly one of the extras"
+        " 'bn_keras[cpu]', 'bn_keras[gpu]' and 'bn_keras[tpu]'."
     )
 
-# Keras reads it when it is imported; unset, a keras.json could name another backend.
+# Keras reads this variable on import. Without it, a keras.json could select another backend.
 _backend = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 if _backend != "tensorflow":
     raise ImportError(
@@ -27,19 +31,45 @@ if keras.backend.backend() != "tensorflow":
         f" {keras.backend.backend()!r}: import bn_keras first, or set KERAS_BACKEND=tensorflow."
     )
 
-from bn_keras import health  # noqa: E402
 from bn_keras.batch_norm import BatchNormalization  # noqa: E402
-from bn_keras.convert import replace_batch_norm  # noqa: E402
-from bn_keras.fold import fold_batch_norm  # noqa: E402
+from bn_keras.convert import (  # noqa: E402
+    convert_weights,
+    from_pytorch,
+    from_slim,
+    replace_batch_norm,
+)
+from bn_keras.cost import Cost, LayerCost, count_cost  # noqa: E402
+from bn_keras.errors import UsageError  # noqa: E402
+from bn_keras.fold import FoldReport, fold_batch_norm  # noqa: E402
+from bn_keras.health import Finding, HealthReport, check_batch_norm  # noqa: E402
+from bn_keras.merge import MergeMovingStatistics, merge_moving_statistics  # noqa: E402
 from bn_keras.models import BNInception, SigmoidMLP  # noqa: E402
-from bn_keras.population import estimate_population_statistics  # noqa: E402
+from bn_keras.population import (  # noqa: E402
+    LayerReport,
+    PopulationReport,
+    estimate_population_statistics,
+)
 
 __all__ = [
     "BNInception",
     "BatchNormalization",
+    "Cost",
+    "Finding",
+    "FoldReport",
+    "HealthReport",
+    "LayerCost",
+    "LayerReport",
+    "MergeMovingStatistics",
+    "PopulationReport",
     "SigmoidMLP",
+    "UsageError",
+    "check_batch_norm",
+    "convert_weights",
+    "count_cost",
     "estimate_population_statistics",
     "fold_batch_norm",
-    "health",
+    "from_pytorch",
+    "from_slim",
+    "merge_moving_statistics",
     "replace_batch_norm",
 ]

@@ -1,4 +1,4 @@
-"""The auxiliary classifier is trained and saved along, and nobody but the trainer sees it."""
+"""The auxiliary classifier is trained and saved, and used only by the trainer."""
 
 import keras
 import numpy as np
@@ -38,8 +38,8 @@ def small_config():
     return config
 
 
-def test_it_is_saved_and_resumed_but_not_loaded(tmp_path, monkeypatch):
-    # Three graphs are traced: the module in front of it will do.
+def test_auxiliary_classifier_is_saved_and_resumed_but_not_loaded(tmp_path, monkeypatch):
+    # One module is enough and saves time, since the test traces three graphs.
     shorten_figure_5(monkeypatch, "4d")
     unbroken = train_and_evaluate(small_config(), tmp_path / "unbroken")
     take_steps = Trainer.train
@@ -67,11 +67,11 @@ def test_it_is_saved_and_resumed_but_not_loaded(tmp_path, monkeypatch):
     assert len(values) == len(model.variables)
     for value, variable in zip(values, model.variables, strict=True):
         np.testing.assert_array_equal(value, variable.numpy())
-    # Two convolutions with BN and the linear layer.
+    # The auxiliary classifier has two convolutions with BN and a linear layer.
     assert sum(key.startswith("auxiliary/") for key in keys) == 2 * (1 + 4) + 2
 
 
-def test_its_weighted_loss_enters_the_gradient_alone():
+def test_auxiliary_loss_enters_the_gradient_but_not_the_reported_loss():
     images = keras.Input([6])
     hidden = keras.layers.Dense(5, name="shared")(images)
     outputs = [keras.layers.Dense(3, name=name)(hidden) for name in ("logits", "auxiliary")]
@@ -99,7 +99,7 @@ def test_its_weighted_loss_enters_the_gradient_alone():
         np.testing.assert_allclose(variable.numpy(), value, rtol=1e-5, atol=1e-6)
 
 
-def test_the_rest_is_the_network_without_it():
+def test_without_auxiliary_equals_the_network_built_without_it():
     model = BNInception("bn_x5", auxiliary=True, **DIGITS)
     plain = BNInception("bn_x5", **DIGITS)
     assert model.output_names == ["logits", "auxiliary_logits"]
@@ -112,14 +112,14 @@ def test_the_rest_is_the_network_without_it():
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 1), (24, 40, 3), (None, None, 3)])
-def test_it_takes_any_size(shape):
+def test_auxiliary_classifier_accepts_any_image_size(shape):
     model = BNInception("bn_x5", auxiliary=True, **DIGITS | dict(input_shape=shape))
     size = [side or 32 for side in shape]
     logits, auxiliary = model(np.ones((2, *size), np.float32))
     assert logits.shape == auxiliary.shape == (2, 10)
 
 
-def test_it_is_trained_by_keras_too():
+def test_auxiliary_classifier_trains_with_keras_fit():
     model = BNInception("bn_x5", auxiliary=True, **DIGITS)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile("sgd", loss=[loss, loss], loss_weights=[1.0, 0.4])

@@ -1,4 +1,4 @@
-"""The networks have the paper's table, sizes, parameter counts and variants."""
+"""The networks agree with the paper's table, sizes, parameter counts and variants."""
 
 import functools
 import math
@@ -6,6 +6,7 @@ import math
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from bn_keras.batch_norm import BatchNormalization
 from bn_keras.errors import UsageError
@@ -34,27 +35,27 @@ def trainable_parameters(model):
         (128, True, 11_278_528),
     ],
 )
-def test_parameter_counts(pool_projection, separable_stem, parameters):
+def test_parameters_equal_the_counts_from_figure_5(pool_projection, separable_stem, parameters):
     model = BNInception(pool_projection=pool_projection, separable_stem=separable_stem)
     assert trainable_parameters(model) == parameters
 
 
-def test_parameters_of_the_caffe_ports():
-    # The count that pytorchcv asserts of its own.
+def test_preset_caffe_has_the_parameters_of_its_ports():
+    # pytorchcv asserts this count.
     assert trainable_parameters(BNInception(preset="caffe")) == 11_295_240
 
 
-def test_variables_of_tf_slim():
-    # The count that TF-Slim's own test asserts, of the base with its moving statistics.
+def test_preset_slim_has_the_variables_of_tf_slim():
+    # TF-Slim's own test asserts this count, for the base with its moving statistics.
     model = BNInception(preset="slim")
     assert model.count_params() - model.get_layer("logits").count_params() == 10_173_112
 
 
-def test_parameters_with_the_auxiliary_classifier():
+def test_auxiliary_classifier_adds_the_expected_parameters():
     assert trainable_parameters(BNInception(auxiliary=True)) == 13_605_672
 
 
-def test_output_sizes_are_those_of_figure_5():
+def test_output_sizes_agree_with_figure_5():
     model = BNInception("bn_x5")
     sizes = {row.name: model.get_layer(row.name).output.shape[1:] for row in FIGURE_5}
     assert sizes == {
@@ -83,7 +84,7 @@ def layers_of(model, kind):
 
 @pytest.fixture
 def short_figure_5(monkeypatch):
-    """A module of each kind, since building all ten takes most of a test's time."""
+    """Reduces the network to one module of each kind; building all ten is slow."""
     rows = [row for row in FIGURE_5 if row.name in ("3a", "3c", "5b")]
     monkeypatch.setattr(inception, "FIGURE_5", rows)
 
@@ -110,7 +111,7 @@ def test_variants_differ_as_the_paper_says(variant):
     assert nonlinearity == {"sigmoid" if variant.endswith("_sigmoid") else "relu"}
 
 
-# Section 4.2.3 lists the changes; which member has which is ours.
+# Section 4.2.3 lists the changes; their assignment to the members is ours.
 @pytest.mark.parametrize(
     "member, scale, dropout, per_activation",
     [
@@ -122,7 +123,7 @@ def test_variants_differ_as_the_paper_says(variant):
         (6, 1.0, [0.1], True),
     ],
 )
-def test_members_of_the_ensemble(member, scale, dropout, per_activation, short_figure_5):
+def test_ensemble_members_differ_as_listed(member, scale, dropout, per_activation, short_figure_5):
     assert sum("ensemble" in variant for variant in VARIANTS) == 6
     model = small(f"bn_x30_ensemble_{member}", kernel_initializer="ones")
     assert [d.rate for d in layers_of(model, keras.layers.Dropout)] == dropout
@@ -138,7 +139,7 @@ def test_members_of_the_ensemble(member, scale, dropout, per_activation, short_f
     [(variant, "paper") for variant in VARIANTS]
     + [(variant, preset) for variant in ("inception", "bn_x30") for preset in ("slim", "caffe")],
 )
-def test_no_bias_stands_in_front_of_bn_but_in_caffes_ports(variant, preset, short_figure_5):
+def test_only_preset_caffe_has_a_bias_before_bn(variant, preset, short_figure_5):
     model = small(variant, preset=preset, stem="imagenet", input_shape=(32, 32, 3))
     for conv in layers_of(model, keras.layers.Conv2D):
         (following,) = (node.operation for node in conv._outbound_nodes)
@@ -151,7 +152,7 @@ def test_no_bias_stands_in_front_of_bn_but_in_caffes_ports(variant, preset, shor
 @pytest.mark.parametrize(
     "preset, epsilon, gamma", [("paper", 1e-3, True), ("slim", 1e-3, False), ("caffe", 1e-5, True)]
 )
-def test_bn_of_the_presets(preset, epsilon, gamma, short_figure_5):
+def test_presets_configure_bn(preset, epsilon, gamma, short_figure_5):
     for bn in layers_of(small(preset=preset), BatchNormalization):
         assert (bn.epsilon, bn.scale, bn.center) == (epsilon, gamma, True)
     for bn in layers_of(small(preset=preset, epsilon=0.1, gamma=not gamma), BatchNormalization):
@@ -160,7 +161,7 @@ def test_bn_of_the_presets(preset, epsilon, gamma, short_figure_5):
 
 @pytest.mark.parametrize("preset", ["paper", "slim", "caffe"])
 @pytest.mark.parametrize("separable_bn", [False, True])
-def test_bn_behind_the_separable_convolution_is_an_option(preset, separable_bn, short_figure_5):
+def test_bn_after_the_separable_convolution_is_optional(preset, separable_bn, short_figure_5):
     model = small(preset=preset, separable_stem=True, separable_bn=separable_bn)
     (conv,) = layers_of(model, keras.layers.SeparableConv2D)
     assert conv.use_bias == (not separable_bn or preset == "caffe")
@@ -169,9 +170,9 @@ def test_bn_behind_the_separable_convolution_is_an_option(preset, separable_bn, 
     assert {"stem_2_bn", "5b_1x1_bn"} < normalized
 
 
-# PyTorch's rules: floor((n + 2p - k) / 2) + 1, and for the pools, with p = 0, the ceiling.
+# PyTorch's rules: floor((n + 2p - k) / 2) + 1; for pools p = 0 and the ceiling.
 @pytest.mark.parametrize("side", [32, 33, 64, 224])
-def test_caffes_sizes_are_those_of_pytorch(side):
+def test_map_sizes_of_preset_caffe_agree_with_pytorch(side):
     def conv(n, k):
         return (n + 2 * (k // 2) - k) // 2 + 1
 
@@ -189,10 +190,10 @@ def test_caffes_sizes_are_those_of_pytorch(side):
     assert model.get_layer("5b").output.shape[1] == conv(conv(third, 3), 3)
 
 
-# A kernel of ones on ones counts the pixels under it: 7x7 less what lies in the padding, of which
-# 32 pixels at stride 2 need 2 in front and 3 behind; Caffe has 3 and 3.
+# A kernel of ones on ones counts the pixels under it: 7x7 minus the padding. For 32 pixels and
+# stride 2, TensorFlow pads 2 before and 3 after; Caffe pads 3 and 3.
 @pytest.mark.parametrize("preset, covered", [("paper", 5 * 5), ("caffe", 4 * 4)])
-def test_where_convolutions_of_stride_2_begin(preset, covered, short_figure_5):
+def test_presets_pad_convolutions_of_stride_2(preset, covered, short_figure_5):
     model = small(
         preset=preset,
         separable_stem=False,
@@ -204,9 +205,9 @@ def test_where_convolutions_of_stride_2_begin(preset, covered, short_figure_5):
     assert float(convolved(np.ones((1, 32, 32, 1)))[0, 0, 0, 0]) == covered
 
 
-# (x[i-1] + x[i] + x[i+1]) / 3 in either direction, with zeros around: PyTorch counts its padding.
+# PyTorch counts the padding in (x[i-1] + x[i] + x[i+1]) / 3, in both directions.
 @pytest.mark.parametrize("preset, corner", [("paper", 1.0), ("slim", 1.0), ("caffe", 4 / 9)])
-def test_what_average_pools_count(preset, corner):
+def test_presets_average_over_the_padding_or_not(preset, corner):
     model = small(preset=preset)
     pool = model.get_layer("3a_pool")
     start = model.get_layer("3a_pool_pad") if preset == "caffe" else pool
@@ -222,7 +223,7 @@ def test_width_scales_every_convolution():
     assert [round(f / 2) for f in full] == half
 
 
-def test_kernels_of_one_shape_are_drawn_apart():
+def test_kernels_of_one_shape_have_different_initial_values():
     model = small(kernel_initializer=keras.initializers.HeNormal())
     first, second = (model.get_layer(f"{m}_3x3_conv").kernel.numpy() for m in ("4a", "3b"))
     assert first.shape == second.shape
@@ -236,7 +237,7 @@ def test_logits_are_float32_under_mixed_precision():
     assert model(np.ones((2, 8, 8, 1), np.float32)).dtype == "float32"
 
 
-def test_local_response_normalization_is_caffes():
+def test_local_response_normalization_agrees_with_caffe():
     x = np.random.default_rng(0).normal(size=(2, 3, 3, 7)).astype(np.float32) * 50
     padded = np.pad(x.astype(np.float64) ** 2, [(0, 0)] * 3 + [(2, 2)])
     window = sum(padded[..., i : i + 7] for i in range(5))
@@ -248,7 +249,7 @@ def test_local_response_normalization_is_caffes():
     "build",
     [small, SigmoidMLP, lambda: small("bn_x30_ensemble_1"), lambda: small("bn_x30_ensemble_4")],
 )
-def test_a_saved_network_gives_the_same_logits(build, tmp_path, short_figure_5):
+def test_a_saved_network_has_the_same_logits(build, tmp_path, short_figure_5):
     model = build()
     images = np.random.default_rng(0).normal(size=(3, *model.input_shape[1:])).astype(np.float32)
     model.save(tmp_path / "model.keras")
@@ -256,7 +257,7 @@ def test_a_saved_network_gives_the_same_logits(build, tmp_path, short_figure_5):
     np.testing.assert_array_equal(model(images), loaded(images))
 
 
-def test_mlp_has_bn_before_each_sigmoid_and_no_bias_there():
+def test_mlp_has_bn_instead_of_a_bias_before_each_sigmoid():
     kinds = [type(layer).__name__ for layer in SigmoidMLP("bn").layers[2:-1]]
     assert kinds == ["Dense", "BatchNormalization", "Activation"] * 3
     biased = [layer.use_bias for layer in layers_of(SigmoidMLP("baseline"), keras.layers.Dense)]
@@ -266,7 +267,7 @@ def test_mlp_has_bn_before_each_sigmoid_and_no_bias_there():
 
 
 @pytest.mark.parametrize("stem, smallest", [("imagenet", 32), ("cifar", 8), ("digits", 4)])
-def test_the_smallest_image_is_accepted_and_a_smaller_one_refused(stem, smallest):
+def test_images_smaller_than_the_total_stride_are_rejected(stem, smallest):
     assert set(STEMS) == {"imagenet", "cifar", "digits"}
     model = small(stem=stem, input_shape=(smallest, smallest, 3))
     assert model.get_layer("5b").output.shape[1:3] == (1, 1)
@@ -277,33 +278,36 @@ def test_the_smallest_image_is_accepted_and_a_smaller_one_refused(stem, smallest
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(variant="bn_x7"), "unknown variant 'bn_x7': accepted are inception, bn_baseline"),
-        (dict(stem="huge"), "unknown stem 'huge': accepted are imagenet, cifar, digits"),
-        (dict(preset="mxnet"), "unknown preset 'mxnet': accepted are paper, slim, caffe"),
-        (dict(preset="caffe", input_shape=(10, 10, 1)), "module 4e gets maps of 5x5"),
-        (dict(classes=0), "classes is 0"),
-        (dict(width=0), "width is 0"),
-        (dict(pool_projection=-96), "pool_projection is -96"),
-        (dict(dropout=1.0), "dropout is 1.0"),
-        (dict(initializer_scale=0.0), "initializer_scale is 0.0"),
-        (dict(pooling="sum"), "unknown pooling 'sum': accepted are 'avg', 'max' and None"),
-        (dict(pooling="max"), "pooling='max' with include_top=True"),
-        (dict(auxiliary=True, include_top=False), "auxiliary=True with include_top=False"),
+        (dict(variant="bn_x7"), "unknown variant 'bn_x7': expected one of inception, bn_baseline"),
+        (dict(stem="huge"), "unknown stem 'huge': expected one of imagenet, cifar, digits"),
+        (dict(preset="mxnet"), "unknown preset 'mxnet': expected one of paper, slim, caffe"),
+        (dict(preset="caffe", input_shape=(10, 10, 1)), "module 4e cannot halve its 5x5 maps"),
+        (dict(classes=0), "classes=0 is invalid: expected a positive integer"),
+        (dict(width=0), "width=0 is invalid: expected a positive number"),
+        (dict(pool_projection=-96), "pool_projection=-96 is invalid"),
+        (dict(dropout=1.0), r"dropout=1.0 is invalid: expected a number in \[0, 1\)"),
+        (dict(initializer_scale=0.0), "initializer_scale=0.0 is invalid"),
+        (dict(pooling="sum"), "unknown pooling 'sum': expected 'avg', 'max' or None"),
+        (dict(pooling="max"), "pooling='max' requires include_top=False"),
+        (dict(auxiliary=True, include_top=False), "auxiliary=True requires include_top=True"),
         (dict(classifier_activation="sofmax"), "unknown classifier_activation 'sofmax'"),
-        (dict(weights="nowhere.weights.h5"), "'nowhere.weights.h5' can't be read: give the path"),
-        (dict(variant="bn_x30_ensemble_4", input_shape=(None, None, 3)), "has no known size"),
-        (dict(input_shape=(8, 8, None)), "has to be \\(height, width, channels\\)"),
-        (dict(input_shape=(8, 8, 0)), "has to be \\(height, width, channels\\)"),
-        (dict(input_shape=(8, 8)), "has to be \\(height, width, channels\\)"),
+        (
+            dict(weights="nowhere.weights.h5"),
+            "'nowhere.weights.h5' cannot be read",
+        ),
+        (dict(variant="bn_x30_ensemble_4", input_shape=(None, None, 3)), "has an unknown size"),
+        (dict(input_shape=(8, 8, None)), "expected \\(height, width, channels\\)"),
+        (dict(input_shape=(8, 8, 0)), "expected \\(height, width, channels\\)"),
+        (dict(input_shape=(8, 8)), "expected \\(height, width, channels\\)"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(options, message):
+def test_invalid_arguments_are_rejected(options, message):
     with pytest.raises(UsageError, match=message):
         small(**options)
 
 
-def test_an_unknown_mlp_is_refused():
-    with pytest.raises(UsageError, match="accepted are baseline, bn"):
+def test_an_unknown_mlp_is_rejected():
+    with pytest.raises(UsageError, match="expected one of baseline, bn"):
         SigmoidMLP("bn_x5")
 
 
@@ -331,7 +335,7 @@ def test_features_and_logits_are_parts_of_one_network(tmp_path, short_figure_5):
     )
 
 
-def test_every_module_gives_features():
+def test_every_module_is_a_layer_to_extract_features_from():
     model = small(input_shape=(None, None, 3))
     outputs = [model.get_layer(row.name).output for row in FIGURE_5]
     features = keras.Model(model.input, outputs)(images_of(model, (24, 40)))
@@ -342,7 +346,7 @@ def test_every_module_gives_features():
 
 
 @pytest.mark.parametrize("name", ["network.weights.h5", "network.keras"])
-def test_weights_come_back_from_a_file(name, tmp_path, short_figure_5):
+def test_weights_survive_a_round_trip(name, tmp_path, short_figure_5):
     model = small("bn_baseline")
     for variable in model.variables:
         if variable.dtype == "float32":
@@ -350,6 +354,15 @@ def test_weights_come_back_from_a_file(name, tmp_path, short_figure_5):
     save = model.save if name.endswith(".keras") else model.save_weights
     save(tmp_path / name)
     loaded = small("bn_baseline", weights=tmp_path / name)
+    np.testing.assert_array_equal(loaded(images_of(model)), model(images_of(model)))
+
+
+def test_weights_load_from_any_file_system_of_tensorflow(tmp_path, short_figure_5):
+    """ram:// stands for gs://, which needs a network."""
+    model = small()
+    model.save_weights(tmp_path / "network.weights.h5")
+    tf.io.gfile.copy(str(tmp_path / "network.weights.h5"), "ram://network.weights.h5")
+    loaded = small(weights="ram://network.weights.h5")
     np.testing.assert_array_equal(loaded(images_of(model)), model(images_of(model)))
 
 
@@ -367,7 +380,7 @@ def test_weights_come_back_from_a_file(name, tmp_path, short_figure_5):
         (dict(auxiliary=True), "5 missing \\(auxiliary_reduce_conv, .*, 2 more\\)"),
     ],
 )
-def test_weights_of_another_network_are_one_line(options, message, tmp_path, monkeypatch):
+def test_weights_of_another_network_are_rejected(options, message, tmp_path, monkeypatch):
     rows = [row for row in FIGURE_5 if row.name in ("3a", "3c", "4d", "5b")]
     monkeypatch.setattr(inception, "FIGURE_5", rows)
     small().save_weights(tmp_path / "other.weights.h5")
@@ -376,15 +389,15 @@ def test_weights_of_another_network_are_one_line(options, message, tmp_path, mon
     assert "\n" not in str(raised.value)
 
 
-def test_a_file_of_something_else_is_one_line(tmp_path, short_figure_5):
+def test_other_files_are_rejected_as_weights(tmp_path, short_figure_5):
     (tmp_path / "a.weights.h5").write_text("no weights")
     (tmp_path / "a.keras").write_text("no weights")
     for name in ("a.weights.h5", "a.keras"):
-        with pytest.raises(UsageError, match="can't be read: give the path"):
+        with pytest.raises(UsageError, match="cannot be read: expected a .weights.h5"):
             load_weights(small(), tmp_path / name)
 
 
-def test_a_damaged_file_is_one_line(tmp_path, short_figure_5):
+def test_a_damaged_file_is_rejected(tmp_path, short_figure_5):
     model = small()
     model.save_weights(tmp_path / "a.weights.h5")
     model.save(tmp_path / "a.keras")
@@ -393,17 +406,17 @@ def test_a_damaged_file_is_one_line(tmp_path, short_figure_5):
     archive[archive.index(model.get_layer("logits").kernel.numpy().tobytes())] ^= 1
     damaged = {
         "short.weights.h5": hdf5[: len(hdf5) // 2],
-        # Where the names of its groups are.
+        # The heap contains the names of the groups.
         "nameless.weights.h5": hdf5.replace(b"HEAP", b"PAEH"),
         "flipped.keras": archive,
     }
     for name, content in damaged.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UsageError, match="can't be read: give the path"):
+        with pytest.raises(UsageError, match="cannot be read: expected a .weights.h5"):
             load_weights(model, tmp_path / name)
 
 
-def test_weights_that_do_not_fit_change_nothing(tmp_path, short_figure_5):
+def test_weights_that_do_not_fit_leave_the_model_unchanged(tmp_path, short_figure_5):
     small(classes=12).save_weights(tmp_path / "other.weights.h5")
     model = small()
     before = model.get_weights()

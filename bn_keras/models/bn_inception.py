@@ -1,10 +1,10 @@
-"""Figure 5 of the paper as a table of rows, and the one builder of all its networks."""
+"""Figure 5 of the paper as a table of modules, and the builder of all its networks."""
 
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import keras
 import tensorflow as tf
@@ -16,16 +16,16 @@ from bn_keras.models.weights_file import load_weights
 
 
 class Row(NamedTuple):
-    """An Inception module of Figure 5; the numbers are output channels.
+    """One Inception module of Figure 5; the numbers are output channels.
 
     Attributes:
       name: the paper's name of the module.
-      stride: 2 halves the map; such a module passes its pool on unprojected.
-      conv1x1: of the 1x1 branch; 0 leaves the branch out.
-      reduce3x3, conv3x3: of the 1x1 and the 3x3 convolution of the 3x3 branch.
-      reduce_double, conv_double: of the 1x1 and of both 3x3 of the double branch.
-      pool: "avg" or "max", 3x3 with the module's stride.
-      projection: of the 1x1 convolution after the pool; 0 passes the pool on as it is.
+      stride: 1, or 2 for a module that halves the map.
+      conv1x1: the 1x1 branch; 0 omits it.
+      reduce3x3, conv3x3: the 1x1 and the 3x3 convolution of the 3x3 branch.
+      reduce_double, conv_double: the 1x1 and both 3x3 convolutions of the double 3x3 branch.
+      pool: "avg" or "max"; the window is 3x3, with the stride of the module.
+      projection: the 1x1 convolution after the pool; 0 omits it.
     """
 
     name: str
@@ -39,8 +39,8 @@ class Row(NamedTuple):
     projection: int
 
 
-# 4c and 4d with the paper's projection of 128 contradict its stated 576 output channels; 96
-# satisfies every stated size, so that the builder's pool_projection replaces these two.
+# The paper's projection of 128 in 4c and 4d contradicts its output size of 576 channels; 96 agrees
+# with every output size. A preset's pool_projection replaces these two values.
 FIGURE_5 = (
     Row("3a", 1, 64, 64, 64, 64, 96, "avg", 32),
     Row("3b", 1, 64, 64, 96, 64, 96, "avg", 64),
@@ -56,11 +56,11 @@ FIGURE_5 = (
 
 
 class Stem(NamedTuple):
-    """What precedes module 3a.
+    """The layers before module 3a.
 
     Attributes:
-      size, stride: of the first convolution.
-      separable: whether it is a separable one with depth multiplier 8.
+      size, stride: kernel size and stride of the first convolution.
+      separable: whether the first convolution is separable, with depth multiplier 8.
       pools: whether a 3x3 max pool of stride 2 follows each of the stem's two stages.
     """
 
@@ -78,16 +78,16 @@ STEMS = {
 
 
 class Variant(NamedTuple):
-    """What tells the networks of sections 4.2.2 and 4.2.3 apart inside the model.
+    """One of the networks of sections 4.2.2 and 4.2.3, as far as the model differs.
 
     Attributes:
-      batch_norm: BN before every nonlinearity, in place of the biases.
+      batch_norm: whether BN replaces the bias before every nonlinearity.
       activation: the nonlinearity.
-      dropout: fraction dropped before the classifier.
-      local_response_normalization: in the stem, as GoogLeNet has it.
+      dropout: fraction of the features dropped before the classifier.
+      local_response_normalization: whether the stem has it, as in GoogLeNet.
       initializer_scale: factor on the initial weights of the convolutions.
-      per_activation_bn: whether BN in the last hidden layers, which are those of module 5b, has
-        statistics and parameters per activation instead of per feature map.
+      per_activation_bn: whether BN in the last hidden layers (module 5b) has statistics and
+        parameters per activation instead of per feature map.
     """
 
     batch_norm: bool
@@ -101,8 +101,8 @@ class Variant(NamedTuple):
 _INCEPTION = Variant(False, "relu", dropout=0.4, local_response_normalization=True)
 _ACCELERATED = Variant(True, "relu", dropout=0.0, local_response_normalization=False)
 
-# Section 4.2.3 says what was changed in the ensemble's six networks, but not in which of them. The
-# combinations are our choice, as are the factor 2 and module 5b as the "last hidden layers".
+# Section 4.2.3 lists the changes in the ensemble's six networks, but not which network has which.
+# The combinations are our choice, as are the factor 2 and module 5b as the "last hidden layers".
 ENSEMBLE = {
     "bn_x30_ensemble_1": _ACCELERATED._replace(initializer_scale=2.0),
     "bn_x30_ensemble_2": _ACCELERATED._replace(dropout=0.05),
@@ -125,18 +125,19 @@ VARIANTS = {
 
 
 class Preset(NamedTuple):
-    """How the network of one origin is built where Figure 5 leaves it open.
+    """The choices of one implementation where Figure 5 leaves the network open.
 
     Attributes:
-      pool_projection: channels projected after the pools of 4c and 4d.
-      separable_stem: whether the 7x7 convolution is a separable one.
-      separable_bn: whether BN follows the separable convolution, in place of a bias.
-      conv_bias: whether the convolutions in front of BN have a bias as well.
-      gamma: whether BN has a gamma; beta it has always.
+      pool_projection: channels of the projection after the pools of 4c and 4d.
+      separable_stem: whether the 7x7 convolution is separable.
+      separable_bn: whether BN, instead of a bias, follows the separable convolution.
+      conv_bias: whether the convolutions before BN have a bias too.
+      gamma: whether BN has a gamma; it always has a beta.
       epsilon: added to BN's variance under the root.
-      symmetric: convolutions of stride 2 pad both sides alike, pools of stride 2 only the far one,
-        and the average pools count their padding as zeros; else all pad to TensorFlow's "same",
-        which splits the padding by the size of the map, and averages leave it out.
+      symmetric: whether padding follows Caffe: convolutions of stride 2 pad both sides alike, pools
+        of stride 2 pad only the far side, and average pools count their padding as zeros.
+        Otherwise padding is TensorFlow's "same", whose split depends on the map size, and
+        averages exclude it.
     """
 
     pool_projection: int
@@ -148,7 +149,7 @@ class Preset(NamedTuple):
     symmetric: bool
 
 
-# slim: `separable_conv2d` is outside of inception_v2_arg_scope, which is what brings BN.
+# "slim": BN comes from inception_v2_arg_scope, which does not cover `separable_conv2d`.
 PRESETS = {
     "paper": Preset(96, True, True, conv_bias=False, gamma=True, epsilon=1e-3, symmetric=False),
     "slim": Preset(96, True, False, conv_bias=False, gamma=False, epsilon=1e-3, symmetric=False),
@@ -158,16 +159,16 @@ PRESETS = {
 
 @keras.saving.register_keras_serializable("bn_keras")
 class LocalResponseNormalization(keras.layers.Layer):
-    """GoogLeNet's local response normalization over 5 neighbouring channels.
+    """GoogLeNet's local response normalization over 5 neighboring channels.
 
-    Caffe's alpha 1e-4 is divided by the window there; TensorFlow's is not, so that it is 2e-5
-    here. Computed in float32, for which alone the CPU has a kernel of known accuracy.
+    Caffe divides its alpha of 1e-4 by the window size. TensorFlow does not, so alpha is 2e-5 here.
+    Computed in float32, the only dtype with a CPU kernel of known accuracy.
 
     Source: GoogLeNet's public prototxt (local_size 5, alpha 1e-4, beta 0.75).
     """
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Maps [N, H, W, C] to the same shape and dtype."""
+        """Computes an output of the same shape and dtype as the inputs, [N, H, W, C]."""
         outputs = tf.nn.local_response_normalization(
             tf.cast(inputs, tf.float32), depth_radius=2, bias=1.0, alpha=2e-5, beta=0.75
         )
@@ -176,23 +177,25 @@ class LocalResponseNormalization(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable("bn_keras")
 class Scaled(keras.initializers.Initializer):
-    """Another initializer's draws, times a factor.
+    """Initializer that multiplies the values of another initializer by a factor.
 
     Args:
-      initializer: whose draws.
-      scale: the factor.
+      initializer: the other initializer.
+      scale: factor.
     """
 
-    def __init__(self, initializer: str | dict | keras.initializers.Initializer, scale: float):
+    def __init__(
+        self, initializer: str | dict[str, Any] | keras.initializers.Initializer, scale: float
+    ) -> None:
         self.initializer = keras.initializers.get(initializer)
         self.scale = scale
 
     def __call__(self, shape: Sequence[int], dtype: str | None = None) -> tf.Tensor:
-        """Draws."""
+        """Returns scaled initial values."""
         return self.scale * self.initializer(shape, dtype=dtype)
 
-    def get_config(self) -> dict:
-        """The arguments."""
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments."""
         return {
             "initializer": keras.initializers.serialize(self.initializer),
             "scale": self.scale,
@@ -202,7 +205,7 @@ class Scaled(keras.initializers.Initializer):
 def BNInception(
     variant: str = "bn_baseline",
     classes: int = 1000,
-    input_shape: Sequence[int] = (224, 224, 3),
+    input_shape: Sequence[int | None] = (224, 224, 3),
     width: float = 1.0,
     stem: str = "imagenet",
     *,
@@ -228,64 +231,69 @@ def BNInception(
 ) -> keras.Model:
     """Builds the network of Figure 5 in one of the variants of sections 4.2.2 and 4.2.3.
 
-    Convolutions are followed by BN and the nonlinearity; the variants "inception" and
-    "inception_sigmoid" have biases instead of BN. The output of module 3a is that of the layer
-    "3a", and so on to "5b": `keras.Model(model.input, model.get_layer("4e").output)` extracts
-    features. Logits come out, float32 under any dtype policy.
+    BN and the nonlinearity follow each convolution; the variants "inception" and
+    "inception_sigmoid" have biases instead of BN. The layers "3a" to "5b" are the outputs of the
+    modules: `keras.Model(model.input, model.get_layer("4e").output)` extracts features. The model
+    returns logits, float32 under any dtype policy.
 
-    A preset is built as the weights of its origin need it. They also need that origin's images:
-    RGB in [-1, 1] for TF-Slim; for the ports of the Caffe model, whatever their weights say, as
-    BGR in [0, 255] less (104, 117, 128) for Cadene's.
+    A preset matches the weights of its origin. These weights also need the origin's images: RGB in
+    [-1, 1] for TF-Slim; for ports of the Caffe model, as their documentation says, such as BGR in
+    [0, 255] minus (104, 117, 128) for Cadene's.
 
     Args:
       variant: "inception", "bn_baseline", "bn_x5", "bn_x30", "bn_x5_sigmoid", a member of the
         ensemble, "bn_x30_ensemble_1" to "bn_x30_ensemble_6", or "inception_sigmoid".
       classes: number of logits.
-      input_shape: (height, width, channels) of the images; height and width may be None, else
-        at least the network's total stride (32 with the ImageNet stem, 8 and 4 with the others).
-      width: factor on every number of channels, which is rounded and at least 1.
-      stem: "imagenet", as in the paper; "cifar", a 3x3 convolution with stride 2 in place of the
-        7x7 and no pools; "digits", the same with stride 1.
+      input_shape: (height, width, channels) of the images. Height and width may be None; otherwise
+        they are at least the network's total stride: 32 with stem "imagenet", 8 with "cifar", 4
+        with "digits".
+      width: factor on the number of channels of each convolution; the product is rounded and at
+        least 1.
+      stem: "imagenet", as in the paper; "cifar", a 3x3 convolution of stride 2 instead of the 7x7
+        convolution, without pools; "digits", the same with stride 1.
       preset: "paper"; "slim", TF-Slim's inception_v2, whose BN has no gamma and whose separable
-        convolution has a bias in place of BN; "caffe", its PyTorch ports (pytorchcv, Cadene), which
-        have biases in front of BN, a plain stem, epsilon 1e-5 and Caffe's padding.
-      pool_projection: channels projected after the pools of 4c and 4d; 96 gives the paper's
-        output sizes, 128 is what its table says; None is the preset's.
-      separable_stem: whether the first convolution is separable, with depth multiplier 8; None
-        is as the preset has it with the stem "imagenet", and False with the others.
-      separable_bn: whether BN follows a separable first convolution, in place of a bias; None is
-        the preset's. BN follows all the others in any case.
-      gamma: whether BN has a gamma (beta it has always); None is the preset's.
-      kernel_initializer: for every kernel, each of which takes its own draw.
-      initializer_scale: factor on the initial weights of the convolutions; None is the variant's.
-      dropout: fraction of the features dropped before the classifier; None is the variant's.
-      local_response_normalization: after the two stages of the stem; None is the variant's.
-      per_activation_bn: whether BN in module 5b normalizes each activation by itself, which takes
-        a known height and width; None is the variant's.
-      auxiliary: whether a second output has the logits of an auxiliary classifier on module 4d,
-        for training alone: `without_auxiliary` gives the network to be used.
-      include_top: whether the classifier is there; without it, the output is the features.
-      pooling: without the top: "avg" or "max" over the map of 5b, or None for the map itself.
-      classifier_activation: after the logits, such as "softmax"; None, other than in
-        keras.applications, gives the logits.
-      weights: path of a .weights.h5 or .keras file of this network, read by the layers' names; it
-        may also hold a classifier, or auxiliary one, that this network is built without.
-      momentum: fraction of BN's moving statistics kept at each step; TF-Slim's by default.
-      epsilon: added to BN's variance under the root; None is the preset's.
-      synchronized: whether BN takes its batch statistics over all replicas.
-      name: of the model; None is the variant's.
+        convolution has a bias instead of BN; "caffe", the PyTorch ports (pytorchcv, Cadene) of the
+        Caffe model, with biases before BN, a plain stem, epsilon 1e-5 and Caffe's padding.
+      pool_projection: channels of the projection after the pools of 4c and 4d. 96 agrees with the
+        paper's output sizes; 128 is the value in its table. None uses the preset's value.
+      separable_stem: whether the first convolution is separable, with depth multiplier 8. None uses
+        the preset's value with stem "imagenet", and False with the other stems.
+      separable_bn: whether BN, instead of a bias, follows a separable first convolution. None uses
+        the preset's value. BN always follows the other convolutions.
+      gamma: whether BN has a gamma; it always has a beta. None uses the preset's value.
+      kernel_initializer: initializer of all kernels; each kernel has its own draw.
+      initializer_scale: factor on the initial weights of the convolutions. None uses the variant's
+        value.
+      dropout: fraction of the features dropped before the classifier. None uses the variant's
+        value.
+      local_response_normalization: whether it follows both stages of the stem. None uses the
+        variant's value.
+      per_activation_bn: whether BN in module 5b normalizes each activation by itself, which needs
+        a known height and width. None uses the variant's value.
+      auxiliary: whether the model has a second output, the logits of an auxiliary classifier on
+        module 4d. It serves only training; `without_auxiliary` returns the model without it.
+      include_top: whether the model has a classifier; otherwise it returns the features.
+      pooling: pooling of the features without the top: "avg", "max", or None for the map of 5b.
+      classifier_activation: activation after the logits, such as "softmax". None, unlike in
+        keras.applications, returns logits.
+      weights: path of a .weights.h5 or .keras file of this network, matched by layer name. The file
+        may also contain a classifier or auxiliary classifier that this model does not have.
+      momentum: fraction of BN's moving statistics kept at each step; the default is TF-Slim's.
+      epsilon: added to BN's variance under the root. None uses the preset's value.
+      synchronized: whether BN computes its batch statistics over all replicas.
+      name: model name. None uses the variant's name.
 
     Returns:
-      A functional model from [N, height, width, channels] to [N, classes]; with auxiliary to two
-      of these, without the top to [N, h, w, 1024 * width] or, pooled, [N, 1024 * width].
+      A functional model from [N, height, width, channels] to [N, classes]; with auxiliary, to two
+      such outputs; without the top, to [N, h, w, 1024 * width] or, pooled, [N, 1024 * width].
 
     Raises:
-      UsageError: an unknown variant, stem or preset, a value outside of its range, or weights of
-        another network.
+      UsageError: an unknown variant, stem or preset, an invalid value, or weights of another
+        network.
 
     Source: Ioffe & Szegedy 2015, Figure 5 and section 4.2; GoogLeNet (arXiv 1409.4842) for
     dropout and local response normalization; Inception-v3 (arXiv 1512.00567) for the auxiliary
-    classifier; the presets from the code of their origins.
+    classifier; the source code of each preset's origin.
     """
     chosen = _lookup(
         "variant",
@@ -309,36 +317,25 @@ def BNInception(
     if separable_stem is None:
         separable_stem = entry.separable and origin.separable_stem
     entry = entry._replace(separable=separable_stem)
-    _check(classes, input_shape, width, origin.pool_projection, chosen, entry)
+    _check_numbers(classes, width, chosen, origin)
+    _check_input_shape(input_shape, stem)
     _check_top(include_top, pooling, classifier_activation, auxiliary)
 
-    net = _Layers(
-        origin,
-        batch_norm=dict(
-            momentum=momentum,
-            epsilon=origin.epsilon,
-            scale=origin.gamma,
-            synchronized=synchronized,
-        )
-        if chosen.batch_norm
-        else None,
-        activation=chosen.activation,
-        initializer=keras.initializers.get(kernel_initializer),
-        initializer_scale=chosen.initializer_scale,
-        width=width,
+    build = _LayerBuilder(
+        chosen, origin, width, keras.initializers.get(kernel_initializer), momentum, synchronized
     )
     images = keras.Input(tuple(input_shape), name="images")
-    x = _stem(net, images, entry, chosen.local_response_normalization)
-    outputs = []
+    x = _stem(build, images, entry)
+    auxiliary_logits = []
     for row in FIGURE_5:
-        if row.name in ("4c", "4d"):
-            row = row._replace(projection=origin.pool_projection)
-        per_activation = chosen.per_activation_bn and row.name == "5b"
-        x = _module(net.per_activation() if per_activation else net, x, row)
-        # Where is open: the last map before the stride, as in Inception-v3.
+        x = _module(build, x, row)
+        # The paper does not describe the auxiliary classifier. As in Inception-v3, it follows the
+        # last map before a module of stride 2.
         if auxiliary and row.name == "4d":
-            features = _auxiliary_features(net, x)
-            outputs = [net.classifier(features, classes, classifier_activation, "auxiliary_")]
+            features = _auxiliary_features(build, x)
+            auxiliary_logits.append(
+                build.classifier(features, classes, classifier_activation, "auxiliary_")
+            )
     if include_top or pooling == "avg":
         x = keras.layers.GlobalAveragePooling2D(name="features")(x)
     elif pooling == "max":
@@ -346,18 +343,19 @@ def BNInception(
     if include_top:
         if chosen.dropout:
             x = Dropout(chosen.dropout, name="dropout")(x)
-        x = net.classifier(x, classes, classifier_activation)
-    model = keras.Model(images, [x, *outputs] if outputs else x, name=name or variant)
+        x = build.classifier(x, classes, classifier_activation)
+    outputs = [x, *auxiliary_logits] if auxiliary_logits else x
+    model = keras.Model(images, outputs, name=name or variant)
     if weights is not None:
         load_weights(model, weights, optional=("logits", "auxiliary_"))
     return model
 
 
 def without_auxiliary(model: keras.Model) -> keras.Model:
-    """Gives the network that shares all layers with `model` and has its first output alone.
+    """Returns a model with only the first output of `model`; both share all layers.
 
     Args:
-      model: of BNInception, or any other; one with one output is given back as it is.
+      model: BNInception or any other model. A model with one output is returned unchanged.
     """
     if len(model.outputs) == 1:
         return model
@@ -365,25 +363,20 @@ def without_auxiliary(model: keras.Model) -> keras.Model:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Layers:
-    """What all convolutions of one network have in common.
+class _LayerBuilder:
+    """Builds the layers of one network with their common settings.
 
-    Each kernel gets a clone of the initializer, since one instance draws the same values for
-    all kernels of the same shape.
+    Each kernel has a clone of the initializer, since one instance draws the same values for all
+    kernels of the same shape.
     """
 
+    variant: Variant
     preset: Preset
-    batch_norm: dict | None
-    activation: str
-    initializer: keras.initializers.Initializer
-    initializer_scale: float
     width: float
-
-    def per_activation(self) -> "_Layers":
-        """The same with BN per activation, where there is BN."""
-        if self.batch_norm is None:
-            return self
-        return dataclasses.replace(self, batch_norm=self.batch_norm | {"axis": [1, 2, 3]})
+    initializer: keras.initializers.Initializer
+    momentum: float
+    synchronized: bool
+    bn_axis: int | list[int] = -1
 
     def conv(
         self,
@@ -395,43 +388,37 @@ class _Layers:
         separable: bool = False,
         padding: str = "same",
     ) -> keras.KerasTensor:
-        """Convolution, BN in place of the bias, nonlinearity."""
-        normalized = self.batch_norm is not None and (self.preset.separable_bn or not separable)
-        arguments = dict(
+        """Builds a convolution, BN instead of its bias, and the nonlinearity."""
+        has_bn = self.variant.batch_norm and (self.preset.separable_bn or not separable)
+        if self.preset.symmetric and strides > 1:
+            x = keras.layers.ZeroPadding2D(size // 2, name=f"{name}_pad")(x)
+            padding = "valid"
+        options: dict[str, Any] = dict(
             filters=max(1, round(filters * self.width)),
             kernel_size=size,
             strides=strides,
             padding=padding,
-            use_bias=self.preset.conv_bias or not normalized,
+            use_bias=self.preset.conv_bias or not has_bn,
             name=f"{name}_conv",
         )
-        if self.preset.symmetric and strides > 1:
-            x = keras.layers.ZeroPadding2D(size // 2, name=f"{name}_pad")(x)
-            arguments["padding"] = "valid"
         if separable:
-            layer = keras.layers.SeparableConv2D(
-                **arguments,
+            x = keras.layers.SeparableConv2D(
+                **options,
                 depth_multiplier=8,
-                depthwise_initializer=self._initializer(),
-                pointwise_initializer=self._initializer(),
-            )
+                depthwise_initializer=self._conv_initializer(),
+                pointwise_initializer=self._conv_initializer(),
+            )(x)
         else:
-            layer = keras.layers.Conv2D(**arguments, kernel_initializer=self._initializer())
-        x = layer(x)
-        if normalized:
-            x = BatchNormalization(**self.batch_norm, name=f"{name}_bn")(x)
-        return keras.layers.Activation(self.activation, name=f"{name}_{self.activation}")(x)
-
-    def _initializer(self) -> keras.initializers.Initializer:
-        initializer = self.initializer.clone()
-        if self.initializer_scale == 1:
-            return initializer
-        return Scaled(initializer, self.initializer_scale)
+            x = keras.layers.Conv2D(**options, kernel_initializer=self._conv_initializer())(x)
+        if has_bn:
+            x = self._batch_norm(f"{name}_bn")(x)
+        activation = self.variant.activation
+        return keras.layers.Activation(activation, name=f"{name}_{activation}")(x)
 
     def classifier(
         self, x: keras.KerasTensor, classes: int, activation: str | None, prefix: str = ""
     ) -> keras.KerasTensor:
-        """Linear layer to the logits, and what is to follow them."""
+        """Builds the linear layer to the logits and the activation after it, if any."""
         x = keras.layers.Dense(
             classes,
             kernel_initializer=self.initializer.clone(),
@@ -443,117 +430,129 @@ class _Layers:
         return keras.layers.Activation(activation, dtype="float32", name=f"{prefix}predictions")(x)
 
     def pool(self, x: keras.KerasTensor, kind: str, strides: int, name: str) -> keras.KerasTensor:
-        """Pool of 3x3, "avg" or "max"."""
+        """Builds a 3x3 pool, "avg" or "max"."""
         padding = "same"
-        # A maximum of stride 1 takes the same values either way.
+        # Max pools of stride 1 are the same under both kinds of padding.
         if self.preset.symmetric and (kind == "avg" or strides > 1):
-            # Caffe rounds sizes up, which is one row and column on the far side. A zero is no
-            # maximum's loss there: whatever is pooled comes from nonlinearities that are never
-            # negative.
+            # Caffe rounds sizes up: one more row and column on the far side. Zeros there do not
+            # change a maximum, since the nonlinearities before the pools are never negative.
             margin = 1 if kind == "avg" else ((0, 1), (0, 1))
             x = keras.layers.ZeroPadding2D(margin, name=f"{name}_pad")(x)
             padding = "valid"
         layer = {"avg": keras.layers.AveragePooling2D, "max": keras.layers.MaxPooling2D}[kind]
         return layer(3, strides=strides, padding=padding, name=name)(x)
 
+    def _batch_norm(self, name: str) -> BatchNormalization:
+        return BatchNormalization(
+            axis=self.bn_axis,
+            momentum=self.momentum,
+            epsilon=self.preset.epsilon,
+            scale=self.preset.gamma,
+            synchronized=self.synchronized,
+            name=name,
+        )
 
-def _stem(net: _Layers, x: keras.KerasTensor, stem: Stem, lrn: bool) -> keras.KerasTensor:
-    x = net.conv(x, 64, stem.size, "stem_1", strides=stem.stride, separable=stem.separable)
+    def _conv_initializer(self) -> keras.initializers.Initializer:
+        initializer = self.initializer.clone()
+        if self.variant.initializer_scale == 1:
+            return initializer
+        return Scaled(initializer, self.variant.initializer_scale)
+
+
+def _stem(build: _LayerBuilder, x: keras.KerasTensor, stem: Stem) -> keras.KerasTensor:
+    lrn = build.variant.local_response_normalization
+    x = build.conv(x, 64, stem.size, "stem_1", strides=stem.stride, separable=stem.separable)
     if stem.pools:
-        x = net.pool(x, "max", 2, "stem_1_pool")
+        x = build.pool(x, "max", 2, "stem_1_pool")
     if lrn:
         x = LocalResponseNormalization(name="stem_1_lrn")(x)
-    x = net.conv(x, 64, 1, "stem_2_reduce")
-    x = net.conv(x, 192, 3, "stem_2")
+    x = build.conv(x, 64, 1, "stem_2_reduce")
+    x = build.conv(x, 192, 3, "stem_2")
     if lrn:
         x = LocalResponseNormalization(name="stem_2_lrn")(x)
     if stem.pools:
-        x = net.pool(x, "max", 2, "stem_2_pool")
+        x = build.pool(x, "max", 2, "stem_2_pool")
     return x
 
 
-def _module(net: _Layers, x: keras.KerasTensor, row: Row) -> keras.KerasTensor:
+def _module(build: _LayerBuilder, x: keras.KerasTensor, row: Row) -> keras.KerasTensor:
+    if row.name in ("4c", "4d"):
+        row = row._replace(projection=build.preset.pool_projection)
+    if row.name == "5b" and build.variant.per_activation_bn:
+        build = dataclasses.replace(build, bn_axis=[1, 2, 3])
     branches = []
     if row.conv1x1:
-        branches.append(net.conv(x, row.conv1x1, 1, f"{row.name}_1x1"))
+        branches.append(build.conv(x, row.conv1x1, 1, f"{row.name}_1x1"))
 
-    single = net.conv(x, row.reduce3x3, 1, f"{row.name}_3x3_reduce")
-    branches.append(net.conv(single, row.conv3x3, 3, f"{row.name}_3x3", strides=row.stride))
+    single = build.conv(x, row.reduce3x3, 1, f"{row.name}_3x3_reduce")
+    branches.append(build.conv(single, row.conv3x3, 3, f"{row.name}_3x3", strides=row.stride))
 
-    double = net.conv(x, row.reduce_double, 1, f"{row.name}_double_reduce")
-    double = net.conv(double, row.conv_double, 3, f"{row.name}_double_1")
+    double = build.conv(x, row.reduce_double, 1, f"{row.name}_double_reduce")
+    double = build.conv(double, row.conv_double, 3, f"{row.name}_double_1")
     branches.append(
-        net.conv(double, row.conv_double, 3, f"{row.name}_double_2", strides=row.stride)
+        build.conv(double, row.conv_double, 3, f"{row.name}_double_2", strides=row.stride)
     )
 
-    pool = net.pool(x, row.pool, row.stride, f"{row.name}_pool")
+    pool = build.pool(x, row.pool, row.stride, f"{row.name}_pool")
     if row.projection:
-        pool = net.conv(pool, row.projection, 1, f"{row.name}_projection")
+        pool = build.conv(pool, row.projection, 1, f"{row.name}_projection")
     branches.append(pool)
     if len({branch.shape[1:3] for branch in branches}) > 1:
         raise UsageError(
-            f"module {row.name} gets maps of {x.shape[1]}x{x.shape[2]} from such images, which"
-            " this preset does not halve evenly: give sides that are a multiple of 32 pixels (8 or"
-            " 4 with the other stems), or another preset"
+            f"module {row.name} cannot halve its {x.shape[1]}x{x.shape[2]} maps evenly with this"
+            " preset: choose image sides that are multiples of 32 pixels (8 with stem 'cifar', 4"
+            " with 'digits'), or another preset"
         )
     return keras.layers.Concatenate(name=row.name)(branches)
 
 
-def _auxiliary_features(net: _Layers, x: keras.KerasTensor) -> keras.KerasTensor:
-    """Inception-v3's way from a map to the features of its auxiliary classifier.
+def _auxiliary_features(build: _LayerBuilder, x: keras.KerasTensor) -> keras.KerasTensor:
+    """Builds the features of Inception-v3's auxiliary classifier.
 
-    A map of 14x14 becomes 4x4 and then 1x1; on a smaller one the windows are as large as it is,
-    and what a larger one leaves is averaged.
+    A 14x14 map becomes 4x4 and then 1x1. On smaller maps the windows are as large as the map; on
+    larger ones the remaining map is averaged.
     """
 
     def window(largest: int) -> int:
         return min([largest, *(side for side in x.shape[1:3] if side is not None)])
 
     x = keras.layers.AveragePooling2D(window(5), strides=3, name="auxiliary_pool")(x)
-    x = net.conv(x, 128, 1, "auxiliary_reduce")
-    x = net.conv(x, 768, window(4), "auxiliary", padding="valid")
+    x = build.conv(x, 128, 1, "auxiliary_reduce")
+    x = build.conv(x, 768, window(4), "auxiliary", padding="valid")
     return keras.layers.GlobalAveragePooling2D(name="auxiliary_features")(x)
 
 
-def _lookup(what: str, given: str, table: dict, **overrides: object) -> NamedTuple:
-    """Gives the entry of the table, with what of the overrides is not None in its place."""
-    if given not in table:
-        raise UsageError(f"unknown {what} {given!r}: accepted are {', '.join(table)}")
-    return table[given]._replace(**{k: v for k, v in overrides.items() if v is not None})
+_Entry = TypeVar("_Entry", bound=NamedTuple)
 
 
-def _check(
-    classes: int,
-    input_shape: Sequence[int],
-    width: float,
-    pool_projection: int,
-    variant: Variant,
-    stem: Stem,
-) -> None:
-    if classes < 1:
-        raise UsageError(f"classes is {classes}: it has to be at least 1")
-    if not 0 < width < math.inf:
-        raise UsageError(f"width is {width}: it has to be a number greater than 0")
-    if pool_projection < 1:
-        raise UsageError(f"pool_projection is {pool_projection}: it has to be at least 1")
-    if not 0 < variant.initializer_scale < math.inf:
-        raise UsageError(
-            f"initializer_scale is {variant.initializer_scale}: it has to be a number greater"
-            " than 0"
-        )
+def _lookup(kind: str, name: str, table: Mapping[str, _Entry], **overrides: float | None) -> _Entry:
+    """Returns the entry of a table, with the overrides that are not None."""
+    if name not in table:
+        raise UsageError(f"unknown {kind} {name!r}: expected one of {', '.join(table)}")
+    return table[name]._replace(**{k: v for k, v in overrides.items() if v is not None})
+
+
+def _check_numbers(classes: int, width: float, variant: Variant, preset: Preset) -> None:
+    for name, value in (("classes", classes), ("pool_projection", preset.pool_projection)):
+        if value < 1:
+            raise UsageError(f"{name}={value} is invalid: expected a positive integer")
+    for name, factor in (("width", width), ("initializer_scale", variant.initializer_scale)):
+        if not 0 < factor < math.inf:
+            raise UsageError(f"{name}={factor} is invalid: expected a positive number")
     if not 0 <= variant.dropout < 1:
-        raise UsageError(f"dropout is {variant.dropout}: it has to be at least 0 and less than 1")
+        raise UsageError(f"dropout={variant.dropout} is invalid: expected a number in [0, 1)")
+
+
+def _check_input_shape(input_shape: Sequence[int | None], stem: str) -> None:
+    invalid = f"input_shape={tuple(input_shape)} is invalid"
     if len(input_shape) != 3 or (input_shape[2] or 0) < 1:
+        raise UsageError(f"{invalid}: expected (height, width, channels)")
+    pool_strides = [2, 2] if STEMS[stem].pools else []
+    min_side = math.prod([STEMS[stem].stride, *pool_strides, *(row.stride for row in FIGURE_5)])
+    if any(side is not None and side < min_side for side in input_shape[:2]):
         raise UsageError(
-            f"input_shape is {tuple(input_shape)}: it has to be (height, width, channels)"
-        )
-    strides = [stem.stride, *(row.stride for row in FIGURE_5)] + [2, 2] * stem.pools
-    smallest = math.prod(strides)
-    if any(side is not None and side < smallest for side in input_shape[:2]):
-        raise UsageError(
-            f"input_shape is {tuple(input_shape)}: this stem takes images of at least"
-            f" {smallest}x{smallest} pixels; enlarge smaller ones, or take another stem of"
-            f" {', '.join(STEMS)}"
+            f"{invalid}: stem {stem!r} needs images of at least {min_side}x{min_side} pixels;"
+            f" enlarge the images or choose another stem ({', '.join(STEMS)})"
         )
 
 
@@ -561,21 +560,20 @@ def _check_top(
     include_top: bool, pooling: str | None, classifier_activation: str | None, auxiliary: bool
 ) -> None:
     if pooling not in (None, "avg", "max"):
-        raise UsageError(f"unknown pooling {pooling!r}: accepted are 'avg', 'max' and None")
+        raise UsageError(f"unknown pooling {pooling!r}: expected 'avg', 'max' or None")
     if include_top and pooling == "max":
         raise UsageError(
-            "pooling='max' with include_top=True: the classifier takes the average; give"
-            " include_top=False as well"
+            "pooling='max' requires include_top=False: the classifier uses average pooling"
         )
     if auxiliary and not include_top:
         raise UsageError(
-            "auxiliary=True with include_top=False: the auxiliary classifier is trained along with"
-            " the classifier; leave one of them out"
+            "auxiliary=True requires include_top=True: the auxiliary classifier is trained together"
+            " with the classifier"
         )
     try:
         keras.activations.get(classifier_activation)
     except (TypeError, ValueError):
         raise UsageError(
-            f"unknown classifier_activation {classifier_activation!r}: accepted are None, for"
-            " logits, and the names of Keras' activations, such as 'softmax'"
+            f"unknown classifier_activation {classifier_activation!r}: expected None for logits, or"
+            " the name of a Keras activation such as 'softmax'"
         ) from None

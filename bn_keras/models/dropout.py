@@ -1,4 +1,4 @@
-"""Dropout whose masks don't depend on how many replicas share a batch."""
+"""Dropout whose masks do not depend on the number of replicas that share a batch."""
 
 import keras
 import tensorflow as tf
@@ -6,26 +6,26 @@ import tensorflow as tf
 
 @keras.saving.register_keras_serializable("bn_keras")
 class Dropout(keras.layers.Dropout):
-    """keras.layers.Dropout, but no two rows of the global batch share a mask.
+    """keras.layers.Dropout with a different mask for each row of the global batch.
 
-    Keras' draws the same numbers on every replica: two replicas of 16 examples have 16 masks, each
-    used twice. Here each replica draws for all replicas' rows and takes its own, so that a global
-    batch has the masks that it has on one replica, where this is Keras' layer to the bit. Outside
-    of strategy.run it is that too.
+    Keras draws the same numbers on every replica: two replicas of 16 examples use 16 masks twice.
+    Here each replica draws numbers for the rows of all replicas and uses its part, so the global
+    batch has the same masks on any number of replicas. On one replica, and outside strategy.run,
+    the layer equals Keras' to the bit.
 
-    It costs the drawing of R times as many numbers on R replicas. For the 1,024 features before
-    the classifier that is next to nothing; between convolutions it would not be.
+    R replicas draw R times as many numbers. That is negligible for the 1,024 features before the
+    classifier, but not between convolutions.
 
     Args:
-      rate, noise_shape, seed: as there.
+      rate, noise_shape, seed: see keras.layers.Dropout.
     """
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """Drops a fraction `rate` while training, and scales up the rest.
+        """Drops a fraction `rate` of the inputs in training and scales up the others.
 
         Args:
-          inputs: [N, ...], this replica's rows; N is the same on all of them.
-          training: whether it does.
+          inputs: [N, ...], the rows of this replica; N is the same on all replicas.
+          training: whether to drop.
         """
         context = tf.distribute.get_replica_context()
         replicas = context.num_replicas_in_sync if context else 1

@@ -7,7 +7,7 @@ import keras
 from bn_keras.batch_norm import BatchNormalization
 from bn_keras.errors import UsageError
 
-VARIANTS = ("baseline", "bn")
+_MLP_VARIANTS = ("baseline", "bn")
 
 
 def SigmoidMLP(
@@ -24,20 +24,20 @@ def SigmoidMLP(
 ) -> keras.Model:
     """Builds fully connected sigmoid layers and a linear classifier, with or without BN.
 
-    BN stands before each sigmoid, in place of the bias. The input of the last hidden layer's
-    sigmoids, whose percentiles Figure 1 shows, is that of the layer "sigmoid_3".
+    BN precedes each sigmoid and replaces the bias. Figure 1 shows percentiles of the last hidden
+    layer's sigmoid inputs, the inputs of the layer "sigmoid_3".
 
     Args:
       variant: "bn" or "baseline", which has biases instead of BN.
       classes: number of logits.
-      input_shape: of one example; flattened.
-      units: of the hidden layers, in order.
-      kernel_initializer: for every kernel; None is a Gaussian of standard deviation 0.1 (the
-        paper: "small random Gaussian values"; the number is ours).
+      input_shape: shape of one example, which is flattened.
+      units: width of each hidden layer, in order.
+      kernel_initializer: initializer of all kernels. None is a Gaussian of standard deviation 0.1
+        (the paper: "small random Gaussian values"; the number is ours).
       momentum: fraction of BN's moving statistics kept at each step.
       epsilon: added to BN's variance under the root.
-      synchronized: whether BN takes its batch statistics over all replicas.
-      name: of the model; None is "mlp_" and the variant's.
+      synchronized: whether BN computes its batch statistics over all replicas.
+      name: model name. None is "mlp_" followed by the variant.
 
     Returns:
       A functional model from [N, *input_shape] to logits [N, classes], float32.
@@ -47,11 +47,11 @@ def SigmoidMLP(
 
     Source: Ioffe & Szegedy 2015, section 4.1.
     """
-    if variant not in VARIANTS:
-        raise UsageError(f"unknown variant {variant!r}: accepted are {', '.join(VARIANTS)}")
+    if variant not in _MLP_VARIANTS:
+        raise UsageError(f"unknown variant {variant!r}: expected one of {', '.join(_MLP_VARIANTS)}")
     if kernel_initializer is None:
         kernel_initializer = keras.initializers.RandomNormal(stddev=0.1)
-    # Cloned for each kernel: one instance draws the same values for all of the same shape.
+    # Each kernel has a clone: one instance draws the same values for all kernels of a shape.
     initializer = keras.initializers.get(kernel_initializer)
     x = images = keras.Input(tuple(input_shape), name="images")
     x = keras.layers.Flatten(name="flatten")(x)

@@ -1,45 +1,49 @@
-"""Weights of a saved network, read into another one by the names of the layers."""
+"""Loads the weights of a saved network into another network by layer name."""
 
 import io
 import operator
 import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import h5py
 import keras
 import numpy as np
-from etils import epath
+import tensorflow as tf
 
 from bn_keras.errors import UsageError
+from bn_keras.text import counted, first_of
+
+_Shape = TypeVar("_Shape")
 
 
 def load_weights(model: keras.Model, path: str | os.PathLike, optional: Sequence[str] = ()) -> None:
-    """Fills a network with the weights of a file; unless all fit, it is left as it was.
+    """Loads the weights of a network from a file. If any do not fit, the model is unchanged.
 
-    Keras' own `load_weights` counts layers by class, so that a network with a layer more or less
-    gets the weights of other layers, and what does not fit at all is a warning or many lines.
+    Keras' own `load_weights` matches layers by class and number, so an additional layer shifts the
+    weights of the others, and a mismatch is a warning or a message of many lines.
 
     Args:
-      model: whose layers lie side by side, not in one another.
-      path: of a .weights.h5 or a .keras file, as Keras 3 writes them.
-      optional: beginnings of names of layers which the file may hold though the model does not.
+      model: model without nested models.
+      path: path of a .weights.h5 or .keras file of Keras 3, local or in a bucket.
+      optional: prefixes of layer names that the file may contain although the model does not.
 
     Raises:
-      UsageError: no such file, or one that does not fit; it names what is missing, extra or
-        misshapen.
+      UsageError: the file cannot be read or does not fit. The message lists the missing, extra and
+        misshapen layers.
     """
-    path = epath.Path(path)
+    name = os.fspath(path)
     try:
-        given = _read(path)
-    # What HDF5 raises on a damaged file is of many kinds.
+        given = _read_layers(name)
+    # HDF5 raises many kinds of errors for a damaged file.
     except Exception as error:
         raise UsageError(
-            f"weights {str(path)!r} can't be read: give the path of a .weights.h5 or .keras file"
+            f"weights {name!r} cannot be read: expected a .weights.h5 or .keras file"
         ) from error
     layers = {layer.name: layer for layer in model.layers if layer.weights}
     check_shapes(
-        f"weights {str(path)!r} are not of this network: of its {len(layers)} layers",
+        f"weights {name!r} do not fit the {counted(len(layers), 'layer')} of this network",
         {name: _shapes(layer.weights) for name, layer in layers.items()},
         {
             name: _shapes(weights)
@@ -52,58 +56,59 @@ def load_weights(model: keras.Model, path: str | os.PathLike, optional: Sequence
 
 
 def check_shapes(
-    refusal: str,
-    wanted: Mapping[str, object],
-    given: Mapping[str, object],
-    equal: Callable[[object, object], bool] = operator.eq,
+    mismatch: str,
+    expected: Mapping[str, _Shape],
+    given: Mapping[str, _Shape],
+    equal: Callable[[_Shape, _Shape], bool] = operator.eq,
 ) -> None:
-    """Raises UsageError, which names them, if anything is missing, extra or misshapen.
+    """Checks that exactly the expected names and shapes are given.
 
     Args:
-      refusal: what the message begins with.
-      wanted: the shapes of what has to be there, by name.
-      given: the shapes of what is there.
-      equal: whether two shapes are as good as equal.
+      mismatch: beginning of the error message.
+      expected: expected shapes by name.
+      given: given shapes by name.
+      equal: whether two shapes are equivalent.
+
+    Raises:
+      UsageError: a shape is missing, extra or wrong. The message lists the first ones.
     """
     faults = {
-        "missing": [name for name in wanted if name not in given],
-        "extra": [name for name in given if name not in wanted],
+        "missing": [name for name in expected if name not in given],
+        "extra": [name for name in given if name not in expected],
         "misshapen": [
             f"{name} of {given[name]} instead of {shape}"
-            for name, shape in wanted.items()
+            for name, shape in expected.items()
             if name in given and not equal(given[name], shape)
         ],
     }
-    told = [f"{len(names)} {fault} ({_some(names)})" for fault, names in faults.items() if names]
-    if told:
-        raise UsageError(f"{refusal}, {', '.join(told)}")
+    found = [
+        f"{len(names)} {fault} ({first_of(names)})" for fault, names in faults.items() if names
+    ]
+    if found:
+        raise UsageError(f"{mismatch}: {', '.join(found)}")
 
 
-def _read(path: epath.Path) -> dict[str, list[np.ndarray]]:
-    """Gives the weights of each layer that has any, by name."""
+def _read_layers(path: str) -> dict[str, list[np.ndarray]]:
+    """Reads the weights of each layer that has any, by layer name."""
     layers = {}
 
     def add(place: str, group: h5py.Group | h5py.Dataset) -> None:
-        # Keras numbers the layers by class and keeps a layer's name beside its own variables; what
-        # lies deeper, such as the seeds of a dropout, is not among its weights.
+        # Keras numbers the layers by class and stores each layer's name next to its own variables.
+        # Deeper groups, such as the seeds of a dropout, are not among a layer's weights.
         parts = place.split("/")
         if parts[0] == "layers" and parts[2:] == ["vars"] and len(group):
             layers[group.attrs["name"]] = [group[str(i)][()] for i in range(len(group))]
 
-    with path.open("rb") as file:
-        if path.suffix == ".keras":
-            # Only what is read from end to end is compared with its checksum.
-            with zipfile.ZipFile(file) as archive:
-                file = io.BytesIO(archive.read("model.weights.h5"))
-        with h5py.File(file) as opened:
-            opened.visititems(add)
+    with tf.io.gfile.GFile(path, "rb") as file:
+        content = file.read()
+    if path.endswith(".keras"):
+        # A full read of a zip entry verifies its checksum.
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            content = archive.read("model.weights.h5")
+    with h5py.File(io.BytesIO(content)) as opened:
+        opened.visititems(add)
     return layers
 
 
 def _shapes(arrays: Sequence[np.ndarray | keras.Variable]) -> list[tuple[int, ...]]:
     return [tuple(a.shape) for a in arrays]
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    rest = [f"{len(names) - most} more"] if len(names) > most else []
-    return ", ".join([*names[:most], *rest])
