@@ -1,9 +1,9 @@
-"""The paper's BN-x30 on ImageNet: 30 times the learning rate, and section 4.2.1's changes.
+"""The paper's BN-x30 on ImageNet: 30 times the learning rate and the changes of section 4.2.1.
 
-    python -m launch.train --config=configs/bn_x30.py --workdir=runs/imagenet_bn_x30
+    bn-keras train --config=bn_x30 --workdir=runs/imagenet_bn_x30
 
 Expected: 72.2% top-1 after 2.7e6 steps, 74.8% after 6e6 (the paper's numbers).
-This run has not been made here; on CPUs alone it would take years.
+Not run by us; on CPUs it would take years.
 """
 
 from ml_collections import ConfigDict

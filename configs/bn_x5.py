@@ -1,9 +1,9 @@
-"""The paper's BN-x5 on ImageNet: 5 times the learning rate, and section 4.2.1's changes.
+"""The paper's BN-x5 on ImageNet: 5 times the learning rate and the changes of section 4.2.1.
 
-    python -m launch.train --config=configs/bn_x5.py --workdir=runs/imagenet_bn_x5
+    bn-keras train --config=bn_x5 --workdir=runs/imagenet_bn_x5
 
 Expected: 72.2% top-1 after 2.1e6 steps, 73.0% at best (the paper's numbers).
-This run has not been made here; on CPUs alone it would take years.
+Not run by us; on CPUs it would take years.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,9 @@
-"""The paper's BN-x5-Sigmoid on ImageNet: BN-x5 with sigmoids for ReLUs.
+"""The paper's BN-x5-Sigmoid on ImageNet: BN-x5 with sigmoids instead of ReLUs.
 
-    python -m launch.train --config=configs/bn_x5_sigmoid.py --workdir=runs/imagenet_bn_x5_sigmoid
+    bn-keras train --config=bn_x5_sigmoid --workdir=runs/imagenet_bn_x5_sigmoid
 
 Expected: 69.8% top-1 at best (the paper's numbers).
-This run has not been made here; on CPUs alone it would take years.
+Not run by us; on CPUs it would take years.
 """
 
 from ml_collections import ConfigDict

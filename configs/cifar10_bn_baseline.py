@@ -1,6 +1,6 @@
 """BN-Baseline in miniature on CIFAR-10; see cifar10_inception.py.
 
-python -m launch.train --config=configs/cifar10_bn_baseline.py --workdir=runs/cifar10_bn_baseline
+bn-keras train --config=cifar10_bn_baseline --workdir=runs/cifar10_bn_baseline
 """
 
 from ml_collections import ConfigDict

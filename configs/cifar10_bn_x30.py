@@ -1,6 +1,6 @@
 """BN-x30 in miniature on CIFAR-10; see cifar10_inception.py.
 
-python -m launch.train --config=configs/cifar10_bn_x30.py --workdir=runs/cifar10_bn_x30
+bn-keras train --config=cifar10_bn_x30 --workdir=runs/cifar10_bn_x30
 """
 
 from ml_collections import ConfigDict

@@ -1,11 +1,10 @@
-"""A member, 1 to 6, of the ensemble in miniature on CIFAR-10; see cifar10_inception.py.
+"""Member 1 to 6 of the ensemble in miniature on CIFAR-10; see cifar10_inception.py.
 
-    python -m launch.train --config=configs/cifar10_bn_x30_ensemble.py:1 --workdir=runs/cifar10_ensemble_1
+    bn-keras train --config=cifar10_bn_x30_ensemble:1 --workdir=runs/cifar10_ensemble_1
 
-What the numbers mean is said in bn_x30_ensemble.py. Nobody has trained the six of them yet. Together
-they are evaluated by
+bn_x30_ensemble.py describes the members. Not trained by us yet. Evaluate the six together with
 
-    python -m launch.evaluate --workdir=runs/cifar10_ensemble_1 ... --workdir=runs/cifar10_ensemble_6
+    bn-keras evaluate --workdir=runs/cifar10_ensemble_1 ... --workdir=runs/cifar10_ensemble_6
 """
 
 from ml_collections import ConfigDict

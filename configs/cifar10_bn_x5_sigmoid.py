@@ -1,6 +1,6 @@
 """BN-x5-Sigmoid in miniature on CIFAR-10; see cifar10_inception.py.
 
-python -m launch.train --config=configs/cifar10_bn_x5_sigmoid.py --workdir=runs/cifar10_sigmoid
+bn-keras train --config=cifar10_bn_x5_sigmoid --workdir=runs/cifar10_sigmoid
 """
 
 from ml_collections import ConfigDict

@@ -1,15 +1,15 @@
 """Inception in miniature on CIFAR-10: a quarter of the width, a 3x3 stem with stride 2.
 
-    python -m launch.train --config=configs/cifar10_inception.py --workdir=runs/cifar10_inception
+    bn-keras train --config=cifar10_inception --workdir=runs/cifar10_inception
 
-Some 5 minutes on one core; 46.2% on the test images (mean over 3 seeds). The initialization and the
-base rate are Inception's best of
+About 5 minutes on one core; 46.2% test accuracy (mean over 3 seeds). Initialization and base rate
+are Inception's best in
 
-    python -m launch.search --config=configs/cifar10_inception.py --workdir=runs/search --base_rates=0.005,0.01,0.02,0.04 --seeds=0 --config.data.train_split='train[:45000]' --config.data.validation_split='train[45000:]' --config.evaluation.every_steps=500
+    bn-keras search --config=cifar10_inception --workdir=runs/search --base_rates=0.005,0.01,0.02,0.04 --seeds=0 --config.data.train_split='train[:45000]' --config.data.validation_split='train[45000:]' --config.evaluation.every_steps=500
 
-in which the test images have no part: on the 5,000 training images that are left out, 45.7%; at the
-rates 0.04, 0.02 and 0.005 it is 44.4%, 43.8% and 41.1%, and with Glorot weights 38.3% at best (at 0.02).
-The other networks' rates are the paper's multiples of it.
+which does not use the test images. On the 5,000 held-out training images: 45.7% at 0.01, and 44.4%,
+43.8% and 41.1% at 0.04, 0.02 and 0.005; with Glorot weights at best 38.3% (at 0.02). The other
+networks use the paper's multiples of this rate.
 """
 
 from ml_collections import ConfigDict
@@ -23,22 +23,22 @@ def get_config() -> ConfigDict:
     config.data.validation_split = "test"
     config.data.image_size = 0
     config.data.crop = "shift"
-    # In memory all is one shard, whose order would never change.
+    # Data in memory is one shard: shuffling shards would never change its order.
     config.data.shuffle = "examples"
     config.model.width = 0.25
     config.model.stem = "cifar"
-    # Remembers ten steps: with 0.99 a short run would show the lag of the average for its first
-    # hundred steps and more, and not the network.
+    # An average over ten steps: with 0.99 the moving statistics would lag by a hundred steps, a
+    # good part of this short run.
     config.batch_norm.momentum = 0.9
     config.schedule.base_rate = 0.01
     config.train.steps = 3000
-    # The run stands for the 6e6 steps to which the paper trained its best network: the epochs of
-    # the decay shrink with it, so that the accelerated networks end at 1% of their rate, too.
+    # The run stands for the 6e6 steps of the paper's best network. The epochs of the decay shrink in
+    # proportion, so that the accelerated networks end at 1% of their rate, as in the paper.
     config.schedule.decay_epochs *= config.train.steps / 6e6 * 1_281_167 / 50_000
     config.train.steps_per_loop = 50
     config.evaluation.every_steps = 250
     config.evaluation.global_batch_size = 500
     config.checkpoint.every_steps = 1000
-    # A core each for two runs side by side gets through more than two replicas of one.
+    # Two runs on one core each are faster than one after the other on two replicas.
     config.distribution.strategy = "one_device"
     return config.lock()

@@ -1,6 +1,6 @@
 """BN-Baseline in miniature on scikit-learn's digits; see digits_inception.py.
 
-python -m launch.train --config=configs/digits_bn_baseline.py --workdir=runs/digits_bn_baseline
+bn-keras train --config=digits_bn_baseline --workdir=runs/digits_bn_baseline
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """BN-x30 in miniature on scikit-learn's digits; see digits_inception.py.
 
-python -m launch.train --config=configs/digits_bn_x30.py --workdir=runs/digits_bn_x30
+bn-keras train --config=digits_bn_x30 --workdir=runs/digits_bn_x30
 """
 
 from ml_collections import ConfigDict

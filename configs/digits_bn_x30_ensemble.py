@@ -1,13 +1,13 @@
-"""A member, 1 to 6, of the ensemble in miniature on scikit-learn's digits; see digits_inception.py.
+"""Member 1 to 6 of the ensemble in miniature on scikit-learn's digits; see digits_inception.py.
 
-    python -m launch.train --config=configs/digits_bn_x30_ensemble.py:1 --workdir=runs/digits_ensemble_1
+    bn-keras train --config=digits_bn_x30_ensemble:1 --workdir=runs/digits_ensemble_1
 
-What the numbers mean is said in bn_x30_ensemble.py. A minute of CPU time each; 96.9% to 98.0%
-validation accuracy. Together, by
+bn_x30_ensemble.py describes the members. A minute of CPU time each; 96.9% to 98.0% validation
+accuracy. The six together, evaluated with
 
-    python -m launch.evaluate --workdir=runs/digits_ensemble_1 ... --workdir=runs/digits_ensemble_6
+    bn-keras evaluate --workdir=runs/digits_ensemble_1 ... --workdir=runs/digits_ensemble_6
 
-98.9% (one run of each).
+reach 98.9% (one run of each).
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """BN-x5 in miniature on scikit-learn's digits; see digits_inception.py.
 
-python -m launch.train --config=configs/digits_bn_x5.py --workdir=runs/digits_bn_x5
+bn-keras train --config=digits_bn_x5 --workdir=runs/digits_bn_x5
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """BN-x5-Sigmoid in miniature on scikit-learn's digits; see digits_inception.py.
 
-python -m launch.train --config=configs/digits_bn_x5_sigmoid.py --workdir=runs/digits_bn_x5_sigmoid
+bn-keras train --config=digits_bn_x5_sigmoid --workdir=runs/digits_bn_x5_sigmoid
 """
 
 from ml_collections import ConfigDict

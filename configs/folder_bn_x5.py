@@ -1,15 +1,15 @@
-"""BN-x5 at half the width on a few thousand images of your own, 128 pixels square.
+"""BN-x5 at half the width, for a few thousand images of your own, 128 pixels square.
 
-    python -m launch.train --config=configs/folder_bn_x5.py --config.data.data_dir=pictures --workdir=runs/pictures
+    bn-keras train --config=folder_bn_x5 --config.data.data_dir=pictures --workdir=runs/pictures
 
-where pictures/train/CLASS and pictures/validation/CLASS hold the images, in .jpg, .png and the
-like. If pictures/CLASS holds them, add
+Expected layout: pictures/train/CLASS/*.jpg and pictures/validation/CLASS/*.jpg (or .png, .bmp, .gif).
+For pictures/CLASS/*.jpg without splits, add
 
     --config.data.train_split='.[:90%]' --config.data.validation_split='.[90%:]'
 
-A first try on 3,000 of CIFAR-10's images, enlarged to 160x128, gave 44% validation accuracy after
-1,000 of the 4,000 steps, a quarter of an hour on 2 cores that had other work as well; the rate is
-the paper's BN-x5, not the outcome of a search.
+A first trial on 3,000 CIFAR-10 images, enlarged to 160x128, reached 44% validation accuracy after
+1,000 of the 4,000 steps, a quarter of an hour on 2 cores shared with other work. The rate is that of
+the paper's BN-x5, not the result of a search.
 """
 
 from ml_collections import ConfigDict
@@ -23,15 +23,15 @@ def get_config() -> ConfigDict:
     config = networks.derive(inception.get_config(), "bn_x5").copy_and_resolve_references()
     config.data.name = "folder"
     config.data.image_size = 128
-    # Downloaded pictures are not all whole; each that isn't is named.
+    # Some downloaded images are truncated; the log names each.
     config.data.max_bad_examples = 20
-    # A few thousand images don't teach more channels, and a CPU has to keep up.
+    # Enough for a few thousand images, and fast enough for a CPU.
     config.model.width = 0.5
-    # Remembers a hundred steps of a short run.
+    # An average over a hundred steps, for a short run.
     config.batch_norm.momentum = 0.99
     config.train.steps = 4_000
     config.train.steps_per_loop = 100
-    # To about a thirtieth over 4,000 steps of 3,000 images.
+    # Down to about a thirtieth in 4,000 steps on 3,000 images.
     config.schedule.decay_epochs = 0.5
     config.evaluation.every_steps = 500
     config.checkpoint.every_steps = 500

@@ -1,9 +1,9 @@
 """The paper's Inception on ImageNet: no BN, learning rate 0.0015.
 
-    python -m launch.train --config=configs/inception.py --workdir=runs/imagenet_inception
+    bn-keras train --config=inception --workdir=runs/imagenet_inception
 
 Expected: 72.2% top-1 after 31.0e6 steps (the paper's numbers).
-This run has not been made here; on CPUs alone it would take years.
+Not run by us; on CPUs it would take years.
 """
 
 from ml_collections import ConfigDict

@@ -1,8 +1,8 @@
 """The network of section 4.1 with BN, on MNIST: 50,000 steps of 60 examples.
 
-    python -m launch.train --config=configs/mnist_bn.py --workdir=runs/mnist_bn
+    bn-keras train --config=mnist_bn --workdir=runs/mnist_bn
 
-Half a minute on 2 cores; 97.4% on the test set.
+Half a minute on 2 cores; 97.4% test accuracy.
 """
 
 from ml_collections import ConfigDict

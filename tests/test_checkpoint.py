@@ -1,4 +1,4 @@
-"""Nothing lost: a checkpoint is whole or there is the one before it, whatever becomes of a file."""
+"""A checkpoint is complete, or the one before it is intact, whatever happens to a file."""
 
 import contextlib
 import os
@@ -14,14 +14,14 @@ from etils import epath
 from etils.epath import gpath, register
 from full_disk import files_of_at_most
 
-from bn_keras.errors import UsageError
+from bn_keras.errors import StorageError, UsageError
 from bn_keras.runs.checkpoint import Checkpoints
 
 DATA, INDEX = "data-00000-of-00001", "index"
 
 
 def make_parts(value=0.0, units=300):
-    """Two parts whose names say nothing of their kind, dots and double names among them."""
+    """Two parts with dots in names and with equal names."""
     weights = [keras.Variable(np.full([units, 2], value, np.float32), name="k") for _ in range(3)]
     seed = keras.Variable(np.array([7, 9], np.uint32), trainable=False, name="seed.state")
     steps = keras.Variable(np.int64(value), trainable=False, dtype="int64", name="iteration")
@@ -42,7 +42,7 @@ def assert_are(parts, value):
 
 
 def save(folder, *steps, keep=9):
-    """Saves steps whose weights and iterations are the number of the step."""
+    """Saves steps whose weights and iterations equal the step."""
     parts = make_parts()
     checkpoints = Checkpoints(folder, parts, keep)
     for step in steps:
@@ -66,7 +66,7 @@ def warnings(caplog):
     return lambda: [record.getMessage() for record in caplog.records]
 
 
-def test_everything_comes_back_in_its_kind(folder):
+def test_restored_variables_have_their_values_and_dtypes(folder):
     save(folder, 5)
     parts = make_parts(1.0)
     checkpoints = Checkpoints(folder, parts)
@@ -76,30 +76,30 @@ def test_everything_comes_back_in_its_kind(folder):
     assert [v.dtype for v in parts["model"]] == ["float32"] * 3 + ["uint32"]
 
 
-def test_nothing_saved_is_step_0_and_leaves_nothing_behind(folder):
+def test_without_a_checkpoint_restore_returns_0_and_writes_nothing(folder):
     checkpoints = Checkpoints(folder, make_parts())
     assert (checkpoints.restore(), checkpoints.latest_step, checkpoints.latest) == (0, 0, None)
     assert not folder.parent.exists()
 
 
-def test_the_latest_are_kept_and_no_other_file(folder):
+def test_only_the_latest_checkpoints_are_kept(folder):
     save(folder, 0, 2, 10, 9, keep=2)
     assert {p.name for p in folder.iterdir()} == {
         "checkpoint",
         *(f"step-{step}.{ending}" for step in (2, 9) for ending in (INDEX, DATA)),
     }
-    # The tool of those who read TensorFlow's format.
+    # TensorFlow's own lookup finds the checkpoint, too.
     assert tf.train.latest_checkpoint(folder) == str(folder / "step-9")
 
 
-def test_a_part_of_what_was_saved_can_be_read(folder):
+def test_a_single_part_can_be_restored(folder):
     save(folder, 3)
     parts = {"model": make_parts()["model"]}
     assert Checkpoints(folder, parts).restore() == 3
     np.testing.assert_array_equal(parts["model"][0].numpy(), 3)
 
 
-def test_replicas_all_get_what_was_saved(folder, two_replicas):
+def test_all_replicas_are_restored(folder, two_replicas):
     def make():
         with two_replicas.scope():
             return {
@@ -145,23 +145,25 @@ DAMAGES = {
     "halved": truncate(0.5),
     "a byte short": lambda file: file.write_bytes(file.read_bytes()[:-1]),
     "zeros": lambda file: file.write_bytes(bytes(file.stat().length)),
-    "gone": lambda file: file.unlink(),
+    "missing": lambda file: file.unlink(),
 } | {f"flipped at {place}": flip(place) for place in (0, 0.2, 0.5, 0.8)}
 
 
 @pytest.mark.parametrize("ending", [INDEX, DATA])
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_one_that_is_damaged_is_named_and_the_one_before_used(damage, ending, folder, warnings):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_restored(
+    damage, ending, folder, warnings
+):
     save(folder, 10, 20, 30)
     damage(folder / f"step-30.{ending}")
     parts = make_parts(1.0)
     checkpoints = Checkpoints(folder, parts, keep=2)
     assert checkpoints.restore() == checkpoints.latest_step == 20
-    # Of what could be read of the damaged one, nothing is left.
+    # Nothing of the damaged checkpoint remains in the variables.
     assert_are(parts, 20)
     (warning,) = warnings()
     assert "step-30 is damaged" in warning and "\n" not in warning
-    # The run comes by once more.
+    # The resumed run saves the step again.
     checkpoints.save(30)
     assert steps_in(folder) == [20, 30]
     again = make_parts()
@@ -169,8 +171,8 @@ def test_one_that_is_damaged_is_named_and_the_one_before_used(damage, ending, fo
     assert_are(again, 20)
 
 
-def test_every_bit_of_the_index_that_changes_a_value_is_noticed(folder):
-    """Of its last 48 bytes some are read by nobody, and some say where to read how much."""
+def test_no_flipped_bit_of_the_index_changes_a_value_unnoticed(folder):
+    """Some of its last 48 bytes are never read, others are offsets and lengths."""
     save(folder, 1)
     index = folder / "step-1.index"
     whole = index.read_bytes()
@@ -187,7 +189,7 @@ def test_every_bit_of_the_index_that_changes_a_value_is_noticed(folder):
             assert_are(parts, -1)
 
 
-def test_damaged_ones_do_not_count_among_those_kept(folder):
+def test_damaged_checkpoints_do_not_count_among_those_kept(folder):
     save(folder, 10, 20, 30, 40)
     for step in (30, 40):
         truncate(0.5)(folder / f"step-{step}.{DATA}")
@@ -197,7 +199,7 @@ def test_damaged_ones_do_not_count_among_those_kept(folder):
     assert steps_in(folder) == [20, 25]
 
 
-def test_the_state_file_is_for_others(folder):
+def test_the_state_file_is_not_read(folder):
     save(folder, 1, 2)
     for text in ("", "\0" * 40, 'model_checkpoint_path: "step-9"', None):
         if text is None:
@@ -207,7 +209,7 @@ def test_the_state_file_is_for_others(folder):
         assert Checkpoints(folder, make_parts()).restore() == 2
 
 
-def test_if_all_are_damaged_it_is_an_error_on_one_line(folder):
+def test_only_damaged_checkpoints_are_an_error_on_one_line(folder):
     save(folder, 1, 2)
     truncate(0.5)(folder / f"step-1.{INDEX}")
     flip(0.5)(folder / f"step-2.{DATA}")
@@ -230,7 +232,7 @@ def test_if_all_are_damaged_it_is_an_error_on_one_line(folder):
     ],
     ids=["shapes", "fewer", "more", "order", "another part", "dtype"],
 )
-def test_one_of_another_network_is_no_damage(parts, folder, warnings):
+def test_a_checkpoint_of_another_network_is_refused_and_kept(parts, folder, warnings):
     save(folder, 1, 2)
     before = values(parts)
     with pytest.raises(UsageError, match="step-2 does not fit this network"):
@@ -239,19 +241,19 @@ def test_one_of_another_network_is_no_damage(parts, folder, warnings):
     assert not warnings() and steps_in(folder) == [1, 2]
 
 
-def test_one_that_may_not_be_read_is_no_damage(folder, monkeypatch):
+def test_a_checkpoint_without_read_permission_is_not_taken_for_damaged(folder, monkeypatch):
     save(folder, 1, 2)
 
     def refused(self, *_):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(type(folder), "open", refused)
-    with pytest.raises(UsageError, match=f"step-2.{DATA} can't be read: Permission denied"):
+    with pytest.raises(StorageError, match=f"step-2.{DATA} cannot be read: Permission denied"):
         Checkpoints(folder, make_parts()).restore()
 
 
-def test_one_that_is_removed_before_it_is_opened(folder, monkeypatch, warnings):
-    """Evaluating the best network of a run whose training saves a better one meanwhile."""
+def test_a_checkpoint_removed_before_it_is_opened_is_no_damage(folder, monkeypatch, warnings):
+    """The training saves a better network while the best one is loaded."""
     save(folder, 1)
     opened = type(folder).open
 
@@ -267,7 +269,7 @@ def test_one_that_is_removed_before_it_is_opened(folder, monkeypatch, warnings):
     assert not warnings()
 
 
-def test_one_that_is_removed_before_it_is_read(folder, monkeypatch, warnings):
+def test_a_checkpoint_removed_before_it_is_read_is_no_damage(folder, monkeypatch, warnings):
     save(folder, 1)
     load = tf.compat.v1.train.NewCheckpointReader
 
@@ -284,13 +286,13 @@ def test_one_that_is_removed_before_it_is_read(folder, monkeypatch, warnings):
 
 
 @pytest.mark.parametrize("num_bytes", [0, 500, 5_000])
-def test_a_full_disk_costs_no_earlier_one(num_bytes, folder):
+def test_a_full_disk_costs_no_earlier_checkpoint(num_bytes, folder):
     checkpoints = save(folder, 1, 2, keep=2)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     intact = "File too large; that of step 2 is intact"
-    with files_of_at_most(num_bytes), pytest.raises(UsageError, match=intact) as caught:
+    with files_of_at_most(num_bytes), pytest.raises(StorageError, match=intact) as caught:
         checkpoints.save(3)
-    assert str(caught.value).startswith(f"the checkpoint of step 3 in {folder} can't be written")
+    assert str(caught.value).startswith(f"the checkpoint of step 3 in {folder} cannot be written")
     assert "\n" not in str(caught.value)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert checkpoints.latest_step == 2
@@ -298,16 +300,16 @@ def test_a_full_disk_costs_no_earlier_one(num_bytes, folder):
     assert steps_in(folder) == [2, 3]
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(
-        UsageError, match="of step 4 .*can't be written: Not a directory; it is the"
+        StorageError, match="of step 4 .*cannot be written: Not a directory; there is no earlier"
     ):
         save(epath.Path(tmp_path / "file" / "checkpoints"), 4)
 
 
-# What kill -9 may leave behind, in the order of a save: of the files that are not in their place
-# yet, of the data without its index, and of one of which there was another.
+# Files that kill -9 may leave behind, in the order of a save: files before they are moved into
+# place, data without an index, and the temporary state file.
 @pytest.mark.parametrize(
     "remains",
     [
@@ -317,7 +319,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         ["checkpoint.unfinished"],
     ],
 )
-def test_what_a_killed_save_leaves_is_in_nobodys_way(remains, folder):
+def test_the_remains_of_a_killed_save_are_removed_by_the_next(remains, folder):
     save(folder, 10, 20)
     for name in remains:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -332,7 +334,7 @@ def test_what_a_killed_save_leaves_is_in_nobodys_way(remains, folder):
     }
 
 
-def test_what_a_killed_first_save_leaves_is_no_checkpoint(folder, warnings):
+def test_the_remains_of_a_killed_first_save_are_no_checkpoint(folder, warnings):
     folder.mkdir(parents=True)
     (folder / f"step-0.{DATA}").write_bytes(b"half of it")
     checkpoints = Checkpoints(folder, make_parts())
@@ -341,7 +343,7 @@ def test_what_a_killed_first_save_leaves_is_no_checkpoint(folder, warnings):
     assert Checkpoints(folder, make_parts(1.0)).restore() == 0 and len(warnings()) == 1
 
 
-# In a process of its own, since TensorFlow can be forked only before its first operation.
+# Runs in a process of its own: TensorFlow can be forked only before its first operation.
 SAVE_AND_BE_KILLED = """
 import os, random, signal, sys, time
 import keras
@@ -349,7 +351,7 @@ import numpy as np
 from etils import epath
 from bn_keras.runs.checkpoint import Checkpoints
 
-def save_for_ever(done):
+def save_forever(done):
     shapes = {name: [50_000] for name in "abcdef"}
     parts = {"model": [keras.Variable(np.zeros(s, "f"), name=n) for n, s in shapes.items()]}
     checkpoints = Checkpoints(epath.Path(sys.argv[1]), parts, keep=2)
@@ -368,11 +370,11 @@ for _ in range(8):
     steps, done = os.pipe()
     child = os.fork()
     if not child:
-        save_for_ever(done)
+        save_forever(done)
     os.close(done)
     with open(steps) as steps:
         restored = int(steps.readline())
-        # What was saved is there, and one that was about to be may be.
+        # The last save is there; the one in progress may be.
         assert last <= restored <= last + 1, (last, restored)
         began = time.perf_counter()
         steps.readline()
@@ -384,7 +386,7 @@ print(last)
 """
 
 
-def test_killed_at_any_moment_of_a_save(folder):
+def test_a_save_can_be_killed_at_any_moment(folder):
     done = subprocess.run(
         [sys.executable, "-c", SAVE_AND_BE_KILLED, folder], capture_output=True, text=True
     )
@@ -392,8 +394,8 @@ def test_killed_at_any_moment_of_a_save(folder):
     last = int(done.stdout)
     assert last >= 8
     files = [p for p in pathlib.Path(folder).rglob("*") if p.is_file()]
-    # The one after the last that was told of may be done; the one before it is there too. Of the
-    # save that was killed there are at most as many files again and one.
+    # The save after the last reported one may be complete; the one before it exists as well. The
+    # killed save leaves at most as many files again and one.
     newest = max(steps_in(folder))
     assert last <= newest <= last + 1 and newest - 1 in steps_in(folder)
     assert len(files) <= 1 + 2 * 4
@@ -406,7 +408,7 @@ def test_killed_at_any_moment_of_a_save(folder):
 
 @pytest.fixture
 def bucket(monkeypatch):
-    """Of TensorFlow's own file systems the one in memory: as a bucket's, it is none of Python's."""
+    """TensorFlow's file system in memory, which Python cannot open, like a bucket."""
     monkeypatch.setattr(gpath, "_URI_PREFIXES", (*gpath._URI_PREFIXES, "ram://"))
     monkeypatch.setattr(gpath, "_URI_SCHEMES", frozenset({*gpath._URI_SCHEMES, "ram"}))
     monkeypatch.setitem(gpath._URI_MAP_ROOT, "ram://", "/ram/")
@@ -417,7 +419,7 @@ def bucket(monkeypatch):
     return bucket
 
 
-def test_in_a_bucket(bucket, warnings):
+def test_checkpoints_work_in_a_bucket(bucket, warnings):
     folder = bucket / "run" / "checkpoints"
     assert os.fspath(folder).startswith("ram://")
     assert Checkpoints(folder, make_parts()).restore() == 0

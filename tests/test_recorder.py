@@ -1,4 +1,4 @@
-"""What a recorder sees is what the training sees, and the training doesn't see the recorder."""
+"""A recorder sees the training network's input, and does not affect training."""
 
 import re
 
@@ -10,7 +10,7 @@ import tensorflow as tf
 from small import small_mlp
 
 from bn_keras import BatchNormalization
-from bn_keras.distribute.strategy import make_strategy
+from bn_keras.distribute import make_strategy
 from bn_keras.errors import UsageError
 from bn_keras.models import SigmoidMLP
 from bn_keras.runs.workdir import Workdir
@@ -24,7 +24,7 @@ PERCENTILES = (0, 15, 50, 97.5)
 
 
 def images(num_batches, batch_size, *shape):
-    """Batches whose means and spreads differ."""
+    """Batches with different means and standard deviations."""
     rng = np.random.default_rng(0)
     drawn = rng.normal(rng.normal(size=shape), rng.uniform(1, 3, shape), (num_batches, 8, *shape))
     return drawn[:, :batch_size].astype(np.float32)
@@ -37,7 +37,7 @@ def randomize(model):
 
 
 def record(model, strategy, batches, layer, **options):
-    """Percentiles of batches that lie on the host, of which each replica takes its rows."""
+    """Percentiles over batches from the host; each replica processes its own rows."""
 
     def open_rows(context):
         size = batches.shape[1] // context.num_replicas_in_sync
@@ -56,7 +56,7 @@ def mlp(strategy, synchronized=False):
 
 
 def into_sigmoid_2(model, batch):
-    """The second sigmoids' input, float64, from the weights and the definition."""
+    """The input of the second sigmoid layer, in float64, by its definition."""
     x = batch.astype(np.float64)
     for i in (1, 2):
         kernel, gamma, beta = (
@@ -89,7 +89,7 @@ def test_percentiles_are_those_of_the_training_networks_input(replicas, synchron
 
 
 class Twice(keras.layers.Layer):
-    """Calls one layer on its input and, by keyword, on a hundred times that."""
+    """Calls one layer on its input and, by keyword, on a hundred times its input."""
 
     def __init__(self, layer):
         super().__init__()
@@ -104,11 +104,11 @@ class Square(keras.layers.Layer):
         return x * x
 
 
-def test_a_feature_map_is_taken_over_batch_and_locations_also_in_a_nested_model_at_the_first_call():
+def test_a_feature_map_of_a_nested_layers_first_call_is_recorded_over_batch_and_locations():
     inner = keras.Sequential([BatchNormalization(), Twice(Square(name="square"))])
     model = keras.Sequential([keras.Input((3, 4, 2)), keras.layers.Dropout(0.5), inner])
     batches = images(2, 8, 3, 4, 2)
-    # The same draw each time, since the generator is where it was.
+    # The same draw each time: the generator keeps its state.
     states = [v.numpy() for v in model.variables]
     found = record(model, tf.distribute.get_strategy(), batches, "square", unit=1)
     again = record(model, tf.distribute.get_strategy(), batches, "square", unit=1)
@@ -126,7 +126,7 @@ def test_a_feature_map_is_taken_over_batch_and_locations_also_in_a_nested_model_
     )
 
 
-def test_what_is_not_finite_has_no_percentile():
+def test_values_that_are_not_finite_have_no_percentile():
     model = mlp(tf.distribute.get_strategy())
     model.get_layer("bn_2").beta.assign(np.full(4, np.inf))
     found = record(model, tf.distribute.get_strategy(), images(1, 8, 5), "sigmoid_2")
@@ -138,8 +138,8 @@ SHORT = {"train.steps": 30, "evaluation.every_steps": 15, "checkpoint.every_step
 RECORD = {"record.layer": "sigmoid_2", "record.every_steps": 7, "record.num_examples": 100}
 
 
-def test_training_does_not_notice_and_a_resumed_run_records_the_same(tmp_path, monkeypatch):
-    """Two replicas whose moving statistics differ, and are merged at the loops' ends alone."""
+def test_recording_does_not_affect_training_and_resuming_repeats_it(tmp_path, monkeypatch):
+    """On two replicas whose moving statistics differ and are merged at the ends of loops only."""
     unrecorded, recorded = tmp_path / "unrecorded", tmp_path / "recorded"
     train_and_evaluate(small_mlp(**TWO_REPLICAS, **SHORT), unrecorded)
 
@@ -156,7 +156,7 @@ def test_training_does_not_notice_and_a_resumed_run_records_the_same(tmp_path, m
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "train", killed)
         train_and_evaluate(config, recorded)
-    # From the checkpoint of step 20 on, the lines are written again.
+    # The lines after the checkpoint of step 20 are written again.
     before = lines(recorded, "record/50")
     train_and_evaluate(config, recorded)
     after = lines(recorded, "record/50")
@@ -166,39 +166,44 @@ def test_training_does_not_notice_and_a_resumed_run_records_the_same(tmp_path, m
         assert one["record/15"] < one["record/50"] < one["record/85"]
         assert all(one[key] == other[key] for key in one if key.startswith("record/"))
     assert not lines(unrecorded, "record/50")
-    # The last of them with the hash over all variables.
+    # The last of them has the hash over all variables.
     assert lines(recorded, "validation/loss") == lines(unrecorded, "validation/loss")
 
 
 @pytest.mark.parametrize(
     "layer, unit, message",
     [
-        ("sigmod_2", 0, "the network doesn't have: name one of its 8 layers, such as sigmoid_2"),
-        ("zzz", 0, "name one of its 8 layers, such as flatten, dense_1, bn_1, sigmoid_1, dense_2"),
-        ("images", 0, "record.layer is 'images', which isn't called with one tensor: name"),
-        ("sigmoid_2", 4, "record.unit is 4, but what comes into 'sigmoid_2' has 4 units: give one"),
-        ("sigmoid_2", -1, "record.unit is -1, but what comes into 'sigmoid_2' has 4 units: give"),
+        (
+            "sigmod_2",
+            0,
+            "unknown record.layer 'sigmod_2': expected one of the network's 8 layers, such as"
+            " sigmoid_2",
+        ),
+        ("zzz", 0, "network's 8 layers, such as flatten, dense_1, bn_1, sigmoid_1, dense_2"),
+        ("images", 0, "record.layer is 'images', which is not called with a single tensor: name"),
+        ("sigmoid_2", 4, "record.unit=4 is invalid: the input of 'sigmoid_2' has units 0 to 3"),
+        ("sigmoid_2", -1, "record.unit=-1 is invalid: the input of 'sigmoid_2' has units 0 to 3"),
     ],
 )
-def test_a_layer_or_a_unit_that_is_not_there(layer, unit, message):
+def test_an_unknown_layer_or_unit_is_refused(layer, unit, message):
     strategy = tf.distribute.get_strategy()
     with pytest.raises(UsageError, match=re.escape(message)) as caught:
         record(mlp(strategy), strategy, images(1, 8, 5), layer, unit=unit)
     assert "\n" not in str(caught.value)
 
 
-def test_replicas_go_on_after_a_layer_that_can_not_be_recorded(two_replicas):
+def test_a_refused_layer_leaves_tensorflow_usable(two_replicas):
     model = mlp(two_replicas)
     with pytest.raises(UsageError, match="record.layer is 'images'"):
         record(model, two_replicas, images(1, 8, 5), "images")
-    # TensorFlow would refuse variables from here on, had a replica raised that.
+    # After an error inside a replica, TensorFlow would refuse new variables.
     with two_replicas.scope():
         keras.Variable(0.0, synchronization="on_read", aggregation="only_first_replica")
     assert record(mlp(two_replicas), two_replicas, images(1, 8, 5), "sigmoid_2")
 
 
-def test_nothing_is_written_by_a_run_whose_layer_is_not_there(tmp_path):
-    with pytest.raises(UsageError, match="record.layer is 'sigmoid_4'"):
+def test_a_run_with_an_unknown_layer_writes_nothing(tmp_path):
+    with pytest.raises(UsageError, match="unknown record.layer 'sigmoid_4'"):
         train_and_evaluate(small_mlp(**{"record.layer": "sigmoid_4"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -206,13 +211,21 @@ def test_nothing_is_written_by_a_run_whose_layer_is_not_there(tmp_path):
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("percentiles", (), r"record.percentiles is \(\): give one or more numbers from 0 to 100"),
-        ("percentiles", (15, 101), r"record.percentiles is \(15, 101\): give one or more numbers"),
-        ("every_steps", 0, "record.every_steps is 0: it has to be greater than 0"),
-        ("num_examples", 0, "record.num_examples is 0: it has to be greater than 0"),
+        (
+            "percentiles",
+            (),
+            r"record.percentiles=\(\) is invalid: expected one or more numbers from 0 to 100",
+        ),
+        (
+            "percentiles",
+            (15, 101),
+            r"record.percentiles=\(15, 101\) is invalid: expected one or more numbers",
+        ),
+        ("every_steps", 0, "record.every_steps=0 is invalid: expected a positive number"),
+        ("num_examples", 0, "record.num_examples=0 is invalid: expected a positive number"),
     ],
 )
-def test_settings_that_can_not_be_meant(key, value, message):
+def test_invalid_settings_are_refused(key, value, message):
     config = default_config().copy_and_resolve_references()
     config.record[key] = value
     with pytest.raises(UsageError, match=message):

@@ -1,4 +1,4 @@
-"""Killed at any moment, a run that is started again ends as the one that never was, to the bit."""
+"""A run killed at any moment and resumed equals an uninterrupted one, to the bit."""
 
 import json
 import os
@@ -22,8 +22,8 @@ def lines_without_times(workdir):
 
 
 @pytest.mark.parametrize("replicas, seed", [(1, 0), (2, 1)])
-def test_killed_by_every_signal_equals_never_killed(replicas, seed, tmp_path):
-    """With dropout, distortions and, on two replicas, BN that is not synchronized."""
+def test_a_run_killed_by_every_signal_equals_an_uninterrupted_one(replicas, seed, tmp_path):
+    """With dropout, distortions and, on two replicas, unsynchronized BN."""
     done = subprocess.run(
         [
             *(sys.executable, TESTS / "forked_trainings.py", tmp_path, str(seed)),
@@ -53,10 +53,10 @@ def test_killed_by_every_signal_equals_never_killed(replicas, seed, tmp_path):
     assert len(lines[-1]["variables_sha256"]) == 64
     steps = [line["step"] for line in lines if "train/loss" in line]
     assert steps[-1] == STEPS and len(set(steps)) == len(steps)
-    assert done.stderr.count(f"workdir   {killed}: goes on from step") == 3
-    assert f"next      python -m launch.evaluate --workdir={killed}\n" in done.stderr
+    assert done.stderr.count(f"workdir   {killed}: resuming from step") == 3
+    assert f"python -m launch.evaluate --workdir={killed}\n" in done.stderr
 
-    # As the best network does, which is the same too.
+    # The best network is the same, too.
     evaluations = [line for line in lines if "validation/accuracy" in line]
     best = max(evaluations, key=lambda line: line["validation/accuracy"])
     (data,) = (killed / "best").glob("step-*.data*")

@@ -1,4 +1,4 @@
-"""The learning rate follows its definition in examples, whatever the batch size."""
+"""The learning rate is a function of the examples seen, whatever the batch size."""
 
 import keras
 import numpy as np
@@ -18,7 +18,7 @@ def test_rate_falls_by_its_factor_after_every_decay():
     np.testing.assert_allclose(rates, [0.5, 0.5, 0.45, 0.45, 0.405, 0.5 * 0.9**10], rtol=1e-6)
 
 
-def test_batch_size_scales_the_rate_and_not_the_moments():
+def test_the_batch_size_scales_the_rate_but_not_the_decay():
     small = ExamplesSchedule(0.5, 32, decay_factor=0.9, decay_examples=3200)
     large = ExamplesSchedule(0.5, 320, decay_factor=0.9, decay_examples=3200)
     for step in (0, 5, 9, 10, 25):
@@ -31,7 +31,7 @@ def test_warm_up_is_linear_and_ends():
     np.testing.assert_allclose(rates, [*np.arange(1, 11) / 10, 1, 1], rtol=1e-6)
 
 
-def test_decays_are_counted_exactly_beyond_what_float32_holds():
+def test_decays_are_counted_exactly_beyond_the_range_of_float32():
     schedule = ExamplesSchedule(1.0, 32, decay_factor=0.5, decay_examples=2**30)
     boundary = 2**30 // 32
     assert float(schedule(boundary - 1)) == 1.0
@@ -40,7 +40,7 @@ def test_decays_are_counted_exactly_beyond_what_float32_holds():
 
 @pytest.mark.parametrize(
     "config, start, steps, share",
-    # About 2% and 1% of the initial rate are left at the end, with GoogLeNet's decay.
+    # GoogLeNet's decay leaves about 2% and 1% of the initial rate at the end.
     [
         (inception, 0.0015, 31_000_000, 0.02),
         (bn_x5, 0.0075, 6_000_000, 0.01),
@@ -59,7 +59,7 @@ def test_accelerated_networks_decay_six_times_faster():
 
 
 def test_a_decay_without_its_examples_is_refused():
-    with pytest.raises(UsageError, match="decay_examples has to be given"):
+    with pytest.raises(UsageError, match="decay_factor=0.9 requires decay_examples"):
         ExamplesSchedule(0.5, 32, decay_factor=0.9)
 
 
@@ -71,7 +71,7 @@ def test_cosine_falls_from_the_end_of_the_warm_up_to_the_end_of_the_training():
     wanted = 1 + np.cos(np.pi * done)
     rates = [float(schedule(100 + i)) for i in range(1001)]
     np.testing.assert_allclose(rates, wanted, rtol=1e-5, atol=1e-12)
-    # The warm-up is as it is with any decay, and nothing comes after the end.
+    # The warm-up is the same with any decay; after the end the rate is 0.
     np.testing.assert_allclose(
         [float(schedule(step)) for step in (0, 49, 99, 1100, 5000)], [0.02, 1, 2, 0, 0], rtol=1e-6
     )
@@ -102,7 +102,7 @@ def test_cosine_keeps_its_shape_at_another_batch_size():
         np.testing.assert_allclose(large(step), 10 * small(10 * step), rtol=1e-5)
 
 
-def test_what_a_cosine_does_not_need_is_ignored():
+def test_a_cosine_ignores_the_settings_of_step_decay():
     plain = ExamplesSchedule(0.5, 32, decay="cosine", total_examples=3200)
     given = ExamplesSchedule(
         0.5, 32, decay="cosine", total_examples=3200, decay_factor=0.1, decay_examples=32
@@ -113,15 +113,15 @@ def test_what_a_cosine_does_not_need_is_ignored():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (dict(decay="linear"), "unknown schedule.decay 'linear': accepted are steps, cosine"),
-        (dict(decay="cosine"), "total_examples has to be given"),
+        (dict(decay="linear"), "unknown schedule.decay 'linear': expected steps or cosine"),
+        (dict(decay="cosine"), "decay='cosine' requires total_examples"),
         (
             dict(decay="cosine", total_examples=320, warmup_examples=320),
-            "the warm-up takes 320 examples and the training 320",
+            "the warm-up of 320 examples leaves none of the training's 320",
         ),
     ],
 )
-def test_a_cosine_that_cannot_be_is_refused(arguments, message):
+def test_an_invalid_cosine_is_refused(arguments, message):
     with pytest.raises(UsageError, match=message):
         ExamplesSchedule(0.5, 32, **arguments)
 
@@ -133,7 +133,7 @@ def test_a_cosine_that_cannot_be_is_refused(arguments, message):
             ExamplesSchedule(0.045, 32, decay_factor=0.96, decay_examples=1_708_223),
             6_000_000,
             [
-                "learning rate 0.045, times 0.96 every 53,382 steps, 0.00047 at the end",
+                "learning rate 0.045, multiplied by 0.96 every 53,382 steps, 0.00047 at the end",
                 "6,000,000 steps of 32 = 6,000,000 paper steps of 32 = 149.9 epochs of 1,281,167",
             ],
         ),
@@ -143,7 +143,7 @@ def test_a_cosine_that_cannot_be_is_refused(arguments, message):
             ),
             100_000,
             [
-                "learning rate from 0.0015 up to 1.44 over 977 steps, then along a cosine,"
+                "learning rate from 0.0015 up to 1.44 over 977 steps, cosine decay,"
                 " 3.6e-10 at the end",
                 "100,000 steps of 1,024 = 3,200,000 paper steps of 32 = 79.9 epochs of 1,281,167",
             ],
@@ -158,7 +158,7 @@ def test_a_cosine_that_cannot_be_is_refused(arguments, message):
         ),
     ],
 )
-def test_what_it_says_of_itself(schedule, steps, said):
+def test_the_description_gives_rate_and_length(schedule, steps, said):
     assert schedule.describe(steps, IMAGENET).splitlines() == said
 
 
@@ -169,7 +169,7 @@ def test_what_it_says_of_itself(schedule, steps, said):
         dict(decay="cosine", total_examples=2000, warmup_examples=99),
     ],
 )
-def test_it_survives_serialization(arguments):
+def test_serialization_keeps_the_schedule(arguments):
     schedule = ExamplesSchedule(0.5, 64, **arguments)
     config = keras.optimizers.schedules.serialize(schedule)
     again = keras.optimizers.schedules.deserialize(config)

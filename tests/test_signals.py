@@ -1,4 +1,4 @@
-"""A first signal waits until it suits; a second one doesn't."""
+"""A first signal asks the training to stop; a second one ends the process at once."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from bn_keras.training import stop_signals as signals
+from bn_keras.training import stop_signals
 from bn_keras.training.stop_signals import stop_requests
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -22,7 +22,7 @@ def wait_for(request):
 
 
 @BOTH
-def test_a_signal_is_a_request_and_the_handlers_come_back(number):
+def test_a_signal_is_a_request_and_the_handlers_are_restored(number):
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     with stop_requests() as request:
         assert not request
@@ -33,7 +33,7 @@ def test_a_signal_is_a_request_and_the_handlers_come_back(number):
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_other_signals_are_none_of_it():
+def test_other_signals_are_ignored():
     handler = signal.signal(signal.SIGUSR1, lambda *_: None)
     try:
         with stop_requests() as request:
@@ -45,7 +45,7 @@ def test_other_signals_are_none_of_it():
         signal.signal(signal.SIGUSR1, handler)
 
 
-def test_a_thread_gets_no_requests_and_changes_no_handlers():
+def test_a_thread_receives_no_requests_and_changes_no_handlers():
     found = []
 
     def look():
@@ -60,11 +60,11 @@ def test_a_thread_gets_no_requests_and_changes_no_handlers():
 
 
 @BOTH
-def test_a_second_signal_ends_a_process_that_is_in_a_kernel(number):
-    """There no handler of Python's is called; a hash of minutes stands for the kernel."""
+def test_a_second_signal_ends_a_process_inside_a_kernel(number):
+    """Python calls no handler there; a hash that takes minutes stands for the kernel."""
     program = f"""
 import hashlib, importlib.util
-spec = importlib.util.spec_from_file_location("signals", {signals.__file__!r})
+spec = importlib.util.spec_from_file_location("signals", {stop_signals.__file__!r})
 signals = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(signals)
 with signals.stop_requests() as request:
@@ -76,6 +76,6 @@ with signals.stop_requests() as request:
     ) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
-        assert f"{number.name}: stops after this loop" in process.stderr.readline()
+        assert f"{number.name}: stopping after this loop" in process.stderr.readline()
         process.send_signal(number)
         assert process.wait(timeout=30) == 128 + number

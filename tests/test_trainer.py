@@ -1,4 +1,4 @@
-"""A step does what its settings say, on one replica and on two."""
+"""The training step follows its settings, on one replica and on two."""
 
 import keras
 import numpy as np
@@ -7,7 +7,7 @@ import tensorflow as tf
 from small import small_mlp
 
 from bn_keras.data import pipeline
-from bn_keras.distribute.strategy import make_strategy
+from bn_keras.distribute import make_strategy
 from bn_keras.models import SigmoidMLP
 from bn_keras.training.build import build_trainer
 from bn_keras.training.step import Trainer
@@ -32,7 +32,7 @@ def batches(trainer, images=IMAGES, labels=LABELS, micro_batches=1):
     size = len(images) // trainer.strategy.num_replicas_in_sync // micro_batches
 
     def replica_by_replica(_):
-        # Micro-batch by micro-batch, and in each of these replica by replica.
+        # In the order of the micro-batches, and of the replicas in each of them.
         return tf.data.Dataset.from_tensor_slices((images, labels)).batch(size, True).repeat()
 
     return iter(trainer.strategy.distribute_datasets_from_function(replica_by_replica))
@@ -48,18 +48,18 @@ def close(left, right, **tolerance):
 
 
 @REPLICAS
-def test_micro_batches_make_up_the_step_of_the_whole(replicas):
+def test_accumulated_micro_batches_equal_the_whole_batch(replicas):
     whole, parts = (small_trainer(replicas, l2=0.1, micro_batches=k) for k in (1, 3))
     assert whole.train(batches(whole), 2) == pytest.approx(
         parts.train(batches(parts, micro_batches=3), 2)
     )
-    # Three float32 sums in place of one.
+    # Three float32 sums instead of one.
     close(weights(whole), weights(parts), rtol=1e-5, atol=1e-6)
     assert parts.optimizer.iterations.numpy() == 2
 
 
 @REPLICAS
-def test_averages_follow_the_weights_and_forget_the_first(replicas):
+def test_the_ema_follows_the_weights_and_forgets_the_initial_ones(replicas):
     trainer = small_trainer(replicas, variant="bn", ema=0.5)
     feed, expected = batches(trainer), [w.astype(np.float64) for w in weights(trainer)]
     for step in range(1, 7):
@@ -77,8 +77,8 @@ def test_averages_follow_the_weights_and_forget_the_first(replicas):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("mixed", [False, True], ids=["labels", "mixtures"])
-def test_the_objective_is_that_of_smoothed_labels(smoothing, mixed):
-    """The gradient is Keras' of the same; the loss that is reported is that of the labels."""
+def test_the_objective_uses_smoothed_labels_and_the_reported_loss_does_not(smoothing, mixed):
+    """The gradient equals that of Keras' smoothed loss."""
     shares = np.eye(4, dtype=np.float32)[LABELS]
     if mixed:
         shares = (0.7 * shares + 0.3 * shares[::-1]).astype(np.float32)
@@ -100,14 +100,14 @@ def test_the_objective_is_that_of_smoothed_labels(smoothing, mixed):
 
 
 @pytest.mark.parametrize("replicas, overflowing", [(1, 0), (2, 0), (2, 1)])
-def test_a_step_that_overflows_on_any_replica_is_left_out(replicas, overflowing):
+def test_a_step_that_overflows_on_any_replica_is_skipped(replicas, overflowing):
     trainer = small_trainer(replicas, variant="bn", policy="mixed_float16", loss_scaling=True)
     scale, steps_at_scale = trainer.parts["scaling"]
     steps_at_scale.assign(7.0)
     changing = {id(v) for v in (scale, steps_at_scale, *trainer.model.non_trainable_variables)}
     before = [v.numpy() for v in trainer.variables]
     shares = np.eye(4, dtype=np.float32)[LABELS]
-    # The loss stays finite, and so do the other replica's gradients.
+    # The loss and the other replica's gradients stay finite.
     shares[overflowing * len(IMAGES) // replicas] *= 1e6
     _, _, finite_steps = trainer.train(batches(trainer, labels=shares), 1)
     assert finite_steps == 1
@@ -117,7 +117,7 @@ def test_a_step_that_overflows_on_any_replica_is_left_out(replicas, overflowing)
     assert (scale.numpy(), steps_at_scale.numpy()) == (2.0**14, 0)
 
 
-def test_the_scale_grows_after_two_thousand_steps_and_changes_nothing_else():
+def test_the_loss_scale_doubles_after_two_thousand_steps_and_changes_nothing_else():
     trainer, plain = (
         small_trainer(policy="mixed_float16", rate=0.1, loss_scaling=scaled)
         for scaled in (True, False)
@@ -131,7 +131,7 @@ def test_the_scale_grows_after_two_thousand_steps_and_changes_nothing_else():
 
 
 @REPLICAS
-def test_a_snapshot_puts_everything_back(replicas):
+def test_a_snapshot_restores_everything(replicas):
     trainer = small_trainer(
         replicas, variant="bn", policy="mixed_float16", ema=0.9, loss_scaling=True
     )
@@ -146,11 +146,11 @@ def test_a_snapshot_puts_everything_back(replicas):
             np.testing.assert_array_equal(component.numpy(), value)
 
 
-def test_a_config_becomes_a_trainer():
+def test_a_trainer_is_built_from_a_config():
     config = small_mlp(
         **{"train.ema": 0.9, "train.micro_batches": 2, "train.precision": "mixed_float16"}
     )
-    data = pipeline.open_data(config.data, seed=0)
+    data = pipeline.open_data(**config.data, seed=0)
     trainer = build_trainer(
         config, make_strategy("one_device"), data.input_shape, 10, 1000, rate_factor=0.5
     )

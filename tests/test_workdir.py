@@ -1,4 +1,4 @@
-"""The files of a run: whole lines, kept up to the step that a run goes on from."""
+"""The files of a run: complete lines, kept up to the step at which a run resumes."""
 
 import errno
 import fcntl
@@ -10,18 +10,18 @@ import socket
 import pytest
 from full_disk import files_of_at_most
 
-from bn_keras.data import pipeline
-from bn_keras.errors import UsageError
-from bn_keras.runs import workdir
-from bn_keras.runs.workdir import MetricsWriter, Workdir
-from bn_keras.training.build import build_model
+from bn_keras.errors import StorageError, UsageError
+from bn_keras.runs import lock
+from bn_keras.runs.metrics import MetricsWriter
+from bn_keras.runs.workdir import Workdir
+from bn_keras.training.build import build_data, build_model
 from bn_keras.training.config import default_config
 from configs import mnist_bn
 
 INTERFACE = ((8, 8, 1), ("cat", "dog"))
 
 
-def test_the_config_comes_back_as_it_was(tmp_path):
+def test_config_and_interface_are_read_as_they_were_written(tmp_path):
     config = default_config()
     Workdir(tmp_path / "new" / "run").create(config, *INTERFACE)
     assert Workdir(tmp_path / "new" / "run").read_config() == config
@@ -35,7 +35,7 @@ def test_the_config_comes_back_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[1]", '{"input_shape": [8, 8, 1]}'])
-def test_a_lost_or_damaged_interface_is_named(text, tmp_path):
+def test_a_missing_or_damaged_interface_is_an_error_that_names_it(text, tmp_path):
     if text is not None:
         (tmp_path / "interface.json").write_text(text)
     with pytest.raises(UsageError, match="interface.json is missing or damaged"):
@@ -43,11 +43,23 @@ def test_a_lost_or_damaged_interface_is_named(text, tmp_path):
     assert Workdir(tmp_path).read_data_sizes() == (0, 0)
 
 
-def test_only_the_place_of_the_data_may_differ(tmp_path):
+def test_only_the_location_of_the_data_may_differ(tmp_path):
     config = default_config()
     Workdir(tmp_path).create(config, *INTERFACE)
     config.data.data_dir = "/elsewhere"
     Workdir(tmp_path).check(config)
+
+
+def test_a_relative_data_dir_is_saved_as_an_absolute_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = default_config()
+    config.data.data_dir = "pictures"
+    Workdir(tmp_path / "run").create(config, *INTERFACE)
+    assert Workdir(tmp_path / "run").read_config().data.data_dir == str(tmp_path / "pictures")
+    assert config.data.data_dir == "pictures"
+    config.data.data_dir = "gs://bucket/data"
+    Workdir(tmp_path / "other").create(config, *INTERFACE)
+    assert Workdir(tmp_path / "other").read_config().data.data_dir == "gs://bucket/data"
 
 
 def test_metrics_are_lines_of_json_with_step_and_examples(tmp_path):
@@ -61,7 +73,7 @@ def test_metrics_are_lines_of_json_with_step_and_examples(tmp_path):
     ]
 
 
-def test_a_line_cut_short_and_later_steps_are_dropped(tmp_path):
+def test_an_incomplete_line_and_later_steps_are_dropped(tmp_path):
     workdir = Workdir(tmp_path)
     with MetricsWriter(workdir, 32) as metrics:
         for step in (1, 2, 3):
@@ -84,7 +96,7 @@ def test_a_run_is_finished_when_its_last_line_says_so(tmp_path):
     assert workdir.is_finished()
 
 
-def test_what_is_not_finite_is_null_since_json_has_no_number_for_it(tmp_path):
+def test_values_that_are_not_finite_become_null(tmp_path):
     workdir = Workdir(tmp_path)
     with MetricsWriter(workdir, 32) as metrics:
         metrics.write(1, {"validation/loss": float("inf"), "train/loss": float("nan")})
@@ -94,18 +106,18 @@ def test_what_is_not_finite_is_null_since_json_has_no_number_for_it(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["[1]", "{}", '{"model": {}}', '{"model"'])
-def test_a_damaged_config_is_named(text, tmp_path):
+def test_a_damaged_config_is_an_error_that_names_it(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UsageError, match="config.json (can't be read|is no config)") as caught:
+    with pytest.raises(UsageError, match="config.json (cannot be read|is not a config)") as caught:
         Workdir(tmp_path).read_config()
     assert "\n" not in str(caught.value)
 
 
-# Whoever uses the config of a run: network and data for launch.evaluate, predict, check and export,
-# and launch.train, which goes on with it.
+# The uses of a run's config: evaluation, prediction, check and export need network and data, and
+# training resumes with it.
 READERS = {
     "network": lambda run: build_model(run.read_config(), *INTERFACE),
-    "data": lambda run: pipeline.open_data(run.read_config().data, run.read_config().seed),
+    "data": lambda run: build_data(run.read_config()),
     "train": lambda run: run.check(mnist_bn.get_config()),
 }
 
@@ -122,7 +134,7 @@ READERS = {
         ("population.when", ["train"]),
     ],
 )
-def test_a_config_from_before_a_key_was_there_says_so(key, readers, tmp_path):
+def test_a_key_that_an_older_version_did_not_save_is_named(key, readers, tmp_path):
     run = Workdir(tmp_path)
     config = mnist_bn.get_config()
     run.create(config, *INTERFACE)
@@ -134,11 +146,11 @@ def test_a_config_from_before_a_key_was_there_says_so(key, readers, tmp_path):
     del section[name]
     (tmp_path / "config.json").write_text(json.dumps(older))
     for reader in readers:
-        with pytest.raises(UsageError, match=f"config.json has no {key}: it was written by an old"):
+        with pytest.raises(UsageError, match=f"config.json has no {key}: an older version"):
             READERS[reader](run)
 
 
-def test_a_config_that_was_read_equals_the_one_written(tmp_path):
+def test_a_saved_config_equals_the_original(tmp_path):
     config = default_config()
     Workdir(tmp_path).create(config, *INTERFACE)
     read = Workdir(tmp_path).read_config()
@@ -165,10 +177,10 @@ def test_a_full_disk_costs_no_line_written_before(tmp_path):
     run = Workdir(tmp_path)
     with MetricsWriter(run, 32) as metrics:
         metrics.write(1, {"longer than the first event": "x" * 200})
-    failed = "the metrics of step 2 in .* can't be written: File too large; what was written"
+    failed = "the metrics of step 2 in .* cannot be written: File too large; everything written"
     with (
         files_of_at_most(run.metrics.stat().length + 10),
-        pytest.raises(UsageError, match=failed) as caught,
+        pytest.raises(StorageError, match=failed) as caught,
         MetricsWriter(run, 32) as metrics,
     ):
         metrics.write(2, {"train/loss": 0.5})
@@ -181,10 +193,10 @@ def test_a_full_disk_costs_no_line_written_before(tmp_path):
     assert [line["step"] for line in run.read_metrics()] == [1, 2]
 
 
-def test_a_disk_too_full_for_the_events_is_told(tmp_path):
+def test_a_disk_too_full_for_the_events_is_reported(tmp_path):
     run = Workdir(tmp_path)
     values = {f"train/{i}": 0.5 for i in range(50)}
-    with pytest.raises(UsageError, match="metrics of step 3 in .*File too large"):
+    with pytest.raises(StorageError, match="metrics of step 3 in .*File too large"):
         with MetricsWriter(run, 32) as metrics:
             metrics.write(1, values)
             (events,) = tmp_path.glob("events.*")
@@ -193,18 +205,18 @@ def test_a_disk_too_full_for_the_events_is_told(tmp_path):
                 metrics.write(3, values)
 
 
-def test_a_full_disk_keeps_the_lines_that_a_run_goes_on_from(tmp_path):
+def test_a_full_disk_keeps_the_lines_that_a_resumed_run_needs(tmp_path):
     run = Workdir(tmp_path)
     with MetricsWriter(run, 32) as metrics:
         for step in range(100):
             metrics.write(step, {})
-    with files_of_at_most(50), pytest.raises(UsageError, match="metrics.jsonl can't be written"):
+    with files_of_at_most(50), pytest.raises(StorageError, match="metrics.jsonl cannot be written"):
         run.drop_metrics_after(50)
     assert run.last_step() == 99
 
 
 def locks(path):
-    """Takes the lock of a run that was begun, as a second process would."""
+    """Acquires the lock of an existing run, as a second process would."""
     with Workdir(path).locked():
         return True
 
@@ -216,17 +228,17 @@ def test_one_process_at_a_time_trains_in_a_workdir(tmp_path):
             locks(tmp_path)
     message = str(caught.value)
     assert f"process {os.getpid()} on {socket.gethostname()}, since 2" in message
-    assert "give another workdir" in message and "\n" not in message
+    assert "use another workdir" in message and "\n" not in message
     assert locks(tmp_path)
 
 
-def test_a_lock_goes_with_its_process(tmp_path):
+def test_a_killed_process_releases_its_lock(tmp_path):
     Workdir(tmp_path).create(default_config(), *INTERFACE)
-    ready, told = os.pipe()
+    ready, locked = os.pipe()
     child = os.fork()
     if not child:
         with Workdir(tmp_path).locked():
-            os.write(told, b"!")
+            os.write(locked, b"!")
             signal.pause()
     os.read(ready, 1)
     with pytest.raises(UsageError, match=f"process {child} on"):
@@ -236,7 +248,7 @@ def test_a_lock_goes_with_its_process(tmp_path):
     assert locks(tmp_path)
 
 
-def test_a_new_run_is_locked_once_its_folder_is_there(tmp_path):
+def test_a_new_run_is_locked_once_its_folder_exists(tmp_path):
     first, second = (Workdir(tmp_path / "run") for _ in range(2))
     with first.locked(), second.locked():
         assert not (tmp_path / "run").exists()
@@ -245,21 +257,21 @@ def test_a_new_run_is_locked_once_its_folder_is_there(tmp_path):
             second.create(default_config(), *INTERFACE)
         with pytest.raises(UsageError, match="is in use"):
             locks(tmp_path / "run")
-        # As a run does that goes back to its last checkpoint.
+        # A run that is rolled back creates its folder again.
         first.create(default_config(), *INTERFACE)
     assert locks(tmp_path / "run")
 
 
-def test_a_run_that_another_process_began_and_ended_meanwhile_is_not_begun_anew(tmp_path):
+def test_a_run_that_another_process_started_and_ended_meanwhile_is_kept(tmp_path):
     late, other = Workdir(tmp_path), Workdir(tmp_path)
     with late.locked():
         with other.locked():
             other.create(default_config(), *INTERFACE)
-        with pytest.raises(UsageError, match="has begun a run in .* meanwhile: start again"):
+        with pytest.raises(UsageError, match="has started a run in .* meanwhile: start again"):
             late.create(default_config(), *INTERFACE)
 
 
-def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
     Workdir(tmp_path).create(default_config(), *INTERFACE)
 
     def refused(*_):
@@ -267,18 +279,18 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(fcntl, "flock", refused)
     assert locks(tmp_path)
-    assert "can't be locked (No locks available)" in caplog.text
+    assert "cannot be locked (No locks available)" in caplog.text
 
 
 def test_a_bucket_has_no_locks(tmp_path, monkeypatch):
     Workdir(tmp_path).create(default_config(), *INTERFACE)
-    monkeypatch.setattr(workdir, "is_local", lambda path: False)
+    monkeypatch.setattr(lock, "is_local", lambda path: False)
     with Workdir(tmp_path).locked():
         assert locks(tmp_path)
     assert not (tmp_path / "lock").exists()
 
 
-def test_the_best_accuracy_is_that_of_the_evaluations_up_to_a_step(tmp_path):
+def test_the_best_accuracy_is_that_of_evaluations_up_to_a_step(tmp_path):
     run = Workdir(tmp_path)
     assert run.best_accuracy(9) == 0
     with MetricsWriter(run, 32) as metrics:
@@ -290,20 +302,20 @@ def test_the_best_accuracy_is_that_of_the_evaluations_up_to_a_step(tmp_path):
     assert run.evaluations(4) == []
 
 
-def test_other_data_are_no_way_to_go_on(tmp_path):
+def test_a_run_does_not_resume_on_other_data(tmp_path):
     config = mnist_bn.get_config()
     run = Workdir(tmp_path)
     run.create(config, (8, 8, 1), ("a", "b"), 100)
     before = (tmp_path / "interface.json").read_text()
     for shape, names, count, message in (
         ((8, 8, 1), ("a", "b"), 99, r"num_train_examples \(100, now 99\)"),
-        ((8, 8, 1), ("b", "a"), 100, "other class_names: give the data"),
+        ((8, 8, 1), ("b", "a"), 100, "other class_names: use that data"),
         ((8, 8, 3), ("a", "b"), 100, "input_shape"),
     ):
         with pytest.raises(UsageError, match=message):
             Workdir(tmp_path).create(config, shape, names, count)
     assert (tmp_path / "interface.json").read_text() == before
-    # One that is damaged is written anew.
+    # A damaged file is written again.
     (tmp_path / "interface.json").write_text(before[:20])
     Workdir(tmp_path).create(config, (8, 8, 1), ("a", "b"), 100)
     assert (tmp_path / "interface.json").read_text() == before

@@ -1,5 +1,6 @@
-"""Builds what a config describes: the model, the schedule, the trainer."""
+"""Builds what a config describes: the data, the model, the schedule, the trainer."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,12 +8,30 @@ import keras
 import tensorflow as tf
 from ml_collections import ConfigDict
 
+from bn_keras.data.pipeline import Data, open_data
+from bn_keras.data.sources import Source
 from bn_keras.errors import UsageError
 from bn_keras.models import BNInception, SigmoidMLP
 from bn_keras.training.schedule import ExamplesSchedule
 from bn_keras.training.step import Trainer
 
 _PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
+_DATA_SETTINGS = inspect.signature(open_data).parameters.keys() - {"seed", "source"}
+
+
+def build_data(config: ConfigDict, source: Source | None = None) -> Data:
+    """Opens the data of config.data, in the order that follows from config.seed.
+
+    Args:
+      config: see `default_config`.
+      source: replaces the source that the config names.
+
+    Raises:
+      UsageError: an invalid setting, or data that is not available.
+    """
+    # By attribute, so that a saved config names the file that lacks a key.
+    settings = {name: getattr(config.data, name) for name in sorted(_DATA_SETTINGS)}
+    return open_data(**settings, seed=config.seed, source=source)
 
 
 def build_model(

@@ -7,14 +7,15 @@ import inspect
 import pathlib
 import sys
 import zlib
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 import bn_keras
 from bn_keras.errors import UsageError
+from bn_keras.runs.saved_config import flatten
 from bn_keras.runs.workdir import Workdir
 from bn_keras.text import first_line, first_of
 from bn_keras.training.config import default_config
@@ -42,9 +43,11 @@ def load_config(given: str) -> ConfigDict:
     Raises:
       UsageError: no such config, or one that does not follow the schema.
     """
-    path = pathlib.Path(given)
-    if path.suffix == ".json" or (path / "config.json").is_file():
-        return _from_run(path.parent if path.suffix == ".json" else path)
+    path = epath.Path(given)
+    if path.suffix == ".json":
+        return _from_run(path.parent)
+    if given not in config_names() and (path / "config.json").exists():
+        return _from_run(path)
     name, colon, argument = given.partition(":")
     get_config = getattr(_import_file(_find(name)), "get_config", None)
     if get_config is None:
@@ -58,38 +61,38 @@ def load_config(given: str) -> ConfigDict:
     config = get_config(*arguments)
     if not isinstance(config, ConfigDict):
         raise UsageError(f"get_config() of config {name!r} returns no ConfigDict")
-    return _checked(config, given).lock()
+    return _on_schema(config, given)
 
 
-def flatten(config: ConfigDict, section: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the settings of a config as ("train.steps", 3000)."""
-    for key in config:
-        value = config[key]
-        if isinstance(value, ConfigDict):
-            yield from flatten(value, f"{section}{key}.")
-        else:
-            yield f"{section}{key}", value
+def _from_run(workdir: epath.Path) -> ConfigDict:
+    return _on_schema(Workdir(workdir).read_config(), str(workdir / "config.json"))
 
 
-def _from_run(workdir: pathlib.Path) -> ConfigDict:
-    """Returns a run's config with the types of the schema, so that it can be overridden."""
-    saved = _checked(Workdir(workdir).read_config(), str(workdir / "config.json"))
-    config = default_config().copy_and_resolve_references()
-    config.update_from_flattened_dict(dict(flatten(saved)))
-    return config.lock()
+def _on_schema(config: ConfigDict, origin: str) -> ConfigDict:
+    """Returns a config with the types of the schema, locked.
 
-
-def _checked(config: ConfigDict, origin: str) -> ConfigDict:
-    keys = {key for key, _ in flatten(config)}
-    accepted = {key for key, _ in flatten(default_config())}
-    if missing := sorted(accepted - keys):
+    Only the schema knows the type of a setting that is None, or that a JSON file holds.
+    """
+    settings = flatten(config)
+    typed = default_config()
+    accepted = flatten(typed).keys()
+    if missing := sorted(accepted - settings.keys()):
         raise UsageError(
-            f"config {origin} has no {first_of(missing)}: start from"
+            f"config {origin} has no {first_of(missing)}: expected all keys of"
             " bn_keras.training.config.default_config()"
         )
-    if unknown := sorted(keys - accepted):
+    if unknown := sorted(settings.keys() - accepted):
         raise UsageError(f"config {origin} has unknown keys: {first_of(unknown)}")
-    return config
+    for key, value in settings.items():
+        try:
+            typed.update_from_flattened_dict({key: value})
+        except TypeError:
+            section, _, name = key.rpartition(".")
+            kind = (typed[section] if section else typed).get_type(name)
+            raise UsageError(
+                f"config {origin} has an invalid {key}={value!r}: expected {kind.__name__}"
+            ) from None
+    return typed
 
 
 def _find(name: str) -> pathlib.Path:
@@ -108,21 +111,29 @@ def _find(name: str) -> pathlib.Path:
 
 def _import_file(file: pathlib.Path) -> ModuleType:
     """Imports a config file, as part of a package where its folder is one."""
+    # A config in any folder can import those of the package, in a checkout too.
+    _import_package(PACKAGE, FOLDER)
     folder = file.parent
     if not (folder / "__init__.py").is_file():
         return _execute(importlib.util.spec_from_file_location(file.stem, file), file)
     package = PACKAGE
     if folder.resolve() != FOLDER.resolve():
         package = f"{PACKAGE}_{zlib.crc32(str(folder).encode()):x}"
-    if package not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            package, folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-        sys.modules[package] = _execute(spec, file)
+        _import_package(package, folder)
     try:
         return importlib.import_module(f"{package}.{file.stem}")
     except (SyntaxError, ImportError, AttributeError, TypeError, NameError) as error:
         raise _broken(file, error) from error
+
+
+def _import_package(name: str, folder: pathlib.Path) -> None:
+    """Imports a folder as a package of a given name."""
+    if name not in sys.modules:
+        file = folder / "__init__.py"
+        spec = importlib.util.spec_from_file_location(
+            name, file, submodule_search_locations=[str(folder)]
+        )
+        sys.modules[name] = _execute(spec, file)
 
 
 def _execute(spec: Any, file: pathlib.Path) -> ModuleType:

@@ -1,4 +1,4 @@
-"""What a training is going to do, told before it does it."""
+"""What a training is going to do, described before it starts."""
 
 import os
 import pathlib
@@ -8,33 +8,35 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from bn_keras.data import sources
-from bn_keras.errors import UsageError
+from bn_keras.errors import StorageError
 from bn_keras.runs.atomic_files import is_local
 from bn_keras.runs.checkpoint import Checkpoints
 from bn_keras.runs.workdir import Workdir
 
 
-def plan(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, str]:
-    """Tells what `train_and_evaluate` would do with the same arguments; changes nothing.
+def describe_training(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, str]:
+    """Describes what `train_and_evaluate` would do with the same arguments; changes nothing.
 
     Args:
-      config: as bn_keras/training/config.py.
-      workdir: of the run.
+      config: see `default_config`.
+      workdir: folder of the run.
 
     Returns:
-      A line each on "data", "devices" and "workdir".
+      A line each for "data", "devices" and "workdir".
 
     Raises:
-      UsageError: the workdir is of another run, or can't be written; there is no such data set.
+      UsageError: the workdir belongs to another run, or there is no such data set.
+      StorageError: the workdir cannot be written.
     """
     run = Workdir(workdir)
     run.check(config)
     _check_writable(run.path)
-    return describe(config) | {"workdir": f"{run.path}: {state(run, config.train.steps)}"}
+    progress = describe_progress(run, config.train.steps)
+    return describe_input(config) | {"workdir": f"{run.path}: {progress}"}
 
 
-def describe(config: ConfigDict) -> dict[str, str]:
-    """Gives a line each on the "data" and the "devices" of a config.
+def describe_input(config: ConfigDict) -> dict[str, str]:
+    """Returns a line each for the "data" and the "devices" of a config.
 
     Raises:
       UsageError: there is no such data set.
@@ -46,12 +48,12 @@ def describe(config: ConfigDict) -> dict[str, str]:
     }
 
 
-def state(run: Workdir, steps: int) -> str:
-    """Says where a run stands, and what becomes of it when it is trained to so many steps."""
+def describe_progress(run: Workdir, steps: int) -> str:
+    """Returns how far a run is, and where training it to a number of steps starts."""
     if run.is_finished():
-        return f"finished at step {run.last_step():,}, nothing is left to do"
+        return f"finished at step {run.last_step():,}, nothing to do"
     step = Checkpoints(run.checkpoints, {}).latest_step
-    return f"goes on from step {step:,} to {steps:,}" if step else f"new, to step {steps:,}"
+    return f"resuming from step {step:,} to {steps:,}" if step else f"new, to step {steps:,}"
 
 
 def _devices(strategy: str, replicas: int) -> str:
@@ -71,4 +73,4 @@ def _check_writable(path: epath.Path) -> None:
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"workdir {path} can't be written: {folder} is not yours to write to")
+        raise StorageError(f"workdir {path} cannot be written: no permission to write {folder}")

@@ -1,4 +1,4 @@
-"""What a run shows while it goes on."""
+"""The progress of a run: a bar on a terminal, lines in a log."""
 
 import multiprocessing
 import shutil
@@ -12,12 +12,12 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """A bar with step, loss, accuracy, images/s and time left; lines in a log where it's piped.
+    """A bar with step, loss, accuracy, images/s and time left; without a terminal, log lines.
 
     Args:
-      label: of the run.
-      step: where it starts.
-      steps: where it ends.
+      label: name of the run.
+      step: first step.
+      steps: last step.
     """
 
     def __init__(self, label: str, step: int, steps: int) -> None:
@@ -26,41 +26,41 @@ class Progress:
         self._validation = ""
         self._first_step = step
         self._began = self._last_line = 0.0
-        # Bars of processes side by side would be drawn over each other.
+        # The bars of processes side by side would overwrite each other.
         self._terminal = sys.stderr.isatty() and multiprocessing.parent_process() is None
         self._bar = tqdm(
             desc=label,
             initial=step,
             total=steps,
             disable=not self._terminal,
-            # What is left of the line is the bar's, so that a narrow terminal loses that first.
+            # The bar fills what the text leaves, so that a narrow terminal loses the bar first.
             ncols=min(110, shutil.get_terminal_size().columns),
             bar_format="{desc}|{bar}|{n_fmt}/{total_fmt}, {remaining} left{postfix}",
         )
 
     def building(self) -> None:
-        """Says that the graph is being built."""
+        """Shows that the graph is being built."""
         self._bar.set_postfix_str("building the graph")
         if not self._terminal:
             logging.info("%s: building the graph", self._label)
 
     def start(self) -> None:
-        """Starts the clock from which the time left is estimated."""
+        """Starts the clock that the time left is estimated from."""
         self._bar.unpause()
         self._bar.start_t = self._bar.last_print_t = time.time()
         self._began = self._last_line = time.monotonic()
 
     def update(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
-        """Shows a step, with the means over the steps since the one shown before."""
-        # The validation comes last: it is what a narrow terminal can best do without.
+        """Shows a step, with the means over the steps since the last update."""
+        # The validation comes last: a narrow terminal cuts the end of the line.
         text = f"loss {loss:.4f}, accuracy {accuracy:.3f}, {images_per_second:.0f} images/s"
         text += self._validation
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(step - self._bar.n)
         self._log(step, text)
 
-    def evaluated(self, step: int, accuracy: float) -> None:
-        """Shows what an evaluation found."""
+    def evaluated(self, accuracy: float) -> None:
+        """Shows the accuracy of the last evaluation from the next update on."""
         self._validation = f" (validation {accuracy:.3f})"
 
     def _log(self, step: int, text: str) -> None:

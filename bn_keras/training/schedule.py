@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from bn_keras.errors import UsageError
 
-# Of a step in the paper, whatever batch size a rate was found at.
+# Examples per step in the paper, whatever the batch size that a rate was tuned at.
 PAPER_BATCH_SIZE = 32
 
 _DECAYS = ("steps", "cosine")
@@ -15,26 +15,26 @@ _DECAYS = ("steps", "cosine")
 
 @keras.saving.register_keras_serializable("bn_keras")
 class ExamplesSchedule(keras.optimizers.schedules.LearningRateSchedule):
-    """Linear warm-up, then a decay in steps or along a cosine, all counted in examples.
+    """Linear warm-up, then step or cosine decay, all counted in examples.
 
-    Counting in examples makes one schedule serve every batch size: the rate scales linearly
-    with the batch, and the moments at which it changes stay where they were in the data.
+    Counting in examples makes one schedule serve every batch size: the rate scales linearly with
+    the batch, and changes at the same points of the data.
 
     Args:
       base_rate: learning rate at reference_batch_size.
       global_batch_size: examples per step, over all replicas.
-      reference_batch_size: the paper's 32, unless the rate was found at another one.
-      decay: "steps": by decay_factor after each decay_examples. "cosine": half a period of it,
-        from the full rate at the end of the warm-up to 0 at total_examples, and 0 from there on;
-        decay_factor and decay_examples then have no effect.
-      decay_factor: what the rate is multiplied by after each decay_examples; 1 holds it.
-      decay_examples: examples between two decays; needed unless decay_factor is 1.
+      reference_batch_size: batch size that base_rate was tuned at; the paper's is 32.
+      decay: "steps": multiply the rate by decay_factor after each decay_examples. "cosine": half a
+        cosine from the full rate at the end of the warm-up to 0 at total_examples, and 0 after
+        that; decay_factor and decay_examples then have no effect.
+      decay_factor: factor on the rate after each decay_examples; 1 keeps it constant.
+      decay_examples: examples between two decays; required unless decay_factor is 1.
       warmup_examples: examples over which the rate rises linearly to its full value.
-      total_examples: of the whole training; needed by "cosine" alone.
+      total_examples: examples of the whole training; required by "cosine".
 
     Raises:
-      UsageError: an unknown decay, a decay without its examples, or a warm-up that leaves nothing
-        of the training to a cosine.
+      UsageError: an unknown decay, a decay without its examples, or a warm-up that leaves no
+        examples for a cosine.
 
     Source: Ioffe & Szegedy 2015, section 4.2.1; GoogLeNet (arXiv 1409.4842, section 6) for the
     decay of 4% every 8 epochs; Goyal et al. 2017 (arXiv 1706.02677) for scaling and warm-up;
@@ -49,21 +49,21 @@ class ExamplesSchedule(keras.optimizers.schedules.LearningRateSchedule):
         reference_batch_size: int = PAPER_BATCH_SIZE,
         decay: str = "steps",
         decay_factor: float = 1.0,
-        decay_examples: int | None = None,
+        decay_examples: int = 0,
         warmup_examples: int = 0,
-        total_examples: int | None = None,
+        total_examples: int = 0,
     ) -> None:
         if decay not in _DECAYS:
-            raise UsageError(f"unknown schedule.decay {decay!r}: accepted are {', '.join(_DECAYS)}")
+            raise UsageError(f"unknown schedule.decay {decay!r}: expected {' or '.join(_DECAYS)}")
         if decay == "steps" and decay_factor != 1 and not decay_examples:
-            raise UsageError(f"decay_factor is {decay_factor}: decay_examples has to be given too")
+            raise UsageError(f"decay_factor={decay_factor} requires decay_examples")
         if decay == "cosine" and not total_examples:
-            raise UsageError("decay is 'cosine': total_examples has to be given too")
+            raise UsageError("decay='cosine' requires total_examples")
         if decay == "cosine" and warmup_examples >= total_examples:
             raise UsageError(
-                f"the warm-up takes {warmup_examples:,} examples and the training"
-                f" {total_examples:,}, which leaves none to schedule.decay 'cosine': lower"
-                " schedule.warmup_epochs or raise train.steps"
+                f"the warm-up of {warmup_examples:,} examples leaves none of the training's"
+                f" {total_examples:,} for schedule.decay 'cosine': lower schedule.warmup_epochs or"
+                " raise train.steps"
             )
         self.base_rate = base_rate
         self.global_batch_size = global_batch_size
@@ -75,9 +75,9 @@ class ExamplesSchedule(keras.optimizers.schedules.LearningRateSchedule):
         self.total_examples = total_examples
 
     def __call__(self, step: tf.Tensor | int) -> tf.Tensor:
-        """Gives the float32 learning rate of a step, counted from 0."""
+        """Returns the float32 learning rate of a step, counted from 0."""
         rate = tf.constant(self._full_rate, tf.float32)
-        # In int64: float32 can't count examples beyond 1.6e7.
+        # int64: float32 cannot count examples beyond 1.6e7.
         examples = tf.cast(step, tf.int64) * self.global_batch_size
         if self.decay == "cosine":
             rate *= self._cosine(examples)
@@ -92,7 +92,7 @@ class ExamplesSchedule(keras.optimizers.schedules.LearningRateSchedule):
     def _cosine(self, examples: tf.Tensor) -> tf.Tensor:
         span = self.total_examples - self.warmup_examples
         left = tf.clip_by_value(self.total_examples - examples, 0, span)
-        # (1 + cos(pi * done)) / 2, without the difference that loses its digits towards the end.
+        # (1 + cos(pi * done)) / 2, without the difference that cancels near the end.
         return tf.square(tf.sin(math.pi / 2 * tf.cast(left, tf.float32) / span))
 
     @property
@@ -100,11 +100,11 @@ class ExamplesSchedule(keras.optimizers.schedules.LearningRateSchedule):
         return self.base_rate * self.global_batch_size / self.reference_batch_size
 
     def describe(self, steps: int, num_train_examples: int) -> str:
-        """Gives two lines for people: how the rate goes, and how long the training is.
+        """Returns two lines of text: the course of the rate, and the length of the training.
 
         Args:
-          steps: of the training.
-          num_train_examples: of an epoch.
+          steps: steps of the training.
+          num_train_examples: examples per epoch.
         """
         examples = steps * self.global_batch_size
         warmup = math.ceil(self.warmup_examples / self.global_batch_size)
@@ -115,10 +115,10 @@ class ExamplesSchedule(keras.optimizers.schedules.LearningRateSchedule):
                 f" {warmup:,} steps"
             )
         if self.decay == "cosine":
-            rate += ", then along a cosine"
+            rate += ", cosine decay"
         elif self.decay_factor != 1:
             every = self.decay_examples / self.global_batch_size
-            rate += f", times {self.decay_factor:g} every {every:,.0f} steps"
+            rate += f", multiplied by {self.decay_factor:g} every {every:,.0f} steps"
         return (
             f"{rate}, {float(self(steps - 1)):.2g} at the end\n"
             f"{steps:,} steps of {self.global_batch_size:,} = {examples / PAPER_BATCH_SIZE:,.0f}"
@@ -127,5 +127,5 @@ class ExamplesSchedule(keras.optimizers.schedules.LearningRateSchedule):
         )
 
     def get_config(self) -> dict:
-        """Gives the constructor's arguments."""
+        """Returns the constructor's arguments."""
         return dict(vars(self))

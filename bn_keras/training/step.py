@@ -1,51 +1,55 @@
-"""The training step, and a loop of such steps that stays on the device."""
+"""The training step, and the loop of steps that runs on the device."""
 
+import hashlib
 from collections.abc import Sequence
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from bn_keras import models
 from bn_keras.data.pipeline import Data
-from bn_keras.distribute.strategy import from_all_workers
+from bn_keras.distribute import from_all_workers
 from bn_keras.replicas import per_replica_sum
 
-# Of the loss in float16: what it begins with, and after how many steps without an overflow it
-# doubles (Micikevicius et al. 2018, arXiv 1710.03740; the values are Keras').
+# Dynamic loss scaling: the first scale, and the steps without overflow after which it doubles
+# (Micikevicius et al. 2018, arXiv 1710.03740; the values are Keras').
 _FIRST_SCALE = 2.0**15
 _STEPS_TO_GROW = 2000
 
 
 class Trainer:
-    """What is trained, and how a step changes it.
+    """A model with its optimizer, and the training step that changes them.
 
-    The loss is the mean softmax cross-entropy over the global batch. What is minimized has more to
-    it, which the loss that is reported leaves out: label smoothing, an auxiliary classifier, and
-    L2, which enters as l2 * w in the gradients of kernels, as the penalty l2/2 * |w|^2 does. Each
-    replica's gradients are of its part of the global mean, and the optimizer sums them over the
-    replicas.
+    The reported loss is the mean softmax cross-entropy over the global batch. The minimized
+    objective adds what the reported loss leaves out: label smoothing, the auxiliary classifier's
+    loss, and L2, which enters the gradients of kernels as l2 * w, the gradient of l2/2 * |w|^2.
+    Each replica's gradients belong to its share of the global mean; the optimizer sums them over
+    the replicas.
 
     Args:
-      model: from images to logits, or to these and the logits of an auxiliary classifier.
+      model: from images to logits, or to the logits and those of an auxiliary classifier.
       optimizer: not built yet.
-      strategy: in whose scope both were made.
+      strategy: strategy in whose scope both were made.
       global_batch_size: examples per step, over all replicas.
-      l2: weight of the penalty.
-      auxiliary_weight: of the auxiliary classifier's cross-entropy.
-      label_smoothing: share of the labels that is spread over all classes.
-      micro_batches: parts that a global batch comes in, one after the other.
-      ema: fraction of the averaged weights that is kept at each step; 0 is no average. In its
-        first steps t it is (1 + t) / (10 + t), so that the initial weights are soon forgotten.
-      loss_scaling: whether the loss is scaled for float16 gradients. A step whose gradients
-        overflow on any replica is left out, and the scale halved; the scale doubles after 2,000
-        steps without. At a scale of 1 nothing is left out, so that the next loss is not finite. The
-        optimizer doesn't count what is left out. Keras' own looks at the first replica alone.
+      l2: weight of the L2 penalty.
+      auxiliary_weight: weight of the auxiliary classifier's cross-entropy.
+      label_smoothing: share of each label that is spread over all classes.
+      micro_batches: micro-batches per global batch, whose gradients are accumulated.
+      ema: fraction that the exponential moving average (EMA) of the weights keeps at each step; 0
+        keeps no EMA. At step t it is at most (1 + t) / (10 + t), so that the initial weights are
+        soon forgotten.
+      loss_scaling: whether to scale the loss for float16 gradients. A step whose gradients
+        overflow on any replica is skipped and not counted by the optimizer, and the scale is
+        halved; after 2,000 steps without overflow it doubles. At a scale of 1 no step is skipped,
+        so that the next loss is not finite. Keras' own scaling looks at the first replica only.
 
     Attributes:
-      model, optimizer, strategy, global_batch_size, micro_batches: as given.
-      global_micro_batch_size: examples of a part, over all replicas: BN's mini-batches.
-      inference_model: the model without an auxiliary classifier.
-      averages: of the trainable variables of inference_model, in their order; empty without ema.
+      model, optimizer, strategy, global_batch_size, micro_batches: as passed.
+      global_micro_batch_size: examples per micro-batch, over all replicas: BN's mini-batches.
+      inference_model: the model without its auxiliary classifier.
+      averages: EMA of the trainable variables of inference_model, in their order; empty without
+        ema.
     """
 
     def __init__(
@@ -76,7 +80,7 @@ class Trainer:
         with strategy.scope():
             self.inference_model = models.without_auxiliary(model)
             optimizer.build(model.trainable_variables)
-            # Each replica averages its own copy of the same weights, and none has to ask another.
+            # Each replica averages its own copy of the same weights, without communication.
             self.averages = [
                 keras.Variable(
                     tf.convert_to_tensor(v.value),
@@ -94,21 +98,20 @@ class Trainer:
                     keras.Variable(value, dtype="float32", trainable=False, name=name)
                     for name, value in (("loss_scale", _FIRST_SCALE), ("steps_at_scale", 0.0))
                 ]
-            # Loss, hits, and batches until the loss stopped being finite. Each replica adds up its
-            # own: reading them sums over the replicas, which then costs nothing in a step.
+            # Loss, hits, and batches before the first non-finite loss.
             self._sums = per_replica_sum([3])
             self._gradient_sums = []
-            if self._takes_parts:
+            if self._accumulates:
                 self._gradient_sums = [per_replica_sum(v.shape) for v in model.trainable_variables]
 
     @property
-    def _takes_parts(self) -> bool:
-        """Whether a step's gradients are summed before they are looked at and applied."""
+    def _accumulates(self) -> bool:
+        """Whether a step's gradients are summed before they are checked and applied."""
         return self.micro_batches > 1 or self._loss_scaling
 
     @property
     def parts(self) -> dict[str, list[keras.Variable]]:
-        """Everything that a run which goes on has to have as it was: what a checkpoint holds."""
+        """All variables that resuming restores, by the parts of a checkpoint."""
         shared = {id(v) for v in self.inference_model.variables}
         return {
             "model": self.inference_model.variables,
@@ -120,38 +123,47 @@ class Trainer:
 
     @property
     def variables(self) -> list[keras.Variable]:
-        """All of the parts', in one list."""
+        """All variables of all parts, in one list."""
         return [v for part in self.parts.values() for v in part]
 
     def open_batches(self, data: Data, step: int) -> tf.distribute.DistributedIterator:
-        """Opens the training input from a step on, which is 0 for the first."""
+        """Returns an iterator over the training input after a number of steps."""
         size, first = self.global_micro_batch_size, step * self.micro_batches
-        return iter(data.train_batches(self.strategy, size, first, mixed=True))
+        return iter(data.train_batches(self.strategy, size, first, mix=True))
+
+    def hash(self) -> str:
+        """Returns the SHA-256 over the names and values of all variables."""
+        digest = hashlib.sha256()
+        for variable in self.variables:
+            digest.update(variable.name.encode())
+            digest.update(np.ascontiguousarray(variable.numpy()).tobytes())
+        return digest.hexdigest()
 
     def snapshot(self) -> list[tf.Tensor]:
-        """Gives the values of all variables, which cost a copy once they change."""
+        """Returns the values of all variables; they are copied once the variables change."""
         return [tf.convert_to_tensor(v.value) for v in self.variables]
 
     def restore(self, snapshot: Sequence[tf.Tensor]) -> None:
-        """Puts a snapshot back, on every replica."""
+        """Assigns a snapshot to the variables, on every replica."""
         for variable, value in zip(self.variables, snapshot, strict=True):
             variable.assign(value)
 
     def assign_averages(self) -> None:
-        """Puts the averaged weights in the place of the trained ones."""
+        """Assigns the EMA of the weights to the weights."""
         weights = self.inference_model.trainable_variables
         for weight, average in zip(weights, self.averages, strict=True):
             weight.assign(tf.convert_to_tensor(average.value))
 
     def step(self, images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Takes one step on a replica's part of the global batch, by Keras variables alone.
+        """Trains one step on a replica's part of the global batch.
 
         Args:
           images: float32 [N, H, W, C].
-          labels: int32 [N], or float32 [N, classes] with the shares of each class.
+          labels: int32 [N], or float32 [N, classes] with the share of each class.
 
         Returns:
-          The part's share in the mean loss, and how many of its examples were hit, float32.
+          The part's share of the mean loss, and the number of its correctly classified examples,
+          float32 both.
         """
         loss, hits, gradients = self.gradients(images, labels)
         self._update(gradients)
@@ -160,10 +172,10 @@ class Trainer:
     def gradients(
         self, images: tf.Tensor, labels: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
-        """Gives what a step goes by: loss and hits as `step`, and the gradients.
+        """Computes the loss and hits as `step` does, and the gradients of the objective.
 
-        These are of the model's trainable variables, of this replica's part alone, and scaled
-        where the loss is.
+        The gradients are those of the model's trainable variables, for this replica's part of the
+        batch, and multiplied by the loss scale where there is one.
         """
         with tf.GradientTape() as tape:
             outputs = tf.nest.flatten(self.model(images, training=True))
@@ -183,7 +195,7 @@ class Trainer:
     def _objective(self, labels: tf.Tensor, logits: tf.Tensor, loss: tf.Tensor) -> tf.Tensor:
         if not self._label_smoothing:
             return loss
-        # Of labels spread evenly over all classes.
+        # Cross-entropy with labels spread evenly over all classes.
         even = self._mean(tf.reduce_logsumexp(logits, -1) - tf.reduce_mean(logits, -1))
         return (1 - self._label_smoothing) * loss + self._label_smoothing * even
 
@@ -200,76 +212,76 @@ class Trainer:
         self.optimizer.apply(gradients, variables)
         if self.averages:
             steps = tf.cast(self.optimizer.iterations.value, tf.float32)
-            replaced = 1 - tf.minimum(self._ema, (1 + steps) / (10 + steps))
+            rate = 1 - tf.minimum(self._ema, (1 + steps) / (10 + steps))
             weights = self.inference_model.trainable_variables
             for average, weight in zip(self.averages, weights, strict=True):
-                average.assign(average.value + replaced * (weight.value - average.value))
+                average.assign(average.value + rate * (weight.value - average.value))
 
-    def _step_whole(self, images: tf.Tensor, labels: tf.Tensor) -> None:
+    def _train_whole_batch(self, images: tf.Tensor, labels: tf.Tensor) -> None:
         self._count(*self.step(images, labels))
 
-    def _sum_part(self, images: tf.Tensor, labels: tf.Tensor) -> None:
+    def _accumulate_micro_batch(self, images: tf.Tensor, labels: tf.Tensor) -> None:
         loss, hits, gradients = self.gradients(images, labels)
         for total, gradient in zip(self._gradient_sums, gradients, strict=True):
             total.assign_add(gradient)
         self._count(loss, hits)
 
-    def _apply_sums(self) -> None:
+    def _apply_accumulated(self) -> None:
         gradients = [total.read_value() for total in self._gradient_sums]
         if self._loss_scaling:
             gradients = [g / self._scaling[0].value for g in gradients]
         self._update(gradients)
 
     def _count(self, loss: tf.Tensor, hits: tf.Tensor) -> None:
-        # The sum stays non-finite once it is, so that this counts up to the first such batch.
+        # Once the sum is not finite it stays so: this counts the batches before the first one.
         finite = tf.math.is_finite(self._sums[0] + loss)
         self._sums.assign_add([loss, hits, tf.cast(finite, tf.float32)])
 
     @tf.function
     def _train_loop(self, batches: tf.distribute.DistributedIterator, num_steps: tf.Tensor) -> None:
         for _ in tf.range(num_steps):
-            if self._takes_parts:
-                self._step_in_parts(batches)
+            if self._accumulates:
+                self._train_micro_batches(batches)
             else:
-                self.strategy.run(self._step_whole, args=next(batches))
+                self.strategy.run(self._train_whole_batch, args=next(batches))
 
-    def _step_in_parts(self, batches: tf.distribute.DistributedIterator) -> None:
-        # Around strategy.run, because collectives inside of a replica stand no control flow.
+    def _train_micro_batches(self, batches: tf.distribute.DistributedIterator) -> None:
+        # Outside strategy.run: collectives cannot run under control flow inside a replica.
         self.strategy.run(_set_to_zero, args=(self._gradient_sums,))
         for _ in tf.range(self.micro_batches):
-            self.strategy.run(self._sum_part, args=next(batches))
+            self.strategy.run(self._accumulate_micro_batch, args=next(batches))
         if not self._loss_scaling:
-            self.strategy.run(self._apply_sums)
+            self.strategy.run(self._apply_accumulated)
         else:
             scale, steps = self._scaling
             overflowed = self.strategy.run(_any_not_finite, args=(self._gradient_sums,))
             overflowed = self.strategy.reduce(tf.distribute.ReduceOp.SUM, overflowed, axis=None)
-            # What overflows without a scale is no fault of the scale.
+            # At a scale of 1 the overflow is the training's own.
             if tf.logical_and(overflowed > 0, scale.value > 1):
                 scale.value.assign(scale.value / 2)
                 steps.value.assign(0.0)
             else:
-                self.strategy.run(self._apply_sums)
+                self.strategy.run(self._apply_accumulated)
                 grows = tf.equal(steps.value, _STEPS_TO_GROW - 1)
                 scale.value.assign(tf.where(grows, scale.value * 2, scale.value))
                 steps.value.assign(tf.where(grows, 0.0, steps.value + 1))
 
     def trace(self, batches: tf.distribute.DistributedIterator) -> None:
-        """Builds the graph of the loop, which takes seconds, without taking a step."""
+        """Builds the graph of the loop, which takes seconds, without training."""
         self._train_loop.get_concrete_function(batches, tf.constant(0))
 
     def train(
         self, batches: tf.distribute.DistributedIterator, num_steps: int
     ) -> tuple[float, float, int]:
-        """Takes steps on the next batches.
+        """Trains on the next batches.
 
         Args:
-          batches: each one a micro-batch, of global_batch_size / micro_batches examples.
-          num_steps: >= 0; of each, micro_batches are taken.
+          batches: micro-batches of global_micro_batch_size examples.
+          num_steps: >= 0; each step uses micro_batches of them.
 
         Returns:
           Mean loss and mean accuracy over the steps, and how many of the steps came before the
-          first whose loss was not finite.
+          first non-finite loss.
         """
         self._sums.assign(tf.zeros([3]))
         self._train_loop(batches, tf.constant(num_steps))

@@ -1,4 +1,4 @@
-"""A request to stop, by SIGTERM or SIGINT, that waits until it suits; a second one doesn't."""
+"""Requests to stop, made by SIGTERM or SIGINT: the first one waits for a good moment to stop."""
 
 import contextlib
 import os
@@ -24,8 +24,8 @@ class StopRequest:
 
     @property
     def name(self) -> str:
-        """Of the signal."""
-        return signal.Signals(self.signum).name
+        """Name of the signal, such as "SIGTERM"; "" without one."""
+        return "" if self.signum is None else signal.Signals(self.signum).name
 
     def __bool__(self) -> bool:
         return self.signum is not None
@@ -33,21 +33,21 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Takes SIGTERM and SIGINT for requests, until the block ends.
+    """Turns SIGTERM and SIGINT into requests until the block ends.
 
-    A second signal ends the process at once, with 128 plus its number as the status. Python's own
-    handlers wouldn't: they wait for the main thread, which may be in a kernel for minutes. So a
-    thread listens. Outside of the main thread signals can't be caught, and no request ever comes.
+    A second signal ends the process at once, with status 128 plus its number. A thread listens for
+    it: Python's own handlers run in the main thread, which may be inside a kernel for minutes.
+    Outside the main thread signals cannot be caught, and no request ever arrives.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    ours, kernels = socket.socketpair()
-    kernels.setblocking(False)
-    listener = threading.Thread(target=_listen, args=(ours, request), daemon=True)
+    receiving, sending = socket.socketpair()
+    sending.setblocking(False)
+    listener = threading.Thread(target=_listen, args=(receiving, request), daemon=True)
     handlers = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
-    before = signal.set_wakeup_fd(kernels.fileno(), warn_on_full_buffer=False)
+    before = signal.set_wakeup_fd(sending.fileno(), warn_on_full_buffer=False)
     listener.start()
     try:
         yield request
@@ -55,13 +55,13 @@ def stop_requests() -> Iterator[StopRequest]:
         signal.set_wakeup_fd(before)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        kernels.close()
+        sending.close()
         listener.join()
-        ours.close()
+        receiving.close()
 
 
-def _listen(signals: socket.socket, request: StopRequest) -> None:
-    while received := signals.recv(1):
+def _listen(receiving: socket.socket, request: StopRequest) -> None:
+    while received := receiving.recv(1):
         number = received[0]
         if number not in _SIGNALS:
             continue
@@ -69,6 +69,6 @@ def _listen(signals: socket.socket, request: StopRequest) -> None:
             os._exit(128 + number)
         request.signum = number
         logging.warning(
-            "%s: stops after this loop of steps and saves; a second one stops at once",
+            "%s: stopping after this loop of steps, then saving; a second one stops at once",
             request.name,
         )

@@ -1,0 +1,69 @@
+"""A config as a run saved it, possibly with an older schema."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from bn_keras.errors import UsageError
+
+
+class SavedConfig(ConfigDict):
+    """A config read from a file, which names the file where a key is missing.
+
+    Whether a missing key matters is known only to the code that asks for it: UsageError is raised
+    then, not before.
+
+    Args:
+      values: values by key; a mapping is a section.
+      file: file that they were read from; None makes a copy that names no file.
+      section: section of the values, with a dot at its end; "" is the whole config.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Any] | None = None,
+        file: epath.Path | None = None,
+        section: str = "",
+    ) -> None:
+        super().__init__()
+        # ConfigDict turns what is assigned in the usual way into keys.
+        object.__setattr__(self, "_file", file)
+        object.__setattr__(self, "_section", section)
+        for key, value in (values or {}).items():
+            if isinstance(value, Mapping):
+                value = SavedConfig(value, file, f"{section}{key}.")
+            # JSON has no tuples, and the schema no lists.
+            self[key] = tuple(value) if isinstance(value, list) else value
+
+    def __getattr__(self, key: str) -> Any:
+        # Python looks for names with an underscore in any object.
+        if self._file is None or key in self or key.startswith("_"):
+            return super().__getattr__(key)
+        raise missing_keys(self._file, f"{self._section}{key}")
+
+    def __eq__(self, other: object) -> bool:
+        # ConfigDict.__eq__ is False for any other class.
+        return self.eq_as_configdict(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def missing_keys(config: epath.Path, keys: str) -> UsageError:
+    """Returns the error for a config file that lacks keys."""
+    return UsageError(
+        f"{config} has no {keys}: an older version of bn_keras wrote it; start training in a new"
+        " workdir"
+    )
+
+
+def flatten(config: ConfigDict, section: str = "") -> dict[str, Any]:
+    """Returns the settings of a config by their keys, such as "train.steps"."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= flatten(value, f"{section}{key}.")
+        else:
+            flat[section + key] = value
+    return flat

@@ -1,0 +1,204 @@
+"""Accuracy and loss on the validation examples, each counted exactly once."""
+
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypedDict
+
+import keras
+import tensorflow as tf
+from tqdm import tqdm
+
+from bn_keras.data import pipeline
+from bn_keras.data.multi_crop import SINGLE_CROP, CropPreprocessing, Crops
+from bn_keras.merge import merge_moving_statistics
+from bn_keras.replicas import per_replica_sum
+
+# A long evaluation runs in so many parts, and moves its progress bar after each.
+_PARTS = 100
+
+
+class EvaluationMetrics(TypedDict):
+    """The number of examples, and means over them.
+
+    The loss is the softmax cross-entropy in nats; the accuracies are fractions.
+    """
+
+    examples: int
+    loss: float
+    accuracy: float
+    top5_accuracy: float
+
+
+def make_evaluator(
+    model: keras.Model,
+    data: pipeline.Data,
+    strategy: tf.distribute.Strategy,
+    global_batch_size: int,
+) -> Callable[[], EvaluationMetrics]:
+    """Returns a function that evaluates a model on single crops, traced once; see `Evaluator`."""
+    evaluate = Evaluator([model], data, strategy, global_batch_size)
+    return lambda: evaluate()[0]
+
+
+class Evaluator:
+    """Evaluates models, and their ensemble, on the validation examples.
+
+    The graph is traced once, however often the evaluator is called. The replicas' moving
+    statistics are merged before each evaluation, so that all replicas use the same.
+
+    Args:
+      models: from images to logits or, if they end in a softmax, to probabilities.
+      data: its validation examples are evaluated.
+      strategy: strategy in whose scope the models were made.
+      global_batch_size: crops per step, over all replicas; the last step is padded. Each call of a
+        model processes a replica's part of it, or less where that does not divide the crops.
+      crops: crops of each image.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[keras.Model],
+        data: pipeline.Data,
+        strategy: tf.distribute.Strategy,
+        global_batch_size: int,
+        crops: Crops = SINGLE_CROP,
+    ) -> None:
+        pipeline.check_divides(strategy, global_batch_size)
+        self._models = models
+        self._data = data
+        self._strategy = strategy
+        replicas = strategy.num_replicas_in_sync
+        per_replica_batch_size = global_batch_size // replicas
+        self._images_per_step = replicas * max(1, per_replica_batch_size // crops.count)
+        preprocessing = CropPreprocessing(data.preprocessing, crops)
+        self._batches, self._num_steps = data.validation_batches(
+            strategy, self._images_per_step, preprocessing
+        )
+        self._score = make_scorer(models, preprocessing, per_replica_batch_size)
+        with strategy.scope():
+            # A row for each model and one for the ensemble: examples, loss, hits, top-5 hits.
+            self._sums = per_replica_sum([len(models) + (len(models) > 1), 4])
+
+    def __call__(self, label: str = "") -> list[EvaluationMetrics]:
+        """Evaluates all models.
+
+        Args:
+          label: text beside a progress bar; "" shows no bar.
+
+        Returns:
+          The metrics of each model and, if there are several, those of their ensemble.
+        """
+        for model in self._models:
+            merge_moving_statistics(model, self._strategy)
+        self._sums.assign(tf.zeros_like(self._sums))
+        self._run_all_steps(label)
+        rows = self._sums.read_value().numpy().tolist()
+        for num_examples, *_ in rows:
+            self._data.check_counted(num_examples)
+        return [
+            EvaluationMetrics(
+                examples=int(examples),
+                loss=loss / examples,
+                accuracy=hits / examples,
+                top5_accuracy=top5_hits / examples,
+            )
+            for examples, loss, hits, top5_hits in rows
+        ]
+
+    def _run_all_steps(self, label: str) -> None:
+        iterator = iter(self._batches)
+        part = -(-self._num_steps // _PARTS) if label else self._num_steps
+        total = self._data.num_validation_examples
+        with _bar(label, total) as bar, self._data.reporting_errors():
+            for start in range(0, self._num_steps, part):
+                steps = min(part, self._num_steps - start)
+                self._run_steps(iterator, tf.constant(steps))
+                bar.update(min(steps * self._images_per_step, total - bar.n))
+
+    @tf.function
+    def _run_steps(self, iterator: tf.distribute.DistributedIterator, steps: tf.Tensor) -> None:
+        for _ in tf.range(steps):
+            self._strategy.run(self._add_batch, args=next(iterator))
+
+    def _add_batch(self, images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> None:
+        """Adds a replica's part of a batch to the sums; weights are 1, or 0 for padding."""
+        scores = self._score(images)
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
+            tf.broadcast_to(labels, scores.shape[:2]), scores
+        )
+        # By rank: of several classes with equal scores, not all count as hits.
+        _, best = tf.nn.top_k(scores, k=min(5, scores.shape[-1]))
+        hits = tf.cast(best == labels[:, tf.newaxis], tf.float32)
+        per_example = [tf.ones_like(losses), losses, hits[..., 0], tf.reduce_sum(hits, axis=-1)]
+        self._sums.assign_add(tf.linalg.matvec(tf.stack(per_example, axis=1), weights))
+
+
+def make_scorer(
+    models: Sequence[keras.Model], preprocessing: CropPreprocessing, max_batch_size: int
+) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Makes the function that computes class probabilities, averaged over an image's crops.
+
+    The average is the arithmetic mean of probabilities, as in the paper, over crops and over the
+    members of an ensemble. It is computed in logarithms, which represent what float32 cannot.
+
+    Args:
+      models: from images to logits, or to probabilities if their last layer is a softmax.
+      preprocessing: cuts the crops.
+      max_batch_size: largest batch of images that a model is called with; the largest one is used
+        that divides the crops evenly.
+
+    Returns:
+      A function of a batch of n inputs of `preprocessing.cut` that returns the logarithms of the
+      probabilities, float32 [rows, n, classes]: a row for each model and, if there are several, a
+      last one for their ensemble.
+    """
+
+    def score(images: tf.Tensor | tuple[tf.Tensor, ...]) -> tf.Tensor:
+        crops = preprocessing.cut(images)
+        rows = [
+            _log_mean(tf.reshape(logs, [-1, preprocessing.crops.count, logs.shape[-1]]), axis=1)
+            for logs in (_log_probabilities(model, crops, max_batch_size) for model in models)
+        ]
+        return tf.stack(rows if len(rows) == 1 else [*rows, _log_mean(tf.stack(rows), axis=0)])
+
+    return score
+
+
+def _log_probabilities(model: keras.Model, images: tf.Tensor, max_batch_size: int) -> tf.Tensor:
+    """Calls a model on images [n, ...], in batches; returns float32 [n, classes]."""
+    num_images = images.shape[0]
+    batch_size = next(b for b in range(max_batch_size, 0, -1) if num_images % b == 0)
+    to_log = tf.math.log if _ends_in_softmax(model) else tf.nn.log_softmax
+
+    def call(batch: tf.Tensor) -> tf.Tensor:
+        return to_log(tf.cast(model(batch, training=False), tf.float32))
+
+    if batch_size == num_images:
+        return call(images)
+    batches = tf.reshape(images, [-1, batch_size, *images.shape[1:]])
+    # One after the other: each batch keeps the whole device busy.
+    logs = tf.map_fn(call, batches, parallel_iterations=1)
+    return tf.reshape(logs, [num_images, logs.shape[-1]])
+
+
+def _ends_in_softmax(model: keras.Model) -> bool:
+    last = model.layers[-1]
+    return isinstance(last, keras.layers.Softmax) or (
+        getattr(last, "activation", None) is keras.activations.softmax
+    )
+
+
+def _log_mean(logs: tf.Tensor, axis: int) -> tf.Tensor:
+    """Returns the logarithm of the arithmetic mean of the numbers with these logarithms."""
+    return tf.reduce_logsumexp(logs, axis) - tf.math.log(float(logs.shape[axis]))
+
+
+def _bar(label: str, total: int) -> tqdm:
+    return tqdm(
+        desc=label,
+        total=total,
+        disable=not (label and sys.stderr.isatty()),
+        ncols=min(110, shutil.get_terminal_size().columns),
+        bar_format="{desc}|{bar}|{n_fmt}/{total_fmt} images, {remaining} left",
+    )

@@ -1,0 +1,69 @@
+"""The check that a run with a config resumes bit-exactly on the devices at hand."""
+
+import tempfile
+
+import tensorflow as tf
+from etils import epath
+from ml_collections import ConfigDict
+
+from bn_keras.distribute import make_strategy
+from bn_keras.errors import ResumeError
+from bn_keras.merge import merge_moving_statistics
+from bn_keras.runs.checkpoint import Checkpoints
+from bn_keras.training.build import build_data, build_trainer
+from bn_keras.training.config import check_config
+from bn_keras.training.step import Trainer
+
+
+def verify_resume(config: ConfigDict, steps: int = 4) -> str:
+    """Trains a few steps twice: uninterrupted, and stopped half-way, saved and resumed.
+
+    A second network resumes from the checkpoint of the first half. Writes nothing but a temporary
+    checkpoint.
+
+    Args:
+      config: see `default_config`.
+      steps: at least 2.
+
+    Returns:
+      SHA-256 over all variables, equal for both.
+
+    Raises:
+      UsageError: an invalid value in the config.
+      ResumeError: the two differ.
+    """
+    check_config(config)
+    strategy = make_strategy(**config.distribution)
+    data = build_data(config)
+
+    def build() -> Trainer:
+        return build_trainer(
+            config, strategy, data.input_shape, data.num_classes, data.num_train_examples
+        )
+
+    def train(trainer: Trainer, batches: tf.distribute.DistributedIterator, steps: int) -> None:
+        trainer.train(batches, steps)
+        merge_moving_statistics(trainer.model, strategy)
+
+    half = steps // 2
+    with tempfile.TemporaryDirectory() as folder, data.reporting_errors():
+        uninterrupted = build()
+        batches = uninterrupted.open_batches(data, 0)
+        train(uninterrupted, batches, half)
+        Checkpoints(epath.Path(folder), uninterrupted.parts).save(half)
+        train(uninterrupted, batches, steps - half)
+        resumed = build()
+        step = Checkpoints(epath.Path(folder), resumed.parts).restore()
+        train(resumed, resumed.open_batches(data, step), steps - step)
+    differing = [
+        one.path
+        for one, other in zip(uninterrupted.variables, resumed.variables, strict=True)
+        if one.numpy().tobytes() != other.numpy().tobytes()
+    ]
+    if differing:
+        raise ResumeError(
+            f"stopped at step {half} and resumed, {len(differing)} of {len(resumed.variables)}"
+            f" variables differ at step {steps}, the first of them {differing[0]}: a run with this"
+            " config does not resume bit-exactly on these devices"
+        )
+    return resumed.hash()

@@ -1,0 +1,113 @@
+"""Evaluation during training, and the networks that it saves."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import cast
+
+from bn_keras.batch_norm import BATCH_NORMS
+from bn_keras.data.pipeline import Data
+from bn_keras.errors import UsageError
+from bn_keras.keras_internals import all_layers
+from bn_keras.population import PopulationEstimator, preserved_state
+from bn_keras.runs.checkpoint import Checkpoints
+from bn_keras.runs.metrics import Metrics
+from bn_keras.runs.workdir import Workdir
+from bn_keras.training.evaluator import make_evaluator
+from bn_keras.training.step import Trainer
+
+
+class Validation:
+    """Evaluates a network while it is trained, and saves the best and the finished one.
+
+    The network is evaluated with population statistics or with the EMA of its weights where the
+    run asks for them. Training does not notice: its own state is restored after each evaluation.
+
+    Args:
+      trainer: trainer of the network.
+      data: its validation examples are evaluated.
+      run: run in whose folder the networks are saved.
+      step: step at which the run resumes; later evaluations do not count.
+      global_batch_size: examples per evaluation step, over all replicas.
+      population: when population statistics replace the moving ones: "never", "end" or
+        "evaluations".
+      population_batches: training batches that population statistics are computed from.
+      target_accuracy: accuracy that ends the training, a fraction; 0 for none.
+
+    Attributes:
+      accuracy, best_accuracy: accuracy of the last evaluation, and the highest so far; 0 without an
+        evaluation.
+
+    Raises:
+      UsageError: population statistics of a network without BN, or an EMA of the weights of a
+        network with BN but without population statistics.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        data: Data,
+        run: Workdir,
+        step: int,
+        *,
+        global_batch_size: int,
+        population: str = "never",
+        population_batches: int = 100,
+        target_accuracy: float = 0.0,
+    ) -> None:
+        self._trainer = trainer
+        self._model = model = trainer.inference_model
+        self._population = population
+        self._population_batches = population_batches
+        self._target = target_accuracy or math.inf
+        self._evaluate = make_evaluator(model, data, trainer.strategy, global_batch_size)
+        parts = {"model": model.variables}
+        self._best = Checkpoints(run.best, parts, writes=run.writes)
+        self._finished = Checkpoints(run.finished, parts, writes=run.writes)
+        self.accuracy = 0.0
+        self.best_accuracy = run.best_accuracy(step)
+        has_batch_norm = any(isinstance(layer, BATCH_NORMS) for layer in all_layers(model))
+        if trainer.averages and has_batch_norm and population == "never":
+            raise UsageError(
+                "train.ema is set, but the moving statistics of BN do not belong to the EMA of the"
+                " weights: set population.when to 'end' or 'evaluations'"
+            )
+        if population != "never":
+            self._estimator = PopulationEstimator(model, trainer.strategy)
+            # Always the same batches, so that two evaluations differ by the network alone.
+            self._batches = data.train_batches(trainer.strategy, trainer.global_micro_batch_size)
+
+    @property
+    def has_reached_target(self) -> bool:
+        """Whether an evaluation has reached the target accuracy."""
+        return self.best_accuracy >= self._target
+
+    def __call__(self, step: int, is_last: bool = False) -> Metrics:
+        """Evaluates the network after a step and returns the metrics under "validation/"."""
+        by_population = self._population == "evaluations" or (self._population == "end" and is_last)
+        by_ema = bool(self._trainer.averages) and (by_population or self._population == "never")
+        with self._evaluation_state(by_population, by_ema):
+            found = self._evaluate()
+            self.accuracy = found["accuracy"]
+            if self.accuracy > self.best_accuracy:
+                self.best_accuracy = self.accuracy
+                self._best.save(step)
+            if is_last and (by_population or by_ema):
+                self._finished.save(step)
+        metrics = cast(Metrics, dict(found))
+        metrics["statistics"] = "population" if by_population else "moving"
+        if self._trainer.averages:
+            metrics["weights"] = "averaged" if by_ema else "trained"
+        return {f"validation/{name}": value for name, value in metrics.items()}
+
+    @contextlib.contextmanager
+    def _evaluation_state(self, by_population: bool, by_ema: bool) -> Iterator[None]:
+        """Puts other statistics or weights into the model until the block ends."""
+        with contextlib.ExitStack() as restored:
+            if by_population or by_ema:
+                restored.enter_context(preserved_state(self._model, self._trainer.strategy))
+            if by_ema:
+                self._trainer.assign_averages()
+            if by_population:
+                self._estimator.estimate(self._batches, self._population_batches)
+            yield

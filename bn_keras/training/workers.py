@@ -1,0 +1,55 @@
+"""What the workers of one training agree on before and while they train."""
+
+import json
+import zlib
+
+import tensorflow as tf
+from ml_collections import ConfigDict
+
+from bn_keras.distribute import from_all_workers
+from bn_keras.errors import UsageError
+from bn_keras.runs.workdir import Workdir
+from bn_keras.training.stop_signals import StopRequest
+
+
+def check_same_command(
+    strategy: tf.distribute.Strategy, config: ConfigDict, profile_steps: int
+) -> None:
+    """Raises UsageError if the workers have different configs or steps to profile."""
+    settings = config.to_dict() | {"profile_steps": profile_steps}
+    # Each machine may have the data in a folder of its own.
+    del settings["data"]["data_dir"]
+    digest = zlib.crc32(json.dumps(settings, sort_keys=True).encode())
+    if len(set(from_all_workers(strategy, digest))) > 1:
+        raise UsageError("the workers have different configs: start all of them with one command")
+
+
+def check_same_state(
+    strategy: tf.distribute.Strategy,
+    run: Workdir,
+    step: int,
+    retries: int,
+    best_accuracy: float,
+) -> None:
+    """Waits until every worker has read the workdir, in which the chief writes afterwards.
+
+    Raises:
+      UsageError: the workers did not read the same.
+    """
+    state = {
+        "checkpoints of steps": step,
+        "numbers of retries": retries,
+        "best accuracies": best_accuracy,
+    }
+    for what, number in state.items():
+        found = from_all_workers(strategy, number)
+        if len(set(found)) > 1:
+            raise UsageError(
+                f"the workers read the {what} {', '.join(f'{n:.10g}' for n in found)} in workdir"
+                f" {run.path}: use a workdir on storage that all of them share"
+            )
+
+
+def signal_to_any(strategy: tf.distribute.Strategy, stop_request: StopRequest) -> int:
+    """Returns the number of a signal that any worker has received; 0 if none has."""
+    return int(max(from_all_workers(strategy, stop_request.signum or 0)))
