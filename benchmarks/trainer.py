@@ -1,24 +1,25 @@
-"""What the trainer adds to a bare training step.
+"""Overhead of the trainer over a bare training step.
 
     python benchmarks/trainer.py [--data_dir=FOLDER] [mlp] [inception] [start] [checkpoint] [memory]
 
-Without names all parts run, each in a process of its own; the status is 1 if one of them falls
-short of its goal. FOLDER may have TFDS's MNIST prepared; else it is scikit-learn's digits.
+Runs the named parts, by default all, each in a process of its own. The exit status is 1 if a part
+misses its target. FOLDER may contain TFDS's prepared MNIST; without it, scikit-learn's digits are
+used.
 
 mlp: the network of section 4.1 with input, metrics, evaluations every 1,000 steps and checkpoints
-every 5,000, against a bare loop over one constant batch. The time of a short run is taken off that
-of a long one, so that building the graph doesn't count.
+every 5,000, against a bare loop over one constant batch. The time of a short run is subtracted from
+that of a long one, which removes the time to build the graph.
 
-inception: BN-Inception, 32 synthetic images of 224², against such a loop; first without crops and
-distortions, which are the input's cost and not the trainer's, then with them. No evaluations and
-no checkpoints: their cost is how often one wants them.
+inception: BN-Inception on 32 synthetic images of 224², against such a loop. First without crops and
+distortions, which are a cost of the input and not of the trainer, then with them. Evaluations and
+checkpoints are excluded, since their frequency is the user's choice.
 
-start: from the call of train_and_evaluate to the end of BN-Inception's first step, against
-building the same network and running a step of it.
+start: from the call of train_and_evaluate to the end of BN-Inception's first step, against building
+the same network and running one step of it.
 
-checkpoint: saving BN-Inception, as a share of the five minutes from one to the next.
+checkpoint: saving BN-Inception, as a share of the five minutes between two checkpoints.
 
-memory: of the process, while the network of section 4.1 takes 10,000 steps.
+memory: memory of the process, while the network of section 4.1 trains for 10,000 steps.
 """
 
 import argparse
@@ -40,9 +41,9 @@ import tensorflow as tf
 from etils import epath
 
 from bn_keras.data import pipeline
-from bn_keras.distribute.strategy import make_strategy
+from bn_keras.distribute import make_strategy
 from bn_keras.runs.checkpoint import Checkpoints
-from bn_keras.training import loop as train
+from bn_keras.training import loop as training_loop
 from bn_keras.training.build import build_trainer
 from bn_keras.training.progress import Progress
 from configs import bn_x30, mnist_bn
@@ -62,7 +63,7 @@ def mlp(data_dir):
     bare_step, step = statistics.median(bare), statistics.median(trained)
     print(
         f"mlp: a step through the trainer {step * 1e6:.0f} us, bare {bare_step * 1e6:.0f} us,"
-        f" ratio {step / bare_step:.2f} (wanted: at most 1.3)"
+        f" ratio {step / bare_step:.2f} (target: at most 1.3)"
     )
     return step / bare_step <= 1.3
 
@@ -78,25 +79,25 @@ def inception(data_dir):
 
     ratios, before = {}, bare_steps()
     for name, config in (
-        ("as they are", plain),
-        ("with crops and distortions", inception_config(steps_per_loop=steps)),
+        ("plain images", plain),
+        ("crops and distortions", inception_config(steps_per_loop=steps)),
     ):
         ends = [seconds for _, seconds, _ in run(config, steps * loops)[1:-1]]
         step = statistics.median((b - a) / steps for a, b in itertools.pairwise(ends))
-        # Before and after, since what else the machine does changes with the minutes.
+        # Measured before and after, since the load of the machine changes over minutes.
         after = bare_steps()
         bare_step = statistics.median(before + after)
         before = after
         ratios[name] = bare_step / step
         print(
-            f"inception, images {name}: a step through the trainer {step:.3f} s, bare"
-            f" {bare_step:.3f} s, bare/trainer {ratios[name]:.3f} (wanted: at least 0.97)"
+            f"inception, {name}: a step through the trainer {step:.3f} s, bare"
+            f" {bare_step:.3f} s, bare/trainer {ratios[name]:.3f} (target: at least 0.97)"
         )
-    return ratios["as they are"] >= 0.97
+    return ratios["plain images"] >= 0.97
 
 
 def start(data_dir):
-    # In processes of their own, since what is built second finds a warm process.
+    # In separate processes, since the second build in a process starts warm.
     through, bare = (
         statistics.median(
             float(subprocess.check_output([sys.executable, __file__, part], text=True))
@@ -106,7 +107,7 @@ def start(data_dir):
     )
     print(
         f"start: to the end of the first step {through:.1f} s, bare {bare:.1f} s, ratio"
-        f" {through / bare:.2f} (wanted: at most 1.5)"
+        f" {through / bare:.2f} (target: at most 1.5)"
     )
     return through / bare <= 1.5
 
@@ -114,7 +115,7 @@ def start(data_dir):
 def checkpoint(data_dir):
     config = inception_config()
     strategy = make_strategy(**config.distribution)
-    data = pipeline.open_data(config.data, seed=config.seed)
+    data = pipeline.open_data(**config.data, seed=config.seed)
     trainer = build_trainer(
         config, strategy, data.input_shape, data.num_classes, data.num_train_examples
     )
@@ -125,7 +126,7 @@ def checkpoint(data_dir):
     share = statistics.median(seconds) / SECONDS_BETWEEN_CHECKPOINTS
     print(
         f"checkpoint: {size / 2**20:.0f} MiB in {statistics.median(seconds):.2f} s (at most"
-        f" {max(seconds):.2f}), {share:.2%} of five minutes (wanted: less than 1%)"
+        f" {max(seconds):.2f}), {share:.2%} of five minutes (target: less than 1%)"
     )
     return share < 0.01
 
@@ -137,7 +138,7 @@ def memory(data_dir):
     before, after = sizes[2_000], sizes[10_000]
     print(
         f"memory: {before / 2**20:.0f} MiB after 2,000 steps, {after / 2**20:.0f} MiB after"
-        f" 10,000, {(after - before) / 2**20:+.1f} MiB (wanted: flat, less than 1% more)"
+        f" 10,000, {(after - before) / 2**20:+.1f} MiB (target: less than 1% more)"
     )
     return after < 1.01 * before
 
@@ -161,35 +162,35 @@ def inception_config(steps_per_loop=1):
 
 
 def run(config, steps):
-    """Trains; gives step, seconds since the call, and the process's bytes after each loop.
+    """Trains and returns (step, seconds since the start, bytes of the process) after each loop.
 
-    The last entry is that of the end.
+    The last entry is from the end of the training.
     """
     config = config.copy_and_resolve_references()
     config.train.steps = steps
-    seen = []
+    loops = []
 
-    def note(step):
-        seen.append((step, time.perf_counter() - began, resident_bytes()))
+    def record(step):
+        loops.append((step, time.perf_counter() - began, resident_bytes()))
 
-    class Noting(Progress):
+    class RecordingProgress(Progress):
         def update(self, step, *values):
             super().update(step, *values)
-            note(step)
+            record(step)
 
     with tempfile.TemporaryDirectory() as workdir:
-        with unittest.mock.patch.object(train, "Progress", Noting):
+        with unittest.mock.patch.object(training_loop, "Progress", RecordingProgress):
             began = time.perf_counter()
-            train.train_and_evaluate(config, workdir)
-    note(steps)
-    return seen
+            training_loop.train_and_evaluate(config, workdir)
+    record(steps)
+    return loops
 
 
 def make_bare_loop(config):
-    """A loop over a constant batch, traced, and the seconds until its first step was done."""
+    """Returns a traced loop over a constant batch, and the seconds until its first step ended."""
     strategy = make_strategy(**config.distribution)
-    data = pipeline.open_data(config.data, seed=config.seed)
-    # Held on to: TensorFlow may crash where an iterator goes while it still reads ahead.
+    data = pipeline.open_data(**config.data, seed=config.seed)
+    # Kept alive: TensorFlow may crash if an iterator is destroyed while it prefetches.
     batches = iter(data.train_batches(strategy, config.train.global_batch_size))
     batch = next(batches)
     began = time.perf_counter()
@@ -210,16 +211,16 @@ def first_step(data_dir):
     class FirstStepDone(Exception):
         pass
 
-    class Stopping(Progress):
+    class StoppingProgress(Progress):
         def update(self, step, *values):
             raise FirstStepDone
 
     config = inception_config()
     with tempfile.TemporaryDirectory() as workdir:
-        with unittest.mock.patch.object(train, "Progress", Stopping):
+        with unittest.mock.patch.object(training_loop, "Progress", StoppingProgress):
             began = time.perf_counter()
             try:
-                train.train_and_evaluate(config, workdir)
+                training_loop.train_and_evaluate(config, workdir)
             except FirstStepDone:
                 print(time.perf_counter() - began)
 
@@ -240,7 +241,7 @@ def resident_bytes():
 
 
 PARTS = {f.__name__: f for f in (mlp, inception, start, checkpoint, memory)}
-# Of which `start` is made up.
+# The processes that `start` runs.
 PROCESSES = {"first-step": first_step, "bare-first-step": bare_first_step}
 
 
@@ -248,14 +249,14 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("parts", nargs="*", default=list(PARTS))
     parser.add_argument("--data_dir", default="")
-    given = parser.parse_args()
-    for part in given.parts:
+    arguments = parser.parse_args()
+    for part in arguments.parts:
         if part not in PARTS | PROCESSES:
-            parser.error(f"unknown part {part!r}: accepted are {', '.join(PARTS)}")
-    if len(given.parts) == 1:
-        sys.exit((PARTS | PROCESSES)[given.parts[0]](given.data_dir) is False)
-    command = [sys.executable, __file__, f"--data_dir={given.data_dir}"]
-    sys.exit(any([subprocess.call([*command, part]) for part in given.parts]))
+            parser.error(f"unknown part {part!r}: expected one of {', '.join(PARTS)}")
+    if len(arguments.parts) == 1:
+        sys.exit((PARTS | PROCESSES)[arguments.parts[0]](arguments.data_dir) is False)
+    command = [sys.executable, __file__, f"--data_dir={arguments.data_dir}"]
+    sys.exit(any([subprocess.call([*command, part]) for part in arguments.parts]))
 
 
 if __name__ == "__main__":
