@@ -55,3 +55,11 @@ def test_a_missing_best_network_is_reported(run, tmp_path):
     with pytest.raises(UsageError, match="has no best checkpoint of a trained network yet") as e:
         load_trained(other, best=True)
     assert "\n" not in str(e.value)
+
+
+def test_an_interrupted_save_of_the_finished_network_falls_back_to_the_latest(run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "other")
+    (other / "finished").mkdir(exist_ok=True)
+    # The data of a checkpoint is moved into its folder before the index.
+    (other / "finished" / "step-60.data-00000-of-00001").write_bytes(b"")
+    assert load_trained(other).step == 60

@@ -52,7 +52,7 @@ def test_each_start_of_a_run_is_recorded(tmp_path):
 
 def test_an_end_is_recorded_after_any_error(tmp_path):
     run = Workdir(tmp_path)
-    with pytest.raises(ZeroDivisionError), run.noting_start(3, {"commit": None}):
+    with pytest.raises(ZeroDivisionError), run.recording_start(3, {"commit": None}):
         (begun,) = run.read_environment()
         assert begun["ended"] is None
         raise ZeroDivisionError
@@ -65,7 +65,7 @@ def test_an_end_is_recorded_after_any_error(tmp_path):
 def test_a_worker_other_than_the_chief_records_nothing(tmp_path):
     run = Workdir(tmp_path)
     run.writes = False
-    with run.noting_start(0, {}):
+    with run.recording_start(0, {}):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -75,5 +75,8 @@ def test_an_unwritable_folder_is_reported(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("bn_keras.runs.workdir.write_atomically", full)
-    with pytest.raises(StorageError, match="No space left"), Workdir(tmp_path).noting_start(0, {}):
+    with (
+        pytest.raises(StorageError, match="No space left"),
+        Workdir(tmp_path).recording_start(0, {}),
+    ):
         pass

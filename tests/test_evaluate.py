@@ -56,7 +56,7 @@ def mean_probabilities(model, crops, images):
             preprocessing = Preprocessing((SIZE, SIZE), "inception", True, 1.0, binary=False)
             cut = preprocessing.from_pool(image[None], tf.constant([0]), None, 255)
         else:
-            cut = crops.cut(crops.take_squares(image[None], SIZE), SIZE) / 127.5 - 1
+            cut = crops.cut(crops.extract_squares(image[None], SIZE), SIZE) / 127.5 - 1
         exps = np.exp(model(cut, training=False).numpy().astype(np.float64))
         means.append(np.mean(exps / exps.sum(axis=1, keepdims=True), axis=0))
     return np.stack(means)
@@ -123,7 +123,7 @@ def test_a_lost_image_raises(monkeypatch):
     evaluate = make_evaluator(small_network(0), data, ONE_DEVICE, 8)
     evaluate()
     monkeypatch.setattr(data, "num_validation_examples", IMAGES + 1)
-    with pytest.raises(AssertionError, match="23 of 24 examples were counted"):
+    with pytest.raises(AssertionError, match="23 of 24 validation examples were counted"):
         evaluate()
 
 

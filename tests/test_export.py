@@ -227,5 +227,5 @@ def test_the_command_exports_and_rejects_invalid_flags(workdir, tmp_path):
     assert done.stdout.splitlines()[-1].startswith(f"{output}: step 60")
     assert_fails_on_one_line(launch("export", *arguments), 2, "exists", "--overwrite")
     done = launch("export", f"--workdir={workdir}", f"--output={output}", "--format=onnx")
-    assert_fails_on_one_line(done, 2, "format", "keras|saved_model|tflite")
+    assert_fails_on_one_line(done, 2, "--format=onnx", "keras, saved_model, tflite")
     assert_fails_on_one_line(launch("export", f"--workdir={workdir}"), 2, "--output is missing")

@@ -80,7 +80,7 @@ def errors(pair):
 def test_a_signal_to_one_worker_stops_both_at_the_same_step(pairs):
     assert statuses(pairs["terminated"]) == [143, 143]
     for error in errors(pairs["terminated"]):
-        assert "stopped by SIGTERM at step 20 of 60 and saved" in error
+        assert "stopped by SIGTERM at step 20 of 60, saved in" in error
 
 
 def test_a_worker_ends_when_the_other_is_killed(pairs):

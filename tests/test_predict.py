@@ -94,15 +94,15 @@ def half(encoded):
 
 
 BAD = {
-    "missing": (None, "can't be read: No such file or directory"),
-    "empty": (b"", "can't be decoded"),
-    "text.jpg": (b"not an image", "can't be decoded"),
-    "cut.jpg": (half(as_file(photograph(), "JPEG")), "can't be decoded"),
-    "cut_at_the_end.jpg": (as_file(photograph(), "JPEG")[:-40], "can't be decoded"),
-    "cut.png": (half(as_file(photograph(), "PNG")), "can't be decoded"),
-    "cut.gif": (half(as_file(photograph(), "GIF")), "can't be decoded"),
-    "cut.bmp": (half(as_file(photograph(), "BMP")), "can't be decoded"),
-    "x.tiff": (as_file(photograph(), "TIFF"), "can't be decoded"),
+    "missing": (None, "cannot be read: No such file or directory"),
+    "empty": (b"", "cannot be decoded"),
+    "text.jpg": (b"not an image", "cannot be decoded"),
+    "cut.jpg": (half(as_file(photograph(), "JPEG")), "cannot be decoded"),
+    "cut_at_the_end.jpg": (as_file(photograph(), "JPEG")[:-40], "cannot be decoded"),
+    "cut.png": (half(as_file(photograph(), "PNG")), "cannot be decoded"),
+    "cut.gif": (half(as_file(photograph(), "GIF")), "cannot be decoded"),
+    "cut.bmp": (half(as_file(photograph(), "BMP")), "cannot be decoded"),
+    "x.tiff": (as_file(photograph(), "TIFF"), "cannot be decoded"),
     "long.png": (as_file(photograph(2, 300), "PNG"), "2 pixels high and 300 wide"),
 }
 

@@ -14,7 +14,7 @@ from bn_keras.errors import UsageError
 from bn_keras.inference.loading import ExportedNetwork, TrainedNetwork, load_exported, load_trained
 from bn_keras.population import estimate_population_statistics
 from bn_keras.runs.workdir import Workdir
-from bn_keras.text import table
+from bn_keras.text import counted, table
 from bn_keras.training.build import build_data
 from bn_keras.training.evaluator import EvaluationMetrics, Evaluator
 
@@ -106,7 +106,7 @@ def evaluate_networks(
                 config.evaluation.global_batch_size,
                 choice,
             )
-            results = evaluate(label=f"{choice.count} crop(s)")
+            results = evaluate(label=counted(choice.count, "crop"))
             rows += [_row(*pair, choice) for pair in zip(subjects, results, strict=True)]
     return rows
 

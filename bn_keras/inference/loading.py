@@ -94,7 +94,11 @@ def load_trained(
 def _restore_first(
     model: keras.Model, folders: Sequence[epath.Path]
 ) -> tuple[int, epath.Path | None]:
-    """Restores a model from the first folder with a checkpoint; returns its step and the folder."""
+    """Restores a model from the first folder with a checkpoint.
+
+    Returns:
+      The step and the folder; 0 and None without a checkpoint.
+    """
     for folder in folders:
         if step := Checkpoints(folder, {"model": model.variables}).restore():
             return step, folder

@@ -1,0 +1,49 @@
+"""Failed writes raise one-line storage errors and keep the previous file."""
+
+import os
+
+import pytest
+import tensorflow as tf
+from etils import epath
+from full_disk import files_of_at_most
+
+from bn_keras.errors import StorageError, UsageError
+from bn_keras.runs.atomic_files import write_atomically, writing
+
+TENSORFLOW = "{{node save}} a/file; No space left on device [Op:SaveV2]\nand a traceback"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        tf.errors.UnknownError(None, None, TENSORFLOW),
+    ],
+    ids=["python", "tensorflow"],
+)
+def test_a_full_disk_is_one_line(error):
+    with pytest.raises(StorageError) as caught, writing("file x", "delete old runs"):
+        raise error
+    assert str(caught.value) == "file x cannot be written: No space left on device; delete old runs"
+    assert caught.value.status == 2
+
+
+def test_a_nested_block_names_the_inner_file():
+    with pytest.raises(StorageError, match="^file y cannot be written: No space left$"):
+        with writing("folder x", "advice"), writing("file y"):
+            raise OSError(28, "No space left")
+
+
+def test_other_errors_pass_unchanged():
+    with pytest.raises(UsageError, match="^mine$"), writing("file x"):
+        raise UsageError("mine")
+
+
+def test_a_failed_write_keeps_the_previous_file(tmp_path):
+    path = epath.Path(tmp_path / "file")
+    write_atomically(path, "old")
+    with files_of_at_most(10), pytest.raises(OSError), writing("file"):
+        write_atomically(path, "new" * 10)
+    assert path.read_text() == "old"
+    write_atomically(path, "new")
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["file"]
