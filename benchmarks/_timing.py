@@ -45,7 +45,7 @@ def print_table(
     """
     names = list(next(iter(rows.values())))
     print(f"\n{title}\n")
-    print("|".join(["", "ms a call", *names, *ratios, ""]))
+    print("|".join(["", "ms per call", *names, *ratios, ""]))
     print("|---" * (1 + len(names) + len(ratios)) + "|")
     values = {h: [row[a] / row[b] for row in rows.values()] for h, (a, b) in ratios.items()}
     for i, (case, row) in enumerate(rows.items()):
