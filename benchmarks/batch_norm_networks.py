@@ -20,7 +20,7 @@ from _timing import compare, print_table
 from bn_keras import BatchNormalization, BNInception, replace_batch_norm
 
 IMAGES, SIDE, CLASSES = 32, 224, 1000
-LAYERS = ("ours", "Keras", "none")
+LAYERS = ("bn_keras", "Keras", "no BN")
 
 
 def _replace_layers(model, make):
@@ -50,7 +50,7 @@ def _no_layer(config):
 
 def _inception(layer):
     model = BNInception(input_shape=(SIDE, SIDE, 3), classes=CLASSES)
-    if layer == "ours":
+    if layer == "bn_keras":
         return model
     return _replace_layers(model, _keras_layer if layer == "Keras" else _no_layer)
 
@@ -79,7 +79,7 @@ def inception(policy):
     keras.config.set_dtype_policy(policy)
     row = compare({name: _step(_inception(name)) for name in LAYERS}, rounds=4, block=2)
     keras.config.set_dtype_policy("float32")
-    ratios = {"Keras/ours": ("Keras", "ours"), "ours/none": ("ours", "none")}
+    ratios = {"speedup over Keras": ("Keras", "bn_keras"), "bn_keras/no BN": ("bn_keras", "no BN")}
     print_table(f"A step of BN-Inception, {policy}", {f"{IMAGES}×{SIDE}²": row}, ratios)
 
 
@@ -89,7 +89,7 @@ def application(name):
     )
     functions = {"after": _step(replace_batch_norm(before)), "before": _step(before)}
     row = compare(functions, rounds=3, block=2)
-    ratios = {"before/after": ("before", "after")}
+    ratios = {"speedup": ("before", "after")}
     print_table(f"A step of {name} before and after replace_batch_norm", {"float32": row}, ratios)
 
 

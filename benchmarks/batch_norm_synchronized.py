@@ -49,16 +49,16 @@ def main():
     rows = {
         "×".join(map(str, shape)): compare(
             {
-                "ours": _training(strategy, ours, shape, synchronized=True),
+                "bn_keras": _training(strategy, ours, shape, synchronized=True),
                 "Keras": _training(strategy, theirs, shape, synchronized=True),
-                "ours, not synchronized": _training(strategy, ours, shape, synchronized=False),
+                "bn_keras, unsynchronized": _training(strategy, ours, shape, synchronized=False),
             }
         )
         for shape in SHAPES
     }
     ratios = {
-        "Keras/ours": ("Keras", "ours"),
-        "ours/not synchronized": ("ours", "ours, not synchronized"),
+        "speedup over Keras": ("Keras", "bn_keras"),
+        "bn_keras/unsynchronized": ("bn_keras", "bn_keras, unsynchronized"),
     }
     print_table("Two CPU replicas, forward and backward, float32", rows, ratios)
 
