@@ -72,9 +72,9 @@ class Cluster:
     def meet(self) -> None:
         """Waits until every other worker listens at its address.
 
-        This worker listens at its own address meanwhile, so that later workers find it. A free port
-        is thereby confirmed before TensorFlow's server takes it over. TensorFlow also waits, but
-        does not report which workers are missing, and none of its timeouts ends the chief's wait.
+        Meanwhile, this worker listens at its own address. Later workers find it there, and its port
+        is known to be free before TensorFlow's server uses it. TensorFlow waits as well, but does
+        not report which workers are missing, and none of its timeouts ends the chief's wait.
 
         Raises:
           UsageError: the port of this worker is in use, or another worker did not start in time.
