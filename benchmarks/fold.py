@@ -1,8 +1,8 @@
-"""Inference of BN-Inception folded, with our layer and with Keras', on 1 and 32 images of 224².
+"""Compares inference of BN-Inception: folded, with our layer, and with Keras' layer.
 
     python benchmarks/fold.py [policy ...]
 
-Policies: float32, mixed_bfloat16; both without any.
+Policies: float32, mixed_bfloat16. Default: both. Batches of 1 and 32 images of 224².
 """
 
 import os
@@ -18,7 +18,10 @@ from bn_keras import BatchNormalization, BNInception, fold_batch_norm
 
 BATCHES = (1, 32)
 SIDE = 224
-RATIOS = {"ours/folded": ("ours", "folded"), "Keras/folded": ("Keras", "folded")}
+RATIOS = {
+    "speedup over bn_keras": ("bn_keras", "folded"),
+    "speedup over Keras": ("Keras", "folded"),
+}
 
 
 def _with_keras_layers(model):
@@ -37,16 +40,16 @@ def _inference(model, images):
     return lambda: run().numpy()
 
 
-def networks(policy):
+def compare_networks(policy):
     keras.config.set_dtype_policy(policy)
-    ours = BNInception("bn_x30", input_shape=(SIDE, SIDE, 3))
-    folded, _ = fold_batch_norm(ours, tf.random.normal([1, SIDE, SIDE, 3]))
-    models = {"folded": folded, "ours": ours, "Keras": _with_keras_layers(ours)}
+    model = BNInception("bn_x30", input_shape=(SIDE, SIDE, 3))
+    folded, _ = fold_batch_norm(model, tf.random.normal([1, SIDE, SIDE, 3]))
+    models = {"folded": folded, "bn_keras": model, "Keras": _with_keras_layers(model)}
     rows = {}
     for batch in BATCHES:
         images = tf.random.normal([batch, SIDE, SIDE, 3])
         functions = {name: _inference(model, images) for name, model in models.items()}
-        # Single images are short: the median takes more of them.
+        # Calls on a single image are short and vary more: the median covers more of them.
         rounds = 12 if batch == 1 else 6
         rows[f"{batch}×{SIDE}²"] = compare(functions, rounds=rounds, block=3)
     print_table(f"Inference of BN-Inception, {policy}", rows, RATIOS)
@@ -54,4 +57,4 @@ def networks(policy):
 
 if __name__ == "__main__":
     for policy in sys.argv[1:] or ("float32", "mixed_bfloat16"):
-        networks(policy)
+        compare_networks(policy)

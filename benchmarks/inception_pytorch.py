@@ -1,9 +1,10 @@
-"""BN-Inception against pytorchcv's, channels last and folded for inference (make test-peers).
+"""Compares BN-Inception with pytorchcv's (make test-peers installs it).
 
-.venv-peers/bin/python benchmarks/inception_pytorch.py [float32|bfloat16 ...]
+    .venv-peers/bin/python benchmarks/inception_pytorch.py [float32|bfloat16 ...]
 
-Both sides are the same network: pytorchcv's is the Caffe port, our preset "caffe". Inference is
-of the folded networks on both sides; a training step is forward, backward and SGD with momentum.
+Both networks are the same: pytorchcv's is a port of the Caffe model, ours has preset "caffe".
+PyTorch uses channels last. Inference uses folded networks on both sides. A training step is
+forward, backward and SGD with momentum.
 """
 
 import os
@@ -55,7 +56,7 @@ def _theirs():
 
 
 def _fold(module):
-    """Their network with each block's BN folded into its convolution, in place."""
+    """Folds each block's BN into its convolution, in place, and returns the module."""
     for child in module.modules():
         if isinstance(getattr(child, "bn", None), torch.nn.BatchNorm2d):
             child.conv = torch.nn.utils.fuse_conv_bn_eval(child.conv, child.bn)
@@ -99,27 +100,27 @@ def main(precisions):
     rows = {}
     for precision in precisions:
         dtype = getattr(torch, precision)
-        # For inference both sides hold their weights in the precision that they compute in.
+        # For inference, both sides store their weights in the precision of the computation.
         folded, _ = fold_batch_norm(_ours(precision))
         their_folded = _fold(_theirs().eval()).to(dtype)
         for count in INFERENCE_BATCHES:
             functions = {
-                "ours": _our_inference(folded, count),
+                "bn_keras": _our_inference(folded, count),
                 "pytorchcv": _their_inference(their_folded, count, dtype),
             }
             rows[f"inference {count}, {precision}"] = compare(functions, rounds=7)
         policy = {"float32": "float32", "bfloat16": "mixed_bfloat16"}[precision]
         functions = {
-            "ours": _step(_ours(policy)),
+            "bn_keras": _step(_ours(policy)),
             "pytorchcv": _their_training(_theirs().train(), dtype),
         }
         rows[f"training {TRAINING_BATCH}, {precision}"] = compare(functions, rounds=4, block=2)
-    ratios = {"pytorchcv/ours": ("pytorchcv", "ours")}
+    ratios = {"speedup over pytorchcv": ("pytorchcv", "bn_keras")}
     print_table(f"BN-Inception, images of {SIDE}x{SIDE}", rows, ratios)
 
 
 if __name__ == "__main__":
     if torch is None:
-        print("left out: PyTorch or pytorchcv is not installed (make test-peers installs them)")
+        print("skipped: PyTorch or pytorchcv is not installed (make test-peers installs them)")
     else:
         main(sys.argv[1:] or ["float32", "bfloat16"])

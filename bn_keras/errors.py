@@ -1,14 +1,14 @@
 """Errors that the package raises on purpose. Anything else is a bug.
 
-The message of each is one line. The commands print it without a traceback and exit with `status`;
-docs/launching.md lists all statuses.
+Each message is one line. The commands print it without a traceback and exit with `status`, which
+docs/launching.md documents.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class ReportedError(Exception):
-    """Base class: the message is for the user, on one line.
+    """Base class of errors whose message is for the user, on one line.
 
     Attributes:
       status: exit status of a command that fails with this error.
@@ -18,9 +18,9 @@ class ReportedError(Exception):
 
 
 class UsageError(ReportedError, ValueError):
-    """An argument, a setting or a file that the user can correct.
+    """An invalid argument, setting or file that the user can correct.
 
-    The message says what was given, what is accepted and what to do.
+    The message says which value is invalid, what is accepted and what to do.
     """
 
 
@@ -36,8 +36,8 @@ class TrainingDivergedError(ReportedError, ArithmeticError):
     """The loss or a variable is no longer finite.
 
     Attributes:
-      step: first step with a non-finite loss, counted from 1, or the step at which a variable was
-        found to be non-finite.
+      step: first step with a non-finite loss, counted from 1, or the step after which a variable
+        was found to be non-finite.
     """
 
     status = 3
@@ -46,8 +46,8 @@ class TrainingDivergedError(ReportedError, ArithmeticError):
         super().__init__(message)
         self.step = step
 
-    def __reduce__(self) -> tuple:
-        # Exception.__reduce__ drops the step when another process sends the error.
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception.__reduce__ would drop the step when a process sends the error to another one.
         return type(self), (str(self), self.step)
 
 
@@ -58,9 +58,9 @@ class WorkerLostError(ReportedError, ConnectionError):
 
 
 class TrainingStoppedError(KeyboardInterrupt):
-    """A signal stopped the training, which has been saved.
+    """A signal stopped the training after its state was saved.
 
-    Not an Exception, so that code that handles the failure of one run among several does not catch
+    This is not an Exception: code that handles the failure of one of several runs must not catch
     it.
 
     Attributes:
@@ -73,5 +73,5 @@ class TrainingStoppedError(KeyboardInterrupt):
         self.signum = signum
         self.status = 128 + signum
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (str(self), self.signum)

@@ -1,4 +1,4 @@
-"""Plain text for people: aligned tables, counted nouns, the first line of an error."""
+"""Formats plain text: aligned tables, counted nouns, the first line of an error."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -8,14 +8,14 @@ def align(rows: Iterable[Sequence[str]], left: int = 1, min_width: int = 0) -> l
     """Pads the cells of each column to a common width.
 
     Args:
-      rows: of equal length, the header included.
-      left: how many of the first columns are aligned to the left; the others are to the right.
-      min_width: of each column, in characters.
+      rows: rows of equal length, header included.
+      left: number of first columns that are left-aligned; the others are right-aligned.
+      min_width: minimum column width in characters.
 
     Returns:
       The padded cells, row by row.
     """
-    rows = [list(row) for row in rows]
+    rows = list(rows)
     widths = [max(min_width, *map(len, column)) for column in zip(*rows, strict=True)]
     return [
         [
@@ -32,20 +32,20 @@ def table(rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
 
 
 def counted(count: int, noun: str) -> str:
-    """Returns a number with its noun, such as "1 layer" or "1,024 layers"."""
+    """Returns a number and its noun, such as "1 layer" or "1,024 layers"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def first_of(names: Sequence[str], limit: int = 3) -> str:
-    """Returns the first names, separated by commas, and how many more there are."""
+    """Returns the first names and the number of the others, such as "a, b, c, 2 more"."""
     more = [f"{len(names) - limit} more"] if len(names) > limit else []
     return ", ".join([*names[:limit], *more])
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, or the error's class where it has none.
+    """Returns the first line of an error's message, or its class name if the message is empty.
 
-    TensorFlow's "{{node ...}}" in front and "[Op:...]" at the end are dropped.
+    Drops TensorFlow's prefix "{{node ...}}" and suffix "[Op:...]".
     """
     text = getattr(error, "strerror", None) or getattr(error, "message", None) or str(error)
     line = text.strip().partition("\n")[0]

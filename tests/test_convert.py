@@ -1,4 +1,4 @@
-"""Models whose Keras layers were replaced are the same models."""
+"""Replacing Keras' layers does not change what a model computes."""
 
 import keras
 import numpy as np
@@ -6,6 +6,7 @@ import pytest
 
 from bn_keras import BatchNormalization, replace_batch_norm
 from bn_keras.errors import UsageError
+from bn_keras.keras_internals import all_layers
 
 KERAS_BN = keras.layers.BatchNormalization
 
@@ -16,7 +17,7 @@ def _block(inputs, name):
 
 
 def _functional():
-    """Branches, a nested model used twice, a shared layer."""
+    """A model with branches, a nested model that is called twice, and a shared layer."""
     inner_inputs = keras.Input((6, 6, 4))
     inner = keras.Model(inner_inputs, _block(inner_inputs, "inner_bn"), name="inner")
     shared = KERAS_BN(axis=1, scale=False, name="shared")
@@ -54,11 +55,11 @@ def _random_weights(model):
 
 
 def _norms(model, cls):
-    return [layer for layer in model._flatten_layers() if type(layer) is cls]
+    return [layer for layer in all_layers(model) if type(layer) is cls]
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-def test_the_same_network_comes_out(make):
+def test_replaced_model_computes_the_same(make):
     model = make()
     _random_weights(model)
     for index, layer in enumerate(_norms(model, KERAS_BN)):
@@ -72,7 +73,7 @@ def test_the_same_network_comes_out(make):
     assert [w.path for w in replaced.weights] == [w.path for w in model.weights]
     x = np.random.default_rng(1).normal(size=(4, *model.input_shape[1:])).astype(np.float32)
     for training in (False, True, False):
-        # The last look is at what training did to the moving statistics.
+        # The last pass shows the effect of training on the moving statistics.
         for a, b in zip(
             keras.tree.flatten(replaced(x, training=training)),
             keras.tree.flatten(model(x, training=training)),
@@ -81,7 +82,7 @@ def test_the_same_network_comes_out(make):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_it_shares_nothing_with_the_given_model():
+def test_replaced_model_shares_nothing_with_the_given_model():
     model = _sequential()
     replaced = replace_batch_norm(model)
     kept = model.get_weights()
@@ -108,7 +109,7 @@ def test_mixed_precision_is_kept():
 
 
 @pytest.mark.parametrize("name", ["MobileNetV2", "ResNet50"])
-def test_keras_applications(name):
+def test_keras_applications_compute_the_same(name):
     model = getattr(keras.applications, name)(weights=None, input_shape=(64, 64, 3), classes=10)
     _random_weights(model)
     replaced = replace_batch_norm(model)
@@ -117,7 +118,7 @@ def test_keras_applications(name):
     np.testing.assert_allclose(replaced(x), model(x), rtol=1e-3, atol=1e-5)
 
 
-def test_what_cannot_be_replaced_is_refused():
+def test_models_that_cannot_be_converted_are_rejected():
     class Hidden(keras.Model):
         def __init__(self, **kwargs):
             super().__init__(**kwargs)
@@ -127,18 +128,18 @@ def test_what_cannot_be_replaced_is_refused():
             return self.norm(x)
 
     inputs = keras.Input((3,))
-    with pytest.raises(UsageError, match="made by its parent's code"):
+    with pytest.raises(UsageError, match="created by its parent's code"):
         replace_batch_norm(keras.Model(inputs, Hidden()(inputs)))
     hidden = Hidden()
     hidden(np.zeros((2, 3)))
     with pytest.raises(UsageError, match="subclassed Hidden"):
         replace_batch_norm(hidden)
-    with pytest.raises(UsageError, match="no weights yet"):
+    with pytest.raises(UsageError, match="is not built"):
         replace_batch_norm(keras.Sequential([KERAS_BN()]))
 
 
-def test_what_a_layer_makes_of_its_weights_comes_along():
-    """Normalization computes with what it derived from its weights when it got them."""
+def test_state_derived_from_weights_is_copied():
+    """Normalization derives state from its weights when it loads them."""
     inputs = keras.Input((4, 4, 3))
     normalization = keras.layers.Normalization()
     normalization.adapt(np.random.default_rng(0).normal(3.0, 2.0, [64, 4, 4, 3]))
@@ -149,7 +150,7 @@ def test_what_a_layer_makes_of_its_weights_comes_along():
     np.testing.assert_allclose(replaced(images), model(images), rtol=1e-6, atol=1e-6)
 
 
-def test_a_compiled_model_trains_on_with_its_frozen_layers():
+def test_a_compiled_model_stays_compiled_with_its_frozen_layers():
     model = _sequential()
     model.layers[0].trainable = False
     model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")

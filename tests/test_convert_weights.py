@@ -1,7 +1,7 @@
-"""Other projects' weights give the logits that those projects' networks give.
+"""Converted weights compute the same logits as the networks of their projects.
 
-The networks are written here a second time, in float64, each in the order and the names of its own
-source; tests/peers has the real ones.
+The networks are implemented here a second time, in float64, in the order and with the names of
+their sources; tests/peers compares with the originals.
 """
 
 import sys
@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 from bn_keras import BNInception, convert
-from bn_keras.errors import UsageError
+from bn_keras.errors import StorageError, UsageError
 from bn_keras.models.bn_inception import FIGURE_5
 from tests.test_launch import assert_fails_on_one_line, launch
 
@@ -20,7 +20,7 @@ CLASSES = 7
 
 
 class Network:
-    """One project's network, on random tensors that come into being under their names."""
+    """One project's network with random tensors, which are created under their names when used."""
 
     def __init__(self):
         self.rng = np.random.default_rng(0)
@@ -78,7 +78,7 @@ class Torch(Network):
         if kind == "avg":
             x = tf.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]])
             return tf.nn.avg_pool2d(x, 3, stride, "VALID")
-        # The output's size rounds up; with stride 1 the padding is 1 on both sides.
+        # Output sizes round up; with stride 1 the padding is 1 on both sides.
         near = 1 if stride == 1 else 0
         far = [near if stride == 1 else 2 * -((3 - n) // 2) + 3 - n for n in x.shape[1:3]]
         paddings = [[0, 0], [near, far[0]], [near, far[1]], [0, 0]]
@@ -170,7 +170,7 @@ IMAGES = np.random.default_rng(1).normal(size=(2, 64, 96, 3)).astype(np.float32)
 
 @pytest.fixture(scope="module")
 def cadene():
-    """The tensors of a file in Cadene's names, and their logits."""
+    """Tensors under Cadene's names, and their logits."""
     network = Cadene()
     logits = network.logits(IMAGES)
     return network.tensors, logits
@@ -178,7 +178,7 @@ def cadene():
 
 @pytest.fixture(scope="module")
 def slim():
-    """The variables of a TF-Slim checkpoint, and their logits."""
+    """Variables of a TF-Slim checkpoint, and their logits."""
     network = Slim()
     logits = network.logits(IMAGES)
     return network.tensors, logits
@@ -195,44 +195,44 @@ def _save_checkpoint(path, variables, version=2):
         tf.compat.v1.train.update_checkpoint_state(str(path.parent), str(path))
 
 
-def _assert_gives(model, logits):
+def _assert_computes(model, logits):
     assert logits.std() > 0.3
     np.testing.assert_allclose(model(IMAGES), logits, rtol=0, atol=1e-4)
 
 
-def test_pytorch_from_an_npz_in_cadenes_names(cadene, tmp_path):
+def test_npz_with_cadenes_names_is_read(cadene, tmp_path):
     tensors, logits = cadene
     np.savez(tmp_path / "weights.npz", **tensors)
     model = convert.from_pytorch(tmp_path / "weights.npz", input_shape=(64, 96, 3))
-    _assert_gives(model, logits)
-    # Without the classes that are not there, what the ports have.
+    _assert_computes(model, logits)
+    # The ports' count for 1000 classes, minus the absent classes.
     parameters = sum(np.prod(v.shape) for v in model.trainable_variables)
     assert parameters == 11_295_240 - (1000 - CLASSES) * 1025
 
 
-def test_pytorch_from_a_state_dict_in_pytorchcvs_names():
+def test_state_dict_with_pytorchcvs_names_is_read():
     network = Pytorchcv()
     logits = network.logits(IMAGES)
-    _assert_gives(convert.from_pytorch(network.tensors, input_shape=(None, None, 3)), logits)
+    _assert_computes(convert.from_pytorch(network.tensors, input_shape=(None, None, 3)), logits)
 
 
-def test_pytorch_as_data_parallel_and_old_versions_wrote_it(cadene):
+def test_prefixes_of_data_parallel_and_old_bn_shapes_are_read(cadene):
     tensors, logits = cadene
     tensors = {f"module.{k}": v[None] if "_bn." in k else v for k, v in tensors.items()}
-    _assert_gives(convert.from_pytorch(tensors, input_shape=(64, 96, 3)), logits)
+    _assert_computes(convert.from_pytorch(tensors, input_shape=(64, 96, 3)), logits)
 
 
 @pytest.mark.parametrize(
     "version, given", [(1, "model.ckpt-7"), (2, "model.ckpt-7.index"), (2, "")]
 )
-def test_slim_from_a_checkpoint_of_a_training(version, given, slim, tmp_path):
-    """By its prefix, one of its files or its folder."""
+def test_training_checkpoint_of_slim_is_read(version, given, slim, tmp_path):
+    """The path is its prefix, one of its files or its folder."""
     variables, logits = slim
     slots = {f"{k}/{s}": v + 1 for k, v in variables.items() for s in ("RMSProp", "RMSProp_1")}
     averages = {f"{k}/ExponentialMovingAverage": v - 1 for k, v in variables.items()}
     others = {"global_step": np.int64(7), "beta1_power": np.float32(0.9)}
     _save_checkpoint(tmp_path / "model.ckpt-7", variables | slots | averages | others, version)
-    _assert_gives(convert.from_slim(tmp_path / given, input_shape=(64, 96, 3)), logits)
+    _assert_computes(convert.from_slim(tmp_path / given, input_shape=(64, 96, 3)), logits)
 
 
 @pytest.mark.parametrize(
@@ -245,21 +245,21 @@ def test_slim_from_a_checkpoint_of_a_training(version, given, slim, tmp_path):
     ],
     ids=str,
 )
-def test_slim_in_its_other_forms_and_with_a_background_class(options, tmp_path):
+def test_other_forms_of_slim_with_a_background_class_are_read(options, tmp_path):
     network = Slim(**options)
     logits = network.logits(IMAGES, classes=1001)
     _save_checkpoint(tmp_path / "model.ckpt", network.tensors)
     model = convert.from_slim(tmp_path / "model.ckpt.data-00000-of-00001", (64, 96, 3))
     assert model.output_shape == (None, 1001)
-    _assert_gives(model, logits)
+    _assert_computes(model, logits)
 
 
-def _assert_refused(read, source, *parts):
-    with pytest.raises(UsageError) as refusal:
+def _assert_rejected(read, source, *parts):
+    with pytest.raises(UsageError) as raised:
         read(source)
-    assert len(str(refusal.value).splitlines()) == 1
+    assert len(str(raised.value).splitlines()) == 1
     for part in parts:
-        assert part in str(refusal.value)
+        assert part in str(raised.value)
 
 
 RESNET = {
@@ -275,8 +275,14 @@ def _changed(tensors, changes):
 @pytest.mark.parametrize(
     "changes, parts",
     [
-        ({"inception_3a_1x1_bn.bias": None}, ["416 tensors, 1 missing (inception_3a_1x1_bn.bias)"]),
-        ({"fc.weight": np.zeros((3, 4))}, ["416 tensors, 1 extra (fc.weight)"]),
+        (
+            {"inception_3a_1x1_bn.bias": None},
+            ["416 tensors of Cadene's bninception: 1 missing (inception_3a_1x1_bn.bias)"],
+        ),
+        (
+            {"fc.weight": np.zeros((3, 4))},
+            ["416 tensors of Cadene's bninception: 1 extra (fc.weight)"],
+        ),
         (
             {"inception_5b_3x3.weight": np.zeros((320, 192, 1, 1))},
             [
@@ -291,13 +297,13 @@ def _changed(tensors, changes):
         ),
     ],
 )
-def test_what_does_not_fit_is_named(changes, parts, cadene):
-    _assert_refused(
+def test_mismatched_tensors_are_listed(changes, parts, cadene):
+    _assert_rejected(
         convert.from_pytorch, _changed(cadene[0], changes), "Cadene's bninception", *parts
     )
 
 
-def test_what_does_not_fit_in_a_checkpoint_is_named(slim, tmp_path):
+def test_mismatched_variables_of_a_checkpoint_are_listed(slim, tmp_path):
     beta = "InceptionV2/Mixed_3b/Branch_0/Conv2d_0a_1x1/BatchNorm/beta"
     changes = {
         beta: None,
@@ -305,10 +311,10 @@ def test_what_does_not_fit_in_a_checkpoint_is_named(slim, tmp_path):
         "InceptionV2/Conv2d_1a_7x7/pointwise_weights": np.zeros((1, 1, 12, 64), np.float32),
     }
     _save_checkpoint(tmp_path / "model.ckpt", _changed(slim[0], changes))
-    _assert_refused(
+    _assert_rejected(
         convert.from_slim,
         tmp_path / "model.ckpt",
-        "model.ckpt does not hold TF-Slim's inception_v2",
+        "model.ckpt does not contain the 277 tensors of TF-Slim's inception_v2",
         f"1 missing ({beta})",
         "1 extra (InceptionV2/more)",
         "1 misshapen (InceptionV2/Conv2d_1a_7x7/pointwise_weights",
@@ -316,76 +322,78 @@ def test_what_does_not_fit_in_a_checkpoint_is_named(slim, tmp_path):
     )
 
 
-def test_another_network():
-    _assert_refused(convert.from_pytorch, RESNET, "416 missing", "5 extra (conv1.weight")
-    _assert_refused(convert.from_pytorch, {"state_dict": RESNET, "step": 3}, "5 extra")
-    _assert_refused(convert.from_pytorch, {"state_dict": None}, "holds a NoneType, no state dict")
+def test_tensors_of_another_network_are_rejected():
+    _assert_rejected(convert.from_pytorch, RESNET, "416 missing", "5 extra (conv1.weight")
+    _assert_rejected(convert.from_pytorch, {"state_dict": RESNET, "step": 3}, "5 extra")
+    _assert_rejected(
+        convert.from_pytorch, {"state_dict": None}, "contains a NoneType: expected a state dict"
+    )
 
 
-def test_a_checkpoint_of_another_network(tmp_path):
+def test_a_checkpoint_of_another_network_is_rejected(tmp_path):
     _save_checkpoint(tmp_path / "model.ckpt", {"InceptionV1/Logits/biases": np.zeros(3)})
-    _assert_refused(convert.from_slim, tmp_path / "model.ckpt", "277 missing", "InceptionV2/")
+    _assert_rejected(convert.from_slim, tmp_path / "model.ckpt", "277 missing", "InceptionV2/")
 
 
 @pytest.mark.parametrize("part", [0, 100, -1])
-def test_damaged_npz(part, tmp_path):
+def test_a_truncated_npz_is_rejected(part, tmp_path):
     path = tmp_path / "weights.npz"
     np.savez(path, **RESNET)
     path.write_bytes(path.read_bytes()[:part])
-    _assert_refused(convert.from_pytorch, path, "weights.npz")
+    _assert_rejected(convert.from_pytorch, path, "weights.npz")
 
 
-def test_a_damaged_tensor_in_an_npz(tmp_path):
+def test_a_damaged_tensor_in_an_npz_is_rejected(tmp_path):
     path = tmp_path / "weights.npz"
     np.savez(path, **RESNET)
     content = bytearray(path.read_bytes())
     content[20_000] ^= 1
     path.write_bytes(content)
-    _assert_refused(convert.from_pytorch, path, "weights.npz", "CRC")
+    _assert_rejected(convert.from_pytorch, path, "weights.npz", "CRC")
 
 
 @pytest.mark.parametrize("part", [0, 10_000, -1])
-def test_damaged_checkpoint(part, slim, tmp_path):
+def test_a_truncated_checkpoint_is_rejected(part, slim, tmp_path):
     _save_checkpoint(tmp_path / "model.ckpt", slim[0])
     data = tmp_path / "model.ckpt.data-00000-of-00001"
     data.write_bytes(data.read_bytes()[:part])
-    _assert_refused(convert.from_slim, tmp_path / "model.ckpt", "model.ckpt")
+    _assert_rejected(convert.from_slim, tmp_path / "model.ckpt", "model.ckpt")
 
 
-def test_what_is_no_checkpoint(tmp_path):
+def test_other_files_are_rejected(tmp_path):
     text = tmp_path / "notes.txt"
     text.write_text("not weights\n" * 100)
     for path in (text, tmp_path, tmp_path / "nothing"):
-        _assert_refused(convert.from_slim, path, str(path), "TensorFlow checkpoint")
-    _assert_refused(convert.from_pytorch, tmp_path / "nothing.npz", "there is no file", "nothing")
+        _assert_rejected(convert.from_slim, path, str(path), "TensorFlow checkpoint")
+    _assert_rejected(convert.from_pytorch, tmp_path / "nothing.npz", "does not exist", "nothing")
     np.save(tmp_path / "array.npy", np.zeros(3))
     (tmp_path / "array.npy").rename(tmp_path / "array.npz")
-    _assert_refused(convert.from_pytorch, tmp_path / "array.npz", "array.npz", "an .npz file")
+    _assert_rejected(convert.from_pytorch, tmp_path / "array.npz", "array.npz", "an .npz file")
 
 
-def test_a_pth_without_pytorch(tmp_path, monkeypatch):
+def test_a_pth_without_pytorch_is_rejected(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "weights.pth").write_bytes(b"something")
-    _assert_refused(
+    _assert_rejected(
         convert.from_pytorch, tmp_path / "weights.pth", "install torch", "numpy.savez(PATH, **{"
     )
 
 
-def test_written_weights_are_read_by_the_builder(cadene, tmp_path):
+def test_converted_weights_load_in_the_builder(cadene, tmp_path):
     np.savez(tmp_path / "weights.npz", **cadene[0])
     written = tmp_path / "new" / "out.weights.h5"
     convert.convert_weights(tmp_path / "weights.npz", written)
     model = BNInception("bn_x5", CLASSES, (64, 96, 3), preset="caffe", weights=written)
-    _assert_gives(model, cadene[1])
+    _assert_computes(model, cadene[1])
     assert list(written.parent.iterdir()) == [written]
 
 
-def test_an_output_that_cannot_be_written(cadene, tmp_path, monkeypatch):
-    with pytest.raises(UsageError, match="has to end in .keras or .weights.h5"):
+def test_an_unwritable_output_is_rejected_and_unchanged(cadene, tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="expected a name with .keras or .weights.h5"):
         convert.convert_weights("weights.npz", tmp_path / "out.h5")
     output = tmp_path / "out.keras"
     output.write_text("before")
-    with pytest.raises(UsageError, match="exists: give another one, or --overwrite"):
+    with pytest.raises(UsageError, match="exists: choose another path or pass --overwrite"):
         convert.convert_weights("weights.npz", output)
 
     def fail(model, path):
@@ -394,26 +402,26 @@ def test_an_output_that_cannot_be_written(cadene, tmp_path, monkeypatch):
 
     np.savez(tmp_path / "weights.npz", **cadene[0])
     monkeypatch.setattr(keras.Model, "save", fail)
-    with pytest.raises(UsageError, match="can't be written: no space left"):
+    with pytest.raises(StorageError, match="cannot be written: no space left"):
         convert.convert_weights(tmp_path / "weights.npz", output, overwrite=True)
-    with pytest.raises(UsageError, match="can't be written: "):
+    with pytest.raises(StorageError, match="cannot be written: "):
         convert.convert_weights(tmp_path / "weights.npz", output / "out.keras")
     assert output.read_text() == "before"
     assert {path.name for path in tmp_path.iterdir()} == {"weights.npz", "out.keras"}
 
 
-def test_whose_weights_they_are_is_told_by_the_ending_or_said(tmp_path):
+def test_source_is_inferred_from_the_extension_or_passed(tmp_path):
     for name, source, part in [
-        ("a.npz", None, "there is no file"),
+        ("a.npz", None, "does not exist"),
         ("a.npz", "slim", "TensorFlow checkpoint"),
         ("a.ckpt", None, "TensorFlow checkpoint"),
-        ("a.ckpt", "pytorch", "there is no file"),
+        ("a.ckpt", "pytorch", "does not exist"),
     ]:
         with pytest.raises(UsageError, match=part):
             convert.convert_weights(tmp_path / name, tmp_path / "out.keras", source)
 
 
-def test_the_command(slim, tmp_path):
+def test_command_converts_and_describes_the_images(slim, tmp_path):
     _save_checkpoint(tmp_path / "model.ckpt", slim[0])
     done = launch("convert", f"--weights={tmp_path}/model.ckpt", f"--output={tmp_path}/out.keras")
     assert done.returncode == 0, done.stderr
@@ -426,12 +434,12 @@ def test_the_command(slim, tmp_path):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_the_command_given_another_network(tmp_path):
+def test_command_rejects_another_network(tmp_path):
     np.savez(tmp_path / "resnet.npz", **RESNET)
     arguments = (f"--weights={tmp_path}/resnet.npz", f"--output={tmp_path}/out.keras")
     assert_fails_on_one_line(launch("convert", *arguments), 2, "resnet.npz", "416 missing")
     assert not (tmp_path / "out.keras").exists()
 
 
-def test_the_command_says_what_it_lacks():
+def test_command_names_a_missing_flag():
     assert_fails_on_one_line(launch("convert", "--weights=x.npz"), 2, "--output is missing")

@@ -1,51 +1,51 @@
-"""How other projects name the tensors of BN-Inception, and lay them out."""
+"""Tensor names and layouts of BN-Inception in other projects."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from bn_keras.models.bn_inception import FIGURE_5
 
 
 class Project(NamedTuple):
-    """How a project names the tensors of the network, and lays them out.
+    """Tensor names and layouts of one project's network.
 
     Attributes:
-      network: what messages call it.
-      images: what it was trained on, for the user to bring about.
-      layers: its name of each layer of ours.
-      variables: its name of each kind of variable, with what goes between both.
-      axes: by rank, where the axes of our variables lie in its tensors.
+      network: name of the network in messages.
+      images: the images that it was trained on, which the user must provide.
+      layers: the project's name of each of our layers.
+      variables: suffix for each kind of variable, separator included.
+      axes: for each rank, the transposition from the project's tensors to our variables.
     """
 
     network: str
     images: str
-    layers: dict[str, str]
-    variables: dict[str, str]
-    axes: dict[int, tuple[int, ...]]
+    layers: Mapping[str, str]
+    variables: Mapping[str, str]
+    axes: Mapping[int, tuple[int, ...]]
 
 
-def _layers(
+def _layer_names(
     stem: Sequence[str],
     modules: Sequence[str],
-    branches: dict[str, str],
-    halving: dict[str, str],
+    branches: Mapping[str, str],
+    halving_branches: Mapping[str, str],
     conv: str,
     batch_norm: str,
     logits: str,
 ) -> dict[str, str]:
-    """Names every layer.
+    """Returns the project's name of each layer, by our name.
 
     Args:
-      stem: of its three convolutions.
-      modules: what the names in each row of Figure 5 begin with.
-      branches: of the convolutions inside a module, by our name.
-      halving: the same, of the modules of stride 2.
-      conv, batch_norm: what follows in the name of a convolution and of its BN.
-      logits: of the classifier.
+      stem: names of the stem's three convolutions.
+      modules: prefix of each module, in the order of Figure 5.
+      branches: names of the convolutions inside a module, by our name.
+      halving_branches: the same for the modules of stride 2.
+      conv, batch_norm: suffixes of a convolution and of its BN.
+      logits: name of the classifier.
     """
     convolutions = dict(zip(("stem_1", "stem_2_reduce", "stem_2"), stem, strict=True))
     for row, module in zip(FIGURE_5, modules, strict=True):
-        for ours, theirs in (branches if row.stride == 1 else halving).items():
+        for ours, theirs in (branches if row.stride == 1 else halving_branches).items():
             convolutions[f"{row.name}_{ours}"] = module + theirs
     names = {"logits": logits}
     for ours, theirs in convolutions.items():
@@ -54,25 +54,23 @@ def _layers(
     return names
 
 
-_TORCH = dict(
-    variables={
-        "kernel": ".weight",
-        "bias": ".bias",
-        "gamma": ".weight",
-        "beta": ".bias",
-        "moving_mean": ".running_mean",
-        "moving_variance": ".running_var",
-    },
-    # [out, in, height, width] and [out, in].
-    axes={4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)},
-)
+_TORCH_VARIABLES = {
+    "kernel": ".weight",
+    "bias": ".bias",
+    "gamma": ".weight",
+    "beta": ".bias",
+    "moving_mean": ".running_mean",
+    "moving_variance": ".running_var",
+}
+# From [out, in, height, width] and [out, in].
+_TORCH_AXES = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
 
 PYTORCHCV = Project(
     network="pytorchcv's bninception",
     images="RGB, (x / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225) of x in 0..255",
-    layers=_layers(
+    layers=_layer_names(
         stem=[f"features.init_block.{name}" for name in ("conv1", "conv2.conv1", "conv2.conv2")],
-        # 3a, 3b; 3c, 4a to 4d; 4e, 5a, 5b.
+        # Stages: 3a, 3b; 3c, 4a to 4d; 4e, 5a, 5b.
         modules=[
             f"features.stage{stage}.unit{unit + 1}.branches."
             for stage, units in ((1, 2), (2, 5), (3, 3))
@@ -87,7 +85,7 @@ PYTORCHCV = Project(
             "double_2": "branch3.conv3",
             "projection": "branch4.conv",
         },
-        halving={
+        halving_branches={
             "3x3_reduce": "branch1.conv1",
             "3x3": "branch1.conv2",
             "double_reduce": "branch2.conv1",
@@ -98,7 +96,8 @@ PYTORCHCV = Project(
         batch_norm=".bn",
         logits="output",
     ),
-    **_TORCH,
+    variables=_TORCH_VARIABLES,
+    axes=_TORCH_AXES,
 )
 
 _CAFFE_BRANCHES = {
@@ -114,16 +113,17 @@ _CAFFE_BRANCHES = {
 CADENE = Project(
     network="Cadene's bninception",
     images="BGR, x - (104, 117, 128) of x in 0..255",
-    layers=_layers(
+    layers=_layer_names(
         stem=("conv1_7x7_s2", "conv2_3x3_reduce", "conv2_3x3"),
         modules=[f"inception_{row.name}_" for row in FIGURE_5],
         branches=_CAFFE_BRANCHES,
-        halving=_CAFFE_BRANCHES,
+        halving_branches=_CAFFE_BRANCHES,
         conv="",
         batch_norm="_bn",
         logits="last_linear",
     ),
-    **_TORCH,
+    variables=_TORCH_VARIABLES,
+    axes=_TORCH_AXES,
 )
 
 SLIM_SCOPE = "InceptionV2/"
@@ -131,7 +131,7 @@ SLIM_SCOPE = "InceptionV2/"
 SLIM = Project(
     network="TF-Slim's inception_v2",
     images="RGB, x / 127.5 - 1 of x in 0..255",
-    layers=_layers(
+    layers=_layer_names(
         stem=[f"{SLIM_SCOPE}Conv2d_{name}" for name in ("1a_7x7", "2b_1x1", "2c_3x3")],
         modules=[
             f"{SLIM_SCOPE}Mixed_{name}/"
@@ -146,7 +146,7 @@ SLIM = Project(
             "double_2": "Branch_2/Conv2d_0c_3x3",
             "projection": "Branch_3/Conv2d_0b_1x1",
         },
-        halving={
+        halving_branches={
             "3x3_reduce": "Branch_0/Conv2d_0a_1x1",
             "3x3": "Branch_0/Conv2d_1a_3x3",
             "double_reduce": "Branch_1/Conv2d_0a_1x1",

@@ -1,54 +1,54 @@
-"""Batch normalization exchanged in any Keras model."""
+"""Replaces Keras' batch normalization with ours in any Keras model."""
+
+from typing import Any
 
 import keras
 
 from bn_keras.batch_norm import BatchNormalization
 from bn_keras.errors import UsageError
+from bn_keras.fold import copy_state
 from bn_keras.keras_internals import all_layers
 
-# Functional models are Functions; a subclassed model is neither.
+# Functional models are Functions; subclassed models are neither.
 _CLONABLE = (keras.Sequential, keras.Function)
 
 
 def replace_batch_norm(model: keras.Model) -> keras.Model:
-    """Gives the same network with each keras.layers.BatchNormalization replaced by ours.
+    """Returns a copy of a model in which our layer replaces keras.layers.BatchNormalization.
 
-    Layers keep their names, weights, frozen state and meaning: the moving variance stays biased,
-    as in Keras (unbiased=False). Nested models and wrappers are gone through. The given model is
-    left alone and shares nothing with the new one, which is compiled likewise if that is, with a
-    new optimizer.
+    Layers keep their names, weights, frozen state and semantics: the moving variance stays biased,
+    as in Keras (unbiased=False). Layers in nested models and wrappers are replaced too. The given
+    model is unchanged and shares nothing with the copy. The copy of a compiled model is compiled
+    with the same arguments and a new optimizer.
 
     Args:
-      model: Functional or Sequential, built.
+      model: built Functional or Sequential model.
 
     Returns:
-      A model of the same kind, with the same outputs.
+      A model of the same type with the same outputs.
 
     Raises:
-      UsageError: the model isn't built, or holds a layer that its config doesn't describe, such as
-        a subclassed model with a BatchNormalization in its code.
+      UsageError: the model is not built, is a subclassed one, or contains a layer whose config does
+        not describe its BatchNormalization.
     """
     if not model.built:
         raise UsageError(
-            f"model {model.name!r} has no weights yet: call it, or give it a keras.Input, first"
+            f"model {model.name!r} is not built: call it, or start it with a keras.Input"
         )
     if not isinstance(model, _CLONABLE):
         raise UsageError(
-            f"model {model.name!r} is a subclassed {type(model).__name__}, whose layers its code"
-            " makes: use bn_keras.BatchNormalization in that code"
+            f"model {model.name!r} is a subclassed {type(model).__name__}, whose layers are only in"
+            " its code: use bn_keras.BatchNormalization there"
         )
     replaced = keras.models.clone_model(model, clone_function=_clone)
     for layer in all_layers(replaced):
         if type(layer) is keras.layers.BatchNormalization:
             raise UsageError(
-                f"{layer.path!r} is made by its parent's code, not by a config, and can't be"
-                " replaced from outside: use bn_keras.BatchNormalization in that code"
+                f"layer {layer.path!r} is created by its parent's code, not by a config: use"
+                " bn_keras.BatchNormalization in that code"
             )
     for new, old in zip(all_layers(replaced), all_layers(model), strict=True):
-        # As in a file: some layers, such as Normalization, make more of it than their weights.
-        values = {}
-        old.save_own_variables(values)
-        new.load_own_variables(values)
+        copy_state(old, new)
         if new.trainable != old.trainable:
             new.trainable = old.trainable
     return replaced
@@ -59,17 +59,17 @@ def _clone(layer: keras.Layer) -> keras.Layer:
         return BatchNormalization.from_config(layer.get_config())
     if isinstance(layer, _CLONABLE):
         return replace_batch_norm(layer)
-    # Keras refuses Python lambdas from a file; this one is in memory already.
-    unsafe = {"safe_mode": False} if isinstance(layer, keras.layers.Lambda) else {}
-    return type(layer).from_config(_replaced(layer.get_config()), **unsafe)
+    # Keras rejects Python lambdas from files; this lambda is already in memory.
+    options = {"safe_mode": False} if isinstance(layer, keras.layers.Lambda) else {}
+    return type(layer).from_config(_replace_in_config(layer.get_config()), **options)
 
 
-def _replaced(config: object) -> object:
+def _replace_in_config(config: Any) -> Any:
     """Replaces the serialized layers inside a config."""
     if isinstance(config, list | tuple):
-        return type(config)(_replaced(c) for c in config)
+        return type(config)(_replace_in_config(c) for c in config)
     if not isinstance(config, dict):
         return config
     if (config.get("module"), config.get("class_name")) == ("keras.layers", "BatchNormalization"):
         return keras.saving.serialize_keras_object(BatchNormalization.from_config(config["config"]))
-    return {key: _replaced(value) for key, value in config.items()}
+    return {key: _replace_in_config(value) for key, value in config.items()}

@@ -1,10 +1,11 @@
-"""The PyTorch ports' logits come out of their weights (make test-peers installs pytorchcv)."""
+"""Converted weights compute the logits of the PyTorch ports (make test-peers installs them)."""
 
 import keras
 import numpy as np
 import pytest
 
 from bn_keras import convert
+from bn_keras.errors import UsageError
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: make test-peers")
 port = pytest.importorskip(
@@ -14,7 +15,7 @@ port = pytest.importorskip(
 
 @pytest.fixture(scope="module")
 def network():
-    """pytorchcv's network, ready for inference, with nothing in it left at 0 or 1."""
+    """pytorchcv's network in inference mode, without tensors that are all 0 or all 1."""
     torch.manual_seed(0)
     network = port.bninception()
     with torch.no_grad():
@@ -44,7 +45,7 @@ def _assert_same_logits(model, network, images):
 
 
 def _in_cadenes_names(state):
-    """Both networks define their layers in the same order, that of Caffe's prototxt."""
+    """Renames tensors; both ports define their layers in the order of Caffe's prototxt."""
     names = ["conv1_7x7_s2", "conv2_3x3_reduce", "conv2_3x3"]
     for module in ("3a", "3b", "3c", "4a", "4b", "4c", "4d", "4e", "5a", "5b"):
         kinds = ["3x3_reduce", "3x3", "double_3x3_reduce", "double_3x3_1", "double_3x3_2"]
@@ -62,15 +63,15 @@ def _in_cadenes_names(state):
 
 
 @pytest.mark.parametrize("side", [224, 230])
-def test_logits_of_a_pth(side, network, tmp_path):
-    """At 230 their pools round up and their last 7x7 average still sees one place only."""
+def test_logits_of_a_pth_agree(side, network, tmp_path):
+    """With 230 pixels, their pools round up and their last 7x7 average still has one position."""
     torch.save(network.state_dict(), tmp_path / "bninception.pth")
     model = convert.from_pytorch(tmp_path / "bninception.pth", input_shape=(side, side, 3))
     assert sum(np.prod(v.shape) for v in model.trainable_variables) == 11_295_240
     _assert_same_logits(model, network, _images(side))
 
 
-def test_logits_of_an_npz_in_cadenes_names(network, tmp_path):
+def test_logits_of_an_npz_with_cadenes_names_agree(network, tmp_path):
     state = {k: v.numpy() for k, v in _in_cadenes_names(network.state_dict()).items()}
     np.savez(tmp_path / "bninception.npz", **state)
     model = convert.from_pytorch(tmp_path / "bninception.npz")
@@ -78,15 +79,15 @@ def test_logits_of_an_npz_in_cadenes_names(network, tmp_path):
 
 
 @pytest.mark.parametrize("side", [96, 160])
-def test_logits_at_sizes_that_their_last_average_has_to_adapt_to(side, network, monkeypatch):
+def test_logits_agree_at_other_sizes_with_an_adaptive_average(side, network, monkeypatch):
     model = convert.from_pytorch(network.state_dict(), input_shape=(None, None, 3))
     adaptive = torch.nn.AdaptiveAvgPool2d(1)
     monkeypatch.setitem(network.features._modules, "final_pool", adaptive)
     _assert_same_logits(model, network, _images(side))
 
 
-def test_files_of_a_training_and_of_old_times(network, tmp_path):
-    """DataParallel's names, the state inside a checkpoint, half precision, BN as [1, C]."""
+def test_training_checkpoints_and_old_files_are_read(network, tmp_path):
+    """DataParallel's names, a state dict inside a checkpoint, half precision, BN as [1, C]."""
     state = {
         f"module.{name}": (tensor[None] if "bn." in name else tensor).bfloat16()
         for name, tensor in _in_cadenes_names(network.state_dict()).items()
@@ -100,7 +101,7 @@ def test_files_of_a_training_and_of_old_times(network, tmp_path):
         np.testing.assert_allclose(ours, theirs, rtol=2**-8)
 
 
-def test_other_classes_and_a_round_trip_through_keras(tmp_path):
+def test_other_classes_survive_a_round_trip_through_keras(tmp_path):
     theirs = port.bninception(num_classes=7).eval()
     torch.save(theirs.state_dict(), tmp_path / "seven.pth")
     convert.convert_weights(tmp_path / "seven.pth", tmp_path / "seven.keras")
@@ -112,22 +113,22 @@ def test_other_classes_and_a_round_trip_through_keras(tmp_path):
     "content, part",
     [
         (lambda network: network, "more than tensors"),
-        (lambda network: [1, 2], "holds a list, no state dict"),
+        (lambda network: [1, 2], "contains a list: expected a state dict"),
         (lambda network: torch.nn.Conv2d(3, 4, 3).state_dict(), "missing"),
     ],
 )
-def test_a_file_of_something_else(content, part, network, tmp_path):
+def test_other_files_are_rejected(content, part, network, tmp_path):
     torch.save(content(network), tmp_path / "wrong.pth")
-    with pytest.raises(ValueError, match=part) as refusal:
+    with pytest.raises(UsageError, match=part) as raised:
         convert.from_pytorch(tmp_path / "wrong.pth")
-    assert len(str(refusal.value).splitlines()) == 1
+    assert len(str(raised.value).splitlines()) == 1
 
 
-def test_a_truncated_file(network, tmp_path):
+def test_a_truncated_file_is_rejected(network, tmp_path):
     torch.save(network.state_dict(), tmp_path / "whole.pth")
     whole = (tmp_path / "whole.pth").read_bytes()
     for fraction in (0, 0.5, 0.999):
         (tmp_path / "part.pth").write_bytes(whole[: int(fraction * len(whole))])
-        with pytest.raises(ValueError, match="part.pth") as refusal:
+        with pytest.raises(UsageError, match="part.pth") as raised:
             convert.from_pytorch(tmp_path / "part.pth")
-        assert len(str(refusal.value).splitlines()) == 1
+        assert len(str(raised.value).splitlines()) == 1
