@@ -1,11 +1,11 @@
-"""Every config loads, is locked, has the schema of default.py, and is the paper's."""
+"""Every config loads, is locked, follows the schema, and has the paper's values."""
 
 import pathlib
 
 import pytest
 
-from bn_keras.models import BNInception
-from bn_keras.models import bn_inception as inception
+from bn_keras.errors import UsageError
+from bn_keras.models import BNInception, bn_inception
 from bn_keras.training import networks
 from bn_keras.training.build import build_model
 from bn_keras.training.config import default_config
@@ -26,14 +26,14 @@ def load(name):
 
 
 def shape_of(config):
-    """The keys and the types of their values, all the way down."""
+    """The keys and the types of their values, in all sections."""
     return {
-        key: shape_of(value) if hasattr(value, "items") else type(value)
+        key: shape_of(value) if hasattr(value, "items") else config.get_type(key)
         for key, value in config.items()
     }
 
 
-def test_all_that_are_promised_are_there():
+def test_the_documented_configs_exist():
     miniatures = {f"{d}_{n}" for d in ("digits", "cifar10") for n in networks.NETWORKS}
     ensembles = {f"{scale}bn_x30_ensemble" for scale in ("", "cifar10_", "digits_")}
     promised = {*networks.NETWORKS, "mnist_baseline", "mnist_bn"}
@@ -42,7 +42,7 @@ def test_all_that_are_promised_are_there():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_is_locked_and_follows_the_schema(name):
+def test_a_config_is_locked_and_follows_the_schema(name):
     config = load(name)
     assert shape_of(config) == shape_of(default_config())
     with pytest.raises(AttributeError):
@@ -50,9 +50,9 @@ def test_it_is_locked_and_follows_the_schema(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_its_first_lines_give_the_command(name):
+def test_the_docstring_of_a_config_has_its_command(name):
     text = (CONFIGS / f"{name}.py").read_text()
-    assert f"python -m launch.train --config=configs/{name}.py" in text
+    assert f"bn-keras train --config={name}" in text
 
 
 # Section 4.2.2: the learning rates; section 4.2.1: L2 / 5, decay 6 times faster, no dropout.
@@ -74,9 +74,10 @@ def test_the_imagenet_configs_are_the_papers(name, rate, l2, decay_epochs, dropo
     assert config.schedule.base_rate == pytest.approx(rate)
     assert config.train.l2 == pytest.approx(l2)
     assert config.schedule.decay_epochs == pytest.approx(decay_epochs)
-    assert config.model.dropout == dropout
+    assert networks.value_of(config, "model.dropout") == dropout
     accelerated = dropout == 0.0
-    assert config.model.local_response_normalization != accelerated
+    lrn = networks.value_of(config, "model.local_response_normalization")
+    assert lrn != accelerated
     assert (config.data.shuffle == "examples") == accelerated
     assert (config.data.distortion < 1) == accelerated
 
@@ -108,22 +109,28 @@ def test_mnist_is_section_4_1():
 @pytest.mark.parametrize(
     "module", [bn_x30_ensemble, cifar10_bn_x30_ensemble, digits_bn_x30_ensemble]
 )
-def test_members_of_the_ensemble_are_bn_x30_but_for_their_changes(module):
-    base = load(module.__name__.removeprefix("configs.").removesuffix("_ensemble")).to_dict()
-    members = [module.get_config(str(i)).to_dict() for i in range(1, 7)]
+def test_members_of_the_ensemble_are_bn_x30_except_for_their_changes(module):
+    name = module.__name__.rpartition(".")[2].removesuffix("_ensemble")
+    base = load(name).to_dict()
+    members = [module.get_config(str(i)) for i in range(1, 7)]
+    keys = ("initializer_scale", "dropout", "per_activation_bn")
+    own = {key: networks.value_of(load(name), f"model.{key}") for key in keys}
     changes = []
     for i, member in enumerate(members, start=1):
-        assert member["seed"] == i
-        assert member["model"].pop("variant") == f"bn_x30_ensemble_{i}"
-        changed = {k for k, v in member["model"].items() if v != base["model"][k]}
-        assert changed and changed <= {"initializer_scale", "dropout", "per_activation_bn"}
-        changes.append(member["model"])
-        rest = {k: v for k, v in member.items() if k not in ("seed", "model")}
-        assert rest == {k: base[k] for k in rest}
+        effective = {key: networks.value_of(member, f"model.{key}") for key in keys}
+        assert effective != own
+        changes.append(effective)
+        values = member.to_dict()
+        assert values.pop("seed") == i
+        assert values["model"].pop("variant") == f"bn_x30_ensemble_{i}"
+        rest = {k: v for k, v in base.items() if k != "seed"}
+        assert values == rest | {
+            "model": {k: v for k, v in base["model"].items() if k != "variant"}
+        }
     assert all(changes.count(change) == 1 for change in changes)
 
 
-def test_inception_with_sigmoids_is_inception_but_for_the_variant():
+def test_inception_with_sigmoids_differs_from_inception_by_the_variant_only():
     config = networks.derive(load("inception"), "inception_sigmoid").to_dict()
     assert config["model"].pop("variant") == "inception_sigmoid"
     inception = load("inception").to_dict()
@@ -132,28 +139,28 @@ def test_inception_with_sigmoids_is_inception_but_for_the_variant():
 
 
 def test_an_unknown_member_is_refused():
-    with pytest.raises(ValueError, match="no member '7' of the ensemble: give one of 1, 2, 3"):
+    with pytest.raises(UsageError, match="unknown ensemble member '7': expected one of 1, 2, 3"):
         digits_bn_x30_ensemble.get_config("7")
 
 
 @pytest.fixture
 def short_figure_5(monkeypatch):
-    rows = [row for row in inception.FIGURE_5 if row.name in ("3a", "4d", "5b")]
-    monkeypatch.setattr(inception, "FIGURE_5", rows)
+    rows = [row for row in bn_inception.FIGURE_5 if row.name in ("3a", "4d", "5b")]
+    monkeypatch.setattr(bn_inception, "FIGURE_5", rows)
 
 
 MINIATURE = dict(input_shape=(8, 8, 1), classes=10)
 
 
-@pytest.mark.parametrize("variant", inception.VARIANTS)
-def test_the_network_of_a_config_is_the_variant_of_its_name(variant, short_figure_5):
+@pytest.mark.parametrize("variant", bn_inception.VARIANTS)
+def test_the_network_of_a_config_is_the_variant(variant, short_figure_5):
     config = networks.derive(digits_inception.get_config(), variant)
     by_config = build_model(config, **MINIATURE)
     by_name = BNInception(variant, **MINIATURE, width=0.125, stem="digits", momentum=0.9)
     assert by_config.get_config() == by_name.get_config()
 
 
-def test_what_a_config_says_of_the_network(short_figure_5):
+def test_the_settings_of_a_config_reach_the_network(short_figure_5):
     config = networks.derive(digits_inception.get_config(), "bn_x5")
     config.model.update(preset="caffe", pool_projection=64, auxiliary_weight=0.4)
     assert len(build_model(config, **MINIATURE).outputs) == 1
@@ -166,3 +173,21 @@ def test_what_a_config_says_of_the_network(short_figure_5):
     assert by_config.get_layer("3a_1x1_bn").epsilon == 1e-5
     config.batch_norm.epsilon = 0.01
     assert build_model(config, **MINIATURE).get_layer("3a_1x1_bn").epsilon == 0.01
+
+
+def dropout_of(config):
+    layers = build_model(config, **MINIATURE).layers
+    return next((layer.rate for layer in layers if layer.name == "dropout"), 0)
+
+
+@pytest.mark.parametrize("variant, dropout", [("bn_x30_ensemble_2", 0.05), ("bn_x30", 0)])
+def test_a_variant_brings_its_own_settings(variant, dropout, short_figure_5):
+    config = networks.replaced(load("digits_bn_x30"), {"model.variant": variant})
+    assert dropout_of(config) == networks.value_of(config, "model.dropout") == dropout
+
+
+def test_a_setting_takes_precedence_over_the_variant(short_figure_5):
+    for variant, dropout in (("bn_x30_ensemble_2", 0.2), ("inception", 0.0)):
+        values = {"model.variant": variant, "model.dropout": dropout}
+        config = networks.replaced(load("digits_bn_x30"), values)
+        assert dropout_of(config) == networks.value_of(config, "model.dropout") == dropout

@@ -39,7 +39,7 @@ def test_the_description_says_how_far_the_run_is(tmp_path):
     config = small_mlp()
     workdir = tmp_path / "a" / "run"
     told = describe_training(config, workdir)
-    assert told["data"] == "digits: comes with scikit-learn"
+    assert told["data"] == "digits: part of scikit-learn"
     assert told["devices"] == "one_device: 1 CPU replica(s)"
     assert told["workdir"] == f"{workdir}: new, to step 60"
     assert not list(tmp_path.iterdir())
@@ -76,7 +76,7 @@ def test_a_workdir_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     [
         ("synthetic", "synthetic: generated"),
         ("folder", "folder: in DIR"),
-        ("imagenet2012", "not prepared: launch.prepare makes it from the official archives"),
+        ("imagenet2012", "not prepared: `bn-keras prepare` makes it from the official archives"),
         ("stanford_dogs", "not prepared: to be downloaded into DIR/stanford_dogs"),
     ],
 )
@@ -153,7 +153,7 @@ def test_a_dry_run_works_for_a_data_set_of_unknown_size(tmp_path, offline):
     [
         ({"evaluation.global_batch_size": 0}, "evaluation.global_batch_size=0 is invalid"),
         ({"data.train_split": "tarin"}, "no split 'tarin'"),
-        ({"data.crop": "random"}, "data.crop is 'random'"),
+        ({"data.crop": "random"}, "unknown data.crop 'random': expected one of inception"),
     ],
 )
 def test_a_dry_run_finds_invalid_settings(overrides, message):

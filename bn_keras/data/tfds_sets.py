@@ -81,7 +81,7 @@ def locate_tfds(name: str, data_dir: str) -> str:
     if builder.is_prepared():
         return f"prepared in {builder.data_dir}"
     if name == "imagenet2012":
-        return "not prepared: launch.prepare makes it from the official archives"
+        return "not prepared: `bn-keras prepare` makes it from the official archives"
     if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
         return "not prepared: TFDS makes it from archives that must be downloaded by hand"
     return f"not prepared: to be downloaded into {builder.data_dir}"
