@@ -1,4 +1,4 @@
-"""What --help prints: at most 80 columns and 40 lines, so that it fits a screen."""
+"""The text of --help: at most 80 columns and 40 lines, so that it fits a screen."""
 
 import inspect
 import re
@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Collection, Iterable, Mapping
 
 from absl import flags
+
+HELP_FLAGS = frozenset({"--help", "-help", "-h", "-?"})
 
 _WIDTH = 80
 # A longer name has a line of its own.
@@ -18,45 +20,45 @@ def format_help(
     required: Collection[str] = (),
     subcommands: Mapping[str, str] | None = None,
 ) -> str:
-    """Formats what a command does, its flags and its examples.
+    """Formats the description, the flags and the examples of a command.
 
     Args:
-      doc: paragraphs on what it does; the last begins with a line "Example:" or "Examples:" and
-        stays as it is.
+      doc: paragraphs of description, which are filled; then a block that begins with "Example:" or
+        "Examples:" and stays as it is.
       options: the flags.
-      required: names of those that have to be given, beyond what absl knows.
-      subcommands: by name, what they do.
+      required: names of required flags, in addition to those that absl requires.
+      subcommands: description of each, by name.
     """
     *paragraphs, examples = inspect.cleandoc(doc).split("\n\n")
     sections = [textwrap.fill(paragraph, _WIDTH) for paragraph in paragraphs]
     if subcommands:
-        sections.append(_table(subcommands))
-    rows = {_name(flag): _meaning(flag, flag.name in required) for flag in options}
-    sections.append(_table(rows))
+        sections.append("Subcommands:\n" + _format_table(subcommands))
+    rows = {_usage(flag): _describe(flag, flag.name in required) for flag in options}
+    sections.append("Flags:\n" + _format_table(rows))
     return "\n\n".join([*sections, examples])
 
 
 def format_commands(commands: Mapping[str, str]) -> str:
-    """Formats the list of commands that `bn-keras` prints on its own.
+    """Formats the list of commands.
 
     Args:
-      commands: what each does, by name.
+      commands: description of each, by name.
     """
     return "\n\n".join(
         [
             "Usage: bn-keras COMMAND [--flag=value ...]",
-            _table(commands),
-            "bn-keras COMMAND --help shows the flags and examples of a command.",
+            "Commands:\n" + _format_table(commands),
+            "`bn-keras COMMAND --help` shows the flags and examples of a command.",
         ]
     )
 
 
 def is_required(flag: flags.Flag) -> bool:
-    """Tells whether a command can't do without a flag, which absl marks by a validator."""
+    """Returns whether a command requires a flag, which absl marks by a validator."""
     return any("other than None" in validator.message for validator in flag.validators)
 
 
-def _name(flag: flags.Flag) -> str:
+def _usage(flag: flags.Flag) -> str:
     if flag.boolean:
         return f"--{flag.name}"
     match flag.flag_type():
@@ -67,21 +69,24 @@ def _name(flag: flags.Flag) -> str:
         case "comma separated list of strings":
             value = "A,B,..."
         case "string enum":
-            value = "|".join(flag.parser.enum_values)
+            value = "|".join(getattr(flag.parser, "enum_values", ()))
         case _:
             value = "..."
     return f"--{flag.name}={value}"
 
 
-def _meaning(flag: flags.Flag, required: bool) -> str:
-    # What absl adds to the help of an enum and of a flag that may be repeated.
+def _describe(flag: flags.Flag, required: bool) -> str:
+    # absl adds the values of an enum in front, and a note behind a flag that may be repeated.
     text = re.sub(r"^<[^>]*>: |;\n *repeat this option.*", "", flag.help)
     if required or is_required(flag):
         return f"{text} Required."
-    return f"{text} Default: {flag.default_as_str.strip(chr(39))}." if flag.default else text
+    if not flag.default:
+        return text
+    default = flag.default_as_str or ""
+    return f"{text} Default: {default.strip(chr(39))}."
 
 
-def _table(rows: Mapping[str, str]) -> str:
+def _format_table(rows: Mapping[str, str]) -> str:
     width = 2 + max(len(name) for name in rows if len(name) <= _MAX_NAME)
     lines = []
     for name, text in rows.items():

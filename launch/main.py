@@ -1,12 +1,12 @@
-"""The console script `bn-keras`: one command, with a sub-command for each thing to do."""
+"""The console script `bn-keras COMMAND`."""
 
-import difflib
 import importlib
+import importlib.metadata
 import sys
-from collections.abc import Sequence
 
 from . import cli
-from .help import format_commands
+from .command_error import CommandError, did_you_mean
+from .help import HELP_FLAGS, format_commands
 
 # In the order in which a user needs them.
 COMMANDS = {
@@ -15,39 +15,30 @@ COMMANDS = {
     "predict": "classify images",
     "export": "write a trained network as .keras, SavedModel or TFLite",
     "check": "check the BN layers of a trained network",
-    "crops": "draw the crops that an image is evaluated by",
+    "crops": "draw the crops that an image is evaluated on",
     "preview": "draw the augmented input of a config",
     "convert": "convert other projects' weights of BN-Inception",
     "prepare": "prepare ImageNet from its official archives",
     "reproduce": "run the paper's experiments and write their report",
-    "search": "search initialization and learning rate",
+    "search": "search initializers and learning rates",
     "tpu": "train on a Cloud TPU",
 }
-_HELP = ("--help", "-help", "-h", "-?", "help")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs `bn-keras COMMAND ...`; without a command, lists the commands.
-
-    Args:
-      argv: command and flags; None reads those of the process.
-    """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in _HELP:
-        print(format_commands(COMMANDS))
-        return
-    name, *rest = arguments
-    if name == "--version":
-        from importlib.metadata import version
-
-        print(f"bn_keras {version('bn_keras')}")
-        return
-    if name not in COMMANDS:
-        nearest = difflib.get_close_matches(name, COMMANDS, n=1)
-        guess = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-        cli.fail(f"unknown command {name!r}{guess}: see bn-keras --help", 2)
-    sys.argv = [f"bn-keras {name}", *rest]
-    importlib.import_module(f".{name}", __package__).COMMAND.run()
+def main() -> None:
+    """Runs `bn-keras COMMAND ...`; without a command, lists the commands."""
+    with cli.exit_statuses():
+        name, *arguments = sys.argv[1:] or ["--help"]
+        if name in ("help", *HELP_FLAGS):
+            print(format_commands(COMMANDS), flush=True)
+        elif name == "--version":
+            print(f"bn_keras {importlib.metadata.version('bn_keras')}", flush=True)
+        elif name in COMMANDS:
+            sys.argv = [f"bn-keras {name}", *arguments]
+            importlib.import_module(f".{name}", __package__).COMMAND.run()
+        else:
+            guess = did_you_mean(name, COMMANDS)
+            raise CommandError(f"unknown command {name!r}{guess}: see bn-keras --help")
 
 
 if __name__ == "__main__":

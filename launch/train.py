@@ -1,11 +1,12 @@
-"""Trains a network, or goes on with a run that was stopped.
+"""Trains a network, or resumes its run.
 
---dry_run builds everything, shows the network and the schedule, takes one step on made-up images
-and writes nothing; the data need not be there. --verify_resume trains a few steps at a stretch,
-and stopped and resumed, and compares all variables; it writes nothing either.
+--dry_run builds everything, prints the network and the schedule, trains one step on synthetic
+images and writes nothing; the data set is not needed. --verify_resume trains a few steps twice,
+uninterrupted and resumed, compares all variables and writes nothing.
 
-Example:
-  python -m launch.train --config=configs/mnist_bn.py --workdir=runs/mnist_bn
+Examples:
+  bn-keras train --config=mnist_bn --workdir=runs/mnist_bn
+  bn-keras train --config=bn_x5 --workdir=runs/bn_x5 --config.train.ema=0.9999
 """
 
 import shlex
@@ -13,28 +14,30 @@ import shlex
 from absl import flags
 
 from . import cli
+from .command_error import CommandError
 
 _CONFIG = cli.define_config()
 _WORKDIR = cli.define_workdir()
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only show what would be trained, and try a step.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only describe the training and try one step.")
 _VERIFY_RESUME = flags.DEFINE_bool(
-    "verify_resume", False, "Only prove that the run can be resumed exactly."
+    "verify_resume", False, "Only check that resuming is bit-exact on these devices."
 )
 _PROFILE_STEPS = flags.DEFINE_integer(
     "profile_steps",
     0,
-    "Profile the first loop's last N steps, for TensorBoard.",
+    "Profile the last N steps of the first loop, for TensorBoard.",
     lower_bound=0,
 )
 
 
 def main() -> None:
-    """Trains what the flags say, or tries it."""
-    from bn_keras.training.plan import plan
+    """Trains, or tries the training."""
+    from bn_keras.training.plan import describe_training
 
     if _DRY_RUN.value and _VERIFY_RESUME.value:
-        cli.fail("--dry_run and --verify_resume are two things: give one of them", 2)
-    cli.log_lines({"config": str(_CONFIG)} | plan(_CONFIG.value, _WORKDIR.value))
+        raise CommandError("--dry_run and --verify_resume are mutually exclusive")
+    plan = describe_training(_CONFIG.value, _WORKDIR.value)
+    cli.log_lines({"config": str(_CONFIG)} | plan)
     if _DRY_RUN.value:
         _dry_run()
     elif _VERIFY_RESUME.value:
@@ -52,30 +55,29 @@ def _dry_run() -> None:
 
 
 def _verify_resume() -> None:
-    from bn_keras.training.loop import verify_resume
+    from bn_keras.training.resume_check import verify_resume
 
     digest = verify_resume(_CONFIG.value)
-    print(f"A resumed run is the unbroken one: both have variables_sha256 {digest}")
+    print(f"Resuming is bit-exact: both runs have variables_sha256 {digest}")
 
 
 def _train() -> None:
-    from bn_keras.report import Run, figure_3_row
+    from bn_keras.report import Run, describe_accuracy
     from bn_keras.runs.workdir import Workdir
     from bn_keras.training.loop import train_and_evaluate
 
     workdir = _WORKDIR.value
     last = train_and_evaluate(_CONFIG.value, workdir, profile_steps=_PROFILE_STEPS.value)
     run = Workdir(workdir)
-    parts = (run.metrics, run.checkpoints, run.best, run.finished)
-    there = ", ".join(part.name for part in parts if part.exists())
-    accuracy, loss = (last[f"validation/{name}"] for name in ("accuracy", "loss"))
+    files = (run.metrics, run.checkpoints, run.best, run.finished)
+    accuracy, loss = (f"{last[f'validation/{name}']:.4f}" for name in ("accuracy", "loss"))
     cli.log_lines(
         {
-            "end": f"step {last['step']:,}: validation accuracy {accuracy:.4f}, loss {loss:.4f}",
-            "figure 3": figure_3_row(Run.read(run.path.name, workdir)),
-            "run": f"{workdir}: {there}",
-            "look": shlex.join(["tensorboard", f"--logdir={workdir}"]),
-            "next": shlex.join([*cli.command_line("evaluate"), f"--workdir={workdir}"]),
+            "finished": f"step {last['step']:,}: validation accuracy {accuracy}, loss {loss}",
+            "result": describe_accuracy(Run.read(run.path.name, workdir)),
+            "written": f"{workdir}: {', '.join(file.name for file in files if file.exists())}",
+            "curves": shlex.join(["tensorboard", f"--logdir={workdir}"]),
+            "evaluate": shlex.join([*cli.command_line("evaluate"), f"--workdir={workdir}"]),
         }
     )
 

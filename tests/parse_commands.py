@@ -1,12 +1,13 @@
-"""Run by test_docs: parses command lines as the commands themselves do, and runs none of them.
+"""Parses command lines like the commands themselves, and runs none of them.
 
-Reads from standard input a JSON list of argument lists, each with its command in front
-("launch.train"), or with "" where it is of any command that takes it. An argument "..." stands for
-others that are left out, and "--config=..." for any config. Writes for each what is wrong, "" if
-nothing is, and its config, null if it has none.
+`parse_all` is for tests. As a script, the module reads a JSON list of argument lists from standard
+input, each with its command in front ("train"), or with "" for any command that accepts the
+arguments. The argument "..." stands for omitted ones, and "--config=..." for any config. The script
+writes a `Parsed` for each.
 """
 
 import contextlib
+import datetime
 import functools
 import io
 import json
@@ -14,24 +15,46 @@ import os
 import pathlib
 import re
 import runpy
+import subprocess
 import sys
+from typing import NamedTuple
 
 from absl import app, flags
 
-import launch.cloud.control  # noqa: F401  (what takes time is imported before the forks)
-from bn_keras.experiments import paper as experiments
+# Imported here because it takes time: every command is parsed in a fork of this process.
+import bn_keras.experiments.paper  # noqa: F401
+import launch.cloud.control  # noqa: F401
 from launch import cli
+from launch.config_flag import CONFIG
 from launch.help import is_required
+from launch.main import COMMANDS
 
-LAUNCH = pathlib.Path(cli.__file__).parent
-# The one first that most flags are of.
-COMMANDS = [
-    f"launch.{p.stem}" for p in sorted(LAUNCH.glob("*.py")) if "cli.Command(" in p.read_text()
-]
-COMMANDS.sort(key=lambda name: name != "launch.train")
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 LEFT_OUT = "..."
 ANY_CONFIG = "--config=inception"
 ANY_ARGUMENT = "any"
+
+
+class Parsed(NamedTuple):
+    """The exit status, standard error and the config; 0, "" and None without them."""
+
+    status: int
+    error: str
+    config: dict | None
+
+
+def parse_all(commands):
+    """Returns a Parsed for each command, all from one process."""
+    done = subprocess.run(
+        [sys.executable, __file__],
+        input=json.dumps(commands),
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return [Parsed(*result) for result in json.loads(done.stdout)]
 
 
 def main():
@@ -41,18 +64,19 @@ def main():
 @functools.cache
 def parse(command, *arguments):
     if not command:
-        found = (parse(name, *arguments, LEFT_OUT) for name in COMMANDS)
-        return next((f for f in found if not f[0]), ["no command takes it", None])
+        results = (parse(name, *arguments, LEFT_OUT) for name in COMMANDS)
+        found = (result for result in results if not result.error)
+        return next(found, Parsed(2, "no command accepts it", None))
     if command not in COMMANDS:
-        return [f"there is no {command}", None]
+        return Parsed(2, f"there is no command {command}", None)
     result = in_fork(lambda: parse_here(command, arguments))
-    if LEFT_OUT in arguments and re.match(r"error: [^-]+ is missing", result[0]):
+    if LEFT_OUT in arguments and re.match(r"error: [^-]+ is missing", result.error):
         result = in_fork(lambda: parse_here(command, [*arguments, ANY_ARGUMENT]))
     return result
 
 
 def in_fork(function):
-    """Gives what it gives in a process of its own: one can define the flags of one command."""
+    """Returns a function's result from a new process: one process defines one command's flags."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -62,7 +86,7 @@ def in_fork(function):
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as file:
-        result = json.load(file)
+        result = Parsed(*json.load(file))
     os.waitpid(child, 0)
     return result
 
@@ -70,36 +94,40 @@ def in_fork(function):
 def parse_here(command, arguments):
     sys.argv = [command, *(ANY_CONFIG if a == "--config=..." else a for a in arguments)]
     app.run = parse_only
-    with contextlib.redirect_stderr(io.StringIO()) as stderr, contextlib.suppress(SystemExit):
-        runpy.run_module(command, run_name="__main__", alter_sys=True)
-    error = stderr.getvalue().strip()
-    config = None if error else cli._config_flag.value
-    return [error, config and config.to_dict()]
+    status = 0
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        try:
+            runpy.run_module(f"launch.{command}", run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            status = end.code
+    config = None if status else CONFIG.config
+    return Parsed(status, stderr.getvalue(), config and config.to_dict())
 
 
-def parse_only(act, flags_parser):
-    """In the place of absl's app.run, when the command has defined its flags."""
-    del act
+def parse_only(main, flags_parser):
+    """Replaces absl's app.run, which is called once the flags are defined."""
+    del main
     module = vars(sys.modules["__main__"])
     argv = completed(sys.argv, module) if LEFT_OUT in sys.argv else sys.argv
     _, *positional = flags_parser(argv)
-    # What these two look at only when they run.
-    if "_subcommand" in module and positional != [ANY_ARGUMENT]:
-        module["_subcommand"](positional)
-    if "_make_sections" in module and (unknown := set(positional) - set(experiments.EXPERIMENTS)):
-        cli.fail(f"unknown experiments {unknown}", 2)
+    # These three check their arguments only when they run.
+    for name in ("_parse_subcommand", "_choose_experiments"):
+        if name in module and positional != [ANY_ARGUMENT]:
+            module[name](positional)
+    if positional == ["submit"] and LEFT_OUT not in sys.argv:
+        module["_make_job"](datetime.datetime.now(datetime.UTC))
 
 
 def completed(argv, module):
-    """With what is required and was left out, and without flags that were left without a value."""
+    """Adds omitted required flags to "...", and drops flags whose values are omitted."""
     given = [a for a in argv if a != LEFT_OUT]
     names = {a[2:].partition("=")[0] for a in given if a.startswith("--")}
     bare = [a for a in given if a.startswith("--") and "=" not in a]
     if unknown := [a for a in bare if a[2:] not in flags.FLAGS]:
-        cli.fail(f"unknown flag {unknown[0]}", 2)
+        cli.fail(f"unknown flag {unknown[0]}")
     required = {f.name for f in flags.FLAGS.get_key_flags_for_module(argv[0]) if is_required(f)}
-    if len(given) > 1:
-        required |= {*module.get("_REQUIRED", {}).get(given[1], ())}
+    if len(given) > 1 and given[1] in (subcommands := module.get("_SUBCOMMANDS", {})):
+        required |= set(subcommands[given[1]].required)
     if any(name.startswith("config.") for name in names):
         required.add("config")
     others = [f"--{name}=x" for name in sorted(required - names - {"config"})]

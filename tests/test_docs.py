@@ -1,42 +1,42 @@
-"""What README, CONTRIBUTING, CHANGELOG and docs/ show really works.
+"""The examples in README, CONTRIBUTING, CHANGELOG and docs/ work.
 
-Blocks are ```python, ```text (output), ```math, and shell, ```sh or indented. Of these, and of
-`inline code` that is a command, it is checked by what comes first:
+Blocks are ```python, ```text (output), ```math, or shell (```sh or indented). Their first word, and
+the first word of `inline code` that is a command, selects the check:
 
-| Python                 | it runs, a page's blocks in order
-| launch.X               | the command itself parses it: flags, config file, overrides and their
-|                        | types, subcommands; then the config's numbers and its strategy. With
-|                        | --dry_run it runs, where that needs no TensorFlow
-| make                   | make -n; and the Makefile uses the variables
-| python benchmarks/X.py | the file is there, and knows the words that it is given
+| Python                 | it runs, the blocks of a page in order
+| bn-keras X, launch.X   | the command itself parses it: flags, config, overrides and their types,
+|                        | subcommands, a TPU job; then the config's numbers and strategy are
+|                        | checked
+| make                   | make -n accepts it, and the Makefile uses the variables
+| python benchmarks/X.py | the file exists and contains the arguments
 | pip install            | setup.cfg has the extras
-| docker                 | the Dockerfile has the ARG, setup.cfg the extra; launch.X in it as above
-| gcloud, and the others | only that bash can parse it: they need an account, or devices, or do
-| of UNCHECKED           | not end
+| docker                 | the Dockerfile has the ARG, setup.cfg the extra; the command in the
+|                        | container as above
+| gcloud, and the others | only bash parses it: they need an account or devices, or do not end
+| of UNCHECKED           |
 
-All shell blocks go through bash -n, and a line that is none of these fails. Of inline code, flags
-by themselves, keys of the config, files and names in bn_keras have to be there as well.
+bash -n accepts all shell blocks, and a line of any other kind fails. Flags, config keys, files and
+names of bn_keras in inline code exist as well.
 """
 
 import configparser
 import inspect
-import json
-import os
 import pathlib
 import pkgutil
 import re
 import shlex
 import subprocess
-import sys
 
 import pytest
 from ml_collections import ConfigDict
+from parse_commands import LEFT_OUT, parse_all
 
 import bn_keras
-from bn_keras.distribute.strategy import STRATEGIES
+from bn_keras.distribute import STRATEGIES
 from bn_keras.errors import UsageError
 from bn_keras.training.build import build_schedule
 from bn_keras.training.config import check_config, default_config
+from launch.main import COMMANDS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [
@@ -45,10 +45,11 @@ PAGES = [
 ]
 EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
-LEFT_OUT = "..."
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$\n?", re.DOTALL | re.MULTILINE)
 INDENTED = re.compile(r"(?<=\n\n)(?: {4}.*\n)(?:(?: {4}.*)?\n)*")
 INLINE = re.compile(r"`([^`]+)`")
+PYTHON = re.compile(r"(\S+/)?python")
+BN_KERAS = re.compile(r"(\S+/)?bn-keras")
 UNCHECKED = ("gcloud", "tensorboard", "source", "export", "for", "wait")
 DOCKER_FLAGS = {"--gpus", "--privileged", "--network"}
 IMAGE = "bn_keras"
@@ -63,8 +64,8 @@ FOLDERS = ("bn_keras", "launch", "configs", "tests", "benchmarks", "docs")
 
 
 @EACH_PAGE
-def test_blocks_of_python_run(page):
-    # The blocks of a page are read in order, as by somebody who follows it.
+def test_python_blocks_run(page):
+    # A reader runs the blocks of a page in order, in one session.
     names = {}
     for kind, block in FENCE.findall(page.read_text()):
         if kind == "python":
@@ -72,7 +73,7 @@ def test_blocks_of_python_run(page):
 
 
 @EACH_PAGE
-def test_links_lead_somewhere(page):
+def test_links_have_targets(page):
     for file, anchor in re.findall(r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", page.read_text()):
         target = page.parent / file if file else page
         assert target.exists(), file
@@ -80,23 +81,23 @@ def test_links_lead_somewhere(page):
 
 
 def anchors(page):
-    """As GitHub makes them of headings."""
+    """Returns the anchors that GitHub makes of a page's headings."""
     headings = re.findall(r"^#+ (.*)", FENCE.sub("", page.read_text()), flags=re.MULTILINE)
     return [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
 
 
 @pytest.fixture(scope="module")
-def found():
-    """By page, what is wrong with its commands; all are parsed by one process."""
-    return dict(zip(PAGES, problems([page.read_text() for page in PAGES]), strict=True))
+def problems_by_page():
+    """The problems of all pages; one process parses all of their commands."""
+    return dict(zip(PAGES, find_problems([page.read_text() for page in PAGES]), strict=True))
 
 
 @EACH_PAGE
-def test_commands_and_inline_code_can_be_meant(page, found):
-    assert not found[page]
+def test_commands_and_inline_code_are_valid(page, problems_by_page):
+    assert not problems_by_page[page]
 
 
-DIGITS = "python -m launch.train --config=configs/digits_bn_x5.py"
+DIGITS = "bn-keras train --config=digits_bn_x5"
 PLANTED_IN_BLOCKS = [
     f"{DIGITS} --wrkdir=runs/a",
     f"{DIGITS} --config.train.stepz=3 --workdir=runs/a",
@@ -105,28 +106,34 @@ PLANTED_IN_BLOCKS = [
     f"{DIGITS} --config.distribution.strategy=mirored --workdir=runs/a",
     f"{DIGITS} \\\n        --config.schedule.decay=linear --workdir=runs/a",
     f"for index in 0 1; do\n        TF_CONFIG='{{'$index'}}' {DIGITS} &\n    done; wait",
+    "$ bn-keras trian --workdir=runs/a\n    trained",
     "$ python -m launch.trian --workdir=runs/a\n    trained",
+    "bn-keras train --config=digits_bn_x6 --workdir=runs/a",
     "python -m launch.train --config=configs/digits_bn_x6.py --workdir=runs/a",
-    "python -m launch.tpu sumbit --workdir=gs://bucket/a",
-    "python -m launch.tpu submit --workdir=runs/a --name=a --zone=us-east5-b"
-    " --accelerator_type=v6e-8 --config=configs/bn_x5.py --dry_run",
-    "python -m launch.reproduce figure9 --workdir=runs/a",
+    "bn-keras tpu sumbit --workdir=gs://bucket/a",
+    "bn-keras tpu submit --workdir=runs/a --name=a --zone=us-east5-b"
+    " --accelerator_type=v6e-8 --config=bn_x5 --dry_run",
+    "bn-keras reproduce figure9 --workdir=runs/a",
+    ".venv-pears/bin/bn-keras reproduce --workdir=runs/a",
     "make tset",
     "make data-imagenet MANUAL=folder",
     "python benchmarks/batch_nrom.py",
     "python benchmarks/batch_norm.py flaot32",
     ".venv-pears/bin/python benchmarks/batch_norm.py",
     'pip install ".[gpus]"',
+    'pip install "bn_keras[cpu,trian]"',
     "docker build --build-arg EXTAR=gpu .",
     "docker build --build-arg EXTRA=cuda .",
-    "docker run --rm bn_keras launch.train --workdir=/runs",
-    "docker run --rm bn-keras launch.train --help",
+    "docker run --rm bn_keras train --workdir=/runs",
+    "docker run --rm bn-keras train --help",
     "pyhton -m launch.train",
     "make 'test",
 ]
 PLANTED_INLINE = [
+    "bn-keras train --dryrun",
     "launch.train --dryrun",
     "python -m launch.evaluate --crop=1 ...",
+    "bn-keras evaluate --crop=1 ...",
     "make tset",
     "docker build --build-arg EXTRA=cpu\\|gpu\\|tpv .",
     "--verify_resme",
@@ -141,16 +148,16 @@ PLANTED_INLINE = [
 ]
 
 
-def test_what_is_wrong_is_found():
+def test_planted_mistakes_are_found():
     texts = [f"As in\n\n    {line}\n" for line in PLANTED_IN_BLOCKS]
     texts += [f"| as in | `{code}` |" for code in PLANTED_INLINE]
     texts.append("```sh\nmake demmo\n```\n")
     texts.append("```pyhton\nprint()\n```\n")
-    counts = {text: len(wrong) for text, wrong in zip(texts, problems(texts), strict=True)}
+    counts = {text: len(found) for text, found in zip(texts, find_problems(texts), strict=True)}
     assert {text for text, count in counts.items() if count != 1} == set()
 
 
-def test_the_table_of_arguments_is_the_layers():
+def test_the_table_of_arguments_matches_the_layer():
     text = (ROOT / "docs" / "layer.md").read_text()
     table = text.partition("## Arguments")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (`.*?) \| (.+?) \| .+? \|", table, flags=re.MULTILINE)
@@ -164,64 +171,64 @@ def test_the_table_of_arguments_is_the_layers():
         assert text.replace("−", "-") == str(parameters[name].default), name
 
 
-def test_the_citation_is_of_this_version():
+def test_the_citation_names_this_version():
     citation = (ROOT / "CITATION.cff").read_text()
     assert f"\nversion: {bn_keras.__version__}\n" in citation
     assert f"\nlicense: {SETUP['metadata']['license']}\n" in citation
 
 
-# --- What is wrong with a page.
+# --- The problems of a page.
 
 
-def problems(texts):
-    """What is wrong with each text, as lists of lines."""
-    found, commands = [[] for _ in texts], []
-    for wrong, text in zip(found, texts, strict=True):
-        for shown, arguments in pieces(text, wrong):
+def find_problems(texts):
+    """Returns the problems of each text, as lists of lines."""
+    problems, commands = [[] for _ in texts], []
+    for found, text in zip(problems, texts, strict=True):
+        for shown, words in find_commands(text, found):
             try:
-                to_parse = check(arguments)
-            except Wrong as error:
-                wrong.append(f"{shown}: {error}")
+                to_parse = check(words)
+            except Problem as error:
+                found.append(f"{shown}: {error}")
             else:
-                commands += [(wrong, shown, to_parse)] if to_parse else []
-    for (wrong, shown, arguments), (error, config) in zip(
-        commands, parsed([arguments for _, _, arguments in commands]), strict=True
+                commands += [(found, shown, to_parse)] if to_parse else []
+    for (found, shown, _), parsed in zip(
+        commands, parse_all([words for _, _, words in commands]), strict=True
     ):
-        error = error or (config and problem_of_config(config)) or problem_of_dry_run(arguments)
-        wrong += [f"{shown}: {error}"] if error else []
-    return found
+        error = parsed.error or (parsed.config and config_problem(parsed.config))
+        found += [f"{shown}: {error}"] if error else []
+    return problems
 
 
-def pieces(text, wrong):
-    """Commands and inline code: as shown, and as lists of words, "..." where some are left out."""
+def find_commands(text, found):
+    """Yields commands and inline code: as shown, and as words, with "..." for omitted ones."""
     blocks = INDENTED.findall(FENCE.sub("", text))
     for kind, block in FENCE.findall(text):
         if kind == "sh":
             blocks.append(block)
         elif kind not in ("python", "text", "math"):
-            wrong.append(f"a block of unknown kind {kind!r}")
+            found.append(f"a block of unknown kind {kind!r}")
     for block in blocks:
         lines = shell_lines(block)
         if error := run(["bash", "-n"], input="\n".join(lines)):
-            wrong.append(f"{block}: {error}")
+            found.append(f"{block}: {error}")
             continue
         for line in lines:
             yield from ((line, words) for words in simple_commands(line))
     for code in INLINE.findall(INDENTED.sub("", FENCE.sub("", text))):
         for shown in alternatives(" ".join(code.replace("\\|", "|").split())):
-            if words := words_of_inline(shown):
+            if words := inline_words(shown):
                 yield shown, words
 
 
 def shell_lines(block):
-    """A block's commands, one a line; where there is a prompt, the rest is their output."""
+    """Returns a block's commands, one per line; with prompts, the other lines are output."""
     lines = re.sub(r"\\\n\s*", "", re.sub(r"^ {4}", "", block, flags=re.MULTILINE)).splitlines()
     prompted = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
     return prompted or lines
 
 
 def simple_commands(line):
-    """Without what joins them, and without the variables that are set in front of them."""
+    """Yields the words of each command, without the variables that are set in front of it."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|")
     lexer.whitespace_split = True
     words = []
@@ -235,17 +242,17 @@ def simple_commands(line):
 
 
 def alternatives(code):
-    """Of "make A|B", "make A" and "make B"."""
+    """Returns "make A" and "make B" for "make A|B"."""
     choice = re.search(r"=(\w+(?:\|\w+)+)", code)
     if not choice:
         return [code]
     return [code.replace(choice[1], option) for option in choice[1].split("|")]
 
 
-def words_of_inline(code):
-    """Of what is meant as a command, a flag, a key, a file or a name of ours; else nothing."""
+def inline_words(code):
+    """Returns the words of a command, a flag, a key, a file or a name of ours; else none."""
     first, *rest = code.split()
-    is_command = rest and first in ("make", "pip", "docker", *UNCHECKED)
+    is_command = rest and first in ("make", "pip", "docker", "bn-keras", *UNCHECKED)
     if is_command or re.match(r"(\S+/)?python$|--\w|launch\.", first):
         return [*shlex.split(code), LEFT_OUT]
     sections = "|".join(default_config())
@@ -257,30 +264,33 @@ def words_of_inline(code):
     return []
 
 
-# --- Each kind. What is wrong is raised; what is left for a command to parse is returned.
+# --- The check of each kind: raises Problem, or returns what is left for a command to parse.
 
 
-class Wrong(Exception):
+class Problem(Exception):
     pass
 
 
-def require(condition, what):
+def require(condition, message):
     if not condition:
-        raise Wrong(what)
+        raise Problem(message)
 
 
 def check(words):
     first, *rest = words
-    if re.fullmatch(r"(\S+/)?python", first):
+    if PYTHON.fullmatch(first):
         return check_python(first, rest)
+    if BN_KERAS.fullmatch(first):
+        check_environment(first)
+        return check_command(*rest)
     if first.startswith("launch."):
-        return check_launch(first, rest)
+        return check_module(words)
     if first.startswith("--"):
         return check_flags(words)
     if first == "make":
         check_make(rest)
     elif first == "pip":
-        check_extras(re.findall(r"\[(\w+)\]", " ".join(rest)))
+        check_extras(",".join(re.findall(r"\[([\w,]+)\]", " ".join(rest))))
     elif first == "docker":
         return check_docker(rest)
     elif first not in UNCHECKED:
@@ -288,32 +298,42 @@ def check(words):
     return None
 
 
-def check_python(python, words):
-    folder = python.rpartition("bin/python")[0]
+def check_environment(program):
+    folder = re.sub(r"bin/[^/]+$", "", program) if "/" in program else ""
     require(folder in MAKEFILE, f"make sets up no {folder}")
+
+
+def check_python(python, words):
+    check_environment(python)
     if words == [LEFT_OUT]:
         return None
     if words[0] == "-m":
-        return check_launch(words[1], words[2:])
-    script, *given = [word for word in words if word != LEFT_OUT]
+        return check_module(words[1:])
+    script, *arguments = [word for word in words if word != LEFT_OUT]
     require((ROOT / script).is_file(), f"there is no {script}")
     text = (ROOT / script).read_text()
-    for word in given:
-        require("/" in word or word.partition("=")[0] in text, f"{script} knows no {word}")
+    for word in arguments:
+        known = "/" in word or word.partition("=")[0] in text
+        require(known, f"{script} does not contain {word}")
     return None
 
 
-def check_launch(command, words):
-    if command == "launch.NAME":
+def check_module(words):
+    module, *rest = words
+    require(module.startswith("launch."), f"{module} is not a command")
+    return check_command(module.removeprefix("launch."), *rest)
+
+
+def check_command(command=LEFT_OUT, *words):
+    if command in ("COMMAND", "NAME", "--help", "--version", LEFT_OUT):
         return None
-    file = ROOT / f"{command.replace('.', '/')}.py"
-    require(command.startswith("launch.") and file.is_file(), f"there is no {command}")
+    require(command in COMMANDS, f"there is no command {command}")
     words = filled_in(words)
     return [command, *words] if words != [LEFT_OUT] else None
 
 
 def check_flags(words):
-    """Of flags by themselves, which belong to a command, a benchmark or docker."""
+    """Checks flags without a command, which belong to a command, a benchmark or docker."""
     words = [word for word in filled_in(words) if word != LEFT_OUT]
     names = {word.partition("=")[0] for word in words}
     if names <= DOCKER_FLAGS or all(f'"{name}"' in BENCHMARKS for name in names):
@@ -322,9 +342,9 @@ def check_flags(words):
 
 
 def filled_in(words):
-    """With numbers for the letters that stand for them, and without --config.KEY=VALUE."""
+    """Replaces placeholders by values, and drops --config.KEY=VALUE."""
     words = [re.sub(r"=[A-Za-z]$", "=1", word) for word in words]
-    words = [word.replace("configs/NAME.py", LEFT_OUT) for word in words]
+    words = [re.sub(r"^--config=(configs/)?NAME(\.py)?", "--config=...", word) for word in words]
     return [word for word in words if word != "--config.KEY=VALUE"]
 
 
@@ -338,25 +358,24 @@ def check_make(words):
 
 
 def check_extras(extras):
-    for extra in extras:
+    for extra in filter(None, extras.split(",")):
         require(extra in SETUP["options.extras_require"], f"there is no extra {extra}")
 
 
 def check_docker(words):
     for name, value in re.findall(r"--build-arg (\w+)=(\w+)", " ".join(words)):
         require(f"\nARG {name}" in DOCKERFILE, f"the Dockerfile has no ARG {name}")
-        check_extras([value])
+        check_extras(value)
     if words[0] != "run":
         return None
     require(IMAGE in words, f"the image is called {IMAGE}")
-    command, *rest = words[words.index(IMAGE) + 1 :]
-    return check_launch(command, rest)
+    return check_command(*words[words.index(IMAGE) + 1 :])
 
 
 def check_name(name):
-    """Of an extra, something in bn_keras, a file or a key of the config."""
+    """Checks the name of an extra, of something in bn_keras, of a file or of a config key."""
     if name.startswith(".["):
-        check_extras([name[2:-1]])
+        check_extras(name[2:-1])
     elif name.startswith("bn_keras."):
         require(resolves(name.partition("(")[0]), "there is no such name")
     elif "/" in name:
@@ -366,7 +385,7 @@ def check_name(name):
     elif "." in name and name.partition(".")[0] in ("config", *default_config()):
         return check_key(name.removeprefix("config."))
     else:
-        raise Wrong(f"{name} is none of the commands that this test knows")
+        raise Problem(f"{name} is none of the commands that this test knows")
     return None
 
 
@@ -383,27 +402,13 @@ def check_key(text):
     for part in key.split("."):
         require(isinstance(node, ConfigDict) and part in node, "there is no such key")
         node = node[part]
-    return check_launch("launch.train", [f"--config.{text}", LEFT_OUT]) if value else None
+    return check_command("train", f"--config.{text}", LEFT_OUT) if value else None
 
 
-# --- Parsing.
+# --- Problems of a command that is parsed.
 
 
-def parsed(commands):
-    """What parse_commands.py finds wrong with each, and their configs."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "parse_commands.py"],
-        input=json.dumps(commands),
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def problem_of_config(config):
+def config_problem(config):
     config = ConfigDict(config)
     try:
         check_config(config)
@@ -414,14 +419,7 @@ def problem_of_config(config):
     return "" if strategy in STRATEGIES else f"there is no strategy {strategy}"
 
 
-def problem_of_dry_run(arguments):
-    """Runs what needs no TensorFlow to show what it would do."""
-    if arguments[0] != "launch.tpu" or "--dry_run" not in arguments or LEFT_OUT in arguments:
-        return ""
-    return run([sys.executable, "-m", *arguments])
-
-
 def run(command, **options):
-    """Gives the errors of a command that fails, else nothing."""
+    """Returns the error output of a command that fails; else ""."""
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
     return (done.stderr or done.stdout or "failed") if done.returncode else ""

@@ -1,4 +1,4 @@
-"""The commands as a user meets them: in a process of their own, from the checkout's root."""
+"""The commands as a user runs them, most in a process of their own."""
 
 import functools
 import json
@@ -13,6 +13,7 @@ import sys
 import pytest
 import tensorflow as tf
 from absl import logging as absl_logging
+from parse_commands import parse_all
 
 from bn_keras.errors import (
     TrainingDivergedError,
@@ -20,12 +21,15 @@ from bn_keras.errors import (
     UsageError,
     WorkerLostError,
 )
+from bn_keras.training.config_files import config_names, load_config
 from launch import cli
 from launch.command_error import CommandError
+from launch.config_flag import ConfigFlag, split_overrides
+from launch.main import COMMANDS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DIGITS = (
-    "--config=configs/mnist_bn.py",
+    "--config=mnist_bn",
     "--config.data.name=digits",
     "--config.data.validation_split=validation",
     "--config.evaluation.global_batch_size=100",
@@ -42,6 +46,10 @@ def launch(command, *arguments, **environment):
     )
 
 
+# `python -m launch.main` is `bn-keras`.
+bn_keras = functools.partial(launch, "main")
+
+
 def assert_fails_on_one_line(done, status, *parts):
     assert done.returncode == status, done.stderr
     errors = [line for line in done.stderr.splitlines() if not line.startswith("I")]
@@ -50,66 +58,323 @@ def assert_fails_on_one_line(done, status, *parts):
         assert part in errors[0]
 
 
-# None of these has to wait for TensorFlow.
+# Flags.
+
+WITHOUT_CONFIG = [
+    ([], " is missing: see --help"),
+    (["--workdir=w"], "--config is missing: see --help"),
+    (["--config=bn_x5"], "--workdir is missing: see --help"),
+    (["--config=bn_x5", "--workdir="], "--workdir is empty: see --help"),
+    (["--config=bn_x5", "--wrkdir=w"], "unknown flag --wrkdir (did you mean '--workdir'?)"),
+    (
+        ["--config=bn_x5", "--workdir=w", "more"],
+        "unexpected argument 'more': flags are written as --flag=value",
+    ),
+    (
+        ["--config=bn_x5", "--workdir=w", "--dry_run=maybe"],
+        "--dry_run=maybe is invalid: expected true or false",
+    ),
+    (
+        ["--config=bn_x5", "--workdir=w", "--profile_steps=x"],
+        "--profile_steps=x is invalid: expected a non-negative integer",
+    ),
+    (
+        ["--config=bn_x5", "--workdir=w", "--profile_steps=-1"],
+        "--profile_steps=-1 is invalid: expected a non-negative integer",
+    ),
+    (["--config=bn_x5", "--config=bn_x30", "--workdir=w"], "--config is repeated"),
+]
+WITH_CONFIG = [
+    (["--config=configs/nope.py"], "no config 'configs/nope.py': expected a name, a Python file"),
+    (["--config=mnst_bn"], "no config 'mnst_bn' (did you mean 'mnist_bn'?)"),
+    (["--config=bn_keras/errors.py"], "'bn_keras/errors.py' has no function get_config()"),
+    (["--config=runs/none/config.json"], "runs/none"),
+    (["--config=bn_x5:3"], "config 'bn_x5' does not accept the argument '3'"),
+    (["--config=bn_x30_ensemble:9"], "unknown ensemble member '9'"),
+    (["--config=configs/bn_x30_ensemble.py:9"], "unknown ensemble member '9'"),
+    ([*DIGITS, "--config.train.stepz=3"], "unknown config key 'train.stepz': train has ema, "),
+    ([*DIGITS, "--config.trian.steps=3"], "unknown config key 'trian.steps': the config has batch"),
+    ([*DIGITS, "--config.train.steps.x=3"], "'train.steps.x': train.steps has no keys"),
+    ([*DIGITS, "--config.train.steps=many"], "--config.train.steps=many is invalid: expected an i"),
+    ([*DIGITS, "--config.train.steps=1.5"], "--config.train.steps=1.5 is invalid: expected an int"),
+    ([*DIGITS, "--config.train.steps"], "--config.train.steps is invalid: expected an integer"),
+    ([*DIGITS, "--config.train.l2=low"], "--config.train.l2=low is invalid: expected a number"),
+    ([*DIGITS, "--config.data.mirror=maybe"], "mirror=maybe is invalid: expected true or false"),
+    ([*DIGITS, "--config.record.percentiles=x"], "expected values separated by commas"),
+    ([*DIGITS, "--config.model.dropout=x"], "model.dropout=x is invalid: expected a number"),
+    ([*DIGITS, "--noconfig.train.steps"], "--noconfig.train.steps is invalid: only a setting of t"),
+    ([*DIGITS, "--config.train=3"], "--config.train is a section: override one of ema, global_bat"),
+]
+
+
+@pytest.fixture(scope="module")
+def errors():
+    """The errors of all command lines of `train` above; one process parses them."""
+    lines = [["train", *line] for line, _ in WITHOUT_CONFIG]
+    lines += [["train", *line, "--workdir=w"] for line, _ in WITH_CONFIG]
+    return dict(zip(map(tuple, lines), parse_all(lines), strict=True))
+
+
 @pytest.mark.parametrize(
-    "arguments, parts",
+    "line, part",
+    [(line, part) for line, part in WITHOUT_CONFIG]
+    + [([*line, "--workdir=w"], part) for line, part in WITH_CONFIG],
+)
+def test_an_invalid_flag_is_reported_on_one_line(line, part, errors):
+    parsed = errors["train", *line]
+    assert parsed.status == 2
+    assert parsed.error.startswith("error: ") and parsed.error.count("\n") == 1
+    assert part in parsed.error
+
+
+@pytest.mark.parametrize("line, part", WITHOUT_CONFIG[1:6])
+def test_a_missing_or_unknown_flag_does_not_wait_for_tensorflow(line, part):
+    code = """
+import runpy, sys
+try:
+    runpy.run_module("launch.train", run_name="__main__", alter_sys=True)
+finally:
+    print({"tensorflow", "keras", "numpy"} & set(sys.modules))"""
+    command = [sys.executable, "-c", code, *line]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert_fails_on_one_line(done, 2, part)
+    assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, part",
     [
-        (["--workdir=w"], ["--config is missing"]),
-        (["--config=configs/bn_x5.py"], ["--workdir is missing"]),
-        (["--config=configs/nope.py", "--workdir=w"], ["can't be loaded", "configs/nope.py"]),
-        (
-            ["--config=bn_keras/training/networks.py", "--workdir=w"],
-            ["can't be loaded", "get_config"],
-        ),
-        ([*DIGITS, "--workdir=w", "--config.train.stepz=3"], ["'train.stepz'", "steps_per_loop"]),
-        ([*DIGITS, "--workdir=w", "--config.trian.steps=3"], ["'trian.steps'", "train"]),
-        ([*DIGITS, "--workdir=w", "--config.train.steps=many"], ["type int, not 'many'"]),
-        ([*DIGITS, "--workdir=w", "--config.train.steps=1.5"], ["type int, not '1.5'"]),
-        ([*DIGITS, "--workdir=w", "--config.train.l2=low"], ["type float, not 'low'"]),
-        ([*DIGITS, "--workdir=w", "--config.data.mirror=maybe"], ["type bool, not 'maybe'"]),
-        ([*DIGITS, "--workdir=w", "--config.train=3"], ["is a section", "global_batch_size"]),
-        ([*DIGITS, "--workdir=w", "--stepz=3"], ["stepz"]),
-        ([*DIGITS, "--workdir=w", "more"], ["unexpected argument 'more'"]),
-        ([*DIGITS, "--workdir="], ["--workdir is empty"]),
-        (
-            [*DIGITS, "--workdir=w", "--dry_run=maybe"],
-            ["--dry_run takes", "type bool, not 'maybe'"],
-        ),
-        ([*DIGITS, "--workdir=w", "--profile_steps=x"], ["--profile_steps takes", "int, not 'x'"]),
-        ([*DIGITS, "--workdir=w", "--profile_steps=-1"], ["--profile_steps=-1"]),
-        (["--config=mnst_bn", "--workdir=w"], ["no 'mnst_bn' (did you mean 'configs/mnist_bn.py'"]),
-        (["--config=configs/bn_x30_ensemble.py:9", "--workdir=w"], ["error: no member '9' of"]),
+        ([*DIGITS, "--config.train.steps=many"], "--config.train.steps=many is invalid"),
+        ([*DIGITS, "--config.data.name=digitz"], "digitz"),
     ],
 )
-def test_flags_that_cannot_be_meant(arguments, parts, tmp_path):
-    done = launch("train", *arguments)
-    assert_fails_on_one_line(done, 2, *parts)
-    assert not (ROOT / "w").exists()
+def test_an_invalid_config_creates_no_workdir(arguments, part, tmp_path):
+    done = bn_keras("train", *arguments, f"--workdir={tmp_path / 'w'}")
+    assert_fails_on_one_line(done, 2, part)
+    assert not (tmp_path / "w").exists()
 
 
-COMMANDS = sorted(p.stem for p in (ROOT / "launch").glob("*.py") if "cli.Command(" in p.read_text())
+@pytest.mark.parametrize(
+    "command, part",
+    [
+        ("evaluate", "--config.seed=1 is invalid without --config"),
+        ("check", "unknown flag --config.seed=1: this command has no --config"),
+    ],
+)
+def test_an_override_without_a_config_is_an_error(command, part, tmp_path):
+    done = launch(command, f"--workdir={tmp_path}", "--config.seed=1")
+    assert_fails_on_one_line(done, 2, part)
+
+
+def test_an_invalid_value_in_a_list_is_reported_on_one_line(tmp_path):
+    done = launch("search", *DIGITS, f"--workdir={tmp_path / 'w'}", "--base_rates=0.1,high")
+    assert_fails_on_one_line(done, 2, "'high' in --base_rates is invalid: expected a number")
+
+
+# The config.
+
+
+def load(source, *arguments):
+    overrides, others = split_overrides(arguments)
+    flag = ConfigFlag()
+    flag.load(str(source), overrides)
+    return flag, others
+
+
+@pytest.mark.parametrize(
+    "arguments, key, value",
+    [
+        (["--config.train.steps=5"], "train.steps", 5),
+        (["--config.train.steps", "5"], "train.steps", 5),
+        (["-config.train.steps=5"], "train.steps", 5),
+        (["--config.train.steps=4", "--config.train.steps=5"], "train.steps", 5),
+        (["--config.train.l2", "-1"], "train.l2", -1.0),
+        (["--config.train.l2=1e-3"], "train.l2", 1e-3),
+        (["--config.data.mirror"], "data.mirror", True),
+        (["--config.data.mirror=false"], "data.mirror", False),
+        (["--config.data.mirror", "false"], "data.mirror", False),
+        (["--noconfig.data.mirror"], "data.mirror", False),
+        (["--config.data.name="], "data.name", ""),
+        (["--config.data.train_split=a=b"], "data.train_split", "a=b"),
+        (["--config.record.percentiles=1,2"], "record.percentiles", (1, 2)),
+        (["--config.record.percentiles=(1, 2)"], "record.percentiles", (1, 2)),
+        (["--config.record.percentiles=1"], "record.percentiles", (1,)),
+        # The default of the next two is None.
+        (["--config.model.dropout=0.1"], "model.dropout", 0.1),
+        (["--config.model.per_activation_bn=true"], "model.per_activation_bn", True),
+    ],
+)
+def test_an_override_has_the_type_of_its_setting(arguments, key, value):
+    flag, others = load("bn_x5", *arguments, "--workdir=w")
+    section, name = key.split(".")
+    assert flag.value[section][name] == value
+    assert type(flag.value[section][name]) is type(value)
+    assert dict(flag.overrides) == {key: value} and others == ["--workdir=w"]
+    assert flag.value.is_locked
+
+
+def test_a_boolean_override_does_not_consume_the_next_flag():
+    flag, others = load("bn_x5", "--config.data.mirror", "--config.seed=3", "--workdir=w")
+    assert dict(flag.overrides) == {"data.mirror": True, "seed": 3} and others == ["--workdir=w"]
+
+
+def test_the_log_names_the_config_and_its_overrides():
+    flag, _ = load("bn_x5", "--config.train.steps=5", "--config.seed=3")
+    assert str(flag) == "bn_x5 with train.steps=5, seed=3"
+    assert str(load("bn_x5")[0]) == "bn_x5" and str(ConfigFlag()) == "none"
+
+
+@pytest.mark.parametrize("source", ["", "config.json"])
+def test_a_run_is_a_config(source, tmp_path):
+    config = load_config("mnist_bn").unlock()
+    config.train.steps = 7
+    workdir = tmp_path / "a run"
+    workdir.mkdir()
+    (workdir / "config.json").write_text(config.to_json())
+    flag, _ = load(workdir / source)
+    assert flag.value.to_dict() == config.to_dict()
+    flag, _ = load(workdir / source, "--config.model.dropout=0.1", "--config.train.l2=1")
+    assert (flag.value.model.dropout, flag.value.train.l2, flag.value.train.steps) == (0.1, 1.0, 7)
+    with pytest.raises(CommandError, match="dropout=x is invalid: expected a number"):
+        load(workdir / source, "--config.model.dropout=x")
+
+
+def test_a_name_is_a_config_of_the_package_beside_a_run_of_that_name(tmp_path, monkeypatch):
+    (tmp_path / "bn_x5").mkdir()
+    (tmp_path / "bn_x5" / "config.json").write_text(load_config("bn_x30").to_json())
+    monkeypatch.chdir(tmp_path)
+    assert load("bn_x5")[0].value.model.variant == "bn_x5"
+    assert load("./bn_x5/config.json")[0].value.model.variant == "bn_x30"
+
+
+@pytest.mark.parametrize(
+    "source", ["bn_x5", "bn_x5.py", "configs/bn_x5", "configs/bn_x5.py", ROOT / "configs/bn_x5.py"]
+)
+def test_a_config_of_the_package_has_several_names_in_any_folder(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load(source)[0].value == load_config("bn_x5")
+
+
+def write_config(folder, body):
+    file = folder / "mine.py"
+    file.write_text(
+        "from bn_keras.training.config import default_config\n"
+        f"from ml_collections import ConfigDict\n{body}\n"
+    )
+    return file
+
+
+def test_a_config_in_any_folder_imports_those_of_the_package(tmp_path, monkeypatch):
+    for name in list(sys.modules):
+        if name.startswith("bn_keras_configs"):
+            monkeypatch.delitem(sys.modules, name)
+    # As in a checkout that is not installed.
+    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if "ditable" not in repr(f)])
+    file = write_config(
+        tmp_path,
+        "from bn_keras_configs import bn_x5\n"
+        "def get_config(steps='7'):\n"
+        "    config = bn_x5.get_config()\n"
+        "    config.train.steps = int(steps)\n"
+        "    return config",
+    )
+    assert load(file)[0].value.train.steps == 7
+    assert load(f"{file}:9")[0].value.train.steps == 9
+    assert load(file)[0].value.model.variant == "bn_x5"
+
+
+@pytest.mark.parametrize(
+    "body, part",
+    [
+        ("x = 1", r"has no function get_config\(\)"),
+        ("import nowhere", "cannot be loaded: ModuleNotFoundError: No module named 'nowhere'"),
+        ("def get_config(:", "cannot be loaded: SyntaxError: "),
+        ("def get_config():\n  return 3", r"get_config\(\) of config .* returns no ConfigDict"),
+        ("def get_config(number):\n  return 3", "does not accept no argument"),
+        (
+            "def get_config():\n  return ConfigDict({'seed': 1})",
+            "has no batch_norm.epsilon, batch_norm.momentum, .* more: expected all keys of",
+        ),
+        (
+            "def get_config():\n  c = default_config().unlock()\n  c.train.stepz = 1\n  return c",
+            "has unknown keys: train.stepz",
+        ),
+        (
+            "def get_config():\n  c = default_config().to_dict()\n  c['train']['steps'] = 'x'\n"
+            "  return ConfigDict(c)",
+            "has an invalid train.steps='x': expected int",
+        ),
+    ],
+)
+def test_an_invalid_config_file_is_explained(body, part, tmp_path):
+    with pytest.raises(UsageError, match=part) as raised:
+        load(write_config(tmp_path, body))
+    assert "mine.py" in str(raised.value) and "\n" not in str(raised.value)
+
+
+# `bn-keras`, and --help.
+
+
+def test_bn_keras_lists_all_commands_on_a_screen():
+    listed = [bn_keras(*arguments) for arguments in ([], ["--help"], ["-h"], ["help"])]
+    for done in listed:
+        assert done.returncode == 0 and not done.stderr
+        assert done.stdout == listed[0].stdout
+    lines = listed[0].stdout.splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 80
+    assert re.findall(r"^  (\w+) ", listed[0].stdout, flags=re.MULTILINE) == list(COMMANDS)
+
+
+def test_every_command_is_listed():
+    modules = [
+        file.stem
+        for file in (ROOT / "launch").glob("*.py")
+        if re.search(r"^COMMAND = ", file.read_text(), flags=re.MULTILINE)
+    ]
+    assert sorted(COMMANDS) == sorted(modules)
+
+
+def test_a_mistyped_command_gets_a_suggestion():
+    done = bn_keras("trian", "--help-me")
+    assert_fails_on_one_line(done, 2, "unknown command 'trian' (did you mean 'train'?): see bn-ker")
+    assert_fails_on_one_line(bn_keras("zzz"), 2, "unknown command 'zzz': see bn-keras --help")
+
+
+def test_bn_keras_prints_its_version():
+    assert re.fullmatch(r"bn_keras \d+\.\d+\.\d+\n", bn_keras("--version").stdout)
+
+
+def test_a_command_is_continued_in_the_way_that_it_was_started(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bn-keras train", "--workdir=w"])
+    assert cli.command_line("evaluate") == ["bn-keras", "evaluate"]
+    monkeypatch.setattr(sys, "argv", ["/checkout/launch/train.py"])
+    assert cli.command_line("evaluate") == ["python", "-m", "launch.evaluate"]
+
+
 SUBCOMMANDS = [("tpu", name) for name in ("submit", "watch", "status", "logs", "delete")]
 
 
 @functools.cache
 def shown(*command):
-    done = launch(*command, "--help")
+    done = bn_keras(*command, "--help")
     assert done.returncode == 0 and not done.stderr
     return done.stdout
 
 
 @pytest.mark.parametrize("command", [(name,) for name in COMMANDS] + SUBCOMMANDS, ids=" ".join)
-def test_help_fits_a_screen_and_ends_with_an_example(command):
+def test_help_fits_a_screen_and_ends_with_examples(command):
     lines = shown(*command).splitlines()
     assert len(lines) <= 40 and max(map(len, lines)) <= 80
     head, _, examples = shown(*command).partition("\nExample")
-    for example in re.split(r"\n  (?=python)", examples.replace("\\\n", " "))[1:]:
-        assert example.startswith("python -m launch." + " ".join(command))
+    examples = re.split(r"\n  (?=bn-keras)", examples.replace("\\\n", " "))[1:]
+    assert examples
+    for example in examples:
+        assert example.startswith("bn-keras " + " ".join(command))
         assert "\n" not in example.rstrip()
         for name in re.findall(r"--(\w+)(?==| |$)", example):
             assert f"--{name}" in head or name == "help"
-        for file in re.findall("--config=([^ :]*)", example):
-            assert (ROOT / file).is_file()
+        for name in re.findall(r"--config=(\S*)", example):
+            assert name in config_names()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -118,45 +383,29 @@ def test_help_has_every_flag_with_its_default(command):
     code = f"""
 import json, launch.{command}
 from absl import flags
-mine = flags.FLAGS.get_key_flags_for_module("launch.{command}")
-print(json.dumps({{flag.name: flag.default for flag in mine}}))"""
+own = flags.FLAGS.get_key_flags_for_module("launch.{command}")
+print(json.dumps({{flag.name: flag.default for flag in own}}))"""
     listed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     defaults = json.loads(listed.stdout)
     assert defaults
     for name, default in defaults.items():
         entry = re.search(rf"\n  --{name}[ =].*?(?=\n  --|\n\n)", "\n".join(pages), re.DOTALL)[0]
-        given = ",".join(default) if isinstance(default, list) else str(default)
-        told = " ".join(entry.split())
-        assert f"Default: {given}." in told if default else "Default" not in told
+        expected = ",".join(default) if isinstance(default, list) else str(default)
+        text = " ".join(entry.split())
+        assert f"Default: {expected}." in text if default else "Default" not in text
 
 
-def test_a_value_that_cannot_be_meant(tmp_path):
-    done = launch("train", *DIGITS, f"--workdir={tmp_path / 'w'}", "--config.data.name=digitz")
-    assert_fails_on_one_line(done, 2, "digitz")
-    assert not (tmp_path / "w").exists()
+def test_help_of_a_module_is_that_of_the_command():
+    assert launch("train", "--help").stdout == shown("train")
 
 
-def test_a_dry_run_shows_all_and_writes_nothing(tmp_path):
-    workdir = tmp_path / "w"
-    done = launch("train", "--config=configs/mnist_bn.py", f"--workdir={workdir}", "--dry_run")
-    assert done.returncode == 0, done.stderr
-    names = [line.split()[3] for line in done.stderr.splitlines()]
-    assert names == ["config", "data", "devices", "workdir"]
-    for part in (
-        "100,010",
-        "learning rate 0.1",
-        "epochs of 60,000",
-        "one step of 60",
-        "Nothing was",
-    ):
-        assert part in done.stdout
-    assert not list(tmp_path.iterdir())
+# Errors and exit statuses.
 
 
 @pytest.fixture
 def unfiltered():
     yield
-    absl_logging.get_absl_logger().removeFilter(cli._is_ours)
+    absl_logging.get_absl_logger().removeFilter(cli._is_own_record)
 
 
 @pytest.mark.parametrize(
@@ -171,28 +420,27 @@ def unfiltered():
         (tf.errors.FailedPreconditionError(None, None, "no\n gs://bucket/x"), 2),
     ],
 )
-def test_what_ends_a_command_has_its_status(error, status, unfiltered):
-    def main():
-        raise error
-
+def test_an_error_that_ends_a_command_has_its_status(error, status, unfiltered):
     with pytest.raises(CommandError, match="no") as raised:
-        with cli._bn_keras_errors():
-            main()
+        with cli._reported_errors():
+            raise error
     assert raised.value.status == status
 
 
 def test_a_bug_keeps_its_traceback(unfiltered):
-    def main():
-        raise tf.errors.FailedPreconditionError(None, None, "no")
-
     with pytest.raises(tf.errors.FailedPreconditionError):
-        with cli._bn_keras_errors():
-            main()
+        with cli._reported_errors():
+            raise tf.errors.FailedPreconditionError(None, None, "no")
 
 
-def test_a_reader_that_has_had_enough():
-    code = "from launch import cli; cli.Command('__main__', lambda: print('x' * 100_000), needs_tensorflow=False).run()"
-    command = [sys.executable, "-c", code]
+PRINTING = "cli.Command('__main__', lambda: print('x' * 100_000), needs_tensorflow=False).run()"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["-c", f"from launch import cli; {PRINTING}"], ["-m", "launch.main"]]
+)
+def test_a_broken_pipe_ends_a_command_silently(arguments):
+    command = [sys.executable, *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
         process.stdout.close()
@@ -200,21 +448,16 @@ def test_a_reader_that_has_had_enough():
         assert process.stderr.read() == b""
 
 
-def test_only_our_own_warnings_are_shown(unfiltered, caplog):
-    with cli._bn_keras_errors():
+def test_only_own_warnings_are_logged(unfiltered, caplog):
+    with cli._reported_errors():
         pass
     logger = absl_logging.get_absl_logger()
     for folder in (ROOT / "bn_keras", ROOT / "launch", pathlib.Path(tf.__file__).parent):
         for level in (logging.INFO, logging.WARNING, logging.ERROR):
             arguments = ("absl", level, str(folder / "x.py"), 1, f"{folder.name} {level}", (), None)
             logger.handle(logging.LogRecord(*arguments))
-    ours = [f"{name} {level}" for name in ("bn_keras", "launch") for level in (20, 30, 40)]
-    assert caplog.messages == [*ours, "tensorflow 40"]
-
-
-def test_a_list_with_a_value_that_cannot_be_meant(tmp_path):
-    done = launch("search", *DIGITS, f"--workdir={tmp_path / 'w'}", "--base_rates=0.1,high")
-    assert_fails_on_one_line(done, 2, "--base_rates takes values of type float, not 'high'")
+    own = [f"{name} {level}" for name in ("bn_keras", "launch") for level in (20, 30, 40)]
+    assert caplog.messages == [*own, "tensorflow 40"]
 
 
 def test_divergence_has_its_own_status(tmp_path):
@@ -228,15 +471,46 @@ def test_divergence_has_its_own_status(tmp_path):
     assert_fails_on_one_line(done, 3, "not finite at step", "learning rate 1e+38")
 
 
+def test_another_backend_is_reported_on_one_line(tmp_path):
+    done = launch("evaluate", f"--workdir={tmp_path}", KERAS_BACKEND="jax")
+    assert_fails_on_one_line(done, 2, "KERAS_BACKEND is 'jax'", "KERAS_BACKEND=tensorflow")
+
+
+# A training.
+
+
+def test_a_dry_run_describes_the_training_and_writes_nothing(tmp_path):
+    workdir = tmp_path / "w"
+    done = bn_keras("train", "--config=mnist_bn", f"--workdir={workdir}", "--dry_run")
+    assert done.returncode == 0, done.stderr
+    names = [line.split()[3] for line in done.stderr.splitlines()]
+    assert names == ["config", "data", "devices", "workdir"]
+    for part in (
+        "100,010",
+        "learning rate 0.1",
+        "epochs of 60,000",
+        "one step with 60",
+        "Nothing was written.",
+    ):
+        assert part in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_and_a_check_of_resuming_are_mutually_exclusive(tmp_path):
+    modes = ("--dry_run", "--verify_resume")
+    done = launch("train", *DIGITS, f"--workdir={tmp_path}", *modes)
+    assert_fails_on_one_line(done, 2, "--dry_run and --verify_resume are mutually exclusive")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A short run, and what its command said. Its moving statistics lag behind."""
+    """A short run, whose moving statistics lag, and the output of its command."""
     workdir = tmp_path_factory.mktemp("runs") / "a run"
     short = ("--config.train.steps=60", "--config.batch_norm.momentum=0.999")
     return workdir, launch("train", *DIGITS, *short, f"--workdir={workdir}")
 
 
-def test_a_training_says_first_what_it_does_and_last_where_all_is(trained):
+def test_a_training_logs_its_plan_and_its_results(trained):
     workdir, done = trained
     assert done.returncode == 0 and not done.stdout, done.stderr
     lines = [line.split(maxsplit=3)[3] for line in done.stderr.splitlines()]
@@ -244,9 +518,20 @@ def test_a_training_says_first_what_it_does_and_last_where_all_is(trained):
     assert names[:4] == ["config", "data", "devices", "workdir"]
     assert lines[0].endswith(", train.steps=60, batch_norm.momentum=0.999")
     assert lines[3] == f"workdir   {workdir}: new, to step 60"
-    assert names[-3:] == ["run", "look", "next"]
-    assert lines[-3] == f"run       {workdir}: metrics.jsonl, checkpoints, best"
-    assert lines[-1] == f"next      python -m launch.evaluate '--workdir={workdir}'"
+    assert names[-5:] == ["finished", "result", "written", "curves", "evaluate"]
+    assert re.fullmatch(r"finished  step 60: validation accuracy 0\.\d+, loss \d\.\d+", lines[-5])
+    best = r"best validation accuracy \d+\.\d\d% at step 60 \(112 steps of 32\)"
+    assert re.fullmatch(rf"result    {best}", lines[-4])
+    assert lines[-3] == f"written   {workdir}: metrics.jsonl, checkpoints, best"
+    assert lines[-2] == f"curves    tensorboard '--logdir={workdir}'"
+    assert lines[-1] == f"evaluate  python -m launch.evaluate '--workdir={workdir}'"
+
+
+def test_a_finished_run_is_not_trained_again_with_its_own_config(trained):
+    workdir, _ = trained
+    done = bn_keras("train", f"--config={workdir}", f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    assert f"workdir   {workdir}: finished at step 60" in done.stderr
 
 
 def test_an_evaluation_is_a_line_of_json(trained):
@@ -256,21 +541,16 @@ def test_an_evaluation_is_a_line_of_json(trained):
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["step"] == last["step"] == 60
     assert row["accuracy"] == pytest.approx(last["validation/accuracy"])
-    assert f"config    that of {workdir}" in done.stderr
+    assert re.search(rf"config    .*{re.escape(str(workdir))}", done.stderr)
 
 
-def test_a_check_up_tells_by_its_status(trained):
+def test_a_check_reports_faults_by_its_status(trained):
     workdir, _ = trained
     done = launch("check", f"--workdir={workdir}", "--batches=0")
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 1, done.stderr
-    # Nothing but data shows that the statistics lag.
+    # Only data reveal statistics that lag.
     done = launch("check", f"--workdir={workdir}", "--batches=5", "--json")
     report = json.loads(done.stdout)
     assert done.returncode == 1 and report["has_faults"], done.stderr
     assert {f["kind"] for f in report["findings"]} == {"stale"}
     assert report["population"]["num_batches"] == 5 and report["gap"] > 0
-
-
-def test_another_backend_is_one_line(tmp_path):
-    done = launch("evaluate", f"--workdir={tmp_path}", KERAS_BACKEND="jax")
-    assert_fails_on_one_line(done, 2, "KERAS_BACKEND is 'jax'", "KERAS_BACKEND=tensorflow")

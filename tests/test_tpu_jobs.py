@@ -1,4 +1,4 @@
-"""The life of a TPU job against a gcloud and a docker that are scripts in tests/fakes/."""
+"""TPU jobs from submission to deletion, with the fake gcloud and docker of tests/fakes/."""
 
 import contextlib
 import datetime
@@ -14,6 +14,7 @@ import sys
 import time
 
 import pytest
+from parse_commands import parse_all
 
 from launch.cloud import control
 from launch.cloud import job as jobs
@@ -30,7 +31,7 @@ METRICS = '{"step": 100, "validation/accuracy": 0.5}'
 
 
 def make_job(**values):
-    arguments = jobs.training_arguments("configs/bn_x30.py", {"train.steps": 100}, WORKDIR)
+    arguments = jobs.training_arguments("bn_x30", {"train.steps": 100}, WORKDIR)
     given = {
         "name": "one",
         "zone": "us-east5-b",
@@ -43,7 +44,7 @@ def make_job(**values):
 
 
 class FakeCloud(Cloud):
-    """A Cloud whose clock goes by what is slept, and which keeps what is said."""
+    """A Cloud whose clock advances only by sleeping, and which keeps the printed lines."""
 
     def __init__(self, folder):
         lines = []
@@ -80,47 +81,50 @@ class FakeCloud(Cloud):
 def cloud(tmp_path, monkeypatch):
     (tmp_path / "buckets" / "bucket").mkdir(parents=True)
     monkeypatch.setenv("FAKE_CLOUD", str(tmp_path))
-    # The Python that runs this is the fakes', too.
+    # The fakes run on the Python of this test.
     folders = (FAKES, pathlib.Path(sys.executable).parent, REAL_PATH)
     monkeypatch.setenv("PATH", os.pathsep.join(map(str, folders)))
     return FakeCloud(tmp_path)
 
 
-# What is asked for.
+# The job.
 
 
 @pytest.mark.parametrize(
     "values, parts",
     [
-        ({"name": "BN x30"}, ["name is 'BN x30'", "as 'bn-x30'"]),
-        ({"name": "30"}, ["begin with a letter"]),
-        ({"name": "a-"}, ["as 'a'"]),
+        ({"name": "BN x30"}, ["name='BN x30' is invalid", "such as 'bn-x30'"]),
+        ({"name": "30"}, ["the first a letter"]),
+        ({"name": "a-"}, ["the last not -, such as 'a'"]),
         ({"name": "a" * 64}, ["up to 63"]),
-        ({"name": ""}, ["name is ''"]),
-        ({"zone": "us-east5"}, ["zone is 'us-east5'", "did you mean 'us-east5-", "locations list"]),
+        ({"name": ""}, ["name='' is invalid"]),
+        (
+            {"zone": "us-east5"},
+            ["unknown zone 'us-east5'", "did you mean 'us-east5-", "locations list"],
+        ),
         ({"zone": "us-centrall-a"}, ["did you mean 'us-central1-a'"]),
         ({"zone": "us-centrl1-b"}, ["did you mean 'us-central1-b'"]),
-        ({"zone": "mars"}, ["zone is 'mars', which is no zone's name;"]),
+        ({"zone": "mars"}, ["unknown zone 'mars': `gcloud"]),
         ({"accelerator_type": "v6-8"}, ["did you mean 'v6e-8'", "v5litepod-4"]),
         (
             {"accelerator_type": "v5e-16"},
-            ["v5e-16 has several hosts", "v5litepod-8 is the largest"],
+            ["v5e-16 has several hosts", "the largest is v5litepod-8"],
         ),
         ({"accelerator_type": "v4-32"}, ["several hosts", "one process on one host", "v4-8"]),
         ({"accelerator_type": "v5e-8"}, ["does not exist", "v5litepod-8"]),
         ({"accelerator_type": "v6e-2"}, ["does not exist", "v6e-1, v6e-4, v6e-8"]),
         ({"accelerator_type": "h100"}, ["unknown accelerator_type 'h100'"]),
         ({"accelerator_type": ""}, ["unknown accelerator_type ''"]),
-        ({"workdir": "runs/one"}, ["workdir is 'runs/one'", "gs://BUCKET/FOLDER"]),
+        ({"workdir": "runs/one"}, ["workdir='runs/one' is invalid", "gs://BUCKET/FOLDER"]),
         ({"workdir": "gs://bucket"}, ["gs://BUCKET/FOLDER"]),
         ({"workdir": "gs://bucket/"}, ["gs://BUCKET/FOLDER"]),
         ({"workdir": "gs://bucket/a b"}, ["gs://BUCKET/FOLDER"]),
-        ({"workdir": "gs://bucket/runs*"}, ["gs://BUCKET/FOLDER", "none of * ?"]),
-        ({"workdir": "gs://b/runs"}, ["the bucket's name has 3 or more"]),
-        ({"image": "a b"}, ["image is 'a b'"]),
+        ({"workdir": "gs://bucket/runs*"}, ["gs://BUCKET/FOLDER", "without spaces and * ?"]),
+        ({"workdir": "gs://b/runs"}, ["a bucket name of at least 3 characters"]),
+        ({"image": "a b"}, ["image='a b' is invalid"]),
     ],
 )
-def test_a_job_that_cannot_be_meant(values, parts):
+def test_an_invalid_job_is_explained(values, parts):
     with pytest.raises(CommandError) as raised:
         make_job(**values)
     assert "\n" not in str(raised.value)
@@ -138,12 +142,12 @@ def test_a_job_that_cannot_be_meant(values, parts):
         ("v6e-1", "v2-alpha-tpuv6e"),
     ],
 )
-def test_the_vms_image_is_that_of_the_generation(accelerator_type, version):
+def test_the_generation_selects_the_vm_image(accelerator_type, version):
     job = make_job(accelerator_type=accelerator_type)
     assert f"--runtime-version={version}" in jobs.create_command(job).argv
 
 
-def test_zones_that_nobody_listed_are_gclouds_to_judge():
+def test_gcloud_judges_unlisted_zones():
     assert make_job(zone="africa-south1-c").zone == "africa-south1-c"
 
 
@@ -165,9 +169,9 @@ def test_zones_that_nobody_listed_are_gclouds_to_judge():
         ("", None),
     ],
 )
-def test_valid_until(given, expected):
+def test_valid_until_is_a_duration_or_a_time(given, expected):
     if expected is None:
-        with pytest.raises(CommandError, match="valid_until is "):
+        with pytest.raises(CommandError, match="valid_until=.* is invalid: expected a "):
             jobs.parse_valid_until(given, NOON)
         return
     until = jobs.parse_valid_until(given, NOON)
@@ -176,39 +180,68 @@ def test_valid_until(given, expected):
     assert f"--valid-until-time={expected}Z" in command.argv
 
 
-def test_the_training_is_that_of_the_flags_on_the_tpu():
-    arguments = jobs.training_arguments("configs/bn_x5.py", {"train.l2": 0.5}, WORKDIR)
+def test_the_training_has_the_flags_and_uses_the_tpu():
+    arguments = jobs.training_arguments("bn_x5", {"train.l2": 0.5}, WORKDIR)
     assert set(arguments) == {
-        "--config=configs/bn_x5.py",
+        "--config=bn_x5",
         "--config.train.l2=0.5",
         "--config.distribution.strategy=tpu",
         "--config.distribution.replicas=0",
         f"--workdir={WORKDIR}",
     }
     for key, value in {"distribution.strategy": "mirrored", "distribution.replicas": 2}.items():
-        with pytest.raises(CommandError, match=f"{key} is {value!r}: on a TPU it is"):
-            jobs.training_arguments("configs/bn_x5.py", {key: value}, WORKDIR)
-    with pytest.raises(CommandError, match="is not in .*configs"):
-        jobs.training_arguments("/tmp/mine.py", {}, WORKDIR)
+        with pytest.raises(CommandError, match=f"{key}={value!r} is invalid on a TPU: expected"):
+            jobs.training_arguments("bn_x5", {key: value}, WORKDIR)
+
+
+@pytest.mark.parametrize(
+    "source, name",
+    [
+        ("bn_x5", "bn_x5"),
+        ("bn_x5.py", "bn_x5"),
+        ("configs/bn_x5", "bn_x5"),
+        ("configs/bn_x5.py", "bn_x5"),
+        (str(ROOT / "configs" / "bn_x5.py"), "bn_x5"),
+        ("bn_x30_ensemble:3", "bn_x30_ensemble:3"),
+        ("configs/bn_x30_ensemble.py:3", "bn_x30_ensemble:3"),
+        ("mine.py", None),
+        ("configs/mine.py", None),
+        ("bn_x30.py", None),
+        ("runs/one", None),
+        ("runs/bn_x5", None),
+        ("runs/one/config.json", None),
+        ("/elsewhere/configs/bn_x5", None),
+    ],
+)
+def test_the_container_has_only_the_configs_of_the_checkout(source, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # Files of one's own, one with the name of a config in the checkout.
+    for file in ("mine.py", "bn_x30.py"):
+        (tmp_path / file).touch()
+    if name:
+        assert f"--config={name}" in jobs.training_arguments(source, {}, WORKDIR)
+        return
+    with pytest.raises(CommandError, match="is not in .*configs, the only configs that the VM has"):
+        jobs.training_arguments(source, {}, WORKDIR)
 
 
 @pytest.mark.parametrize(
     "accelerator_type, replicas",
     [("v2-8", 8), ("v4-8", 4), ("v5p-8", 4), ("v5litepod-4", 4), ("v6e-1", 1), ("v6e-8", 8)],
 )
-def test_the_replicas_have_to_divide_the_batch(accelerator_type, replicas):
+def test_the_replicas_divide_the_batch(accelerator_type, replicas):
     for size in range(1, 17):
         if size % replicas == 0:
             jobs.check_batch_size("train.global_batch_size", size, 1, accelerator_type)
         else:
-            next_one = f"--config.train.global_batch_size={-(-size // replicas) * replicas}$"
-            with pytest.raises(CommandError, match=next_one):
+            multiple = f"--config.train.global_batch_size={-(-size // replicas) * replicas}$"
+            with pytest.raises(CommandError, match=multiple):
                 jobs.check_batch_size("train.global_batch_size", size, 1, accelerator_type)
 
 
-def test_each_part_of_a_batch_is_divided():
+def test_the_replicas_divide_each_micro_batch():
     jobs.check_batch_size("train.global_batch_size", 64, 4, "v6e-8")
-    with pytest.raises(CommandError, match="is 48, .* 8 replicas .* in 4 parts: .*batch_size=64$"):
+    with pytest.raises(CommandError, match="=48 is invalid: .* 8 replicas .* 4 micro-.*size=64$"):
         jobs.check_batch_size("train.global_batch_size", 48, 4, "v6e-8")
 
 
@@ -220,13 +253,13 @@ def test_each_part_of_a_batch_is_divided():
         *(("mnist", "", True), ("mnist", "/data", False), ("digits", "/data", True)),
     ],
 )
-def test_the_vm_has_to_find_the_data(name, data_dir, is_there):
-    refused = pytest.raises(CommandError, match=f"the VM finds no {name}: copy it into a bucket")
+def test_the_vm_can_read_the_data(name, data_dir, is_there):
+    refused = pytest.raises(CommandError, match=f"the VM finds no {name} there; copy the data to")
     with contextlib.nullcontext() if is_there else refused:
         jobs.check_data(name, data_dir)
 
 
-def test_a_job_comes_back_from_its_file():
+def test_a_job_survives_the_round_trip_through_its_file():
     for job in (make_job(), make_job(spot=True, valid_until=NOON, delete_at=NOON, image="")):
         assert jobs.Job.from_json(job.to_json()) == job
     for text in ("", "[]", "{}", make_job().to_json().replace('"zone"', '"zones"')):
@@ -241,7 +274,7 @@ def test_options_become_flags():
     assert "--project=p" in jobs.delete_command(make_job(project="p")).argv
 
 
-# What gcloud says: on logging in and on projects in version 528, on quota and capacity as in public
+# Messages of gcloud: on login and projects from version 528, on quota and capacity from public
 # reports of users.
 
 
@@ -260,7 +293,7 @@ def test_options_become_flags():
             "Failed to find attribute [project]. The attribute can be set in the following ways:\n"
             "- provide the argument `--project` on the command line\n",
             GcloudError,
-            ["Failed to find attribute [project]: give --project"],
+            ["Failed to find attribute [project]: pass --project"],
         ),
         (
             "ERROR: (gcloud.compute.tpus.tpu-vm.create) HttpError accessing <https://tpu.x/v2/nodes>:"
@@ -271,7 +304,7 @@ def test_options_become_flags():
             GcloudError,
             [
                 "gcloud: Quota limit 'TPUV6E",
-                "Limit: 0 in region us-east5.: ask for more in the con",
+                "Limit: 0 in region us-east5.: request more in the con",
             ],
         ),
         (
@@ -296,7 +329,11 @@ def test_options_become_flags():
             GcloudError,
             ["accelerator-types list"],
         ),
-        ("ERROR: (gcloud.storage.cp) HTTPError 403: x@y does not have", GcloudError, ["the role"]),
+        (
+            "ERROR: (gcloud.storage.cp) HTTPError 403: x@y does not have",
+            GcloudError,
+            ["lacks a role"],
+        ),
         ("ERROR: (gcloud.storage.ls) gs://b not found: 404.", GcloudError, ["buckets create"]),
         (
             "ERROR: (gcloud.storage.ls) One or more URLs matched no objects.",
@@ -306,12 +343,12 @@ def test_options_become_flags():
         (
             "ERROR: (gcloud.x.create) ALREADY_EXISTS: Resource 'one' already exists",
             NameTakenError,
-            ["give another --name"],
+            ["pass another --name"],
         ),
-        ("", GcloudError, ["it ended with status 7"]),
+        ("", GcloudError, ["gcloud: exit status 7"]),
     ],
 )
-def test_refusals_say_what_to_do_on_one_line(stderr, kind, parts):
+def test_a_failure_of_gcloud_is_explained_on_one_line(stderr, kind, parts):
     with pytest.raises(GcloudError) as raised:
         checked(Outcome(7, "", stderr))
     assert type(raised.value) is kind
@@ -320,10 +357,10 @@ def test_refusals_say_what_to_do_on_one_line(stderr, kind, parts):
         assert part in str(raised.value)
 
 
-# Submitting.
+# Submission.
 
 
-def test_submit_runs_what_dry_run_prints(cloud):
+def test_submit_runs_the_commands_of_its_dry_run(cloud):
     job = make_job()
     cloud.plan(["ACCEPTED"])
     control.submit(job, cloud)
@@ -333,7 +370,7 @@ def test_submit_runs_what_dry_run_prints(cloud):
     assert control.load(WORKDIR, cloud) == job
 
 
-def test_dry_runs_lines_are_those_of_a_shell(cloud):
+def test_a_shell_can_run_the_lines_of_a_dry_run(cloud):
     job = make_job(image="", name="quoted")
     cloud.plan(["ACCEPTED"])
     for command in jobs.upload_commands(job) + [jobs.create_command(job)]:
@@ -343,7 +380,7 @@ def test_dry_runs_lines_are_those_of_a_shell(cloud):
     assert control.load(WORKDIR, cloud) == job
 
 
-def test_without_an_image_the_vm_gets_what_the_dockerfile_copies(cloud, tmp_path):
+def test_without_an_image_the_vm_gets_the_files_that_the_dockerfile_copies(cloud, tmp_path):
     job = make_job(image="")
     cloud.plan(["ACCEPTED"])
     control.submit(job, cloud)
@@ -353,28 +390,31 @@ def test_without_an_image_the_vm_gets_what_the_dockerfile_copies(cloud, tmp_path
     files = {
         p.relative_to(tmp_path / "source").as_posix() for p in (tmp_path / "source").rglob("*")
     }
-    assert {"Dockerfile", "setup.cfg", "launch/train.py", "configs/bn_x30.py"} <= files
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    copied = " ".join(re.findall(r"^COPY (?!--)(.*) \S+$", dockerfile, flags=re.MULTILINE)).split()
+    assert len(copied) >= 7
+    assert {"Dockerfile", "launch/train.py", "configs/bn_x30.py", *copied} <= files
     assert not [f for f in files if "__pycache__" in f]
 
 
 def test_a_workdir_has_one_trainer(cloud):
     cloud.plan(["ACTIVE"], ["ACTIVE"], ["ACTIVE"])
     control.submit(make_job(), cloud)
-    with pytest.raises(CommandError, match="job one in us-east5-b has gs://.* and is ACTIVE"):
+    with pytest.raises(CommandError, match="job one in us-east5-b trains in gs://.* and is ACTIVE"):
         control.submit(make_job(name="two"), cloud)
     control.delete(make_job(), cloud)
     control.submit(make_job(name="two"), cloud)
     assert control.load(WORKDIR, cloud).name == "two"
 
 
-def test_a_training_that_is_done_is_not_submitted(cloud):
+def test_a_finished_training_is_not_submitted(cloud):
     cloud.write(f"{WORKDIR}.job/DONE", "")
-    with pytest.raises(CommandError, match="is done: give another --workdir"):
+    with pytest.raises(CommandError, match="is done: pass another --workdir"):
         control.submit(make_job(), cloud)
     assert not cloud.calls("create")
 
 
-def test_a_training_that_failed_can_be_submitted_again(cloud):
+def test_a_failed_training_can_be_submitted_again(cloud):
     cloud.plan(["FAILED:out of luck"], ["ACTIVE"])
     control.submit(make_job(), cloud)
     assert control.status_of(make_job(), cloud) == Status("ACTIVE", "READY", "FAILED")
@@ -383,13 +423,13 @@ def test_a_training_that_failed_can_be_submitted_again(cloud):
     assert control.status_of(make_job(), cloud) == Status("ACTIVE", "READY", "")
 
 
-def test_the_name_of_another_workdirs_job_is_left_alone(cloud):
+def test_a_job_with_another_workdir_keeps_its_name(cloud):
     cloud.plan(["ACTIVE"])
     control.submit(make_job(), cloud)
     other = make_job(workdir="gs://bucket/runs/other")
-    with pytest.raises(CommandError, match="the name one is taken in us-east5-b"):
+    with pytest.raises(CommandError, match="the name one is taken in us-east5-b by a job with"):
         control.submit(other, cloud)
-    # The name can be taken between the look and the deed, or by a VM that is in no queue.
+    # The name can be taken after the check, or by a VM without a queued resource.
     refusal = "ERROR: (gcloud.x.create) ALREADY_EXISTS: Resource 'nodes/third' already exists"
     cloud.plan(refusals=[["create third", refusal]])
     with pytest.raises(NameTakenError):
@@ -398,29 +438,29 @@ def test_the_name_of_another_workdirs_job_is_left_alone(cloud):
         control.load(other.workdir, cloud)
 
 
-def test_a_bucket_that_is_not_there(cloud):
+def test_a_missing_bucket_is_explained(cloud):
     with pytest.raises(GcloudError, match="buckets create"):
         control.submit(make_job(workdir="gs://other/run"), cloud)
     assert not cloud.calls("create")
 
 
-def test_gcloud_refuses(cloud):
+def test_submit_explains_failures_of_gcloud(cloud):
     login = "ERROR: (gcloud.x) You do not currently have an active account selected."
     quota = "ERROR: (gcloud.x) RESOURCE_EXHAUSTED: Quota limit 'TPU' has been exceeded."
     cloud.plan(refusals=[["storage ls", login], ["create", quota]])
-    for hint in ("gcloud auth login", "ask for more"):
+    for hint in ("gcloud auth login", "request more"):
         with pytest.raises(GcloudError, match=hint):
             control.submit(make_job(), cloud)
     assert not cloud.exists(make_job())
 
 
-def test_gcloud_is_not_installed(cloud, monkeypatch, tmp_path):
+def test_a_missing_gcloud_is_explained(cloud, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(CommandError, match="gcloud is not installed: install it from https"):
+    with pytest.raises(CommandError, match="gcloud is not installed: see https"):
         control.submit(make_job(), cloud)
 
 
-# Watching.
+# Watch.
 
 
 def watched(cloud, job=None, max_retries=3, lives=(), refusals=()):
@@ -430,34 +470,34 @@ def watched(cloud, job=None, max_retries=3, lives=(), refusals=()):
     return control.watch(job, cloud, max_retries, poll_seconds=60)
 
 
-def test_a_job_from_the_queue_over_two_preemptions_to_its_end(cloud):
+def test_watch_follows_a_job_from_the_queue_over_two_preemptions_to_its_end(cloud):
     cloud.write(f"{WORKDIR}/metrics.jsonl", f'{{"step": 1}}\n{METRICS}\n{{"step": 1')
     metrics = watched(
         cloud,
         lives=[
             ["ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE", "ACTIVE/PREEMPTED"],
             ["WAITING_FOR_RESOURCES", "ACTIVE", "SUSPENDING", "SUSPENDED"],
-            ["ACTIVE", "ACTIVE", "DONE:launch.train is done"],
+            ["ACTIVE", "ACTIVE", "DONE:the training is done"],
         ],
     )
     assert metrics == METRICS
     deleted = f"Job one is deleted. The run stays in {WORKDIR}."
     assert [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in cloud.lines] == [
         *("ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE READY", "PREEMPTED"),
-        *(deleted, "creating it again in 60 s (1/3)"),
+        *(deleted, "creating the job again in 60 s (1/3)"),
         *("WAITING_FOR_RESOURCES", "ACTIVE READY", "SUSPENDING", "SUSPENDED"),
-        *(deleted, "creating it again in 120 s (2/3)"),
+        *(deleted, "creating the job again in 120 s (2/3)"),
         *("ACTIVE READY", "DONE"),
     ]
     assert len(cloud.calls("queued-resources create")) == 3
     assert len(cloud.calls("queued-resources delete")) == 2
-    # Nine looks that were not the last ones of their lives, and the pauses.
+    # Nine polls that were not the last of a life, and the pauses.
     assert (cloud.now() - NOON).total_seconds() == 9 * 60 + 60 + 120
-    # What is done is left for the user to delete, who may want to look at the VM.
+    # The user deletes a finished job, perhaps after looking at its VM.
     assert cloud.exists(make_job())
 
 
-def test_a_job_that_was_lost_once_done_is_done(cloud):
+def test_a_job_that_is_lost_after_its_end_is_done(cloud):
     cloud.write(f"{WORKDIR}/metrics.jsonl", METRICS + "\n")
     cloud.plan(["SUSPENDED"])
     control.submit(make_job(), cloud)
@@ -470,55 +510,55 @@ def test_a_job_that_was_lost_once_done_is_done(cloud):
     "life, message",
     [
         (
-            ["ACTIVE", "FAILED:launch.train ended with status 3, error: no"],
-            "failed: launch.* 3, er",
+            ["ACTIVE", "FAILED:the training ended with status 3, error: no"],
+            "failed: the training.* 3, er",
         ),
-        (["PROVISIONING", "REFUSED:no such\n network"], "was not given a TPU: no such network"),
+        (["PROVISIONING", "REFUSED:no such\n network"], "did not get a TPU: no such network"),
         (["ACTIVE", "SUSPENDED:USER"], "suspended by a user"),
     ],
 )
-def test_a_real_failure_is_not_tried_again(cloud, life, message):
+def test_watch_does_not_retry_a_failed_job(cloud, life, message):
     with pytest.raises(JobFailedError, match=message):
         watched(cloud, lives=[life])
     assert len(cloud.calls("queued-resources create")) == 1
     assert not cloud.calls("queued-resources delete")
 
 
-def test_a_job_that_somebody_deleted(cloud):
+def test_watch_fails_if_someone_deletes_the_job(cloud):
     cloud.plan(["ACTIVE"])
     control.submit(make_job(), cloud)
     control.delete(make_job(), cloud)
-    with pytest.raises(JobFailedError, match="somebody deleted it"):
+    with pytest.raises(JobFailedError, match="someone deleted it"):
         control.watch(make_job(), cloud, 3, 60)
 
 
-def test_lost_once_too_often(cloud):
-    with pytest.raises(JobFailedError, match="created again 2 times; it is deleted"):
+def test_watch_limits_the_number_of_retries(cloud):
+    with pytest.raises(JobFailedError, match="created again 2 times, and is deleted"):
         watched(cloud, max_retries=2, lives=[["SUSPENDED"]] * 3)
     assert len(cloud.calls("queued-resources create")) == 3
     assert not cloud.exists(make_job())
 
 
-def test_it_backs_off_up_to_an_hour(cloud):
+def test_watch_backs_off_up_to_an_hour(cloud):
     with pytest.raises(JobFailedError):
         watched(cloud, max_retries=8, lives=[["SUSPENDED"]] * 9)
     pauses = [int(s) for s in re.findall(r"again in (\d+) s", "\n".join(cloud.lines))]
     assert pauses == [60, 120, 240, 480, 960, 1920, 3600, 3600]
 
 
-def test_a_refusal_that_may_pass_is_a_retry_and_another_is_the_end(cloud):
+def test_watch_retries_only_transient_failures_to_create(cloud):
     stockout = ["create", "ERROR: (gcloud.x) RESOURCE_EXHAUSTED: There is no more capacity"]
     cloud.plan(["SUSPENDED"], ["SUSPENDED"])
     control.submit(make_job(), cloud)
     denied = ["create", "ERROR: (gcloud.x) PERMISSION_DENIED: no"]
     (cloud.folder / "refusals.json").write_text(json.dumps([stockout, denied]))
-    with pytest.raises(GcloudError, match="the account lacks the role"):
+    with pytest.raises(GcloudError, match="the account lacks a role"):
         control.watch(make_job(), cloud, 9, 60)
     assert [line for line in cloud.lines if "not created: gcloud: RESOURCE_EXHAUSTED" in line]
     assert len(cloud.calls("queued-resources create")) == 3
 
 
-def test_a_creation_whose_answer_was_lost_is_one(cloud):
+def test_a_creation_whose_answer_is_lost_counts(cloud):
     cloud.plan(["SUSPENDED"], ["ACTIVE", "DONE:"])
     control.submit(make_job(), cloud)
     silence = ["create", "ERROR: (gcloud.x) DEADLINE_EXCEEDED: no answer", "after all"]
@@ -527,7 +567,7 @@ def test_a_creation_whose_answer_was_lost_is_one(cloud):
     assert cloud.lines[-1].endswith("DONE")
 
 
-def test_a_look_without_an_answer_is_no_end(cloud):
+def test_watch_survives_polls_without_an_answer(cloud):
     silence = ["describe", "ERROR: (gcloud.x) UNAVAILABLE: The service is unavailable"]
     cloud.write(f"{WORKDIR}/metrics.jsonl", METRICS + "\n")
     cloud.plan(["ACTIVE", "DONE:"])
@@ -539,25 +579,25 @@ def test_a_look_without_an_answer_is_no_end(cloud):
         control.watch(make_job(), cloud, 3, 60)
 
 
-def test_a_job_past_its_hours_is_deleted(cloud):
+def test_watch_deletes_a_job_at_its_time_limit(cloud):
     end = NOON + datetime.timedelta(seconds=150)
     job = make_job(delete_at=end, valid_until=end)
-    with pytest.raises(JobFailedError, match="past its hours, and is deleted"):
+    with pytest.raises(JobFailedError, match="reached its time limit and is deleted"):
         watched(cloud, job, lives=[["ACTIVE"]])
     assert cloud.now() == end and not cloud.exists(job)
     assert f"--valid-until-time={end:%Y-%m-%dT%H:%M:%SZ}" in cloud.calls("create")[0]
 
 
-def test_a_job_past_its_hours_is_deleted_even_over_a_bad_network(cloud):
+def test_watch_deletes_a_job_at_its_time_limit_over_a_bad_network(cloud):
     silence = ["delete", "ERROR: (gcloud.x) DEADLINE_EXCEEDED: no answer"]
-    with pytest.raises(JobFailedError, match="past its hours, and is deleted"):
+    with pytest.raises(JobFailedError, match="reached its time limit and is deleted"):
         watched(cloud, make_job(delete_at=NOON), lives=[["ACTIVE"]], refusals=[silence] * 4)
     assert not cloud.exists(make_job())
 
 
-def test_a_lost_job_past_its_hours_is_not_created_again(cloud):
+def test_a_job_lost_after_its_time_limit_is_not_created_again(cloud):
     end = NOON + datetime.timedelta(seconds=50)
-    with pytest.raises(JobFailedError, match="lost and its --valid_until is past"):
+    with pytest.raises(JobFailedError, match="was lost after its --valid_until"):
         watched(cloud, make_job(delete_at=end, valid_until=end), lives=[["SUSPENDED"]])
     assert len(cloud.calls("queued-resources create")) == 1
 
@@ -574,25 +614,25 @@ def launch(*arguments):
 
 SUBMIT = (
     *("submit", "--name=one", "--zone=us-east5-b", "--accelerator_type=v6e-8"),
-    *("--config=configs/bn_x30.py", f"--workdir={WORKDIR}"),
+    *("--config=bn_x30", f"--workdir={WORKDIR}"),
     "--config.data.data_dir=gs://bucket/data",
 )
 
 
-def test_it_does_not_wait_for_tensorflow():
+def test_importing_the_command_does_not_import_tensorflow():
     code = "import sys, launch.tpu; print({'tensorflow', 'keras', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
 
 
-def test_from_submit_to_delete(cloud):
+def test_the_command_submits_inspects_and_deletes_a_job(cloud):
     cloud.plan(["ACTIVE"])
     options = ("--spot", "--max_hours=12", "--price_per_hour=2.5", "--config.train.steps=7")
     dry = launch(*SUBMIT, *options, "--dry_run")
     assert dry.returncode == 0 and not cloud.calls(), dry.stderr
     submitted = launch(*SUBMIT, *options)
     assert submitted.returncode == 0, submitted.stderr
-    for text in ("v6e-8 spot", "at most 12 hours", "at 2.50 an hour, 30.00 in all", "steps=7"):
+    for text in ("v6e-8 spot", "up to 12 hours", "at 2.50 per hour, at most 30.00", "steps=7"):
         assert text in dry.stdout and text in submitted.stdout
     create = cloud.calls("create")[0]
     printed = next(line for line in dry.stdout.splitlines() if "queued-resources create" in line)
@@ -613,15 +653,15 @@ def test_from_submit_to_delete(cloud):
 
     delete = status.stdout.split("To delete it: ")[1].split()[3:]
     refused = launch(*delete)
-    assert refused.returncode == 2 and "give --yes" in refused.stderr and cloud.exists(make_job())
+    assert refused.returncode == 2 and "pass --yes" in refused.stderr and cloud.exists(make_job())
     assert launch(*delete, "--dry_run").stdout.startswith("$ gcloud compute tpus queued-resources")
     assert cloud.exists(make_job())
     assert "is deleted" in launch(*delete, "--yes").stdout and not cloud.exists(make_job())
-    assert "no job one in us-east5-b any more" in launch(*delete, "--yes").stdout
+    assert "Job one in us-east5-b does not exist." in launch(*delete, "--yes").stdout
 
 
 @pytest.mark.parametrize("ending, status", [("DONE:", 0), ("FAILED:status 2, error: no", 4)])
-def test_watch_says_how_it_ended_and_how_to_delete(cloud, ending, status):
+def test_watch_prints_the_end_and_how_to_delete_the_job(cloud, ending, status):
     cloud.write(f"{WORKDIR}/metrics.jsonl", METRICS + "\n")
     cloud.plan([ending])
     control.submit(make_job(), cloud)
@@ -632,7 +672,7 @@ def test_watch_says_how_it_ended_and_how_to_delete(cloud, ending, status):
     assert done.stderr == ("" if status == 0 else "error: job one failed: status 2, error: no\n")
 
 
-def test_an_interrupted_watch_leaves_the_job(cloud):
+def test_an_interrupted_watch_keeps_the_job(cloud):
     cloud.plan(["WAITING_FOR_RESOURCES"])
     control.submit(make_job(), cloud)
     command = [sys.executable, "-m", "launch.tpu", "watch", f"--workdir={WORKDIR}"]
@@ -645,11 +685,12 @@ def test_an_interrupted_watch_leaves_the_job(cloud):
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert f"deleted: python -m launch.tpu delete --workdir={WORKDIR}" in stdout
-    assert stderr == "error: interrupted: the job is left as it is, and nobody watches its hours\n"
+    reason = "the job is unchanged, and nothing enforces its --max_hours"
+    assert stderr == f"error: interrupted: {reason}\n"
     assert cloud.exists(make_job())
 
 
-def test_delete_asks(cloud):
+def test_delete_asks_for_confirmation(cloud):
     cloud.plan(["ACTIVE"])
     control.submit(make_job(), cloud)
     terminal, stdin = pty.openpty()
@@ -658,11 +699,11 @@ def test_delete_asks(cloud):
     done = subprocess.run(command, cwd=ROOT, stdin=stdin, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     question = "Delete job one in us-east5-b (ACTIVE READY)? [y/N] "
-    assert done.stdout == f"{question}Nothing is deleted.\n"
+    assert done.stdout == f"{question}Nothing was deleted.\n"
     assert cloud.exists(make_job())
 
 
-def test_a_watch_interrupted_between_two_lives_says_that_there_is_none(cloud):
+def test_a_watch_interrupted_between_two_vms_says_that_the_job_is_deleted(cloud):
     def interrupt(seconds):
         raise KeyboardInterrupt
 
@@ -671,7 +712,7 @@ def test_a_watch_interrupted_between_two_lives_says_that_there_is_none(cloud):
     cloud.sleep = interrupt
     with pytest.raises(KeyboardInterrupt):
         control.watch(make_job(), cloud, 3, 60)
-    assert "Job one is deleted and not created again: submit it to go on." in cloud.lines
+    assert "Job one is deleted and not created again: submit it to resume the run." in cloud.lines
 
 
 @pytest.mark.parametrize(
@@ -681,28 +722,56 @@ def test_a_watch_interrupted_between_two_lives_says_that_there_is_none(cloud):
         ([f"--workdir={WORKDIR}"], ["a subcommand (submit, watch, status, logs or delete) is mis"]),
         (["status"], ["--workdir is missing: see `python -m launch.tpu status --help`"]),
         (["sumbit"], ["unknown subcommand 'sumbit'"]),
-        ([*SUBMIT, "--config=configs/bn_x5.py"], ["--config is given twice"]),
+        ([*SUBMIT, "--config=bn_x5"], ["--config is repeated: expected one value"]),
         (["status", "one", f"--workdir={WORKDIR}"], ["unexpected argument 'one'"]),
-        (["status", "--workdir=runs/one"], ["workdir is 'runs/one'", "gs://BUCKET/FOLDER"]),
+        (["status", "--workdir=runs/one"], ["workdir='runs/one'", "gs://BUCKET/FOLDER"]),
         (["watch", f"--workdir={WORKDIR}"], ["no job was submitted for gs://bucket/runs/one"]),
-        (["watch", f"--workdir={WORKDIR}", "--yes"], ["--yes is of delete, not of watch"]),
+        (["watch", f"--workdir={WORKDIR}", "--yes"], ["--yes belongs to delete, not to watch"]),
         (["submit", f"--workdir={WORKDIR}", "--zone=us-east5-b"], ["--name is missing"]),
-        ([*SUBMIT, "--max_hours=1", "--valid_until=6h"], ["give one of them"]),
-        ([*SUBMIT, "--valid_until=soon"], ["valid_until is 'soon'"]),
-        ([*SUBMIT, "--config.train.stepz=1"], ["unknown config key 'train.stepz'"]),
-        ([*SUBMIT, "--config.evaluation.global_batch_size=50"], ["is 50", "batch_size=56"]),
-        ([*SUBMIT[:-1]], ["data.data_dir is ''", "no imagenet2012"]),
-        ([*SUBMIT, "--max_hours=0"], ["--max_hours=0"]),
-        ([*SUBMIT, "--max_hours=inf"], ["--max_hours=inf"]),
-        ([*SUBMIT, "--max_hours=nan"], ["--max_hours=nan", "has to be a number"]),
     ],
 )
-def test_command_lines_that_cannot_be_meant(cloud, arguments, parts):
+def test_an_invalid_command_line_is_explained_on_one_line(cloud, arguments, parts):
     done = launch(*arguments)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     for part in parts:
         assert part in done.stderr
+
+
+INVALID_JOBS = [
+    (
+        [*SUBMIT, "--max_hours=1", "--valid_until=6h"],
+        ["--max_hours and --valid_until are mutually exclusive"],
+    ),
+    ([*SUBMIT, "--valid_until=soon"], ["valid_until='soon' is invalid"]),
+    ([*SUBMIT, "--config.train.stepz=1"], ["unknown config key 'train.stepz'"]),
+    (
+        [*SUBMIT, "--config.evaluation.global_batch_size=50"],
+        ["=50 is invalid", "batch_size=56"],
+    ),
+    ([*SUBMIT[:-1]], ["data.data_dir='' is invalid", "no imagenet2012"]),
+    (
+        [*SUBMIT, "--max_hours=0"],
+        ["--max_hours=0 is invalid: expected a number in the range [0.01, 8760]"],
+    ),
+    ([*SUBMIT, "--max_hours=inf"], ["--max_hours=inf is invalid"]),
+    ([*SUBMIT, "--max_hours=nan"], ["--max_hours=nan is invalid: expected a finite number"]),
+]
+
+
+@pytest.fixture(scope="module")
+def invalid_jobs():
+    """The errors of these command lines; one process parses them."""
+    return parse_all([["tpu", *line] for line, _ in INVALID_JOBS])
+
+
+@pytest.mark.parametrize("index", range(len(INVALID_JOBS)))
+def test_an_invalid_submission_is_explained_on_one_line(index, invalid_jobs):
+    (_, parts), parsed = INVALID_JOBS[index], invalid_jobs[index]
+    assert parsed.status == 2
+    assert parsed.error.startswith("error: ") and parsed.error.count("\n") == 1
+    for part in parts:
+        assert part in parsed.error
 
 
 # The startup script.
@@ -711,7 +780,7 @@ needs_flock = pytest.mark.skipif(not shutil.which("flock"), reason="needs util-l
 
 
 class Vm:
-    """A folder in which the startup script finds its docker and its gcloud."""
+    """A folder as the disk of a VM, with a fake docker and a fake gcloud."""
 
     def __init__(self, cloud, ends, **values):
         self.cloud, self.job = cloud, make_job(**values)
@@ -741,14 +810,14 @@ class Vm:
             time.sleep(0.01)
 
     def wait_for_end(self, script):
-        """Until nothing that a script has started runs any more, were it killed."""
+        """Waits until no process of a script runs, even if the script was killed."""
         deadline = time.monotonic() + 30
         with contextlib.suppress(ProcessLookupError):
             while time.monotonic() < deadline:
                 os.killpg(script.pid, 0)
                 time.sleep(0.01)
             os.killpg(script.pid, signal.SIGKILL)
-            pytest.fail("it leaves something running")
+            pytest.fail("the script left a process running")
 
     @property
     def files(self):
@@ -759,13 +828,13 @@ class Vm:
 
 
 @needs_flock
-def test_a_training_that_ends_well_is_not_started_at_the_next_boot(cloud):
+def test_a_finished_training_is_not_started_at_the_next_boot(cloud):
     vm = Vm(cloud, [[0, "step 100"]])
     vm.boot()
     assert vm.files == {"logs", "DONE"} and "step 100" in vm.log()
     (run,) = vm.docker("run")
     assert run[-len(vm.job.arguments) :] == list(vm.job.arguments)
-    assert run[run.index("launch.train") - 1] == vm.job.image
+    assert run[run.index("train") - 1] == vm.job.image
     assert {"--privileged", "--network=host", "--shm-size=16G"} <= set(run)
     assert [call[1:3] for call in cloud.calls("auth")] == [
         ["configure-docker", "europe-docker.pkg.dev"]
@@ -775,16 +844,16 @@ def test_a_training_that_ends_well_is_not_started_at_the_next_boot(cloud):
 
 
 @needs_flock
-def test_a_vm_that_goes_down_leaves_no_marker_and_the_next_one_goes_on(cloud):
+def test_a_preempted_vm_writes_no_marker_and_the_next_one_resumes(cloud):
     vm = Vm(cloud, [["hang", "step 50"], [0, "step 100"]])
     script = vm.start()
     vm.wait_for_container()
     script.terminate()
-    # As the daemon does with all containers.
+    # The daemon ends all containers.
     (cloud.folder / "container").unlink()
     assert script.wait(timeout=60) == 143
     assert vm.files == {"logs"} and "step 50" in vm.log()
-    time.sleep(1.1)  # Logs are named by the second.
+    time.sleep(1.1)  # The names of logs have a resolution of one second.
     vm.boot()
     assert vm.files == {"logs", "DONE"}
     first, second = vm.docker("run")
@@ -793,14 +862,14 @@ def test_a_vm_that_goes_down_leaves_no_marker_and_the_next_one_goes_on(cloud):
 
 
 @needs_flock
-def test_there_are_never_two_trainers(cloud):
+def test_two_trainers_never_run_at_once(cloud):
     vm = Vm(cloud, [["hang", ""], ["hang", ""]])
     first = vm.start()
     vm.wait_for_container()
-    # By hand, while the first one runs.
+    # A second boot while the first script runs.
     vm.boot()
     assert len(vm.docker("run")) == 1
-    # The first one is killed, and its container is left.
+    # The first script is killed, but not its container.
     first.kill()
     first.wait()
     second = vm.start()
@@ -817,17 +886,17 @@ def test_there_are_never_two_trainers(cloud):
 
 @needs_flock
 @pytest.mark.parametrize("status", [2, 3])
-def test_what_would_fail_again_is_not_tried_again(cloud, status):
+def test_the_script_does_not_retry_a_failure_that_would_recur(cloud, status):
     vm = Vm(cloud, [[status, "W a warning\nerror: the loss is not finite\n"]])
     vm.boot()
     vm.boot()
     assert vm.files == {"logs", "FAILED"} and len(vm.docker("run")) == 1
     failed = cloud.read(f"{vm.job.folder}/FAILED")
-    assert failed == f"launch.train ended with status {status}, error: the loss is not finite\n"
+    assert failed == f"the training ended with status {status}, error: the loss is not finite\n"
 
 
 @needs_flock
-def test_what_may_pass_is_tried_three_times(cloud):
+def test_the_script_tries_three_times_after_other_failures(cloud):
     vm = Vm(cloud, [[1, "Traceback"], [137, ""], [0, ""]])
     vm.boot()
     assert vm.files == {"logs", "DONE"}
@@ -836,11 +905,11 @@ def test_what_may_pass_is_tried_three_times(cloud):
     (cloud.folder / "buckets" / "bucket" / "runs" / "one.job" / "DONE").unlink()
     (cloud.folder / "ends.json").write_text(json.dumps([[1, ""]] * 3))
     vm.boot()
-    assert cloud.read(f"{vm.job.folder}/FAILED") == "launch.train ended with status 1\n"
+    assert cloud.read(f"{vm.job.folder}/FAILED") == "the training ended with status 1\n"
 
 
 @needs_flock
-def test_without_an_image_the_vm_builds_it(cloud):
+def test_without_an_image_the_vm_builds_one(cloud):
     vm = Vm(cloud, [[0, ""]], image="")
     (cloud.folder / "docker_refusals.json").write_text('["build", "build"]')
     vm.boot()
@@ -848,20 +917,20 @@ def test_without_an_image_the_vm_builds_it(cloud):
     builds, (run,) = vm.docker("build"), vm.docker("run")
     assert len(builds) == 3 and builds[0][1:3] == ["--build-arg", "EXTRA=tpu"]
     assert (pathlib.Path(builds[0][-1]) / "Dockerfile").is_file()
-    assert run[run.index("launch.train") - 1] == builds[0][builds[0].index("--tag") + 1]
+    assert run[run.index("train") - 1] == builds[0][builds[0].index("--tag") + 1]
 
 
 @needs_flock
-def test_an_image_that_cannot_be_had_is_a_failure(cloud):
+def test_an_unavailable_image_fails_the_job(cloud):
     vm = Vm(cloud, [])
     (cloud.folder / "docker_refusals.json").write_text('["pull", "pull", "pull", "pull"]')
     vm.boot()
-    assert "image can't be had" in cloud.read(f"{vm.job.folder}/FAILED")
+    assert "image is unavailable" in cloud.read(f"{vm.job.folder}/FAILED")
     assert len(vm.docker("pull")) == 4 and not vm.docker("run")
 
 
 @needs_flock
-def test_a_bucket_that_cannot_be_read_yet_is_waited_for(cloud):
+def test_the_script_waits_for_an_unreadable_bucket(cloud):
     vm = Vm(cloud, [])
     cloud.write(f"{vm.job.folder}/FAILED", "")
     silence = "ERROR: (gcloud.storage.ls) network is unreachable"
@@ -871,7 +940,7 @@ def test_a_bucket_that_cannot_be_read_yet_is_waited_for(cloud):
 
 
 @needs_flock
-def test_a_marker_is_written_until_it_is_there(cloud):
+def test_the_script_retries_until_the_marker_is_written(cloud):
     vm = Vm(cloud, [[0, ""]])
     cloud.plan(refusals=[["/DONE", "ERROR: 503"], ["/DONE", "ERROR: 503"]])
     vm.boot()
@@ -879,7 +948,7 @@ def test_a_marker_is_written_until_it_is_there(cloud):
 
 
 @pytest.mark.parametrize("image", ["", "gcr.io/p/bn_keras"])
-def test_shellcheck_has_nothing_to_say(tmp_path, image):
+def test_shellcheck_accepts_the_script(tmp_path, image):
     shellcheck = shutil.which(
         "shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{REAL_PATH}"
     )
@@ -891,7 +960,7 @@ def test_shellcheck_has_nothing_to_say(tmp_path, image):
     assert done.returncode == 0, done.stdout
 
 
-# The real programs: only their --help is asked.
+# The real programs, of which only --help runs.
 
 
 def known_flags(program, *groups):
@@ -903,7 +972,7 @@ def known_flags(program, *groups):
 
 
 @pytest.mark.skipif(not shutil.which("gcloud"), reason="gcloud is not installed")
-def test_gcloud_has_every_flag_that_is_used(cloud, monkeypatch, tmp_path):
+def test_the_real_gcloud_has_every_flag_in_use(cloud, monkeypatch, tmp_path):
     real = shutil.which("gcloud", path=REAL_PATH)
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path / "config"))
     vm = Vm(cloud, [[0, ""]], image="")
@@ -925,12 +994,12 @@ def test_gcloud_has_every_flag_that_is_used(cloud, monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("docker"), reason="docker is not installed")
-def test_docker_has_every_flag_that_is_used(cloud):
+def test_the_real_docker_has_every_flag_in_use(cloud):
     vm = Vm(cloud, [[0, ""]], image="")
     vm.boot()
     real = shutil.which("docker", path=REAL_PATH)
     for verb in ("run", "rm", "build"):
         for call in vm.docker(verb):
-            ours = call[: call.index("launch.train")] if verb == "run" else call
+            ours = call[: call.index("train")] if verb == "run" else call
             flags = {a.partition("=")[0] for a in ours if a.startswith("--")}
             assert flags <= known_flags(real, verb)

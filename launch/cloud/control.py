@@ -1,4 +1,4 @@
-"""The life of a job on a Cloud TPU: submitted, watched over its preemptions, deleted."""
+"""Submits a job to a Cloud TPU, watches it across preemptions, and deletes it."""
 
 import dataclasses
 import datetime
@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from .. import cli
 from ..command_error import CommandError
 from . import job as jobs
 from .gcloud import (
@@ -20,9 +21,9 @@ from .gcloud import (
 )
 from .job import Job
 
-# How many polls in a row may go without an answer.
+# Retries of one request that gets no answer.
 _MAX_UNANSWERED = 10
-# Of the metrics; a line has a few hundred.
+# End of metrics.jsonl that is read; a line has a few hundred bytes.
 _LAST_BYTES = 65_536
 _BY_USER = "by a user"
 
@@ -30,7 +31,7 @@ Answer = TypeVar("Answer")
 
 
 class JobFailedError(CommandError):
-    """The job came to an end that is not its training's."""
+    """The job ended, and its training is unfinished."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, status=4)
@@ -38,12 +39,12 @@ class JobFailedError(CommandError):
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """Where a job stands.
+    """The status of a job.
 
     Args:
-      state: of the queued resource, or of its VM if that was lost; "ABSENT" where there is no job.
-      detail: what the service says to it.
-      marker: "DONE" or "FAILED" once the startup script wrote it; else "".
+      state: state of the queued resource, or of its VM if that is lost; "ABSENT" without a job.
+      detail: the service's explanation.
+      marker: "DONE" or "FAILED" once the startup script has written it; "" before.
     """
 
     state: str
@@ -59,18 +60,18 @@ def _utc_now() -> datetime.datetime:
 
 
 def _say(text: str) -> None:
-    # At once, for whoever follows it through a pipe.
+    # Flushed, because a pipe would hold lines back.
     print(text, flush=True)
 
 
 @dataclasses.dataclass
 class Cloud:
-    """What the commands below do things with; tests put their own in.
+    """The effects of the functions below, which tests replace.
 
     Args:
       run: runs one command.
-      now: gives the time, with its zone.
-      sleep: waits so many seconds.
+      now: returns the time, with its time zone.
+      sleep: waits a number of seconds.
       say: prints a line.
     """
 
@@ -80,12 +81,16 @@ class Cloud:
     say: Callable[[str], None] = _say
 
     def do(self, command: jobs.Command) -> str:
-        """Runs a command and gives what it prints; raises GcloudError if it fails."""
+        """Runs a command and returns its output; raises GcloudError if it fails."""
         return checked(self.run(command))
+
+    def say_now(self, text: str) -> None:
+        """Prints a line with the time in front."""
+        self.say(f"{self.now():%H:%M:%S} {text}")
 
 
 def status_of(job: Job, cloud: Cloud) -> Status:
-    """Looks where a job stands."""
+    """Returns the status of a job."""
     try:
         description = json.loads(cloud.do(jobs.describe_command(job)))["state"]
         status = Status(description["state"], _detail(description))
@@ -93,7 +98,7 @@ def status_of(job: Job, cloud: Cloud) -> Status:
         status = Status("ABSENT")
     if status.state == "ACTIVE":
         status = _node_status(job, cloud)
-    # Only now: what is lost after its marker was written is not lost.
+    # Read last: a VM that is lost after its marker was written has ended.
     files = files_of(job, cloud)
     marker = next((m for m in (jobs.DONE, jobs.FAILED) if m in files), "")
     return dataclasses.replace(status, marker=marker)
@@ -116,7 +121,7 @@ def _detail(state: dict) -> str:
 
 
 def files_of(job: Job, cloud: Cloud) -> set[str]:
-    """Lists the names in a job's folder; none where there is no folder."""
+    """Returns the names of the files in a job's folder; none without a folder."""
     try:
         urls = cloud.do(jobs.list_command(job.folder)).split()
     except NotFoundInCloudError:
@@ -125,7 +130,7 @@ def files_of(job: Job, cloud: Cloud) -> set[str]:
 
 
 def last_metrics(job: Job, cloud: Cloud) -> str:
-    """Gives the last whole line of the run's metrics; "" before there is one."""
+    """Returns the last complete line of the run's metrics; "" without one."""
     try:
         end = cloud.do(jobs.read_command(f"{job.workdir.rstrip('/')}/metrics.jsonl", _LAST_BYTES))
     except NotFoundInCloudError:
@@ -138,38 +143,24 @@ def _reason(job: Job, cloud: Cloud) -> str:
 
 
 def submission(job: Job) -> list[jobs.Command]:
-    """Gives the commands that submit a job whose workdir has had none: two look-ups, then deeds."""
-    looks = [jobs.list_command(job.folder), jobs.describe_command(job)]
-    return [*looks, *jobs.upload_commands(job), jobs.create_command(job)]
+    """Returns the commands that submit a job to a new workdir: two checks, then the changes."""
+    checks = [jobs.list_command(job.folder), jobs.describe_command(job)]
+    return [*checks, *jobs.upload_commands(job), jobs.create_command(job)]
 
 
 def submit(job: Job, cloud: Cloud) -> None:
-    """Puts a job into the queue.
+    """Queues a job.
 
     Raises:
       CommandError: the workdir's training is done, another job has the workdir or the name, or
-        gcloud refuses.
+        gcloud fails.
     """
     files = files_of(job, cloud)
     if jobs.DONE in files:
-        raise CommandError(f"the training in {job.workdir} is done: give another --workdir")
+        raise CommandError(f"the training in {job.workdir} is done: pass another --workdir")
     if "job.json" in files:
-        before = load(job.workdir, cloud)
-        state = status_of(before, cloud).state
-        if state != "ABSENT":
-            raise CommandError(
-                f"job {before.name} in {before.zone} has {job.workdir} and is {state}: two trainers"
-                f" would spoil the run; delete it first: {delete_line(job)}"
-            )
-    try:
-        cloud.do(jobs.describe_command(job))
-    except NotFoundInCloudError:
-        pass
-    else:
-        raise CommandError(
-            f"the name {job.name} is taken in {job.zone}, by a job with another workdir:"
-            " give another --name"
-        )
+        _check_absent(load(job.workdir, cloud), cloud)
+    _check_name_is_free(job, cloud)
     if jobs.FAILED in files:
         cloud.do(jobs.remove_command(f"{job.folder}/{jobs.FAILED}"))
     for command in jobs.upload_commands(job):
@@ -177,16 +168,36 @@ def submit(job: Job, cloud: Cloud) -> None:
     try:
         cloud.do(jobs.create_command(job))
     except NameTakenError:
-        # With it, `delete --workdir` would delete whatever has the name.
+        # If it stayed, `delete --workdir` would delete another job.
         cloud.do(jobs.remove_command(f"{job.folder}/job.json"))
         raise
 
 
+def _check_absent(previous: Job, cloud: Cloud) -> None:
+    state = status_of(previous, cloud).state
+    if state != "ABSENT":
+        raise CommandError(
+            f"job {previous.name} in {previous.zone} trains in {previous.workdir} and is {state}:"
+            f" two trainers would corrupt the run; delete it first: {delete_line(previous)}"
+        )
+
+
+def _check_name_is_free(job: Job, cloud: Cloud) -> None:
+    try:
+        cloud.do(jobs.describe_command(job))
+    except NotFoundInCloudError:
+        return
+    raise CommandError(
+        f"the name {job.name} is taken in {job.zone} by a job with another workdir: pass another"
+        " --name"
+    )
+
+
 def load(workdir: str, cloud: Cloud) -> Job:
-    """Reads the job that was submitted for a workdir.
+    """Loads the job that was submitted for a workdir.
 
     Raises:
-      CommandError: there is none, or it can't be read.
+      CommandError: there is none, or its file is damaged.
     """
     jobs.check_workdir(workdir)
     try:
@@ -194,105 +205,110 @@ def load(workdir: str, cloud: Cloud) -> Job:
     except NotFoundInCloudError:
         raise CommandError(
             f"no job was submitted for {workdir}; `gcloud compute tpus queued-resources list"
-            " --zone=ZONE` shows those that are there"
+            " --zone=ZONE` lists all jobs"
         ) from None
 
 
 def watch(job: Job, cloud: Cloud, max_retries: int, poll_seconds: float) -> str:
-    """Follows a job to its end, and submits it again when its VM was taken away.
+    """Follows a job until it ends, and submits it again when its VM is preempted.
 
     Args:
-      job: submitted.
-      cloud: to act on.
-      max_retries: how often in all it is created again.
-      poll_seconds: between two looks.
+      job: a submitted job.
+      cloud: see `Cloud`.
+      max_retries: how often the job is created again, in total.
+      poll_seconds: time between two polls.
 
     Returns:
       The last line of the run's metrics.
 
     Raises:
-      JobFailedError: its training failed, it was deleted or suspended by somebody, it is past its
-        time, or it was lost once too often.
+      JobFailedError: the training failed, the job was deleted or suspended by a user, its time
+        limit is past, or its VM was lost too often.
     """
     retries = iter(range(1, max_retries + 1))
-    while not _ends_well(job, cloud, poll_seconds):
-        _patiently(delete, job, cloud, poll_seconds)
+    while not _is_done(job, cloud, poll_seconds):
+        _retrying(delete, job, cloud, poll_seconds)
         _create_again(job, cloud, retries, max_retries)
-    return _patiently(last_metrics, job, cloud, poll_seconds)
+    return _retrying(last_metrics, job, cloud, poll_seconds)
 
 
-def _ends_well(job: Job, cloud: Cloud, poll_seconds: float) -> bool:
-    """Waits until the job is done (True) or its VM was taken away (False)."""
-    said = None
+def _is_done(job: Job, cloud: Cloud, poll_seconds: float) -> bool:
+    """Waits until the job is done (True) or its VM is lost (False)."""
+    reported = ""
     while True:
-        status = _patiently(status_of, job, cloud, poll_seconds)
-        if str(status) != said:
-            said = str(status)
-            cloud.say(f"{cloud.now():%H:%M:%S} {said}")
+        status = _retrying(status_of, job, cloud, poll_seconds)
+        if str(status) != reported:
+            reported = str(status)
+            cloud.say_now(reported)
         if status.marker == jobs.DONE:
             return True
         if status.marker == jobs.FAILED:
-            reason = _patiently(_reason, job, cloud, poll_seconds)
+            reason = _retrying(_reason, job, cloud, poll_seconds)
             raise JobFailedError(f"job {job.name} failed: {reason}")
-        match status.state:
-            case "ABSENT":
-                raise JobFailedError(f"job {job.name} is gone: somebody deleted it")
-            case "FAILED":
-                raise JobFailedError(f"job {job.name} was not given a TPU: {status.detail}")
-            case "SUSPENDED" if status.detail == _BY_USER:
-                raise JobFailedError(f"job {job.name} was suspended by a user, not preempted")
-            case "SUSPENDED" | "PREEMPTED" | "TERMINATED":
-                return False
+        if _is_lost(job, status):
+            return False
         left = _seconds_left(job, cloud)
         if left <= 0:
-            _patiently(delete, job, cloud, poll_seconds)
-            raise JobFailedError(f"job {job.name} was past its hours, and is deleted")
+            _retrying(delete, job, cloud, poll_seconds)
+            raise JobFailedError(f"job {job.name} reached its time limit and is deleted")
         cloud.sleep(min(poll_seconds, left))
 
 
-def _patiently(
-    look: Callable[[Job, Cloud], Answer], job: Job, cloud: Cloud, pause_seconds: float
+def _is_lost(job: Job, status: Status) -> bool:
+    """Returns whether the job can be created again; raises JobFailedError if it must not be."""
+    match status.state:
+        case "ABSENT":
+            raise JobFailedError(f"job {job.name} does not exist: someone deleted it")
+        case "FAILED":
+            raise JobFailedError(f"job {job.name} did not get a TPU: {status.detail}")
+        case "SUSPENDED" if status.detail == _BY_USER:
+            raise JobFailedError(f"job {job.name} was suspended by a user, not preempted")
+    return status.state in ("SUSPENDED", "PREEMPTED", "TERMINATED")
+
+
+def _retrying(
+    request: Callable[[Job, Cloud], Answer], job: Job, cloud: Cloud, pause_seconds: float
 ) -> Answer:
-    """Asks again for a while if gcloud gets no answer: a watch is longer than many a network."""
+    """Repeats a request that gets no answer: a watch outlasts many network failures."""
     for _ in range(_MAX_UNANSWERED):
         try:
-            return look(job, cloud)
+            return request(job, cloud)
         except GcloudError as error:
             if not error.transient:
                 raise
-            cloud.say(f"{cloud.now():%H:%M:%S} no answer, trying again: {error}")
+            cloud.say_now(f"no answer, retrying: {error}")
             cloud.sleep(pause_seconds)
-    return look(job, cloud)
+    return request(job, cloud)
 
 
 def _create_again(job: Job, cloud: Cloud, retries: Iterator[int], max_retries: int) -> None:
     try:
         _try_to_create(job, cloud, retries, max_retries)
     except KeyboardInterrupt:
-        cloud.say(f"Job {job.name} is deleted and not created again: submit it to go on.")
+        cloud.say(f"Job {job.name} is deleted and not created again: submit it to resume the run.")
         raise
 
 
 def _try_to_create(job: Job, cloud: Cloud, retries: Iterator[int], max_retries: int) -> None:
     for retry in retries:
         pause = min(60 * 2 ** (retry - 1), 3600)
-        cloud.say(f"{cloud.now():%H:%M:%S} creating it again in {pause} s ({retry}/{max_retries})")
+        cloud.say_now(f"creating the job again in {pause} s ({retry}/{max_retries})")
         cloud.sleep(pause)
         if job.valid_until and cloud.now() >= job.valid_until:
-            raise JobFailedError(f"job {job.name} was lost and its --valid_until is past")
+            raise JobFailedError(f"job {job.name} was lost after its --valid_until")
         try:
             cloud.do(jobs.create_command(job))
             return
         except GcloudError as error:
             if not error.transient:
                 raise
-            cloud.say(f"{cloud.now():%H:%M:%S} not created: {error}")
-            # It may be there all the same, if only the answer was lost.
+            cloud.say_now(f"not created: {error}")
+            # The job exists if only the answer was lost.
             if status_of(job, cloud).state not in ("ABSENT", "DELETING"):
                 return
     raise JobFailedError(
-        f"job {job.name} was lost and created again {max_retries} times; it is deleted, and"
-        " goes on from its last checkpoint when it is submitted again"
+        f"job {job.name} was lost after being created again {max_retries} times, and is deleted;"
+        " submit it to resume from its last checkpoint"
     )
 
 
@@ -303,31 +319,31 @@ def _seconds_left(job: Job, cloud: Cloud) -> float:
 
 
 def logs(job: Job, cloud: Cloud) -> str:
-    """Gives what the job has printed, over all boots of its VMs; up to a minute late."""
+    """Returns what a job has printed over all boots of its VMs, up to a minute late."""
     try:
         return cloud.do(jobs.read_command(f"{job.folder}/logs/*"))
     except NotFoundInCloudError:
         raise CommandError(
-            f"job {job.name} has no log yet, and is {status_of(job, cloud)}: a VM sends its first a"
-            " minute after its start"
+            f"job {job.name} has no log yet, and is {status_of(job, cloud)}: a VM sends its first"
+            " one a minute after its start"
         ) from None
 
 
 def delete(job: Job, cloud: Cloud) -> None:
-    """Deletes a job with its VM; its run and its logs stay."""
+    """Deletes a job with its VM; the run and the logs stay."""
     try:
         cloud.do(jobs.delete_command(job))
     except NotFoundInCloudError:
-        cloud.say(f"There is no job {job.name} in {job.zone} any more.")
+        cloud.say(f"Job {job.name} in {job.zone} does not exist.")
     else:
         cloud.say(f"Job {job.name} is deleted. The run stays in {job.workdir}.")
 
 
-def command_line(command: str, job: Job) -> str:
-    """Gives one of these commands as it is typed."""
-    return f"python -m launch.tpu {command} {shlex.quote(f'--workdir={job.workdir}')}"
+def command_line(subcommand: str, job: Job) -> str:
+    """Returns a subcommand for a job as it is typed."""
+    return shlex.join([*cli.command_line("tpu"), subcommand, f"--workdir={job.workdir}"])
 
 
 def delete_line(job: Job) -> str:
-    """Gives the command that deletes a job."""
+    """Returns the command that deletes a job."""
     return command_line("delete", job)

@@ -1,4 +1,4 @@
-"""Runs gcloud, and says on one line what it refused and what to do about it."""
+"""Runs gcloud, and reports on one line why it failed and what to do about it."""
 
 import dataclasses
 import re
@@ -11,7 +11,7 @@ from .job import Command
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a command that was run came to."""
+    """The exit status and the output of a command."""
 
     status: int
     stdout: str = ""
@@ -22,10 +22,10 @@ Runner = Callable[[Command], Outcome]
 
 
 class GcloudError(CommandError):
-    """Gcloud refused.
+    """A gcloud command failed.
 
     Attributes:
-      transient: whether the same may work later.
+      transient: whether the same command may succeed later.
     """
 
     def __init__(self, message: str, transient: bool = False) -> None:
@@ -34,31 +34,31 @@ class GcloudError(CommandError):
 
 
 class NotFoundInCloudError(GcloudError):
-    """There is no such job, or no such file."""
+    """The job or the file does not exist."""
 
 
 class NameTakenError(GcloudError):
-    """There is a job, or a VM, of that name already."""
+    """A job or a VM of that name exists already."""
 
 
-# What gcloud and the service behind it say, and what helps. The first that fits is taken.
+# Patterns in the messages of gcloud and its service, and advice. The first match applies.
 _LOGIN = "run `gcloud auth login`, or `gcloud auth activate-service-account`"
-_HINTS = {
+_ADVICE = {
     r"active account|auth login|[Rr]eauth|invalid_grant|UNAUTHENTICATED": f"log in: {_LOGIN}",
-    r"attribute \[project\]": "give --project, or run `gcloud config set project PROJECT`",
+    r"attribute \[project\]": "pass --project, or run `gcloud config set project PROJECT`",
     r"SERVICE_DISABLED|has not been used in project": "run `gcloud services enable"
     " tpu.googleapis.com`",
     r"[Ll]ocation .*(not found|invalid)|locations/\S+'? \(or it may not exist\)": "check"
     " --zone with `gcloud compute tpus locations list`, and that the project may use it",
     r"[Aa]ccelerator.?[Tt]ype": "the zone may not have this type: `gcloud compute tpus"
-    " accelerator-types list --zone=ZONE` shows what it has",
-    r"[Qq]uota": "ask for more in the console under IAM & Admin, Quotas, or take another --zone,"
-    " --accelerator_type or --spot",
-    r"RESOURCE_EXHAUSTED|[Cc]apacity|stockout": "the zone has none free now: try later,"
-    " another --zone, or --spot",
-    r"PERMISSION_DENIED|does not have permission|HTTPError 403": "the account lacks the role: TPU"
-    " Admin on the project, Storage Object Admin on the bucket",
-    r"bucket does not exist|gs://\S+ not found: 404": "make the bucket first: `gcloud storage"
+    " accelerator-types list --zone=ZONE` lists its types",
+    r"[Qq]uota": "request more in the console under IAM & Admin, Quotas, or try another --zone or"
+    " --accelerator_type, or --spot",
+    r"RESOURCE_EXHAUSTED|[Cc]apacity|stockout": "the zone has no free TPU: try later, another"
+    " --zone, or --spot",
+    r"PERMISSION_DENIED|does not have permission|HTTPError 403": "the account lacks a role: TPU"
+    " Admin on the project, or Storage Object Admin on the bucket",
+    r"bucket does not exist|gs://\S+ not found: 404": "create the bucket first: `gcloud storage"
     " buckets create gs://BUCKET --location=REGION`",
 }
 _NOT_FOUND = r"NOT_FOUND.*(queuedResources|nodes)/|matched no objects"
@@ -73,24 +73,22 @@ def run_command(command: Command) -> Outcome:
     """Runs a command and waits for it.
 
     Raises:
-      CommandError: its program is not installed.
+      CommandError: the program is not installed.
     """
     stdin = command.stdin
     try:
         if isinstance(stdin, Command):
-            made = subprocess.run(stdin.argv, capture_output=True)
-            if made.returncode:
-                return Outcome(made.returncode, stderr=made.stderr.decode(errors="replace"))
-            given = made.stdout
+            producer = subprocess.run(stdin.argv, capture_output=True)
+            if producer.returncode:
+                return Outcome(producer.returncode, stderr=producer.stderr.decode(errors="replace"))
+            content = producer.stdout
         else:
-            given = stdin.encode()
-        done = subprocess.run(command.argv, input=given, capture_output=True)
+            content = stdin.encode()
+        done = subprocess.run(command.argv, input=content, capture_output=True)
     except FileNotFoundError as error:
-        install = (
-            ": install it from https://cloud.google.com/sdk/docs/install, then run `gcloud init`"
-        )
+        advice = ": see https://cloud.google.com/sdk/docs/install, then run `gcloud init`"
         raise CommandError(
-            f"{error.filename} is not installed{install if error.filename == 'gcloud' else ''}"
+            f"{error.filename} is not installed{advice if error.filename == 'gcloud' else ''}"
         ) from None
     return Outcome(
         done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
@@ -98,38 +96,38 @@ def run_command(command: Command) -> Outcome:
 
 
 def checked(outcome: Outcome) -> str:
-    """Gives what a command printed.
+    """Returns what a command printed.
 
     Raises:
-      NotFoundInCloudError: the command was about something that is not there.
-      NameTakenError: it was to make something that is there; transient, since a job that was just
-        deleted may keep its name for a while.
-      GcloudError: it failed in any other way.
+      NotFoundInCloudError: its object does not exist.
+      NameTakenError: the object to create exists; transient, since a deleted job can keep its name
+        for a while.
+      GcloudError: any other failure.
     """
     if outcome.status == 0:
         return outcome.stdout
-    said = " ".join(outcome.stderr.split())
-    reason = _reason(said)
-    if re.search(_NOT_FOUND, said):
+    message = " ".join(outcome.stderr.split())
+    reason = _reason(message)
+    if re.search(_NOT_FOUND, message):
         raise NotFoundInCloudError(f"gcloud: {reason}")
-    if "ALREADY_EXISTS" in said:
+    if "ALREADY_EXISTS" in message:
         raise NameTakenError(
-            f"gcloud: {reason}: the name is taken: give another --name, or delete what has it",
+            f"gcloud: {reason}: pass another --name, or delete the resource with this name",
             transient=True,
         )
-    hint = next((hint for pattern, hint in _HINTS.items() if re.search(pattern, said)), "")
+    advice = next((text for pattern, text in _ADVICE.items() if re.search(pattern, message)), "")
     raise GcloudError(
-        f"gcloud: {reason or f'it ended with status {outcome.status}'}{hint and ': '}{hint}",
-        transient=bool(re.search(_TRANSIENT, said)),
+        f"gcloud: {reason or f'exit status {outcome.status}'}{advice and ': '}{advice}",
+        transient=bool(re.search(_TRANSIENT, message)),
     )
 
 
-def _reason(said: str) -> str:
-    """Finds what matters in what gcloud printed on its way to the end."""
-    # An answer of the service, quoted as it came.
-    message = re.search(r'"message": "((?:[^"\\]|\\.)*)"', said)
-    if message:
-        return message[1].replace('\\"', '"')
-    # After the name of the command in parentheses, and before advice that runs over many lines.
-    reason = re.sub(r"^.*?ERROR: (\(\S+\) )?", "", said)
+def _reason(message: str) -> str:
+    """Returns the essential part of gcloud's error output."""
+    # The service's answer is quoted as JSON.
+    quoted = re.search(r'"message": "((?:[^"\\]|\\.)*)"', message)
+    if quoted:
+        return quoted[1].replace('\\"', '"')
+    # The reason follows the command's name in parentheses and precedes multi-line advice.
+    reason = re.sub(r"^.*?ERROR: (\(\S+\) )?", "", message)
     return re.split(r"\.? Please run:|\. The attribute can be set", reason)[0][:300]

@@ -1,11 +1,10 @@
-"""A training on a Cloud TPU: what it consists of, and the commands that make, show and end it.
+"""A training job on a Cloud TPU, and the commands that create, inspect and delete it.
 
-Everything in here is a pure function of the job; `control` runs what comes out.
+Everything here is a pure function of the job; `control` runs the commands.
 """
 
 import dataclasses
 import datetime
-import difflib
 import json
 import math
 import pathlib
@@ -13,15 +12,20 @@ import re
 import shlex
 from collections.abc import Mapping
 
-from ..command_error import CommandError
+from ..command_error import CommandError, did_you_mean
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-# What the Dockerfile copies, and itself.
+_LAUNCH = pathlib.Path(__file__).resolve().parents[1]
+ROOT = _LAUNCH.parent
+# configs/ in a checkout, bn_keras_configs/ where bn_keras is installed.
+CONFIGS = ROOT / _LAUNCH.name.replace("launch", "configs")
+# The Dockerfile and what it copies.
 SOURCE = (
     "Dockerfile",
     ".dockerignore",
     "setup.cfg",
     "pyproject.toml",
+    "README.md",
+    "LICENSE",
     "bn_keras",
     "configs",
     "launch",
@@ -32,7 +36,7 @@ _STARTUP = pathlib.Path(__file__).with_name("startup.sh")
 _QUEUE = ("gcloud", "compute", "tpus", "queued-resources")
 _STORAGE = ("gcloud", "storage")
 
-# The VM's image for each generation, and the types of it that are one host.
+# By generation: the VM image, and the numbers of its single-host types.
 _GENERATIONS = {
     "v2": ("tpu-ubuntu2204-base", (8,)),
     "v3": ("tpu-ubuntu2204-base", (8,)),
@@ -41,13 +45,14 @@ _GENERATIONS = {
     "v5p": ("v2-alpha-tpuv5", (8,)),
     "v6e": ("v2-alpha-tpuv6e", (1, 4, 8)),
 }
+_TYPES = [f"{name}-{n}" for name, (_, sizes) in _GENERATIONS.items() for n in sizes]
 _CONTINENTS = ("africa", "asia", "australia", "europe", "me", "northamerica", "southamerica", "us")
 _DIRECTIONS = (
     *("central", "east", "north", "northeast", "northwest"),
     *("south", "southeast", "southwest", "west"),
 )
 _ZONE = re.compile(rf"({'|'.join(_CONTINENTS)})-({'|'.join(_DIRECTIONS)})[0-9]{{1,2}}-[a-z]")
-# Zones with TPUs, to guess from what was meant; others of the form are left to gcloud to judge.
+# Zones with TPUs, for suggestions only; gcloud judges every other well-formed zone.
 _TPU_ZONES = (
     *("us-central1-a", "us-central1-b", "us-central1-c", "us-central1-f", "us-central2-b"),
     *("us-east1-c", "us-east1-d", "us-east5-a", "us-east5-b", "us-east5-c", "us-south1-a"),
@@ -59,18 +64,18 @@ _TPU_ZONES = (
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A program with its arguments and what it reads.
+    """A program with its arguments and its standard input.
 
     Args:
       argv: program and arguments.
-      stdin: text, or the command whose output it is.
+      stdin: text, or a command whose output is piped in.
     """
 
     argv: tuple[str, ...]
     stdin: "str | Command" = ""
 
     def __str__(self) -> str:
-        """The command as a shell takes it."""
+        """Returns the command as shell code."""
         line = shlex.join(self.argv)
         if isinstance(self.stdin, Command):
             return f"{self.stdin} | {line}"
@@ -81,23 +86,23 @@ class Command:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One training on one TPU host, checked.
+    """One training on one TPU host, validated.
 
     Args:
-      name: of the queued resource and of its node.
-      zone: as us-east5-b.
-      accelerator_type: as v6e-8; of one host.
-      workdir: of the run, a folder of a bucket.
-      arguments: of launch.train.
-      image: of the container; "" builds it on the VM from this checkout.
-      project: "" is gcloud's own default.
-      service_account: that the VM acts as; "" is the project's default.
-      spot: cheap, and taken away when somebody pays more.
-      valid_until: when the request lapses if it is still queued; None never.
-      delete_at: when `watch` deletes the job, running or not; None never.
+      name: name of the queued resource and of its node.
+      zone: such as us-east5-b.
+      accelerator_type: a single-host type such as v6e-8.
+      workdir: folder of the run, in a bucket.
+      arguments: arguments of `bn-keras train`.
+      image: container image; "" builds one on the VM from this checkout.
+      project: "" is gcloud's default project.
+      service_account: account of the VM; "" is the project's default.
+      spot: use a spot VM, which is cheap and can be preempted.
+      valid_until: time at which a request that is still queued expires; None: never.
+      delete_at: time at which `watch` deletes the job, even if it is running; None: never.
 
     Raises:
-      CommandError: one of them can't be meant.
+      CommandError: an invalid value.
     """
 
     name: str
@@ -118,40 +123,43 @@ class Job:
         _check_accelerator_type(self.accelerator_type)
         check_workdir(self.workdir)
         if re.search(r"\s", self.image):
-            raise CommandError(f"image is {self.image!r}: name one as REGISTRY/PROJECT/NAME:TAG")
+            raise CommandError(
+                f"image={self.image!r} is invalid: expected a name such as"
+                " REGISTRY/PROJECT/NAME:TAG"
+            )
 
     def __str__(self) -> str:
-        """What is to be done, in a few lines."""
+        """Returns a summary on several lines."""
         kind = f"{self.accelerator_type}{' spot' if self.spot else ''}"
         return (
-            f"job {self.name}: one {kind} TPU in {self.zone}, with {self.runtime_version}\n"
-            f"  image: {self.image or 'built on the VM from this checkout'}\n"
-            f"  command: python -m launch.train {shlex.join(self.arguments)}\n"
+            f"job {self.name}: one {kind} TPU in {self.zone}, VM image {self.runtime_version}\n"
+            f"  container: {self.image or 'built on the VM from this checkout'}\n"
+            f"  command: bn-keras train {shlex.join(self.arguments)}\n"
             f"  run: {self.workdir}\n"
-            f"  logs and the job's other files: {self.folder}"
+            f"  logs and job files: {self.folder}"
         )
 
     @property
     def folder(self) -> str:
-        """Where the job keeps its own files, beside the run's workdir."""
+        """The folder of the job's own files, beside the workdir."""
         return job_folder(self.workdir)
 
     @property
     def runtime_version(self) -> str:
-        """Image of the VM."""
+        """The VM image."""
         return _GENERATIONS[self.accelerator_type.rpartition("-")[0]][0]
 
     def to_json(self) -> str:
-        """Gives it as text that `from_json` reads."""
+        """Returns text that `from_json` reads."""
         values = dataclasses.asdict(self)
         return json.dumps(values, default=lambda time: time.isoformat(), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Job":
-        """Reads what `to_json` wrote.
+        """Reads the text of `to_json`.
 
         Raises:
-          CommandError: it is something else.
+          CommandError: the text is damaged.
         """
         try:
             values = json.loads(text)
@@ -160,80 +168,91 @@ class Job:
             return cls(**values | {"arguments": tuple(values["arguments"])})
         except (ValueError, TypeError, KeyError, CommandError) as error:
             raise CommandError(
-                f"the job's file is damaged, or another version of bn_keras wrote it: {error}"
+                f"the job's file is damaged, or written by another version of bn_keras: {error}"
             ) from None
 
 
 def job_folder(workdir: str) -> str:
-    """Gives the folder of the job that trains in a workdir."""
+    """Returns the folder of the job that trains in a workdir."""
     return workdir.rstrip("/") + ".job"
 
 
 def training_arguments(
-    config_file: str, overrides: Mapping[str, object], workdir: str
+    config: str, overrides: Mapping[str, object], workdir: str
 ) -> tuple[str, ...]:
-    """Gives launch.train's arguments for the container, which holds the checkout's configs/.
+    """Returns the arguments of `bn-keras train` in the container.
 
     Args:
-      config_file: of configs/.
-      overrides: of its values, by their keys.
-      workdir: of the run.
+      config: name or file of a config in configs/, the only ones that the container has.
+      overrides: settings that differ from the config, by key.
+      workdir: folder of the run.
 
     Raises:
-      CommandError: a file from elsewhere, or another distribution than the one for TPUs.
+      CommandError: a config from elsewhere, or a distribution that is not for TPUs.
     """
-    file = pathlib.Path(config_file).resolve()
-    if not file.is_relative_to(ROOT / "configs"):
-        raise CommandError(
-            f"config {config_file} is not in {ROOT / 'configs'}, which is what the VM gets:"
-            " put it there"
-        )
     on_tpu = {"distribution.strategy": "tpu", "distribution.replicas": 0}
-    overrides = on_tpu | dict(overrides)
+    settings = on_tpu | dict(overrides)
     for key, value in on_tpu.items():
-        if overrides[key] != value:
+        if settings[key] != value:
             raise CommandError(
-                f"{key} is {overrides[key]!r}: on a TPU it is {value!r}; leave it out"
+                f"{key}={settings[key]!r} is invalid on a TPU: expected {value!r}, which is set for"
+                " you"
             )
-    values = (f"--config.{key}={value}" for key, value in overrides.items())
-    return (f"--config={file.relative_to(ROOT).as_posix()}", *values, f"--workdir={workdir}")
+    values = (f"--config.{key}={value}" for key, value in settings.items())
+    return (f"--config={_config_name(config)}", *values, f"--workdir={workdir}")
+
+
+def _config_name(config: str) -> str:
+    """Returns the name, such as bn_x5, of a config that is given by name or as a file."""
+    name, colon, argument = config.partition(":")
+    path = pathlib.Path(name)
+    file = CONFIGS / f"{path.stem}.py"
+    if path.suffix == ".py" and path.is_file():
+        is_in_configs = path.resolve() == file
+    else:
+        is_in_configs = str(path.parent) in (".", CONFIGS.name) and file.is_file()
+    if not is_in_configs:
+        raise CommandError(
+            f"config {config} is not in {CONFIGS}, the only configs that the VM has: copy it there"
+        )
+    return f"{file.stem}{colon}{argument}"
 
 
 def check_data(name: str, data_dir: str) -> None:
-    """Raises CommandError, before the TPU costs anything, if its VM can't have the data.
+    """Raises CommandError, before the TPU costs anything, if its VM cannot read the data.
 
     Args:
-      name: of the data set.
-      data_dir: where it lies.
+      name: name of the data set.
+      data_dir: folder of the data.
     """
-    is_known = name in ("digits", "synthetic")
-    # What is left for TFDS to download may be had.
-    is_left = not data_dir and name not in ("folder", "imagenet2012")
-    if not (is_known or is_left or data_dir.startswith("gs://")):
+    is_built_in = name in ("digits", "synthetic")
+    # TFDS can download most other sets on the VM.
+    may_be_downloaded = not data_dir and name not in ("folder", "imagenet2012")
+    if not (is_built_in or may_be_downloaded or data_dir.startswith("gs://")):
         raise CommandError(
-            f"data.data_dir is {data_dir!r}, where the VM finds no {name}: copy it into a bucket,"
-            " and give --config.data.data_dir=gs://BUCKET/FOLDER"
+            f"data.data_dir={data_dir!r} is invalid: the VM finds no {name} there; copy the data to"
+            " a bucket and pass --config.data.data_dir=gs://BUCKET/FOLDER"
         )
 
 
-def check_batch_size(key: str, size: int, parts: int, accelerator_type: str) -> None:
+def check_batch_size(key: str, size: int, micro_batches: int, accelerator_type: str) -> None:
     """Raises CommandError, before the TPU costs anything, if its replicas do not divide a batch.
 
     Args:
-      key: of the config.
-      size: of the global batch.
-      parts: that it is taken in, one after the other.
-      accelerator_type: of a Job.
+      key: config key of the batch size.
+      size: global batch size.
+      micro_batches: micro-batches per global batch.
+      accelerator_type: type of a Job.
     """
     generation, _, cores = accelerator_type.rpartition("-")
-    # Where a type counts cores, these generations join the two of a chip to one replica.
+    # The types of these generations count cores, two of which form a replica.
     replicas = int(cores) // (2 if generation in ("v4", "v5p") else 1)
-    unit = replicas * parts
+    unit = replicas * micro_batches
     if size % unit:
-        in_parts = f" in {parts} parts" if parts > 1 else ""
+        times = f" times {micro_batches} micro-batches" if micro_batches > 1 else ""
         raise CommandError(
-            f"{key} is {size}, which the {replicas} replicas of a {accelerator_type} do not"
-            f" divide{in_parts}: give --config.{key}={math.ceil(size / unit) * unit}"
+            f"{key}={size} is invalid: expected a multiple of the {replicas} replicas of a"
+            f" {accelerator_type}{times}, such as --config.{key}={math.ceil(size / unit) * unit}"
         )
 
 
@@ -241,50 +260,50 @@ def check_workdir(workdir: str) -> None:
     """Raises CommandError if a workdir is not a folder of a bucket."""
     if not workdir.startswith("gs://"):
         raise CommandError(
-            f"workdir is {workdir!r}: a TPU VM can be taken away with its disk, so that it has to"
-            " be a folder of a bucket, gs://BUCKET/FOLDER"
+            f"workdir={workdir!r} is invalid: expected a folder of a bucket, gs://BUCKET/FOLDER,"
+            " because a preempted VM loses its disk"
         )
     if not re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]{2,}(/+[^/\s*?\[\]#]+)+/*", workdir):
         raise CommandError(
-            f"workdir is {workdir!r}: it has to be gs://BUCKET/FOLDER, where the bucket's name has"
-            " 3 or more of a-z, 0-9, -, _ and ., and the folder no space and none of * ? [ ] #"
+            f"workdir={workdir!r} is invalid: expected gs://BUCKET/FOLDER with a bucket name of at"
+            " least 3 characters (a-z, 0-9, -, _ or .) and a folder without spaces and * ? [ ] #"
         )
 
 
-def parse_valid_until(given: str, now: datetime.datetime) -> datetime.datetime:
-    """Reads a duration such as 6h, 90m or 1d12h, or a time such as 2026-01-31T08:00Z.
+def parse_valid_until(text: str, now: datetime.datetime) -> datetime.datetime:
+    """Parses a duration such as 6h, 90m or 1d12h, or a time such as 2026-01-31T08:00Z.
 
     Args:
-      given: what to read; a time without a zone is UTC.
-      now: what a duration counts from.
+      text: a duration from now, or a time; without a time zone, it is in UTC.
+      now: the current time.
 
     Raises:
-      CommandError: it is neither, or past.
+      CommandError: the text is neither, or the time is past.
     """
-    match = re.fullmatch(r"(?=\d)(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?", given)
+    match = re.fullmatch(r"(?=\d)(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?", text)
     try:
         if match:
             days, hours, minutes = (int(part or 0) for part in match.groups())
             until = now + datetime.timedelta(days=days, hours=hours, minutes=minutes)
         else:
-            until = datetime.datetime.fromisoformat(given)
+            until = datetime.datetime.fromisoformat(text)
             until = until if until.tzinfo else until.replace(tzinfo=datetime.UTC)
     except (ValueError, OverflowError):
         raise CommandError(
-            f"valid_until is {given!r}: give a duration such as 6h, 90m or 1d12h, or a time such as"
-            " 2026-01-31T08:00Z"
+            f"valid_until={text!r} is invalid: expected a duration such as 6h, 90m or 1d12h, or a"
+            " time such as 2026-01-31T08:00Z"
         ) from None
     if until <= now:
-        raise CommandError(f"valid_until is {given!r}: it has to lie ahead")
+        raise CommandError(f"valid_until={text!r} is invalid: expected a time in the future")
     return until.astimezone(datetime.UTC).replace(microsecond=0)
 
 
 def startup_script(job: Job, folder: str = "/var/lib/bn_keras") -> str:
-    """Gives the script that the VM runs at every boot.
+    """Returns the script that the VM runs at every boot.
 
     Args:
-      job: to train.
-      folder: of the VM, for the lock, the logs and the source.
+      job: job to train.
+      folder: folder on the VM for the lock, the logs and the source.
     """
     values = {"job": job.folder, "image": job.image, "folder": folder}
     lines = [f"{name}={shlex.quote(value)}" for name, value in values.items()]
@@ -293,7 +312,7 @@ def startup_script(job: Job, folder: str = "/var/lib/bn_keras") -> str:
 
 
 def create_command(job: Job) -> Command:
-    """Puts the job into the queue. The startup script is read from standard input."""
+    """Returns the command that queues the job; it reads the startup script from its input."""
     options = [
         f"--accelerator-type={job.accelerator_type}",
         f"--runtime-version={job.runtime_version}",
@@ -307,28 +326,31 @@ def create_command(job: Job) -> Command:
     if job.valid_until:
         options.append(f"--valid-until-time={job.valid_until:%Y-%m-%dT%H:%M:%SZ}")
     return Command(
-        (*_QUEUE, "create", job.name, *_place(job), *options, "--quiet"), startup_script(job)
+        (*_QUEUE, "create", job.name, *_location(job), *options, "--quiet"), startup_script(job)
     )
 
 
 def describe_command(job: Job) -> Command:
-    """Shows the job's place in the queue, as JSON."""
-    return Command((*_QUEUE, "describe", job.name, *_place(job), "--format=json", "--quiet"))
+    """Returns the command that prints the queued resource as JSON."""
+    return Command((*_QUEUE, "describe", job.name, *_location(job), "--format=json", "--quiet"))
 
 
 def describe_node_command(job: Job) -> Command:
-    """Shows the job's VM, as JSON: it can be preempted while the queue still has it as active."""
+    """Returns the command that prints the VM as JSON.
+
+    A VM can be preempted while its queued resource is still ACTIVE.
+    """
     node = ("gcloud", "compute", "tpus", "tpu-vm", "describe", job.name)
-    return Command((*node, *_place(job), "--format=json", "--quiet"))
+    return Command((*node, *_location(job), "--format=json", "--quiet"))
 
 
 def delete_command(job: Job) -> Command:
-    """Ends the job, deletes its VM, and waits until both are gone."""
-    return Command((*_QUEUE, "delete", job.name, *_place(job), "--force", "--quiet"))
+    """Returns the command that deletes the job with its VM, and waits until both are deleted."""
+    return Command((*_QUEUE, "delete", job.name, *_location(job), "--force", "--quiet"))
 
 
 def upload_commands(job: Job) -> list[Command]:
-    """Writes what the VM and `watch` read into the job's folder."""
+    """Returns the commands that write the files for the VM and `watch` to the job's folder."""
     commands = []
     if not job.image:
         tar = ("tar", "-czf", "-", "--exclude=__pycache__", "-C", str(ROOT), *SOURCE)
@@ -338,27 +360,27 @@ def upload_commands(job: Job) -> list[Command]:
 
 
 def write_command(url: str, content: str | Command) -> Command:
-    """Writes a file of a bucket."""
+    """Returns the command that writes a file of a bucket."""
     return Command((*_STORAGE, "cp", "-", url, "--quiet"), content)
 
 
 def read_command(url: str, last_bytes: int = 0) -> Command:
-    """Prints files of a bucket, or the end of one."""
+    """Returns the command that prints files of a bucket, or the last bytes of one."""
     end = (f"--range=-{last_bytes}",) if last_bytes else ()
     return Command((*_STORAGE, "cat", url, *end, "--quiet"))
 
 
 def list_command(folder: str) -> Command:
-    """Lists a folder of a bucket."""
+    """Returns the command that lists a folder of a bucket."""
     return Command((*_STORAGE, "ls", f"{folder}/", "--quiet"))
 
 
 def remove_command(url: str) -> Command:
-    """Deletes a file of a bucket."""
+    """Returns the command that deletes a file of a bucket."""
     return Command((*_STORAGE, "rm", url, "--quiet"))
 
 
-def _place(job: Job) -> tuple[str, ...]:
+def _location(job: Job) -> tuple[str, ...]:
     return (f"--zone={job.zone}", *((f"--project={job.project}",) if job.project else ()))
 
 
@@ -367,8 +389,8 @@ def _check_name(name: str) -> None:
         return
     legal = re.sub(r"[^a-z0-9]+", "-", name.lower()).lstrip("-0123456789")[:63].strip("-")
     raise CommandError(
-        f"name is {name!r}: it has to be up to 63 of a-z, 0-9 and -, begin with a letter and"
-        f" not end with -{f', as {legal!r}' if legal else ''}"
+        f"name={name!r} is invalid: expected up to 63 characters (a-z, 0-9 or -), the first a"
+        f" letter and the last not -{f', such as {legal!r}' if legal else ''}"
     )
 
 
@@ -376,32 +398,29 @@ def _check_zone(zone: str) -> None:
     if _ZONE.fullmatch(zone):
         return
     raise CommandError(
-        f"zone is {zone!r}, which is no zone's name{_did_you_mean(zone, _TPU_ZONES)};"
-        " `gcloud compute tpus locations list` shows those with TPUs"
+        f"unknown zone {zone!r}{did_you_mean(zone, _TPU_ZONES)}:"
+        " `gcloud compute tpus locations list` lists the zones with TPUs"
     )
 
 
-def _check_accelerator_type(given: str) -> None:
-    types = [f"{name}-{n}" for name, (_, sizes) in _GENERATIONS.items() for n in sizes]
-    if given in types:
+def _check_accelerator_type(accelerator_type: str) -> None:
+    if accelerator_type in _TYPES:
         return
-    generation, _, size = given.rpartition("-")
+    generation, _, size = accelerator_type.rpartition("-")
     generation = {"v5e": "v5litepod", "v5lite": "v5litepod"}.get(generation, generation)
-    if generation in _GENERATIONS and size.isdecimal():
-        sizes = _GENERATIONS[generation][1]
-        if int(size) > max(sizes):
-            raise CommandError(
-                f"accelerator_type {given} has several hosts, and a job is one process on one host,"
-                f" which sees no other host's chips: {generation}-{max(sizes)} is the largest"
-            )
-        names = ", ".join(f"{generation}-{n}" for n in sizes)
-        raise CommandError(f"accelerator_type {given!r} does not exist: accepted are {names}")
+    if generation not in _GENERATIONS or not size.isdecimal():
+        raise CommandError(
+            f"unknown accelerator_type {accelerator_type!r}"
+            f"{did_you_mean(accelerator_type, _TYPES)}: expected one of {', '.join(_TYPES)}"
+        )
+    sizes = _GENERATIONS[generation][1]
+    if int(size) > max(sizes):
+        raise CommandError(
+            f"accelerator_type {accelerator_type} has several hosts, but a job is one process on"
+            f" one host and cannot use another host's chips: the largest is"
+            f" {generation}-{max(sizes)}"
+        )
+    names = ", ".join(f"{generation}-{n}" for n in sizes)
     raise CommandError(
-        f"unknown accelerator_type {given!r}{_did_you_mean(given, types)}:"
-        f" accepted are {', '.join(types)}"
+        f"accelerator_type {accelerator_type!r} does not exist: expected one of {names}"
     )
-
-
-def _did_you_mean(given: str, known: tuple[str, ...] | list[str]) -> str:
-    nearest = difflib.get_close_matches(given.lower(), known, n=1)
-    return f" (did you mean {nearest[0]!r}?)" if nearest else ""

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Trains one job on a TPU VM. The VM runs this at every boot, as root; so it may find a training
-# that is done, one to go on with, or one that is running. What it leaves in $job: logs/, a file for
-# each boot, and at the end DONE or FAILED. A preempted VM leaves neither.
+# Trains one job on a TPU VM. The VM runs this script at every boot, as root, so the training may be
+# new, done, resumable or running. The script writes logs/, one file per boot, to $job, and at the
+# end DONE or FAILED. A preempted VM writes neither.
 set -euo pipefail
 
 # @settings@
 
 mkdir -p "$folder"
 exec 9>"$folder/lock"
-# Whoever has the lock trains. Its children get it closed (9>&-), lest they keep it when it is killed.
+# Only the owner of the lock trains. Child processes close it (9>&-), so that none of them keeps it
+# after this script is killed.
 flock --nonblock 9 || exit 0
 log=$folder/$(date --utc +%Y%m%dT%H%M%SZ).log
 exec >>"$log" 2>&1
@@ -40,35 +41,35 @@ get_image() {
   fi
 }
 
-# A bucket that can't be read yet is no sign of a job that has not ended.
+# An unreadable bucket does not mean that the job is unfinished: retry until it can be listed.
 until listing=$(gcloud storage ls "$job/"); do sleep 10; done
 if grep --quiet --line-regexp --fixed-strings -e "$job/DONE" -e "$job/FAILED" <<<"$listing"; then
   exit 0
 fi
 
-# As long as this script lives, however it ends.
+# Runs as long as this script, even if the script is killed.
 while sleep 60 && kill -0 $$ 2>/dev/null; do ship_log; done 9>&- &
 trap 'kill $!; ship_log' EXIT
 
 for pause in 10 60 300 end; do
   get_image && break
-  [[ $pause != end ]] || finish FAILED "the container's image can't be had: see the log"
+  [[ $pause != end ]] || finish FAILED "the container image is unavailable: see the log"
   sleep "$pause"
 done
 
-# Statuses 2 and 3 are launch.train's own: they would come again. With any other the training goes
-# on from its last checkpoint, a few times; in a VM that is being taken away, the pause outlasts it.
+# Statuses 2 (invalid request) and 3 (divergence) would recur. After any other error the training
+# resumes from its last checkpoint, twice at most. The pause outlasts a VM that is being preempted.
 for pause in 60 60 end; do
-  # One that outlived an earlier run of this script.
+  # A container can outlive an earlier run of this script.
   docker rm --force bn_keras >/dev/null 2>&1 || true
   status=0
   docker run --rm --init --name bn_keras --privileged --network=host --shm-size=16G \
-    "${image:-bn_keras}" launch.train "${arguments[@]}" 9>&- || status=$?
+    "${image:-bn_keras}" train "${arguments[@]}" 9>&- || status=$?
   case $status in
-    0) finish DONE "launch.train is done" ;;
+    0) finish DONE "the training is done" ;;
     2 | 3) break ;;
   esac
   [[ $pause = end ]] || sleep "$pause"
 done
 reason=$(grep '^error: ' "$log" | tail -n 1 || true)
-finish FAILED "launch.train ended with status $status${reason:+, $reason}"
+finish FAILED "the training ended with status $status${reason:+, $reason}"
