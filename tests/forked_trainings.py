@@ -15,13 +15,13 @@ import signal
 import sys
 import threading
 
-from bn_keras import evaluate  # noqa: F401
-from bn_keras.models import bn_inception as inception
+from bn_keras.inference import evaluation  # noqa: F401
+from bn_keras.models import bn_inception
 from bn_keras.training.step import Trainer
 
 # Without modules the graph, which takes most of a short run, is small. The stem and the classifier
 # have BN and dropout.
-inception.FIGURE_5 = []
+bn_inception.FIGURE_5 = []
 
 
 def launch(command, *arguments, output=os.devnull, before=lambda: None):

@@ -1,4 +1,4 @@
-"""Faults planted in a network are found where they are, and nowhere else."""
+"""The diagnosis names the planted fault, and nothing before it."""
 
 import keras
 import numpy as np
@@ -6,7 +6,8 @@ import pytest
 import tensorflow as tf
 
 from bn_keras import BatchNormalization, BNInception, SigmoidMLP
-from bn_keras.models import bn_inception as inception
+from bn_keras.keras_internals import all_layers
+from bn_keras.models import bn_inception
 from bn_keras.training.diagnosis import first_non_finite
 from bn_keras.training.step import Trainer
 
@@ -19,7 +20,7 @@ class Steep(keras.layers.Layer):
 
 
 class Failing(keras.layers.Layer):
-    """Works until it has become part of a model."""
+    """A layer that fails once `fails` is set."""
 
     fails = False
 
@@ -42,7 +43,7 @@ def diagnose(model, images, labels=None, strategy=None, **options):
     found = first_non_finite(model, trainer.gradients, *batch, trainer.strategy)
     for variable, value in zip(trainer.variables, before, strict=True):
         np.testing.assert_array_equal(variable.numpy(), value, variable.path)
-    assert not any("call" in vars(layer) for layer in model._flatten_layers())
+    assert not any("call" in vars(layer) for layer in all_layers(model))
     return found
 
 
@@ -56,16 +57,16 @@ def mlp(**options):
 
 @pytest.fixture
 def short_inception(monkeypatch):
-    rows = [row for row in inception.FIGURE_5 if row.name in ("3a", "4d")]
-    monkeypatch.setattr(inception, "FIGURE_5", rows)
+    rows = [row for row in bn_inception.FIGURE_5 if row.name in ("3a", "4d")]
+    monkeypatch.setattr(bn_inception, "FIGURE_5", rows)
 
 
-def test_a_finite_step_has_none():
+def test_a_finite_step_has_no_finding():
     assert diagnose(mlp(), random_images(8, 6)) is None
 
 
 @pytest.mark.parametrize("layer, weight", [("dense_2", "kernel"), ("bn_2", "moving_variance")])
-def test_a_weight(layer, weight):
+def test_a_weight_is_named(layer, weight):
     model = mlp()
     variable = getattr(model.get_layer(layer), weight)
     value = variable.numpy()
@@ -74,7 +75,7 @@ def test_a_weight(layer, weight):
     assert diagnose(model, random_images(8, 6)) == f"the weight {layer}/{weight}"
 
 
-def test_the_batch():
+def test_the_batch_is_named():
     images = random_images(8, 6)
     images[3, 2] = np.nan
     assert diagnose(mlp(), images) == "the images"
@@ -84,8 +85,8 @@ def test_the_batch():
 
 
 @pytest.mark.parametrize("variant", ["inception", "bn_x5"])
-def test_an_output(short_inception, variant):
-    """All after it is NaN as well, and so are the gradients."""
+def test_the_first_output_is_named(short_inception, variant):
+    """Everything after it is NaN, too, and so are the gradients."""
     model = BNInception(
         variant,
         classes=4,
@@ -108,7 +109,7 @@ def test_an_output(short_inception, variant):
         ("mixed_bfloat16", 3e37, "the output of dense_1"),
     ],
 )
-def test_half_precision(policy, scale, expected):
+def test_the_range_of_half_precision_counts(policy, scale, expected):
     keras.config.set_dtype_policy(policy)
     model = mlp(variant="baseline")
     kernel = model.get_layer("dense_1").kernel
@@ -116,8 +117,8 @@ def test_half_precision(policy, scale, expected):
     assert diagnose(model, np.full((8, 6), 5, np.float32)) == expected
 
 
-def test_a_scaled_loss():
-    """In float16 the loss is finite, and its gradient is not."""
+def test_the_loss_scale_counts():
+    """In float16 the loss is finite, and its scaled gradient is not."""
     keras.config.set_dtype_policy("mixed_float16")
     model = mlp(variant="baseline")
     model.get_layer("logits").kernel.assign(tf.fill([5, 4], 1e3) * [1, -1, 1, -1])
@@ -127,8 +128,8 @@ def test_a_scaled_loss():
     assert found == "the gradient of the output of sigmoid_2"
 
 
-def test_a_gradient():
-    """At 0 the square root's is infinite, and that times 0 is NaN."""
+def test_the_first_gradient_is_named():
+    """The derivative of the square root is infinite at 0, and times 0 it is NaN."""
     x = inputs = keras.Input([6])
     x = keras.layers.Dense(5, name="before")(x)
     x = Steep(name="steep")(x)
@@ -139,7 +140,7 @@ def test_a_gradient():
 
 
 def weight_gradient_overflows(x):
-    """In kernel * 1e20 of 1e30."""
+    """Applies layers whose kernel has a gradient that overflows at an input of 1e30."""
     x = keras.layers.Dense(1, use_bias=False, kernel_initializer=tiny, name="tiny")(x)
     x = keras.layers.Rescaling(1e20, name="large")(x)
     return keras.layers.Dense(4, kernel_initializer=counting, name="logits")(x)
@@ -153,15 +154,15 @@ def counting(shape, dtype=None):
     return tf.reshape(tf.range(1.0, 5.0), shape)
 
 
-def test_a_weight_gradient():
-    """Of the first layer: images have no gradient."""
+def test_the_gradient_of_the_first_layers_weight_is_named():
+    """The images have no gradient."""
     inputs = keras.Input([1])
     model = keras.Model(inputs, weight_gradient_overflows(inputs))
     found = diagnose(model, np.full((8, 1), 1e30, np.float32))
     assert found == "the gradient of tiny/kernel"
 
 
-def test_a_weight_gradient_and_then_others():
+def test_the_gradient_of_a_weight_is_named_before_later_gradients():
     inputs = keras.Input([1])
     x = keras.layers.Dense(1, kernel_initializer="ones", name="before")(inputs)
     x = Steep(name="steep")(x)
@@ -170,14 +171,14 @@ def test_a_weight_gradient_and_then_others():
     assert diagnose(model, np.zeros((8, 1), np.float32)) == "the gradient of tiny/kernel"
 
 
-def test_the_loss():
-    """Finite logits may lie further apart than float32 reaches."""
+def test_the_loss_is_named():
+    """The difference of finite logits can exceed the range of float32."""
     model = mlp()
     model.get_layer("logits").bias.assign([3e38, -3e38, 0, 0])
     assert diagnose(model, random_images(8, 6)) == "the loss, of finite outputs"
 
 
-def test_layers_inside_of_layers():
+def test_layers_inside_layers_are_named():
     inner_inputs = keras.Input([6])
     inner = keras.Model(inner_inputs, keras.layers.Dense(5, name="deep")(inner_inputs))
     inputs = keras.Input([3, 6])
@@ -187,7 +188,7 @@ def test_layers_inside_of_layers():
     assert diagnose(model, random_images(8, 3, 6)) is None
     cell = model.get_layer("recurrent").cell
     cell.kernel.assign(tf.fill(cell.kernel.shape, 3e38))
-    # In the loop over the time steps, which begins with zeros.
+    # The overflow happens in the loop over time steps, not in its first step.
     images = random_images(8, 3, 6) * np.array([0, 1, 1], np.float32)[:, None]
     assert diagnose(model, images) == "the output of recurrent"
     inner.get_layer("deep").kernel.assign(tf.fill([6, 5], 3e38))
@@ -195,8 +196,8 @@ def test_layers_inside_of_layers():
 
 
 @pytest.mark.parametrize("synchronized", [False, True])
-def test_one_of_two_replicas(two_replicas, synchronized):
-    """The second one's images alone overflow."""
+def test_any_replica_counts(two_replicas, synchronized):
+    """Only the second replica's images overflow."""
     with two_replicas.scope():
         model = mlp(synchronized=synchronized)
         kernel = model.get_layer("dense_1").kernel
@@ -210,7 +211,7 @@ def test_one_of_two_replicas(two_replicas, synchronized):
         return first_non_finite(model, trainer.gradients, *batch, two_replicas)
 
     layer = model.get_layer("bn_1")
-    weight = layer._merge_weight
+    weight = layer.values_since_merge
     before = None if weight is None else float(weight.read_value())
     assert find(images) is None
     images[7] = 1e10
@@ -218,7 +219,7 @@ def test_one_of_two_replicas(two_replicas, synchronized):
     assert weight is None or float(weight.read_value()) == before
 
 
-def test_an_error_leaves_the_model_as_it_was():
+def test_an_error_restores_the_layers_methods():
     inputs = keras.Input([6])
     failing = Failing()
     x = failing(BatchNormalization(name="bn")(inputs))
