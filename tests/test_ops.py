@@ -18,11 +18,11 @@ def fuse_small_inputs(monkeypatch):
     monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_INFERENCE", 0)
 
 
-def _parameters(channels, rng):
+def _random_parameters(channels, rng):
     return rng.uniform(0.5, 2, channels), rng.normal(size=channels)
 
 
-def _close(actual, expected, tolerance):
+def _assert_close(actual, expected, tolerance):
     expected = np.asarray(expected, np.float64)
     scale = max(np.abs(expected).max(initial=0), 1e-6)
     actual = np.asarray(tf.cast(actual, tf.float64))
@@ -50,21 +50,21 @@ def test_values_and_gradients_equal_the_paper(shape, dtype):
     rng = np.random.default_rng(0)
     x = tf.cast(rng.normal(2, 3, shape), dtype)
     dy = tf.cast(rng.normal(size=shape), dtype)
-    gamma, beta = _parameters(shape[-1], rng)
+    gamma, beta = _random_parameters(shape[-1], rng)
     y, moments, gradients = _run(x, gamma, beta, dy)
     exact_x, exact_dy = (np.asarray(tf.cast(t, tf.float64)) for t in (x, dy))
     expected = reference.batch_normalize(exact_x, gamma, beta, EPSILON)
     tolerance = TOLERANCE[dtype]
     assert y.dtype == dtype
-    _close(y, expected[0], tolerance)
+    _assert_close(y, expected[0], tolerance)
     # The statistics are at least float32, whatever the dtype of the activations.
     assert moments.mean.dtype == ("float64" if dtype == "float64" else "float32")
-    _close(moments.mean[0], expected[1], min(tolerance, 3e-6))
-    _close(moments.variance[0], expected[2], min(tolerance, 3e-6))
+    _assert_close(moments.mean[0], expected[1], min(tolerance, 3e-6))
+    _assert_close(moments.variance[0], expected[2], min(tolerance, 3e-6))
     assert moments.count[0] == x.shape.num_elements() // shape[-1]
     exact = reference.gradients(exact_dy, exact_x, gamma, EPSILON)
     for actual, wanted in zip(gradients, exact, strict=True):
-        _close(actual, wanted, 10 * tolerance)
+        _assert_close(actual, wanted, 10 * tolerance)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
@@ -72,10 +72,10 @@ def test_normalize_computes_the_affine_map(dtype):
     rng = np.random.default_rng(1)
     x = tf.cast(rng.normal(size=(4, 3, 5, 2)), dtype)
     mean, variance = rng.normal(size=2), rng.uniform(0.1, 2, 2)
-    gamma, beta = _parameters(2, rng)
+    gamma, beta = _random_parameters(2, rng)
     y = ops.normalize(x, mean, variance, gamma, beta, EPSILON)
     exact = np.asarray(tf.cast(x, tf.float64))
-    _close(y, gamma * (exact - mean) / np.sqrt(variance + EPSILON) + beta, TOLERANCE[dtype])
+    _assert_close(y, gamma * (exact - mean) / np.sqrt(variance + EPSILON) + beta, TOLERANCE[dtype])
     assert y.dtype == dtype
 
 
@@ -101,7 +101,7 @@ def test_every_path_computes_the_same_statistics(path, masked):
     rng = np.random.default_rng(2)
     shape, options = (6, 3, 2, 4), PATHS[path]
     x, dy = (tf.cast(rng.normal(1, 2, shape), tf.float32) for _ in range(2))
-    gamma, beta = _parameters(4, rng)
+    gamma, beta = _random_parameters(4, rng)
     mask = _random_mask(shape, rng) if masked else None
     y, moments, gradients = _run(x, gamma, beta, dy, mask=mask, **options)
     size = options.get("virtual_batch_size", 6)
@@ -111,22 +111,22 @@ def test_every_path_computes_the_same_statistics(path, masked):
         reference.batch_normalize(x[g], gamma, beta, EPSILON, mask=m)
         for g, m in zip(groups, parts, strict=True)
     ]
-    _close(y, np.concatenate([e[0] for e in expected]), 3e-6)
+    _assert_close(y, np.concatenate([e[0] for e in expected]), 3e-6)
     for i in (1, 2):
-        _close(moments[i], np.stack([e[i] for e in expected]), 3e-6)
+        _assert_close(moments[i], np.stack([e[i] for e in expected]), 3e-6)
     exact = [
         reference.gradients(dy[g], x[g], gamma, EPSILON, mask=m)
         for g, m in zip(groups, parts, strict=True)
     ]
-    _close(gradients[0], np.concatenate([e[0] for e in exact]), 3e-5)
+    _assert_close(gradients[0], np.concatenate([e[0] for e in exact]), 3e-5)
     for i in (1, 2):
-        _close(gradients[i], sum(e[i] for e in exact), 3e-5)
+        _assert_close(gradients[i], sum(e[i] for e in exact), 3e-5)
 
 
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("options", ["fused", "synchronized", "ghost", "masked", "float64"])
 def test_second_order_gradients_equal_finite_differences(options, graph):
-    """The objective is a function of dx, dgamma and dbeta; every input of theirs is varied."""
+    """The objective is a function of dx, dgamma and dbeta; each of its inputs is varied."""
     rng = np.random.default_rng(3)
     shape = (4, 3, 2)
     # Finite differences need float64, which the fused kernels do not support: the float64 gradient
@@ -134,7 +134,7 @@ def test_second_order_gradients_equal_finite_differences(options, graph):
     kwargs = dict(PATHS.get(options, {}))
     if options == "masked":
         kwargs["mask"] = _random_mask(shape, rng)
-    inputs = [rng.normal(size=shape), *_parameters(2, rng), rng.normal(size=shape)]
+    inputs = [rng.normal(size=shape), *_random_parameters(2, rng), rng.normal(size=shape)]
     probes = [rng.normal(size=s) for s in (shape, (2,), (2,))]
 
     def objective(x, gamma, beta, dy):
@@ -175,7 +175,7 @@ def test_second_order_gradients_equal_finite_differences(options, graph):
         assert np.sum(gradient.numpy() * direction) == pytest.approx(expected, rel=2e-6)
     if options != "float64":
         for actual, wanted in zip(second(tf.float32), exact, strict=True):
-            _close(actual, wanted, 3e-4)
+            _assert_close(actual, wanted, 3e-4)
 
 
 @pytest.mark.parametrize("options", ["fused", "synchronized", "masked"])
@@ -197,7 +197,7 @@ def test_large_means_lose_no_more_than_the_rounding_of_float32(options, mean):
 @pytest.mark.parametrize("mean", [1e3, 1e4, 1e6])
 @pytest.mark.parametrize("synchronized", [False, True])
 def test_large_means_do_not_lose_the_deviations_of_a_large_batch(mean, synchronized):
-    """A float32 sum of 400,000 values, one by one, misses a mean of 1e4 by 12, as Keras does."""
+    """In the Keras layer, a float32 sum of 400,000 values misses a mean of 1e4 by 12."""
     rng = np.random.default_rng(5)
     x = (mean + rng.normal(size=(32, 112, 112, 1))).astype(np.float32)
     gather = _gather_of_one if synchronized else None
@@ -240,11 +240,11 @@ def test_masked_values_may_be_nan():
     y, moments, gradients = _run(tf.constant(x), np.ones(3), np.zeros(3), dy, mask=mask)
     valid = np.nan_to_num(x)
     expected = reference.batch_normalize(valid, 1.0, 0.0, EPSILON, mask=mask)
-    _close(moments.mean[0], expected[1], 3e-6)
-    _close(tf.where(mask > 0, y, 0.0), expected[0] * mask, 3e-6)
+    _assert_close(moments.mean[0], expected[1], 3e-6)
+    _assert_close(tf.where(mask > 0, y, 0.0), expected[0] * mask, 3e-6)
     exact = reference.gradients(dy, valid, np.ones(3), EPSILON, mask=mask)
-    _close(tf.where(mask > 0, gradients[0], 0.0), exact[0] * mask, 3e-5)
-    _close(gradients[1], exact[1], 3e-5)
+    _assert_close(tf.where(mask > 0, gradients[0], 0.0), exact[0] * mask, 3e-5)
+    _assert_close(gradients[1], exact[1], 3e-5)
 
 
 def test_a_batch_of_unknown_size_equals_one_of_static_size():
@@ -263,7 +263,7 @@ def test_a_batch_of_unknown_size_equals_one_of_static_size():
         for actual, expected in zip(
             tf.nest.flatten(dynamic(x, dy)), [y, *moments, dx], strict=True
         ):
-            _close(actual, expected, 3e-6)
+            _assert_close(actual, expected, 3e-6)
 
 
 def test_xla_compiles_forward_and_backward():
@@ -281,7 +281,7 @@ def test_xla_compiles_forward_and_backward():
         for actual, expected in zip(
             tf.nest.flatten(compiled), tf.nest.flatten(run(x, dy)), strict=True
         ):
-            _close(actual, expected, 1e-5)
+            _assert_close(actual, expected, 1e-5)
 
 
 @pytest.mark.parametrize("axes", [[1], [3], [1, 2, 3], [0, 2]])
@@ -306,7 +306,7 @@ def test_small_inputs_use_ordinary_operations_and_get_the_same_numbers(monkeypat
     for actual, expected in zip(
         tf.nest.flatten(_run(x, np.ones(2), np.zeros(2), dy)), tf.nest.flatten(fused), strict=True
     ):
-        _close(actual, expected, 1e-5)
+        _assert_close(actual, expected, 1e-5)
 
 
 @pytest.mark.parametrize("threads, fused", [(1, True), (2, False)])

@@ -50,19 +50,19 @@ def test_outputs_gradients_and_running_statistics_equal_pytorch(rank, axis, mome
             loss = tf.reduce_mean(tf.sin(outputs) * permute(weights))
         variables = [ours.gamma.value, ours.beta.value]
         dx, dgamma, dbeta = tape.gradient(loss, [ours_inputs, *variables])
-        _close(outputs, permute(y.detach().numpy()))
-        _close(dx, permute(inputs.grad.numpy()))
-        _close(dgamma, theirs.weight.grad.numpy())
-        _close(dbeta, theirs.bias.grad.numpy())
+        _assert_close(outputs, permute(y.detach().numpy()))
+        _assert_close(dx, permute(inputs.grad.numpy()))
+        _assert_close(dgamma, theirs.weight.grad.numpy())
+        _assert_close(dbeta, theirs.bias.grad.numpy())
         optimizer.step()
         for variable, gradient in zip(variables, (dgamma, dbeta), strict=True):
             variable.assign_sub(0.1 * gradient)
-        _close(ours.moving_mean, theirs.running_mean.numpy())
+        _assert_close(ours.moving_mean, theirs.running_mean.numpy())
         # Both use the unbiased variance here and normalize by the biased one.
-        _close(ours.moving_variance, theirs.running_var.numpy())
+        _assert_close(ours.moving_variance, theirs.running_var.numpy())
     theirs.eval()
     x = rng.normal(1, 2, shape).astype(np.float32)
-    _close(ours(permute(x)), permute(theirs(torch.tensor(x)).detach().numpy()))
+    _assert_close(ours(permute(x)), permute(theirs(torch.tensor(x)).detach().numpy()))
 
 
 def test_second_order_gradients_equal_pytorch():
@@ -79,13 +79,13 @@ def test_second_order_gradients_equal_pytorch():
             inner.watch(tensor)
             loss = tf.reduce_sum(ours(tensor, training=True) ** 3)
         norm = tf.reduce_sum(inner.gradient(loss, tensor) ** 2)
-    _close(outer.gradient(norm, tensor), second.numpy(), 1e-4)
+    _assert_close(outer.gradient(norm, tensor), second.numpy(), 1e-4)
 
 
 def _channels_last(array):
     return np.moveaxis(array, 1, -1)
 
 
-def _close(actual, expected, tolerance=2e-5):
+def _assert_close(actual, expected, tolerance=2e-5):
     scale = np.abs(expected).max()
     np.testing.assert_allclose(np.asarray(actual) / scale, expected / scale, rtol=0, atol=tolerance)
