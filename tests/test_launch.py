@@ -89,6 +89,8 @@ WITH_CONFIG = [
     (["--config=mnst_bn"], "no config 'mnst_bn' (did you mean 'mnist_bn'?)"),
     (["--config=bn_keras/errors.py"], "'bn_keras/errors.py' has no function get_config()"),
     (["--config=runs/none/config.json"], "runs/none"),
+    (["--config=runs/none/other.json"], "no config 'runs/none/other.json'"),
+    (["--config=elsewhere/configs/bn_x5.py"], "no config 'elsewhere/configs/bn_x5.py'"),
     (["--config=bn_x5:3"], "config 'bn_x5' does not accept the argument '3'"),
     (["--config=bn_x30_ensemble:9"], "unknown ensemble member '9'"),
     (["--config=configs/bn_x30_ensemble.py:9"], "unknown ensemble member '9'"),
@@ -289,8 +291,11 @@ def test_a_config_in_any_folder_imports_those_of_the_package(tmp_path, monkeypat
         ("x = 1", r"has no function get_config\(\)"),
         ("import nowhere", "cannot be loaded: ModuleNotFoundError: No module named 'nowhere'"),
         ("def get_config(:", "cannot be loaded: SyntaxError: "),
-        ("def get_config():\n  return 3", r"get_config\(\) of config .* returns no ConfigDict"),
-        ("def get_config(number):\n  return 3", "does not accept no argument"),
+        (
+            "def get_config():\n  return 3",
+            r"get_config\(\) of .* does not return a ConfigDict",
+        ),
+        ("def get_config(number):\n  return 3", "needs an argument: expected .*mine.py:ARGUMENT"),
         (
             "def get_config():\n  return ConfigDict({'seed': 1})",
             "has no batch_norm.epsilon, batch_norm.momentum, .* more: expected all keys of",

@@ -32,23 +32,23 @@ def config_names() -> list[str]:
     return sorted(file.stem for file in FOLDER.glob("[a-z]*.py"))
 
 
-def load_config(given: str) -> ConfigDict:
+def load_config(source: str) -> ConfigDict:
     """Loads a config, locked.
 
     Args:
-      given: name of a config that comes with the package ("bn_x5"), or path of a Python file with
-        a function get_config(); ":ARGUMENT" behind either is passed to that function. Or path of a
-        run's config.json, or of the run's folder.
+      source: name of a config of the package ("bn_x5"), or path of a Python file with a function
+        get_config(); ":ARGUMENT" after either is passed to that function. Or path of a run's
+        config.json, or of the run's folder.
 
     Raises:
-      UsageError: no such config, or one that does not follow the schema.
+      UsageError: the config does not exist or does not follow the schema.
     """
-    path = epath.Path(given)
-    if path.suffix == ".json":
-        return _from_run(path.parent)
-    if given not in config_names() and (path / "config.json").exists():
-        return _from_run(path)
-    name, colon, argument = given.partition(":")
+    path = epath.Path(source)
+    if path.name == "config.json":
+        return _load_from_run(path.parent)
+    if source not in config_names() and (path / "config.json").exists():
+        return _load_from_run(path)
+    name, colon, argument = source.partition(":")
     get_config = getattr(_import_file(_find(name)), "get_config", None)
     if get_config is None:
         raise UsageError(f"config {name!r} has no function get_config()")
@@ -56,19 +56,22 @@ def load_config(given: str) -> ConfigDict:
     try:
         inspect.signature(get_config).bind(*arguments)
     except TypeError:
-        given_what = f"the argument {argument!r}" if colon else "no argument"
-        raise UsageError(f"config {name!r} does not accept {given_what}") from None
+        if colon:
+            reason = f"config {name!r} does not accept the argument {argument!r}"
+        else:
+            reason = f"config {name!r} needs an argument: expected {name}:ARGUMENT"
+        raise UsageError(reason) from None
     config = get_config(*arguments)
     if not isinstance(config, ConfigDict):
-        raise UsageError(f"get_config() of config {name!r} returns no ConfigDict")
-    return _on_schema(config, given)
+        raise UsageError(f"get_config() of config {name!r} does not return a ConfigDict")
+    return _apply_to_schema(config, source)
 
 
-def _from_run(workdir: epath.Path) -> ConfigDict:
-    return _on_schema(Workdir(workdir).read_config(), str(workdir / "config.json"))
+def _load_from_run(workdir: epath.Path) -> ConfigDict:
+    return _apply_to_schema(Workdir(workdir).read_config(), str(workdir / "config.json"))
 
 
-def _on_schema(config: ConfigDict, origin: str) -> ConfigDict:
+def _apply_to_schema(config: ConfigDict, origin: str) -> ConfigDict:
     """Returns a config with the types of the schema, locked.
 
     Only the schema knows the type of a setting that is None, or that a JSON file holds.
@@ -100,13 +103,14 @@ def _find(name: str) -> pathlib.Path:
     if path.suffix == ".py" and path.is_file():
         return path.resolve()
     # "configs/bn_x5.py" names the same config from any folder.
-    if path.suffix in ("", ".py") and path.parent.name in ("", "configs"):
-        bundled = FOLDER / f"{path.stem}.py"
-        if bundled.is_file() and path.stem in config_names():
-            return bundled
+    if path.suffix in ("", ".py") and str(path.parent) in (".", "configs"):
+        if path.stem in config_names():
+            return FOLDER / f"{path.stem}.py"
     nearest = difflib.get_close_matches(path.stem, config_names(), n=1)
     guess = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-    raise UsageError(f"no config {name!r}{guess}: expected a name, a Python file or a config.json")
+    raise UsageError(
+        f"no config {name!r}{guess}: expected a name, a Python file, a run or its config.json"
+    )
 
 
 def _import_file(file: pathlib.Path) -> ModuleType:
