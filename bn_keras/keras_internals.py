@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import keras
+import tensorflow as tf
 
 
 class Call(Protocol):
@@ -99,3 +100,24 @@ def replaced_method(layer: keras.Layer, name: str, function: Callable[..., Any])
     finally:
         # Restores the class's method.
         delattr(layer, name)
+
+
+def observed_moments(
+    layer: keras.layers.BatchNormalization,
+    observer: Callable[[tf.Tensor, tf.Tensor | None, tf.Tensor, tf.Tensor], None],
+) -> contextlib.AbstractContextManager[None]:
+    """Returns a context in which a layer passes the moments of each training-mode call on.
+
+    keras.layers.BatchNormalization computes its moments in a private method.
+
+    Args:
+      layer: Keras' layer.
+      observer: called with the inputs, mask, mean and variance of each call.
+    """
+
+    def compute_moments(inputs: tf.Tensor, mask: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
+        mean, variance = type(layer)._moments(layer, inputs, mask)
+        observer(inputs, mask, mean, variance)
+        return mean, variance
+
+    return replaced_method(layer, "_moments", compute_moments)

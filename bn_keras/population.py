@@ -16,7 +16,7 @@ import tensorflow as tf
 from bn_keras import ops
 from bn_keras.batch_norm import BATCH_NORMS, BatchNormalization
 from bn_keras.errors import UsageError
-from bn_keras.keras_internals import all_layers, replaced_method
+from bn_keras.keras_internals import all_layers, observed_moments, replaced_method
 from bn_keras.merge import merge_moving_statistics
 from bn_keras.replicas import per_replica_sum
 from bn_keras.text import align
@@ -323,18 +323,18 @@ def _observed(
     """
     if isinstance(layer, BatchNormalization):
         return replaced_method(layer, "update_moving_statistics", add)
-    observer = functools.partial(_observe_keras_moments, layer, add)
-    return replaced_method(layer, "_moments", observer)
+    return observed_moments(layer, functools.partial(_add_keras_moments, layer, add))
 
 
-def _observe_keras_moments(
+def _add_keras_moments(
     layer: keras.layers.BatchNormalization,
     add: Callable[..., None],
     inputs: tf.Tensor,
     mask: tf.Tensor | None,
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Calls keras.layers.BatchNormalization._moments, and passes the result to `add`."""
-    mean, variance = type(layer)._moments(layer, inputs, mask)
+    mean: tf.Tensor,
+    variance: tf.Tensor,
+) -> None:
+    """Passes the moments of one call of keras.layers.BatchNormalization to `add`."""
     if mask is None:
         count = tf.cast([tf.size(inputs) // inputs.shape[layer.axis]], tf.float64)
         if layer.synchronized:
@@ -344,11 +344,12 @@ def _observe_keras_moments(
         # Keras does not synchronize masked batches.
         counted = tf.cast(tf.cast(mask, tf.bool), tf.float64)[..., tf.newaxis]
         counted = tf.broadcast_to(counted, tf.shape(inputs))
-        count = tf.reduce_sum(counted, axis=layer._reduction_axes)
+        reduction_axes = list(range(inputs.shape.rank))
+        del reduction_axes[layer.axis]
+        count = tf.reduce_sum(counted, axis=reduction_axes)
     # For an empty batch Keras returns NaN.
     finite = [tf.where(count > 0, tf.reshape(t, [-1]), 0) for t in (mean, variance)]
     add(ops.Moments(*(t[tf.newaxis] for t in (count, *finite))))
-    return mean, variance
 
 
 def distribute_dataset(dataset: Iterable, strategy: tf.distribute.Strategy) -> Iterable:

@@ -1,0 +1,213 @@
+"""Modules import only what their place allows, and private attributes stay in one module.
+
+A room is a module or subpackage directly inside bn_keras.
+"""
+
+import ast
+import pathlib
+import sys
+from collections import Counter
+from typing import NamedTuple
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# The rooms of the layer library and the rooms that each may import. Each row may name only rows
+# above it, so there are no cycles.
+LAYER_LIBRARY = {
+    "cores": "",
+    "errors": "",
+    "text": "",
+    "keras_internals": "",
+    "layer_kinds": "",
+    "ops": "cores",
+    "replicas": "errors",
+    "batch_norm": "errors ops replicas",
+    "merge": "batch_norm keras_internals replicas",
+    "population": "batch_norm errors keras_internals merge ops replicas text",
+    "cost": "batch_norm errors keras_internals layer_kinds text",
+    "fold": "batch_norm errors keras_internals layer_kinds text",
+    "health": "batch_norm errors fold keras_internals population text",
+    "models": "batch_norm errors text",
+    "convert": "batch_norm errors fold keras_internals models text",
+    # The package itself exports the layer library.
+    "bn_keras": "batch_norm convert cost errors fold health merge models population",
+}
+# The rooms of the trainer may also import the whole layer library.
+TRAINER = {
+    "data": "",
+    "distribute": "",
+    "runs": "",
+    "training": "data distribute runs",
+    "inference": "data distribute runs training",
+    "pictures": "data runs",
+    "experiments": "runs training",
+    "report": "data experiments inference runs training",
+}
+
+# The layer library depends on these packages only, apart from imports inside functions.
+DEPENDENCIES = {"tensorflow", "keras", "numpy", "h5py", "bn_keras"}
+OPTIONAL_DEPENDENCIES = {("convert", "torch"), ("population", "tqdm")}
+
+STRATEGY_CLASSES = {
+    "CentralStorageStrategy",
+    "MirroredStrategy",
+    "MultiWorkerMirroredStrategy",
+    "OneDeviceStrategy",
+    "ParameterServerStrategy",
+    "TPUStrategy",
+}
+
+# Methods of NamedTuple are public; os._exit is documented.
+PUBLIC_DESPITE_UNDERSCORE = {"_asdict", "_exit", "_fields", "_make", "_replace"}
+# TensorFlow has no public way to configure the datasets of MirroredStrategy's iterators.
+PRIVATE_OF_TENSORFLOW = {("bn_keras/distribute/strategy.py", "_create_device_dataset")}
+
+
+class Import(NamedTuple):
+    """One import; `is_top_level` excludes imports inside functions."""
+
+    room: str
+    module: str
+    is_top_level: bool
+
+
+def parse(package):
+    """Returns the syntax trees of a package by path."""
+    paths = sorted((ROOT / package).rglob("*.py"))
+    assert paths
+    return {path: ast.parse(path.read_text(), str(path)) for path in paths}
+
+
+def room_of(path):
+    return path.relative_to(ROOT / "bn_keras").parts[0].removesuffix(".py")
+
+
+def imports():
+    for path, tree in parse("bn_keras").items():
+        room = room_of(path).replace("__init__", "bn_keras")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}: relative import"
+                # `from bn_keras import ops` imports bn_keras.ops.
+                is_package = node.module == "bn_keras"
+                modules = (
+                    [f"bn_keras.{a.name}" for a in node.names] if is_package else [node.module]
+                )
+            else:
+                continue
+            for module in modules:
+                yield Import(room, module, node in tree.body)
+
+
+def test_every_room_is_in_the_table():
+    rooms = {room_of(path) for path in parse("bn_keras")} - {"__init__"}
+    assert rooms == (LAYER_LIBRARY.keys() | TRAINER.keys()) - {"bn_keras"}
+
+
+@pytest.mark.parametrize("table", [LAYER_LIBRARY, TRAINER], ids=["layer library", "trainer"])
+def test_table_has_no_cycles(table):
+    above = set()
+    for room, allowed in table.items():
+        assert above.issuperset(allowed.split()), room
+        above.add(room)
+
+
+def test_rooms_import_only_the_rooms_in_the_table():
+    for room, module, _ in imports():
+        package, _, rest = module.partition(".")
+        if package != "bn_keras":
+            continue
+        imported = rest.partition(".")[0] or "bn_keras"
+        allowed = (LAYER_LIBRARY | TRAINER)[room].split()
+        if room in TRAINER:
+            allowed += LAYER_LIBRARY
+        assert imported == room or imported in allowed, f"{room} imports {module}"
+
+
+def test_layer_library_needs_no_dependency_of_the_trainer():
+    for room, module, is_top_level in imports():
+        package = module.partition(".")[0]
+        if room not in LAYER_LIBRARY or package in sys.stdlib_module_names:
+            continue
+        assert package in DEPENDENCIES or (
+            (room, package) in OPTIONAL_DEPENDENCIES and not is_top_level
+        ), f"{room} imports {module}"
+
+
+def test_package_imports_neither_commands_nor_configs():
+    packages = {module.partition(".")[0] for _, module, _ in imports()}
+    assert not packages & {"launch", "bn_keras_launch", "configs", "bn_keras_configs"}
+
+
+def names_in(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.alias):
+            yield node.name.rpartition(".")[2]
+
+
+def test_only_distribute_names_strategy_classes():
+    for package in ("bn_keras", "launch"):
+        for path, tree in parse(package).items():
+            if path.parent != ROOT / "bn_keras" / "distribute":
+                assert not STRATEGY_CLASSES.intersection(names_in(tree)), path
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__") and name.isidentifier()
+
+
+def private_names_defined_in(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            if ast.unparse(node.value) == "self":
+                yield node.attr
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "object.__setattr__":
+            yield node.args[1].value
+
+
+def private_names_used_in(tree):
+    """Yields attributes, and names passed to getattr and the like."""
+    functions = {"getattr", "hasattr", "setattr", "delattr", "replaced_method"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            yield node.attr
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in functions:
+            name = node.args[1]
+            if isinstance(name, ast.Constant) and is_private(name.value):
+                yield name.value
+
+
+def test_only_keras_internals_uses_private_attributes_of_others():
+    """A private attribute that this code base does not define belongs to Keras or TensorFlow."""
+    trees = parse("bn_keras") | parse("launch")
+    own = {name for tree in trees.values() for name in private_names_defined_in(tree)}
+    for path, tree in trees.items():
+        if path == ROOT / "bn_keras" / "keras_internals.py":
+            continue
+        for name in private_names_used_in(tree):
+            place = (path.relative_to(ROOT).as_posix(), name)
+            assert (
+                name in own or name in PUBLIC_DESPITE_UNDERSCORE or place in PRIVATE_OF_TENSORFLOW
+            ), place
+
+
+def test_module_names_are_unique():
+    names = Counter(
+        path.name
+        for package in ("bn_keras", "launch")
+        for path in parse(package)
+        if path.name != "__init__.py"
+    )
+    assert [name for name, count in names.items() if count > 1] == []
