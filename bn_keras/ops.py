@@ -11,12 +11,11 @@ gradients.
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
-
-from bn_keras.cores import usable_cores
 
 # Dtypes that the fused kernels accept. They compute in float32 for all three.
 _FUSED_DTYPES = (tf.float16, tf.bfloat16, tf.float32)
@@ -493,8 +492,9 @@ def _should_fuse(x: tf.Tensor, min_size: int) -> bool:
 
 
 def _num_kernel_threads() -> int:
-    # By default TensorFlow starts one thread per core that the process may run on.
-    return tf.config.threading.get_intra_op_parallelism_threads() or len(usable_cores())
+    # All cores of the machine, also where the process may use only some of them: kernels differ by
+    # rounding, and a network trained in parallel with others equals the same network trained alone.
+    return tf.config.threading.get_intra_op_parallelism_threads() or os.cpu_count() or 1
 
 
 def _has_accelerator() -> bool:
