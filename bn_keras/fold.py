@@ -24,17 +24,17 @@ from bn_keras.layer_kinds import DEPTHWISE, SEPARABLE, TRANSPOSED, WITH_KERNEL
 from bn_keras.text import first_line
 
 # Random inputs of the comparison: number of examples, and size of axes of unknown size.
-_EXAMPLES = 8
+_NUM_EXAMPLES = 8
 _IMAGE_SIDE, _VOLUME_SIDE = 224, 32
 # Timed calls of each model.
 _ROUNDS = 10
 # Distance between 1 and the next larger number.
-_PRECISIONS = {"float64": 2**-52, "float32": 2**-23, "float16": 2**-10, "bfloat16": 2**-7}
+_MACHINE_EPSILONS = {"float64": 2**-52, "float32": 2**-23, "float16": 2**-10, "bfloat16": 2**-7}
 
 
 @dataclasses.dataclass(frozen=True)
 class FoldReport:
-    """What was folded, and how the folded model compares; str() is a few lines of text.
+    """Result of folding, and a comparison of both models; str() is a few lines of text.
 
     Attributes:
       folded: names of the folded layers, prefixed with the names of the nested models that contain
@@ -162,7 +162,7 @@ class _Plan:
                 f"model {model.name!r} is not built: call it, or start it with a keras.Input"
             )
         # By the id of a symbolic tensor: the layer that computes it, and the calls that read it
-        # (None stands for the outputs of a model).
+        # (None for the outputs of a model).
         self._producers: dict[int, keras.Operation] = {}
         self._consumers: dict[int, list[Call | None]] = {}
         self._calls: dict[keras.Operation, list[Call]] = {}
@@ -354,10 +354,10 @@ class _Folder:
     def _copy_weights(self, old: keras.Layer, new: keras.Layer) -> None:
         if old in self._plan.folded_into:
             scale, offset = _scale_and_offset(self._plan.folded_into[old])
-            _assign(new, _folded_weights(old, scale, offset))
+            _set_weights(new, _folded_weights(old, scale, offset))
         elif self._becomes_affine(old):
             scale, offset = _scale_and_offset(old)
-            _assign(new, {"kernel": scale, "bias": offset})
+            _set_weights(new, {"kernel": scale, "bias": offset})
         else:
             for o, n in zip(all_layers(old), all_layers(new), strict=True):
                 copy_state(o, n)
@@ -376,7 +376,7 @@ def copy_state(old: keras.Layer, new: keras.Layer) -> None:
     new.load_own_variables(state)
 
 
-def _assign(layer: keras.Layer, values: Mapping[str, np.ndarray]) -> None:
+def _set_weights(layer: keras.Layer, values: Mapping[str, np.ndarray]) -> None:
     for variable in layer.weights:
         variable.assign(values[variable.name].reshape(variable.shape))
 
@@ -449,7 +449,7 @@ def _random_inputs(name: str, symbolic_inputs: Any) -> Any:
     def draw(tensor: keras.KerasTensor) -> np.ndarray:
         side = _VOLUME_SIDE if tensor.ndim > 4 else _IMAGE_SIDE
         examples, *rest = tensor.shape
-        shape = (examples or _EXAMPLES, *(size or side for size in rest))
+        shape = (examples or _NUM_EXAMPLES, *(size or side for size in rest))
         if tensor.dtype == "uint8":
             return generator.integers(256, size=shape, dtype=np.uint8)
         if keras.backend.is_float_dtype(tensor.dtype):
@@ -537,7 +537,7 @@ def check_agreement(
     relative = [d / (size or 1) for d, size in zip(differences, sizes, strict=True)]
     largest = int(np.argmax(relative))
     difference, size = float(differences[largest]), float(sizes[largest])
-    precision = max(_PRECISIONS.get(x.compute_dtype, 0) for x in all_layers(model))
+    precision = max(_MACHINE_EPSILONS.get(x.compute_dtype, 0) for x in all_layers(model))
     # Written so that a NaN difference fails too.
     if not difference <= precision**0.5 * size:
         raise ArithmeticError(

@@ -358,7 +358,7 @@ def test_weights_survive_a_round_trip(name, tmp_path, short_figure_5):
 
 
 def test_weights_load_from_any_file_system_of_tensorflow(tmp_path, short_figure_5):
-    """ram:// stands for gs://, which needs a network."""
+    """ram:// replaces gs://, which needs a network."""
     model = small()
     model.save_weights(tmp_path / "network.weights.h5")
     tf.io.gfile.copy(str(tmp_path / "network.weights.h5"), "ram://network.weights.h5")

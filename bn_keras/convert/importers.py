@@ -71,7 +71,7 @@ def from_pytorch(
     if isinstance(source, Mapping):
         origin, state = "the state dict", source
     else:
-        origin, state = os.fspath(source), _load(pathlib.Path(source))
+        origin, state = os.fspath(source), _load_file(pathlib.Path(source))
     if isinstance(state, Mapping):
         state = state.get("state_dict", state)
     if not isinstance(state, Mapping):
@@ -90,7 +90,7 @@ def from_pytorch(
     model = BNInception(
         _VARIANT, _classes(project, shapes), input_shape, preset="caffe", name="bn_inception"
     )
-    _assign(model, project, origin, shapes, lambda name: _to_numpy(tensors[name]))
+    _assign_tensors(model, project, origin, shapes, lambda name: _to_numpy(tensors[name]))
     return model
 
 
@@ -139,7 +139,7 @@ def from_slim(
         gamma=any(name.endswith(SLIM.variables["gamma"]) for name in shapes),
         name="bn_inception",
     )
-    _assign(model, SLIM, origin, shapes, reader.get_tensor)
+    _assign_tensors(model, SLIM, origin, shapes, reader.get_tensor)
     return model
 
 
@@ -211,7 +211,7 @@ def _classes(project: Project, shapes: Mapping[str, Shape]) -> int:
     return math.prod(shapes.get(project.layers["logits"] + project.variables["bias"], (1000,)))
 
 
-def _assign(
+def _assign_tensors(
     model: keras.Model,
     project: Project,
     origin: str,
@@ -259,7 +259,7 @@ def _strip_ones(shape: Shape) -> Shape:
     return shape[next((i for i, size in enumerate(shape) if size != 1), len(shape)) :]
 
 
-def _load(path: pathlib.Path) -> Any:
+def _load_file(path: pathlib.Path) -> Any:
     """Reads an .npz file or a file of torch.save."""
     if not path.is_file():
         raise UsageError(f"file {path} does not exist")
