@@ -1,13 +1,13 @@
-"""GoogLeNet's 144 crops of photographs, against the same network on tensors that lie ready.
+"""Evaluation with GoogLeNet's 144 crops of photographs, against the network alone.
 
-BN-Inception at full width in float32 takes as many crops at a time in both. One is an evaluation
-as it is: it reads records, decodes JPEGs, resizes them, cuts the crops, averages probabilities and
-counts. The other calls the network again and again with one batch.
+Both call BN-Inception at full width in float32 with batches of the same size. One is a complete
+evaluation: it reads records, decodes and resizes JPEGs, cuts the crops, averages probabilities and
+counts. The other calls the network repeatedly with one batch.
 
     python benchmarks/crops.py [folder]
 
-The folder holds `imagenet_manual` with ImageNet's archives, or a sample of them in the same layout,
-which are prepared in a temporary folder; without it there is nothing to measure.
+The folder must contain `imagenet_manual` with ImageNet's archives, or a sample of them in the same
+layout, which are prepared in a temporary folder.
 """
 
 import os
@@ -23,10 +23,10 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from _timing import compare
 
-from bn_keras.data import pipeline
 from bn_keras.data.multi_crop import Crops
-from bn_keras.inference.evaluation import make_ensemble_evaluator
+from bn_keras.data.pipeline import open_data
 from bn_keras.models import BNInception
+from bn_keras.training.evaluator import Evaluator
 from configs import bn_x30
 
 CROPS = Crops.parse("144")
@@ -36,26 +36,26 @@ LIMIT = 0.9
 
 def main(folder):
     if not (folder / "imagenet_manual").is_dir():
-        print("144 crops: left out, no folder with imagenet_manual was given")
+        print("144 crops: skipped, no folder with imagenet_manual was passed")
         return
     model = BNInception("bn_x30")
     batches = IMAGES * CROPS.count // BATCH_SIZE
     with tempfile.TemporaryDirectory() as data_dir:
-        data = photographs(folder / "imagenet_manual", data_dir)
+        data = open_photographs(folder / "imagenet_manual", data_dir)
         strategy = tf.distribute.get_strategy()
         functions = {
-            "ready": ready(model, batches),
-            "144 crops": make_ensemble_evaluator([model], data, strategy, BATCH_SIZE, CROPS),
+            "network": network_alone(model, batches),
+            "144 crops": Evaluator([model], data, strategy, BATCH_SIZE, CROPS),
         }
         times = compare(functions, rounds=ROUNDS, block=1)
     for name, milliseconds in times.items():
         print(f"{name:12}{1e3 * IMAGES * CROPS.count / milliseconds:8.1f} crops/s")
-    ratio = times["ready"] / times["144 crops"]
-    print(f"{'ratio':12}{ratio:8.3f} (at least {LIMIT} is wanted)")
+    ratio = times["network"] / times["144 crops"]
+    print(f"{'ratio':12}{ratio:8.3f} (target: at least {LIMIT})")
     sys.exit(ratio < LIMIT)
 
 
-def ready(model, batches):
+def network_alone(model, batches):
     images = tf.random.stateless_uniform([BATCH_SIZE, *model.input.shape[1:]], [0, 0], -1, 1)
     network = tf.function(lambda: model(images, training=False))
 
@@ -66,14 +66,14 @@ def ready(model, batches):
     return call
 
 
-def photographs(manual_dir, data_dir):
+def open_photographs(manual_dir, data_dir):
     tfds.disable_progress_bar()
     builder = tfds.builder("imagenet2012", data_dir=data_dir)
     download = tfds.download.DownloadConfig(manual_dir=manual_dir, num_shards=1)
     builder.download_and_prepare(download_config=download)
     config = bn_x30.get_config().data.copy_and_resolve_references()
     config.update({"data_dir": data_dir, "validation_split": f"validation[:{IMAGES}]"})
-    return pipeline.open_data(config, seed=0)
+    return open_data(**config, seed=0)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What the input costs: next to a small network's step, and in images/s from real photographs.
+"""Cost of the input: relative to a small network's step, and in images/s from photographs.
 
     python benchmarks/input.py [folder]
 
-The folder may hold `tfds/mnist`, prepared by TFDS (else the digits are taken), and
+The folder may contain `tfds/mnist`, prepared by TFDS (otherwise the digits are used), and
 `imagenet_manual` with ImageNet's archives, or a sample of them in the same layout, which are
-prepared in a temporary folder (else that part is left out).
+prepared in a temporary folder (otherwise that part is skipped).
 """
 
 import os
@@ -21,50 +21,50 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from bn_keras.data import images as images_lib
-from bn_keras.data import pipeline
+from bn_keras.data import transforms
+from bn_keras.data.pipeline import open_data
 from bn_keras.training.config import default_config
 from configs import mnist_bn
 
 STEPS, ROUNDS = 500, 15
-# Of 32 photographs; tf.data tunes itself in the first ones.
+# Batches of 32 photographs; tf.data tunes itself during the warm-up.
 WARM_UP_BATCHES, PHOTOGRAPH_BATCHES, PHOTOGRAPH_ROUNDS = 20, 40, 5
 STRATEGY = tf.distribute.get_strategy()
 
 
 def main(folder):
-    small_network(folder)
+    time_small_network(folder)
     if (folder / "imagenet_manual").is_dir():
         with tempfile.TemporaryDirectory() as data_dir:
-            photographs(folder / "imagenet_manual", data_dir)
+            time_photographs(folder / "imagenet_manual", data_dir)
     else:
-        print("photographs: left out, no folder with imagenet_manual was given")
+        print("photographs: skipped, no folder with imagenet_manual was passed")
 
 
-def small_network(folder):
-    """A step of the section 4.1 network alone, and fed."""
+def time_small_network(folder):
+    """Times a step of the network of section 4.1 with a constant batch and with its input."""
     config = mnist_bn.get_config().data.copy_and_resolve_references()
     if (folder / "tfds" / "mnist").is_dir():
         config.data_dir = str(folder / "tfds")
     else:
         config.update({"name": "digits", "validation_split": "validation"})
-    data = pipeline.open_data(config, seed=0)
+    data = open_data(**config, seed=0)
     batches = iter(data.train_batches(STRATEGY, 60))
-    train_step = mlp_step(data.input_shape)
+    train_step = make_mlp_step(data.input_shape)
     constant = next(batches)
 
     @tf.function
-    def bare(steps):
+    def run_constant(steps):
         for _ in tf.range(steps):
             STRATEGY.run(train_step, args=constant)
 
     @tf.function
-    def fed(steps):
+    def run_with_input(steps):
         for _ in tf.range(steps):
             STRATEGY.run(train_step, args=next(batches))
 
-    # Taking turns, so that a slow moment of the machine hits both.
-    seconds = {bare: [], fed: []}
+    # Interleaved, so that a slow phase of the machine affects both.
+    seconds = {run_constant: [], run_with_input: []}
     for loop in seconds:
         loop(tf.constant(STEPS))
     for _ in range(ROUNDS):
@@ -73,14 +73,14 @@ def small_network(folder):
             loop(tf.constant(STEPS))
             times.append(time.perf_counter() - begin)
     print(f"{config.name}, batch 60, three layers of 100 sigmoids:")
-    for name, times in zip(("one constant batch", "fed"), seconds.values(), strict=True):
+    for name, times in zip(("constant batch", "with input"), seconds.values(), strict=True):
         print(f"{name:40}{1e6 * statistics.median(times) / STEPS:6.0f} us/step")
-    ratio = statistics.median(f / b for b, f in zip(*seconds.values(), strict=True))
-    print(f"{'fed / constant':40}{ratio:6.2f}")
+    ratio = statistics.median(b / a for a, b in zip(*seconds.values(), strict=True))
+    print(f"{'with input / constant':40}{ratio:6.2f}")
 
 
-def mlp_step(input_shape):
-    """A training step in plain TensorFlow, so that the least possible hides the input."""
+def make_mlp_step(input_shape):
+    """Returns a training step in plain TensorFlow, as fast as possible."""
     sizes = [input_shape[0] * input_shape[1], 100, 100, 100, 10]
     kernels = [
         tf.Variable(tf.random.stateless_normal(shape, [0, 0]) * 0.05)
@@ -107,8 +107,8 @@ def mlp_step(input_shape):
     return step
 
 
-def photographs(manual_dir, data_dir):
-    """Images/s with every distortion on, against the usual input without any."""
+def time_photographs(manual_dir, data_dir):
+    """Times the input with all distortions against a common hand-written one without any."""
     import keras_cv
 
     tfds.disable_progress_bar()
@@ -122,7 +122,7 @@ def photographs(manual_dir, data_dir):
     jitter = keras_cv.layers.RandomColorJitter((0, 255), 32 / 255, 0.5, (0.25, 0.75), 0.2)
     usual = "decode_and_crop_jpeg + resize + flip"
     datasets = {
-        "records alone": usual_batches(builder, lambda encoded: tf.strings.length(encoded)),
+        "records only": usual_batches(builder, lambda encoded: tf.strings.length(encoded)),
         "decode_and_crop_jpeg": usual_batches(builder, lambda encoded: decode(encoded)[0, 0]),
         usual: usual_batches(builder, resize_and_flip),
         "the same + keras_cv.RandomColorJitter": usual_batches(builder, resize_and_flip).map(
@@ -132,7 +132,7 @@ def photographs(manual_dir, data_dir):
         "bn_keras, no distortion": train_batches(plain),
         "bn_keras, full distortion": train_batches(config),
     }
-    # Taking turns, as above.
+    # Interleaved, as above.
     costs = {name: [] for name in datasets}
     for _ in range(PHOTOGRAPH_ROUNDS):
         for name, dataset in datasets.items():
@@ -150,7 +150,7 @@ def photographs(manual_dir, data_dir):
 
 
 def seconds_per_image(dataset):
-    """Of the clock, and of all cores together, in a pipeline that runs alone and has settled."""
+    """Returns wall-clock and CPU seconds per image of a warmed-up pipeline that runs alone."""
     batches = iter(dataset)
     for _ in range(WARM_UP_BATCHES):
         next(batches)
@@ -162,16 +162,16 @@ def seconds_per_image(dataset):
 
 
 def train_batches(config):
-    return pipeline.open_data(config, seed=0).train_batches(STRATEGY, 32)
+    return open_data(**config, seed=0).train_batches(STRATEGY, 32)
 
 
-def usual_batches(builder, treat):
-    """What one writes by hand: TensorFlow's defaults throughout."""
+def usual_batches(builder, transform):
+    """Returns the input as commonly written by hand, with TensorFlow's defaults."""
     decoders = {"image": tfds.decode.SkipDecoding()}
     examples = builder.as_dataset(split="train", decoders=decoders, shuffle_files=True)
     examples = examples.shuffle(300).repeat()
     examples = examples.map(
-        lambda example: (treat(example["image"]), example["label"]),
+        lambda example: (transform(example["image"]), example["label"]),
         num_parallel_calls=tf.data.AUTOTUNE,
     )
     return examples.batch(32, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
@@ -179,7 +179,7 @@ def usual_batches(builder, treat):
 
 def decode(encoded):
     height, width, _ = tf.unstack(tf.io.extract_jpeg_shape(encoded))
-    window = images_lib.inception_windows(tf.random.uniform([1, 4]), height, width)[0]
+    window = transforms.inception_windows(tf.random.uniform([1, 4]), height, width)[0]
     return tf.io.decode_and_crop_jpeg(encoded, window, channels=3)
 
 

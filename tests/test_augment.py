@@ -1,4 +1,4 @@
-"""RandAugment, MixUp and CutMix: each against a reference, and as functions of the step alone."""
+"""RandAugment, MixUp and CutMix against references, and as functions of the step only."""
 
 import numpy as np
 import pytest
@@ -9,10 +9,10 @@ from small import small_mlp
 from test_data import ONE, Pipelines, assert_same, settings
 from test_train import kill_after
 
-from bn_keras.data import augment, pipeline
-from bn_keras.data import images as images_lib
+from bn_keras.data import augment, pipeline, transforms
 from bn_keras.data.augment import Mixing
-from bn_keras.data.images import Preprocessing
+from bn_keras.data.random_numbers import RandomNumbers
+from bn_keras.data.transforms import Preprocessing
 from bn_keras.errors import UsageError
 from bn_keras.training.loop import train_and_evaluate
 
@@ -22,7 +22,7 @@ LUMA = [0.2989, 0.587, 0.114]
 
 
 def photograph(channels=3, height=18, width=25):
-    """Whole numbers, of which the largest and the smallest are not 0 and 255."""
+    """Returns an image of integers whose smallest and largest values are not 0 and 255."""
     rows, columns = np.mgrid[:height, :width, :channels][:2]
     waves = 120 + 60 * np.sin(rows / 3) + 40 * np.cos(columns / 4)
     noise = np.random.default_rng(0).integers(0, 20, waves.shape)
@@ -30,7 +30,7 @@ def photograph(channels=3, height=18, width=25):
 
 
 def row(*operations):
-    """The uniform numbers that choose these operations, each with its two numbers."""
+    """Returns the uniform numbers that select these operations, each with its two numbers."""
     choices = [*NAMES, "none"]
     draws = [[(choices.index(name) + 0.5) / len(choices), *values] for name, *values in operations]
     none = [1 - 2**-24, 0.5, 0.5]
@@ -43,7 +43,7 @@ def augmented(images, uniforms):
 
 
 def around(uniform):
-    """Of a normal distribution about the magnitude, within [0, 1]."""
+    """Returns a quantile of the normal distribution around the magnitude, clipped to [0, 1]."""
     return np.clip(stats.norm.ppf(uniform, MAGNITUDE, augment.MAGNITUDE_STDDEV), 0, 1)
 
 
@@ -52,7 +52,7 @@ def up_to(uniform):
 
 
 def moved(image, matrix, offset=(0, 0)):
-    """Takes the pixel at (row, column) from matrix @ (row, column) + offset, reflected outside."""
+    """Moves pixels from matrix @ (row, column) + offset to (row, column), reflected outside."""
     planes = [
         ndimage.affine_transform(plane, matrix, offset, order=1, mode="reflect")
         for plane in np.moveaxis(image.astype(np.float64), -1, 0)
@@ -136,7 +136,7 @@ def test_an_operation_equals_its_reference(reference):
         np.testing.assert_allclose(got, expected, atol=0.02)
 
 
-def test_operations_follow_each_other_and_none_is_one_of_them():
+def test_operations_are_applied_in_sequence_and_may_be_none():
     image = photograph()
     rows = [
         row(),
@@ -146,13 +146,13 @@ def test_operations_follow_each_other_and_none_is_one_of_them():
     got = augmented(np.stack([image] * 3), np.stack(rows)).numpy()
     np.testing.assert_array_equal(got[0], image)
     np.testing.assert_allclose(got[1], brightness(image, 0.9, 0.5), atol=0.02)
-    one_by_one = image[None]
+    expected = image[None]
     for operation in (("shear_x", 0.3, 0.8), ("contrast", 0.8, 0.1), ("equalize", 0.1, 0.1)):
-        one_by_one = augmented(one_by_one, row(operation)[None])
-    np.testing.assert_array_equal(got[2], one_by_one[0])
+        expected = augmented(expected, row(operation)[None])
+    np.testing.assert_array_equal(got[2], expected[0])
 
 
-def test_grey_images_lose_no_colour():
+def test_only_the_color_operation_leaves_grey_images_unchanged():
     image = photograph(channels=1)
     rows = np.stack([row((name, 0.3, 0.8)) for name in NAMES])
     got = augmented(np.stack([image] * len(NAMES)), rows).numpy()
@@ -162,8 +162,8 @@ def test_grey_images_lose_no_colour():
     assert unchanged == ["color"]
 
 
-def test_all_choices_are_equally_likely():
-    """One in eleven is none, and a second leaves grey images alone."""
+def test_all_operations_are_equally_likely():
+    """One in eleven is none, and another one leaves grey images unchanged."""
     draws = np.random.default_rng(0).random((1100, augment.RAND_AUGMENT_UNIFORMS), np.float32)
     draws[:, 3::3] = row()[3::3]
     images = np.stack([photograph(channels=1)] * 1100)
@@ -173,7 +173,7 @@ def test_all_choices_are_equally_likely():
 
 
 @pytest.mark.parametrize("alpha", [1e-3, 0.2, 1.0, 8.0])
-def test_shares_follow_the_beta_distribution(alpha):
+def test_quantiles_are_those_of_the_beta_distribution(alpha):
     uniforms = np.append(np.random.default_rng(0).random(500, np.float32), [0, 0.5])
     shares = augment.beta_quantiles(tf.constant(uniforms, tf.float32), alpha).numpy()
     expected = special.betaincinv(alpha, alpha, np.float64(np.float32(uniforms)))
@@ -197,12 +197,12 @@ def neighbours(values):
     return values.reshape(-1, 2, *values.shape[1:])[:, ::-1].reshape(values.shape)
 
 
-def test_mixup_is_the_weighted_mean_of_a_pair_and_of_its_labels():
+def test_mixup_averages_a_pair_and_its_labels_with_the_same_weights():
     images, labels, uniforms = mixing_inputs()
     got, shares = mixed(Mixing(0.4, 0.0, 4), images, labels, uniforms)
     weights = 1 - special.betaincinv(0.4, 0.4, np.float64(uniforms[:, 0]))[:, None]
     one_hot = np.eye(4)[labels]
-    # By symmetry 1 - share is a share as well, and ours is the neighbour's.
+    # The distribution is symmetric; the drawn share is the neighbour's.
     expected = weights * one_hot + (1 - weights) * neighbours(one_hot)
     np.testing.assert_allclose(shares, expected, atol=1e-6)
     weights = weights[:, :, None, None]
@@ -210,7 +210,7 @@ def test_mixup_is_the_weighted_mean_of_a_pair_and_of_its_labels():
     np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
-def test_cutmix_is_a_box_of_the_neighbour_and_the_labels_count_its_pixels():
+def test_cutmix_pastes_a_box_of_the_neighbour_and_weighs_labels_by_its_pixels():
     images, labels, uniforms = mixing_inputs(n=400)
     got, shares = mixed(Mixing(0.0, 1.0, 4), images, labels, uniforms)
     is_other = (got == neighbours(images)).all(axis=-1)
@@ -230,7 +230,7 @@ def test_cutmix_is_a_box_of_the_neighbour_and_the_labels_count_its_pixels():
         np.testing.assert_array_equal(mask, expected)
 
 
-def test_both_take_turns():
+def test_mixup_and_cutmix_alternate():
     inputs = mixing_inputs()
     for step in (0, 1, 2, 3):
         alone = Mixing(0.0, 1.0, 4) if step % 2 else Mixing(0.4, 0.0, 4)
@@ -239,7 +239,7 @@ def test_both_take_turns():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Pictures of four classes, in files."""
+    """A folder of images in four classes."""
     root = tmp_path_factory.mktemp("pictures")
     random = np.random.default_rng(0)
     for label in range(4):
@@ -256,36 +256,36 @@ EVERYTHING = {"random_augment": 0.5, "mixup": 0.4, "cutmix": 1.0}
 
 @pytest.fixture(params=["synthetic", "folder"])
 def open_augmented(request, folder):
-    """Opens a set by way of each kind of source, everything random switched on."""
+    """Opens a set as each kind of source, with all augmentation."""
 
-    def opened(**changes):
+    def open_data(**changes):
         config = settings(name=request.param, data_dir=folder, **{**EVERYTHING, **changes})
-        return pipeline.open_data(config, seed=3)
+        return pipeline.open_data(**config, seed=3)
 
-    return opened
+    return open_data
 
 
-def train(data, steps, start_step=0, strategy=ONE, mixed=True):
-    datasets = data.train_batches(strategy, 8, start_step, mixed=mixed)
+def train(data, steps, start_step=0, strategy=ONE, mix=True):
+    datasets = data.train_batches(strategy, 8, start_step, mix=mix)
     return strategy.global_batches(datasets, steps)
 
 
-def test_a_batch_is_a_function_of_its_step_whatever_feeds_it(open_augmented):
-    unbroken = train(open_augmented(), 7)
+def test_a_batch_depends_only_on_its_step(open_augmented):
+    uninterrupted = train(open_augmented(), 7)
     resumed = train(open_augmented(), 4, start_step=3, strategy=Pipelines(2, 4))
-    assert_same(resumed, unbroken[3:])
+    assert_same(resumed, uninterrupted[3:])
 
 
-def test_labels_are_the_shares_of_a_pair_and_only_what_trains_is_mixed(open_augmented):
+def test_labels_are_the_shares_of_a_pair_and_mixing_is_optional(open_augmented):
     data = open_augmented(random_augment=0.0)
-    (dataset,) = data.train_batches(Pipelines(1, 2), 8, mixed=True)
+    (dataset,) = data.train_batches(Pipelines(1, 2), 8, mix=True)
     images, labels = dataset.element_spec
     assert images == tf.TensorSpec([4, 8, 8, 3])
     assert labels == tf.TensorSpec([4, data.num_classes])
     assert dataset.cardinality() == tf.data.INFINITE_CARDINALITY
 
-    as_such = train(data, 4, mixed=False)
-    for (images, shares), (plain, labels) in zip(train(data, 4), as_such, strict=True):
+    unmixed = train(data, 4, mix=False)
+    for (images, shares), (plain, labels) in zip(train(data, 4), unmixed, strict=True):
         assert labels.dtype == np.int32 and np.abs(images - plain).max() > 0.1
         np.testing.assert_allclose(shares.sum(axis=1), 1, atol=1e-6)
         pairs = np.stack([labels, neighbours(labels)], axis=1)
@@ -295,7 +295,7 @@ def test_labels_are_the_shares_of_a_pair_and_only_what_trains_is_mixed(open_augm
         assert images.min() >= -1 and images.max() <= 1
 
 
-def test_what_evaluates_sees_none_of_it(open_augmented):
+def test_evaluation_is_not_augmented(open_augmented):
     seen = []
     for changes in ({}, dict.fromkeys(EVERYTHING, 0.0)):
         datasets, _ = open_augmented(**changes).validation_batches(ONE, 4)
@@ -303,20 +303,21 @@ def test_what_evaluates_sees_none_of_it(open_augmented):
     assert_same(*seen)
 
 
-def test_what_is_drawn_for_one_thing_leaves_the_others_alone(open_augmented):
-    """Crops, mirrors and colours are the same with RandAugment and without."""
+def test_rand_augment_does_not_change_the_other_random_numbers(open_augmented):
+    """Crops, mirroring and colours are the same with RandAugment and without."""
     number, drawn = tf.constant(5, tf.int64), {}
     for magnitude in (0.0, 0.5):
-        preprocessing = open_augmented(random_augment=magnitude).preprocessing
-        drawn[magnitude] = pipeline._image_uniforms(preprocessing, 3, number, [40]).numpy()
-    np.testing.assert_array_equal(drawn[0.5][:, : images_lib.NUM_UNIFORMS], drawn[0.0])
-    assert drawn[0.5][:, images_lib.RAND_AUGMENT].shape == (40, augment.RAND_AUGMENT_UNIFORMS)
+        random = open_augmented(random_augment=magnitude)._train._random
+        assert random == RandomNumbers(3, rand_augment=magnitude > 0)
+        drawn[magnitude] = random.draw_for_images(number, [40]).numpy()
+    np.testing.assert_array_equal(drawn[0.5][:, : transforms.NUM_UNIFORMS], drawn[0.0])
+    assert drawn[0.5][:, transforms.RAND_AUGMENT].shape == (40, augment.RAND_AUGMENT_UNIFORMS)
     assert len(np.unique(drawn[0.5])) == drawn[0.5].size
 
 
-def test_rand_augment_comes_between_the_crop_and_the_colours():
+def test_rand_augment_is_applied_between_crop_and_distortion():
     images = photograph()[np.newaxis].astype(np.uint8)
-    draws = np.full([1, images_lib.NUM_UNIFORMS], 0.4, np.float32)
+    draws = np.full([1, transforms.NUM_UNIFORMS], 0.4, np.float32)
     draws = np.concatenate([draws, row(("solarize", 0.6, 0.7))[None]], axis=1)
     plain, full = (
         Preprocessing(images.shape[1:3], "none", True, distortion, False, magnitude)
@@ -324,8 +325,8 @@ def test_rand_augment_comes_between_the_crop_and_the_colours():
     )
     mirrored = plain.from_pool(tf.constant(images), [0], tf.constant(draws), 255)
     pixels = solarize((mirrored.numpy()[0] + 1) * 127.5, 0.6, 0.7)[None]
-    expected = images_lib.distort(
-        tf.constant(pixels, tf.float32), draws[:, images_lib.COLOUR], 1.0, 255
+    expected = transforms.distort(
+        tf.constant(pixels, tf.float32), draws[:, transforms.COLOUR], 1.0, 255
     )
     got = full.from_pool(tf.constant(images), [0], tf.constant(draws), 255)
     np.testing.assert_allclose((got + 1) * 127.5, expected, atol=0.05)
@@ -334,37 +335,37 @@ def test_rand_augment_comes_between_the_crop_and_the_colours():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"random_augment": 1.5}, "data.random_augment is 1.5: it is from 0 to 1"),
-        ({"random_augment": -0.1}, "data.random_augment is -0.1"),
-        ({"random_augment": float("nan")}, "data.random_augment is nan"),
-        ({"mixup": -1.0}, "data.mixup is -1.0: it has to be 0 or more"),
-        ({"mixup": float("nan")}, "data.mixup is nan"),
-        ({"cutmix": float("inf")}, "data.cutmix is inf"),
+        ({"random_augment": 1.5}, r"data.random_augment=1.5 is invalid: .* number in \[0, 1\]"),
+        ({"random_augment": -0.1}, "data.random_augment=-0.1 is invalid"),
+        ({"random_augment": float("nan")}, "data.random_augment=nan is invalid"),
+        ({"mixup": -1.0}, "data.mixup=-1.0 is invalid: expected 0 or more"),
+        ({"mixup": float("nan")}, "data.mixup=nan is invalid"),
+        ({"cutmix": float("inf")}, "data.cutmix=inf is invalid"),
     ],
 )
-def test_what_cannot_be_meant_is_one_clear_line(changes, message):
+def test_invalid_settings_are_reported_on_one_line(changes, message):
     with pytest.raises(UsageError, match=message) as caught:
-        pipeline.open_data(settings(name="synthetic", **changes), seed=0)
+        pipeline.open_data(**settings(name="synthetic", **changes), seed=0)
     assert "\n" not in str(caught.value)
 
 
-def test_an_odd_batch_has_no_pairs():
-    data = pipeline.open_data(settings(name="synthetic", mixup=0.2), seed=0)
+def test_mixing_needs_an_even_batch_on_each_replica():
+    data = pipeline.open_data(**settings(name="synthetic", mixup=0.2), seed=0)
     with pytest.raises(UsageError, match="each replica has 3 examples of a batch of 6") as caught:
-        data.train_batches(Pipelines(1, 2), 6, mixed=True)
+        data.train_batches(Pipelines(1, 2), 6, mix=True)
     assert "\n" not in str(caught.value)
     data.train_batches(Pipelines(1, 2), 6)
 
 
-def test_a_run_on_mixed_images_goes_on_as_though_never_stopped(tmp_path, monkeypatch):
+def test_a_run_with_mixed_images_resumes_exactly(tmp_path, monkeypatch):
     mixings, mix = [], Mixing.mix
     monkeypatch.setattr(Mixing, "mix", lambda *args: mixings.append(args[0]) or mix(*args))
     config = small_mlp(**{"data.mixup": 0.4, "data.cutmix": 1.0, "train.steps": 12})
     config.checkpoint.every_steps = 5
-    unbroken = train_and_evaluate(config, tmp_path / "unbroken")
+    uninterrupted = train_and_evaluate(config, tmp_path / "uninterrupted")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         kill_after(patch, 8)
         train_and_evaluate(config, tmp_path / "resumed")
     resumed = train_and_evaluate(config, tmp_path / "resumed")
-    assert resumed["variables_sha256"] == unbroken["variables_sha256"]
+    assert resumed["variables_sha256"] == uninterrupted["variables_sha256"]
     assert mixings and set(mixings) == {Mixing(0.4, 1.0, 10)}

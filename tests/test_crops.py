@@ -1,11 +1,11 @@
-"""The crops against windows listed by hand, pixel by pixel."""
+"""Multi-crop evaluation against explicitly listed windows, pixel by pixel."""
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from bn_keras.data.images import Preprocessing
 from bn_keras.data.multi_crop import SINGLE_CROP, CropPreprocessing, Crops
+from bn_keras.data.transforms import Preprocessing
 from bn_keras.errors import UsageError
 
 GOOGLENET = Crops.parse("144")
@@ -13,13 +13,13 @@ IMAGENET = Preprocessing((224, 224), "inception", mirror=True, distortion=1.0, b
 
 
 def photograph(height, width, channels=3, seed=0):
-    """Noise smooth enough that a wrong pixel differs by much and a rounding by little."""
+    """Returns smooth noise: a wrong pixel makes a large difference, rounding a small one."""
     coarse = np.random.default_rng(seed).uniform(0, 255, (1, 9, 9, channels))
     return tf.saturate_cast(tf.image.resize(coarse, (height, width), "bicubic"), tf.uint8)[0]
 
 
 def resized(image, shorter_side):
-    """With the shorter side as given, the longer one rounded to the nearest pixel."""
+    """Resizes an image to a shorter side; the longer side is rounded to the nearest pixel."""
     height, width = image.shape[:2]
     if height <= width:
         shape = shorter_side, round(width * shorter_side / height)
@@ -29,7 +29,7 @@ def resized(image, shorter_side):
 
 
 def googlenet_crops(image):
-    """The paper's 144, written out: see the Source of Crops."""
+    """Returns the 144 crops of GoogLeNet, written out; see the Source of `Crops`."""
     crops = []
     for side in (256, 288, 320, 352):
         whole = resized(image, side)
@@ -51,25 +51,25 @@ def googlenet_crops(image):
 
 
 @pytest.mark.parametrize("height, width", [(301, 450), (100, 67), (280, 280)])
-def test_googlenets_144(height, width):
+def test_the_144_crops_equal_the_reference(height, width):
     image = photograph(height, width)
     expected = googlenet_crops(image)
-    squares = GOOGLENET.take_squares(image[None], 224)
+    squares = GOOGLENET.extract_squares(image[None], 224)
     crops = GOOGLENET.cut(squares, 224).numpy()
     assert crops.shape == expected.shape == (144, 224, 224, 3)
-    # Where it is no slice it is resized, in another batch, which rounds otherwise.
+    # Resized windows are computed in another batch here, with different rounding.
     np.testing.assert_allclose(crops, expected, atol=1e-3)
-    slices = [i for i, crop in enumerate(GOOGLENET.table(224)) if crop.window is not None]
+    slices = [i for i, crop in enumerate(GOOGLENET.list_crops(224)) if crop.window is not None]
     assert len(slices) == 120
     np.testing.assert_array_equal(crops[slices], expected[slices])
-    # Neighbours in the order of the table are each other's mirror image.
+    # Neighbours in the order of the crops are mirror images of each other.
     np.testing.assert_array_equal(crops[::2], crops[1::2, :, ::-1])
 
 
-def test_the_table_says_what_the_crops_are():
+def test_the_list_describes_the_crops():
     image = photograph(300, 470)
-    crops = GOOGLENET.cut(GOOGLENET.take_squares(image[None], 224), 224).numpy()
-    table = GOOGLENET.table(224)
+    crops = GOOGLENET.cut(GOOGLENET.extract_squares(image[None], 224), 224).numpy()
+    table = GOOGLENET.list_crops(224)
     assert len(set(table)) == len(table) == 144 == GOOGLENET.count
     for row, crop in zip(table, crops, strict=True):
         whole = resized(image, row.shorter_side)
@@ -88,7 +88,7 @@ def test_the_table_says_what_the_crops_are():
 def test_ten_crops_are_the_corners_and_the_centre_of_the_central_square():
     image = photograph(256, 400)
     ten = Crops.parse("10")
-    crops = ten.cut(ten.take_squares(image[None], 224), 224).numpy()
+    crops = ten.cut(ten.extract_squares(image[None], 224), 224).numpy()
     square = image.numpy()[:, 72 : 72 + 256].astype(np.float32)
     expected = [
         square[y : y + 224, x : x + 224] for y, x in [(0, 0), (0, 32), (32, 0), (32, 32), (16, 16)]
@@ -98,26 +98,26 @@ def test_ten_crops_are_the_corners_and_the_centre_of_the_central_square():
 
 
 @pytest.mark.parametrize("text", ["1", "10", "144", "1x1x1x2", "2x3x6x2", "4x1x5x1", "3x3x1x1"])
-def test_any_number_from_the_same_code(text):
+def test_fewer_crops_are_a_subset_of_the_144(text):
     crops = Crops.parse(text)
     images = tf.stack([photograph(40, 61, seed=s) for s in (0, 1)])
-    cut = crops.cut(crops.take_squares(images, 32), 32)
-    assert cut.shape == (2 * crops.count, 32, 32, 3) == (2 * len(crops.table(32)), 32, 32, 3)
-    # Each of these is the subset of the 144 that its table names, image by image.
-    of_144 = GOOGLENET.cut(GOOGLENET.take_squares(images, 32), 32)
-    rows = [GOOGLENET.table(32).index(row) for row in crops.table(32)]
+    cut = crops.cut(crops.extract_squares(images, 32), 32)
+    assert cut.shape == (2 * crops.count, 32, 32, 3) == (2 * len(crops.list_crops(32)), 32, 32, 3)
+    # Image by image, in the order of the list.
+    of_144 = GOOGLENET.cut(GOOGLENET.extract_squares(images, 32), 32)
+    rows = [GOOGLENET.list_crops(32).index(row) for row in crops.list_crops(32)]
     rows += [GOOGLENET.count + row for row in rows]
     np.testing.assert_allclose(cut, tf.gather(of_144, rows), atol=1e-3)
 
 
 @pytest.mark.parametrize("text", ["", "0", "12", "5x1x1x1", "1x2x1x1", "1x1x4x1", "1x1x1x3", "x"])
-def test_crops_that_cannot_be_meant(text):
-    with pytest.raises(UsageError, match="unknown crops .*accepted are 1, 10, 144") as caught:
+def test_invalid_crops_are_reported_on_one_line(text):
+    with pytest.raises(UsageError, match="unknown crops .*expected 1, 10, 144") as caught:
         Crops.parse(text)
     assert "\n" not in str(caught.value)
 
 
-def test_squares_only():
+def test_several_crops_need_a_square_input():
     oblong = Preprocessing((224, 192), "none", mirror=False, distortion=0.0, binary=False)
     with pytest.raises(UsageError, match="10 crops .* 224x192: .* single crop"):
         CropPreprocessing(oblong, Crops.parse("10"))
@@ -129,7 +129,7 @@ def encode(image, kind):
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg"])
-def test_from_a_file_to_the_networks_range(kind):
+def test_crops_of_an_encoded_image_are_in_the_networks_range(kind):
     encoded = encode(photograph(300, 400), kind)
     preprocessing = CropPreprocessing(IMAGENET, GOOGLENET)
     squares = preprocessing.from_encoded(encoded, None, 3)
@@ -141,25 +141,25 @@ def test_from_a_file_to_the_networks_range(kind):
     assert preprocessing.num_pixels == sum(s.shape[0] * s.shape[1] * s.shape[2] for s in squares)
 
 
-def test_the_single_crop_is_the_tables_first_part_of_the_image():
-    # For a side of which 256 is a simple fraction, both resize from the same pixels.
+def test_the_single_crop_is_the_centre_window_of_the_first_scale():
+    # 256 is a simple fraction of this side, so that both crops are resized from the same pixels.
     image = photograph(512, 800)
     encoded = encode(image, "png")
     single = CropPreprocessing(IMAGENET, SINGLE_CROP)
     shown = single.cut(single.from_encoded(encoded, None, 3)[None])[0]
-    squares = SINGLE_CROP.take_squares(image[None], 224)
+    squares = SINGLE_CROP.extract_squares(image[None], 224)
     cut = SINGLE_CROP.cut(squares, 224)[0] / 127.5 - 1
     np.testing.assert_allclose(shown, cut, atol=1e-5)
 
 
 @pytest.mark.parametrize("binary", [False, True])
-def test_from_memory(binary):
-    # Digits: one channel, 17 grey levels, 8x8.
+def test_crops_of_images_in_memory_are_in_the_networks_range(binary):
+    # As the digits: one channel, 17 grey levels, 8x8.
     pool = np.random.default_rng(0).integers(0, 17, (5, 8, 8, 1), np.uint8)
     preprocessing = CropPreprocessing(Preprocessing((8, 8), "none", False, 0.0, binary), GOOGLENET)
     squares = preprocessing.from_pool(tf.constant(pool), tf.constant([3, 1]), None, 16)
     crops = preprocessing.cut(squares).numpy().reshape(2, 144, 8, 8, 1)
-    pixels = GOOGLENET.cut(GOOGLENET.take_squares(pool[[3, 1]], 8), 8).numpy()
+    pixels = GOOGLENET.cut(GOOGLENET.extract_squares(pool[[3, 1]], 8), 8).numpy()
     pixels = pixels.reshape(crops.shape)
     if binary:
         settled = abs(pixels - 8) > 1e-3

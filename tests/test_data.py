@@ -1,4 +1,4 @@
-"""The order of examples, for every source: nothing lost, nothing twice, the same from anywhere."""
+"""The order of examples for every kind of source: complete, without repeats, resumable anywhere."""
 
 import math
 import os
@@ -12,7 +12,10 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from bn_keras.data import pipeline, sources
+from bn_keras.data import pipeline, shard_batches, sources, tfds_sets
+from bn_keras.data.array_batches import ArrayBatches
+from bn_keras.data.random_numbers import RandomNumbers
+from bn_keras.data.shard_batches import ShardBatches
 from bn_keras.errors import UsageError
 from bn_keras.training.config import default_config
 
@@ -23,7 +26,7 @@ GLOBAL_BATCH_SIZE = 8
 
 
 class TinyThumbnails(tfds.core.GeneratorBasedBuilder):
-    """Images of one size, each of a class of its own, so that a label names its example."""
+    """Images of one size, each with its own class, so that a label identifies its example."""
 
     VERSION = tfds.core.Version("1.0.0")
     ENCODING, SHAPE, LABEL = "png", (12, 10, 3), "label"
@@ -56,13 +59,13 @@ class TinyThumbnails(tfds.core.GeneratorBasedBuilder):
 
 
 class TinyPhotographs(TinyThumbnails):
-    """The same as JPEGs of many sizes."""
+    """JPEG images of different sizes."""
 
     ENCODING, SHAPE = "jpeg", (None, None, 3)
 
 
 class TinyScores(TinyThumbnails):
-    """Images with a number where the class should be."""
+    """Images labelled with a number instead of a class."""
 
     LABEL = "score"
 
@@ -86,22 +89,22 @@ def settings(**changes):
 
 @pytest.fixture(params=["arrays", "examples", "shards"])
 def open_tiny(request, data_dir):
-    """Opens the tiny set by way of each kind of source, everything random switched on."""
+    """Opens the tiny set as each kind of source, with all random preprocessing."""
     name = "tiny_thumbnails" if request.param == "arrays" else "tiny_photographs"
     shuffle = "shards" if request.param == "shards" else "examples"
-    kind = pipeline._ArrayBatches if request.param == "arrays" else pipeline._ShardBatches
+    kind = ArrayBatches if request.param == "arrays" else ShardBatches
 
-    def opened(seed=3, **changes):
+    def open_data(seed=3, **changes):
         config = settings(name=name, data_dir=data_dir, shuffle=shuffle, **changes)
-        data = pipeline.open_data(config, seed=seed)
+        data = pipeline.open_data(**config, seed=seed)
         assert isinstance(data._train, kind)
         return data
 
-    return opened
+    return open_data
 
 
 class Pipelines:
-    """Stands for a strategy of several hosts: the datasets of all of them in one process."""
+    """A strategy of several hosts, with the datasets of all hosts in one process."""
 
     def __init__(self, num_pipelines, num_replicas):
         self.num_replicas_in_sync = num_replicas
@@ -114,7 +117,7 @@ class Pipelines:
         return [dataset_fn(context) for context in self._contexts]
 
     def replica_batches(self, datasets, steps):
-        """Per step, the batches of all replicas in order."""
+        """Returns the batches of all replicas in order, step by step."""
         local = self.num_replicas_in_sync // len(self._contexts)
         iterators = [iter(dataset) for dataset in datasets]
         return [
@@ -123,7 +126,7 @@ class Pipelines:
         ]
 
     def global_batches(self, datasets, steps):
-        """Per step, the replicas' batches put together."""
+        """Returns the concatenated batches of all replicas, step by step."""
         return [
             [np.concatenate(parts) for parts in zip(*replicas, strict=True)]
             for replicas in self.replica_batches(datasets, steps)
@@ -134,7 +137,7 @@ ONE = Pipelines(1, 1)
 
 
 def train(data, steps, start_step=0, global_batch_size=GLOBAL_BATCH_SIZE, strategy=ONE):
-    """The global batches of the first steps: a list of [images, labels]."""
+    """Returns the global batches of the first steps, a list of [images, labels]."""
     datasets = data.train_batches(strategy, global_batch_size, start_step)
     return strategy.global_batches(datasets, steps)
 
@@ -149,7 +152,7 @@ def assert_same(got, expected):
             np.testing.assert_array_equal(a, b)
 
 
-def test_attributes(open_tiny):
+def test_data_describes_its_source(open_tiny):
     data = open_tiny()
     assert data.num_classes == NUM_EXAMPLES and data.input_shape == (8, 8, 3)
     assert data.class_names == tuple(str(label) for label in range(NUM_EXAMPLES))
@@ -157,7 +160,7 @@ def test_attributes(open_tiny):
     assert data.num_validation_examples == NUM_VALIDATION_EXAMPLES
 
 
-def test_an_epoch_is_a_permutation_and_each_another(open_tiny):
+def test_each_epoch_is_a_different_permutation(open_tiny):
     steps = NUM_EXAMPLES  # Batches of 8: eight epochs.
     epochs = labels_of(train(open_tiny(), steps)).reshape(GLOBAL_BATCH_SIZE, NUM_EXAMPLES)
     for epoch in epochs:
@@ -167,10 +170,10 @@ def test_an_epoch_is_a_permutation_and_each_another(open_tiny):
     assert (other != epochs).any(axis=1).all()
 
 
-def test_in_memory_all_is_one_shard(data_dir):
+def test_shuffling_shards_keeps_the_stored_order_in_memory(data_dir):
     config = settings(name="tiny_thumbnails", data_dir=data_dir, shuffle="shards")
-    data = pipeline.open_data(config, seed=3)
-    assert isinstance(data._train, pipeline._ArrayBatches)
+    data = pipeline.open_data(**config, seed=3)
+    assert isinstance(data._train, ArrayBatches)
     steps = NUM_EXAMPLES  # Batches of 8: eight epochs.
     labels = labels_of(train(data, steps))
     stored = data._source.train.labels
@@ -178,34 +181,34 @@ def test_in_memory_all_is_one_shard(data_dir):
     start = NUM_EXAMPLES // GLOBAL_BATCH_SIZE + 1
     later = labels_of(train(data, 5, start))
     np.testing.assert_array_equal(later, labels[start * GLOBAL_BATCH_SIZE :][: later.size])
-    # What is drawn at random, such as crops, differs between epochs nevertheless.
+    # Random crops still differ between epochs.
     images = np.concatenate([images for images, *_ in train(data, steps)])
     assert (images[:NUM_EXAMPLES] != images[NUM_EXAMPLES : 2 * NUM_EXAMPLES]).any()
 
 
 def orders(count, seeds, epochs):
-    """The order of `count` examples, a row for each seed and epoch."""
+    """Returns the order of `count` examples, a row for each seed and epoch."""
     indices = tf.tile(tf.range(count, dtype=tf.int64), [len(epochs)])
     number = tf.repeat(tf.constant(epochs, tf.int64), count)
-    rows = [pipeline._permuted(indices, count, seed, pipeline.EXAMPLES, number) for seed in seeds]
+    rows = [RandomNumbers(seed).permute_examples(indices, count, number) for seed in seeds]
     return np.concatenate([row.numpy().reshape(-1, count) for row in rows])
 
 
-def test_orders_are_as_different_as_random_ones():
-    """TensorFlow's index_shuffle by itself repeats after 256 seeds, and neighbours correlate."""
+def test_permutations_of_different_seeds_and_epochs_are_independent():
+    """TensorFlow's index_shuffle alone repeats after 256 seeds, and neighbours correlate."""
     many = orders(47, seeds=[0], epochs=range(2000))
     assert len({tuple(order) for order in many}) == 2000
-    # Each place meets each example equally often: chi-square over its degrees of freedom is
-    # 1 +- 0.2 for one place, the mean over 47 places hardly leaves 1.
+    # Each example is equally often at each place: chi-square over its degrees of freedom is
+    # 1 +- 0.2 for one place, and its mean over 47 places is close to 1.
     counts = np.stack([np.bincount(place, minlength=47) for place in many.T])
     np.testing.assert_allclose(((counts - 2000 / 47) ** 2).mean() * 47 / 2000, 1, atol=0.15)
     for large in (orders(60_000, [0], range(3)), orders(60_000, range(3), [0])):
         np.testing.assert_allclose(np.corrcoef(large), np.eye(3), atol=0.02)
-        # Neighbours in memory are neighbours in the order once an epoch, by chance.
+        # By chance, one pair of stored neighbours stays together per epoch.
         assert ((np.diff(large, axis=1) == 1).sum(axis=1) < 10).all()
 
 
-def test_an_example_looks_different_each_time(open_tiny):
+def test_an_example_is_augmented_differently_in_each_epoch(open_tiny):
     images = {}
     for batch_images, labels in train(open_tiny(), 2 * NUM_EXAMPLES // GLOBAL_BATCH_SIZE + 2):
         for image, label in zip(batch_images, labels, strict=True):
@@ -215,17 +218,17 @@ def test_an_example_looks_different_each_time(open_tiny):
     assert all(np.abs(seen[0] - seen[1]).max() > 0.01 for seen in twice)
 
 
-def test_started_at_a_step_it_goes_on_like_the_unbroken_one(open_tiny):
-    unbroken = train(open_tiny(), 44)
-    # The data are opened anew, as by another process. Within the first epoch, around its end (47
-    # examples: step 5.9), and far beyond; in memory a chunk holds 16 steps.
+def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one(open_tiny):
+    uninterrupted = train(open_tiny(), 44)
+    # A new Data, as in another process. Starts within the first epoch, around its end (47 examples,
+    # step 5.9) and far beyond; in memory a chunk has 16 steps.
     data = open_tiny()
     for start_step in (1, 5, 6, 16, 39):
-        assert_same(train(data, 5, start_step), unbroken[start_step : start_step + 5])
+        assert_same(train(data, 5, start_step), uninterrupted[start_step : start_step + 5])
 
 
 @pytest.mark.parametrize(("num_pipelines", "num_replicas"), [(1, 2), (2, 4)])
-def test_replicas_together_see_what_one_would(open_tiny, num_pipelines, num_replicas):
+def test_replicas_together_see_the_batches_of_one_replica(open_tiny, num_pipelines, num_replicas):
     data, strategy = open_tiny(), Pipelines(num_pipelines, num_replicas)
     rows = GLOBAL_BATCH_SIZE // num_replicas
     datasets = data.train_batches(strategy, GLOBAL_BATCH_SIZE, 3)
@@ -237,7 +240,7 @@ def test_replicas_together_see_what_one_would(open_tiny, num_pipelines, num_repl
             np.testing.assert_array_equal(own_labels, labels[r * rows : (r + 1) * rows])
 
 
-def test_under_a_mirrored_strategy(open_tiny, two_replicas):
+def test_a_mirrored_strategy_sees_the_same_batches(open_tiny, two_replicas):
     data = open_tiny()
     distributed = iter(data.train_batches(two_replicas, GLOBAL_BATCH_SIZE, start_step=4))
     for expected in train(data, 4, start_step=4):
@@ -254,7 +257,7 @@ def test_under_a_mirrored_strategy(open_tiny, two_replicas):
     assert sorted(seen) == list(range(NUM_VALIDATION_EXAMPLES))
 
 
-def test_shapes_are_static_and_the_training_input_endless(open_tiny):
+def test_shapes_are_static_and_training_is_endless(open_tiny):
     data, half = open_tiny(), GLOBAL_BATCH_SIZE // 2
     (dataset,) = data.train_batches(Pipelines(1, 2), GLOBAL_BATCH_SIZE)
     images, labels = dataset.element_spec
@@ -282,12 +285,12 @@ def test_validation_counts_every_example_once(open_tiny, global_batch_size, stra
     assert_same(batches[num_steps:], batches[:num_steps])
 
 
-def test_reading_from_files_gives_the_images_of_memory(data_dir, monkeypatch):
+def test_images_from_files_equal_images_in_memory(data_dir, monkeypatch):
     config = settings(name="tiny_thumbnails", data_dir=data_dir, image_size=0, crop="none")
-    in_memory = pipeline.open_data(config, seed=0)
-    monkeypatch.setattr(sources, "MEMORY_LIMIT_BYTES", 0)
-    streamed = pipeline.open_data(config, seed=0)
-    assert isinstance(streamed._train, pipeline._ShardBatches)
+    in_memory = pipeline.open_data(**config, seed=0)
+    monkeypatch.setattr(tfds_sets, "MEMORY_LIMIT_BYTES", 0)
+    streamed = pipeline.open_data(**config, seed=0)
+    assert isinstance(streamed._train, ShardBatches)
     assert streamed.input_shape == in_memory.input_shape == (12, 10, 3)
     both = []
     for data in (in_memory, streamed):
@@ -305,7 +308,7 @@ def test_reading_from_files_gives_the_images_of_memory(data_dir, monkeypatch):
 
 
 def shards_in_order(data_dir, split):
-    """The labels of each shard, in the order of its file."""
+    """Returns the labels of each shard, in the order of its file."""
     config = settings(name="tiny_photographs", data_dir=data_dir)
     source = sources.open_source(config.name, data_dir, split, "validation", 0)
     return [
@@ -318,10 +321,10 @@ def shards_in_order(data_dir, split):
 
 
 def whole_shards(shards, epoch):
-    """Cuts an epoch's labels wherever those so far make up whole shards.
+    """Splits the labels of an epoch wherever the labels so far form whole shards.
 
     Returns:
-      Pairs of the numbers of the shards in a piece and the piece's labels.
+      The numbers of the shards and the labels of each piece.
     """
     shard_of = {label: number for number, shard in enumerate(shards) for label in shard}
     pieces, numbers, labels = [], set(), []
@@ -335,11 +338,11 @@ def whole_shards(shards, epoch):
     return pieces
 
 
-def test_shuffling_shards_permutes_nothing_else(data_dir):
+def test_shuffling_shards_keeps_the_order_within_each_shard(data_dir):
     config = settings(name="tiny_photographs", data_dir=data_dir, shuffle="shards")
     shards = shards_in_order(data_dir, "train")
     assert len(shards) == NUM_SHARDS
-    epochs = labels_of(train(pipeline.open_data(config, 0), NUM_EXAMPLES)).reshape(8, -1)
+    epochs = labels_of(train(pipeline.open_data(**config, seed=0), NUM_EXAMPLES)).reshape(8, -1)
     orders = set()
     for epoch in epochs:
         pieces = whole_shards(shards, epoch)
@@ -349,13 +352,13 @@ def test_shuffling_shards_permutes_nothing_else(data_dir):
 
 
 @pytest.mark.parametrize("group_shards", [1, 2])
-def test_shuffling_examples_mixes_within_groups_of_shards(data_dir, monkeypatch, group_shards):
+def test_shuffling_examples_permutes_within_groups_of_shards(data_dir, monkeypatch, group_shards):
     config = settings(name="tiny_photographs", data_dir=data_dir, shuffle="examples")
     shards = shards_in_order(data_dir, "train")
     info = TinyPhotographs(data_dir=data_dir).info
     shard_bytes = info.splits["train"].num_bytes / NUM_SHARDS
-    monkeypatch.setattr(pipeline, "GROUP_BYTES", int((group_shards + 0.5) * shard_bytes))
-    epochs = labels_of(train(pipeline.open_data(config, 0), NUM_EXAMPLES)).reshape(8, -1)
+    monkeypatch.setattr(shard_batches, "GROUP_BYTES", int((group_shards + 0.5) * shard_bytes))
+    epochs = labels_of(train(pipeline.open_data(**config, seed=0), NUM_EXAMPLES)).reshape(8, -1)
     orders = set()
     for epoch in epochs:
         pieces = whole_shards(shards, epoch)
@@ -367,13 +370,13 @@ def test_shuffling_examples_mixes_within_groups_of_shards(data_dir, monkeypatch,
     assert len(orders) > 1
 
 
-def test_starting_in_the_middle_reads_only_what_comes(tmp_path, monkeypatch):
-    """The files of the shards before the start of a run may be gone."""
+def test_a_resumed_run_reads_only_the_shards_that_follow(tmp_path, monkeypatch):
+    """The other files are truncated and could not be read."""
     tfds.disable_progress_bar()
     download = tfds.download.DownloadConfig(num_shards=NUM_SHARDS)
     TinyPhotographs(data_dir=tmp_path).download_and_prepare(download_config=download)
-    monkeypatch.setattr(pipeline, "GROUP_BYTES", 0)
-    data = pipeline.open_data(settings(name="tiny_photographs", data_dir=str(tmp_path)), seed=0)
+    monkeypatch.setattr(shard_batches, "GROUP_BYTES", 0)
+    data = pipeline.open_data(**settings(name="tiny_photographs", data_dir=str(tmp_path)), seed=0)
     whole = train(data, 22, global_batch_size=2)
     shards = shards_in_order(str(tmp_path), "train")
     last = next(n for n, shard in enumerate(shards) if whole[-1][1][-1] in shard)
@@ -387,16 +390,16 @@ def test_starting_in_the_middle_reads_only_what_comes(tmp_path, monkeypatch):
         train(data, 1)
 
 
-def test_slices_of_splits(data_dir, monkeypatch):
+def test_splits_may_be_slices(data_dir, monkeypatch):
     config = settings(
         name="tiny_thumbnails",
         data_dir=data_dir,
         train_split="train[10:40]",
         validation_split="train[:10]+train[40:]",
     )
-    for limit in (sources.MEMORY_LIMIT_BYTES, 0):
-        monkeypatch.setattr(sources, "MEMORY_LIMIT_BYTES", limit)
-        data = pipeline.open_data(config, seed=0)
+    for limit in (tfds_sets.MEMORY_LIMIT_BYTES, 0):
+        monkeypatch.setattr(tfds_sets, "MEMORY_LIMIT_BYTES", limit)
+        data = pipeline.open_data(**config, seed=0)
         assert (data.num_train_examples, data.num_validation_examples) == (30, 17)
         trained = set(labels_of(train(data, 5, global_batch_size=6)))
         datasets, num_steps = data.validation_batches(ONE, 17)
@@ -404,9 +407,9 @@ def test_slices_of_splits(data_dir, monkeypatch):
         assert len(trained) == 30 and len(validated) == 17 and not trained & validated
 
 
-def test_digits():
+def test_digits_are_those_of_scikit_learn():
     plain = {"image_size": 0, "crop": "none", "mirror": False, "distortion": 0.0}
-    data = pipeline.open_data(settings(name="digits", **plain), seed=0)
+    data = pipeline.open_data(**settings(name="digits", **plain), seed=0)
     assert data.input_shape == (8, 8, 1) and data.num_classes == 10
     assert (data.num_train_examples, data.num_validation_examples) == (1442, 355)
 
@@ -419,20 +422,20 @@ def test_digits():
     held_out = np.concatenate([np.flatnonzero(digits.target == d)[4::5] for d in range(10)])
     held_out = np.sort(held_out)
     np.testing.assert_array_equal(labels, digits.target[held_out])
-    # Exact: 17 grey levels, white is 16.
+    # Exact in float32: 17 grey levels, white is 16.
     np.testing.assert_array_equal(images[..., 0], digits.images[held_out] / 8 - 1)
     assert np.bincount(labels).min() >= 34 and np.bincount(labels).max() <= 36
 
     [(trained, _)] = train(data, 1, global_batch_size=1442)
     assert len({image.tobytes() for image in [*trained, *images]}) == 1797
 
-    binary = pipeline.open_data(settings(name="digits", **plain, binary=True), seed=0)
+    binary = pipeline.open_data(**settings(name="digits", **plain, binary=True), seed=0)
     [(images, _)] = train(binary, 1)
     assert set(images.ravel()) == {0.0, 1.0}
 
 
-def test_synthetic():
-    data = pipeline.open_data(settings(name="synthetic", image_size=20), seed=0)
+def test_synthetic_images_have_the_size_of_imagenet_and_learnable_labels():
+    data = pipeline.open_data(**settings(name="synthetic", image_size=20), seed=0)
     assert data.input_shape == (20, 20, 3) and data.num_classes == 1000
     assert data.num_train_examples == 1_281_167
     batches = train(data, 4, global_batch_size=64)
@@ -441,7 +444,7 @@ def test_synthetic():
     datasets, num_steps = data.validation_batches(ONE, 300)
     validation = ONE.global_batches(datasets, num_steps)
     assert sum(weights.sum() for *_, weights in validation) == data.num_validation_examples
-    # The same label is the same image, so that there is something to learn.
+    # Images with the same label are equal, and so can be learned.
     images, seen, _ = validation[0]
     for label in set(seen):
         same = images[seen == label]
@@ -452,30 +455,34 @@ def test_synthetic():
     ("changes", "message"),
     [
         ({"name": "cifar11"}, "unknown data set 'cifar11': did you mean .*'cifar10'.*'digits'"),
-        ({"name": "qqqqqqqqq"}, "unknown data set 'qqqqqqqqq': accepted are 'digits'"),
+        ({"name": "qqqqqqqqq"}, "unknown data set 'qqqqqqqqq': expected 'digits'"),
         ({"train_split": "trian"}, "no split 'trian': it has 'train', 'validation'"),
         ({"validation_split": "test"}, "no split 'test': it has 'train', 'validation'"),
         ({"train_split": "train[:"}, r"no split 'train\[:'"),
         ({"name": "digits", "train_split": "all"}, "'digits' has no split 'all': it has 'train'"),
-        ({"crop": "center"}, "data.crop is 'center': accepted are 'inception', 'shift', 'none'"),
-        ({"shuffle": "all"}, "data.shuffle is 'all': accepted are 'examples', 'shards'"),
+        ({"crop": "center"}, "unknown data.crop 'center': expected one of inception, shift, none"),
+        ({"shuffle": "all"}, "unknown data.shuffle 'all': expected one of examples, shards"),
         ({"name": "tiny_scores"}, "'tiny_scores' has no image with a class label.*image, label"),
-        ({"image_size": 0}, "images of 'tiny_photographs' differ in size: give the side"),
-        ({"image_size": -1}, "data.image_size is -1"),
-        ({"name": "synthetic", "image_size": 0}, "'synthetic' images have no size of their own"),
-        ({"distortion": -0.5}, "data.distortion is -0.5"),
-        ({"data_dir": "no/such/folder"}, "data.data_dir 'no/such/folder' is not a folder"),
+        ({"image_size": 0}, "those of 'tiny_photographs' differ in size: set the side"),
+        ({"image_size": -1}, "data.image_size=-1 is invalid"),
+        (
+            {"name": "synthetic", "image_size": 0},
+            "'synthetic', whose images have no size",
+        ),
+        ({"distortion": -0.5}, r"data.distortion=-0.5 is invalid: expected a number in \[0, 1\]"),
+        ({"max_bad_examples": -1}, "data.max_bad_examples=-1 is invalid: expected 0 or more"),
+        ({"data_dir": "no/such/folder"}, "data.data_dir='no/such/folder' is not a folder"),
     ],
 )
-def test_what_cannot_be_meant_is_one_clear_line(data_dir, changes, message):
+def test_invalid_settings_are_reported_on_one_line(data_dir, changes, message):
     config = settings(name="tiny_photographs", data_dir=data_dir)
     config.update(changes)
     with pytest.raises(UsageError, match=message) as caught:
-        pipeline.open_data(config, seed=0)
+        pipeline.open_data(**config, seed=0)
     assert "\n" not in str(caught.value)
 
 
-def test_a_set_that_cannot_be_downloaded_names_the_embedded_one(tmp_path, monkeypatch):
+def test_the_error_for_a_failed_download_suggests_digits(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise socket.gaierror(-2, "Name or service not known")
 
@@ -483,39 +490,39 @@ def test_a_set_that_cannot_be_downloaded_names_the_embedded_one(tmp_path, monkey
     monkeypatch.setattr("urllib.request.getproxies", dict)
     config = settings(name="cifar100", data_dir=str(tmp_path))
     with pytest.raises(UsageError) as caught:
-        pipeline.open_data(config, seed=0)
+        pipeline.open_data(**config, seed=0)
     message = str(caught.value)
     assert "\n" not in message and "'cifar100'" in message and str(tmp_path) in message
     assert "no connection to www.cs.toronto.edu" in message and "'digits'" in message
     assert not list(tmp_path.iterdir())
 
 
-def test_imagenet_without_its_archives_says_what_to_do(tmp_path):
+def test_the_error_for_missing_imagenet_says_how_to_prepare_it(tmp_path):
     config = settings(name="imagenet2012", data_dir=str(tmp_path))
     with pytest.raises(UsageError, match="imagenet2012.*[Mm]anual") as caught:
-        pipeline.open_data(config, seed=0)
+        pipeline.open_data(**config, seed=0)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("global_batch_size", [9, 0, -2])
-def test_a_batch_that_the_replicas_do_not_divide(two_replicas, global_batch_size):
-    data = pipeline.open_data(settings(name="digits"), seed=0)
+def test_replicas_must_divide_the_global_batch(two_replicas, global_batch_size):
+    data = pipeline.open_data(**settings(name="digits"), seed=0)
     for open_batches in (data.train_batches, data.validation_batches):
         with pytest.raises(UsageError, match=f"batch of {global_batch_size} .* 2 replicas"):
             open_batches(two_replicas, global_batch_size)
 
 
-def test_an_input_dropped_while_it_reads_ahead_does_not_crash():
-    """In a process of its own, which TensorFlow's iterator over devices would take along."""
+def test_dropping_an_iterator_that_reads_ahead_does_not_crash():
+    """In a separate process, which a crash of TensorFlow's multi-device iterator would end."""
     program = """
 import tensorflow as tf
 from bn_keras.data import pipeline
-from bn_keras.distribute.strategy import make_strategy
+from bn_keras.distribute import make_strategy
 from configs import bn_x5
 config = bn_x5.get_config().data.copy_and_resolve_references()
 config.name = "synthetic"
 strategy = make_strategy("mirrored", 1)
-data = pipeline.open_data(config, seed=0)
+data = pipeline.open_data(**config, seed=0)
 for step in range(12):
     next(iter(data.train_batches(strategy, 32, step)))
 """

@@ -1,4 +1,4 @@
-"""Images of one's own in folders, and those of any source that can't be read."""
+"""Folders of images, and unreadable examples of any source."""
 
 import io
 import logging
@@ -12,8 +12,8 @@ from PIL import Image
 from small import small_mlp
 from test_data import ONE, Pipelines, assert_same, labels_of, train
 
-from bn_keras.data import pipeline
-from bn_keras.data.unreadable import BadExamples
+from bn_keras.data import pipeline, shard_batches
+from bn_keras.data.unreadable import UnreadableExamples
 from bn_keras.errors import UsageError
 from bn_keras.training.config import default_config
 from bn_keras.training.loop import train_and_evaluate
@@ -31,7 +31,7 @@ def encoded(pixels, file_format="PNG", **options):
 
 
 def grey_level(label, number):
-    """A grey that tells which image this is."""
+    """Returns the grey level that identifies an image."""
     return 60 * label + 5 * number
 
 
@@ -42,7 +42,7 @@ def write(path, content):
 
 @pytest.fixture
 def root(tmp_path):
-    """Three classes; images of several formats, nested, with spaces and umlauts in their names."""
+    """Three classes; several formats, nested folders, spaces and umlauts in names."""
     root = tmp_path / "my pictures"
     for split, count in (("train", NUM_TRAIN), ("validation", NUM_VALIDATION)):
         for label, name in enumerate(CLASSES):
@@ -62,7 +62,7 @@ def settings(root, **changes):
 
 
 def open_folder(root, **changes):
-    return pipeline.open_data(settings(root, **changes), seed=1)
+    return pipeline.open_data(**settings(root, **changes), seed=1)
 
 
 def validate(data, global_batch_size=8, strategy=ONE):
@@ -72,11 +72,11 @@ def validate(data, global_batch_size=8, strategy=ONE):
 
 
 def levels(images):
-    """The grey levels that images show."""
+    """Returns the grey levels of images."""
     return np.round((images[:, 4, 4, 0] + 1) * 127.5).astype(int)
 
 
-def test_labels_are_the_sorted_class_folders_and_every_image_is_there(root):
+def test_classes_are_the_sorted_folders_with_all_their_images(root):
     write(root / "train" / CLASSES[0] / ".DS_Store", b"hidden")
     write(root / "train" / ".cache" / "x.png", b"hidden")
     data = open_folder(root)
@@ -92,24 +92,24 @@ def test_labels_are_the_sorted_class_folders_and_every_image_is_there(root):
 
 
 @pytest.mark.parametrize("shuffle", ["examples", "shards"])
-def test_the_order_mixes_all_and_can_be_started_anywhere(root, shuffle):
+def test_the_order_mixes_all_classes_and_is_resumable_anywhere(root, shuffle):
     data = open_folder(root, shuffle=shuffle, crop="inception", mirror=True, distortion=1.0)
-    unbroken = train(data, STEPS)
-    # 30 examples of 3 classes: sorted by class the first 8 would be of one.
-    assert len(set(unbroken[0][1])) > 1
+    uninterrupted = train(data, STEPS)
+    # 30 examples of 3 classes: sorted by class, the first 8 would have one class.
+    assert len(set(uninterrupted[0][1])) > 1
     for start_step in (3, 7):
-        assert_same(train(data, 1, start_step), unbroken[start_step : start_step + 1])
+        assert_same(train(data, 1, start_step), uninterrupted[start_step : start_step + 1])
     for strategy in (Pipelines(1, 2), Pipelines(2, 2)):
-        assert_same(train(data, 2, 3, strategy=strategy), unbroken[3:5])
+        assert_same(train(data, 2, 3, strategy=strategy), uninterrupted[3:5])
 
 
-def test_batches_larger_than_a_piece_are_the_same(root, monkeypatch):
+def test_batches_do_not_depend_on_the_piece_size(root, monkeypatch):
     whole = train(open_folder(root), 2, global_batch_size=12)
-    monkeypatch.setattr(pipeline, "MAX_PIECE", 5)
+    monkeypatch.setattr(shard_batches, "MAX_PIECE", 5)
     assert_same(train(open_folder(root), 2, global_batch_size=12), whole)
 
 
-def test_percentages_split_each_class_by_itself(root):
+def test_percentages_split_each_class_separately(root):
     splits = {"train_split": "train[:70%]", "validation_split": "train[70%:]"}
     data = open_folder(root, **splits)
     assert (data.num_train_examples, data.num_validation_examples) == (21, 9)
@@ -120,7 +120,7 @@ def test_percentages_split_each_class_by_itself(root):
         level for images, _ in train(data, 7, global_batch_size=3) for level in levels(images)
     }
     assert len(trained) == 21 and len(validated) == 9 and not trained & validated
-    # Another image moves none of the others from one part to the other but at the border.
+    # A new image moves at most one other image to the other part.
     write(root / "train" / "cat" / "new.png", encoded(np.full((9, 9, 3), 255, np.uint8)))
     assert len(validated & set(levels(validate(open_folder(root, **splits))[0]))) >= 8
     flat = {"train_split": ".[:50%]", "validation_split": ".[50%:]"}
@@ -137,18 +137,22 @@ def remove(path):
 @pytest.mark.parametrize(
     ("change", "settings_", "message"),
     [
-        (None, {"data_dir": ""}, "data.data_dir '' is not a folder.*train/CLASS/IMAGE"),
-        (None, {"train_split": "trian"}, r"no folder 'trian' in .*holds 'train', 'validation'"),
-        (None, {"train_split": "train[:5]"}, r"'train\[:5\]' can't be read.*in percent"),
-        (None, {"train_split": "train[90%:80%]"}, r"no image to train on in class folder 'cat'"),
-        (None, {"train_split": "train/cat/älter"}, "holds no class folders"),
+        (None, {"data_dir": ""}, "data.data_dir='' is not a folder.*train/CLASS/IMAGE"),
+        (None, {"train_split": "trian"}, r"no folder 'trian' in .*has 'train', 'validation'"),
+        (None, {"train_split": "train[:5]"}, r"'train\[:5\]' is invalid.*a percentage"),
+        (None, {"train_split": "train[90%:80%]"}, "no training image in class folder 'cat'"),
+        (None, {"train_split": "train/cat/älter"}, "has no class folders"),
         (None, {"image_size": 0}, "'folder' differ in size"),
-        (lambda r: (r / "train" / "new").mkdir(), {}, "the first alone has 'new'.*alone nothing"),
-        (lambda r: remove(r / "validation" / "cat"), {}, "differ: the first alone has 'cat'"),
+        (
+            lambda r: (r / "train" / "new").mkdir(),
+            {},
+            "only the first has 'new'; only .* has none",
+        ),
+        (lambda r: remove(r / "validation" / "cat"), {}, "differ: only the first has 'cat'"),
         (
             lambda r: [(r / split / "none").mkdir() for split in ("train", "validation")],
             {},
-            "no image to train on in class folder 'none'.*remove the folder",
+            "no training image in class folder 'none'.*remove the folder",
         ),
         (
             lambda r: [file.unlink() for file in (r / "validation").rglob("*.*")],
@@ -157,7 +161,7 @@ def remove(path):
         ),
     ],
 )
-def test_folders_that_cannot_be_meant_are_one_clear_line(root, change, settings_, message):
+def test_invalid_folders_are_reported_on_one_line(root, change, settings_, message):
     if change:
         change(root)
     with pytest.raises(UsageError, match=message) as caught:
@@ -165,11 +169,11 @@ def test_folders_that_cannot_be_meant_are_one_clear_line(root, change, settings_
     assert "\n" not in str(caught.value)
 
 
-def test_other_files_are_left_out_and_named(root, caplog):
+def test_other_files_are_ignored_with_a_warning(root, caplog):
     write(root / "train" / "cat" / "notes.txt", b"no image")
     data = open_folder(root)
     assert data.num_train_examples == 30
-    assert "1 file(s)" in caplog.text and "notes.txt" in caplog.text
+    assert "ignoring 1 file in" in caplog.text and "notes.txt" in caplog.text
 
 
 PHOTOGRAPH = (
@@ -192,7 +196,7 @@ PHOTOGRAPH = (
     ],
     ids="cmyk progressive grey-jpeg grey-png 16-bit palette alpha bmp one-pixel".split(),
 )
-def test_what_can_be_read_is_read_right(tmp_path, content, expected):
+def test_all_formats_are_decoded_correctly(tmp_path, content, expected):
     for split in ("train", "validation"):
         write(tmp_path / split / "one" / "image.jpg", content)
     images, _, _ = validate(open_folder(tmp_path, image_size=48), global_batch_size=1)
@@ -201,12 +205,11 @@ def test_what_can_be_read_is_read_right(tmp_path, content, expected):
         left = (width - height) // 2
         expected = expected[:, left : left + height]
     expected = tf.image.resize(expected, (48, 48)) / 127.5 - 1
-    # JPEG blurs where colours meet; on the whole it doesn't.
+    # JPEG blurs edges between colours, but not on average.
     assert np.abs(images[0] - expected).mean() < 0.08
 
 
-# Not a zero in the rest of a JPEG's header, or it is no JPEG at all.
-BAD = {
+UNREADABLE = {
     "zero-byte": b"",
     "text": b"no image at all",
     "truncated-jpeg": encoded(PHOTOGRAPH, "JPEG")[:300],
@@ -215,33 +218,33 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("kind", BAD)
-def test_a_bad_image_stops_with_its_name(root, kind):
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_an_unreadable_image_stops_the_run_and_is_named(root, kind):
     path = root / "train" / "dög 2" / "bild 1.JPG"
-    path.write_bytes(BAD[kind])
+    path.write_bytes(UNREADABLE[kind])
     data = open_folder(root)
-    with pytest.raises(UsageError) as caught, data.naming_errors():
+    with pytest.raises(UsageError) as caught, data.reporting_errors():
         train(data, STEPS)
     message = str(caught.value)
-    assert str(path) in message and "data.max_bad_examples is 0" in message
+    assert str(path) in message and "data.max_bad_examples=0 accepts no more" in message
     assert "\n" not in message and "{{" not in message and "Op:" not in message
 
 
-def spoil(root):
-    """Makes three training images bad, two of them neighbours by name, and a validation image."""
+def corrupt(root):
+    """Corrupts three training images, two of them neighbours by name, and a validation image."""
     paths = [root / "train" / "cat" / f"bild {i}.{s}" for i, s in ((1, "JPG"), (2, "bmp"))]
     paths += [root / "train" / "zèbre" / "bild 5.bmp", root / "validation" / "cat" / "bild 1.JPG"]
-    for path, content in zip(paths, [*BAD.values(), b"?"][:4], strict=True):
+    for path, content in zip(paths, [*UNREADABLE.values(), b"?"][:4], strict=True):
         path.write_bytes(content)
     return paths
 
 
-def test_bad_examples_are_replaced_and_nothing_else_changes(root, caplog):
+def test_unreadable_training_examples_are_replaced_and_nothing_else_changes(root, caplog):
     random = {"crop": "inception", "mirror": True, "distortion": 1.0}
     intact = train(open_folder(root, **random), STEPS)
-    bad_paths = spoil(root)
+    corrupt_paths = corrupt(root)
     data = open_folder(root, max_bad_examples=3, **random)
-    with data.naming_errors():
+    with data.reporting_errors():
         got = train(data, STEPS)
     changed = [
         (step, row)
@@ -249,34 +252,34 @@ def test_bad_examples_are_replaced_and_nothing_else_changes(root, caplog):
         for row in range(len(new[1]))
         if (new[0][row] != old[0][row]).any()
     ]
-    # Two epochs and four examples of a third; three bad ones in each, whose place others take.
+    # Two epochs and four examples of a third; in each epoch three examples are replaced.
     assert 6 <= len(changed) <= 9
-    bad_levels = {grey_level(0, 1), grey_level(0, 2), grey_level(2, 5)}
+    corrupt_levels = {grey_level(0, 1), grey_level(0, 2), grey_level(2, 5)}
     plain = train(open_folder(root, max_bad_examples=3), STEPS)
-    assert not bad_levels & {level for images, _ in plain for level in levels(images)}
-    for path in bad_paths[:3]:
+    assert not corrupt_levels & {level for images, _ in plain for level in levels(images)}
+    for path in corrupt_paths[:3]:
         assert sum(str(path) in record.message for record in caplog.records) == 2
 
-    # From the middle, and whoever reads which rows, the same ones take their place.
+    # The substitutes are the same for a resumed run and for any number of replicas.
     for strategy, start_step in ((ONE, 4), (Pipelines(1, 2), 0), (Pipelines(2, 2), 2)):
         again = open_folder(root, max_bad_examples=3, **random)
         steps = STEPS - start_step
         assert_same(train(again, steps, start_step, strategy=strategy), got[start_step:])
 
 
-def test_more_bad_examples_than_are_allowed_stop_the_run(root):
-    bad_paths = spoil(root)
+def test_more_unreadable_examples_than_the_limit_stop_the_run(root):
+    corrupt_paths = corrupt(root)
     data = open_folder(root, max_bad_examples=2)
-    with pytest.raises(UsageError, match="data.max_bad_examples is 2") as caught:
-        with data.naming_errors():
+    with pytest.raises(UsageError, match="data.max_bad_examples=2") as caught:
+        with data.reporting_errors():
             train(data, STEPS)
-    assert any(str(path) in str(caught.value) for path in bad_paths)
+    assert any(str(path) in str(caught.value) for path in corrupt_paths)
 
 
 @pytest.mark.parametrize(
     ("global_batch_size", "strategy"), [(5, ONE), (12, ONE), (4, Pipelines(2, 2))]
 )
-def test_bad_validation_examples_do_not_count(root, global_batch_size, strategy):
+def test_unreadable_validation_examples_do_not_count(root, global_batch_size, strategy):
     for name in ("bild 1.JPG", "bild 2.bmp"):
         (root / "validation" / "zèbre" / name).write_bytes(b"?")
     data = open_folder(root, max_bad_examples=2)
@@ -288,14 +291,14 @@ def test_bad_validation_examples_do_not_count(root, global_batch_size, strategy)
     }
     data.check_counted(10)
     for wrong in (9, 11, 12):
-        # Of two pipelines' examples either knows only its own.
+        # Each of two pipelines knows only its own unreadable examples.
         if strategy is ONE or wrong > 10:
-            with pytest.raises(AssertionError, match="2 can't be read"):
+            with pytest.raises(AssertionError, match="but 2 are unreadable"):
                 data.check_counted(wrong)
 
 
-def test_a_run_counts_what_it_could_evaluate(root, tmp_path):
-    spoil(root)
+def test_a_run_reports_the_number_of_readable_validation_examples(root, tmp_path):
+    corrupt(root)
     config = small_mlp(
         **{"data." + key: value for key, value in settings(root, max_bad_examples=3).items()},
         **{"train.steps": 4, "train.steps_per_loop": 2, "evaluation.global_batch_size": 8},
@@ -303,12 +306,12 @@ def test_a_run_counts_what_it_could_evaluate(root, tmp_path):
     last = train_and_evaluate(config, tmp_path / "run")
     assert last["validation/examples"] == 11 and np.isfinite(last["validation/loss"])
     config.data.max_bad_examples = 0
-    with pytest.raises(UsageError, match="data.max_bad_examples is 0"):
+    with pytest.raises(UsageError, match="data.max_bad_examples=0"):
         train_and_evaluate(config, tmp_path / "strict")
 
 
 class Damaged(tfds.core.GeneratorBasedBuilder):
-    """Three classes with images that say by their size which they are."""
+    """Three classes of grey images."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -335,7 +338,7 @@ class Damaged(tfds.core.GeneratorBasedBuilder):
 
 @pytest.fixture
 def damaged(tmp_path):
-    """A set of TFRecords, and a function that changes one of its records."""
+    """The folder of a TFRecord set, and a function that changes one of its records."""
     tfds.disable_progress_bar()
     builder = Damaged(data_dir=tmp_path)
     download = tfds.download.DownloadConfig(num_shards=3)
@@ -362,23 +365,23 @@ def damaged(tmp_path):
 
 @pytest.mark.parametrize("shuffle", ["examples", "shards"])
 @pytest.mark.parametrize("features", [{"image": b""}, {"label": 3}, {"label": -1}], ids=str)
-def test_a_bad_record_is_named_by_its_file_name_and_place(damaged, shuffle, features):
+def test_an_unreadable_record_is_named_by_its_file_name_and_place(damaged, shuffle, features):
     data_dir, change = damaged
     name = change(2, **features)
     changes = {"name": "damaged", "shuffle": shuffle, "max_bad_examples": 1}
     data = open_folder(data_dir, **changes)
     labels = labels_of(train(data, 3, global_batch_size=4))
-    assert len(labels) == 12 and data._bad_train._names == {name}
+    assert len(labels) == 12 and data._unreadable_train._names == {name}
     data = open_folder(data_dir, **changes | {"max_bad_examples": 0})
-    with pytest.raises(UsageError) as caught, data.naming_errors():
+    with pytest.raises(UsageError) as caught, data.reporting_errors():
         train(data, 3, global_batch_size=4)
     assert name in str(caught.value)
 
 
-# Of the second record, and of the first.
+# A byte of the second record, and of the first.
 @pytest.mark.parametrize("position", [200, 20])
 def test_a_damaged_file_of_records_is_named(damaged, monkeypatch, position):
-    monkeypatch.setattr(pipeline, "GROUP_BYTES", 0)
+    monkeypatch.setattr(shard_batches, "GROUP_BYTES", 0)
     data_dir, _ = damaged
     [path] = pathlib.Path(data_dir).rglob("*train*00001-of*")
     content = bytearray(path.read_bytes())
@@ -386,28 +389,28 @@ def test_a_damaged_file_of_records_is_named(damaged, monkeypatch, position):
     path.write_bytes(content)
     data = open_folder(data_dir, name="damaged")
     with pytest.raises(
-        UsageError, match="fewer readable records.*prepare the data set anew"
+        UsageError, match="fewer readable records.*prepare the data set again"
     ) as caught:
-        with data.naming_errors():
+        with data.reporting_errors():
             train(data, 3, global_batch_size=4)
     assert "\n" not in str(caught.value) and path.name in str(caught.value)
 
 
-def test_the_same_example_counts_once(caplog):
+def test_an_unreadable_example_counts_once(caplog):
     caplog.set_level(logging.WARNING)
-    bad = BadExamples(limit=1)
+    unreadable = UnreadableExamples(limit=1)
     for _ in range(3):
-        bad.add("a", ValueError("first line\nsecond"))
-    assert bad.count == 1 and bad.too_many is None
+        unreadable.add("a", ValueError("first line\nsecond"))
+    assert unreadable.count == 1 and unreadable.error is None
     assert [record.message for record in caplog.records] == [
-        "bad example a: first line (1 of at most 1)"
+        "unreadable example a: first line (1 of at most 1)"
     ]
     with pytest.raises(UsageError, match="b: other"):
-        bad.add("b", ValueError("other"))
-    assert bad.too_many is not None
+        unreadable.add("b", ValueError("other"))
+    assert unreadable.error is not None
 
 
-def test_errors_of_others_pass_through(root):
+def test_other_tensorflow_errors_pass_through(root):
     data = open_folder(root)
-    with pytest.raises(tf.errors.AbortedError, match="not ours"), data.naming_errors():
+    with pytest.raises(tf.errors.AbortedError, match="not ours"), data.reporting_errors():
         raise tf.errors.AbortedError(None, None, "not ours")

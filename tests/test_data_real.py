@@ -1,4 +1,4 @@
-"""Real data sets, where they are: see BN_KERAS_DATA."""
+"""Real data sets, in the folder BN_KERAS_DATA; skipped without them."""
 
 import os
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from test_crops import googlenet_crops
+from test_launch import assert_fails_on_one_line, launch
 
 from bn_keras.data import pipeline
 from bn_keras.data.imagenet import ARCHIVES, prepare_imagenet
@@ -28,7 +29,7 @@ def settings(**changes):
 def folder(*names):
     path = DATA.joinpath(*names)
     if not path.exists():
-        pytest.skip(f"{path} is not there: set BN_KERAS_DATA to the folder of the data")
+        pytest.skip(f"no {path}: set BN_KERAS_DATA to the folder of the data")
     return str(path)
 
 
@@ -36,11 +37,11 @@ def folder(*names):
     ("name", "num_train_examples", "input_shape"),
     [("mnist", 60_000, (28, 28, 1)), ("cifar10", 50_000, (32, 32, 3))],
 )
-def test_small_sets(name, num_train_examples, input_shape):
+def test_small_sets_are_read_completely(name, num_train_examples, input_shape):
     data_dir = folder("tfds", name) and str(DATA / "tfds")
     config = settings(name=name, data_dir=data_dir, validation_split="test", image_size=0)
     config.update({"crop": "none", "mirror": False, "distortion": 0.0})
-    data = pipeline.open_data(config, seed=0)
+    data = pipeline.open_data(**config, seed=0)
     assert (data.input_shape, data.num_classes) == (input_shape, 10)
     assert (data.num_train_examples, data.num_validation_examples) == (num_train_examples, 10_000)
     dataset, num_steps = data.validation_batches(STRATEGY, 300)
@@ -65,14 +66,14 @@ def imagenet(tmp_path_factory):
     data_dir = tmp_path_factory.mktemp("imagenet")
     tfds.disable_progress_bar()
     prepared = prepare_imagenet(manual_dir, data_dir)
-    # A second time there is nothing to do, whether the archives are still there or not.
+    # The second time nothing is done, even without the archives.
     assert prepare_imagenet("gone", data_dir) == prepared
     return tfds.builder("imagenet2012", data_dir=data_dir)
 
 
-def test_imagenet(imagenet):
+def test_imagenet_is_augmented_for_training_and_cropped_for_evaluation(imagenet):
     data_dir = str(Path(imagenet.data_dir).parents[1])
-    data = pipeline.open_data(settings(data_dir=data_dir, shuffle="examples"), seed=0)
+    data = pipeline.open_data(**settings(data_dir=data_dir, shuffle="examples"), seed=0)
     assert (data.num_classes, data.input_shape) == (1000, (224, 224, 3))
     num_examples = {name: split.num_examples for name, split in imagenet.info.splits.items()}
     assert data.num_train_examples == num_examples["train"]
@@ -83,12 +84,12 @@ def test_imagenet(imagenet):
         np.testing.assert_array_equal(got, expected)
     for images, labels in batches:
         assert images.shape == (50, 224, 224, 3) and images.min() >= -1 and images.max() <= 1
-        # Photographs, not noise and not blank.
+        # Photographs: neither blank nor noise.
         assert (images.std(axis=(1, 2, 3)) > 0.02).all()
         assert np.abs(np.diff(images, axis=2)).mean() < 0.2
         assert labels.min() >= 0 and labels.max() < 1000
 
-    # Evaluation is a fixed crop: here by decoding the whole picture first.
+    # Evaluation uses a fixed crop; here the whole image is decoded first.
     dataset, num_steps = data.validation_batches(STRATEGY, 32)
     validation = list(dataset.take(num_steps).as_numpy_iterator())
     assert sum(weights.sum() for *_, weights in validation) == num_examples["validation"]
@@ -104,9 +105,9 @@ def test_imagenet(imagenet):
         assert label == example["label"]
 
 
-def test_imagenets_144_crops(imagenet):
+def test_the_144_crops_of_imagenet_photographs_equal_the_reference(imagenet):
     data_dir = str(Path(imagenet.data_dir).parents[1])
-    data = pipeline.open_data(settings(data_dir=data_dir), seed=0)
+    data = pipeline.open_data(**settings(data_dir=data_dir), seed=0)
     preprocessing = CropPreprocessing(data.preprocessing, Crops.parse("144"))
     dataset, num_steps = data.validation_batches(STRATEGY, 3, preprocessing)
     num_examples = imagenet.info.splits["validation"].num_examples
@@ -122,7 +123,7 @@ def test_imagenets_144_crops(imagenet):
     assert sum(float(tf.reduce_sum(w)) for *_, w in dataset.take(num_steps)) == num_examples
 
 
-def test_archives_that_are_missing_or_damaged_are_named(tmp_path):
+def test_missing_or_damaged_archives_are_named(tmp_path):
     with pytest.raises(
         UsageError, match="no ILSVRC2012_img_train.tar and no .*val.tar in"
     ) as error:
@@ -130,6 +131,11 @@ def test_archives_that_are_missing_or_damaged_are_named(tmp_path):
     assert "\n" not in str(error.value) and "image-net.org" in str(error.value)
     for name in ARCHIVES:
         (tmp_path / name).write_bytes(b"not a tar archive")
-    with pytest.raises(UsageError, match="could not be prepared in .*archives are whole") as error:
+    with pytest.raises(UsageError, match="cannot be prepared in .*archives are complete") as error:
         prepare_imagenet(tmp_path, tmp_path / "data")
     assert "\n" not in str(error.value)
+
+
+def test_the_command_names_missing_archives_on_one_line(tmp_path):
+    done = launch("prepare", f"--manual_dir={tmp_path}", f"--data_dir={tmp_path}")
+    assert_fails_on_one_line(done, 2, "ILSVRC2012_img_train.tar", "image-net.org")

@@ -1,15 +1,19 @@
-"""The gallery of what the network is fed."""
+"""The picture of the augmented input."""
 
 import matplotlib.image
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import tensorflow as tf
+from full_disk import files_of_at_most
+from matplotlib.figure import Figure
 from test_launch import assert_fails_on_one_line, launch
 
-from bn_keras.data import pipeline
-from bn_keras.errors import UsageError
-from bn_keras.pictures import augmented_input as preview
+from bn_keras.data.pipeline import open_data
+from bn_keras.errors import StorageError, UsageError
+from bn_keras.pictures.augmented_input import write_preview
 from configs import digits_bn_x5
+
+STRATEGY = tf.distribute.get_strategy()
 
 
 def digits(**changes):
@@ -20,17 +24,15 @@ def digits(**changes):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that are drawn, kept open."""
-    drawn = []
-    monkeypatch.setattr(plt, "close", drawn.append)
-    yield drawn
-    monkeypatch.undo()
-    plt.close("all")
+    """The figures that are saved."""
+    saved, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: [saved.append(f), save(f, *a, **k)])
+    return saved
 
 
-def test_it_shows_what_the_network_is_fed_under_the_right_names(tmp_path, figures):
+def test_the_picture_shows_the_input_of_the_network_with_its_names(tmp_path, figures):
     config = digits(distortion=0.25, crop="shift")
-    preview.write_preview(config, tmp_path / "new" / "x.png", num_examples=5)
+    write_preview(config, tmp_path / "new" / "x.png", num_examples=5)
     picture = matplotlib.image.imread(tmp_path / "new" / "x.png")
     assert picture.ndim == 3 and picture.std() > 0.1
     rows = np.array(figures[0].axes).reshape(-1, 5)
@@ -38,33 +40,32 @@ def test_it_shows_what_the_network_is_fed_under_the_right_names(tmp_path, figure
     expected = ["distortion 0", "distortion 0.25\n(this config)", "distortion 0.5", "distortion 1"]
     assert names == [*expected, "validation"]
 
-    data = pipeline.open_data(config.data, seed=config.seed)
-    strategy = preview.tf.distribute.get_strategy()
-    train = next(iter(data.train_batches(strategy, 5)))
-    validation = next(iter(data.validation_batches(strategy, 5)[0]))
-    fed = ((rows[1], rows[0], train), (rows[4], rows[4], validation))
-    for row, titled, (images, labels, *_) in fed:
+    data = open_data(**config.data, seed=config.seed)
+    train = next(iter(data.train_batches(STRATEGY, 5)))
+    validation = next(iter(data.validation_batches(STRATEGY, 5)[0]))
+    expected = ((rows[1], rows[0], train), (rows[4], rows[4], validation))
+    for row, titled, (images, labels, *_) in expected:
         shown = np.stack([cell.images[0].get_array() for cell in row])
         np.testing.assert_allclose(shown, (images[..., 0] + 1) / 2, atol=1e-6)
         assert [cell.get_title() for cell in titled] == [str(label) for label in labels.numpy()]
-    # The same example in each column, more and more distorted.
+    # Each column shows one example with increasing distortion.
     plain, *others = ([cell.images[0].get_array() for cell in row] for row in rows[:4])
     distances = [np.abs(np.subtract(other, plain)).mean() for other in others]
     assert 0 < distances[0] < distances[1] < distances[2]
 
 
-def test_it_shows_what_goes_beyond_the_paper_with_the_shares_of_the_classes(tmp_path, figures):
-    """Three examples, the last of which is mixed with a fourth."""
+def test_the_picture_shows_mixed_images_with_the_shares_of_their_classes(tmp_path, figures):
+    """The last of three examples is mixed with a fourth."""
     config = digits(random_augment=0.5, mixup=0.4, cutmix=1.0, distortion=0.5)
-    preview.write_preview(config, tmp_path / "x.png", num_examples=3)
+    write_preview(config, tmp_path / "x.png", num_examples=3)
     rows = np.array(figures[0].axes).reshape(-1, 3)
     names = [row[0].get_ylabel() for row in rows]
     mixtures = [f"RandAugment 0.5\n{name}\n(this config)" for name in ("MixUp 0.4", "CutMix 1")]
     plain = [f"distortion {strength}" for strength in ("0", "0.5", "1")]
     assert names == [*plain, *mixtures, "validation"]
 
-    data = pipeline.open_data(config.data, seed=config.seed)
-    batches = iter(data.train_batches(preview.tf.distribute.get_strategy(), 4, mixed=True))
+    data = open_data(**config.data, seed=config.seed)
+    batches = iter(data.train_batches(STRATEGY, 4, mix=True))
     for row in rows[3:5]:
         images, shares = (part.numpy() for part in next(batches))
         shown = np.stack([cell.images[0].get_array() for cell in row])
@@ -77,7 +78,7 @@ def test_it_shows_what_goes_beyond_the_paper_with_the_shares_of_the_classes(tmp_
 
 
 def test_binary_images_are_shown_as_they_are(tmp_path, figures):
-    preview.write_preview(digits(binary=True), tmp_path / "x.png", num_examples=3)
+    write_preview(digits(binary=True), tmp_path / "x.png", num_examples=3)
     for cell in figures[0].axes:
         assert set(np.unique(cell.images[0].get_array())) == {0.0, 1.0}
 
@@ -85,26 +86,26 @@ def test_binary_images_are_shown_as_they_are(tmp_path, figures):
 @pytest.mark.parametrize(
     ("name", "num_examples", "message"),
     [
-        ("x.nope", 2, "can't write the picture .*x.nope"),
-        ("file/x.png", 2, "can't write the picture"),
-        ("x.png", 0, "0 examples can't be shown"),
+        ("x.nope", 2, "x.nope cannot be written: expected an extension of .*.png"),
+        ("file/x.png", 2, "file/x.png cannot be written: "),
+        ("x.png", 0, "cannot show 0 examples"),
     ],
 )
-def test_what_cannot_be_written_is_one_clear_line(tmp_path, name, num_examples, message):
+def test_invalid_arguments_are_reported_on_one_line(tmp_path, name, num_examples, message):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UsageError, match=message):
-        preview.write_preview(digits(), tmp_path / name, num_examples)
-    assert not plt.get_fignums()
+    with pytest.raises(UsageError, match=message) as caught:
+        write_preview(digits(), tmp_path / name, num_examples)
+    assert "\n" not in str(caught.value)
 
 
-def test_as_a_command(tmp_path):
+def test_a_full_disk_is_a_storage_error(tmp_path):
+    with files_of_at_most(50), pytest.raises(StorageError, match="x.png cannot be written: "):
+        write_preview(digits(), tmp_path / "x.png", 2)
+
+
+def test_the_command_writes_the_picture(tmp_path):
     path = tmp_path / "x.png"
     done = launch("preview", "--config=configs/digits_bn_x5.py", f"--output={path}", "--examples=2")
     assert done.returncode == 0 and str(path) in done.stdout and path.stat().st_size > 1000
     done = launch("preview", "--config=configs/digits_bn_x5.py")
     assert_fails_on_one_line(done, 2, "--output is missing")
-
-
-def test_preparing_without_archives_is_one_clear_line(tmp_path):
-    done = launch("prepare", f"--manual_dir={tmp_path}", f"--data_dir={tmp_path}")
-    assert_fails_on_one_line(done, 2, "ILSVRC2012_img_train.tar", "image-net.org")

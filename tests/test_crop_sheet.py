@@ -1,12 +1,13 @@
-"""The picture of the crops shows the crops, in their order, under their names."""
+"""The picture of the crops of an image."""
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from full_disk import files_of_at_most
 from matplotlib.figure import Figure
 
 from bn_keras.data.multi_crop import SINGLE_CROP, Crops
-from bn_keras.errors import UsageError
+from bn_keras.errors import StorageError, UsageError
 from bn_keras.pictures.crop_sheet import draw_crops
 
 
@@ -14,23 +15,24 @@ from bn_keras.pictures.crop_sheet import draw_crops
 def image(tmp_path):
     coarse = np.random.default_rng(0).uniform(0, 255, (1, 7, 7, 3))
     pixels = tf.saturate_cast(tf.image.resize(coarse, (60, 90), "bicubic")[0], tf.uint8)
-    # Dollars would be mathematics to matplotlib.
+    # matplotlib would parse dollar signs as mathematics.
     (tmp_path / "a$b$.png").write_bytes(tf.io.encode_png(pixels).numpy())
     return tmp_path / "a$b$.png"
 
 
 @pytest.mark.parametrize("text", ["10", "144", "2x3x1x1"])
-def test_what_it_shows(text, image, tmp_path, monkeypatch):
+def test_the_picture_shows_all_crops_with_their_names(text, image, tmp_path, monkeypatch):
     saved, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: [saved.append(f), save(f, *a, **k)])
     crops = Crops.parse(text)
-    draw_crops(image, crops, 32, tmp_path / "crops.png")
-    assert tf.io.decode_png((tmp_path / "crops.png").read_bytes()).shape[-1] == 4
+    output = tmp_path / "new" / "crops.png"
+    draw_crops(image, crops, 32, output)
+    assert tf.io.decode_png(output.read_bytes()).shape[-1] == 4
 
     scales, grid = (part.axes for part in saved[0].subfigs)
     assert saved[0].get_suptitle() == f"a$b$.png: {crops.count} crops of 32x32 pixels"
     pixels = tf.io.decode_png(image.read_bytes())
-    expected = crops.cut(crops.take_squares(pixels[None], 32), 32)
+    expected = crops.cut(crops.extract_squares(pixels[None], 32), 32)
     assert len(grid) == crops.count
     for axes, crop in zip(grid, expected.numpy(), strict=True):
         shown = axes.images[0].get_array().astype(float)
@@ -45,12 +47,18 @@ def test_what_it_shows(text, image, tmp_path, monkeypatch):
     ]
 
 
-def test_what_cannot_be_drawn(image, tmp_path):
-    with pytest.raises(UsageError, match="give several crops"):
+def test_invalid_arguments_are_reported_on_one_line(image, tmp_path):
+    with pytest.raises(UsageError, match="choose several crops"):
         draw_crops(image, SINGLE_CROP, 32, tmp_path / "crops.png")
-    with pytest.raises(UsageError, match="missing.png can't be read"):
+    with pytest.raises(UsageError, match="missing.png cannot be read"):
         draw_crops(tmp_path / "missing.png", Crops.parse("10"), 32, tmp_path / "crops.png")
-    for output in ("crops.nonsense", "no/folder/crops.png"):
-        with pytest.raises(UsageError, match=f"{output} can't be written") as caught:
+    (tmp_path / "file").write_text("not a folder")
+    for output in ("crops.nonsense", "file/crops.png"):
+        with pytest.raises(UsageError, match=f"{output} cannot be written") as caught:
             draw_crops(image, Crops.parse("10"), 32, tmp_path / output)
         assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_is_a_storage_error(image, tmp_path):
+    with files_of_at_most(50), pytest.raises(StorageError, match="crops.png cannot be written: "):
+        draw_crops(image, Crops.parse("10"), 32, tmp_path / "crops.png")
