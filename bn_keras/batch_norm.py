@@ -409,7 +409,9 @@ class BatchNormalization(keras.layers.Layer):
     def _check_arguments(self) -> None:
         for name in ("momentum", "renorm_momentum"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
+            if value is None and name == "momentum":
+                continue
+            if value is None or not 0 <= value <= 1:
                 raise UsageError(
                     f"{name}={value} is invalid: expected the fraction kept, in [0, 1]"
                     " (PyTorch's momentum is 1 minus it)"

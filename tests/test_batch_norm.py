@@ -383,6 +383,7 @@ def test_scaling_the_kernel_before_the_layer_changes_nothing():
     [
         ({"momentum": 1.1}, r"momentum=1\.1 is invalid: expected the fraction kept, in \[0, 1\]"),
         ({"renorm_momentum": -1}, "renorm_momentum=-1"),
+        ({"renorm_momentum": None}, r"renorm_momentum=None is invalid: expected the fraction kept"),
         ({"epsilon": 0}, r"epsilon=0\.0 is invalid: expected a positive number"),
         ({"virtual_batch_size": 0}, "virtual_batch_size=0 is invalid: expected a positive integer"),
         ({"sync_group_size": 2}, "synchronized=True"),
