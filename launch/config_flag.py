@@ -119,7 +119,7 @@ def _override(config: ConfigDict, argument: str) -> tuple[str, Any]:
     match = _OVERRIDE.fullmatch(argument)
     assert match is not None
     no, key, equals, text = match.groups()
-    section, name = _find_setting(config, key)
+    section, name = find_setting(config, key)
     kind = section.get_type(name)
     if kind is bool and not equals:
         text = "false" if no else "true"
@@ -132,7 +132,7 @@ def _override(config: ConfigDict, argument: str) -> tuple[str, Any]:
     return key, section[name]
 
 
-def _find_setting(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
+def find_setting(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
     """Returns the section that holds a setting, and the setting's name in it."""
     section, node = config, config
     names = key.split(".")

@@ -24,8 +24,8 @@ from absl import app, flags
 # Imported here because it takes time: every command is parsed in a fork of this process.
 import bn_keras.experiments.paper  # noqa: F401
 import launch.cloud.control  # noqa: F401
-from launch import cli
-from launch.config_flag import CONFIG
+from bn_keras.training.config import default_config
+from launch import cli, config_flag
 from launch.help import is_required
 from launch.main import COMMANDS
 
@@ -100,7 +100,7 @@ def parse_here(command, arguments):
             runpy.run_module(f"launch.{command}", run_name="__main__", alter_sys=True)
         except SystemExit as end:
             status = end.code
-    config = None if status else CONFIG.config
+    config = None if status else config_flag.CONFIG.config
     return Parsed(status, stderr.getvalue(), config and config.to_dict())
 
 
@@ -122,13 +122,16 @@ def completed(argv, module):
     """Adds omitted required flags to "...", and drops flags whose values are omitted."""
     given = [a for a in argv if a != LEFT_OUT]
     names = {a[2:].partition("=")[0] for a in given if a.startswith("--")}
-    bare = [a for a in given if a.startswith("--") and "=" not in a]
-    if unknown := [a for a in bare if a[2:] not in flags.FLAGS]:
-        cli.fail(f"unknown flag {unknown[0]}")
+    bare = [a for a in given if re.match("--[^=]*$", a) and not a.startswith("--noconfig.")]
+    for name in (flag[2:] for flag in bare):
+        if name.startswith("config."):
+            config_flag.find_setting(default_config(), name.removeprefix("config."))
+        elif name not in flags.FLAGS:
+            cli.fail(f"unknown flag --{name}")
     required = {f.name for f in flags.FLAGS.get_key_flags_for_module(argv[0]) if is_required(f)}
     if len(given) > 1 and given[1] in (subcommands := module.get("_SUBCOMMANDS", {})):
         required |= set(subcommands[given[1]].required)
-    if any(name.startswith("config.") for name in names):
+    if any(re.match(r"(no)?config\.", name) for name in names):
         required.add("config")
     others = [f"--{name}=x" for name in sorted(required - names - {"config"})]
     config = [ANY_CONFIG] if "config" in required - names else []
