@@ -154,7 +154,7 @@ def test_the_single_crop_is_the_centre_window_of_the_first_scale():
 
 @pytest.mark.parametrize("binary", [False, True])
 def test_crops_of_images_in_memory_are_in_the_networks_range(binary):
-    # As the digits: one channel, 17 grey levels, 8x8.
+    # Like the digits: one channel, 17 grey levels, 8x8.
     pool = np.random.default_rng(0).integers(0, 17, (5, 8, 8, 1), np.uint8)
     preprocessing = CropPreprocessing(Preprocessing((8, 8), "none", False, 0.0, binary), GOOGLENET)
     squares = preprocessing.from_pool(tf.constant(pool), tf.constant([3, 1]), None, 16)

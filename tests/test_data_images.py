@@ -30,7 +30,7 @@ def preprocessing(**changes):
 
 
 def bilinear(image, rows, columns):
-    """Interpolates an image at the given rows and columns in float64."""
+    """Interpolates an image at real rows and columns, in float64."""
     image = image.astype(np.float64)
     top = np.clip(np.floor(rows).astype(int), 0, image.shape[0] - 2)
     left = np.clip(np.floor(columns).astype(int), 0, image.shape[1] - 2)
@@ -345,7 +345,7 @@ def test_saturation_scales_and_hue_rotates_the_chroma(mild, amount):
 
 
 def test_saturation_blends_the_image_with_its_luma(mild):
-    """As in torchvision and Pillow."""
+    """torchvision and Pillow do the same."""
     got = transforms.distort(mild, colours(saturation=-0.8), 1.0, 1.0)
     grey = tf.image.rgb_to_grayscale(mild)
     np.testing.assert_allclose(got, 0.6 * mild + 0.4 * grey, atol=2e-4)

@@ -178,7 +178,8 @@ class Mixing:
         rows, columns = tf.switch_case(tf.cast(step % len(branches), tf.int32), branches)
         weights = tf.reduce_mean(rows, axis=1) * tf.reduce_mean(columns, axis=1)
         labels = _blend(tf.one_hot(labels, self.num_classes), weights[:, tf.newaxis])
-        # Computed by rows of the image: by pixels of three numbers it takes several times as long.
+        # Whole rows of the image at a time; one pixel, three numbers, at a time is several times
+        # slower.
         pixels = tf.reshape(images, [count, height, width * channels])
         columns = tf.repeat(columns, channels, axis=1)
         pixels = _blend(pixels, rows[:, :, tf.newaxis] * columns[:, tf.newaxis])

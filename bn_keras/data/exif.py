@@ -6,8 +6,8 @@ ignore the note. A damaged or invalid block counts as none.
 
 import tensorflow as tf
 
-# Start of a file in which an EXIF block has to begin. Cameras write the block first; other programs
-# may write a thumbnail or a colour profile before it.
+# Bytes at the start of a file that are searched for an EXIF block. Cameras write the block first;
+# other programs may write a thumbnail or a colour profile before it.
 HEAD_BYTES = 4096
 # The length of a block is stored in two bytes.
 MAX_BLOCK_BYTES = 2**16
@@ -100,12 +100,12 @@ def stored_window(
 
 
 def _is_transposed(orientation: tf.Tensor) -> tf.Tensor:
-    """Returns whether the stored image has to be transposed first."""
+    """Returns whether the stored image must be transposed first."""
     return orientation >= 5
 
 
 def _are_reversed(orientation: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns whether, after that, the rows have to be reversed, and the columns."""
+    """Returns whether the rows, and whether the columns, must be reversed after that."""
 
     def is_one_of(*numbers: int) -> tf.Tensor:
         return tf.reduce_any(tf.equal(orientation, numbers))

@@ -1,9 +1,9 @@
 """The input pipeline: a data set, its preprocessing, and their batches for a strategy.
 
 The batch of step s is a pure function of (seed, s). No iterator state is saved, and a run that
-starts at step k sees the same batches as an uninterrupted one from there on. All randomness is
-drawn for the global batch, of which each replica takes its rows, so that the number of replicas
-changes nothing.
+starts at step k sees the same batches as an uninterrupted one from there on. Random numbers are
+drawn for the global batch, and each replica gets its rows, so that the number of replicas changes
+nothing.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from bn_keras.errors import UsageError
 
 
 class Data:
-    """A data set as a trainer sees it; made by `open_data`.
+    """A data set and its preprocessing, as batches; opened by `open_data`.
 
     Args:
       source: classes and splits.
@@ -268,7 +268,14 @@ def open_data(
             f"data.image_size=0 keeps the size of the images, but those of {name!r} differ in size:"
             " set the side in pixels"
         )
-    preprocessing = Preprocessing((height, width), crop, mirror, distortion, binary, random_augment)
+    preprocessing = Preprocessing(
+        (height, width),
+        crop=crop,
+        mirror=mirror,
+        distortion=distortion,
+        binary=binary,
+        random_augment=random_augment,
+    )
     mixing = Mixing(mixup, cutmix, len(source.class_names)) if mixup or cutmix else None
     return Data(source, preprocessing, seed, shuffle, max_bad_examples, mixing)
 

@@ -29,7 +29,7 @@ MIN_AREA = 0.08
 MIN_ASPECT, MAX_ASPECT = 3 / 4, 4 / 3
 # Side of the evaluation crop, as a fraction of the image's shorter side: 224 of 256.
 EVALUATION_FRACTION = (7, 8)
-# "shift" moves an image by at most this fraction of its side, 1/8.
+# "shift" moves an image by at most its side divided by this.
 SHIFT_DIVISOR = 8
 
 # Distortions at strength 1 (TF-Slim's values for these networks).
@@ -168,7 +168,7 @@ class Preprocessing:
         return self._finish(pixels[None], None if uniforms is None else uniforms[None], 255)[0]
 
     def _centre_window(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Returns the evaluation crop."""
+        """Returns the evaluation crop: top, left, height and width."""
         fraction = EVALUATION_FRACTION if self.crop == "inception" else (1, 1)
         return centre_window(height, width, self.size, fraction)
 
@@ -197,8 +197,8 @@ class Preprocessing:
 def _outlined(branch: Callable[[], tf.Tensor]) -> Callable[[], tf.Tensor]:
     """Wraps a rare branch into a function that is not inlined.
 
-    TensorFlow visits each operation of an inlined branch even if it is not taken, which would take
-    10 microseconds.
+    TensorFlow visits each operation of an inlined branch even if the branch is not taken, at a cost
+    of 10 microseconds.
     """
     if tf.executing_eagerly():
         return branch
@@ -389,8 +389,8 @@ def distort(
     _, height, width, channels = images.shape
     low, high = output_range or (0.0, white)
     scale = (high - low) / white
-    # Computed by rows of the image, here and below: by pixels of three numbers it takes several
-    # times as long.
+    # Whole rows of the image at a time, here and below; one pixel, three numbers, at a time is
+    # several times slower.
     means = tf.reduce_mean(tf.reshape(images, [-1, height, width * channels]), axis=1)
     means = tf.reduce_mean(tf.reshape(means, [-1, width, channels]), axis=1)
     matrices, offsets = colour_maps(uniforms, strength, means, white)
