@@ -1,14 +1,13 @@
 """The frame of every command: start-up, flags, errors on one line, exit statuses.
 
-| Exit status   | Meaning |
-|---|---|
-| 0             | success |
-| 1             | a bug, with its traceback; or `check` found a fault |
-| 2             | an invalid request: a flag, a config, a file, missing storage |
-| 3             | the training diverged |
-| 4             | a cloud job failed |
-| 5             | another worker was lost |
-| 130, 143, 141 | ended by SIGINT (Ctrl-C), by SIGTERM, by a broken pipe |
+Exit statuses:
+  0: success.
+  1: a bug, with its traceback; or `check` found a fault.
+  2: the request cannot be carried out.
+  3: the training diverged.
+  4: a cloud job failed.
+  5: another worker was lost.
+  130, 143, 141: ended by SIGINT (Ctrl-C), by SIGTERM, by a broken pipe.
 """
 
 import contextlib
@@ -48,7 +47,7 @@ def define_workdir(
     meaning: str = "Folder of the run: its config, metrics and checkpoints.",
     required: bool = True,
 ) -> flags.FlagHolder[str]:
-    """Defines --workdir; not required, its default is ""."""
+    """Defines --workdir, whose default is "" where it is not required."""
     if required:
         return flags.DEFINE_string("workdir", None, meaning, required=True)
     return flags.DEFINE_string("workdir", "", meaning)
@@ -110,7 +109,7 @@ class Command:
     def run(self) -> None:
         """Parses the flags, runs the command and exits with its status."""
         _begin_logging()
-        # Flags are accepted behind positional arguments, too.
+        # Flags are accepted after positional arguments, too.
         flags.FLAGS.set_gnu_getopt(True)
         with exit_statuses():
             app.run(self._run_main, flags_parser=self._parse)
@@ -183,15 +182,9 @@ def begin_process() -> None:
     _drop_foreign_logs()
 
 
-# Such a process imports the command's module before anything else.
+# A process that trains one of several runs imports the command's module before anything else.
 if multiprocessing.parent_process() is not None:
     import_quietly()
-
-
-def fail(reason: object, status: int = 2) -> NoReturn:
-    """Prints an error on one line and exits with a status."""
-    print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
-    sys.exit(status)
 
 
 @contextlib.contextmanager
@@ -200,13 +193,19 @@ def exit_statuses() -> Iterator[None]:
     try:
         yield
     except CommandError as error:
-        fail(error, error.status)
+        _fail(error, error.status)
     except KeyboardInterrupt:
-        fail("interrupted", 130)
+        _fail("interrupted", 130)
     except BrokenPipeError:
         # Python flushes standard output once more at exit, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+
+
+def _fail(reason: object, status: int) -> NoReturn:
+    """Prints an error on one line and exits with a status."""
+    print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
+    sys.exit(status)
 
 
 @contextlib.contextmanager

@@ -95,15 +95,15 @@ def _submit(cloud: Cloud) -> None:
         --max_hours=12 --price_per_hour=2.50 --dry_run
     """
     job = _make_job(cloud.now())
-    cloud.say(f"{job}\n{_describe_cost()}")
+    cloud.echo(f"{job}\n{_describe_cost()}")
     if _DRY_RUN.value:
-        cloud.say("\n".join(f"\n$ {command}" for command in control.submission(job)))
-        cloud.say("\nDry run: nothing was executed.")
+        cloud.echo("\n".join(f"\n$ {command}" for command in control.submission(job)))
+        cloud.echo("\nDry run: nothing was executed.")
         return
     control.submit(job, cloud)
-    cloud.say("Submitted. Next:")
+    cloud.echo("Submitted. Next:")
     for subcommand in ("watch", "status", "logs", "delete"):
-        cloud.say(f"  {control.command_line(subcommand, job)}")
+        cloud.echo(f"  {control.command_line(subcommand, job)}")
 
 
 def _make_job(now: datetime.datetime) -> Job:
@@ -154,9 +154,9 @@ def _print_status(job: Job, cloud: Cloud) -> None:
     Example:
       bn-keras tpu status --workdir=gs://my-bucket/runs/bn_x30
     """
-    cloud.say(f"{job}\n  state: {control.status_of(job, cloud)}")
-    cloud.say(f"  last metrics: {control.last_metrics(job, cloud) or 'none yet'}")
-    cloud.say(f"To delete it: {control.delete_line(job)}")
+    cloud.echo(f"{job}\n  state: {control.read_status(job, cloud)}")
+    cloud.echo(f"  last metrics: {control.read_last_metrics(job, cloud) or 'none yet'}")
+    cloud.echo(f"To delete it: {control.delete_line(job)}")
 
 
 def _print_logs(job: Job, cloud: Cloud) -> None:
@@ -165,7 +165,7 @@ def _print_logs(job: Job, cloud: Cloud) -> None:
     Example:
       bn-keras tpu logs --workdir=gs://my-bucket/runs/bn_x30
     """
-    cloud.say(control.logs(job, cloud))
+    cloud.echo(control.read_logs(job, cloud))
 
 
 def _watch(job: Job, cloud: Cloud) -> None:
@@ -176,16 +176,16 @@ def _watch(job: Job, cloud: Cloud) -> None:
     Example:
       bn-keras tpu watch --workdir=gs://my-bucket/runs/bn_x30
     """
-    cloud.say(str(job))
+    cloud.echo(str(job))
     try:
         metrics = control.watch(job, cloud, _MAX_RETRIES.value, _POLL_SECONDS.value)
-        cloud.say(f"Job {job.name} is done. Run: {job.workdir}. Last metrics:\n{metrics}")
+        cloud.echo(f"Job {job.name} is done. Run: {job.workdir}. Last metrics:\n{metrics}")
     except KeyboardInterrupt:
         raise CommandError(
             "interrupted: the job is unchanged, and nothing enforces its --max_hours", 130
         ) from None
     finally:
-        cloud.say(f"It costs money until it is deleted: {control.delete_line(job)}")
+        cloud.echo(f"It costs money until it is deleted: {control.delete_line(job)}")
 
 
 def _delete(job: Job, cloud: Cloud) -> None:
@@ -195,17 +195,17 @@ def _delete(job: Job, cloud: Cloud) -> None:
       bn-keras tpu delete --workdir=gs://my-bucket/runs/bn_x30
     """
     if _DRY_RUN.value:
-        cloud.say(f"$ {delete_command(job)}")
+        cloud.echo(f"$ {delete_command(job)}")
     elif _YES.value or _confirms_deletion(job, cloud):
         control.delete(job, cloud)
     else:
-        cloud.say("Nothing was deleted.")
+        cloud.echo("Nothing was deleted.")
 
 
 def _confirms_deletion(job: Job, cloud: Cloud) -> bool:
     if not sys.stdin.isatty():
         raise CommandError("delete asks for confirmation, which needs a terminal: pass --yes")
-    state = control.status_of(job, cloud)
+    state = control.read_status(job, cloud)
     answer = input(f"Delete job {job.name} in {job.zone} ({state})? [y/N] ")
     return answer.strip().lower() in ("y", "yes")
 

@@ -25,7 +25,8 @@ from absl import app, flags
 import bn_keras.experiments.paper  # noqa: F401
 import launch.cloud.control  # noqa: F401
 from bn_keras.training.config import default_config
-from launch import cli, config_flag
+from launch import config_flag
+from launch.command_error import CommandError
 from launch.help import is_required
 from launch.main import COMMANDS
 
@@ -127,7 +128,7 @@ def completed(argv, module):
         if name.startswith("config."):
             config_flag.find_setting(default_config(), name.removeprefix("config."))
         elif name not in flags.FLAGS:
-            cli.fail(f"unknown flag --{name}")
+            raise CommandError(f"unknown flag --{name}")
     required = {f.name for f in flags.FLAGS.get_key_flags_for_module(argv[0]) if is_required(f)}
     if len(given) > 1 and given[1] in (subcommands := module.get("_SUBCOMMANDS", {})):
         required |= set(subcommands[given[1]].required)

@@ -19,7 +19,13 @@ from parse_commands import parse_all
 from launch.cloud import control
 from launch.cloud import job as jobs
 from launch.cloud.control import Cloud, JobFailedError, Status
-from launch.cloud.gcloud import GcloudError, NameTakenError, NotFoundInCloudError, Outcome, checked
+from launch.cloud.gcloud import (
+    GcloudError,
+    NameTakenError,
+    NotFoundInCloudError,
+    Outcome,
+    checked_output,
+)
 from launch.command_error import CommandError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -53,7 +59,7 @@ class FakeCloud(Cloud):
         def sleep(seconds):
             clock[0] += datetime.timedelta(seconds=seconds)
 
-        super().__init__(now=lambda: clock[0], sleep=sleep, say=lines.append)
+        super().__init__(now=lambda: clock[0], sleep=sleep, echo=lines.append)
         self.folder, self.lines = folder, lines
 
     def plan(self, *lives, refusals=()):
@@ -350,7 +356,7 @@ def test_options_become_flags():
 )
 def test_a_failure_of_gcloud_is_explained_on_one_line(stderr, kind, parts):
     with pytest.raises(GcloudError) as raised:
-        checked(Outcome(7, "", stderr))
+        checked_output(Outcome(7, "", stderr))
     assert type(raised.value) is kind
     assert "\n" not in str(raised.value)
     for part in parts:
@@ -417,10 +423,10 @@ def test_a_finished_training_is_not_submitted(cloud):
 def test_a_failed_training_can_be_submitted_again(cloud):
     cloud.plan(["FAILED:out of luck"], ["ACTIVE"])
     control.submit(make_job(), cloud)
-    assert control.status_of(make_job(), cloud) == Status("ACTIVE", "READY", "FAILED")
+    assert control.read_status(make_job(), cloud) == Status("ACTIVE", "READY", "FAILED")
     control.delete(make_job(), cloud)
     control.submit(make_job(), cloud)
-    assert control.status_of(make_job(), cloud) == Status("ACTIVE", "READY", "")
+    assert control.read_status(make_job(), cloud) == Status("ACTIVE", "READY", "")
 
 
 def test_a_job_with_another_workdir_keeps_its_name(cloud):
@@ -785,7 +791,7 @@ class Vm:
     def __init__(self, cloud, ends, **values):
         self.cloud, self.job = cloud, make_job(**values)
         for command in jobs.upload_commands(self.job):
-            cloud.do(command)
+            cloud.execute(command)
         (cloud.folder / "calls.jsonl").unlink()
         self.script = cloud.folder / "startup-script"
         self.script.write_text(jobs.startup_script(self.job, str(cloud.folder / "disk")))
@@ -821,10 +827,10 @@ class Vm:
 
     @property
     def files(self):
-        return control.files_of(self.job, self.cloud) - {"job.json", "source.tar.gz"}
+        return control.list_files(self.job, self.cloud) - {"job.json", "source.tar.gz"}
 
     def log(self):
-        return self.cloud.do(jobs.read_command(f"{self.job.folder}/logs/*"))
+        return self.cloud.execute(jobs.read_command(f"{self.job.folder}/logs/*"))
 
 
 @needs_flock

@@ -16,7 +16,7 @@ from .gcloud import (
     NameTakenError,
     NotFoundInCloudError,
     Runner,
-    checked,
+    checked_output,
     run_command,
 )
 from .job import Job
@@ -59,54 +59,54 @@ def _utc_now() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC)
 
 
-def _say(text: str) -> None:
+def _echo(text: str) -> None:
     # Flushed, because a pipe would hold lines back.
     print(text, flush=True)
 
 
 @dataclasses.dataclass
 class Cloud:
-    """The effects of the functions below, which tests replace.
+    """The connection to gcloud, the clock and the output; tests replace them.
 
     Args:
       run: runs one command.
       now: returns the time, with its time zone.
       sleep: waits a number of seconds.
-      say: prints a line.
+      echo: prints a line.
     """
 
     run: Runner = run_command
     now: Callable[[], datetime.datetime] = _utc_now
     sleep: Callable[[float], None] = time.sleep
-    say: Callable[[str], None] = _say
+    echo: Callable[[str], None] = _echo
 
-    def do(self, command: jobs.Command) -> str:
+    def execute(self, command: jobs.Command) -> str:
         """Runs a command and returns its output; raises GcloudError if it fails."""
-        return checked(self.run(command))
+        return checked_output(self.run(command))
 
-    def say_now(self, text: str) -> None:
+    def echo_with_time(self, text: str) -> None:
         """Prints a line with the time in front."""
-        self.say(f"{self.now():%H:%M:%S} {text}")
+        self.echo(f"{self.now():%H:%M:%S} {text}")
 
 
-def status_of(job: Job, cloud: Cloud) -> Status:
+def read_status(job: Job, cloud: Cloud) -> Status:
     """Returns the status of a job."""
     try:
-        description = json.loads(cloud.do(jobs.describe_command(job)))["state"]
+        description = json.loads(cloud.execute(jobs.describe_command(job)))["state"]
         status = Status(description["state"], _detail(description))
     except NotFoundInCloudError:
         status = Status("ABSENT")
     if status.state == "ACTIVE":
         status = _node_status(job, cloud)
     # Read last: a VM that is lost after its marker was written has ended.
-    files = files_of(job, cloud)
+    files = list_files(job, cloud)
     marker = next((m for m in (jobs.DONE, jobs.FAILED) if m in files), "")
     return dataclasses.replace(status, marker=marker)
 
 
 def _node_status(job: Job, cloud: Cloud) -> Status:
     try:
-        node = json.loads(cloud.do(jobs.describe_node_command(job)))
+        node = json.loads(cloud.execute(jobs.describe_node_command(job)))
     except NotFoundInCloudError:
         return Status("TERMINATED")
     lost = node["state"] in ("PREEMPTED", "TERMINATED")
@@ -120,26 +120,28 @@ def _detail(state: dict) -> str:
     return " ".join(error.split())
 
 
-def files_of(job: Job, cloud: Cloud) -> set[str]:
+def list_files(job: Job, cloud: Cloud) -> set[str]:
     """Returns the names of the files in a job's folder; none without a folder."""
     try:
-        urls = cloud.do(jobs.list_command(job.folder)).split()
+        urls = cloud.execute(jobs.list_command(job.folder)).split()
     except NotFoundInCloudError:
         return set()
     return {url.removeprefix(f"{job.folder}/").rstrip("/") for url in urls}
 
 
-def last_metrics(job: Job, cloud: Cloud) -> str:
+def read_last_metrics(job: Job, cloud: Cloud) -> str:
     """Returns the last complete line of the run's metrics; "" without one."""
     try:
-        end = cloud.do(jobs.read_command(f"{job.workdir.rstrip('/')}/metrics.jsonl", _LAST_BYTES))
+        end = cloud.execute(
+            jobs.read_command(f"{job.workdir.rstrip('/')}/metrics.jsonl", _LAST_BYTES)
+        )
     except NotFoundInCloudError:
         return ""
     return "".join(end.split("\n")[-2:-1])
 
 
 def _reason(job: Job, cloud: Cloud) -> str:
-    return cloud.do(jobs.read_command(f"{job.folder}/{jobs.FAILED}")).strip()
+    return cloud.execute(jobs.read_command(f"{job.folder}/{jobs.FAILED}")).strip()
 
 
 def submission(job: Job) -> list[jobs.Command]:
@@ -155,26 +157,26 @@ def submit(job: Job, cloud: Cloud) -> None:
       CommandError: the workdir's training is done, another job has the workdir or the name, or
         gcloud fails.
     """
-    files = files_of(job, cloud)
+    files = list_files(job, cloud)
     if jobs.DONE in files:
         raise CommandError(f"the training in {job.workdir} is done: pass another --workdir")
     if "job.json" in files:
         _check_absent(load(job.workdir, cloud), cloud)
     _check_name_is_free(job, cloud)
     if jobs.FAILED in files:
-        cloud.do(jobs.remove_command(f"{job.folder}/{jobs.FAILED}"))
+        cloud.execute(jobs.remove_command(f"{job.folder}/{jobs.FAILED}"))
     for command in jobs.upload_commands(job):
-        cloud.do(command)
+        cloud.execute(command)
     try:
-        cloud.do(jobs.create_command(job))
+        cloud.execute(jobs.create_command(job))
     except NameTakenError:
         # If it stayed, `delete --workdir` would delete another job.
-        cloud.do(jobs.remove_command(f"{job.folder}/job.json"))
+        cloud.execute(jobs.remove_command(f"{job.folder}/job.json"))
         raise
 
 
 def _check_absent(previous: Job, cloud: Cloud) -> None:
-    state = status_of(previous, cloud).state
+    state = read_status(previous, cloud).state
     if state != "ABSENT":
         raise CommandError(
             f"job {previous.name} in {previous.zone} trains in {previous.workdir} and is {state}:"
@@ -184,7 +186,7 @@ def _check_absent(previous: Job, cloud: Cloud) -> None:
 
 def _check_name_is_free(job: Job, cloud: Cloud) -> None:
     try:
-        cloud.do(jobs.describe_command(job))
+        cloud.execute(jobs.describe_command(job))
     except NotFoundInCloudError:
         return
     raise CommandError(
@@ -201,7 +203,9 @@ def load(workdir: str, cloud: Cloud) -> Job:
     """
     jobs.check_workdir(workdir)
     try:
-        return Job.from_json(cloud.do(jobs.read_command(f"{jobs.job_folder(workdir)}/job.json")))
+        return Job.from_json(
+            cloud.execute(jobs.read_command(f"{jobs.job_folder(workdir)}/job.json"))
+        )
     except NotFoundInCloudError:
         raise CommandError(
             f"no job was submitted for {workdir}; `gcloud compute tpus queued-resources list"
@@ -229,17 +233,17 @@ def watch(job: Job, cloud: Cloud, max_retries: int, poll_seconds: float) -> str:
     while not _is_done(job, cloud, poll_seconds):
         _retrying(delete, job, cloud, poll_seconds)
         _create_again(job, cloud, retries, max_retries)
-    return _retrying(last_metrics, job, cloud, poll_seconds)
+    return _retrying(read_last_metrics, job, cloud, poll_seconds)
 
 
 def _is_done(job: Job, cloud: Cloud, poll_seconds: float) -> bool:
     """Waits until the job is done (True) or its VM is lost (False)."""
     reported = ""
     while True:
-        status = _retrying(status_of, job, cloud, poll_seconds)
+        status = _retrying(read_status, job, cloud, poll_seconds)
         if str(status) != reported:
             reported = str(status)
-            cloud.say_now(reported)
+            cloud.echo_with_time(reported)
         if status.marker == jobs.DONE:
             return True
         if status.marker == jobs.FAILED:
@@ -276,7 +280,7 @@ def _retrying(
         except GcloudError as error:
             if not error.transient:
                 raise
-            cloud.say_now(f"no answer, retrying: {error}")
+            cloud.echo_with_time(f"no answer, retrying: {error}")
             cloud.sleep(pause_seconds)
     return request(job, cloud)
 
@@ -285,26 +289,26 @@ def _create_again(job: Job, cloud: Cloud, retries: Iterator[int], max_retries: i
     try:
         _try_to_create(job, cloud, retries, max_retries)
     except KeyboardInterrupt:
-        cloud.say(f"Job {job.name} is deleted and not created again: submit it to resume the run.")
+        cloud.echo(f"Job {job.name} is deleted and not created again: submit it to resume the run.")
         raise
 
 
 def _try_to_create(job: Job, cloud: Cloud, retries: Iterator[int], max_retries: int) -> None:
     for retry in retries:
         pause = min(60 * 2 ** (retry - 1), 3600)
-        cloud.say_now(f"creating the job again in {pause} s ({retry}/{max_retries})")
+        cloud.echo_with_time(f"creating the job again in {pause} s ({retry}/{max_retries})")
         cloud.sleep(pause)
         if job.valid_until and cloud.now() >= job.valid_until:
             raise JobFailedError(f"job {job.name} was lost after its --valid_until")
         try:
-            cloud.do(jobs.create_command(job))
+            cloud.execute(jobs.create_command(job))
             return
         except GcloudError as error:
             if not error.transient:
                 raise
-            cloud.say_now(f"not created: {error}")
+            cloud.echo_with_time(f"not created: {error}")
             # The job exists if only the answer was lost.
-            if status_of(job, cloud).state not in ("ABSENT", "DELETING"):
+            if read_status(job, cloud).state not in ("ABSENT", "DELETING"):
                 return
     raise JobFailedError(
         f"job {job.name} was lost after being created again {max_retries} times, and is deleted;"
@@ -318,13 +322,13 @@ def _seconds_left(job: Job, cloud: Cloud) -> float:
     return (job.delete_at - cloud.now()).total_seconds()
 
 
-def logs(job: Job, cloud: Cloud) -> str:
+def read_logs(job: Job, cloud: Cloud) -> str:
     """Returns what a job has printed over all boots of its VMs, up to a minute late."""
     try:
-        return cloud.do(jobs.read_command(f"{job.folder}/logs/*"))
+        return cloud.execute(jobs.read_command(f"{job.folder}/logs/*"))
     except NotFoundInCloudError:
         raise CommandError(
-            f"job {job.name} has no log yet, and is {status_of(job, cloud)}: a VM sends its first"
+            f"job {job.name} has no log yet, and is {read_status(job, cloud)}: a VM sends its first"
             " one a minute after its start"
         ) from None
 
@@ -332,11 +336,11 @@ def logs(job: Job, cloud: Cloud) -> str:
 def delete(job: Job, cloud: Cloud) -> None:
     """Deletes a job with its VM; the run and the logs stay."""
     try:
-        cloud.do(jobs.delete_command(job))
+        cloud.execute(jobs.delete_command(job))
     except NotFoundInCloudError:
-        cloud.say(f"Job {job.name} in {job.zone} does not exist.")
+        cloud.echo(f"Job {job.name} in {job.zone} does not exist.")
     else:
-        cloud.say(f"Job {job.name} is deleted. The run stays in {job.workdir}.")
+        cloud.echo(f"Job {job.name} is deleted. The run stays in {job.workdir}.")
 
 
 def command_line(subcommand: str, job: Job) -> str:

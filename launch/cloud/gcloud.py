@@ -95,7 +95,7 @@ def run_command(command: Command) -> Outcome:
     )
 
 
-def checked(outcome: Outcome) -> str:
+def checked_output(outcome: Outcome) -> str:
     """Returns what a command printed.
 
     Raises:
