@@ -145,7 +145,7 @@ def _describe_cost() -> str:
     if not hours:
         return f"  cost: no limit{rate}, until the job is deleted; --max_hours sets a limit"
     total = f"{rate}, at most {hours * price:.2f}" if price else ""
-    return f"  cost: up to {hours:g} hours{total}, if watch is running then to delete the job"
+    return f"  cost: up to {hours:g} hours{total}; keep watch running, which deletes the job then"
 
 
 def _print_status(job: Job, cloud: Cloud) -> None:
