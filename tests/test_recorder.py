@@ -221,6 +221,7 @@ def test_a_run_with_an_unknown_layer_writes_nothing(tmp_path):
             (15, 101),
             r"record.percentiles=\(15, 101\) is invalid: expected one or more numbers",
         ),
+        ("percentiles", ("a",), r"record.percentiles=\('a',\) is invalid: expected one or more"),
         ("every_steps", 0, "record.every_steps=0 is invalid: expected a positive number"),
         ("num_examples", 0, "record.num_examples=0 is invalid: expected a positive number"),
     ],

@@ -225,7 +225,8 @@ def check_config(config: ConfigDict) -> None:
             " evaluations"
         )
     percentiles = config.record.percentiles
-    if not percentiles or not all(0 <= p <= 100 for p in percentiles):
+    are_numbers = all(isinstance(p, int | float) and 0 <= p <= 100 for p in percentiles)
+    if not (percentiles and are_numbers):
         raise UsageError(
             f"record.percentiles={percentiles} is invalid: expected one or more numbers from 0 to"
             " 100"
