@@ -1,17 +1,25 @@
-"""Tries initializations and base rates for one network and ranks them by validation accuracy.
+"""Searches initializers and base learning rates for a network, by validation accuracy.
 
-So were the miniatures' values found, for Inception alone.
+The configs on digits and CIFAR-10 use values found this way for Inception alone.
 
 Example:
-  python -m launch.search --config=configs/digits_inception.py --workdir=runs/s
+  bn-keras search --config=digits_inception --workdir=runs/search
 """
+
+from __future__ import annotations
 
 import itertools
 import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from absl import flags
 
 from . import cli
+from .command_error import CommandError
+
+if TYPE_CHECKING:
+    from bn_keras.runs.history import Run
 
 _CONFIG = cli.define_config()
 _WORKDIR = cli.define_workdir("Folder with a folder for each run.")
@@ -25,14 +33,26 @@ _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Values of config.seed to a
 _PARALLEL = cli.define_parallel()
 
 
+class _Result(NamedTuple):
+    """Results of one setting; accuracy and loss are means over seeds."""
+
+    accuracy: float
+    loss: float
+    initializer: str
+    base_rate: str
+    diverged: int
+
+
 def main() -> None:
-    """Trains every combination and prints them, the best first."""
-    from bn_keras.experiments.run_all import run_all
-    from bn_keras.training.plan import describe
+    """Trains every combination and prints the results, the best first."""
+    from bn_keras.experiments.run_all import train_all
+    from bn_keras.training.plan import describe_input
 
     for flag in (_INITIALIZERS, _BASE_RATES, _SEEDS):
         if not flag.value:
-            cli.fail(f"--{flag.name} is empty: give one value or more, separated by commas", 2)
+            raise CommandError(
+                f"--{flag.name} is empty: expected one or more values, separated by commas"
+            )
     settings = list(itertools.product(_INITIALIZERS.value, _BASE_RATES.value))
     configs = {}
     for initializer, base_rate in settings:
@@ -42,22 +62,35 @@ def main() -> None:
             config.schedule.base_rate = cli.parse(float, base_rate, "--base_rates")
             config.seed = cli.parse(int, seed, "--seeds")
             configs[f"{initializer} {base_rate} seed {seed}"] = config
-    count = f"{len(configs)}, of {_CONFIG.value.train.steps:,} steps each, in {_WORKDIR.value}"
-    cli.log_lines({"config": str(_CONFIG)} | describe(_CONFIG.value) | {"runs": count})
-    runs = run_all(configs, _WORKDIR.value, _PARALLEL.value, cli.begin_process)
-    found = iter(runs.values())
-
-    rows = []
-    for initializer, base_rate in settings:
-        seeds = list(itertools.islice(found, len(_SEEDS.value)))
-        accuracy = statistics.mean(run.best_accuracy for run in seeds)
-        loss = statistics.mean(run.lowest_loss for run in seeds)
-        diverged = sum(run.diverged_at is not None for run in seeds)
-        rows.append((-accuracy, loss, f"{initializer:16} {base_rate:9} {diverged:8}"))
+    count = f"{len(configs)} in {_WORKDIR.value}, {_CONFIG.value.train.steps:,} steps each"
+    cli.log_lines({"config": str(_CONFIG)} | describe_input(_CONFIG.value) | {"runs": count})
+    runs = iter(train_all(configs, _WORKDIR.value, _PARALLEL.value, cli.begin_process).values())
+    results = [
+        _summarize(setting, list(itertools.islice(runs, len(_SEEDS.value)))) for setting in settings
+    ]
     print(f"means over {len(_SEEDS.value)} seeds, the best first")
-    print("best validation accuracy  lowest training loss  initializer      base rate  diverged")
-    for accuracy, loss, setting in sorted(rows):
-        print(f"{-accuracy:24.4f}  {loss:20.4f}  {setting}")
+    print(_format(results))
+
+
+def _summarize(setting: tuple[str, str], seeds: Sequence[Run]) -> _Result:
+    return _Result(
+        statistics.mean(run.best_accuracy for run in seeds),
+        statistics.mean(run.lowest_loss for run in seeds),
+        *setting,
+        diverged=sum(run.diverged_at is not None for run in seeds),
+    )
+
+
+def _format(results: Sequence[_Result]) -> str:
+    from bn_keras.text import table
+
+    header = ["initializer", "base rate", "best validation accuracy", "lowest training loss"]
+    ranked = sorted(results, key=lambda r: (-r.accuracy, r.loss, r.initializer, r.base_rate))
+    rows = [
+        [r.initializer, r.base_rate, f"{r.accuracy:.2%}", f"{r.loss:.4f}", f"{r.diverged}"]
+        for r in ranked
+    ]
+    return "\n".join(table([[*header, "diverged"], *rows], left=2))
 
 
 COMMAND = cli.Command(__name__, main)

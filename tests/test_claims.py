@@ -1,4 +1,4 @@
-"""The runs for the claims differ as they say, and the report on them says what they measured."""
+"""The runs for the claims differ as their titles say, and the report shows what they measured."""
 
 import dataclasses
 import random
@@ -9,12 +9,11 @@ import tensorflow as tf
 from small import small_mlp
 
 from bn_keras.data import pipeline
-from bn_keras.experiments import claim_runs as claims
 from bn_keras.experiments import titles
-from bn_keras.report import Run, invariance, write_report
-from bn_keras.report import claims as report_on
+from bn_keras.experiments.claim_runs import get_claim_configs
+from bn_keras.report import Run, build_claims, scale_invariance, write_report
+from bn_keras.report.claims import CLAIMS, find
 from bn_keras.report.margins import Group, margin_of
-from bn_keras.report.sentences import CLAIMS, find
 from bn_keras.runs.workdir import Workdir
 from bn_keras.training import networks
 from bn_keras.training.build import build_trainer
@@ -24,10 +23,11 @@ SCALES = {
     module.__name__.rpartition(".")[2]: module
     for module in (digits_inception, cifar10_inception, inception)
 }
+with_factor = titles.with_weight_factor
 RATE, VARIANT = "schedule.base_rate", "model.variant"
 SCALE, STEPS = "model.initializer_scale", "train.steps"
 MADE = [change.key for change in networks.CHANGES.values()]
-# By title: the network that it is compared with, what it differs in, and the part of its steps.
+# By title: the network it is compared with, the different keys, and the divisor of the steps.
 EXPECTED = {
     titles.INCEPTION_X5: ("inception", [RATE], 1),
     titles.INCEPTION_X30: ("inception", [RATE], 3),
@@ -47,12 +47,12 @@ EXPECTED = {
     ),
     "BN-x5 shuffled by shards only": ("bn_x5", ["data.shuffle"], 1),
     "BN-x5 with full distortions": ("bn_x5", ["data.distortion"], 1),
-    **{titles.scaled("Inception", f): ("inception", [SCALE], 3) for f in (0.25, 0.5, 2, 4)},
-    **{titles.scaled("BN-Baseline", f): ("bn_baseline", [SCALE], 3) for f in (0.25, 0.5, 2, 4)},
+    **{with_factor("Inception", f): ("inception", [SCALE], 3) for f in (0.25, 0.5, 2, 4)},
+    **{with_factor("BN-Baseline", f): ("bn_baseline", [SCALE], 3) for f in (0.25, 0.5, 2, 4)},
     titles.LONG_MEMORY: ("bn_x5", ["batch_norm.momentum"], 3),
     titles.POPULATION: ("bn_x5", ["population.when"], 3),
 }
-# What would be a run of the network that it is compared with, once more.
+# Left out: equal to the network that it is compared with.
 REPEATED = {
     "digits_inception": {"BN-x5 with full distortions"},
     "cifar10_inception": set(),
@@ -61,7 +61,7 @@ REPEATED = {
 
 
 def differing(one, other):
-    """The keys with other values in the one config than in the other."""
+    """Returns the keys whose values differ between two configs."""
     return {
         f"{section}.{key}"
         for section, values in one.items()
@@ -74,10 +74,10 @@ def differing(one, other):
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_runs_differ_as_their_titles_say(scale):
     base = SCALES[scale].get_config()
-    runs = claims.get_claim_runs(base)
+    runs = get_claim_configs(base)
     assert runs.keys() == EXPECTED.keys() - REPEATED[scale]
     steps = 6_000_000 if scale == "inception" else base.train.steps
-    # The miniatures have no distortions, or shuffle Inception's examples too: no difference.
+    # Small scales have no distortions, or shuffle the examples of Inception too.
     same = {
         key
         for key in MADE
@@ -90,15 +90,15 @@ def test_the_runs_differ_as_their_titles_say(scale):
         expected = set(keys) - (same if title == titles.CONTROL else set())
         assert differing(config, reference) - {STEPS} == expected, title
         assert config.train.steps == steps // part
-        # There is a number at its end to compare with.
+        # The run ends with an evaluation.
         assert config.train.steps % config.evaluation.every_steps == 0
     assert same <= {"data.shuffle", "data.distortion"}
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_the_values_of_the_runs(scale):
+def test_the_runs_have_the_intended_values(scale):
     base = SCALES[scale].get_config()
-    runs, rate = claims.get_claim_runs(base), base.schedule.base_rate
+    runs, rate = get_claim_configs(base), base.schedule.base_rate
     rates = {
         titles.INCEPTION_X5: 5,
         titles.INCEPTION_X30: 30,
@@ -122,26 +122,26 @@ def test_the_values_of_the_runs(scale):
     assert runs["BN-x5 shuffled by shards only"].data.shuffle == "shards"
     if "BN-x5 with full distortions" in runs:
         assert runs["BN-x5 with full distortions"].data.distortion == base.data.distortion == 1
-    for factor in titles.SCALES:
-        title = titles.scaled("Inception", factor)
+    for factor in titles.WEIGHT_FACTORS:
+        title = with_factor("Inception", factor)
         assert title.endswith(f"{factor:g}") and runs[title].model.initializer_scale == factor
     assert runs[titles.POPULATION].population.when == "evaluations"
     if titles.LONG_MEMORY in runs:
         assert runs[titles.LONG_MEMORY].batch_norm.momentum == 0.9997
-    # Along a cosine, the rate would depend on the length of the run.
+    # With "cosine", the learning rate would depend on the length of the run.
     assert all(config.schedule.decay == "steps" for config in runs.values())
 
 
-def test_names_that_a_folder_can_have():
+def test_titles_differ_in_lower_case():
     assert len({title.lower() for title in EXPECTED}) == len(EXPECTED)
 
 
-def test_a_shorter_run_is_the_first_part_of_a_longer_one():
-    """And so it is with other moving statistics: what is compared are the same weights."""
+def test_a_shorter_run_is_the_beginning_of_a_longer_one():
+    """Also with another BN momentum, so that claims compare equal weights."""
 
     def trained(**changes):
         config = small_mlp(**changes)
-        data = pipeline.open_data(config.data, seed=config.seed)
+        data = pipeline.open_data(**config.data, seed=config.seed)
         sizes = (data.input_shape, data.num_classes, data.num_train_examples)
         trainer = build_trainer(config, tf.distribute.get_strategy(), *sizes)
         trainer.train(trainer.open_batches(data, 0), 3)
@@ -150,15 +150,15 @@ def test_a_shorter_run_is_the_first_part_of_a_longer_one():
     long = trained(**{"train.steps": 9})
     short = trained(**{"train.steps": 3, "batch_norm.momentum": 0.99})
     same = [np.array_equal(one, other) for one, other in zip(long, short, strict=True)]
-    # Three layers of BN have two moving statistics each.
+    # Three BN layers have two moving statistics each.
     assert same.count(False) == 6 and len(same) > 12
 
 
-# --- The report on them.
+# --- Report.
 
-HOLDS, FAILS, NOT_RUN = "holds", "does not hold here", "not run"
-WITHIN, UNDECIDED = "within the spread of the seeds", "undecided"
-# What each seed gets to; of the runs that are for the claims alone there is one.
+HOLDS, FAILS, NOT_RUN = "holds", "does not hold", "not run"
+TOO_CLOSE, NO_VERDICT = "too close to call", "no verdict"
+# Best accuracy of each seed; the runs that only claims need have one seed.
 REACHED = {
     titles.X5_SIGMOID_DECAY: (0.33,),
     "Inception": (0.40, 0.41, 0.42),
@@ -170,20 +170,20 @@ REACHED = {
     titles.SIGMOID_X5: (0.1,),
     titles.CONTROL: (0.43,),
     titles.X5_AT_RATE_1: (0.42,),
-    titles.scaled("Inception", 4): (0.1,),
-    titles.scaled("BN-Baseline", 0.25): (0.48,),
+    with_factor("Inception", 4): (0.1,),
+    with_factor("BN-Baseline", 0.25): (0.48,),
 }
 DIVERGED = {titles.INCEPTION_X5: 37, titles.INCEPTION_X30: 12}
 ALL_AT_CHANCE = {"Inception": (0.1, 0.11)}
-ALL_AT_CHANCE |= {titles.scaled("Inception", factor): (0.1,) for factor in titles.SCALES}
+ALL_AT_CHANCE |= {with_factor("Inception", factor): (0.1,) for factor in titles.WEIGHT_FACTORS}
 BASE = cifar10_inception.get_config()
 CONFIGS = {
     network.title: networks.derive(BASE, variant) for variant, network in networks.NETWORKS.items()
-} | claims.get_claim_runs(BASE)
+} | get_claim_configs(BASE)
 
 
 def made_up(title, accuracy, seed=0, diverged_at=None, **changes):
-    """A run that gets to an accuracy by step 3,000, and to four fifths of it by step 1,000."""
+    """Builds a run that reaches an accuracy by step 3,000, and four fifths of it by step 1,000."""
     config = networks.replaced(CONFIGS[title], {"seed": seed, **changes})
     lines = []
     for step in range(250, config.train.steps + 1, 250):
@@ -207,7 +207,7 @@ def made_up(title, accuracy, seed=0, diverged_at=None, **changes):
 
 
 def all_results(**changes):
-    """Everything as the paper has it, as far as it claims that; other accuracies by title."""
+    """Builds runs for which every claim of the paper holds; changes are accuracies by title."""
     accuracies = dict.fromkeys(CONFIGS, (0.51,)) | REACHED | changes
     return {
         title: [
@@ -227,7 +227,7 @@ def verdict(beginning, results):
     return find(claim(beginning), results).verdict
 
 
-def test_as_in_the_paper_every_claim_holds():
+def test_every_claim_holds_if_runs_behave_as_in_the_paper():
     results = all_results(**{titles.POPULATION: (0.54,), titles.LONG_MEMORY: (0.2,)})
     found = {claim.sentence: find(claim, results).verdict for claim in CLAIMS}
     assert set(found.values()) == {HOLDS}, found
@@ -236,135 +236,154 @@ def test_as_in_the_paper_every_claim_holds():
 @pytest.mark.parametrize(
     "sentence, changes, expected",
     [
-        # Beyond the spread of 2 points, on either side of it, and within.
-        ("Without dropout", {titles.ABLATIONS["dropout"]: (0.515,)}, HOLDS),
-        ("Without dropout", {titles.ABLATIONS["dropout"]: (0.525,)}, WITHIN),
-        ("Without dropout", {titles.ABLATIONS["dropout"]: (0.575,)}, WITHIN),
-        ("Without dropout", {titles.ABLATIONS["dropout"]: (0.585,)}, FAILS),
+        # Outside and within the margin of 2 points, on either side.
+        ("Removing dropout", {titles.ABLATIONS["dropout"]: (0.515,)}, HOLDS),
+        ("Removing dropout", {titles.ABLATIONS["dropout"]: (0.525,)}, TOO_CLOSE),
+        ("Removing dropout", {titles.ABLATIONS["dropout"]: (0.575,)}, TOO_CLOSE),
+        ("Removing dropout", {titles.ABLATIONS["dropout"]: (0.585,)}, FAILS),
         ("Weaker distortions", {titles.ABLATIONS["distortions"]: (0.515,)}, HOLDS),
-        ("It does none to BN-x30", {"BN-x30": (0.5, 0.51), titles.X30_DECAY: (0.4,)}, HOLDS),
-        ("It does none to BN-x30", {"BN-x30": (0.5, 0.51), titles.X30_DECAY: (0.505,)}, HOLDS),
-        ("It does none to BN-x30", {"BN-x30": (0.5, 0.51), titles.X30_DECAY: (0.6,)}, FAILS),
+        (
+            "Faster decay does not hurt BN-x30",
+            {"BN-x30": (0.5, 0.51), titles.X30_DECAY: (0.4,)},
+            HOLDS,
+        ),
+        (
+            "Faster decay does not hurt BN-x30",
+            {"BN-x30": (0.5, 0.51), titles.X30_DECAY: (0.505,)},
+            HOLDS,
+        ),
+        (
+            "Faster decay does not hurt BN-x30",
+            {"BN-x30": (0.5, 0.51), titles.X30_DECAY: (0.6,)},
+            FAILS,
+        ),
         ("Weaker distortions", {titles.ABLATIONS["distortions"]: (0.575,)}, HOLDS),
         ("Weaker distortions", {titles.ABLATIONS["distortions"]: (0.585,)}, FAILS),
-        # The standard error of 55% of 10,000 is half a point, however close the seeds are.
-        ("Shuffling", {"BN-x5": (0.55, 0.55), titles.ABLATIONS["shuffling"]: (0.546,)}, WITHIN),
-        ("Shuffling", {"BN-x5": (0.55, 0.55), titles.ABLATIONS["shuffling"]: (0.544,)}, HOLDS),
-        # One seed says nothing of another.
-        ("Shuffling", {"BN-x5": (0.55,), titles.ABLATIONS["shuffling"]: (0.2,)}, UNDECIDED),
-        ("Weaker distortions", {"BN-x5": (0.55,)}, UNDECIDED),
-        # Each seed has to be better, and several seeds of both count.
-        ("Adding BN alone", {"BN-Baseline": (0.50, 0.51, 0.525)}, WITHIN),
+        # The margin is at least the standard error: half a point for 55% of 10,000 images.
+        (
+            "Within-shard",
+            {"BN-x5": (0.55, 0.55), titles.ABLATIONS["shuffling"]: (0.546,)},
+            TOO_CLOSE,
+        ),
+        ("Within-shard", {"BN-x5": (0.55, 0.55), titles.ABLATIONS["shuffling"]: (0.544,)}, HOLDS),
+        # A single seed of each network allows no verdict.
+        ("Within-shard", {"BN-x5": (0.55,), titles.ABLATIONS["shuffling"]: (0.2,)}, NO_VERDICT),
+        ("Weaker distortions", {"BN-x5": (0.55,)}, NO_VERDICT),
+        # Each seed of one network must be better than each of the other.
+        ("Adding BN alone", {"BN-Baseline": (0.50, 0.51, 0.525)}, TOO_CLOSE),
         ("Adding BN alone", {"BN-Baseline": (0.65, 0.66, 0.67)}, FAILS),
-        ("The same changes without BN", {titles.CONTROL: (0.60,)}, FAILS),
-        ("With BN, a higher rate", {titles.X5_AT_RATE_1: (0.60,)}, FAILS),
-        ("With BN, rates", {"BN-x30": (0.5, 0.5, 0.14)}, FAILS),
-        ("With BN, a network of sigmoids", {"BN-x5-Sigmoid": (0.16,)}, HOLDS),
-        ("With BN, a network of sigmoids", {"BN-x5-Sigmoid": (0.14,)}, FAILS),
-        ("Inception with sigmoids", {titles.SIGMOID: (0.149,)}, HOLDS),
-        ("Inception with sigmoids", {titles.SIGMOID: (0.151,)}, FAILS),
-        # Ranges of 24 and 2.4 points at step 1,000.
+        ("Without BN, the same changes", {titles.CONTROL: (0.60,)}, FAILS),
+        ("With BN, a higher learning rate", {titles.X5_AT_RATE_1: (0.60,)}, FAILS),
+        ("With BN, networks train", {"BN-x30": (0.5, 0.5, 0.14)}, FAILS),
+        ("With BN, a network with sigmoids", {"BN-x5-Sigmoid": (0.16,)}, HOLDS),
+        ("With BN, a network with sigmoids", {"BN-x5-Sigmoid": (0.14,)}, FAILS),
+        ("Inception with sigmoids stays", {titles.SIGMOID: (0.149,)}, HOLDS),
+        ("Inception with sigmoids stays", {titles.SIGMOID: (0.151,)}, FAILS),
+        # The ranges are 24 and 2.4 points at step 1,000.
         ("With BN, the accuracy depends less", {}, HOLDS),
         (
             "With BN, the accuracy depends less",
-            {titles.scaled("BN-Baseline", 4): (0.1,)},
-            WITHIN,
+            {with_factor("BN-Baseline", 4): (0.1,)},
+            TOO_CLOSE,
         ),
         (
             "With BN, the accuracy depends less",
-            {titles.scaled("BN-Baseline", 4): (0.1,), titles.scaled("Inception", 4): (0.4,)},
+            {
+                with_factor("BN-Baseline", 4): (0.1,),
+                with_factor("Inception", 4): (0.4,),
+            },
             FAILS,
         ),
         (
             "With BN, the accuracy depends less",
             {"Inception": (0.41,), "BN-Baseline": (0.5,)},
-            UNDECIDED,
+            NO_VERDICT,
         ),
-        ("With BN, the accuracy depends less", ALL_AT_CHANCE, UNDECIDED),
-        ("While a network trains", {titles.POPULATION: (0.545,)}, HOLDS),
-        ("While a network trains", {titles.POPULATION: (0.547,)}, FAILS),
+        ("With BN, the accuracy depends less", ALL_AT_CHANCE, NO_VERDICT),
+        ("During training", {titles.POPULATION: (0.545,)}, HOLDS),
+        ("During training", {titles.POPULATION: (0.547,)}, FAILS),
     ],
 )
-def test_verdicts(sentence, changes, expected):
+def test_verdicts_follow_the_accuracies(sentence, changes, expected):
     assert verdict(sentence, all_results(**changes)) == expected
 
 
-def test_divergence_is_worse_than_any_accuracy():
+def test_a_diverged_run_is_worse_than_any_other():
     results = all_results()
-    assert verdict("Without BN, 5 times the rate", results) == HOLDS
+    assert verdict("Without BN, 5 times", results) == HOLDS
     title = titles.ABLATIONS["dropout"]
     results[title] = [made_up(title, 0.9, diverged_at=2_900)]
-    assert verdict("Without dropout", results) == HOLDS
+    assert verdict("Removing dropout", results) == HOLDS
     results["BN-x30"][1] = made_up("BN-x30", 0.9, 1, diverged_at=2_900)
-    assert verdict("With BN, rates", results) == FAILS
-    assert "diverged at step 2,900" in find(claim("With BN, rates"), results).measured
+    assert verdict("With BN, networks train", results) == FAILS
+    assert "diverged at step 2,900" in find(claim("With BN, networks train"), results).measured
     results["BN-x5"] = [made_up("BN-x5", 0.5, diverged_at=7), made_up("BN-x5", 0.5, 1, 7)]
     results[titles.ABLATIONS["decay"]] = [made_up(titles.ABLATIONS["decay"], 0.5)]
-    found = find(claim("A rate that decays"), results)
+    found = find(claim("Decaying the learning rate"), results)
     assert found.verdict == FAILS and "BN-x5 diverged," in found.measured
-    assert "**does not hold here**" in report_on(results).body
+    assert "**does not hold**" in build_claims(results).body
 
 
-def test_inception_that_does_not_diverge_is_told_from_one_that_trains():
+def test_staying_at_chance_is_distinguished_from_training():
     beginning = "Inception diverges at 5"
     for accuracy, stays in ((0.1, True), (0.3, False)):
         results = all_results()
         results[titles.INCEPTION_X5] = [made_up(titles.INCEPTION_X5, accuracy)]
         found = find(claim(beginning), results)
         assert found.verdict == FAILS
-        assert "Inception's rate is 0.01 here" in found.note
+        assert "Inception's learning rate is 0.01 here" in found.note
         assert ("stays at chance" in found.note) == ("(at chance)" in found.measured) == stays
 
 
 def test_a_shorter_run_is_compared_at_its_own_end():
-    """BN-x5 diverging later, or getting further, is not seen by a run of a third of its steps."""
+    """What BN-x5 does after a third of its steps does not matter to a run of that length."""
     results = all_results()
-    before = find(claim("With BN, a higher rate"), results)
+    before = find(claim("With BN, a higher learning rate"), results)
     assert "by step 1,000: BN-x5 44.0% (43.2% to 44.8%)" in before.measured
     results["BN-x5"] = [made_up("BN-x5", a, i, 1_100) for i, a in enumerate((0.54, 0.55, 0.56))]
-    assert find(claim("With BN, a higher rate"), results) == before
+    assert find(claim("With BN, a higher learning rate"), results) == before
 
 
-def test_what_is_missing_or_not_finished_is_said():
+def test_missing_and_unfinished_runs_are_named():
     results = all_results()
     title = titles.ABLATIONS["lrn"]
     run = results[title][0]
     for runs, reason in (
         ([], "no run"),
-        ([dataclasses.replace(run, metrics=run.metrics[:-1])], "not at its end"),
-        ([dataclasses.replace(run, metrics=[])], "not at its end"),
+        ([dataclasses.replace(run, metrics=run.metrics[:-1])], "unfinished"),
+        ([dataclasses.replace(run, metrics=[])], "unfinished"),
         ([dataclasses.replace(run, metrics=run.metrics[-1:])], None),
     ):
         found = find(claim("Local response"), results | {title: runs})
         assert (found.verdict == NOT_RUN) == (reason is not None)
         assert reason is None or found.measured == f"{title}: {reason}"
     unknown = [dataclasses.replace(run, num_classes=0) for run in results[titles.SIGMOID]]
-    assert verdict("Inception with sigmoids", results | {titles.SIGMOID: unknown}) == NOT_RUN
+    assert verdict("Inception with sigmoids stays", results | {titles.SIGMOID: unknown}) == NOT_RUN
     off = [made_up("BN-x5", 0.5, **{"train.steps": 2_900})]
     measured = find(claim("Local response"), results | {"BN-x5": off}).measured
     assert measured == "BN-x5: no evaluation at step 2,900"
 
 
-def test_moving_statistics_are_compared_at_the_same_weights():
+def test_moving_averages_are_compared_with_equal_weights():
     results = all_results(**{titles.LONG_MEMORY: (0.2,)})
-    beginning = "While a network trains"
+    beginning = "During training"
     text = find(claim(beginning), results).measured
-    # Seed 0 of BN-x5, at four fifths of what it gets to.
-    assert "43.2% by averages of momentum 0.9 (10 steps)" in text
-    assert "16.0% by averages of momentum 0.9997 (3,333 steps)" in text
+    # Seed 0 of BN-x5, at four fifths of its best accuracy.
+    assert "43.2% with moving averages of momentum 0.9 (10 steps)" in text
+    assert "16.0% with moving averages of momentum 0.9997 (3,333 steps)" in text
     assert "differ" not in text
     others = [made_up(titles.POPULATION, 0.54, seed=3)]
     assert verdict(beginning, results | {titles.POPULATION: others}) == NOT_RUN
     run = results[titles.POPULATION][0]
     lines = [line | {"train/loss": 7.0} for line in run.metrics]
     other = results | {titles.POPULATION: [dataclasses.replace(run, metrics=lines)]}
-    assert "not of the same weights" in find(claim(beginning), other).measured
+    assert "not with the same weights" in find(claim(beginning), other).measured
     del results[titles.LONG_MEMORY]
     assert "0.9997" not in find(claim(beginning), results).measured
 
 
-def test_how_often_the_rule_finds_a_difference_where_there_is_none():
-    """What the report says of it: in up to one of seven comparisons."""
+def test_the_rule_finds_false_differences_in_at_most_one_of_seven_comparisons():
+    """The report states this rate."""
     draw = random.Random(0)
 
     def differ():
@@ -378,22 +397,24 @@ def test_how_often_the_rule_finds_a_difference_where_there_is_none():
     assert 0.11 < share < 1 / 7
 
 
-def test_the_section():
+def test_the_section_counts_verdicts_and_lists_notes():
     results = all_results(**{titles.ABLATIONS["l2"]: (0.56,)})
-    section = report_on(results)
-    begins = f"**{len(CLAIMS)} sentences; holds: {len(CLAIMS) - 2}; does not hold here: 1;"
-    assert section.body.startswith(f"{begins} within the spread of the seeds: 1.**\n")
+    section = build_claims(results)
+    start = (
+        f"**{len(CLAIMS)} claims: {len(CLAIMS) - 2} hold, 1 does not hold, 1 too close to call.**"
+    )
+    assert section.body.startswith(f"{start}\n")
     rows = [line for line in section.body.splitlines() if line.startswith("| ")]
     assert sum("**holds**" in row for row in rows) == len(CLAIMS) - 2
-    notes = section.body.partition("### Where it is not")[2].partition("###")[0]
+    notes = section.body.partition("### Where results differ")[2].partition("###")[0]
     assert notes.count("\n- *") == 2
-    assert "1.9 epochs" in notes and "50.0% on training images" in notes
-    assert "55.0% on validation images" in notes
-    assert "the five networks have 3, the other runs one" in section.body
+    assert "1.9 epochs" in notes and "50.0% on the augmented training images" in notes
+    assert "55.0% on the validation images" in notes
+    assert "The five networks have 3 seeds, all other runs have one" in section.body
 
 
-def test_the_plots_show_what_was_measured():
-    section = report_on(all_results())
+def test_plots_show_the_measurements():
+    section = build_claims(all_results())
     (axes,) = section.plots["claims_ablations.png"].axes
     places = {label.get_text(): place for place, label in enumerate(axes.get_yticklabels())}
     points = {
@@ -410,20 +431,20 @@ def test_the_plots_show_what_was_measured():
     np.testing.assert_allclose(inception.get_ydata(orig=False), [0.408, 0.408, 0.328, 0.408, 0.08])
 
 
-def test_without_runs_there_is_what_needs_none(tmp_path):
-    section = report_on({})
-    begins = f"**{len(CLAIMS)} sentences; holds: 3; not run: {len(CLAIMS) - 3}.**\n"
-    assert section.body.startswith(begins)
+def test_without_runs_only_the_layer_is_measured(tmp_path):
+    section = build_claims({})
+    start = f"**{len(CLAIMS)} claims: 3 hold, {len(CLAIMS) - 3} not run.**\n"
+    assert section.body.startswith(start)
     assert section.plots == {}
     write_report("Nothing", [section], {}, tmp_path, "command")
     assert "<td><strong>not run</strong></td>" in (tmp_path / "report.html").read_text()
 
 
-# --- Section 3.3, measured.
+# --- Scale invariance, section 3.3.
 
 
-def test_without_epsilon_only_rounding_is_left():
-    deviations = invariance.measured()
+def test_with_a_negligible_epsilon_only_rounding_is_left():
+    deviations = scale_invariance.measured()
     assert len(deviations) == 40
     for d in deviations:
         parts = (d.output, d.to_input, d.to_weights)
@@ -432,19 +453,18 @@ def test_without_epsilon_only_rounding_is_left():
         elif d.factor == 1:
             assert max(parts) < 1e-5
         else:
-            # The variance of Wu is 1 or so: 1e-3 is a tenth of it at a = 0.1, and 10 times at 0.01.
+            # The variance of aWu is about a^2: epsilon is a tenth of it at 0.1, ten times at 0.01.
             low, high = {0.01: (0.5, 0.9), 0.1: (0.03, 0.15)}.get(d.factor, (1e-4, 2e-3))
             assert low < min(parts) and max(parts) < high
 
 
-def test_without_bn_a_factor_on_the_weights_is_seen(monkeypatch):
+def test_without_bn_a_factor_on_the_weights_changes_everything(monkeypatch):
     monkeypatch.setattr(
-        invariance,
+        scale_invariance,
         "BatchNormalization",
         lambda **options: lambda x, training: tf.identity(x),
     )
-    for d in invariance.measure():
-        # The output and the gradient with respect to u are a times as large, and a times the
-        # gradient with respect to aW is, too.
+    for d in scale_invariance.measure():
+        # All three are a times as large as for a = 1.
         for part in (d.output, d.to_input, d.to_weights):
             assert part == pytest.approx(abs(d.factor - 1), rel=1e-3, abs=1e-5)

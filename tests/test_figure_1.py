@@ -1,4 +1,4 @@
-"""Figure 1 says what its runs wrote, whatever they wrote."""
+"""Figure 1 shows what its runs recorded, even if they recorded little."""
 
 import io
 import re
@@ -8,14 +8,14 @@ import pytest
 
 from bn_keras.errors import UsageError
 from bn_keras.experiments.titles import WITH_BN, WITHOUT_BN
-from bn_keras.report import Run, figure_1
+from bn_keras.report import Run, build_figure_1
 from configs import mnist_bn
 
 STEPS = 5_000
 
 
 def make_run(title, seed=0, accuracies=(), inputs=(), extra=()):
-    """A run that was evaluated, and whose layer's input was recorded, at even intervals."""
+    """Builds a run with accuracies and percentiles of the layer's input at even intervals."""
     config = mnist_bn.get_config().copy_and_resolve_references()
     config.seed = seed
     config.train.steps = STEPS
@@ -49,13 +49,13 @@ AS_IN_THE_PAPER = results(
 
 
 def cells(body):
-    """What stands in the tables' rows: without BN, and with it."""
+    """Returns the cells of the tables' rows: without BN, with BN."""
     rows = [[cell.strip() for cell in row.split("|")] for row in body.splitlines() if "|" in row]
     return {name: (without, with_bn) for _, name, without, with_bn, _ in rows}
 
 
 def verdicts(section):
-    """Of each statement: the verdict, and in how many seeds it holds."""
+    """Returns each statement's verdict, and in how many seeds it holds."""
     return re.findall(r"\| \*\*(.*?)\*\* *\| *(\S.*?) \|$", section.body, re.MULTILINE)
 
 
@@ -63,41 +63,45 @@ def lines(axes):
     return [np.stack(line.get_data()) for line in axes.lines]
 
 
-def test_its_tables_are_what_the_runs_wrote():
-    shown = cells(figure_1(AS_IN_THE_PAPER).body)
+def test_tables_show_what_the_runs_recorded():
+    shown = cells(build_figure_1(AS_IN_THE_PAPER).body)
     assert shown["after 1,666 steps"] == ("90.00%", "92.50% (92.00% to 93.00%)")
     assert shown["after 5,000 steps"] == ("96.00%", "98.00% (97.50% to 98.50%)")
-    assert shown["the best of all evaluations"] == shown["after 5,000 steps"]
-    assert shown["median moved"] == ("1.50", "0.25")
+    assert shown["best evaluation"] == shown["after 5,000 steps"]
+    assert shown["median range"] == ("1.50", "0.25")
     assert shown["smallest spread"] == ("0.10", "2.00")
     assert shown["largest spread"] == ("3.00", "2.50")
-    assert shown["largest over smallest"] == ("30.00", "1.25")
-    # Without the first of three.
-    later = {k.split(",")[0]: v for k, v in shown.items() if k.endswith("10% of the training on")}
-    assert later["median moved"] == ("1.50", "0.25")
+    assert shown["largest / smallest spread"] == ("30.00", "1.25")
+    # Without the first of three points.
+    later = {
+        k.split(",")[0]: v
+        for k, v in shown.items()
+        if k.endswith("after the first 10% of training")
+    }
+    assert later["median range"] == ("1.50", "0.25")
     assert later["smallest spread"] == ("2.00", "2.50")
     assert later["largest spread"] == ("3.00", "2.50")
-    assert later["largest over smallest"] == ("1.50", "1.00")
+    assert later["largest / smallest spread"] == ("1.50", "1.00")
 
 
-def test_its_statements_follow_the_runs():
-    section = figure_1(AS_IN_THE_PAPER)
-    assert verdicts(section) == [("holds", "2 of 2")] * 7
-    assert "was not tested" not in section.body
+def test_verdicts_follow_the_runs():
+    section = build_figure_1(AS_IN_THE_PAPER)
+    assert verdicts(section) == [("holds", "2 of 2 seeds")] * 7
+    assert "were not tested" not in section.body
     swapped = {
         WITH_BN: AS_IN_THE_PAPER[WITHOUT_BN],
         WITHOUT_BN: AS_IN_THE_PAPER[WITH_BN],
     }
-    assert verdicts(figure_1(swapped)) == [("does not hold here", "0 of 2")] * 7
-    assert "was not tested" in figure_1(swapped).body
-    # Of the second seed no network is better than the other.
+    assert verdicts(build_figure_1(swapped)) == [("does not hold", "0 of 2 seeds")] * 7
+    assert "were not tested" in build_figure_1(swapped).body
+    # In the second seed the networks are equal.
     mixed = {title: list(runs) for title, runs in AS_IN_THE_PAPER.items()}
     mixed[WITHOUT_BN][1] = make_run(WITHOUT_BN, 1, [0.92, 0.97, 0.985], STEADY)
-    assert verdicts(figure_1(mixed)) == [("within the spread of the seeds", "1 of 2")] * 7
+    assert verdicts(build_figure_1(mixed)) == [("too close to call", "1 of 2 seeds")] * 7
 
 
-def test_its_panels_show_the_mean_over_the_seeds_and_the_first_seeds_percentiles():
-    figure = figure_1(AS_IN_THE_PAPER).plots["figure_1.png"]
+def test_panels_show_means_over_seeds_and_percentiles_of_the_first_seed():
+    figure = build_figure_1(AS_IN_THE_PAPER).plots["figure_1.png"]
     accuracy, without, with_bn = figure.axes
     steps = [1666, 3333, 5000]
     np.testing.assert_allclose(lines(accuracy)[0], [steps, [0.90, 0.94, 0.96]])
@@ -108,7 +112,7 @@ def test_its_panels_show_the_mean_over_the_seeds_and_the_first_seeds_percentiles
         np.testing.assert_allclose(shown[:, 0], [[0, 2500, 5000]] * 3)
         assert axes.get_ylim() == with_bn.get_ylim()
         assert axes.get_ylim()[0] < -2 and axes.get_ylim()[1] > 1.5
-    # The last third is above what the inset covers, and so there is one.
+    # Late accuracies are above the area of the inset, so it is drawn.
     (inset,) = accuracy.child_axes
     np.testing.assert_allclose(lines(inset)[1], [steps[1:], [0.965, 0.98]])
 
@@ -119,16 +123,16 @@ DIVERGED = make_run(WITHOUT_BN, 0, (), (), [{"step": 7, "train/loss": None, "div
 @pytest.mark.parametrize(
     "runs, expected",
     [
-        (results([([0.9, 0.95],)], [([0.5, 0.6],)]), ("undecided", "-")),
-        (results([((), STEADY)], [((), DRIFTING)]), ("holds", "1 of 1")),
-        (results([([0.9], STEADY)], [()]) | {WITHOUT_BN: [DIVERGED]}, ("undecided", "-")),
-        (results([([0.9], STEADY[:1])], [([0.9], STEADY[:1])]), ("undecided", "-")),
-        (results([([0.9], [(1.0, 1.0, 1.0)] * 2)], [([0.9], STEADY)]), ("holds", "1 of 1")),
+        (results([([0.9, 0.95],)], [([0.5, 0.6],)]), ("no verdict", "-")),
+        (results([((), STEADY)], [((), DRIFTING)]), ("holds", "1 of 1 seed")),
+        (results([([0.9], STEADY)], [()]) | {WITHOUT_BN: [DIVERGED]}, ("no verdict", "-")),
+        (results([([0.9], STEADY[:1])], [([0.9], STEADY[:1])]), ("no verdict", "-")),
+        (results([([0.9], [(1.0, 1.0, 1.0)] * 2)], [([0.9], STEADY)]), ("holds", "1 of 1 seed")),
     ],
-    ids=["not recorded", "not evaluated", "diverged", "recorded once", "nothing spread"],
+    ids=["not recorded", "not evaluated", "diverged", "recorded once", "constant input"],
 )
-def test_it_shows_what_there_is(runs, expected):
-    section = figure_1(runs)
+def test_runs_with_little_data_are_shown(runs, expected):
+    section = build_figure_1(runs)
     assert verdicts(section)[2] == expected
     (figure,) = section.plots.values()
     figure.savefig(io.BytesIO(), dpi=30)
@@ -138,6 +142,6 @@ def test_it_shows_what_there_is(runs, expected):
     )
 
 
-def test_a_network_that_is_missing():
-    with pytest.raises(UsageError, match="there is no run 'without BN'"):
-        figure_1({WITH_BN: AS_IN_THE_PAPER[WITH_BN]})
+def test_a_missing_network_is_an_error():
+    with pytest.raises(UsageError, match="no run 'without BN': Figure 1 compares two"):
+        build_figure_1({WITH_BN: AS_IN_THE_PAPER[WITH_BN]})

@@ -1,4 +1,4 @@
-"""The report says what the runs' files say, and beside it what the paper says, named as such."""
+"""The report shows what the runs recorded and, marked as such, the paper's own results."""
 
 import dataclasses
 import itertools
@@ -8,22 +8,24 @@ import re
 import pytest
 from matplotlib.figure import Figure
 
-from bn_keras import report
 from bn_keras.data.multi_crop import Crops
-from bn_keras.errors import UsageError
+from bn_keras.errors import StorageError, UsageError
 from bn_keras.report import (
     Run,
     Section,
-    ensemble,
+    build_figure_2,
+    build_figure_3,
+    build_figure_4,
+    describe_accuracy,
     escape,
-    figure_2,
-    figure_3,
-    figure_3_row,
+    evaluate_ensemble,
     figure_4,
     published,
     write_report,
 )
-from bn_keras.runs.workdir import MetricsWriter, Workdir
+from bn_keras.runs.metrics import MetricsWriter
+from bn_keras.runs.saved_config import SavedConfig
+from bn_keras.runs.workdir import Workdir
 from bn_keras.training import networks
 from configs import cifar10_inception, digits_bn_x30, digits_inception
 
@@ -56,7 +58,7 @@ def run(title, accuracies, losses=(2.0, 1.0), diverged=False, seed=0, **settings
     return Run(title, configure(seed, **settings), lines)
 
 
-# Of two seeds: the means are those in which all that Figure 3 states holds.
+# Two seeds each, for which every statement about Figure 3 holds.
 CURVES = {
     "Inception": [(0.5, 0.7, 0.79, 0.8), (0.4, 0.6, 0.7, 0.8)],
     "BN-Baseline": [(0.5, 0.7, 0.82), (0.5, 0.7, 0.84)],
@@ -67,7 +69,7 @@ CURVES = {
 
 
 def results(**changes):
-    """By title, with "BN_x30=[(0.1, 0.2)]" the curves of another; one curve a seed."""
+    """Builds runs by title; BN_x30=[(0.1, 0.2)] replaces curves, one for each seed."""
     curves = CURVES | {name.replace("_", "-"): curves for name, curves in changes.items()}
     return {
         title: [run(title, curve, seed=seed) for seed, curve in enumerate(of_title)]
@@ -76,7 +78,7 @@ def results(**changes):
 
 
 def tables(body):
-    """The cells of each table, by its first header and the first cell of a row."""
+    """Returns the cells of each table, by its first two headers and the first cell of a row."""
     found = {}
     for lines in re.findall(r"(?:^\|.*\n?)+", body, re.MULTILINE):
         header, _, *rows = (
@@ -92,7 +94,7 @@ def table_of(body, second_header):
 
 
 def verdicts(results):
-    rows = table_of(figure_3(results).body, "verdict")
+    rows = table_of(build_figure_3(results).body, "verdict")
     return {text: row[0].strip("*") for text, row in rows.items()}
 
 
@@ -114,21 +116,21 @@ def environment(**changes):
     return [start | changes]
 
 
-def how_it_was_made(results, tmp_path, command="make it"):
+def provenance(results, tmp_path, command="make it"):
     write_report("t", [], results, tmp_path, command)
     return (tmp_path / "report.md").read_text()
 
 
-# --- What a run says of itself.
+# --- Runs.
 
 
-def test_what_a_run_says_of_itself():
+def test_a_run_summarizes_its_metrics():
     one = run("BN-x5", (0.5, 0.8, 0.7), losses=(2.0, 0.5, 0.75))
     assert one.best_accuracy == 0.8 and one.lowest_loss == 0.5
     assert one.steps_to_accuracy(0.5) == 10 and one.steps_to_accuracy(0.8) == 20
     assert one.steps_to_accuracy(0.81) is None
     assert one.name == "BN-x5 (seed 0)"
-    # sqrt(p * (1 - p) / n) of 400 images, with two more of each kind.
+    # sqrt(p * (1 - p) / n) for 400 images and two more of each kind.
     assert one.standard_error(0.8) == pytest.approx((322 / 404 * 82 / 404 / 404) ** 0.5)
     # 30 steps of 32 examples at 64 images a second.
     assert one.seconds == pytest.approx(15.0)
@@ -136,26 +138,26 @@ def test_what_a_run_says_of_itself():
     assert run("x", (), (), diverged=True).diverged_at == 17
 
 
-def test_a_run_alone_has_its_row_in_words():
+def test_a_single_run_is_described_in_words():
     alone = run("x", (0.5, 0.8, 0.7))
-    assert figure_3_row(alone) == "best accuracy 80.00% after 20 steps"
+    assert describe_accuracy(alone) == "best validation accuracy 80.00% at step 20"
     for name, target, batch, rest in (
-        ("digits", 0.5, 64, " (40 of 32), 50.0% after 10 steps (20 of 32)"),
-        ("digits", 0.9, 32, ", 90.0% never"),
-        ("imagenet2012", 0.0, 32, ", 72.2% after 20 steps"),
+        ("digits", 0.5, 64, " (40 steps of 32), 50.0% at step 10 (20 steps of 32)"),
+        ("digits", 0.9, 32, ", 90.0% not reached"),
+        ("imagenet2012", 0.0, 32, ", 72.2% at step 20"),
     ):
         config = digits_inception.get_config().copy_and_resolve_references()
         config.data.name = name
         config.train.until_accuracy, config.train.global_batch_size = target, batch
         aimed = Run("x", config, alone.metrics)
-        assert figure_3_row(aimed) == f"best accuracy 80.00% after 20 steps{rest}"
+        assert describe_accuracy(aimed) == f"best validation accuracy 80.00% at step 20{rest}"
 
 
 # --- Figure 3.
 
 
-def test_the_table_is_computed_from_the_means_of_the_seeds():
-    rows = table_of(figure_3(results()).body, "steps to 80.0%")
+def test_the_table_shows_means_over_seeds():
+    rows = table_of(build_figure_3(results()).body, "steps to 80.0%")
     assert rows == {
         "Inception": ["40", "31.0 million", "1.0", "1.0", "80.0%", "72.2%"],
         "BN-Baseline": ["30", "13.3 million", "1.3", "2.3", "83.0% (82.0% to 84.0%)", "72.7%"],
@@ -165,15 +167,14 @@ def test_the_table_is_computed_from_the_means_of_the_seeds():
     }
 
 
-def test_a_seed_that_never_gets_there_is_seen():
-    rows = table_of(figure_3(results(BN_x5=[(0.9,), (0.74,)])).body, "steps to")
+def test_a_seed_that_misses_the_target_is_shown():
+    rows = table_of(build_figure_3(results(BN_x5=[(0.9,), (0.74,)])).body, "steps to")
     assert rows["BN-x5"][0] == "10 (10 to never)"
 
 
 @pytest.mark.parametrize("title", TITLES)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_each_run_moves_its_own_numbers_and_nobody_elses(title, seed):
-    """None is a constant, and none is another network's."""
+def test_each_run_affects_only_its_own_numbers(title, seed):
     before = results()
     after = {name: list(runs) for name, runs in before.items()}
     changed = [line.copy() for line in before[title][seed].metrics]
@@ -184,142 +185,154 @@ def test_each_run_moves_its_own_numbers_and_nobody_elses(title, seed):
             line["train/loss"] /= 4
             line["train/learning_rate"] *= 2
     after[title][seed] = dataclasses.replace(before[title][seed], metrics=changed)
-    bodies = figure_3(before).body, figure_3(after).body
+    bodies = build_figure_3(before).body, build_figure_3(after).body
     accuracies = [table_of(body, "steps to") for body in bodies]
-    trainings = [table_of(body, "first learning rate") for body in bodies]
+    trainings = [table_of(body, "first logged learning rate") for body in bodies]
     assert trainings[0][title] != trainings[1][title]
     assert all(a != b for a, b in zip(trainings[0][title], trainings[1][title], strict=True))
     for name in TITLES:
         is_changed = accuracies[0][name][4] != accuracies[1][name][4]
         assert is_changed == (name == title)
         assert name == title or trainings[0][name] == trainings[1][name]
-        # The paper's don't move.
+        # The paper's numbers stay.
         assert accuracies[0][name][1::2] == accuracies[1][name][1::2]
 
 
-def test_what_is_published_agrees_with_what_is_judged():
-    """Of the paper's own numbers every statement holds."""
+def test_every_statement_holds_for_the_papers_own_results():
     of_the_paper = {}
     for title, network in published.FIGURE_3.items():
         points = [(2 * 10**8, network.best_accuracy)]
         if network.steps:
-            points.insert(0, (network.steps, published.INCEPTION_ON_IMAGENET))
+            points.insert(0, (network.steps, published.INCEPTION_ACCURACY))
         lines = [{"step": step, "validation/accuracy": accuracy} for step, accuracy in points]
         of_the_paper[title] = [Run(title, configure(), lines)]
-    body = figure_3(of_the_paper).body
+    body = build_figure_3(of_the_paper).body
     assert set(verdicts(of_the_paper).values()) == {"holds"}
-    assert body.startswith("**7 statements of the paper's Figure 3; holds: 7.**")
+    assert body.startswith("**7 statements of the paper's Figure 3: 7 hold.**")
     assert len(verdicts(of_the_paper)) == 7
     for cells in table_of(body, "steps to").values():
-        times, of_the_paper = cells[2:4]
-        assert times == of_the_paper
+        speedup, paper_speedup = cells[2:4]
+        assert speedup == paper_speedup
 
 
-def test_what_holds_for_each_seed_holds():
-    body = figure_3(results()).body
-    assert body.startswith("**7 statements of the paper's Figure 3; holds: 7.**")
+def test_a_statement_that_holds_in_each_seed_holds():
+    body = build_figure_3(results()).body
+    assert body.startswith("**7 statements of the paper's Figure 3: 7 hold.**")
     assert set(verdicts(results()).values()) == {"holds"}
 
 
 @pytest.mark.parametrize(
     "changes, otherwise",
     [
-        ({"BN_x5": [(0.1, 0.9), (0.1, 0.92)]}, ["BN-x30 alone", "BN-x30 reaches it later"]),
-        ({"BN_x30": [(0.1,), (0.1,)]}, ["BN-x30 reaches it in", "BN-x30 alone"]),
-        ({"BN_x30": [(0.9,), (0.9,)], "BN_x5": [(0.1, 0.85)] * 2}, ["BN-x30 reaches it later"]),
-        ({"BN_Baseline": [(0.3,)] * 2, "BN_x5": [(0.3,)] * 2}, ["BN-x30 reaches it later"]),
+        (
+            {"BN_x5": [(0.1, 0.9), (0.1, 0.92)]},
+            ["BN-x30 has the highest", "BN-x5 reaches .* than BN-x30"],
+        ),
+        ({"BN_x30": [(0.1,), (0.1,)]}, ["BN-x30 reaches", "BN-x30 has the highest"]),
+        (
+            {"BN_x30": [(0.9,), (0.9,)], "BN_x5": [(0.1, 0.85)] * 2},
+            ["BN-x5 reaches .* than BN-x30"],
+        ),
+        (
+            {"BN_Baseline": [(0.3,)] * 2, "BN_x5": [(0.3,)] * 2},
+            ["BN-x5 reaches .* than BN-x30"],
+        ),
         ({"BN_x5_Sigmoid": [(0.85,), (0.86,)]}, ["BN-x5-Sigmoid never"]),
-        ({"BN_x5_Sigmoid": [(0.5,), (0.6,)]}, ["BN-x5-Sigmoid gets beyond"]),
+        ({"BN_x5_Sigmoid": [(0.5,), (0.6,)]}, ["BN-x5-Sigmoid exceeds"]),
     ],
 )
-def test_what_is_otherwise_is_said_to_be(changes, otherwise):
+def test_a_statement_that_holds_in_no_seed_does_not_hold(changes, otherwise):
     judged = verdicts(results(**changes))
-    found = [text for text, verdict in judged.items() if verdict == "does not hold here"]
+    found = [text for text, verdict in judged.items() if verdict == "does not hold"]
     assert len(found) >= len(otherwise)
-    assert all(any(text.startswith(start) for text in found) for start in otherwise)
-    assert f"does not hold here: {len(found)}" in figure_3(results(**changes)).body
+    assert all(any(re.match(start, text) for text in found) for start in otherwise)
+    count = f"{len(found)} do{'es' * (len(found) == 1)} not hold"
+    assert count in build_figure_3(results(**changes)).body
 
 
-def test_seeds_that_disagree_decide_nothing():
-    # The mean of the two is the best one, but one of them isn't.
+def test_a_statement_on_which_seeds_disagree_is_too_close_to_call():
+    # The mean over seeds is the highest, but one seed is not.
     changed = results(BN_x30=[(0.7, 0.99), (0.6, 0.84)])
-    body = figure_3(changed).body
-    assert table_of(body, "verdict")["BN-x30 alone has the best accuracy"] == [
-        "**within the spread of the seeds**",
-        "1 of 2",
+    body = build_figure_3(changed).body
+    assert table_of(body, "verdict")["BN-x30 has the highest best accuracy of the five"] == [
+        "**too close to call**",
+        "1 of 2 seeds",
     ]
-    assert "; holds: 6; within the spread of the seeds: 1.**" in body
+    assert ": 6 hold, 1 too close to call.**" in body
 
 
-def test_one_seed_is_said_to_be_one():
+def test_a_single_seed_is_mentioned():
     alone = {title: runs[:1] for title, runs in results().items()}
-    body = figure_3(alone).body
-    assert "a single seed" in body and "In brackets" not in body
-    assert "Each line is a single run" in figure_2(alone).body
-    assert "means over 2 seeds" in figure_2(results()).body
+    body = build_figure_3(alone).body
+    assert "(single seed)" in body and "In parentheses" not in body
+    assert "Each line is a single run" in build_figure_2(alone).body
+    assert "means over 2 seeds" in build_figure_2(results()).body
 
 
-def test_how_fine_the_numbers_are_is_computed():
-    body = figure_3(results()).body
+def test_the_resolution_of_the_numbers_is_computed():
+    body = build_figure_3(results()).body
     assert "every 20 steps" in body
-    later = figure_3(results(Inception=[(0.5, 0.7, 0.79, 0.78)] * 2)).body
+    later = build_figure_3(results(Inception=[(0.5, 0.7, 0.79, 0.78)] * 2)).body
     assert "best at its last evaluation" in body and "last evaluation" not in later
-    # sqrt(0.8 * 0.2 / 400) is 2%.
-    assert "80.0% on 400 validation images has a standard error of 2 points" in body
+    # sqrt(0.8 * 0.2 / 400) = 2%.
+    assert "80.0% on 400 validation images has a standard error of 2 percentage points" in body
 
 
-def test_a_larger_batch_is_said_in_words():
+def test_another_batch_size_is_mentioned():
     larger = {"train.global_batch_size": 256}
     runs = {title: [run(title, curves[0], **larger)] for title, curves in CURVES.items()}
-    body = figure_3(runs).body
-    assert "steps of 256 images to 80.0%" in body and "Its steps are of 32 images" in body
+    body = build_figure_3(runs).body
+    assert (
+        "steps of 256 images to 80.0%" in body
+        and "The paper's steps are steps of 32 images" in body
+    )
 
 
-def test_diverged_runs_are_results():
+def test_diverged_runs_are_reported():
     runs = results()
     runs["BN-x5"][1] = run("BN-x5", (0.3,), diverged=True, seed=1)
-    body = figure_3(runs).body
+    body = build_figure_3(runs).body
     assert "**Diverged:** BN-x5 (seed 1) at step 17." in body
-    assert "**Diverged:** BN-x5 (seed 1) at step 17." in figure_2(runs).body
+    assert "**Diverged:** BN-x5 (seed 1) at step 17." in build_figure_2(runs).body
     assert table_of(body, "steps to")["BN-x5"][0] == "never (10 to never)"
-    assert "Diverged" not in figure_3(results()).body
+    assert "Diverged" not in build_figure_3(results()).body
 
 
-def test_runs_without_numbers_are_no_error(tmp_path):
+def test_runs_without_metrics_are_no_error(tmp_path):
     runs = {title: [run(title, (), ())] for title in TITLES}
-    body = figure_3(runs).body
+    body = build_figure_3(runs).body
     assert table_of(body, "steps")["BN-x5"][::2] == ["never", "-", "-"]
-    assert table_of(body, "first learning rate")["BN-x5"] == ["-", "-"]
-    write_report("t", [figure_2(runs), figure_3(runs)], runs, tmp_path, "c")
+    assert table_of(body, "first logged learning rate")["BN-x5"] == ["-", "-"]
+    write_report("t", [build_figure_2(runs), build_figure_3(runs)], runs, tmp_path, "c")
 
 
-def test_some_of_the_five_are_compared_without_an_order():
+def test_statements_are_not_tested_without_all_five_networks():
     two = {title: results()[title] for title in ("BN-x5", "Inception")}
-    body = figure_3(two).body
-    assert body.startswith("**What the paper's Figure 3 states isn't tested:** no run of BN-B")
+    body = build_figure_3(two).body
+    assert body.startswith("**The paper's statements are not tested:** no run of BN-B")
     assert list(table_of(body, "steps to")) == ["Inception", "BN-x5"]
 
 
-def test_what_else_was_trained_is_for_others():
+def test_other_titles_are_ignored():
     more = results() | {"BN-x5 with 40% dropout": [run("y", (1.0,), seed=7)]}
-    assert figure_3(more).body == figure_3(results()).body
-    assert figure_2(more).body == figure_2(results()).body
+    assert build_figure_3(more).body == build_figure_3(results()).body
+    assert build_figure_2(more).body == build_figure_2(results()).body
 
 
-@pytest.mark.parametrize("figure", [figure_2, figure_3])
-def test_what_cannot_be_compared_is_refused(figure):
-    with pytest.raises(UsageError, match="measure by Inception, of which there is no run"):
-        figure({"BN-x5": results()["BN-x5"]})
+@pytest.mark.parametrize("build", [build_figure_2, build_figure_3])
+def test_networks_that_cannot_be_compared_are_an_error(build):
+    with pytest.raises(UsageError, match="no run of Inception: .* compare BN-x5 with it"):
+        build({"BN-x5": results()["BN-x5"]})
     apart = results() | {"BN-x5": [run("BN-x5", (0.5,), seed=5)]}
-    with pytest.raises(UsageError, match=r"no seed that all .* BN-x5: \[5\]"):
-        figure(apart)
+    with pytest.raises(UsageError, match=r"no seed is shared by all .* BN-x5: \[5\]"):
+        build(apart)
 
 
 # --- Figure 2.
 
 
 def lines_of(section, name):
-    """The lines of a plot that have several points, and its single points, as (x, y)."""
+    """Returns the curves of a plot, and its diamonds as (x, y, whether it is hollow)."""
     (axes,) = section.plots[name].axes
     curves = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() != "D"]
     diamonds = [
@@ -330,18 +343,18 @@ def lines_of(section, name):
     return curves, diamonds
 
 
-def test_lines_are_the_means_and_diamonds_stand_on_them():
-    curves, diamonds = lines_of(figure_2(results()), "figure_2.png")
+def test_lines_are_means_over_seeds_and_carry_the_diamonds():
+    curves, diamonds = lines_of(build_figure_2(results()), "figure_2.png")
     assert len(curves) == 6 and len(diamonds) == 4
     assert curves[2] == [[10, pytest.approx(0.82)], [20, pytest.approx(0.84)]]
     assert diamonds[0] == (40, pytest.approx(0.8), False)
     assert diamonds[2] == (10, pytest.approx(0.82), False)
-    curves, _ = lines_of(figure_2(results()), "figure_2_loss.png")
+    curves, _ = lines_of(build_figure_2(results()), "figure_2_loss.png")
     assert curves == [[[10, 2.0], [20, 1.0]]] * 5
 
 
-def test_diamonds_on_each_other_are_all_seen():
-    section = figure_2(results(BN_x5=[(0.1, 0.91), (0.1, 0.91)]))
+def test_overlapping_diamonds_have_different_sizes():
+    section = build_figure_2(results(BN_x5=[(0.1, 0.91), (0.1, 0.91)]))
     (axes,) = section.plots["figure_2.png"].axes
     sizes = {
         line.get_color(): line.get_markersize()
@@ -352,17 +365,17 @@ def test_diamonds_on_each_other_are_all_seen():
     assert x5 > x30
 
 
-def test_the_papers_points_are_drawn_where_they_can_be_compared():
+def test_the_papers_points_are_drawn_on_imagenet_only():
     def diamonds(**settings):
         runs = {title: [run(title, c[0], **settings)] for title, c in CURVES.items()}
-        section = figure_2(runs)
+        section = build_figure_2(runs)
         return section.body, [d[:2] for d in lines_of(section, "figure_2.png")[1] if d[2]]
 
     text, points = diamonds()
     assert not points and "Hollow" not in text
     text, points = diamonds(**{"data.name": "imagenet2012", "train.global_batch_size": 64})
     assert (15.5e6, 0.722) in points and (3e6, 0.748) in points and len(points) == 5
-    assert "Hollow diamonds are the paper's, at as many images in batches of 64" in text
+    assert "Hollow diamonds are the paper's results, with steps converted to batches of 64" in text
 
 
 # --- Figure 4.
@@ -378,30 +391,28 @@ ROWS = [
 ]
 
 
-def test_errors_stand_beside_the_papers():
-    body = figure_4(ROWS).body
-    assert body.startswith(
-        "**48 crops in place of one lower the top-1 error of 1 of the 2 networks"
-    )
-    assert "the ensemble's is lower than that of 2 of its 2 members" in body
-    lines = re.findall(r"^\| (?:one|the) .*$", body, re.MULTILINE)
+def test_errors_are_shown_beside_the_papers():
+    body = build_figure_4(ROWS).body
+    assert body.startswith("**48 crops instead of one lower the top-1 error of 1 of the 2 networks")
+    assert "the error of the ensemble is lower than that of 2 of its 2 members" in body
+    lines = re.findall(r"^\| (?:single network|ensemble) .*$", body, re.MULTILINE)
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells == [
-        ["one network", "1", "1", "25.00% (20.00% to 30.00%)", "25.20%"]
+        ["single network", "1", "1", "25.00% (20.00% to 30.00%)", "25.20%"]
         + ["2.50% (2.00% to 3.00%)", "7.82%"],
-        ["one network", "1", "48", "22.50% (20.00% to 25.00%)", "21.99%"]
+        ["single network", "1", "48", "22.50% (20.00% to 25.00%)", "21.99%"]
         + ["2.25% (2.00% to 2.50%)", "5.82%"],
-        ["the ensemble", "2", "1", "15.00%", "-", "1.50%", "-"],
-        ["the ensemble", "2", "48", "10.00%", "20.10%", "1.00%", "4.90%"],
+        ["ensemble", "2", "1", "15.00%", "-", "1.50%", "-"],
+        ["ensemble", "2", "48", "10.00%", "20.10%", "1.00%", "4.90%"],
     ]
-    assert "of a square image the three squares are one" in body
-    assert "The other networks of the 6 did not" in body
+    assert "the three squares of a square image are identical" in body
+    assert "The other networks of the 6 did not finish" in body
 
 
-def test_one_network_or_none_is_no_error():
+def test_a_single_network_or_none_is_no_error():
     alone = [row for row in ROWS if row["model"] == "a"]
-    assert "ensemble's" not in figure_4(alone).body.splitlines()[0]
-    assert "No member" in figure_4([]).body
+    assert "error of the ensemble" not in build_figure_4(alone).body.splitlines()[0]
+    assert "No member" in build_figure_4([]).body
 
 
 def write_run(path, config, lines, input_shape=(8, 8, 1)):
@@ -413,14 +424,14 @@ def write_run(path, config, lines, input_shape=(8, 8, 1)):
     return path
 
 
-def test_an_evaluation_is_kept_until_a_run_is_another(tmp_path, monkeypatch):
+def test_an_evaluation_is_saved_until_a_run_changes(tmp_path, monkeypatch):
     evaluated = []
 
     def evaluate_networks(workdirs, crops):
         evaluated.append((workdirs, crops))
         return [{"model": os.fspath(path), "models": 1, "crops": 1} for path in workdirs]
 
-    monkeypatch.setattr(ensemble, "evaluate_networks", evaluate_networks)
+    monkeypatch.setattr(figure_4, "evaluate_networks", evaluate_networks)
     ends = iter(itertools.count())
 
     def finish(name):
@@ -431,11 +442,11 @@ def test_an_evaluation_is_kept_until_a_run_is_another(tmp_path, monkeypatch):
     paths.append(write_run(tmp_path / "c", digits_bn_x30.get_config(), [{"step": 5}]))
 
     def evaluate(**given):
-        return report.evaluate_figure_4(paths, tmp_path, **given)
+        return evaluate_ensemble(paths, tmp_path, **given)
 
     rows = evaluate()
     assert [row["model"] for row in rows] == [os.fspath(path) for path in paths[:2]]
-    # Digits are squares, and their mirror images are none.
+    # Digits are square images, and training does not mirror them.
     assert rows[0]["cut"] == [4, 1, 6, 1] and rows[0]["trained_on"] == "none"
     assert evaluate() == rows and len(evaluated) == 1
     (tmp_path / "b" / "metrics.jsonl").unlink()
@@ -445,17 +456,17 @@ def test_an_evaluation_is_kept_until_a_run_is_another(tmp_path, monkeypatch):
     assert len(evaluated) == 3
     (tmp_path / "figure_4.json").write_text("{")
     assert evaluate() == rows and len(evaluated) == 4
-    assert report.evaluate_figure_4(paths[2:], tmp_path) == []
+    assert evaluate_ensemble(paths[2:], tmp_path) == []
 
 
-def test_the_crops_are_those_of_the_144_that_differ(tmp_path):
+def test_crops_are_the_distinct_ones_of_the_papers_144(tmp_path):
     imagenet = configure(**{"data.image_size": 224, "data.mirror": True})
     for name, config, shape, crops in (
         ("imagenet", imagenet, (224, 224, 3), Crops(4, 3, 6, 2)),
         ("cifar10", cifar10_inception.get_config(), (32, 32, 3), Crops(4, 1, 6, 2)),
     ):
         write_run(tmp_path / name, config, [], shape)
-        assert ensemble.paper_crops(tmp_path / name) == crops
+        assert figure_4.suitable_crops(tmp_path / name) == crops
 
 
 # --- The page.
@@ -463,34 +474,34 @@ def test_the_crops_are_those_of_the_144_that_differ(tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A report of Figures 2 and 3."""
+    """Writes a report of Figures 2 and 3."""
     folder = tmp_path_factory.mktemp("report") / "new" / "folder"
     runs = results()
-    sections = [figure_2(runs), figure_3(runs)]
+    sections = [build_figure_2(runs), build_figure_3(runs)]
     write_report("In miniature", sections, runs, folder, "python -m x --a='b c'")
     return folder
 
 
-def test_the_files_hold_the_whole_report(folder):
+def test_both_files_contain_the_whole_report(folder):
     names = {"report.md", "report.html", "figure_2.png", "figure_2_loss.png"}
     assert {file.name for file in folder.iterdir()} == names
     text, page = (folder / "report.md").read_text(), (folder / "report.html").read_text()
-    assert figure_3(results()).body in text and "\n    python -m x --a='b c'\n" in text
+    assert build_figure_3(results()).body in text and "\n    python -m x --a='b c'\n" in text
     images = re.findall(r"\]\(([\w.]+\.png)\)", text)
     assert images == ["figure_2.png", "figure_2_loss.png"]
     assert all((folder / name).read_bytes().startswith(PNG) for name in images)
     headings = ["Figure 2: accuracy against steps", "Figure 3: steps and best accuracy"]
-    for heading in [*headings, "How this was made"]:
+    for heading in [*headings, "How this report was made"]:
         (anchor,) = re.findall(rf'<h2 id="([^"]+)">{heading}</h2>', page)
         assert f'<a href="#{anchor}">{heading}</a>' in page and f"(#{anchor})" in text
     assert page.count("<table") == page.count('<div class="wide"') == text.count("\n| ---")
 
 
-def test_the_page_needs_no_other_file(folder):
+def test_the_html_file_is_self_contained(folder):
     page = (folder / "report.html").read_text()
     assert page.count('src="data:image/png;base64,') == page.count("src=") == 2
     assert not re.search(r"<(script|link|iframe|object|base)|@import|url\(|srcset", page)
-    # What is linked to is fetched by nobody but a reader.
+    # A link is followed only by a reader.
     assert set(re.findall(r'href="(?!#)([^"]*)"', page)) == {"https://arxiv.org/abs/1502.03167"}
 
 
@@ -500,7 +511,7 @@ def small_section(height):
     return Section("Small", "![A line](a.png)", {"a.png": figure})
 
 
-def test_what_others_named_is_shown_as_it_is(tmp_path):
+def test_names_chosen_by_users_are_shown_literally(tmp_path):
     bad = "<script>x</script> *a* _b_ `c` | [d](e) & \\"
     runs = {bad: [dataclasses.replace(run("x", (0.5,)), environment=environment(commit=bad))]}
     runs["y"] = [run("y", (0.5,), **{"data.crop": bad})]
@@ -524,7 +535,7 @@ def read_all(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
 
-def test_a_report_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):
+def test_a_failed_report_leaves_the_previous_one(tmp_path, monkeypatch):
     runs = results()
     write_report("first", [small_section(2)], runs, tmp_path, "c")
     first = read_all(tmp_path)
@@ -536,17 +547,17 @@ def test_a_report_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypat
 
     with monkeypatch.context() as patched:
         patched.setattr("etils.epath.gpath.PosixGPath.write_bytes", no_space)
-        with pytest.raises(UsageError, match="can't be written: No space left on device"):
+        with pytest.raises(StorageError, match="cannot be written: No space left on device"):
             write_report("second", [small_section(3)], runs, tmp_path, "c")
     assert read_all(tmp_path) == first
     write_report("second", [small_section(3)], runs, tmp_path, "c")
     second = read_all(tmp_path)
     assert second.keys() == first.keys() and all(second[name] != first[name] for name in first)
-    with pytest.raises(UsageError, match="report in .*a.png can't be written"):
+    with pytest.raises(StorageError, match="report in .*a.png cannot be written"):
         write_report("third", [], runs, tmp_path / "a.png", "c")
 
 
-def test_the_same_runs_make_the_same_files(tmp_path):
+def test_the_same_runs_produce_the_same_files(tmp_path):
     for name in "ab":
         write_report("t", [small_section(2)], results(), tmp_path / name, "c")
     assert read_all(tmp_path / "a") == read_all(tmp_path / "b")
@@ -561,16 +572,16 @@ def test_the_same_runs_make_the_same_files(tmp_path):
         [Section("a", "![b](../b.png)", {"../b.png": Figure()})],
     ],
 )
-def test_a_plot_is_shown_once_where_it_is(sections, tmp_path):
-    with pytest.raises(ValueError, match="each is to be shown once"):
+def test_each_plot_must_be_shown_once_in_its_section(sections, tmp_path):
+    with pytest.raises(ValueError, match="expected each plot to be shown once"):
         write_report("t", sections, {}, tmp_path / "new", "c")
     assert not (tmp_path / "new").exists()
 
 
-# --- How it was made.
+# --- How the report was made.
 
 
-def test_every_run_is_listed_with_its_end_and_its_time(tmp_path):
+def test_every_run_is_listed_with_its_status_and_time(tmp_path):
     runs = results()
     finished = [*runs["BN-x5"][0].metrics, {"step": 30, Workdir.FINISHED: "0123456789abcdef"}]
     runs["BN-x5"][0] = dataclasses.replace(
@@ -580,7 +591,7 @@ def test_every_run_is_listed_with_its_end_and_its_time(tmp_path):
     runs["BN-x30"][1] = dataclasses.replace(
         run("BN-x30", (0.5,), diverged=True, seed=1), environment=killed
     )
-    rows = table_of(text := how_it_was_made(runs, tmp_path), "end")
+    rows = table_of(text := provenance(runs, tmp_path), "status")
     assert len(rows) == 10
     assert rows["BN-x5 (seed 0)"] == ["finished", "2026-11-21 10:00", "0123456789ab"] + [
         "30",
@@ -589,22 +600,22 @@ def test_every_run_is_listed_with_its_end_and_its_time(tmp_path):
     ]
     assert rows["BN-x30 (seed 1)"][0] == "diverged at step 17"
     assert rows["BN-x30 (seed 1)"][-1] == "over 1 h 30 min"
-    assert rows["Inception (seed 0)"][:3] == ["not finished", "-", "-"]
-    assert "it was 3 h 0 min" in text and "last ended 2026-11-21 11:30." in text
+    assert rows["Inception (seed 0)"][:3] == ["unfinished", "-", "-"]
+    assert "the runs took 3 h 0 min" in text and "last ended 2026-11-21 11:30 UTC." in text
 
 
-def test_what_they_were_made_with_is_said_once_if_it_is_the_same(tmp_path):
+def test_a_common_environment_is_described_once(tmp_path):
     runs = {
         title: [dataclasses.replace(r, environment=environment()) for r in of_title]
         for title, of_title in results().items()
     }
-    text = how_it_was_made(runs, tmp_path)
+    text = provenance(runs, tmp_path)
     assert "Software: bn\\_keras 1.2, tensorflow 2.21." in text and "Source: commit abc123." in text
-    assert "Machine: EPYC, 2 cores a run, Linux x86\\_64, trained on CPU." in text
+    assert "Machine: EPYC, 2 cores per run, Linux x86\\_64, trained on CPU." in text
     one = environment(machine=environment()[0]["machine"] | {"cores": 1})
     runs = {"x": [dataclasses.replace(run("x", ()), environment=one)]}
-    assert "EPYC, 1 core a run," in how_it_was_made(runs, tmp_path)
-    assert "not the same" not in text and "no note" not in text
+    assert "EPYC, 1 core per run," in provenance(runs, tmp_path)
+    assert "differs between" not in text and "not recorded" not in text
 
 
 @pytest.mark.parametrize(
@@ -617,36 +628,36 @@ def test_what_they_were_made_with_is_said_once_if_it_is_the_same(tmp_path):
         ({"machine": environment()[0]["machine"] | {"cores": 64}}, "Machine"),
     ],
 )
-def test_where_they_differ_each_is_named(change, which, tmp_path):
+def test_a_difference_in_the_environment_is_listed_by_run(change, which, tmp_path):
     runs = {
         title: [dataclasses.replace(r, environment=environment()) for r in of_title]
         for title, of_title in results().items()
     }
-    # Begun with the one, and gone on with with the other.
+    # Started in one environment, and resumed in the other.
     both = environment() + environment(**change)
     runs["BN-x5"][1] = dataclasses.replace(runs["BN-x5"][1], environment=both)
-    text = how_it_was_made(runs, tmp_path)
-    assert re.findall(r"\*\*(\w+): not the same", text) == [which]
+    text = provenance(runs, tmp_path)
+    assert re.findall(r"\*\*(\w+) differs between runs", text) == [which]
     first, second = re.findall(r"^- .*: (.*\(seed \d\))\.$", text, re.MULTILINE)
     assert second == "BN-x5 (seed 1)" and first.count("seed") == 10
 
 
-def test_runs_that_noted_nothing_are_named(tmp_path):
+def test_runs_without_a_recorded_environment_are_named(tmp_path):
     runs = results()
-    text = how_it_was_made(runs, tmp_path)
-    assert "The runs have no note of the software" in text
+    text = provenance(runs, tmp_path)
+    assert "Software and machine are not recorded for any run." in text
     runs["BN-x5"][0] = dataclasses.replace(runs["BN-x5"][0], environment=environment())
-    text = how_it_was_made(runs, tmp_path)
-    assert "Inception (seed 0), Inception (seed 1), BN-Baseline (seed 0)" in text
-    assert "BN-x5-Sigmoid (seed 1) have no note" in text
+    text = provenance(runs, tmp_path)
+    assert "not recorded for Inception (seed 0), Inception (seed 1), BN-Baseline (seed 0)" in text
+    assert "BN-x5-Sigmoid (seed 1)." in text
 
 
-def test_settings_are_divided_into_what_differs_and_what_does_not(tmp_path):
+def test_settings_are_divided_into_different_and_common_ones(tmp_path):
     runs = {
         "Inception": [run("Inception", (0.5,), seed=s) for s in (0, 1)],
         "BN-x30": [Run("BN-x30", digits_bn_x30.get_config(), [])],
     }
-    text = how_it_was_made(runs, tmp_path)
+    text = provenance(runs, tmp_path)
     rows = table_of(text, "settings")
     assert "`schedule.base_rate` 0.01" in rows["Inception"][0] and "data_dir" not in text
     assert "`schedule.base_rate` 0.3" in rows["BN-x30"][0]
@@ -654,26 +665,61 @@ def test_settings_are_divided_into_what_differs_and_what_does_not(tmp_path):
     assert "steps" not in rows["Inception"][0]
     train = next(line for line in text.splitlines() if line.startswith("- train:"))
     assert "`steps` 600" in train and "`momentum` 0.9" in train and "`l2`" not in train
-    # What is off in all of them is not worth a word.
+    # Settings that are off in all runs are left out.
     assert "mixup" not in text
     runs["again"] = runs["Inception"]
     runs["one longer"] = [run("x", (), **{"train.steps": n}) for n in (600, 900)]
-    rows = table_of(how_it_was_made(runs, tmp_path), "settings")
-    assert rows["again"] == ["as the first"]
+    rows = table_of(provenance(runs, tmp_path), "settings")
+    assert rows["again"] == ["same as the first"]
     assert rows["one longer"] == ["`train.steps` 600 or 900"]
 
 
-def test_settings_of_other_networks_and_data_are_listed_apart(tmp_path):
+def test_settings_are_those_in_effect(tmp_path):
+    """A setting of None is the variant's own value; older versions wrote the value itself."""
+    runs = {
+        "Inception": [run("Inception", (0.5,))],
+        "BN-x30": [Run("BN-x30", digits_bn_x30.get_config(), [])],
+    }
+    assert runs["BN-x30"][0].config.model.dropout is None
+    explicit = {"model.dropout": 0.4, "model.local_response_normalization": True}
+    older = runs | {"Inception": [run("Inception", (0.5,), **explicit)]}
+    assert provenance(older, tmp_path) == (text := provenance(runs, tmp_path))
+    rows = table_of(text, "settings")
+    assert "`model.dropout` 0.4" in rows["Inception"][0]
+    assert "`model.dropout` 0," in rows["BN-x30"][0]
+    assert "`model.local_response_normalization` off" in rows["BN-x30"][0]
+
+
+def test_networks_trained_with_dropout_are_named():
+    runs = results()
+    runs["BN-x30"] = [Run("BN-x30", digits_bn_x30.get_config(), runs["BN-x30"][0].metrics)]
+    names = "Inception and BN-Baseline and BN-x5 and BN-x5-Sigmoid"
+    assert f"{names} train with dropout, which raises" in build_figure_2(runs).body
+    assert "dropout" not in build_figure_2(results()).body
+
+
+def test_a_setting_that_an_older_version_did_not_write_is_named(tmp_path):
+    runs = {title: of_title[:1] for title, of_title in results().items()}
+    values = runs["BN-x5"][0].config.to_dict()
+    del values["model"]["dropout"]
+    saved = SavedConfig(values, tmp_path / "config.json")
+    runs["BN-x5"] = [dataclasses.replace(runs["BN-x5"][0], config=saved)]
+    with pytest.raises(UsageError, match="config.json has no model.dropout"):
+        build_figure_2(runs)
+    assert "`model.dropout` -" in provenance(runs, tmp_path)
+
+
+def test_settings_of_other_models_and_data_sets_are_listed_apart(tmp_path):
     runs = {"a": [run("a", ())], "b": [run("b", (), **{"data.name": "mnist", "model.name": "mlp"})]}
-    text = how_it_was_made(runs, tmp_path)
+    text = provenance(runs, tmp_path)
     assert "**inception on digits**" in text and "**mlp on mnist**" in text
-    assert "What differs between" not in text
-    assert "**inception on digits**" not in how_it_was_made({"a": runs["a"]}, tmp_path)
-    # The network of section 4.1 has no stem, and drops nothing.
+    assert "Settings that differ" not in text
+    assert "**inception on digits**" not in provenance({"a": runs["a"]}, tmp_path)
+    # The network of section 4.1 has neither a stem nor dropout.
     inception, mlp = text.split("**mlp on mnist**")
     assert "`dropout` 0.4" in inception and "`stem`" in inception
     assert "`dropout`" not in mlp and "`stem`" not in mlp and "`initializer`" in mlp
 
 
-def test_a_report_of_no_runs_has_the_command(tmp_path):
-    assert how_it_was_made({}, tmp_path).endswith("## How this was made\n\n    make it\n")
+def test_a_report_without_runs_shows_the_command(tmp_path):
+    assert provenance({}, tmp_path).endswith("## How this report was made\n\n    make it\n")

@@ -1,1 +1,1 @@
-"""The paper's experiments: which runs each takes, and how they are run."""
+"""The paper's experiments: configs of their runs, and parallel training."""

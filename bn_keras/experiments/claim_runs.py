@@ -1,4 +1,6 @@
-"""The runs by which the paper's sentences are tested, beside those of its five networks."""
+"""Configs of the runs that test the paper's claims, in addition to those of its five networks."""
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -7,32 +9,32 @@ from bn_keras.training.config_files import load_config
 from bn_keras.training.networks import CHANGES, accelerate, derive, replaced, value_of
 
 
-def get_claim_runs(inception: ConfigDict) -> dict[str, ConfigDict]:
-    """Gives the runs for the claims, by title, made from the config of a scale's Inception.
+def get_claim_configs(inception: ConfigDict) -> dict[str, ConfigDict]:
+    """Returns the configs by title, derived from Inception's config at some scale.
 
-    None is longer than the accelerated networks' runs. Where the start of a run decides, it is a
-    third as long: the first third of what the longer run would be, step for step, so that it is
-    compared with the others' curves at its own last step. A run that would only repeat another one
-    is left out, as full distortions are where there are none.
+    No run is longer than those of the accelerated networks. Where the start of training decides,
+    the run has a third of the length. Step for step it is the first third of a full run, and is
+    compared with the other networks at its own last step. A run equal to its reference is left
+    out, such as full distortions at a scale that has no distortions.
     """
     full = min(inception.train.steps, load_config("bn_x5").train.steps)
     third = full // 3
     baseline, x5 = derive(inception, "bn_baseline"), derive(inception, "bn_x5")
     sigmoid = derive(inception, "inception_sigmoid")
     rate = "schedule.base_rate"
-    slow = inception.schedule.base_rate
-    # By title: what it is compared with, its steps, and what differs.
-    runs = {
-        titles.INCEPTION_X5: (inception, full, {rate: 5 * slow}),
-        titles.INCEPTION_X30: (inception, third, {rate: 30 * slow}),
+    inception_rate = inception.schedule.base_rate
+    # By title: the config that is changed, the number of steps, and the changes.
+    runs: dict[str, tuple[ConfigDict, int, dict[str, Any]]] = {
+        titles.INCEPTION_X5: (inception, full, {rate: 5 * inception_rate}),
+        titles.INCEPTION_X30: (inception, third, {rate: 30 * inception_rate}),
         titles.SIGMOID: (inception, full, {"model.variant": sigmoid.model.variant}),
-        titles.SIGMOID_X5: (sigmoid, third, {rate: 5 * slow}),
-        titles.X5_AT_RATE_1: (x5, third, {rate: slow}),
+        titles.SIGMOID_X5: (sigmoid, third, {rate: 5 * inception_rate}),
+        titles.X5_AT_RATE_1: (x5, third, {rate: inception_rate}),
     }
-    changed = accelerate(inception)
-    made = {key: value_of(changed, key) for key, _ in CHANGES.values()}
-    runs[titles.CONTROL] = (inception, full, made)
-    # What the paper compares with, also where a miniature shuffles Inception's examples, too.
+    accelerated = accelerate(inception)
+    after = {key: value_of(accelerated, key) for key, _ in CHANGES.values()}
+    runs[titles.CONTROL] = (inception, full, after)
+    # The paper's Inception shuffles by shards, even at a scale that shuffles its examples too.
     before = {key: value_of(inception, key) for key, _ in CHANGES.values()}
     before[CHANGES["shuffling"].key] = "shards"
     for name, title in titles.ABLATIONS.items():
@@ -45,10 +47,10 @@ def get_claim_runs(inception: ConfigDict) -> dict[str, ConfigDict]:
     ):
         runs[title] = (derive(inception, variant), full, {decay: before[decay]})
     for network, reference in ((titles.INCEPTION, inception), (titles.BASELINE, baseline)):
-        for factor in titles.SCALES:
+        for factor in titles.WEIGHT_FACTORS:
             values = {"model.initializer_scale": factor}
-            runs[titles.scaled(network, factor)] = (reference, third, values)
-    # TF-Slim's momentum, made for the paper's many steps.
+            runs[titles.with_weight_factor(network, factor)] = (reference, third, values)
+    # TF-Slim's momentum, meant for the paper's many steps.
     runs[titles.LONG_MEMORY] = (x5, third, {"batch_norm.momentum": 0.9997})
     runs[titles.POPULATION] = (x5, third, {"population.when": "evaluations"})
     return {

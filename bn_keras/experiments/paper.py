@@ -1,4 +1,4 @@
-"""The paper's experiments, each a list of runs, in three sizes.
+"""The paper's experiments as lists of runs, at three scales.
 
 "digits" takes minutes, "cifar10" an hour on two cores, and "imagenet" is the paper's own.
 """
@@ -9,21 +9,21 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from bn_keras.experiments import titles
-from bn_keras.experiments.claim_runs import get_claim_runs
+from bn_keras.experiments.claim_runs import get_claim_configs
 from bn_keras.models.bn_inception import ENSEMBLE
 from bn_keras.training.config_files import load_config
-from bn_keras.training.networks import NETWORKS
+from bn_keras.training.networks import NETWORKS, replaced
 
 EXPERIMENTS = ("figure1", "figure2", "figure3", "figure4", "claims")
 SCALES = ("digits", "cifar10", "imagenet")
 
 
 class Trial(NamedTuple):
-    """What a run is: str() names it.
+    """Identity of a run; str() is its name.
 
     Attributes:
-      title: of what is trained.
-      seed: of the run.
+      title: title of the network.
+      seed: seed of the run.
     """
 
     title: str
@@ -33,18 +33,18 @@ class Trial(NamedTuple):
         return f"{self.title} seed {self.seed}"
 
 
-def get_runs(experiments: Iterable[str], scale: str, seeds: int) -> dict[Trial, ConfigDict]:
-    """Gives the runs of some experiments, each run once.
+def get_trials(experiments: Iterable[str], scale: str, seeds: int) -> dict[Trial, ConfigDict]:
+    """Returns the configs of the runs of some experiments; a shared run occurs once.
 
     Args:
-      experiments: of EXPERIMENTS.
-      scale: of SCALES.
-      seeds: how many runs, of seeds 0, 1, ..., there are of what a figure compares.
+      experiments: names in EXPERIMENTS.
+      scale: one of SCALES.
+      seeds: number of runs of each network that a figure compares, with seeds 0, 1, ...
     """
-    runs = {}
+    trials = {}
     for experiment in experiments:
-        runs.update(_RUNS[experiment](scale, seeds))
-    return runs
+        trials.update(_TRIALS[experiment](scale, seeds))
+    return trials
 
 
 def _figure_1(scale: str, seeds: int) -> dict[Trial, ConfigDict]:
@@ -54,30 +54,33 @@ def _figure_1(scale: str, seeds: int) -> dict[Trial, ConfigDict]:
     }
     if scale == "digits":
         configs = {title: _on_digits(config) for title, config in configs.items()}
-    return _seeded(configs, seeds)
+    return _with_seeds(configs, seeds)
 
 
 def _on_digits(config: ConfigDict) -> ConfigDict:
-    """Section 4.1's network for a test of all that is around it: 1,442 images, 3,000 steps."""
-    config = config.copy_and_resolve_references()
-    config.data.name = "digits"
-    config.data.validation_split = "validation"
-    config.train.steps = 3_000
-    config.train.steps_per_loop = 100
-    config.evaluation.every_steps = 100
-    config.evaluation.global_batch_size = 360
-    config.record.every_steps = 100
-    config.checkpoint.every_steps = 1_000
-    return config.lock()
+    """Returns a config of section 4.1 for a quick run: 1,442 images, 3,000 steps."""
+    return replaced(
+        config,
+        {
+            "data.name": "digits",
+            "data.validation_split": "validation",
+            "train.steps": 3_000,
+            "train.steps_per_loop": 100,
+            "evaluation.every_steps": 100,
+            "evaluation.global_batch_size": 360,
+            "record.every_steps": 100,
+            "checkpoint.every_steps": 1_000,
+        },
+    )
 
 
-def _five(scale: str, seeds: int) -> dict[Trial, ConfigDict]:
+def _five_networks(scale: str, seeds: int) -> dict[Trial, ConfigDict]:
     configs = {network.title: _load(scale, variant) for variant, network in NETWORKS.items()}
-    return _seeded(configs, seeds)
+    return _with_seeds(configs, seeds)
 
 
 def _figure_4(scale: str, seeds: int) -> dict[Trial, ConfigDict]:
-    """The six have seeds of their own, whatever `seeds` is."""
+    """Returns the six members of the ensemble, which have fixed seeds."""
     return {
         Trial(f"BN-x30 ensemble {number}", number): _load(scale, "bn_x30_ensemble", str(number))
         for number in range(1, len(ENSEMBLE) + 1)
@@ -85,12 +88,18 @@ def _figure_4(scale: str, seeds: int) -> dict[Trial, ConfigDict]:
 
 
 def _claims(scale: str, seeds: int) -> dict[Trial, ConfigDict]:
-    """The five networks, and one run each of what they are compared with."""
-    others = get_claim_runs(_load(scale, "inception"))
-    return _five(scale, seeds) | {Trial(title, 0): config for title, config in others.items()}
+    """Returns the five networks, and one run of each network that they are compared with."""
+    others = get_claim_configs(_load(scale, "inception"))
+    return _five_networks(scale, seeds) | {Trial(t, 0): config for t, config in others.items()}
 
 
-_RUNS = dict(zip(EXPERIMENTS, (_figure_1, _five, _five, _figure_4, _claims), strict=True))
+_TRIALS = {
+    "figure1": _figure_1,
+    "figure2": _five_networks,
+    "figure3": _five_networks,
+    "figure4": _figure_4,
+    "claims": _claims,
+}
 
 
 def _load(scale: str, name: str, *arguments: str) -> ConfigDict:
@@ -98,11 +107,9 @@ def _load(scale: str, name: str, *arguments: str) -> ConfigDict:
     return load_config(":".join([f"{prefix}{name}", *arguments]))
 
 
-def _seeded(configs: dict[str, ConfigDict], seeds: int) -> dict[Trial, ConfigDict]:
-    runs = {}
-    for title, config in configs.items():
-        for seed in range(seeds):
-            seeded = config.copy_and_resolve_references()
-            seeded.seed = seed
-            runs[Trial(title, seed)] = seeded.lock()
-    return runs
+def _with_seeds(configs: dict[str, ConfigDict], seeds: int) -> dict[Trial, ConfigDict]:
+    return {
+        Trial(title, seed): replaced(config, {"seed": seed})
+        for title, config in configs.items()
+        for seed in range(seeds)
+    }

@@ -1,4 +1,4 @@
-"""Several trainings at a time, each in a process and on devices of its own."""
+"""Runs tasks in parallel, each in a process with its own share of the machine's devices."""
 
 import contextlib
 import multiprocessing
@@ -7,33 +7,33 @@ import signal
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing import connection
-from typing import NamedTuple
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple
 
 import tensorflow as tf
-from ml_collections import ConfigDict
 
+from bn_keras.cores import usable_cores
 from bn_keras.errors import TrainingStoppedError
-from bn_keras.runs import environment
 from bn_keras.training.stop_signals import stop_requests
 
-_SECONDS_BETWEEN_LOOKS = 0.5
+_POLL_SECONDS = 0.5
 
 
 class Share(NamedTuple):
-    """The part of this machine that one of several trainings has.
+    """Share of the machine's devices that one process uses.
 
     Attributes:
-      cores: numbers of the CPU's.
+      cores: numbers of the CPU cores.
       accelerators: numbers of the GPUs.
     """
 
     cores: tuple[int, ...]
     accelerators: tuple[int, ...]
 
-    def take(self) -> None:
-        """Keeps this process, in which TensorFlow has not done anything yet, to the share."""
+    def restrict_process(self) -> None:
+        """Restricts this process to the share; call it before TensorFlow uses any device."""
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, self.cores)
         gpus = tf.config.list_physical_devices("GPU")
@@ -41,129 +41,138 @@ class Share(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What a process of its own does.
+    """A function call that runs in its own process.
 
     Attributes:
-      label: what messages call it.
-      function: importable by its name, since a new process imports it; gets the arguments.
-      arguments: that can be pickled.
+      label: name of the task in messages.
+      function: function that a new process can import by name.
+      arguments: arguments of the function; they can be pickled.
     """
 
     label: str
     function: Callable[..., None]
-    arguments: tuple
+    arguments: tuple[Any, ...]
 
 
-def shares(configs: Sequence[ConfigDict], limit: int = 0) -> list[Share]:
-    """Divides the machine among trainings, which all have devices enough where there are several.
+def divide_machine(distributions: Sequence[tuple[str, int]], limit: int = 0) -> list[Share]:
+    """Divides the machine into equal shares, each large enough for any one of several trainings.
 
-    A replica takes one accelerator or, where there are none, one core. The cores are divided in
-    any case, since input takes them.
+    A replica needs one accelerator or, on a machine without accelerators, one core. Cores are
+    divided in either case, because the input pipeline needs them.
 
     Args:
-      configs: of the trainings that are due.
-      limit: of how many go on at a time; 0 is none.
+      distributions: strategy and replicas of each training, as in config.distribution.
+      limit: largest number of shares; 0 is no limit.
 
     Returns:
-      As many shares as trainings go side by side; a single one has everything.
+      One share for each training that can run at the same time, at least one.
     """
-    cores = environment.cores()
+    cores = usable_cores()
     accelerators = list(range(len(tf.config.list_physical_devices("GPU"))))
     devices = accelerators or cores
-    needed = max((_devices_needed(config, len(accelerators)) for config in configs), default=1)
-    count = min(len(devices) // needed, len(cores), len(configs), limit or len(configs))
-    count = max(1, count)
+    needed = max((_count_devices(*d, len(accelerators)) for d in distributions), default=1)
+    trainings = len(distributions)
+    count = max(1, min(len(devices) // needed, len(cores), trainings, limit or trainings))
     return [Share(_part(cores, i, count), _part(accelerators, i, count)) for i in range(count)]
 
 
-def run_side_by_side(tasks: Sequence[Task], parts: Sequence[Share]) -> None:
+def _count_devices(strategy: str, replicas: int, num_accelerators: int) -> int:
+    """Returns how many accelerators, or cores where there are none, a training needs."""
+    if strategy == "one_device":
+        return 1
+    if strategy == "mirrored":
+        return replicas or num_accelerators or 1
+    # A TPU, or a worker among several machines, needs the whole machine.
+    return max(num_accelerators, os.cpu_count() or 1)
+
+
+def _part(devices: Sequence[int], index: int, count: int) -> tuple[int, ...]:
+    size = len(devices) // count
+    return tuple(devices[index * size : (index + 1) * size])
+
+
+def run_tasks(tasks: Iterable[Task], shares: Iterable[Share]) -> None:
     """Runs tasks in processes, as many at a time as there are shares.
 
-    SIGTERM and SIGINT go on to the processes once, which end as they see fit; no further task is
-    begun. If this process ends in any other way, they get SIGTERM.
+    The first error, SIGTERM or SIGINT sends SIGTERM to the running processes once; no further task
+    starts, and the call returns when they have ended. If this process dies in any other way, the
+    running processes receive SIGTERM too.
 
     Raises:
-      TrainingStoppedError: a signal came.
-      Exception: what a task raised; the others have been stopped by SIGTERM before.
+      TrainingStoppedError: a signal arrived.
+      Exception: the first error of a task.
     """
-    # A forked process can't use what this one's TensorFlow has begun.
-    context = multiprocessing.get_context("spawn")
-    waiting, free = deque(tasks), deque(parts)
-    running: dict[connection.Connection, tuple[Task, Share, multiprocessing.Process]] = {}
-    error = None
+    waiting, free = deque(tasks), deque(shares)
+    running: dict[connection.Connection, tuple[Task, Share, BaseProcess]] = {}
+    error: BaseException | None = None
     with stop_requests() as stop_request:
-        while running or (waiting and not error and not stop_request):
+        while running or (waiting and not error):
             while waiting and free and not error and not stop_request:
                 task, share = waiting.popleft(), free.popleft()
-                results, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(task, share, sender))
-                process.start()
-                # The process has the only end that is left, so that its own end shows here.
-                sender.close()
-                running[results] = (task, share, process)
-            for results in connection.wait(list(running), _SECONDS_BETWEEN_LOOKS):
+                results, process = _start(task, share)
+                running[results] = task, share, process
+            ready = connection.wait(list(running), _POLL_SECONDS)
+            for results in [results for results in running if results in ready]:
                 task, share, process = running.pop(results)
-                raised = _result(results, task)
+                raised = _receive_error(results, task)
                 process.join()
                 free.append(share)
                 if raised and not error:
                     error = raised
-                    _stop(process for _, _, process in running.values())
-            if stop_request and not error:
+                    _terminate(process for _, _, process in running.values())
+            if stop_request.signum is not None and not error:
                 error = TrainingStoppedError(
-                    f"stopped by {stop_request.name}, and what was going on is saved: the same"
-                    " command goes on from there",
+                    f"stopped by {stop_request.name}; unfinished runs are saved, and the same"
+                    " command resumes them",
                     stop_request.signum,
                 )
-                _stop(process for _, _, process in running.values())
+                _terminate(process for _, _, process in running.values())
     if error:
         raise error
 
 
-def _work(task: Task, share: Share, results: connection.Connection) -> None:
-    """What a process does: the task, whose error it sends back, or None."""
-    # Of a group of its own, so that Ctrl-C comes from the one that began it, and once.
+def _start(task: Task, share: Share) -> tuple[connection.Connection, BaseProcess]:
+    """Starts a task; returns the connection that receives its error or None, and its process."""
+    # A forked process cannot use TensorFlow's state of this one.
+    context = multiprocessing.get_context("spawn")
+    results, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_run_task, args=(task, share, sender))
+    process.start()
+    # Once only the process holds the sending end, its death closes the connection.
+    sender.close()
+    return results, process
+
+
+def _run_task(task: Task, share: Share, results: connection.Connection) -> None:
+    """Runs a task in a new process, and sends back its error or None."""
+    # In a process group of its own, Ctrl-C arrives once, from the parent.
     with contextlib.suppress(AttributeError, PermissionError):
         os.setpgid(0, 0)
-    threading.Thread(target=_follow_parent, daemon=True).start()
-    share.take()
-    raised = None
+    threading.Thread(target=_terminate_with_parent, daemon=True).start()
+    share.restrict_process()
+    raised: BaseException | None = None
     try:
         task.function(*task.arguments)
     except (Exception, KeyboardInterrupt) as error:
-        # A traceback doesn't go through the pipe.
+        # Tracebacks cannot be pickled.
         error.add_note(traceback.format_exc())
         raised = error
     results.send(raised)
 
 
-def _follow_parent() -> None:
-    multiprocessing.parent_process().join()
-    os.kill(os.getpid(), signal.SIGTERM)
+def _terminate_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _result(results: connection.Connection, task: Task) -> BaseException | None:
+def _receive_error(results: connection.Connection, task: Task) -> BaseException | None:
     try:
         return results.recv()
     except EOFError:
-        return RuntimeError(f"the process of {task.label} has ended without a result")
+        return RuntimeError(f"the process of {task.label} ended without a result")
 
 
-def _stop(processes: Sequence[multiprocessing.Process]) -> None:
+def _terminate(processes: Iterable[BaseProcess]) -> None:
     for process in processes:
         process.terminate()
-
-
-def _devices_needed(config: ConfigDict, num_accelerators: int) -> int:
-    strategy, replicas = config.distribution.strategy, config.distribution.replicas
-    if strategy == "one_device":
-        return 1
-    if strategy == "mirrored":
-        return replicas or num_accelerators or 1
-    # Of a TPU, and of several machines, there is nothing to divide.
-    return max(num_accelerators, os.cpu_count() or 1)
-
-
-def _part(whole: Sequence[int], index: int, count: int) -> tuple[int, ...]:
-    size = len(whole) // count
-    return tuple(whole[index * size : (index + 1) * size])

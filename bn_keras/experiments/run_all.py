@@ -1,4 +1,4 @@
-"""Runs that belong together, one after another or side by side."""
+"""Trains the networks of several configs, one after another or in parallel."""
 
 import os
 import re
@@ -9,51 +9,54 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from bn_keras.errors import TrainingDivergedError
-from bn_keras.experiments.parallel import Task, run_side_by_side, shares
-from bn_keras.report import Run
+from bn_keras.experiments.parallel import Task, divide_machine, run_tasks
+from bn_keras.runs.history import Run
 from bn_keras.runs.workdir import Workdir
 from bn_keras.training.loop import train_and_evaluate
-from bn_keras.training.plan import state
+from bn_keras.training.plan import describe_progress
 
 
-def run_all(
+def train_all(
     configs: Mapping[str, ConfigDict],
     folder: str | os.PathLike,
-    parallel: int = 0,
-    begin: Callable[[], None] | None = None,
+    max_parallel: int = 0,
+    setup_process: Callable[[], None] | None = None,
 ) -> dict[str, Run]:
-    """Trains a network per config, each in a folder of its own.
+    """Trains one network per config, each in its own workdir.
 
-    What is finished is not run again, and what was stopped goes on. A network that diverges is
-    finished too: its run says so, and the next one is trained.
+    Finished runs are kept, and stopped runs resume. Divergence is a result, recorded in the run;
+    the other networks are still trained.
 
     Args:
-      configs: by title; the folders are named after the titles, in lower case.
-      folder: where the runs' folders lie.
-      parallel: how many are trained side by side at most, each in a process and on devices of its
-        own; 0 is as many as the devices allow.
-      begin: what such a process begins with, importable by its name.
+      configs: configs by title; see `folder_name` for the workdirs.
+      folder: parent folder of the workdirs.
+      max_parallel: largest number of networks that train at the same time, each in its own process
+        with its own devices; 0 is as many as the devices allow.
+      setup_process: function called first in each such process, which can import it by name.
 
     Returns:
       The runs by title, in the order of the configs.
 
     Raises:
-      UsageError: as from `train_and_evaluate`, and of the folders before anything is trained.
-      TrainingStoppedError: a signal came.
+      UsageError: see `train_and_evaluate`; all workdirs are checked before any training.
+      TrainingStoppedError: a signal arrived.
     """
     workdirs = {title: Path(folder) / folder_name(title) for title in configs}
-    due = [title for title in configs if _is_due(configs[title], Workdir(workdirs[title]))]
+    due = [title for title in configs if _is_due(Workdir(workdirs[title]), configs[title])]
     for title, workdir in workdirs.items():
-        found = state(Workdir(workdir), configs[title].train.steps)
-        logging.info("%s in %s: %s", title, workdir, found)
-    parts = shares([configs[title] for title in due], parallel)
-    if len(parts) > 1:
-        logging.info("%d of %d go side by side", len(parts), len(due))
+        progress = describe_progress(Workdir(workdir), configs[title].train.steps)
+        logging.info("%s in %s: %s", title, workdir, progress)
+    sections = [configs[title].distribution for title in due]
+    distributions = [(section.strategy, section.replicas) for section in sections]
+    shares = divide_machine(distributions, max_parallel)
+    # TensorFlow fixes its devices when it starts, so one process cannot change the distribution.
+    if len(shares) > 1 or len(set(distributions)) > 1:
+        logging.info("training %d of %d runs at a time", len(shares), len(due))
         tasks = [
-            Task(title, _begin_and_train, (configs[title], workdirs[title], title, begin))
+            Task(title, _train_in_process, (configs[title], workdirs[title], title, setup_process))
             for title in due
         ]
-        run_side_by_side(tasks, parts)
+        run_tasks(tasks, shares)
     else:
         for title in due:
             _train(configs[title], workdirs[title], title)
@@ -61,11 +64,11 @@ def run_all(
 
 
 def folder_name(title: str) -> str:
-    """Gives the name of the folder in which a title's run lies."""
+    """Returns the name of a title's workdir: lower case, with "_" for other characters."""
     return re.sub(r"[^a-z0-9.]+", "_", title.lower())
 
 
-def _is_due(config: ConfigDict, run: Workdir) -> bool:
+def _is_due(run: Workdir, config: ConfigDict) -> bool:
     run.check(config)
     if run.has_diverged() and run.num_retries() >= config.train.retries:
         return False
@@ -79,9 +82,9 @@ def _train(config: ConfigDict, workdir: Path, title: str) -> None:
         logging.warning("%s: %s", title, error)
 
 
-def _begin_and_train(
-    config: ConfigDict, workdir: Path, title: str, begin: Callable[[], None] | None
+def _train_in_process(
+    config: ConfigDict, workdir: Path, title: str, setup_process: Callable[[], None] | None
 ) -> None:
-    if begin:
-        begin()
+    if setup_process:
+        setup_process()
     _train(config, workdir, title)

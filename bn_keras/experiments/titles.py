@@ -1,4 +1,4 @@
-"""What the runs are called: in results, in reports, and in the configs that make them."""
+"""Titles of the runs, as used in results, in reports and in the names of their folders."""
 
 WITH_BN, WITHOUT_BN = "with BN", "without BN"
 
@@ -11,7 +11,7 @@ SIGMOID = "Inception with sigmoids"
 SIGMOID_X5 = "Inception with sigmoids at 5 times the rate"
 CONTROL = "Inception with section 4.2.1's changes"
 X5_AT_RATE_1 = "BN-x5 at Inception's rate"
-# By the change of section 4.2.1 that is taken back.
+# BN-x5 with one change of section 4.2.1 undone, by change.
 ABLATIONS = {
     "dropout": "BN-x5 with 40% dropout",
     "l2": "BN-x5 with Inception's L2",
@@ -20,15 +20,15 @@ ABLATIONS = {
     "shuffling": "BN-x5 shuffled by shards only",
     "distortions": "BN-x5 with full distortions",
 }
-# The decay is what these share with BN-x5, whose ablation it is above.
+# The same ablation of the decay for the other two accelerated networks.
 X30_DECAY = "BN-x30 with Inception's decay"
 X5_SIGMOID_DECAY = "BN-x5-Sigmoid with Inception's decay"
-LONG_MEMORY = "BN-x5 with a long memory"
-POPULATION = "BN-x5 by population statistics"
-# Factors on the initial weights of the convolutions, beside 1.
-SCALES = (0.25, 0.5, 2.0, 4.0)
+LONG_MEMORY = "BN-x5 with BN momentum 0.9997"
+POPULATION = "BN-x5 with population statistics"
+# Factors on the initial weights of the convolutions, besides 1.
+WEIGHT_FACTORS = (0.25, 0.5, 2.0, 4.0)
 
 
-def scaled(title: str, factor: float) -> str:
-    """Names the run of a network whose initial weights have a factor."""
+def with_weight_factor(title: str, factor: float) -> str:
+    """Returns the title of a network's run with a factor on its initial weights."""
     return f"{title}, initial weights times {factor:g}"

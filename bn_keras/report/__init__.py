@@ -1,11 +1,12 @@
-"""Reports on runs, made of what these wrote and of the paper's own numbers, which are named so."""
+"""Reports on runs: measurements beside the paper's own results."""
 
-from bn_keras.report.activations import figure_1
-from bn_keras.report.comparison import figure_3, figure_3_row
-from bn_keras.report.curves import figure_2
-from bn_keras.report.ensemble import evaluate_figure_4, figure_4
-from bn_keras.report.page import Section, escape, format_seconds, table, write_report
-from bn_keras.report.sentences import claims
+from bn_keras.report.claims import build_claims
+from bn_keras.report.figure_1 import build_figure_1
+from bn_keras.report.figure_2 import build_figure_2
+from bn_keras.report.figure_3 import build_figure_3, describe_accuracy
+from bn_keras.report.figure_4 import build_figure_4, evaluate_ensemble
+from bn_keras.report.page import write_report
+from bn_keras.report.sections import Section, escape, markdown_table
 from bn_keras.runs.history import Results, Run, Spread
 
 __all__ = [
@@ -13,15 +14,14 @@ __all__ = [
     "Run",
     "Section",
     "Spread",
-    "claims",
+    "build_claims",
+    "build_figure_1",
+    "build_figure_2",
+    "build_figure_3",
+    "build_figure_4",
+    "describe_accuracy",
     "escape",
-    "evaluate_figure_4",
-    "figure_1",
-    "figure_2",
-    "figure_3",
-    "figure_3_row",
-    "figure_4",
-    "format_seconds",
-    "table",
+    "evaluate_ensemble",
+    "markdown_table",
     "write_report",
 ]

@@ -1,39 +1,38 @@
-"""When one network is better than another, by more than its seeds differ."""
+"""Compares networks by accuracy: a difference counts if it exceeds the margin between seeds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from bn_keras.report.page import escape
-from bn_keras.report.verdicts import FAILS, HOLDS, UNDECIDED, WITHIN_SPREAD
+from bn_keras.report.sections import escape
+from bn_keras.report.verdicts import FAILS, HOLDS, NO_VERDICT, TOO_CLOSE
 from bn_keras.runs.history import ACCURACY, Results, Run, Spread
-from bn_keras.runs.workdir import Workdir
 
 
 class NotRunError(Exception):
-    """A run is missing, or has no number where one is needed; the text says which."""
+    """A run, or a number of a run, that a comparison needs is missing; the message names it."""
 
 
 def ended_runs(results: Results, title: str) -> Sequence[Run]:
-    """Gives a network's runs, each of them at its end; raises NotRunError."""
+    """Returns a network's runs; raises NotRunError unless each has finished or diverged."""
     runs = results.get(title, ())
     if not runs:
         raise NotRunError(f"{escape(title)}: no run")
-    if not all(run.diverged_at or Workdir.FINISHED in _last(run) for run in runs):
-        raise NotRunError(f"{escape(title)}: not at its end")
+    if not all(run.diverged_at is not None or run.is_finished for run in runs):
+        raise NotRunError(f"{escape(title)}: unfinished")
     return runs
 
 
-def _last(run: Run) -> Mapping[str, object]:
-    return run.metrics[-1] if run.metrics else {}
-
-
 def common_steps(*runs: Run) -> int:
-    """Gives the length of the shortest: the others' first part is compared with it."""
+    """Returns the length of the shortest run, up to which the others are compared with it."""
     return min(run.config.train.steps for run in runs)
 
 
-def best_by(run: Run, step: int) -> float:
-    """Gives the best accuracy up to a step; 0 if the run diverged by then; raises NotRunError."""
+def best_accuracy_by(run: Run, step: int) -> float:
+    """Returns the best accuracy up to a step, or 0 if the run diverged by then.
+
+    Raises:
+      NotRunError: the run has no evaluation at the step.
+    """
     if _has_diverged(run, step):
         return 0.0
     accuracy_at(run, step)
@@ -41,25 +40,25 @@ def best_by(run: Run, step: int) -> float:
 
 
 def accuracy_at(run: Run, step: int) -> float:
-    """Gives the accuracy of the evaluation at a step; raises NotRunError."""
+    """Returns the accuracy at a step; raises NotRunError if there was no evaluation."""
     accuracies = run.curve(ACCURACY)
     if step not in accuracies:
         raise NotRunError(f"{escape(run.title)}: no evaluation at step {step:,}")
     return accuracies[step]
 
 
-def _has_diverged(run: Run, until: int) -> bool:
-    return run.diverged_at is not None and run.diverged_at <= until
+def _has_diverged(run: Run, step: int) -> bool:
+    return run.diverged_at is not None and run.diverged_at <= step
 
 
 class Group(NamedTuple):
-    """What the seeds of one network reach up to some step.
+    """Best accuracies of a network's seeds up to some step.
 
     Attributes:
-      title: of the network.
-      accuracies: one a seed; 0 where it diverged.
-      standard_error: the highest of those of its accuracies.
-      num_diverged: how many seeds did.
+      title: title of the network.
+      accuracies: one per seed; 0 if it diverged.
+      standard_error: highest standard error of the accuracies.
+      num_diverged: number of diverged seeds.
     """
 
     title: str
@@ -69,14 +68,14 @@ class Group(NamedTuple):
 
     @classmethod
     def of(cls, runs: Sequence[Run], step: int) -> "Group":
-        """Raises NotRunError where a run has no evaluation at the step."""
-        accuracies = [best_by(run, step) for run in runs]
+        """Builds the group of a network's runs; raises NotRunError as `best_accuracy_by` does."""
+        accuracies = [best_accuracy_by(run, step) for run in runs]
         error = max(map(Run.standard_error, runs, accuracies))
         return cls(runs[0].title, accuracies, error, sum(_has_diverged(r, step) for r in runs))
 
     @property
-    def spread(self) -> float:
-        """How far the best seed is above the worst."""
+    def range(self) -> float:
+        """Accuracy of the best seed minus that of the worst."""
         return max(self.accuracies) - min(self.accuracies)
 
     def __str__(self) -> str:
@@ -88,23 +87,23 @@ class Group(NamedTuple):
 
 
 def margin_of(groups: Sequence[Group]) -> float | None:
-    """Gives the gap from which two groups differ; None where there is no second seed in either.
+    """Computes the gap above which groups differ; None if no group has a second seed.
 
-    It is the wider of the spreads over the seeds, and at least the standard error of an accuracy.
+    It is the widest range over seeds, and at least the standard error of an accuracy.
     """
     if all(len(group.accuracies) == 1 for group in groups):
         return None
-    return max(max(group.spread, group.standard_error) for group in groups)
+    return max(max(group.range, group.standard_error) for group in groups)
 
 
 class Difference(NamedTuple):
-    """How far a first network is ahead of a second.
+    """Difference in accuracy between a first and a second network.
 
     Attributes:
-      measured: in words, as Markdown.
-      gap: from the worst seed of the one to the best of the other: above 0 where all seeds of the
-        first are better than all of the second, below 0 where all are worse, else 0.
-      margin: as `margin_of`.
+      measured: description of both accuracies, Markdown.
+      gap: distance between the nearest two seeds, one of each network: positive if all seeds of the
+        first are better than all of the second, negative if all are worse, else 0.
+      margin: see `margin_of`.
     """
 
     measured: str
@@ -113,37 +112,37 @@ class Difference(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Whether the first is better."""
+        """Verdict on the statement that the first network is better."""
         if self.margin is None:
-            return UNDECIDED
+            return NO_VERDICT
         if abs(self.gap) <= self.margin:
-            return WITHIN_SPREAD
+            return TOO_CLOSE
         return HOLDS if self.gap > 0 else FAILS
 
     @property
     def resolution(self) -> str:
-        """Why it may not be decided."""
+        """Sentence on what these runs cannot resolve; empty if the verdict is clear."""
         if self.margin is None:
-            return "There is one seed of each: what another one would change isn't known."
-        if self.verdict == WITHIN_SPREAD:
-            return f"Differences below {points(self.margin)} can't be decided by these runs."
+            return "With one seed of each network, the variation between seeds is unknown."
+        if self.verdict == TOO_CLOSE:
+            return f"These runs cannot resolve differences below {format_points(self.margin)}."
         return ""
 
 
 def compare(results: Results, title: str, other: str) -> Difference:
-    """Compares two networks up to the end of the shorter of their runs; raises NotRunError."""
+    """Compares two networks up to the end of the shorter runs; raises NotRunError."""
     runs = ended_runs(results, title), ended_runs(results, other)
     step = common_steps(*runs[0], *runs[1])
     first, second = groups = [Group.of(of_title, step) for of_title in runs]
     margin = margin_of(groups)
     measured = f"by step {step:,}: {first}, {second}"
     if margin is not None:
-        measured += f"; margin {points(margin)}"
+        measured += f"; margin {format_points(margin)}"
     ahead = min(first.accuracies) - max(second.accuracies)
     behind = min(second.accuracies) - max(first.accuracies)
     return Difference(measured, max(ahead, 0) - max(behind, 0), margin)
 
 
-def points(difference: float) -> str:
-    """Formats a difference of accuracies."""
+def format_points(difference: float) -> str:
+    """Formats a difference between accuracies in percentage points."""
     return f"{100 * difference:.1f} points"

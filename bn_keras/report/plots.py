@@ -1,6 +1,7 @@
-"""How a report's plots look."""
+"""Style of a report's plots."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 
@@ -15,33 +16,43 @@ from bn_keras.experiments.titles import (
 )
 from bn_keras.runs.history import Spread
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, and dashes for grey print.
+_Dashes = tuple[float, tuple[float, ...]]
+
+
+class LineStyle(NamedTuple):
+    """Arguments of the same names for `Axes.plot`."""
+
+    color: str
+    linestyle: str | _Dashes = "-"
+
+
+# Okabe and Ito's palette is safe for colour-blind readers; dashes keep lines apart in grey print.
 STYLES = {
-    INCEPTION: dict(color="#000000", linestyle="-"),
-    BASELINE: dict(color="#E69F00", linestyle=(0, (6, 2))),
-    X5: dict(color="#0072B2", linestyle="-"),
-    X30: dict(color="#009E73", linestyle=(0, (6, 2, 1, 2))),
-    X5_SIGMOID: dict(color="#CC79A7", linestyle=(0, (1.5, 1.5))),
-    WITHOUT_BN: dict(color="#D55E00", linestyle=(0, (5, 1.5))),
-    WITH_BN: dict(color="#0072B2", linestyle="-"),
+    INCEPTION: LineStyle("#000000"),
+    BASELINE: LineStyle("#E69F00", (0, (6, 2))),
+    X5: LineStyle("#0072B2"),
+    X30: LineStyle("#009E73", (0, (6, 2, 1, 2))),
+    X5_SIGMOID: LineStyle("#CC79A7", (0, (1.5, 1.5))),
+    WITHOUT_BN: LineStyle("#D55E00", (0, (5, 1.5))),
+    WITH_BN: LineStyle("#0072B2"),
 }
 
 
 def draw_bands(axes: Axes, bands: Mapping[str, Mapping[int, Spread]]) -> None:
-    """Draws the means over the seeds against steps, and from the lowest to the highest.
+    """Draws means over seeds against steps, with a band from the lowest to the highest seed.
 
     Args:
-      axes: to draw on.
-      bands: by the titles in STYLES.
+      axes: axes to draw on.
+      bands: spread by step, for titles in STYLES.
     """
     for title, band in bands.items():
         steps, spreads, style = list(band), band.values(), STYLES[title]
-        axes.plot(steps, [spread.mean for spread in spreads], linewidth=1.7, **style)
+        axes.plot(steps, [spread.mean for spread in spreads], linewidth=1.7, **style._asdict())
         lows, highs = [spread.low for spread in spreads], [spread.high for spread in spreads]
-        axes.fill_between(steps, lows, highs, color=style["color"], alpha=0.18, linewidth=0)
+        axes.fill_between(steps, lows, highs, color=style.color, alpha=0.18, linewidth=0)
 
 
-def lighten(axes: Axes) -> None:
-    """Draws a faint grid in place of the frame."""
+def replace_frame_by_grid(axes: Axes) -> None:
+    """Draws a faint grid and removes the top and right edges of the frame."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""The paper's own numbers, all of ImageNet: what ours stand beside, and never among.
+"""The paper's own results, all on ImageNet: shown beside measured ones, never mixed with them.
 
 Source: Ioffe & Szegedy 2015, arXiv 1502.03167, section 4.2.
 """
@@ -11,50 +11,54 @@ from bn_keras.runs.history import Run
 CITATION = "[Ioffe & Szegedy 2015](https://arxiv.org/abs/1502.03167)"
 
 
-class Network(NamedTuple):
+class NetworkResult(NamedTuple):
     """A row of Figure 3.
 
     Attributes:
-      steps: of 32 images, to Inception's best accuracy; None: it is never reached.
-      best_accuracy: on the validation images, of a single crop.
+      steps: steps of 32 images to Inception's best accuracy; None if it is never reached.
+      best_accuracy: single-crop validation accuracy.
     """
 
     steps: int | None
     best_accuracy: float
 
 
-# Source: Ioffe & Szegedy 2015, Figure 3; the steps and Inception's best are Figure 2's diamonds.
+# Steps at which Inception reaches its best accuracy.
+INCEPTION_STEPS = 31_000_000
+
+# Source: Ioffe & Szegedy 2015, Figure 3. The steps and Inception's best accuracy are the diamonds
+# of Figure 2.
 FIGURE_3 = {
-    INCEPTION: Network(31_000_000, 0.722),
-    BASELINE: Network(13_300_000, 0.727),
-    X5: Network(2_100_000, 0.730),
-    X30: Network(2_700_000, 0.748),
-    X5_SIGMOID: Network(None, 0.698),
+    INCEPTION: NetworkResult(INCEPTION_STEPS, 0.722),
+    BASELINE: NetworkResult(13_300_000, 0.727),
+    X5: NetworkResult(2_100_000, 0.730),
+    X30: NetworkResult(2_700_000, 0.748),
+    X5_SIGMOID: NetworkResult(None, 0.698),
 }
 
-# By which the others are measured there.
-INCEPTION_ON_IMAGENET = FIGURE_3[INCEPTION].best_accuracy
+# Target accuracy to which the steps of all networks are counted.
+INCEPTION_ACCURACY = FIGURE_3[INCEPTION].best_accuracy
 
-# Training images of ImageNet: ILSVRC 2012.
+# Training images of ImageNet (ILSVRC 2012).
 NUM_TRAIN_EXAMPLES = 1_281_167
 
-# Steps after which BN-x30 has its best accuracy. Source: Ioffe & Szegedy 2015, section 4.2.2.
-STEPS_OF_BN_X30 = 6_000_000
+# Steps at which BN-x30 reaches its best accuracy. Source: Ioffe & Szegedy 2015, section 4.2.2.
+X30_STEPS_TO_BEST = 6_000_000
 
 
 def is_comparable(run: Run) -> bool:
-    """Tells whether a run is of the paper's data, so that its accuracies are of the same kind."""
+    """Returns whether a run is on the paper's data, so that accuracies can be compared."""
     return run.config.data.name == "imagenet2012"
 
 
-class Errors(NamedTuple):
+class ErrorRates(NamedTuple):
     """A row of Figure 4: errors on the 50,000 validation images.
 
     Attributes:
-      model: as the paper calls it.
-      crops: of each image.
-      models: of an ensemble, or 1.
-      top1, top5: fractions; None where the paper has none.
+      model: name in the paper.
+      crops: number of crops of each image.
+      models: number of networks; 1 if it is no ensemble.
+      top1, top5: errors as fractions; None if the paper has no number.
     """
 
     model: str
@@ -65,11 +69,12 @@ class Errors(NamedTuple):
 
 
 # Source: Ioffe & Szegedy 2015, Figure 4.
+GOOGLENET_ENSEMBLE = ErrorRates("GoogLeNet ensemble", 144, 7, None, 0.0667)
 FIGURE_4 = (
-    Errors("GoogLeNet ensemble", 144, 7, None, 0.0667),
-    Errors("BN-Inception", 1, 1, 0.252, 0.0782),
-    Errors("BN-Inception", 144, 1, 0.2199, 0.0582),
-    Errors("BN-Inception ensemble", 144, 6, 0.201, 0.049),
+    GOOGLENET_ENSEMBLE,
+    ErrorRates("BN-Inception", 1, 1, 0.252, 0.0782),
+    ErrorRates("BN-Inception", 144, 1, 0.2199, 0.0582),
+    ErrorRates("BN-Inception ensemble", 144, 6, 0.201, 0.049),
 )
-# Of the ensemble on the test images. Source: Ioffe & Szegedy 2015, section 4.2.3.
+# Top-5 error of the ensemble on the test images. Source: Ioffe & Szegedy 2015, section 4.2.3.
 ENSEMBLE_TOP5_ON_TEST = 0.0482

@@ -1,37 +1,51 @@
-"""What became of a statement of the paper's: the words for it, the same in all of a report."""
+"""Verdicts on statements: the same words in every section of a report."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from bn_keras.report.page import table
+from bn_keras.report.sections import markdown_table
+from bn_keras.text import counted
 
 HOLDS = "holds"
-FAILS = "does not hold here"
-WITHIN_SPREAD = "within the spread of the seeds"
-# For a reason that stands beside it.
-UNDECIDED = "undecided"
+FAILS = "does not hold"
+TOO_CLOSE = "too close to call"
+NO_VERDICT = "no verdict"
 NOT_RUN = "not run"
 
+_PLURALS = {HOLDS: "hold", FAILS: "do not hold"}
 
-def judge(holds: Sequence[bool]) -> str:
-    """Judges by whether a statement holds in each seed; of no seed it is undecided."""
-    if not holds:
-        return UNDECIDED
-    if all(holds):
+
+def judge(outcomes: Sequence[bool]) -> str:
+    """Returns the verdict on a statement, from whether it holds in each seed."""
+    if not outcomes:
+        return NO_VERDICT
+    if all(outcomes):
         return HOLDS
-    return WITHIN_SPREAD if any(holds) else FAILS
+    return TOO_CLOSE if any(outcomes) else FAILS
 
 
-def count(verdicts: Iterable[str]) -> str:
-    """Says how many there are of each verdict."""
+def count_verdicts(verdicts: Iterable[str]) -> str:
+    """Returns how often each verdict occurs, such as "13 hold, 5 do not hold"."""
     verdicts = list(verdicts)
-    kinds = (HOLDS, FAILS, WITHIN_SPREAD, UNDECIDED, NOT_RUN)
-    return "; ".join(f"{kind}: {verdicts.count(kind)}" for kind in kinds if kind in verdicts)
+    counts = {kind: verdicts.count(kind) for kind in (HOLDS, FAILS, TOO_CLOSE, NO_VERDICT, NOT_RUN)}
+    return ", ".join(
+        f"{count} {kind if count == 1 else _PLURALS.get(kind, kind)}"
+        for kind, count in counts.items()
+        if count
+    )
 
 
-def tabulate(statements: Mapping[str, Sequence[bool]]) -> str:
-    """Makes a table of statements, and of whether each holds, seed by seed."""
+def tabulate_verdicts(outcomes: Mapping[str, Sequence[bool]]) -> str:
+    """Returns a table of verdicts.
+
+    Args:
+      outcomes: whether each statement holds, seed by seed.
+    """
     rows = [
-        (statement, f"**{judge(holds)}**", f"{sum(holds)} of {len(holds)}" if holds else "-")
-        for statement, holds in statements.items()
+        (
+            statement,
+            f"**{judge(of_seeds)}**",
+            f"{sum(of_seeds)} of {counted(len(of_seeds), 'seed')}" if of_seeds else "-",
+        )
+        for statement, of_seeds in outcomes.items()
     ]
-    return table(("statement", "verdict", "seeds in which it holds"), rows, left=2)
+    return markdown_table(("statement", "verdict", "holds in"), rows, left=2)

@@ -1,4 +1,4 @@
-"""What runs wrote, for whoever makes something of it."""
+"""Reads what runs wrote, and summarizes it over seeds."""
 
 import dataclasses
 import datetime
@@ -7,6 +7,7 @@ import math
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -17,20 +18,20 @@ ACCURACY, LOSS = "validation/accuracy", "train/loss"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One network's run, as its workdir tells it.
+    """A training run, as recorded in its workdir.
 
     Attributes:
-      title: of what is trained, as in titles.py.
-      config: of the run.
-      metrics: the lines of its metrics.jsonl.
-      environment: what each of its starts noted, as `Workdir.noting_start` has it.
-      num_classes, num_train_examples: of its data; 0 where the workdir doesn't say.
+      title: name of the network, as in experiments/titles.py.
+      config: config of the run.
+      metrics: lines of metrics.jsonl.
+      environment: entries of environment.json, one for each start of the run.
+      num_classes, num_train_examples: sizes of the data set; 0 if the workdir does not record them.
     """
 
     title: str
     config: ConfigDict
-    metrics: list[dict]
-    environment: list[dict] = dataclasses.field(default_factory=list)
+    metrics: list[dict[str, Any]]
+    environment: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     num_classes: int = 0
     num_train_examples: int = 0
 
@@ -43,42 +44,51 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The title and the seed."""
+        """Title and seed, such as "BN-x5 (seed 0)"."""
         return f"{self.title} (seed {self.config.seed})"
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run reached its last step."""
+        return bool(self.metrics) and Workdir.FINISHED in self.metrics[-1]
+
+    @property
+    def diverged_at(self) -> int | None:
+        """Step at which the loss or a weight became non-finite; None if the run did not diverge."""
+        return next((line["step"] for line in self.metrics if Workdir.DIVERGED in line), None)
+
     def curve(self, key: str) -> dict[int, float]:
-        """Gives the values of a number in the metrics, by the steps at which they were written."""
+        """Returns a metric by step, at the steps where it was written."""
         return {line["step"]: line[key] for line in self.metrics if line.get(key) is not None}
 
     @property
     def best_accuracy(self) -> float:
-        """Highest validation accuracy; 0 where there was no evaluation yet."""
+        """Highest validation accuracy; 0 before the first evaluation."""
         return max(self.curve(ACCURACY).values(), default=0.0)
 
     @property
     def lowest_loss(self) -> float:
-        """Lowest training loss, as the mean over a loop of steps."""
+        """Lowest training loss, where each value is the mean over one loop of steps."""
         return min(self.curve(LOSS).values(), default=float("inf"))
 
-    @property
-    def diverged_at(self) -> int | None:
-        """Step at which the loss stopped being finite, if it did."""
-        return next((line["step"] for line in self.metrics if Workdir.DIVERGED in line), None)
-
     def steps_to_accuracy(self, accuracy: float) -> int | None:
-        """First evaluated step with at least that validation accuracy."""
+        """Returns the step of the first evaluation with at least this accuracy, or None."""
         points = self.curve(ACCURACY).items()
         return next((step for step, value in points if value >= accuracy), None)
 
-    def standard_error(self, accuracy: float) -> float:
-        """That of an accuracy on the validation images, as an estimate for all images of the kind.
+    def is_faster(self, other: "Run", accuracy: float) -> bool:
+        """Returns whether this run reaches an accuracy in fewer steps than another."""
+        steps, other_steps = self.steps_to_accuracy(accuracy), other.steps_to_accuracy(accuracy)
+        return steps is not None and (other_steps is None or steps < other_steps)
 
-        0 where it isn't known how many there are.
+    def standard_error(self, accuracy: float) -> float:
+        """Returns the standard error of a validation accuracy, due to the number of images.
+
+        It is 0 if that number is unknown. Agresti and Coull's estimate: not 0 for an accuracy of 1.
         """
         count = max(self.curve("validation/examples").values(), default=0)
         if not count:
             return 0.0
-        # Agresti and Coull's estimate, which isn't 0 where no image is mistaken.
         share = (accuracy * count + 2) / (count + 4)
         return math.sqrt(share * (1 - share) / (count + 4))
 
@@ -92,7 +102,7 @@ class Run:
 
     @property
     def wall_seconds(self) -> float:
-        """Time from start to end, over all starts that noted both."""
+        """Time from start to end, summed over all starts with a recorded end."""
         moment = datetime.datetime.fromisoformat
         return sum(
             (moment(start["ended"]) - moment(start["started"])).total_seconds()
@@ -101,17 +111,13 @@ class Run:
         )
 
 
-# By what was trained, such as "BN-x5": a run for each seed.
+# The runs of each network, one per seed, by title.
 Results = Mapping[str, Sequence[Run]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """What several seeds gave for one number; of a single seed all three are the same.
-
-    Attributes:
-      mean, low, high: over the seeds.
-    """
+    """Mean, lowest and highest value of a number over seeds; all equal for a single seed."""
 
     mean: float
     low: float
@@ -119,18 +125,18 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Spread":
-        """Takes one value a seed, of which there is at least one."""
+        """Computes the spread of one or more values, one per seed."""
         values = list(values)
         return cls(statistics.mean(values), min(values), max(values))
 
     def __format__(self, spec: str) -> str:
-        """Formats the mean, and the lowest and the highest behind it where they differ in print."""
+        """Formats the mean, followed by "(lowest to highest)" if they differ in print."""
         mean, low, high = (format(value, spec) for value in (self.mean, self.low, self.high))
         return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def over_seeds(runs: Sequence[Run], key: str) -> dict[int, Spread]:
-    """Gives what the seeds' curves span, at each step that all of them have."""
+    """Computes the spread of a metric over runs, at each step that all of them have."""
     curves = [run.curve(key) for run in runs]
     steps = sorted(set.intersection(*map(set, curves)))
     return {step: Spread.of(curve[step] for curve in curves) for step in steps}

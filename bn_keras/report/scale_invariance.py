@@ -1,4 +1,4 @@
-"""What a factor on the weights in front of BN changes, measured with the layer itself."""
+"""Measures how BN responds to a factor on the weights in front of it (section 3.3)."""
 
 import dataclasses
 import functools
@@ -8,10 +8,10 @@ import numpy as np
 import tensorflow as tf
 
 from bn_keras.batch_norm import BatchNormalization
-from bn_keras.report.page import table
+from bn_keras.report.sections import markdown_table
 
 FACTORS = (0.01, 0.1, 1.0, 10.0, 100.0)
-# The layer's own, and one that is nothing beside any variance here: the layer refuses 0.
+# A negligible epsilon, since the layer does not accept 0, and the layer's default.
 EPSILONS = (1e-30, 1e-3)
 KINDS = ("dense", "convolution")
 DTYPES = ("float64", "float32")
@@ -19,16 +19,17 @@ DTYPES = ("float64", "float32")
 
 @dataclasses.dataclass(frozen=True)
 class Deviation:
-    """How far BN((aW)u) is from BN(Wu), each as a part of the largest absolute value for W.
+    """Deviation of BN((aW)u) from BN(Wu), relative to the largest absolute value for W.
 
     Attributes:
-      kind: of KINDS.
-      dtype: that all was computed in.
-      epsilon: of the layer.
+      kind: kind of the layer in front of BN, one of KINDS.
+      dtype: dtype of the computation.
+      epsilon: epsilon of the BN layer.
       factor: a.
-      output: of BN((aW)u) from BN(Wu).
-      to_input: of the gradients with respect to u.
-      to_weights: of a times the gradient with respect to aW, from the one with respect to W.
+      output: deviation of BN((aW)u) from BN(Wu).
+      to_input: deviation of the gradient with respect to u.
+      to_weights: deviation of a times the gradient with respect to aW from the gradient with
+        respect to W.
     """
 
     kind: str
@@ -43,32 +44,32 @@ class Deviation:
 def measure() -> list[Deviation]:
     """Measures every kind of layer, dtype and epsilon at every factor.
 
-    What is expected is computed in float64. The weights are drawn so that Wu has a variance of 1
-    or so, and the loss is a random weighting of the outputs.
+    The reference is computed in float64 with factor 1. The weights are drawn so that Wu has a
+    variance of about 1; the loss is a random weighting of the outputs.
 
     Source: Ioffe & Szegedy 2015, section 3.3.
     """
     deviations = []
     for kind, epsilon in itertools.product(KINDS, EPSILONS):
-        expected = _run(kind, "float64", epsilon, 1.0)
+        expected = _run_layer(kind, "float64", epsilon, 1.0)
         for dtype, factor in itertools.product(DTYPES, FACTORS):
-            parts = map(_relative, _run(kind, dtype, epsilon, factor), expected)
+            parts = map(_relative, _run_layer(kind, dtype, epsilon, factor), expected)
             deviations.append(Deviation(kind, dtype, epsilon, factor, *parts))
     return deviations
 
 
 @functools.cache
 def measured() -> list[Deviation]:
-    """Measures once in a process."""
+    """Returns the result of `measure`, computed once per process."""
     return measure()
 
 
-def worst(part: str, **conditions: object) -> float:
-    """Gives the largest deviation of a part, under conditions.
+def largest_deviation(part: str, **conditions: str | float) -> float:
+    """Returns the largest deviation of a part among the measurements that meet the conditions.
 
     Args:
       part: "output", "to_input" or "to_weights".
-      conditions: values of the other attributes of a `Deviation`.
+      **conditions: values of other attributes of `Deviation`.
     """
     return max(
         getattr(deviation, part)
@@ -77,12 +78,12 @@ def worst(part: str, **conditions: object) -> float:
     )
 
 
-def describe() -> list[str]:
-    """Gives what was measured as Markdown: a paragraph and a table."""
+def describe_deviations() -> list[str]:
+    """Returns the measurements in Markdown: a paragraph and a table."""
     parts = {
         "output": "BN((aW)u)",
-        "to_input": "gradient to u",
-        "to_weights": "a times that to aW",
+        "to_input": "gradient w.r.t. u",
+        "to_weights": "a x gradient w.r.t. aW",
     }
     columns = list(itertools.product(DTYPES, parts))
     header = ["epsilon", "a", *(f"{parts[part]}, {dtype}" for dtype, part in columns)]
@@ -91,27 +92,29 @@ def describe() -> list[str]:
             f"{epsilon:g}",
             f"{factor:g}",
             *(
-                f"{worst(part, epsilon=epsilon, factor=factor, dtype=dtype):.1g}"
+                f"{largest_deviation(part, epsilon=epsilon, factor=factor, dtype=dtype):.1g}"
                 for dtype, part in columns
             ),
         )
         for epsilon, factor in itertools.product(EPSILONS, FACTORS)
     ]
-    tiny, usual = EPSILONS
+    tiny, default = EPSILONS
     terms = (
-        "Measured with this package's layer when the report was made, behind a dense layer and a"
-        " convolution with weights W times a, where the variance of Wu is about 1. Each number is"
-        " the larger of the two layers' deviations from what float64 gives for a = 1, as a part of"
-        " the largest value. Section 3.3 leaves epsilon out; our layer doesn't take 0, for which"
-        f" {tiny:g} stands here. With the default, {usual:g}, the statements hold as long as the"
-        " variance of aWu is large beside it."
+        "Measured with this package's layer when this report was made, after a dense layer and a"
+        " convolution with weights aW, where the variance of Wu is about 1. Each number is the"
+        " larger of the two deviations from the float64 result for a = 1, relative to the largest"
+        f" absolute value. Section 3.3 omits epsilon; the layer requires epsilon > 0, so {tiny:g}"
+        f" replaces 0. With the default epsilon, {default:g}, the statements hold as long as the"
+        " variance of aWu is large compared with epsilon."
     )
-    return [terms, table(header, rows, left=0)]
+    return [terms, markdown_table(header, rows, left=0)]
 
 
-def _run(kind: str, dtype: str, epsilon: float, a: float) -> tuple[np.ndarray, ...]:
-    """Gives BN((aW)u), the gradient with respect to u, and a times that with respect to aW."""
+def _run_layer(kind: str, dtype: str, epsilon: float, a: float) -> tuple[np.ndarray, ...]:
+    """Computes BN((aW)u), the gradient with respect to u, and a times that with respect to aW."""
     rng = np.random.default_rng(0)
+    shape: tuple[int, ...]
+    kernel_shape: tuple[int, ...]
     if kind == "dense":
         shape, kernel_shape, fan_in = (64, 20), (20, 10), 20
     else:

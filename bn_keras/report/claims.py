@@ -1,0 +1,627 @@
+"""The paper's claims that runs can test, each with the measurement and a verdict."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import (
+    FixedLocator,
+    MaxNLocator,
+    NullLocator,
+    PercentFormatter,
+    StrMethodFormatter,
+)
+
+from bn_keras.experiments.titles import (
+    ABLATIONS,
+    BASELINE,
+    CONTROL,
+    INCEPTION,
+    INCEPTION_X5,
+    INCEPTION_X30,
+    LONG_MEMORY,
+    POPULATION,
+    SIGMOID,
+    SIGMOID_X5,
+    WEIGHT_FACTORS,
+    X5,
+    X5_AT_RATE_1,
+    X5_SIGMOID,
+    X5_SIGMOID_DECAY,
+    X30,
+    X30_DECAY,
+    with_weight_factor,
+)
+from bn_keras.report import scale_invariance
+from bn_keras.report.margins import (
+    Difference,
+    Group,
+    NotRunError,
+    accuracy_at,
+    best_accuracy_by,
+    common_steps,
+    compare,
+    ended_runs,
+    format_points,
+    margin_of,
+)
+from bn_keras.report.plots import STYLES, replace_frame_by_grid
+from bn_keras.report.sections import Section, escape, markdown_table
+from bn_keras.report.verdicts import (
+    FAILS,
+    HOLDS,
+    NO_VERDICT,
+    NOT_RUN,
+    TOO_CLOSE,
+    count_verdicts,
+)
+from bn_keras.runs.history import ACCURACY, LOSS, Results, Run, Spread
+
+# An accuracy below this multiple of the accuracy of guessing is at chance.
+CHANCE_FACTOR = 1.5
+# Largest relative deviation that rounding explains.
+ROUNDING = {"float64": 1e-12, "float32": 1e-4}
+
+
+class Finding(NamedTuple):
+    """Result of testing a claim.
+
+    Attributes:
+      measured: the measurement, Markdown, on one line.
+      verdict: one of the verdicts in verdicts.py.
+      note: facts about the runs that may explain why the claim does not hold; Markdown.
+    """
+
+    measured: str
+    verdict: str
+    note: str = ""
+
+
+class Claim(NamedTuple):
+    """A claim that runs can test.
+
+    Attributes:
+      section: section of the paper; "ours" marks a control that the paper does not have.
+      sentence: the claim in our words.
+      test: function from the runs to the finding; raises NotRunError if a run is missing.
+    """
+
+    section: str
+    sentence: str
+    test: Callable[[Results], Finding]
+
+
+def build_claims(results: Results) -> Section:
+    """Tests the paper's claims by runs, and those of section 3.3 by measuring the layer.
+
+    Args:
+      results: runs of the five networks and of bn_keras/experiments/claim_runs.py. A claim whose
+        runs are missing or unfinished is marked as not run.
+    """
+    findings = {claim: find(claim, results) for claim in CLAIMS}
+    rows = [
+        (claim.section, claim.sentence, finding.measured, f"**{finding.verdict}**")
+        for claim, finding in findings.items()
+    ]
+    counts = count_verdicts(finding.verdict for finding in findings.values())
+    plots = _draw_plots(results)
+    body = [
+        f"**{len(rows)} claims: {counts}.**",
+        markdown_table(("section", "claim", "measured", "verdict"), rows, left=4),
+        *(f"![{p.description}]({name})\n\n{p.description}. {p.key}" for name, p in plots.items()),
+        "### Rules for the verdicts",
+        _list_rules(results),
+        *_list_notes(findings),
+        "### Scale invariance of BN",
+        *scale_invariance.describe_deviations(),
+    ]
+    figures = {name: plot.figure for name, plot in plots.items()}
+    return Section("The paper's claims, one by one", "\n\n".join(body), figures)
+
+
+def find(claim: Claim, results: Results) -> Finding:
+    """Tests one claim."""
+    try:
+        return claim.test(results)
+    except NotRunError as error:
+        return Finding(f"{error}", NOT_RUN)
+
+
+# --- Tests of whether networks train.
+
+
+def _chance(run: Run) -> float:
+    if not run.num_classes:
+        raise NotRunError(f"{escape(run.title)}: the number of classes is unknown")
+    return 1 / run.num_classes
+
+
+def _is_at_chance(run: Run) -> bool:
+    return run.best_accuracy < CHANCE_FACTOR * _chance(run)
+
+
+def _describe_outcomes(runs: Sequence[Run]) -> str:
+    """Describes how each seed of a network ended."""
+
+    def describe(run: Run) -> str:
+        if run.diverged_at is not None:
+            return f"diverged at step {run.diverged_at:,}"
+        return f"{run.best_accuracy:.1%}{' (at chance)' if _is_at_chance(run) else ''}"
+
+    return f"{escape(runs[0].title)}: {', '.join(map(describe, runs))}"
+
+
+def _diverges(title: str, results: Results) -> Finding:
+    """Holds if every seed diverges."""
+    runs, note = ended_runs(results, title), _describe_rate(results)
+    if all(run.diverged_at is not None or _is_at_chance(run) for run in runs):
+        note += " At the higher learning rate it stays at chance instead of diverging."
+    verdict = HOLDS if all(run.diverged_at is not None for run in runs) else FAILS
+    return Finding(_describe_outcomes(runs), verdict, note)
+
+
+def _stays_at_chance(title: str, results: Results) -> Finding:
+    """Holds if no seed exceeds chance, even if it diverges later."""
+    runs = ended_runs(results, title)
+    note = f"The paper has 1,000 classes, so chance is 0.1%; here it is {_chance(runs[0]):.1%}."
+    verdict = HOLDS if all(map(_is_at_chance, runs)) else FAILS
+    return Finding(_describe_outcomes(runs), verdict, note)
+
+
+def _trains(titles: Sequence[str], results: Results) -> Finding:
+    """Holds if no seed diverges or stays at chance."""
+    networks = [ended_runs(results, title) for title in titles]
+    fails = any(
+        run.diverged_at is not None or _is_at_chance(run) for runs in networks for run in runs
+    )
+    return Finding("; ".join(map(_describe_outcomes, networks)), FAILS if fails else HOLDS)
+
+
+# --- Tests of which network is better.
+
+
+def _is_better(title: str, other: str, results: Results) -> Finding:
+    difference = compare(results, title, other)
+    return Finding(difference.measured, difference.verdict, difference.resolution)
+
+
+def _is_no_worse(title: str, other: str, results: Results) -> Finding:
+    return _accept_too_close(_is_better(title, other, results))
+
+
+def _is_too_high(title: str, results: Results) -> Finding:
+    """Holds if Inception is better at its own learning rate."""
+    found = _is_better(INCEPTION, title, results)
+    return found._replace(note=f"{_describe_rate(results)} {found.note}")
+
+
+def _helps(change: str, results: Results) -> Finding:
+    """Holds if BN-x5 is better than without the change."""
+    found = _is_better(X5, ABLATIONS[change], results)
+    return found._replace(note=f"{_describe_change(change, results)} {found.note}")
+
+
+def _does_not_hurt(change: str, results: Results) -> Finding:
+    """Holds if BN-x5 is not worse than without the change."""
+    return _accept_too_close(_helps(change, results))
+
+
+def _accept_too_close(found: Finding) -> Finding:
+    return found._replace(verdict=HOLDS) if found.verdict == TOO_CLOSE else found
+
+
+# --- Notes on the runs.
+
+
+def _describe_rate(results: Results) -> str:
+    rate = ended_runs(results, INCEPTION)[0].config.schedule.base_rate
+    return f"Inception's learning rate is {rate:g} here and 0.0015 in the paper."
+
+
+def _describe_change(change: str, results: Results) -> str:
+    """Describes the effect of a change in these runs; empty if a run diverged."""
+    runs, other = ended_runs(results, X5), ended_runs(results, ABLATIONS[change])[0]
+    if change not in _CHANGE_NOTES or any(r.diverged_at is not None for r in (*runs, other)):
+        return ""
+    return _CHANGE_NOTES[change](runs, other)
+
+
+def _note_overfitting(runs: Sequence[Run], other: Run) -> str:
+    training, validation = (
+        statistics.mean(list(run.curve(key).values())[-1] for run in runs)
+        for key in ("train/accuracy", ACCURACY)
+    )
+    return (
+        f"{_note_length(runs[0])}At the end, BN-x5 has an accuracy of {training:.1%} on the"
+        f" augmented training images and {validation:.1%} on the validation images."
+    )
+
+
+def _note_decay(runs: Sequence[Run], other: Run) -> str:
+    own, others = (f"{_remaining_rate(run):.2g}" for run in (runs[0], other))
+    return (
+        f"At the end, the learning rate is {own} times its first value in BN-x5, {others} times in"
+        " the other run."
+    )
+
+
+def _note_shuffling(runs: Sequence[Run], other: Run) -> str:
+    return f"{_note_length(runs[0])}The paper reports a gain of about 1 point."
+
+
+def _note_distortions(runs: Sequence[Run], other: Run) -> str:
+    before, after = (run.config.data.distortion for run in (other, runs[0]))
+    return f"{_note_length(runs[0])}The strength changes from {before:g} to {after:g}."
+
+
+# From the runs of BN-x5 and the run without the change to a note, by change.
+_CHANGE_NOTES: Mapping[str, Callable[[Sequence[Run], Run], str]] = {
+    "dropout": _note_overfitting,
+    "l2": _note_overfitting,
+    "decay": _note_decay,
+    "shuffling": _note_shuffling,
+    "distortions": _note_distortions,
+}
+
+
+def _note_length(run: Run) -> str:
+    if not run.num_train_examples:
+        return ""
+    examples = run.config.train.steps * run.config.train.global_batch_size
+    return f"The runs last {examples / run.num_train_examples:.1f} epochs. "
+
+
+def _remaining_rate(run: Run) -> float:
+    rates = list(run.curve("train/learning_rate").values())
+    return rates[-1] / rates[0]
+
+
+# --- Initial weights.
+
+
+def _tolerates_initial_weights(results: Results) -> Finding:
+    """Holds if BN-Baseline's accuracy varies less over the factors on the initial weights."""
+    networks = (INCEPTION, BASELINE)
+    means = {title: [s.mean for s in _sweep(results, title).values()] for title in networks}
+    step = _sweep_steps(results, INCEPTION)
+    measured = f"by step {step:,}, factors {min(WEIGHT_FACTORS):g} to {max(WEIGHT_FACTORS):g}: "
+    measured += ", ".join(
+        f"{title} {min(of_title):.1%} to {max(of_title):.1%}" for title, of_title in means.items()
+    )
+    runs = {title: ended_runs(results, title) for title in networks}
+    if max(means[INCEPTION]) < CHANCE_FACTOR * _chance(runs[INCEPTION][0]):
+        note = "With every factor, Inception is still at chance at this step."
+        return Finding(measured, NO_VERDICT, note)
+    inception, baseline = (max(of_title) - min(of_title) for of_title in means.values())
+    margin = margin_of([Group.of(of_title, step) for of_title in runs.values()])
+    difference = Difference(measured, inception - baseline, margin)
+    return Finding(difference.measured, difference.verdict, difference.resolution)
+
+
+def _sweep(results: Results, title: str) -> dict[float, Spread]:
+    """Returns the accuracy at the end of the short runs, by factor on the initial weights."""
+    step = _sweep_steps(results, title)
+    runs = {f: ended_runs(results, with_weight_factor(title, f)) for f in WEIGHT_FACTORS}
+    runs[1.0] = ended_runs(results, title)
+    return {
+        factor: Spread.of(best_accuracy_by(run, step) for run in runs[factor])
+        for factor in sorted(runs)
+    }
+
+
+def _sweep_steps(results: Results, title: str) -> int:
+    titles = [with_weight_factor(title, factor) for factor in WEIGHT_FACTORS]
+    return common_steps(*(run for each in titles for run in ended_runs(results, each)))
+
+
+# --- Moving averages.
+
+
+def _moving_averages_suffice(results: Results) -> Finding:
+    """Holds if moving averages and population statistics are equally accurate.
+
+    Both are evaluated with the same weights, at the last step of the shorter run. Equally accurate
+    means within the standard error of the accuracy.
+    """
+    population = ended_runs(results, POPULATION)[0]
+    step = population.config.train.steps
+    moving = [run for run in ended_runs(results, X5) if run.config.seed == population.config.seed]
+    if not moving:
+        raise NotRunError(f"{X5}: no run of seed {population.config.seed}")
+    # Where BN-x5 itself has the long memory, there is no separate run with it.
+    others = [*moving, *(ended_runs(results, LONG_MEMORY) if results.get(LONG_MEMORY) else ())]
+    expected = accuracy_at(population, step)
+    measured = [
+        f"BN-x5 at step {step:,}: {expected:.1%} with population statistics from"
+        f" {population.config.population.num_batches} batches"
+    ]
+    for run in others:
+        momentum = run.config.batch_norm.momentum
+        measured.append(
+            f"{accuracy_at(run, step):.1%} with moving averages of momentum {momentum:g}"
+            f" ({1 / (1 - momentum):,.0f} steps)"
+        )
+    if not all(_is_same_training(run, population) for run in others):
+        measured.append("not with the same weights, since the training losses differ")
+    gap = abs(accuracy_at(moving[0], step) - expected)
+    error = population.standard_error(expected)
+    note = (
+        f"The two accuracies differ by {format_points(gap)}; the standard error is"
+        f" {format_points(error)}."
+    )
+    return Finding(", ".join(measured), HOLDS if gap <= error else FAILS, note)
+
+
+def _is_same_training(run: Run, other: Run) -> bool:
+    """Returns whether the training losses are equal up to the end of the shorter run."""
+    end = common_steps(run, other)
+    first, second = (
+        [point for point in each.curve(LOSS).items() if point[0] <= end] for each in (run, other)
+    )
+    return first == second
+
+
+# --- Scale invariance.
+
+
+def _is_invariant(part: str, results: Results) -> Finding:
+    """Holds if only rounding is left with a negligible epsilon."""
+    tiny, default = scale_invariance.EPSILONS
+    factors = min(scale_invariance.FACTORS), max(scale_invariance.FACTORS)
+    largest = {
+        dtype: scale_invariance.largest_deviation(part, epsilon=tiny, dtype=dtype)
+        for dtype in scale_invariance.DTYPES
+    }
+    at_smallest, at_largest = (
+        scale_invariance.largest_deviation(part, epsilon=default, factor=factor)
+        for factor in factors
+    )
+    measured = " and ".join(f"{deviation:.0e} in {dtype}" for dtype, deviation in largest.items())
+    text = (
+        f"a from {factors[0]:g} to {factors[1]:g}: largest deviation {measured}; with epsilon"
+        f" {default:g}, {at_smallest:.0%} at the smallest a and {at_largest:.1%} at the largest"
+    )
+    holds = all(deviation <= ROUNDING[dtype] for dtype, deviation in largest.items())
+    return Finding(text, HOLDS if holds else FAILS)
+
+
+# --- Claims.
+
+CLAIMS = (
+    Claim(
+        "3.1",
+        "During training, moving averages can replace population statistics",
+        _moving_averages_suffice,
+    ),
+    Claim("3.3", "Except for epsilon, BN((aW)u) = BN(Wu)", partial(_is_invariant, "output")),
+    Claim(
+        "3.3",
+        "Except for epsilon, the gradient with respect to u does not depend on a",
+        partial(_is_invariant, "to_input"),
+    ),
+    Claim(
+        "3.3",
+        "Except for epsilon, the gradient with respect to aW is 1/a times that with respect to W",
+        partial(_is_invariant, "to_weights"),
+    ),
+    Claim(
+        "3.3",
+        "With BN, networks train at 5 and 30 times Inception's learning rate",
+        partial(_trains, (X5, X30)),
+    ),
+    Claim(
+        "3.3",
+        "Without BN, 5 times Inception's learning rate is worse than its own",
+        partial(_is_too_high, INCEPTION_X5),
+    ),
+    Claim(
+        "1",
+        "With BN, the accuracy depends less on the scale of the initial weights",
+        _tolerates_initial_weights,
+    ),
+    Claim(
+        "4.2.1",
+        "Adding BN alone does not take full advantage of the method: with the other changes, BN-x5"
+        " is more accurate than BN-Baseline",
+        partial(_is_better, X5, BASELINE),
+    ),
+    Claim(
+        "ours",
+        "Without BN, the same changes at Inception's learning rate are less accurate than BN-x5",
+        partial(_is_better, X5, CONTROL),
+    ),
+    Claim(
+        "4.2.1",
+        "With BN, a higher learning rate speeds up training",
+        partial(_is_better, X5, X5_AT_RATE_1),
+    ),
+    Claim(
+        "4.2.1",
+        "Removing dropout makes BN-x5 more accurate after the same number of steps",
+        partial(_helps, "dropout"),
+    ),
+    Claim("4.2.1", "Dividing the L2 weight by 5 improves the accuracy", partial(_helps, "l2")),
+    Claim(
+        "4.2.1",
+        "Decaying the learning rate 6 times faster does not hurt BN-x5",
+        partial(_does_not_hurt, "decay"),
+    ),
+    Claim(
+        "ours",
+        "Faster decay does not hurt BN-x30 either",
+        partial(_is_no_worse, X30, X30_DECAY),
+    ),
+    Claim(
+        "ours",
+        "Faster decay does not hurt BN-x5-Sigmoid either",
+        partial(_is_no_worse, X5_SIGMOID, X5_SIGMOID_DECAY),
+    ),
+    Claim("4.2.1", "Local response normalization is not needed", partial(_does_not_hurt, "lrn")),
+    Claim("4.2.1", "Within-shard shuffling improves the accuracy", partial(_helps, "shuffling")),
+    Claim("4.2.1", "Weaker distortions do not hurt", partial(_does_not_hurt, "distortions")),
+    Claim(
+        "4.2.2",
+        "Inception diverges at 5 times its learning rate",
+        partial(_diverges, INCEPTION_X5),
+    ),
+    Claim(
+        "ours",
+        "Inception also diverges at 30 times its learning rate",
+        partial(_diverges, INCEPTION_X30),
+    ),
+    Claim("4.2.2", "Inception with sigmoids stays at chance", partial(_stays_at_chance, SIGMOID)),
+    Claim(
+        "ours",
+        "Inception with sigmoids also stays at chance at 5 times its learning rate",
+        partial(_stays_at_chance, SIGMOID_X5),
+    ),
+    Claim("4.2.2", "With BN, a network with sigmoids trains", partial(_trains, (X5_SIGMOID,))),
+)
+
+
+# --- Rules and notes.
+
+
+def _list_rules(results: Results) -> str:
+    seeds = len(results.get(X5, ()))
+    rules = [
+        "*Ours* in the section column marks a control experiment that the paper does not have.",
+        "An accuracy is the best validation accuracy up to the stated step, the last step of the"
+        " shorter run. Step for step, a shorter run is the beginning of a longer one. The five"
+        f" networks have {seeds} seeds, all other runs have one. Several seeds are"
+        " shown as mean (lowest to highest). A point is a percentage point.",
+        "One network is better than another if each of its seeds is better than each of the"
+        " other's by more than the margin. A diverged run is worse than any other. The margin is"
+        " the wider of the two networks' ranges over seeds, and at least the standard error of an"
+        " accuracy. For equally good networks, three seeds against one, this rule finds a"
+        " difference in up to one of seven comparisons: a single result just beyond its margin is"
+        " weak evidence.",
+        f"*{TOO_CLOSE.capitalize()}*: the difference is within the margin.",
+        f"*{NO_VERDICT.capitalize()}*: each network has a single seed, or the notes below say why.",
+        "A change does not hurt unless undoing it makes the network better. Harm below the margin"
+        " is not detected.",
+        f"*At chance*: an accuracy below {CHANCE_FACTOR:g} times that of guessing. *Diverges*: the"
+        " loss or a weight becomes non-finite, which ends the run. *Trains*: no seed diverges or"
+        " stays at chance.",
+        "Dependence on the scale of the initial weights: a network's highest minus its lowest"
+        " accuracy over all factors. Inception and BN-Baseline have the same learning rate and"
+        " differ in BN alone; their ranges must differ by more than the margin.",
+        "Moving averages can replace population statistics if the accuracies differ by at most one"
+        " standard error.",
+    ]
+    return "\n".join(f"- {rule}" for rule in rules)
+
+
+def _list_notes(findings: Mapping[Claim, Finding]) -> list[str]:
+    notes = [
+        f"- *{claim.sentence}* ({finding.verdict}): {finding.note.strip()}"
+        for claim, finding in findings.items()
+        if finding.verdict not in (HOLDS, NOT_RUN) and finding.note.strip()
+    ]
+    if not notes:
+        return []
+    return [
+        "### Where results differ from the paper",
+        "These facts about the runs may explain the differences; they are not shown to be the"
+        " cause.",
+        "\n".join(notes),
+    ]
+
+
+# --- Plots.
+
+
+class _Plot(NamedTuple):
+    """A plot with its caption.
+
+    Attributes:
+      description: content of the plot, without a full stop.
+      key: sentences that explain its marks.
+      figure: the plot.
+    """
+
+    description: str
+    key: str
+    figure: Figure
+
+
+def _draw_plots(results: Results) -> dict[str, _Plot]:
+    """Draws the plots for which there are runs; returns them by file name."""
+    plots = {}
+    for name, draw in (
+        ("claims_initialization.png", _draw_sweep),
+        ("claims_ablations.png", _draw_ablations),
+    ):
+        try:
+            plots[name] = draw(results)
+        except NotRunError:
+            continue
+    return plots
+
+
+def _draw_sweep(results: Results) -> _Plot:
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for title, marker in ((INCEPTION, "o"), (BASELINE, "s")):
+        sweep = _sweep(results, title)
+        means = [spread.mean for spread in sweep.values()]
+        bars = [
+            [spread.mean - spread.low for spread in sweep.values()],
+            [spread.high - spread.mean for spread in sweep.values()],
+        ]
+        style = STYLES[title]._asdict()
+        axes.errorbar(list(sweep), means, bars, capsize=3, marker=marker, label=title, **style)
+    factors = sorted((*WEIGHT_FACTORS, 1.0))
+    axes.set(xscale="log", xlabel="factor on the initial weights", ylim=(0, None))
+    axes.set_ylabel(f"accuracy by step {_sweep_steps(results, INCEPTION):,}")
+    axes.xaxis.set_major_locator(FixedLocator(factors))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    replace_frame_by_grid(axes)
+    axes.legend(loc="best")
+    description = (
+        "Validation accuracy of Inception and BN-Baseline against the factor on the initial weights"
+    )
+    key = (
+        "The points at factor 1 are means over seeds with their ranges; all others are single runs."
+        " A point at 0 is a diverged run."
+    )
+    return _Plot(description, key, figure)
+
+
+def _draw_ablations(results: Results) -> _Plot:
+    titles = [title for title in ABLATIONS.values() if results.get(title)]
+    if not titles:
+        raise NotRunError("no ablations")
+    networks = [ended_runs(results, title) for title in (X5, *titles)]
+    groups = [Group.of(runs, common_steps(*runs)) for runs in networks]
+    figure = Figure(figsize=(6.4, 0.9 + 0.36 * len(groups)), layout="constrained")
+    axes = figure.subplots()
+    color = STYLES[X5].color
+    low, high = min(groups[0].accuracies), max(groups[0].accuracies)
+    axes.axvspan(low, high, color=color, alpha=0.2, linewidth=0)
+    margin = margin_of(groups)
+    if margin is not None:
+        for edge in (low - margin, high + margin):
+            axes.axvline(edge, color=color, linestyle=(0, (4, 3)), linewidth=1)
+    for row, group in enumerate(groups):
+        for accuracy in group.accuracies:
+            marker = "o" if accuracy else "x"
+            axes.plot(accuracy, row, marker, color=color if row == 0 else "black")
+    axes.set_yticks(range(len(groups)), [group.title for group in groups])
+    axes.invert_yaxis()
+    axes.set_xlabel("best validation accuracy")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    replace_frame_by_grid(axes)
+    description = (
+        "Validation accuracy of BN-x5, and of BN-x5 with one change of section 4.2.1 undone"
+    )
+    key = (
+        "Each point is a run. The band spans the seeds of BN-x5; the dashed lines are one margin"
+        " away from it. A cross at 0 is a diverged run."
+    )
+    return _Plot(description, key, figure)

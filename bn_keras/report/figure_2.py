@@ -1,0 +1,254 @@
+"""Figure 2 of the paper: accuracy of its five networks against training steps."""
+
+import math
+from collections.abc import Mapping
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import (
+    EngFormatter,
+    LogLocator,
+    NullFormatter,
+    PercentFormatter,
+    StrMethodFormatter,
+)
+
+from bn_keras.experiments.titles import INCEPTION, X30
+from bn_keras.report import published
+from bn_keras.report.five_networks import FiveNetworks
+from bn_keras.report.plots import STYLES, draw_bands, replace_frame_by_grid
+from bn_keras.report.sections import Section, describe_divergence, escape
+from bn_keras.runs.history import LOSS, Results, Run, Spread, over_seeds
+from bn_keras.training.networks import value_of
+from bn_keras.training.schedule import PAPER_BATCH_SIZE
+
+
+def build_figure_2(results: Results) -> Section:
+    """Draws validation accuracy, as in the paper, and training loss against steps.
+
+    A diamond marks where the mean over a network's seeds reaches the highest point of Inception's.
+
+    Args:
+      results: runs of Inception and others of the five networks; other titles are ignored.
+
+    Raises:
+      UsageError: Inception is missing, or no seed is shared by all networks.
+
+    Source: Ioffe & Szegedy 2015, Figure 2.
+    """
+    networks = FiveNetworks.select(results)
+    results = networks.results
+    accuracy = Figure(figsize=(6.6, 4.3), layout="constrained")
+    _draw_accuracy(accuracy.subplots(), networks)
+    loss = Figure(figsize=(6.6, 3.4), layout="constrained")
+    _draw_loss(loss.subplots(), results)
+    body = [
+        _describe_setup(results[INCEPTION][0]),
+        f"![Validation accuracy of {len(results)} networks against training steps](figure_2.png)",
+        f"{_explain_lines(results)} A diamond marks the first evaluation at which a network's line"
+        " reaches the highest point of Inception's (thin grey line)."
+        f"{_explain_published_points(results[INCEPTION][0])}",
+        "![Training loss of the same networks against steps](figure_2_loss.png)",
+        "Training loss of the same runs. Each point is a mean over the steps since the previous"
+        f" point.{_mention_dropout(results)}",
+        *describe_divergence(results),
+    ]
+    plots = {"figure_2.png": accuracy, "figure_2_loss.png": loss}
+    return Section("Figure 2: accuracy against steps", "\n\n".join(body), plots)
+
+
+# --- Plots.
+
+
+def _draw_accuracy(axes: Axes, networks: FiveNetworks) -> None:
+    _draw_curves(axes, networks.bands)
+    if math.isfinite(networks.target):
+        axes.axhline(networks.target, color="0.6", linewidth=0.8, zorder=0)
+        _mark_target(axes, networks)
+        axes.set_ylim(_lowest_shown(networks), min(axes.get_ylim()[1], 1.0))
+    if published.is_comparable(networks.results[INCEPTION][0]):
+        _draw_published(axes, networks)
+    axes.set(xlabel="training steps", ylabel="validation accuracy")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    _label_ends(axes, networks.bands)
+
+
+def _lowest_shown(networks: FiveNetworks) -> float:
+    """Returns the lower limit of the accuracy axis.
+
+    It shows errors up to five times Inception's lowest, and the best accuracy of every network.
+    """
+    best = [networks.best(title) for title in networks.bands]
+    worst = min(spread.mean if spread else 0.0 for spread in best)
+    return max(0.0, min(1 - 5 * (1 - networks.target), worst - 0.05))
+
+
+def _draw_loss(axes: Axes, results: Results) -> None:
+    bands = {title: over_seeds(runs, LOSS) for title, runs in results.items()}
+    _draw_curves(axes, bands)
+    axes.set(xlabel="training steps", ylabel="training loss")
+    if any(bands.values()):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    _label_ends(axes, bands)
+
+
+def _draw_curves(axes: Axes, bands: Mapping[str, Mapping[int, Spread]]) -> None:
+    draw_bands(axes, bands)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    replace_frame_by_grid(axes)
+
+
+def _mark_target(axes: Axes, networks: FiveNetworks) -> None:
+    """Draws a diamond where a line reaches the target."""
+    reached = {title: networks.steps_to_target(title) for title in networks.bands}
+    steps = list(reached.values())
+    for index, (title, step) in enumerate(reached.items()):
+        if step is not None:
+            # Diamonds at the same step may overlap: the earlier ones are larger, and stay visible.
+            size = 8 + 6 * steps[index + 1 :].count(step)
+            _draw_diamond(axes, title, step, networks.bands[title][step].mean, size)
+
+
+def _draw_diamond(
+    axes: Axes, title: str, step: float, accuracy: float, size: float = 8, hollow: bool = False
+) -> None:
+    color = STYLES[title].color
+    axes.plot(
+        step,
+        accuracy,
+        marker="D",
+        color="white" if hollow else color,
+        markeredgecolor=color if hollow else "white",
+        markersize=size,
+        zorder=3,
+        clip_on=False,
+    )
+
+
+def _draw_published(axes: Axes, networks: FiveNetworks) -> None:
+    """Draws the paper's points as hollow diamonds, with steps converted to our batch size."""
+    points = [
+        (title, steps, published.INCEPTION_ACCURACY)
+        for title in networks.bands
+        if (steps := published.FIGURE_3[title].steps)
+    ]
+    if X30 in networks.bands:
+        best = published.FIGURE_3[X30].best_accuracy
+        points.append((X30, published.X30_STEPS_TO_BEST, best))
+    for title, steps, accuracy in points:
+        our_steps = steps * PAPER_BATCH_SIZE / networks.batch_size
+        _draw_diamond(axes, title, our_steps, accuracy, hollow=True)
+
+
+def _label_ends(axes: Axes, bands: Mapping[str, Mapping[int, Spread]]) -> None:
+    """Writes each line's title beside its end, stacked so that the titles do not overlap."""
+    axes.figure.canvas.draw()
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ends = []
+    for title, band in bands.items():
+        if band:
+            end = max(band), band[max(band)].mean
+            ends.append((*to_axes.transform(end), end, title))
+    ends.sort(key=lambda end: end[1])
+    # Height of a title, and its distance from the line's end, as fractions of the axes.
+    height, distance = 0.065, 0.09
+    level = -height
+    for number, (x, y, end, title) in enumerate(ends, start=1):
+        still_above = (len(ends) - number) * height
+        level = max(min(max(y, 0.0), 1 - still_above), level + height)
+        axes.annotate(
+            title,
+            end,
+            xytext=(x + distance, level),
+            textcoords="axes fraction",
+            verticalalignment="center",
+            annotation_clip=False,
+            bbox=dict(facecolor="white", edgecolor="none", alpha=0.75, pad=1),
+            arrowprops=dict(
+                arrowstyle="-",
+                color=STYLES[title].color,
+                linewidth=1,
+                shrinkA=0,
+                shrinkB=1,
+                relpos=(0, 0.5),
+            ),
+        )
+
+
+# --- Text.
+
+
+def _describe_setup(inception: Run) -> str:
+    config = inception.config
+    width = "" if config.model.width == 1 else f" at {config.model.width:g} times the width"
+    return (
+        f"Data: {escape(config.data.name)}. Networks: the paper's Figure 5{width}, with the"
+        f" *{escape(config.model.stem)}* stem. Training: {_describe_length(inception)} Inception's"
+        f" base learning rate is {config.schedule.base_rate:g}; the other networks use the paper's"
+        f" multiples of it. Validation: split *{escape(config.data.validation_split)}*, with"
+        f" {_describe_statistics(inception)}."
+    )
+
+
+def _describe_statistics(run: Run) -> str:
+    """Describes the statistics that BN uses in evaluations."""
+    population = run.config.population
+    if population.when == "evaluations":
+        return (
+            f"population statistics, computed from {population.num_batches} training batches before"
+            " each evaluation"
+        )
+    momentum = run.config.batch_norm.momentum
+    return (
+        f"moving averages of the BN statistics over about {1 / (1 - momentum):,.0f} steps"
+        f" (momentum {momentum:g})"
+    )
+
+
+def _describe_length(run: Run) -> str:
+    train = run.config.train
+    images = train.steps * train.global_batch_size
+    epochs = f" ({images / run.num_train_examples:,.1f} epochs)" if run.num_train_examples else ""
+    x30, inception = published.X30_STEPS_TO_BEST, published.INCEPTION_STEPS
+    return (
+        f"{train.steps:,} steps of {train.global_batch_size} images{epochs}. In the paper, {X30}"
+        f" reaches its best accuracy after {x30 / 1e6:.0f} million steps of {PAPER_BATCH_SIZE}"
+        f" images ({_published_epochs(x30):.0f} epochs), Inception after"
+        f" {inception / 1e6:.0f} million ({_published_epochs(inception):.0f} epochs)."
+    )
+
+
+def _published_epochs(steps: int) -> float:
+    return steps * PAPER_BATCH_SIZE / published.NUM_TRAIN_EXAMPLES
+
+
+def _explain_lines(results: Results) -> str:
+    counts = sorted({len(runs) for runs in results.values()})
+    if counts == [1]:
+        return "Each line is a single run, so the variation between seeds is unknown."
+    several = " to ".join(map(str, counts))
+    return f"Lines are means over {several} seeds; bands span the lowest to the highest seed."
+
+
+def _explain_published_points(run: Run) -> str:
+    if not published.is_comparable(run):
+        return ""
+    batch = run.config.train.global_batch_size
+    converted = f", with steps converted to batches of {batch}" if batch != PAPER_BATCH_SIZE else ""
+    return (
+        f" Hollow diamonds are the paper's results{converted}: where its networks reach"
+        f" {published.INCEPTION_ACCURACY:.1%}, the best accuracy of its Inception, and where BN-x30"
+        f" is best ({published.CITATION}, Figures 2 and 3, section 4.2.2)."
+    )
+
+
+def _mention_dropout(results: Results) -> str:
+    titles = [t for t, runs in results.items() if value_of(runs[0].config, "model.dropout")]
+    if not titles or len(titles) == len(results):
+        return ""
+    verb = "trains" if len(titles) == 1 else "train"
+    return f" {' and '.join(titles)} {verb} with dropout, which raises the training loss."

@@ -1,0 +1,232 @@
+"""Figure 3 of the paper: steps and best accuracy of its five networks, beside its own numbers."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from bn_keras.experiments.titles import BASELINE, INCEPTION, X5, X5_SIGMOID, X30
+from bn_keras.report import published
+from bn_keras.report.five_networks import FiveNetworks
+from bn_keras.report.sections import Section, describe_divergence, markdown_table
+from bn_keras.report.verdicts import count_verdicts, judge, tabulate_verdicts
+from bn_keras.runs.history import Results, Run, Spread
+from bn_keras.training.schedule import PAPER_BATCH_SIZE
+
+
+def build_figure_3(results: Results) -> Section:
+    """Builds the table of steps and best accuracies, and tests the paper's statements about it.
+
+    The table describes the lines of Figure 2, which are means over seeds. The statements are tested
+    seed by seed.
+
+    Args:
+      results: runs of Inception and others of the five networks; other titles are ignored.
+
+    Raises:
+      UsageError: Inception is missing, or no seed is shared by all networks.
+
+    Source: Ioffe & Szegedy 2015, Figure 3.
+    """
+    networks = FiveNetworks.select(results)
+    outcomes = _test_statements(networks)
+    body = [
+        _summarize(networks, outcomes),
+        "### Steps and accuracy",
+        _compare_numbers(networks),
+        *_explain_terms(networks),
+        *(["### The paper's statements", tabulate_verdicts(outcomes)] if outcomes else []),
+        "### Training of each network",
+        _describe_training(networks.results),
+        *describe_divergence(networks.results),
+    ]
+    return Section("Figure 3: steps and best accuracy", "\n\n".join(body))
+
+
+def describe_accuracy(run: Run) -> str:
+    """Describes one run as Figure 3 does: best accuracy, and steps to a target accuracy.
+
+    The target is config.train.until_accuracy or, on ImageNet, the paper's 72.2%. Steps are also
+    converted to the paper's batch size if the run has another.
+    """
+    batch = run.config.train.global_batch_size
+    best, target = run.best_accuracy, run.config.train.until_accuracy
+    if not target and published.is_comparable(run):
+        target = published.INCEPTION_ACCURACY
+    parts = [f"best validation accuracy {best:.2%} {_at(run.steps_to_accuracy(best), batch)}"]
+    if target:
+        parts.append(f"{target:.1%} {_at(run.steps_to_accuracy(target), batch)}")
+    return ", ".join(parts)
+
+
+def _at(step: int | None, batch: int) -> str:
+    if step is None:
+        return "not reached"
+    if batch == PAPER_BATCH_SIZE:
+        return f"at step {step:,}"
+    paper_steps = step * batch / PAPER_BATCH_SIZE
+    return f"at step {step:,} ({paper_steps:,.0f} steps of {PAPER_BATCH_SIZE})"
+
+
+# --- Numbers.
+
+
+def _compare_numbers(networks: FiveNetworks) -> str:
+    target, batch = networks.target, networks.batch_size
+    unit = "steps" if batch == PAPER_BATCH_SIZE else f"steps of {batch} images"
+    header = (
+        "network",
+        f"{unit} to {target:.1%}" if math.isfinite(target) else unit,
+        f"paper: steps to {published.INCEPTION_ACCURACY:.1%}",
+        "speedup over Inception",
+        "paper: speedup",
+        "best accuracy",
+        "paper: best accuracy",
+    )
+    inception_steps = networks.steps_to_target(INCEPTION)
+    rows = []
+    for title in networks.results:
+        paper = published.FIGURE_3[title]
+        steps, best = networks.steps_to_target(title), networks.best(title)
+        of_seeds = [runs[title].steps_to_accuracy(target) for runs in networks.by_seed]
+        rows.append(
+            (
+                title,
+                _format_steps(steps, of_seeds),
+                f"{paper.steps / 1e6:.1f} million" if paper.steps else "never",
+                _format_speedup(inception_steps, steps),
+                _format_speedup(published.INCEPTION_STEPS, paper.steps),
+                f"{best:.1%}" if best else "-",
+                f"{paper.best_accuracy:.1%}",
+            )
+        )
+    return markdown_table(header, rows)
+
+
+def _format_speedup(inception_steps: int | None, steps: int | None) -> str:
+    return f"{inception_steps / steps:.1f}" if inception_steps and steps else "-"
+
+
+def _format_steps(of_mean: int | None, of_seeds: Sequence[int | None]) -> str:
+    """Formats the steps of the mean, with the fewest and most steps of a seed in parentheses."""
+    counts = [math.inf if steps is None else steps for steps in of_seeds]
+    mean, low, high = (
+        "never" if steps is None or math.isinf(steps) else f"{steps:,}"
+        for steps in (of_mean, min(counts), max(counts))
+    )
+    return mean if mean == low == high else f"{mean} ({low} to {high})"
+
+
+def _explain_terms(networks: FiveNetworks) -> list[str]:
+    """Explains the columns, their source and their resolution."""
+    inception, num_seeds = networks.results[INCEPTION][0], len(networks.by_seed)
+    line, parentheses = "single seed", ""
+    if num_seeds > 1:
+        line = "mean over its seeds"
+        parentheses = (
+            " In parentheses: the fewest and most steps of a single seed to the same accuracy; the"
+            " lowest and highest accuracy of a seed at the step of the best mean."
+        )
+    terms = (
+        f"*Steps*: the first evaluation at which a network's line in Figure 2 ({line}) reaches"
+        " Inception's highest point; *never*: not within these runs. *Speedup*: Inception's steps"
+        f" divided by the network's. *Best accuracy*: highest point of the line.{parentheses}"
+    )
+    if networks.steps_to_target(INCEPTION) == max(networks.bands[INCEPTION], default=None):
+        terms += (
+            " Inception is best at its last evaluation: longer runs would raise the target accuracy"
+            " and change the speedups."
+        )
+    source = f"*Paper*: {published.CITATION}, Figure 3. Speedups are computed from its steps."
+    if not published.is_comparable(inception):
+        source += (
+            " The paper's networks are larger and were trained on ImageNet: compare the ranking and"
+            " roughly the speedups, not the steps and accuracies."
+        )
+    if networks.batch_size != PAPER_BATCH_SIZE:
+        source += f" The paper's steps are steps of {PAPER_BATCH_SIZE} images."
+    return [terms, source, _describe_resolution(inception, networks.target)]
+
+
+def _describe_resolution(inception: Run, accuracy: float) -> str:
+    text = (
+        f"Networks are evaluated every {inception.config.evaluation.every_steps:,} steps, so step"
+        " counts are no finer than that."
+    )
+    counts = inception.curve("validation/examples").values()
+    if not counts:
+        return text
+    error = 100 * inception.standard_error(accuracy)
+    return (
+        f"{text} An accuracy of {accuracy:.1%} on {max(counts):,} validation images has a standard"
+        f" error of {error:.2g} percentage points."
+    )
+
+
+def _describe_training(results: Results) -> str:
+    header = ("network", "first logged learning rate", "lowest training loss")
+    rows = []
+    for title, runs in results.items():
+        curves = [run.curve("train/learning_rate").values() for run in runs]
+        rates = {next(iter(curve)) for curve in curves if curve}
+        losses = [run.lowest_loss for run in runs if math.isfinite(run.lowest_loss)]
+        rows.append(
+            (
+                title,
+                ", ".join(f"{rate:.4g}" for rate in sorted(rates)) or "-",
+                f"{Spread.of(losses):#.3g}" if losses else "-",
+            )
+        )
+    return markdown_table(header, rows)
+
+
+# --- Statements.
+
+# From one seed's runs by title, and the target accuracy, to whether a statement holds.
+_Test = Callable[[Mapping[str, Run], float], bool]
+
+
+def _is_faster(first: str, second: str) -> _Test:
+    return lambda runs, target: runs[first].is_faster(runs[second], target)
+
+
+def _x30_is_best(runs: Mapping[str, Run], target: float) -> bool:
+    others = (runs[title].best_accuracy for title in published.FIGURE_3 if title != X30)
+    return runs[X30].best_accuracy > max(others)
+
+
+def _sigmoid_misses_target(runs: Mapping[str, Run], target: float) -> bool:
+    return runs[X5_SIGMOID].steps_to_accuracy(target) is None
+
+
+def _sigmoid_is_close(runs: Mapping[str, Run], target: float) -> bool:
+    return runs[X5_SIGMOID].best_accuracy > 0.9 * target
+
+
+_STATEMENTS: Mapping[str, _Test] = {
+    **{
+        f"{first} reaches Inception's best accuracy in fewer steps than {second}": _is_faster(
+            first, second
+        )
+        for first, second in ((BASELINE, INCEPTION), (X5, BASELINE), (X30, BASELINE), (X5, X30))
+    },
+    f"{X30} has the highest best accuracy of the five": _x30_is_best,
+    f"{X5_SIGMOID} never reaches Inception's best accuracy": _sigmoid_misses_target,
+    f"{X5_SIGMOID} exceeds 90% of Inception's best accuracy (97% in the paper)": _sigmoid_is_close,
+}
+
+
+def _test_statements(networks: FiveNetworks) -> dict[str, list[bool]]:
+    """Tests each statement seed by seed; returns no outcomes if one of the five is missing."""
+    if published.FIGURE_3.keys() - networks.results.keys():
+        return {}
+    return {
+        statement: [test(runs, networks.target) for runs in networks.by_seed]
+        for statement, test in _STATEMENTS.items()
+    }
+
+
+def _summarize(networks: FiveNetworks, outcomes: Mapping[str, Sequence[bool]]) -> str:
+    if not outcomes:
+        missing = [title for title in published.FIGURE_3 if title not in networks.results]
+        return f"**The paper's statements are not tested:** no run of {', '.join(missing)}."
+    counts = count_verdicts(map(judge, outcomes.values()))
+    return f"**{len(outcomes)} statements of the paper's Figure 3: {counts}.**"
