@@ -64,7 +64,7 @@ _TRAINED_LIKE = dict.fromkeys(ENSEMBLE, "bn_x30") | {"inception_sigmoid": "incep
 def value_of(config: ConfigDict, key: str) -> Any:
     """Returns the value of a key such as "train.l2"; where it is None, the variant's own."""
     section, name = key.split(".")
-    value = config[section][name]
+    value = getattr(config[section], name)
     if value is None and section == "model" and config.model.variant in VARIANTS:
         return getattr(VARIANTS[config.model.variant], name)
     return value
