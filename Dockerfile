@@ -1,4 +1,5 @@
-# One image for training: docker build --build-arg EXTRA=cpu|gpu|tpu --tag bn_keras .
+# Image for training. Choose one EXTRA:
+#   docker build --build-arg EXTRA=cpu|gpu|tpu --tag bn_keras .
 # A container's arguments are a command of bn-keras and its flags:
 #   docker run --rm bn_keras train --config=... --workdir=...
 # There is no HEALTHCHECK: a batch job reports its result by its exit status.
@@ -6,8 +7,8 @@
 ARG EXTRA=cpu
 ARG PYTHON=3.12
 
-# The dependencies, in an environment that the next stage copies. Only a change of setup.cfg
-# installs them again.
+# Installs the dependencies into an environment that the next stage copies. Only a change of
+# setup.cfg installs them again.
 FROM python:${PYTHON}-slim AS packages
 ARG EXTRA
 RUN python -m venv /opt/venv

@@ -1,4 +1,4 @@
-# `make` lists the targets. The first one to run sets up .venv.
+# `make` lists the targets. The first target that runs sets up .venv.
 # All paths are relative, so that the path of the checkout may contain spaces.
 
 EXTRA ?= cpu
@@ -38,7 +38,7 @@ find_python = for python in "$$PYTHON" python3 python3.13 python3.12 python3.11;
 install = $(1)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$(2)]" $(3); \
 	$(1)/bin/python -c 'import os, pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "bn_keras_checkout.pth").write_text(os.getcwd() + "\n")'
 
-# A change of the dependencies sets up a new environment.
+# A change of setup.cfg, which lists the dependencies, sets up a new environment.
 $(READY): setup.cfg
 	@set -e; $(call find_python,13); \
 	echo "Setting up .venv with $$("$$found" --version), TensorFlow for $(EXTRA); this takes a minute or two."; \
@@ -52,9 +52,9 @@ demo: $(READY)
 test: $(READY)
 	@$(PY) -m pytest -n 2 tests
 
-# PyTorch has an environment of its own: nothing else needs it. On Linux its default wheel includes
-# CUDA; PIP_INDEX_URL or PIP_EXTRA_INDEX_URL can select PyTorch's CPU wheels.
-# pytorchcv and tf-slim are installed for one network each, which needs none of their dependencies.
+# PyTorch has an environment of its own, since nothing else needs it. On Linux its default wheel
+# includes CUDA; PIP_INDEX_URL or PIP_EXTRA_INDEX_URL can select PyTorch's CPU wheels.
+# The one network used of pytorchcv and of tf-slim needs none of their dependencies.
 $(PEERS): $(READY) Makefile
 	@set -e; echo "Setting up .venv-peers with PyTorch and TF-Slim."; \
 	$(PY) -m venv --clear .venv-peers; \
@@ -73,7 +73,7 @@ $(TPU): setup.cfg
 	$(call install,.venv-tpu,tpu$(COMMA)train$(COMMA)dev); \
 	touch $(TPU)
 
-# Without the variable, TensorFlow searches for a TPU for minutes.
+# Without TPU_SKIP_MDS_QUERY, TensorFlow searches for a TPU for minutes.
 tpu-check: $(TPU)
 	@TPU_SKIP_MDS_QUERY=1 .venv-tpu/bin/python -m pytest -n 2 tests/tpu
 

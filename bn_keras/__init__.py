@@ -1,7 +1,8 @@
 """Batch normalization (Ioffe & Szegedy 2015) for TensorFlow and Keras.
 
-Importing this package loads only TensorFlow, Keras, NumPy, h5py and the layer library. The trainer
-is in the subpackages `data` to `training`.
+Importing this package loads only the layer library and its dependencies: TensorFlow, Keras, NumPy
+and h5py. The trainer is in the subpackages `data`, `distribute`, `experiments`, `inference`,
+`pictures`, `report`, `runs` and `training`.
 """
 
 import importlib.util
@@ -15,7 +16,7 @@ if importlib.util.find_spec("tensorflow") is None:
         " 'bn_keras[cpu]', 'bn_keras[gpu]' and 'bn_keras[tpu]'."
     )
 
-# Keras reads this variable on import. Without it, a keras.json could select another backend.
+# Keras reads this variable on import. Without it, ~/.keras/keras.json could select another backend.
 _backend = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 if _backend != "tensorflow":
     raise ImportError(

@@ -15,9 +15,9 @@ from bn_keras.keras_internals import graph_calls
 from bn_keras.layer_kinds import DEPTHWISE, SEPARABLE, TRANSPOSED, WITH_KERNEL
 from bn_keras.text import table
 
-# Their weights are not multiplied with the inputs, or at most elementwise.
+# Layers whose weights multiply their inputs elementwise or not at all.
 _NOT_MULTIPLYING = (*BATCH_NORMS, keras.layers.Embedding, keras.layers.PReLU)
-# Their gradients read only shapes.
+# Layers whose gradients read only shapes.
 _SAVING_NOTHING = (
     keras.layers.InputLayer,
     keras.layers.AveragePooling1D,
@@ -40,7 +40,7 @@ _NONLINEARITIES = (
     keras.layers.ReLU,
     keras.layers.Softmax,
 )
-# Their gradients read the output; the gradients of other nonlinearities read the input.
+# Nonlinearities whose gradients read the output; the gradients of the others read the input.
 _SAVING_OUTPUT = ("relu", "relu6", "sigmoid", "softmax", "tanh")
 
 _MAX_ROWS = 40
@@ -54,7 +54,7 @@ class LayerCost:
       name: layer name, prefixed with the names of the nested models that contain it.
       kind: class name of the layer.
       input_shapes, output_shape: shapes of all inputs and of the first output.
-      trainable, non_trainable: parameters; 0 if an earlier call has counted them.
+      trainable, non_trainable: numbers of parameters; 0 if an earlier call counts them.
       multiply_adds: multiply-adds of the forward pass.
       activation_bytes: size of the tensors made by this call that the backward pass reads.
     """
@@ -70,7 +70,7 @@ class LayerCost:
 
     @property
     def module(self) -> str:
-        """Module that the layer's name indicates: "3a" for "3a_1x1_conv", "stem_1" for its pool."""
+        """Prefix of the name that identifies its module, such as "3a" of "3a_1x1_conv"."""
         return re.sub(r"^([^_/]*(?:_\d+(?=_|/|$))?).*", r"\1", self.name)
 
 
@@ -168,7 +168,7 @@ def count_cost(model: keras.Model, dtype: str | None = None) -> Cost:
 
     Args:
       model: built Functional or Sequential model; nested models are counted too.
-      dtype: dtype of all saved activations; None is each activation's own dtype, which follows
+      dtype: dtype of all saved activations. None uses each activation's own dtype, which follows
         from the model's dtype policies.
 
     Raises:
@@ -192,7 +192,7 @@ def count_cost(model: keras.Model, dtype: str | None = None) -> Cost:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Activation:
-    """A tensor of one image. Two activations are never equal, whatever their shapes."""
+    """A tensor of one image; activations are compared by identity."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -249,30 +249,33 @@ def _trace(
     activations = {id(tensor): known for tensor, known in zip(model.inputs, inputs, strict=True)}
     for call in graph_calls(keras.Function(model.inputs, model.outputs)):
         layer, name = call.operation, prefix + call.operation.name
-        taken = [activations[id(tensor)] for tensor in call.input_tensors]
+        call_inputs = [activations[id(tensor)] for tensor in call.input_tensors]
         if call.is_input:
             # The input of a nested model is the output of another layer.
             if not prefix:
-                made = [activations[id(call.outputs[0])]]
-                calls.append(_LayerCall(layer, name, [], made, []))
+                outputs = [activations[id(call.outputs[0])]]
+                calls.append(_LayerCall(layer, name, [], outputs, []))
             continue
         if _has_graph(layer):
-            made = _trace(layer, taken, f"{name}/", calls)
+            outputs = _trace(layer, call_inputs, f"{name}/", calls)
         else:
-            made = [_Activation.of(tensor) for tensor in call.outputs]
-            calls.append(_LayerCall(layer, name, taken, made, _hidden(layer, made)))
-        activations.update(zip(map(id, call.outputs), made, strict=True))
+            outputs = [_Activation.of(tensor) for tensor in call.outputs]
+            hidden = _hidden_activations(layer, outputs)
+            calls.append(_LayerCall(layer, name, call_inputs, outputs, hidden))
+        activations.update(zip(map(id, call.outputs), outputs, strict=True))
     return [activations[id(tensor)] for tensor in model.outputs]
 
 
-def _hidden(layer: Any, outputs: Sequence[_Activation]) -> list[_Activation]:
+def _hidden_activations(layer: Any, outputs: Sequence[_Activation]) -> list[_Activation]:
+    """Returns a layer's internal activations; only separable convolutions have one."""
     if not isinstance(layer, SEPARABLE):
         return []
     channels = math.prod(layer.depthwise_kernel.shape[-2:])
-    return [_Activation((_positions(layer, outputs[0]), channels), outputs[0].dtype)]
+    return [_Activation((_num_positions(layer, outputs[0]), channels), outputs[0].dtype)]
 
 
-def _positions(layer: keras.Layer, output: _Activation) -> int:
+def _num_positions(layer: keras.Layer, output: _Activation) -> int:
+    """Returns the number of spatial positions of a convolution's output."""
     return output.size // layer.filters
 
 
@@ -286,10 +289,10 @@ def _multiply_adds(call: _LayerCall) -> int:
     layer = call.layer
     if isinstance(layer, SEPARABLE):
         each = math.prod(layer.depthwise_kernel.shape) + math.prod(layer.pointwise_kernel.shape)
-        return each * _positions(layer, call.outputs[0])
+        return each * _num_positions(layer, call.outputs[0])
     if not isinstance(layer, WITH_KERNEL):
         return 0
-    # Each output value takes one product per kernel weight of its channel. In a transposed
+    # Each output value takes one multiply-add per kernel weight of its channel. In a transposed
     # convolution, each input value does.
     channel_axes = 2 if isinstance(layer, DEPTHWISE) else 1
     tensors = call.inputs if isinstance(layer, TRANSPOSED) else call.outputs
@@ -297,6 +300,7 @@ def _multiply_adds(call: _LayerCall) -> int:
 
 
 def _has_other_products(layer: keras.Operation) -> bool:
+    """Returns whether a layer has multiply-adds that `_multiply_adds` does not count."""
     if isinstance(layer, (*WITH_KERNEL, *_NOT_MULTIPLYING)):
         return False
     return any(len(v.shape) > 1 for v in getattr(layer, "trainable_variables", []))
@@ -309,7 +313,7 @@ def _layer_cost(
         variables = getattr(call.layer, kind, []) if is_first_call else []
         return sum(math.prod(v.shape) for v in variables)
 
-    made = [tensor for tensor in (*call.outputs, *call.hidden) if tensor in saved]
+    own = [tensor for tensor in (*call.outputs, *call.hidden) if tensor in saved]
     return LayerCost(
         name=call.name,
         kind=type(call.layer).__name__,
@@ -318,7 +322,7 @@ def _layer_cost(
         trainable=parameters("trainable_weights"),
         non_trainable=parameters("non_trainable_weights"),
         multiply_adds=_multiply_adds(call),
-        activation_bytes=sum(t.size * tf.as_dtype(dtype or t.dtype).size for t in made),
+        activation_bytes=sum(t.size * tf.as_dtype(dtype or t.dtype).size for t in own),
     )
 
 
@@ -337,7 +341,7 @@ def _map_size(shape: Sequence[int]) -> str:
 
 
 def _short(number: float) -> str:
-    """Returns three digits with the unit G or M; a number below a million in full."""
+    """Formats a number as three digits and the unit G or M, or in full below a million."""
     for power, unit in ((1e9, " G"), (1e6, " M")):
         if number >= power:
             return f"{number / power:.3g}{unit}"

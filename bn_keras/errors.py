@@ -65,7 +65,7 @@ class TrainingStoppedError(KeyboardInterrupt):
 
     Attributes:
       signum: SIGTERM or SIGINT.
-      status: exit status of a command that fails with this error, 128 + signum.
+      status: exit status of a command that this error ends, 128 + signum.
     """
 
     def __init__(self, message: str, signum: int) -> None:

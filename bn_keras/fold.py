@@ -23,7 +23,8 @@ from bn_keras.keras_internals import (
 from bn_keras.layer_kinds import DEPTHWISE, SEPARABLE, TRANSPOSED, WITH_KERNEL
 from bn_keras.text import first_line
 
-# Random inputs of the comparison: number of examples, and size of axes of unknown size.
+# Random inputs of the comparison: number of examples, and size of the axes that the model leaves
+# open.
 _NUM_EXAMPLES = 8
 _IMAGE_SIDE, _VOLUME_SIDE = 224, 32
 # Timed calls of each model.
@@ -39,13 +40,14 @@ class FoldReport:
     Attributes:
       folded: names of the folded layers, prefixed with the names of the nested models that contain
         them.
-      kept: reason for each layer that could not be folded, by such a name.
-      input_shapes: shapes of the examples that both models were compared on.
-      largest_difference: largest absolute difference between the outputs of both models.
-      largest_output: largest absolute value of the output with that difference.
+      kept: reason for each layer that could not be folded, by its name, prefixed likewise.
+      input_shapes: shapes of the inputs that both models were compared on, batch axis included.
+      largest_difference: largest absolute difference between the outputs of both models. If there
+        are several outputs, of the one where the difference is largest relative to its values.
+      largest_output: largest absolute value of that output.
       top1_agreement: fraction of examples with the same top class; None without an output
         [N, classes].
-      milliseconds_before, milliseconds_after: median time of a call; the models take turns.
+      milliseconds_before, milliseconds_after: median time of a call; the models alternate.
     """
 
     folded: tuple[str, ...]
@@ -73,7 +75,7 @@ class FoldReport:
             f" {self.milliseconds_before:.1f} ms before folding: speedup {self.speedup:.2f}",
         ]
         if self.top1_agreement is not None:
-            lines[1] += f"; same top class in {self.top1_agreement:.1%}"
+            lines[1] += f"; same top class in {self.top1_agreement:.1%} of examples"
         width = max(map(len, self.kept), default=0)
         lines += [f"not folded: {name.ljust(width)}  {why}" for name, why in self.kept.items()]
         return "\n".join(lines)
@@ -89,15 +91,15 @@ def fold_batch_norm(model: keras.Model, inputs: Any = None) -> tuple[keras.Model
     float64.
 
     Decisions:
-      - A layer that is called in several places is folded if every place allows it. The same holds
-        for layers that several nested models share in the same order.
+      - A layer that is called in several places, in one model or in several nested ones, is folded
+        if every place allows it.
       - A layer that cannot be folded becomes one scale-and-shift: a depthwise 1x1 convolution for
         images, which TensorFlow fuses with the following activation, else keras.layers.Rescaling.
-        So the result needs bn_keras only if other layers of the model do.
+        The result therefore needs bn_keras only if other layers of the model do.
       - Inside other layers (TimeDistributed, a subclassed model), BatchNormalization stays and is
         frozen. A layer called with training=True stays too: it has no fixed scale and offset.
-      - BatchNormalization is not folded into the convolution after it, whose zero padding is not
-        normalized.
+      - BatchNormalization is not folded into the following convolution, since the zeros of that
+        convolution's padding are not normalized.
       - Both models are run on the same inputs and must agree.
       - The given model is unchanged and shares nothing with the result, which is not compiled. Call
         merge_moving_statistics first if its replicas are not synchronized.
@@ -110,9 +112,10 @@ def fold_batch_norm(model: keras.Model, inputs: Any = None) -> tuple[keras.Model
       The folded model, with the same type, names and dtype policies, and the report.
 
     Raises:
-      UsageError: the model has no BatchNormalization, is a subclassed one, contains a layer that
-        its config does not describe, has non-finite statistics, or does not accept the inputs.
-      ArithmeticError: the outputs of both models differ in the first half of their digits.
+      UsageError: the model has no BatchNormalization, is a subclassed or unbuilt one, contains a
+        layer that its config does not describe, has non-finite statistics, does not accept the
+        inputs, or has integer inputs and none were passed.
+      ArithmeticError: the outputs of both models agree to fewer than half of their digits.
 
     Source: Ioffe & Szegedy 2015, Algorithm 2, line 11.
     """
@@ -144,9 +147,9 @@ class _Plan:
       inputs: symbolic inputs of the model.
       names: layer names, prefixed with the names of the nested models that contain them.
       batch_norms: all BatchNormalization layers, in the order of the model's layers.
-      folded_into: the BatchNormalization to fold, by the layer that takes it up.
+      folded_into: BatchNormalization to fold, by the layer that it is folded into.
       kept: reason for each BatchNormalization that cannot be folded.
-      inside: layers that are not in a graph themselves, but inside a layer that is.
+      inside: layers inside a layer that has no graph, such as TimeDistributed.
       always_training: BatchNormalization layers that use batch statistics in every mode.
     """
 
@@ -240,21 +243,24 @@ class _Plan:
         producers = [self._producer(call) for call in calls]
         for layer in producers:
             if layer in self.inside or producers.count(layer) < len(self._calls[layer]):
-                return f"follows {_quoted(layer)}, which is also used elsewhere"
+                return f"follows {_describe(layer)}, which is also used elsewhere"
         return None
 
     def _obstacle_at(self, call: Call) -> str | None:
         """Returns why one call of a BatchNormalization prevents folding, or None."""
         batch_norm, layer = call.operation, self._producer(call)
-        follows = f"follows {_quoted(layer)}"
+        follows = f"follows {_describe(layer)}"
         if type(layer) not in WITH_KERNEL:
             return follows
         if layer.activation not in (None, keras.activations.linear):
             return f"{follows}, which includes an activation"
-        others = [user for user in self._consumers[id(call.input_tensors[0])] if user is not call]
-        if others:
-            readers = ["the model's outputs" if u is None else _quoted(u.operation) for u in others]
-            return f"{follows}, whose output is also used by {', '.join(readers)}"
+        users = [
+            "the model's outputs" if user is None else _describe(user.operation)
+            for user in self._consumers[id(call.input_tensors[0])]
+            if user is not call
+        ]
+        if users:
+            return f"{follows}, whose output is also used by {', '.join(users)}"
         if layer.compute_dtype != batch_norm.compute_dtype:
             return f"{follows}, which computes in {layer.compute_dtype}"
         channels_first = getattr(layer, "data_format", None) == "channels_first"
@@ -278,12 +284,12 @@ def _axes(batch_norm: keras.Layer) -> list[int]:
     return canonical_axes(batch_norm.axis, [None] * batch_norm.input_spec.ndim)
 
 
-def _quoted(layer: keras.Operation) -> str:
+def _describe(layer: keras.Operation) -> str:
     return f"{type(layer).__name__} {layer.name!r}"
 
 
 class _Folder:
-    """Copies a model as its plan says.
+    """Builds the folded copy of a model.
 
     Args:
       plan: plan of the model that `fold` receives.
@@ -297,7 +303,8 @@ class _Folder:
         """Returns the folded model with its weights."""
         folded = self._copy(model)
         copies = [(o, n) for o, n in self._copies.items() if isinstance(o, keras.Layer)]
-        # `trainable` of a model also sets that of its layers. Layers precede their model here.
+        # Setting `trainable` of a model also sets that of its layers, so models come first: the
+        # copies list layers before their model.
         for old, new in reversed(copies):
             if new.trainable != old.trainable:
                 new.trainable = old.trainable
@@ -322,7 +329,7 @@ class _Folder:
         return keras.Model(inputs, run_graph(graph, inputs, self._replacement), name=model.name)
 
     def _replacement(self, old: keras.Operation) -> Callable:
-        """Returns what is called in place of a layer."""
+        """Returns the function to call in place of a layer."""
         if self._disappears(old):
             return lambda inputs, *args, **kwargs: inputs
         if self._becomes_affine(old):
@@ -347,8 +354,8 @@ class _Folder:
             return type(old).from_config(config, **options)
         except (NotImplementedError, TypeError) as error:
             raise UsageError(
-                f"{_quoted(old)} cannot be copied from its config ({first_line(error)}): implement"
-                " get_config in its class"
+                f"{_describe(old)} cannot be copied from its config ({first_line(error)}):"
+                " implement get_config in its class"
             ) from None
 
     def _copy_weights(self, old: keras.Layer, new: keras.Layer) -> None:
@@ -361,7 +368,7 @@ class _Folder:
         else:
             for o, n in zip(all_layers(old), all_layers(new), strict=True):
                 copy_state(o, n)
-                # A remaining BatchNormalization uses its moving statistics in every mode.
+                # Frozen, it uses its moving statistics in every mode.
                 if isinstance(n, BATCH_NORMS) and o not in self._plan.always_training:
                     n.trainable = False
 
@@ -395,7 +402,7 @@ def _affine_layer(batch_norm: keras.Layer) -> keras.Layer:
 
 
 def _scale_and_offset(batch_norm: keras.Layer) -> tuple[np.ndarray, np.ndarray]:
-    """Computes a layer's affine map at inference, in float64 and in its statistics' shape."""
+    """Computes scale and offset of a layer at inference: float64, in its statistics' shape."""
     mean, variance = to_float64(batch_norm.moving_mean), to_float64(batch_norm.moving_variance)
     gamma = 1.0 if batch_norm.gamma is None else to_float64(batch_norm.gamma)
     beta = 0.0 if batch_norm.beta is None else to_float64(batch_norm.beta)
@@ -443,7 +450,7 @@ def to_float64(values: Any) -> np.ndarray:
 
 
 def _random_inputs(name: str, symbolic_inputs: Any) -> Any:
-    """Draws inputs of a model: normal for floats, uniform for bytes."""
+    """Draws inputs for a model: normal for floats, uniform for uint8."""
     generator = np.random.default_rng(0)
 
     def draw(tensor: keras.KerasTensor) -> np.ndarray:
@@ -517,20 +524,22 @@ def check_agreement(
     outputs: Sequence[np.ndarray],
     source: str,
 ) -> tuple[float, float]:
-    """Checks that outputs agree with a model's in the first half of their digits.
+    """Checks that outputs agree with a model's to half of their digits.
+
+    That is, they differ by at most sqrt(machine epsilon) of the largest value.
 
     Args:
       model: model whose dtypes determine the number of digits.
       expected: outputs of the model.
       outputs: outputs to check, of the same shapes.
-      source: what computed them, for the error message.
+      source: name of what computed them, for the error message.
 
     Returns:
       The largest absolute difference, of the output where it is relatively largest, and the
       largest absolute value of that output.
 
     Raises:
-      ArithmeticError: the outputs differ in the first half of their digits.
+      ArithmeticError: the outputs agree to fewer than half of their digits.
     """
     differences = [np.max(np.abs(a - b)) for a, b in zip(outputs, expected, strict=True)]
     sizes = [np.max(np.abs(a)) for a in expected]
@@ -549,7 +558,7 @@ def check_agreement(
 
 
 def _median_milliseconds(functions: Sequence[Callable[[], Any]]) -> list[float]:
-    """Returns each function's median time per call; they take turns and so share any load."""
+    """Returns each function's median time per call; they alternate, so any load affects all."""
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(_ROUNDS):
         for function, own in zip(functions, times, strict=True):

@@ -24,16 +24,16 @@ from bn_keras.population import (
 )
 from bn_keras.text import counted, first_of
 
-# A channel is dead if the standard deviation of its output is smaller. It is 1 after
-# initialization. bfloat16, with a step of 2^-8, rounds a thousandth away next to a beta of 1.
+# A channel is dead if the standard deviation of its output is smaller. After initialization it is
+# 1. Next to a beta of 1, bfloat16 rounds a deviation of 1e-3 away.
 MIN_STDDEV = 1e-3
-# Moving statistics against population statistics, in the worst channel. A distance of one standard
-# deviation, or half or twice the standard deviation, exceeds the noise of few batches and of a low
-# momentum.
+# Limits for the worst channel of a layer: the moving mean is one standard deviation off, and the
+# moving standard deviation is half or twice the population's. The noise of few batches or of a low
+# momentum is smaller.
 MAX_MEAN_DISTANCE = 1.0
 MAX_VARIANCE_RATIO = 4.0
-# Training-mode against inference-mode outputs. At 1, they differ as much as examples do from their
-# mean.
+# Limit for the difference between training-mode and inference-mode outputs. At 1, they differ as
+# much as the examples do from their mean.
 MAX_GAP = 1.0
 
 _LISTED_CHANNELS = 6
@@ -66,10 +66,11 @@ class HealthReport:
     Attributes:
       num_layers, num_channels: numbers of BatchNormalization layers and of their channels.
       findings: findings in the order of the model's layers.
-      population: moving statistics compared with population statistics; None without data.
+      population: moving statistics compared with population statistics; None if the model was not
+        run or an output is not finite.
       gap: root mean square difference between training-mode and inference-mode outputs, divided by
-        the standard deviation of the former over the examples; None without data, or if an output
-        is the same for all examples.
+        the standard deviation of the former over the examples; the largest of all outputs. None if
+        the model was not run, if an output is not finite, or if one is the same for all examples.
       skipped: checks that were skipped, each with the reason.
     """
 
@@ -122,8 +123,8 @@ def check_batch_norm(
       - "dead": channels whose output hardly depends on the input. Their standard deviation at
         inference, |gamma| * sqrt(moving variance / (moving variance + epsilon)), is less than
         MIN_STDDEV. This is a fault if all channels of a layer are dead.
-      - "below_epsilon": channels, not dead, whose moving variance is less than epsilon, which then
-        dominates the denominator.
+      - "below_epsilon": channels that are not dead, but whose moving variance is less than epsilon,
+        which then dominates the denominator.
       - "stale" (f): in some channel, the moving mean is more than MAX_MEAN_DISTANCE population
         standard deviations off, or the moving variance more than MAX_VARIANCE_RATIO times too large
         or too small; LayerReport defines both measures.
@@ -134,9 +135,9 @@ def check_batch_norm(
 
     Decisions:
       - A consequence of another finding is not reported: a layer that was never updated is not also
-        stale, and a layer with non-finite weights has no other finding. The model does not run if
-        its weights rule out finite outputs.
-      - Only BatchNormalization is in training mode for the gap, since dropout would add noise.
+        stale, and a layer with non-finite weights has no other finding. The model is not run if its
+        weights rule out finite outputs.
+      - For the gap, only BatchNormalization is in training mode, since dropout would add noise.
         Frozen layers normalize the same in both modes.
       - The model is unchanged.
 
@@ -146,8 +147,7 @@ def check_batch_norm(
         is iterated twice. None checks only the weights.
       num_batches: number of batches for the population statistics, >= 1. Few small batches make
         them noisy. The gap is measured on the first batch.
-      strategy: strategy that the model was created under; None means the one that the model
-        remembers.
+      strategy: strategy that the model was created under. None uses model.distribute_strategy.
 
     Raises:
       UsageError: the model is not built, or estimate_population_statistics raises it.
@@ -205,7 +205,7 @@ def _check_finite(model: keras.Model) -> list[Finding]:
 
 
 def _check_layer(layer: keras.Layer) -> list[Finding]:
-    """Checks the weights of one BatchNormalization, which are finite."""
+    """Checks the weights of one BatchNormalization; all of them are finite."""
     findings = []
 
     def add(kind: str, is_fault: bool, affected: np.ndarray, text: str) -> None:
@@ -253,7 +253,7 @@ def _obstacle_to_running(
     if any(finding.kind in ("not_finite", "negative_variance") for finding in findings):
         return "the weights rule out finite outputs"
     if not any(layer.trainable for layer in layers):
-        return "all layers are frozen and compute the same in training"
+        return "all layers are frozen and compute the same in both modes"
     return None
 
 
@@ -317,7 +317,7 @@ def _check_folding(model: keras.Model) -> list[Finding]:
 
 
 def _outputs(model: keras.Model, inputs: Any, strategy: tf.distribute.Strategy) -> list[np.ndarray]:
-    """Returns each output in inference mode, [N, ...] over all replicas."""
+    """Returns each output of a call with training=False, [N, ...] over all replicas."""
 
     @tf.function
     def run(inputs: Any) -> Any:
@@ -333,7 +333,7 @@ def _outputs(model: keras.Model, inputs: Any, strategy: tf.distribute.Strategy) 
 
 @contextlib.contextmanager
 def _training_mode(model: keras.Model) -> Iterator[None]:
-    """Puts each BatchNormalization, and no other layer, into training mode in every call."""
+    """Runs each BatchNormalization, and no other layer, in training mode in every call."""
 
     def call_in_training(
         layer: keras.Layer, inputs: tf.Tensor, training: Any = None, mask: tf.Tensor | None = None

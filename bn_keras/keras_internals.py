@@ -1,4 +1,4 @@
-"""Every use of Keras 3's private attributes, each with its reason."""
+"""All uses of Keras' private attributes, each with the reason for it."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -86,8 +86,8 @@ def producer(tensor: keras.KerasTensor) -> keras.Operation:
 def replaced_method(layer: keras.Layer, name: str, function: Callable[..., Any]) -> Iterator[None]:
     """Replaces a method of one layer inside a `with` block; other layers keep theirs.
 
-    Keras looks up `layer.call`, `layer._moments` and the like on the instance, where an attribute
-    takes precedence over the class's method.
+    Keras calls `layer.call`, `layer._moments` and the like on the instance, whose attributes take
+    precedence over the class's methods.
 
     Args:
       layer: layer to change.
@@ -106,13 +106,13 @@ def observed_moments(
     layer: keras.layers.BatchNormalization,
     observer: Callable[[tf.Tensor, tf.Tensor | None, tf.Tensor, tf.Tensor], None],
 ) -> contextlib.AbstractContextManager[None]:
-    """Returns a context in which a layer passes the moments of each training-mode call on.
+    """Returns a context in which `observer` receives the moments that a layer computes.
 
     keras.layers.BatchNormalization computes its moments in a private method.
 
     Args:
       layer: Keras' layer.
-      observer: called with the inputs, mask, mean and variance of each call.
+      observer: called with the inputs, mask, mean and variance of each training-mode call.
     """
 
     def compute_moments(inputs: tf.Tensor, mask: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:

@@ -9,7 +9,7 @@ def align(rows: Iterable[Sequence[str]], left: int = 1, min_width: int = 0) -> l
 
     Args:
       rows: rows of equal length, header included.
-      left: number of first columns that are left-aligned; the others are right-aligned.
+      left: number of leading columns to left-align; the others are right-aligned.
       min_width: minimum column width in characters.
 
     Returns:
@@ -27,7 +27,7 @@ def align(rows: Iterable[Sequence[str]], left: int = 1, min_width: int = 0) -> l
 
 
 def table(rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
-    """Returns the lines of a plain table, with two spaces between columns; see `align`."""
+    """Returns the lines of a table with two spaces between columns; see `align`."""
     return ["  ".join(cells).rstrip() for cells in align(rows, left)]
 
 

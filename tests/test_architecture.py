@@ -1,6 +1,6 @@
-"""Modules import only what their place allows, and private attributes stay in one module.
+"""Modules import only what the tables below allow; one module uses private attributes of others.
 
-A room is a module or subpackage directly inside bn_keras.
+A component is a module or subpackage directly inside bn_keras.
 """
 
 import ast
@@ -13,8 +13,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-# The rooms of the layer library and the rooms that each may import. Each row may name only rows
-# above it, so there are no cycles.
+# The components of the layer library, each with the components that it may import. A row names only
+# rows above it, so there are no cycles.
 LAYER_LIBRARY = {
     "cores": "",
     "errors": "",
@@ -31,10 +31,10 @@ LAYER_LIBRARY = {
     "health": "batch_norm errors fold keras_internals population text",
     "models": "batch_norm errors text",
     "convert": "batch_norm errors fold keras_internals models text",
-    # The package itself exports the layer library.
+    # The package's __init__.py exports the layer library.
     "bn_keras": "batch_norm convert cost errors fold health merge models population",
 }
-# The rooms of the trainer may also import the whole layer library.
+# The components of the trainer may also import the whole layer library.
 TRAINER = {
     "data": "",
     "distribute": "",
@@ -61,14 +61,14 @@ STRATEGY_CLASSES = {
 
 # Methods of NamedTuple are public; os._exit is documented.
 PUBLIC_DESPITE_UNDERSCORE = {"_asdict", "_exit", "_fields", "_make", "_replace"}
-# TensorFlow has no public way to configure the datasets of MirroredStrategy's iterators.
+# TensorFlow has no public API to configure the per-device datasets of MirroredStrategy's iterators.
 PRIVATE_OF_TENSORFLOW = {("bn_keras/distribute/strategy.py", "_create_device_dataset")}
 
 
 class Import(NamedTuple):
     """One import; `is_top_level` excludes imports inside functions."""
 
-    room: str
+    component: str
     module: str
     is_top_level: bool
 
@@ -80,13 +80,13 @@ def parse(package):
     return {path: ast.parse(path.read_text(), str(path)) for path in paths}
 
 
-def room_of(path):
+def component_of(path):
     return path.relative_to(ROOT / "bn_keras").parts[0].removesuffix(".py")
 
 
 def imports():
     for path, tree in parse("bn_keras").items():
-        room = room_of(path).replace("__init__", "bn_keras")
+        component = component_of(path).replace("__init__", "bn_keras")
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 modules = [alias.name for alias in node.names]
@@ -100,42 +100,42 @@ def imports():
             else:
                 continue
             for module in modules:
-                yield Import(room, module, node in tree.body)
+                yield Import(component, module, node in tree.body)
 
 
-def test_every_room_is_in_the_table():
-    rooms = {room_of(path) for path in parse("bn_keras")} - {"__init__"}
-    assert rooms == (LAYER_LIBRARY.keys() | TRAINER.keys()) - {"bn_keras"}
+def test_every_component_is_in_the_table():
+    components = {component_of(path) for path in parse("bn_keras")} - {"__init__"}
+    assert components == (LAYER_LIBRARY.keys() | TRAINER.keys()) - {"bn_keras"}
 
 
 @pytest.mark.parametrize("table", [LAYER_LIBRARY, TRAINER], ids=["layer library", "trainer"])
 def test_table_has_no_cycles(table):
     above = set()
-    for room, allowed in table.items():
-        assert above.issuperset(allowed.split()), room
-        above.add(room)
+    for component, allowed in table.items():
+        assert above.issuperset(allowed.split()), component
+        above.add(component)
 
 
-def test_rooms_import_only_the_rooms_in_the_table():
-    for room, module, _ in imports():
+def test_components_import_only_what_the_table_allows():
+    for component, module, _ in imports():
         package, _, rest = module.partition(".")
         if package != "bn_keras":
             continue
         imported = rest.partition(".")[0] or "bn_keras"
-        allowed = (LAYER_LIBRARY | TRAINER)[room].split()
-        if room in TRAINER:
+        allowed = (LAYER_LIBRARY | TRAINER)[component].split()
+        if component in TRAINER:
             allowed += LAYER_LIBRARY
-        assert imported == room or imported in allowed, f"{room} imports {module}"
+        assert imported == component or imported in allowed, f"{component} imports {module}"
 
 
 def test_layer_library_needs_no_dependency_of_the_trainer():
-    for room, module, is_top_level in imports():
+    for component, module, is_top_level in imports():
         package = module.partition(".")[0]
-        if room not in LAYER_LIBRARY or package in sys.stdlib_module_names:
+        if component not in LAYER_LIBRARY or package in sys.stdlib_module_names:
             continue
         assert package in DEPENDENCIES or (
-            (room, package) in OPTIONAL_DEPENDENCIES and not is_top_level
-        ), f"{room} imports {module}"
+            (component, package) in OPTIONAL_DEPENDENCIES and not is_top_level
+        ), f"{component} imports {module}"
 
 
 def test_package_imports_neither_commands_nor_configs():

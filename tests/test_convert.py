@@ -73,7 +73,7 @@ def test_replaced_model_computes_the_same(make):
     assert [w.path for w in replaced.weights] == [w.path for w in model.weights]
     x = np.random.default_rng(1).normal(size=(4, *model.input_shape[1:])).astype(np.float32)
     for training in (False, True, False):
-        # The last pass shows the effect of training on the moving statistics.
+        # The last call shows the effect of training on the moving statistics.
         for a, b in zip(
             keras.tree.flatten(replaced(x, training=training)),
             keras.tree.flatten(model(x, training=training)),

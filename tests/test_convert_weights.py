@@ -1,9 +1,10 @@
 """Converted weights compute the same logits as the networks of their projects.
 
-The networks are implemented here a second time, in float64, in the order and with the names of
-their sources; tests/peers compares with the originals.
+Those networks are implemented here independently, in float64, in the order and with the names of
+their source code; tests/peers compares with the originals.
 """
 
+import math
 import sys
 
 import keras
@@ -20,7 +21,7 @@ CLASSES = 7
 
 
 class Network:
-    """One project's network with random tensors, which are created under their names when used."""
+    """One project's network; its random tensors are created, under their names, on first use."""
 
     def __init__(self):
         self.rng = np.random.default_rng(0)
@@ -80,7 +81,7 @@ class Torch(Network):
             return tf.nn.avg_pool2d(x, 3, stride, "VALID")
         # Output sizes round up; with stride 1 the padding is 1 on both sides.
         near = 1 if stride == 1 else 0
-        far = [near if stride == 1 else 2 * -((3 - n) // 2) + 3 - n for n in x.shape[1:3]]
+        far = [near if stride == 1 else 2 * math.ceil((n - 3) / 2) + 3 - n for n in x.shape[1:3]]
         paddings = [[0, 0], [near, far[0]], [near, far[1]], [0, 0]]
         x = tf.pad(x, paddings, constant_values=-np.inf)
         return tf.nn.max_pool2d(x, 3, stride, "VALID")
@@ -205,7 +206,7 @@ def test_npz_with_cadenes_names_is_read(cadene, tmp_path):
     np.savez(tmp_path / "weights.npz", **tensors)
     model = convert.from_pytorch(tmp_path / "weights.npz", input_shape=(64, 96, 3))
     _assert_computes(model, logits)
-    # The ports' count for 1000 classes, minus the absent classes.
+    # The ports' count for 1000 classes, minus the parameters of the absent classes.
     parameters = sum(np.prod(v.shape) for v in model.trainable_variables)
     assert parameters == 11_295_240 - (1000 - CLASSES) * 1025
 
@@ -286,7 +287,7 @@ def _changed(tensors, changes):
         (
             {"inception_5b_3x3.weight": np.zeros((320, 192, 1, 1))},
             [
-                "1 misshapen (inception_5b_3x3.weight",
+                "1 of the wrong shape (inception_5b_3x3.weight",
                 "(320, 192, 1, 1) instead of (320, 192, 3, 3)",
             ],
         ),
@@ -317,7 +318,7 @@ def test_mismatched_variables_of_a_checkpoint_are_listed(slim, tmp_path):
         "model.ckpt does not contain the 277 tensors of TF-Slim's inception_v2",
         f"1 missing ({beta})",
         "1 extra (InceptionV2/more)",
-        "1 misshapen (InceptionV2/Conv2d_1a_7x7/pointwise_weights",
+        "1 of the wrong shape (InceptionV2/Conv2d_1a_7x7/pointwise_weights",
         "(1, 1, 12, 64) instead of (1, 1, 24, 64)",
     )
 
@@ -419,6 +420,8 @@ def test_source_is_inferred_from_the_extension_or_passed(tmp_path):
     ]:
         with pytest.raises(UsageError, match=part):
             convert.convert_weights(tmp_path / name, tmp_path / "out.keras", source)
+    with pytest.raises(UsageError, match="unknown source 'caffe': expected 'pytorch', 'slim'"):
+        convert.convert_weights(tmp_path / "a.npz", tmp_path / "out.keras", "caffe")
 
 
 def test_command_converts_and_describes_the_images(slim, tmp_path):

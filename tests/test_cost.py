@@ -1,4 +1,4 @@
-"""Costs agree with the paper's table, published counts and TensorFlow's own graphs."""
+"""Costs agree with the paper's table, with published counts and with TensorFlow's graphs."""
 
 import functools
 import importlib
@@ -22,7 +22,7 @@ def _inception_cost():
 
 
 def _figure_5_multiply_adds():
-    """Uses the paper's table and sizes, a separable stem and projections of 96 in 4c and 4d."""
+    """Counts from the paper's table, with a separable stem and projections of 96 in 4c and 4d."""
     total = 112**2 * (7 * 7 * 3 * 8 + 3 * 8 * 64)
     total += 56**2 * (64 * 64 + 3 * 3 * 64 * 192)
     side, channels = 28, 192
@@ -162,7 +162,7 @@ def _elements_read_backward(model):
         forward.update(op.name for op in outputs.graph.get_operations())
         return tape.gradient(outputs, [v.value for v in model.trainable_variables])
 
-    def made(tensor):
+    def origin(tensor):
         while tensor.op.type in ("Identity", "IdentityN", "Reshape", "StopGradient"):
             tensor = tensor.op.inputs[tensor.value_index]
         return tensor.ref()
@@ -173,7 +173,7 @@ def _elements_read_backward(model):
     while tensors:
         tensor = tensors.pop()
         if tensor.op.name in forward:
-            read.add(made(tensor))
+            read.add(origin(tensor))
         elif tensor.op.name not in seen:
             seen.add(tensor.op.name)
             tensors += tensor.op.inputs

@@ -80,7 +80,7 @@ FOLDABLE = {
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("shape, make", FOLDABLE.values(), ids=FOLDABLE)
 def test_batch_norm_folds_into_every_layer_with_a_kernel(shape, make, bias):
-    """float64 hides no error behind rounding."""
+    """In float64, rounding cannot hide an error."""
     norm = KERAS_BN(epsilon=0.1, dtype="float64") if bias else BatchNormalization(dtype="float64")
     model = trained(chain(shape, make(use_bias=bias, dtype="float64"), norm))
     folded, report = fold_batch_norm(model, example(model))
@@ -132,7 +132,7 @@ def test_networks_fold(make, folded_layers, kept):
 
 @pytest.mark.parametrize("name", ["bn_baseline", "MobileNetV2"])
 def test_folding_is_as_accurate_in_half_precision(name):
-    """Both networks deviate from the float32 network by about the same amount."""
+    """Both bfloat16 networks deviate from the float32 network by about the same amount."""
     make, *_ = NETWORKS[name]
     exact = trained(make())
     keras.config.set_dtype_policy("mixed_bfloat16")
@@ -193,7 +193,7 @@ def _shared_conv():
     )
 
 
-def _shared_with_a_bad_place():
+def _shared_also_after_the_input():
     inputs = keras.Input((6, 6, 4))
     bn = KERAS_BN(name="bn")
     return keras.Model(inputs, [bn(L.Conv2D(4, 3)(inputs)), bn(inputs)])
@@ -240,7 +240,7 @@ KEPT = {
     "branch": (_branch, "Conv2D 'conv', whose output is also used by Add 'add'"),
     "concatenated": (_concatenated, "follows Concatenate 'cat'"),
     "shared convolution": (_shared_conv, "Conv2D 'conv', which is also used elsewhere"),
-    "shared": (_shared_with_a_bad_place, "is shared, and in one place follows InputLayer"),
+    "shared": (_shared_also_after_the_input, "is shared, and in one place follows InputLayer"),
     "after nested": (_after_nested, "follows Sequential 'inner'"),
     "lora": (_lora, "LoRA"),
 }
@@ -254,7 +254,7 @@ def test_an_unfoldable_layer_becomes_one_affine_layer(make, reason):
     assert unfoldable_layers(model) == report.kept
     assert type(folded.get_layer("bn")) in (L.DepthwiseConv2D, L.Rescaling)
     assert_same(folded, model)
-    # Also while the rest of the model trains.
+    # The same holds while the rest of the model trains.
     x = example(model)
     for a, b in zip(run(folded, x, training=True), run(model, x), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -281,7 +281,7 @@ def _siamese():
     )
 
 
-def _one_norm_of_two():
+def _one_norm_after_two_convolutions():
     bn = BatchNormalization()
     inputs = keras.Input((6, 6, 3))
     return keras.Model(inputs, [_block(inputs, L.Conv2D(4, size), bn) for size in (1, 3)])
@@ -298,7 +298,7 @@ def _nested():
     return keras.Model(inputs, (y, [z, KERAS_BN()(inputs=x)]))
 
 
-def _pieces_of_one(first_end=3):
+def _nested_models_with_shared_layers(first_end=3):
     """Two nested models that share layers and calls."""
     x = inputs = keras.Input((6, 6, 3))
     for i in range(2):
@@ -309,7 +309,15 @@ def _pieces_of_one(first_end=3):
     return keras.Model(outer, [whole(outer), piece(outer)])
 
 
-SHARED = {f.__name__: f for f in (_siamese, _one_norm_of_two, _nested, _pieces_of_one)}
+SHARED = {
+    f.__name__: f
+    for f in (
+        _siamese,
+        _one_norm_after_two_convolutions,
+        _nested,
+        _nested_models_with_shared_layers,
+    )
+}
 
 
 @pytest.mark.parametrize("make", SHARED.values(), ids=SHARED)
@@ -326,7 +334,7 @@ def test_shared_and_nested_layers_fold_if_every_place_allows_it(make):
 
 
 def test_a_convolution_that_ends_a_nested_model_is_not_folded_into():
-    model = trained(_pieces_of_one(first_end=1))
+    model = trained(_nested_models_with_shared_layers(first_end=1))
     folded, report = fold_batch_norm(model)
     assert report.folded == ("whole/bn_1",)
     assert list(report.kept) == ["whole/bn_0"]

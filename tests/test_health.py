@@ -20,7 +20,7 @@ KERAS_BN = keras.layers.BatchNormalization
 
 
 def batches_of(num_batches):
-    """Returns images that differ more from each other than within themselves."""
+    """Returns batches of images whose pixels resemble each other within an image."""
     rng = np.random.default_rng(0)
     return [
         (rng.normal(0.5, 2, [64, 1, 1, 3]) + rng.normal(size=[64, 6, 6, 3])).astype(np.float32)

@@ -25,7 +25,7 @@ def trainable_parameters(model):
     return sum(int(np.prod(v.shape)) for v in model.trainable_variables)
 
 
-# Counted by hand from Figure 5: 1000 classes, gamma and beta, no convolution bias.
+# Counted by hand from Figure 5, for 1000 classes, with gamma and beta, without convolution biases.
 @pytest.mark.parametrize(
     "pool_projection, separable_stem, parameters",
     [
@@ -46,7 +46,7 @@ def test_preset_caffe_has_the_parameters_of_its_ports():
 
 
 def test_preset_slim_has_the_variables_of_tf_slim():
-    # TF-Slim's own test asserts this count, for the base with its moving statistics.
+    # TF-Slim's own test asserts this count, without the classifier, with the moving statistics.
     model = BNInception(preset="slim")
     assert model.count_params() - model.get_layer("logits").count_params() == 10_173_112
 
@@ -371,11 +371,11 @@ def test_weights_load_from_any_file_system_of_tensorflow(tmp_path, short_figure_
     [
         (
             dict(classes=12),
-            "1 misshapen \\(logits of \\[\\(128, 10\\), .* instead of \\[\\(128, 12\\)",
+            "1 of the wrong shape \\(logits of \\[\\(128, 10\\), .* instead of \\[\\(128, 12\\)",
         ),
         (
             dict(variant="inception"),
-            "29 extra \\(stem_1_bn, .*, 26 more\\), 29 misshapen \\(stem_1_conv",
+            "29 extra \\(stem_1_bn, .*, 26 more\\), 29 of the wrong shape \\(stem_1_conv",
         ),
         (dict(auxiliary=True), "5 missing \\(auxiliary_reduce_conv, .*, 2 more\\)"),
     ],

@@ -9,7 +9,7 @@ import pytest
 
 import bn_keras
 
-TRAINER_ROOMS = (
+TRAINER_COMPONENTS = (
     "data",
     "distribute",
     "experiments",
@@ -97,9 +97,9 @@ def test_import_loads_few_modules_and_no_dependency_of_the_trainer(new_modules):
 
 
 def test_import_does_not_load_the_trainer(new_modules):
-    rooms = {name.split(".")[1] for name in new_modules if name.startswith("bn_keras.")}
-    assert "models" in rooms
-    assert not rooms.intersection(TRAINER_ROOMS)
+    components = {name.split(".")[1] for name in new_modules if name.startswith("bn_keras.")}
+    assert "models" in components
+    assert not components.intersection(TRAINER_COMPONENTS)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The built wheel, installed in an environment outside of the checkout."""
+"""The built wheel is complete and works outside of the checkout."""
 
 import configparser
 import json
@@ -28,7 +28,7 @@ DIGITS = (
     "--config.evaluation.global_batch_size=100",
     "--config.train.steps=20",
 )
-# The wheel's environment, and the one that runs this test: the editable install that `make` makes.
+# The wheel's environment, and the editable install of `make`, which runs this test.
 EACH_ENVIRONMENT = pytest.mark.parametrize("environment", ["installed", "editable"])
 
 

@@ -1,4 +1,4 @@
-"""Reads other projects' weights of BN-Inception into the preset that matches the project.
+"""Imports other projects' weights of BN-Inception, each into the preset that matches the project.
 
 The weights are valid only for images like those of their training. The importers change neither the
 images nor the first kernel. Convert RGB images of 0 to 255 to:
@@ -47,9 +47,9 @@ def from_pytorch(
     """Builds the preset "caffe" with the weights of a PyTorch port of the Caffe model.
 
     Supported ports are pytorchcv's `bninception` and that of Cadene's pretrainedmodels; the tensor
-    names determine which. The prefix "module." of DataParallel, BN vectors of shape [1, C] as in
-    PyTorch before 0.4, and a checkpoint that contains a "state_dict" are supported.
-    num_batches_tracked is ignored.
+    names determine which. The state dict may be an entry "state_dict" of a checkpoint, have the
+    prefix "module." of DataParallel, and contain BN vectors of shape [1, C], as in PyTorch before
+    0.4. num_batches_tracked is ignored.
 
     A .pth file requires PyTorch and is read with weights_only=True. Without PyTorch, convert the
     file elsewhere: numpy.savez(PATH, **{k: v.numpy() for k, v in model.state_dict().items()}).
@@ -66,7 +66,7 @@ def from_pytorch(
       UsageError: the file does not exist, contains no state dict, or does not contain exactly the
         tensors of this network.
 
-    Source: [1, C] is yjxiong/tsn-pytorch#62.
+    Source: yjxiong/tsn-pytorch#62 for BN vectors of shape [1, C].
     """
     if isinstance(source, Mapping):
         origin, state = "the state dict", source
@@ -100,8 +100,8 @@ def from_slim(
 ) -> keras.Model:
     """Builds the preset "slim" with the weights of a checkpoint of TF-Slim's inception_v2.
 
-    A training checkpoint contributes its variables, not their moving averages. Optimizer slots and
-    variables outside the scope InceptionV2 are ignored.
+    Optimizer slots, moving averages of the weights, and variables outside the scope InceptionV2 are
+    ignored.
 
     Args:
       path: path of the checkpoint, in TensorFlow's first or second format: its prefix, one of its
@@ -110,7 +110,7 @@ def from_slim(
 
     Returns:
       A new model from RGB images in [-1, 1] to logits. The file determines the number of classes
-      (1001 in the published weights, "background" first) and the arg scope: whether the stem is
+      (1001 in the published weights, "background" first) and the options: whether the stem is
       separable, whether BN follows a separable stem (not with inception_v2_arg_scope), and whether
       BN has a gamma (only with batch_norm_scale).
 
@@ -150,20 +150,21 @@ def convert_weights(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Reads another project's weights and writes the network to a file.
+    """Imports another project's weights and saves the network, or only its weights.
 
     Args:
       weights: path that from_pytorch or from_slim accepts.
-      output: path to write. Load a .keras file with keras.models.load_model after
-        `import bn_keras`. Load a .weights.h5 file with BNInception(preset=..., classes=...,
-        weights=...), and with separable_stem, separable_bn and gamma if a TF-Slim checkpoint
-        differs from the preset.
+      output: path of the .keras or .weights.h5 file to write. Load a .keras file with
+        keras.models.load_model after `import bn_keras`. Load a .weights.h5 file with
+        BNInception(preset=..., classes=..., weights=...), and with separable_stem, separable_bn and
+        gamma if a TF-Slim checkpoint differs from the preset.
       source: "pytorch" or "slim". None infers it from the extension of `weights`: .npz, .pt, .pth
         and .tar are PyTorch's.
       overwrite: whether to replace an existing output.
 
     Raises:
-      UsageError: the weights cannot be read, or the output exists or has another extension.
+      UsageError: the weights cannot be read, the output exists or has another extension, or the
+        source is unknown.
       StorageError: the output cannot be written. An existing output is unchanged.
     """
     output = pathlib.Path(output)
@@ -174,7 +175,10 @@ def convert_weights(
     if source is None:
         endings = (".npz", ".pt", ".pth", ".tar")
         source = "pytorch" if os.fspath(weights).endswith(endings) else "slim"
-    model = {"pytorch": from_pytorch, "slim": from_slim}[source](weights)
+    importers = {"pytorch": from_pytorch, "slim": from_slim}
+    if source not in importers:
+        raise UsageError(f"unknown source {source!r}: expected 'pytorch', 'slim' or None")
+    model = importers[source](weights)
 
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -196,9 +200,9 @@ class _Expected(NamedTuple):
 
     Attributes:
       variable: variable to assign it to.
-      shape: its shape, except for leading axes of size 1: TF-Slim's classifier is a 1x1
-        convolution, and BN vectors of old PyTorch versions are [1, C].
-      axes: transposition to the variable's layout.
+      shape: shape of the tensor, which may have more leading axes of size 1: TF-Slim's classifier
+        is a 1x1 convolution, and BN vectors of old PyTorch versions are [1, C].
+      axes: transposition from the tensor's layout to the variable's.
     """
 
     variable: keras.Variable
@@ -264,8 +268,8 @@ def _load_file(path: pathlib.Path) -> Any:
     if not path.is_file():
         raise UsageError(f"file {path} does not exist")
     if path.suffix == ".npz":
-        # numpy.load would take any file that is not a zip archive for a pickle, and would not
-        # close a damaged one.
+        # numpy.load would treat a file that is not a zip archive as a pickle, and would not close a
+        # damaged one.
         with _read_errors(path, "an .npz file"), path.open("rb") as file:
             return dict(np.lib.npyio.NpzFile(file, allow_pickle=False))
     try:
@@ -291,7 +295,7 @@ def _read_errors(origin: str | os.PathLike, kind: str) -> Iterator[None]:
     """Turns an error of another library into a UsageError of one line."""
     try:
         yield
-    # Each library raises errors of its own for a damaged file, and none documents them.
+    # For a damaged file, each library raises errors of its own, which are not documented.
     except Exception as error:
         raise UsageError(f"{origin} cannot be read as {kind}: {first_line(error)}") from error
 

@@ -11,7 +11,7 @@ class Project(NamedTuple):
 
     Attributes:
       network: name of the network in messages.
-      images: the images that it was trained on, which the user must provide.
+      images: form of the images that the network was trained on and expects.
       layers: the project's name of each of our layers.
       variables: suffix for each kind of variable, separator included.
       axes: for each rank, the transposition from the project's tensors to our variables.
@@ -62,7 +62,7 @@ _TORCH_VARIABLES = {
     "moving_mean": ".running_mean",
     "moving_variance": ".running_var",
 }
-# From [out, in, height, width] and [out, in].
+# From PyTorch's layouts, [out, in, height, width] and [out, in].
 _TORCH_AXES = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
 
 PYTORCHCV = Project(

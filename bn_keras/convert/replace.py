@@ -9,7 +9,7 @@ from bn_keras.errors import UsageError
 from bn_keras.fold import copy_state
 from bn_keras.keras_internals import all_layers
 
-# Functional models are Functions; subclassed models are neither.
+# Functional models are instances of keras.Function; subclassed models are of neither class.
 _CLONABLE = (keras.Sequential, keras.Function)
 
 
@@ -17,9 +17,9 @@ def replace_batch_norm(model: keras.Model) -> keras.Model:
     """Returns a copy of a model in which our layer replaces keras.layers.BatchNormalization.
 
     Layers keep their names, weights, frozen state and semantics: the moving variance stays biased,
-    as in Keras (unbiased=False). Layers in nested models and wrappers are replaced too. The given
-    model is unchanged and shares nothing with the copy. The copy of a compiled model is compiled
-    with the same arguments and a new optimizer.
+    without Bessel's correction, as in Keras (unbiased=False). Layers in nested models and wrappers
+    are replaced too. The given model is unchanged and shares nothing with the copy. The copy of a
+    compiled model is compiled with the same arguments and a new optimizer.
 
     Args:
       model: built Functional or Sequential model.
@@ -65,7 +65,7 @@ def _clone(layer: keras.Layer) -> keras.Layer:
 
 
 def _replace_in_config(config: Any) -> Any:
-    """Replaces the serialized layers inside a config."""
+    """Returns a config whose serialized keras.layers.BatchNormalization are replaced by ours."""
     if isinstance(config, list | tuple):
         return type(config)(_replace_in_config(c) for c in config)
     if not isinstance(config, dict):

@@ -78,13 +78,13 @@ STEMS = {
 
 
 class Variant(NamedTuple):
-    """One of the networks of sections 4.2.2 and 4.2.3, as far as the model differs.
+    """Model settings of one of the networks of sections 4.2.2 and 4.2.3.
 
     Attributes:
       batch_norm: whether BN replaces the bias before every nonlinearity.
       activation: the nonlinearity.
       dropout: fraction of the features dropped before the classifier.
-      local_response_normalization: whether the stem has it, as in GoogLeNet.
+      local_response_normalization: whether the stem has this layer, as in GoogLeNet.
       initializer_scale: factor on the initial weights of the convolutions.
       per_activation_bn: whether BN in the last hidden layers (module 5b) has statistics and
         parameters per activation instead of per feature map.
@@ -125,7 +125,7 @@ VARIANTS = {
 
 
 class Preset(NamedTuple):
-    """The choices of one implementation where Figure 5 leaves the network open.
+    """One implementation's choices where Figure 5 leaves the network open.
 
     Attributes:
       pool_projection: channels of the projection after the pools of 4c and 4d.
@@ -168,7 +168,7 @@ class LocalResponseNormalization(keras.layers.Layer):
     """
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Computes an output of the same shape and dtype as the inputs, [N, H, W, C]."""
+        """Normalizes inputs [N, H, W, C]; the output has the same shape and dtype."""
         outputs = tf.nn.local_response_normalization(
             tf.cast(inputs, tf.float32), depth_radius=2, bias=1.0, alpha=2e-5, beta=0.75
         )
@@ -195,7 +195,7 @@ class Scaled(keras.initializers.Initializer):
         return self.scale * self.initializer(shape, dtype=dtype)
 
     def get_config(self) -> dict[str, Any]:
-        """Returns the arguments."""
+        """Returns the constructor arguments."""
         return {
             "initializer": keras.initializers.serialize(self.initializer),
             "scale": self.scale,
@@ -237,7 +237,7 @@ def BNInception(
     returns logits, float32 under any dtype policy.
 
     A preset matches the weights of its origin. These weights also need the origin's images: RGB in
-    [-1, 1] for TF-Slim; for ports of the Caffe model, as their documentation says, such as BGR in
+    [-1, 1] for TF-Slim; for a port of the Caffe model, what its documentation says, such as BGR in
     [0, 255] minus (104, 117, 128) for Cadene's.
 
     Args:
@@ -261,13 +261,13 @@ def BNInception(
       separable_bn: whether BN, instead of a bias, follows a separable first convolution. None uses
         the preset's value. BN always follows the other convolutions.
       gamma: whether BN has a gamma; it always has a beta. None uses the preset's value.
-      kernel_initializer: initializer of all kernels; each kernel has its own draw.
+      kernel_initializer: initializer of all kernels, each of which is drawn independently.
       initializer_scale: factor on the initial weights of the convolutions. None uses the variant's
         value.
       dropout: fraction of the features dropped before the classifier. None uses the variant's
         value.
-      local_response_normalization: whether it follows both stages of the stem. None uses the
-        variant's value.
+      local_response_normalization: whether this layer follows both stages of the stem. None uses
+        the variant's value.
       per_activation_bn: whether BN in module 5b normalizes each activation by itself, which needs
         a known height and width. None uses the variant's value.
       auxiliary: whether the model has a second output, the logits of an auxiliary classifier on
@@ -295,7 +295,7 @@ def BNInception(
     dropout and local response normalization; Inception-v3 (arXiv 1512.00567) for the auxiliary
     classifier; the source code of each preset's origin.
     """
-    chosen = _lookup(
+    variant_settings = _lookup(
         "variant",
         variant,
         VARIANTS,
@@ -304,7 +304,7 @@ def BNInception(
         initializer_scale=initializer_scale,
         per_activation_bn=per_activation_bn,
     )
-    origin = _lookup(
+    preset_settings = _lookup(
         "preset",
         preset,
         PRESETS,
@@ -313,26 +313,31 @@ def BNInception(
         gamma=gamma,
         epsilon=epsilon,
     )
-    entry = _lookup("stem", stem, STEMS)
+    stem_settings = _lookup("stem", stem, STEMS)
     if separable_stem is None:
-        separable_stem = entry.separable and origin.separable_stem
-    entry = entry._replace(separable=separable_stem)
-    _check_numbers(classes, width, chosen, origin)
+        separable_stem = stem_settings.separable and preset_settings.separable_stem
+    stem_settings = stem_settings._replace(separable=separable_stem)
+    _check_numbers(classes, width, variant_settings, preset_settings)
     _check_input_shape(input_shape, stem)
     _check_top(include_top, pooling, classifier_activation, auxiliary)
 
     build = _LayerBuilder(
-        chosen, origin, width, keras.initializers.get(kernel_initializer), momentum, synchronized
+        variant_settings,
+        preset_settings,
+        width,
+        keras.initializers.get(kernel_initializer),
+        momentum,
+        synchronized,
     )
     images = keras.Input(tuple(input_shape), name="images")
-    x = _stem(build, images, entry)
+    x = _build_stem(build, images, stem_settings)
     auxiliary_logits = []
     for row in FIGURE_5:
-        x = _module(build, x, row)
+        x = _build_module(build, x, row)
         # The paper does not describe the auxiliary classifier. As in Inception-v3, it follows the
         # last map before a module of stride 2.
         if auxiliary and row.name == "4d":
-            features = _auxiliary_features(build, x)
+            features = _build_auxiliary_features(build, x)
             auxiliary_logits.append(
                 build.classifier(features, classes, classifier_activation, "auxiliary_")
             )
@@ -341,8 +346,8 @@ def BNInception(
     elif pooling == "max":
         x = keras.layers.GlobalMaxPooling2D(name="features")(x)
     if include_top:
-        if chosen.dropout:
-            x = Dropout(chosen.dropout, name="dropout")(x)
+        if variant_settings.dropout:
+            x = Dropout(variant_settings.dropout, name="dropout")(x)
         x = build.classifier(x, classes, classifier_activation)
     outputs = [x, *auxiliary_logits] if auxiliary_logits else x
     model = keras.Model(images, outputs, name=name or variant)
@@ -459,7 +464,7 @@ class _LayerBuilder:
         return Scaled(initializer, self.variant.initializer_scale)
 
 
-def _stem(build: _LayerBuilder, x: keras.KerasTensor, stem: Stem) -> keras.KerasTensor:
+def _build_stem(build: _LayerBuilder, x: keras.KerasTensor, stem: Stem) -> keras.KerasTensor:
     lrn = build.variant.local_response_normalization
     x = build.conv(x, 64, stem.size, "stem_1", strides=stem.stride, separable=stem.separable)
     if stem.pools:
@@ -475,7 +480,7 @@ def _stem(build: _LayerBuilder, x: keras.KerasTensor, stem: Stem) -> keras.Keras
     return x
 
 
-def _module(build: _LayerBuilder, x: keras.KerasTensor, row: Row) -> keras.KerasTensor:
+def _build_module(build: _LayerBuilder, x: keras.KerasTensor, row: Row) -> keras.KerasTensor:
     if row.name in ("4c", "4d"):
         row = row._replace(projection=build.preset.pool_projection)
     if row.name == "5b" and build.variant.per_activation_bn:
@@ -506,7 +511,7 @@ def _module(build: _LayerBuilder, x: keras.KerasTensor, row: Row) -> keras.Keras
     return keras.layers.Concatenate(name=row.name)(branches)
 
 
-def _auxiliary_features(build: _LayerBuilder, x: keras.KerasTensor) -> keras.KerasTensor:
+def _build_auxiliary_features(build: _LayerBuilder, x: keras.KerasTensor) -> keras.KerasTensor:
     """Builds the features of Inception-v3's auxiliary classifier.
 
     A 14x14 map becomes 4x4 and then 1x1. On smaller maps the windows are as large as the map; on

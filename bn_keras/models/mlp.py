@@ -32,12 +32,12 @@ def SigmoidMLP(
       classes: number of logits.
       input_shape: shape of one example, which is flattened.
       units: width of each hidden layer, in order.
-      kernel_initializer: initializer of all kernels. None is a Gaussian of standard deviation 0.1
+      kernel_initializer: initializer of all kernels. None uses a Gaussian of standard deviation 0.1
         (the paper: "small random Gaussian values"; the number is ours).
       momentum: fraction of BN's moving statistics kept at each step.
       epsilon: added to BN's variance under the root.
       synchronized: whether BN computes its batch statistics over all replicas.
-      name: model name. None is "mlp_" followed by the variant.
+      name: model name. None uses "mlp_" followed by the variant.
 
     Returns:
       A functional model from [N, *input_shape] to logits [N, classes], float32.
@@ -51,7 +51,8 @@ def SigmoidMLP(
         raise UsageError(f"unknown variant {variant!r}: expected one of {', '.join(_MLP_VARIANTS)}")
     if kernel_initializer is None:
         kernel_initializer = keras.initializers.RandomNormal(stddev=0.1)
-    # Each kernel has a clone: one instance draws the same values for all kernels of a shape.
+    # Each kernel has a clone of the initializer, since one instance draws the same values for all
+    # kernels of the same shape.
     initializer = keras.initializers.get(kernel_initializer)
     x = images = keras.Input(tuple(input_shape), name="images")
     x = keras.layers.Flatten(name="flatten")(x)

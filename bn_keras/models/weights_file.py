@@ -21,8 +21,8 @@ _Shape = TypeVar("_Shape")
 def load_weights(model: keras.Model, path: str | os.PathLike, optional: Sequence[str] = ()) -> None:
     """Loads the weights of a network from a file. If any do not fit, the model is unchanged.
 
-    Keras' own `load_weights` matches layers by class and number, so an additional layer shifts the
-    weights of the others, and a mismatch is a warning or a message of many lines.
+    Keras' own `load_weights` matches layers by class and number: an additional layer shifts the
+    weights of the others, and a mismatch causes a warning or a message of many lines.
 
     Args:
       model: model without nested models.
@@ -30,8 +30,8 @@ def load_weights(model: keras.Model, path: str | os.PathLike, optional: Sequence
       optional: prefixes of layer names that the file may contain although the model does not.
 
     Raises:
-      UsageError: the file cannot be read or does not fit. The message lists the missing, extra and
-        misshapen layers.
+      UsageError: the file cannot be read or does not fit. The message lists the first layers that
+        are missing, extra or of the wrong shape.
     """
     name = os.fspath(path)
     try:
@@ -67,15 +67,15 @@ def check_shapes(
       mismatch: beginning of the error message.
       expected: expected shapes by name.
       given: given shapes by name.
-      equal: whether two shapes are equivalent.
+      equal: returns whether a given and an expected shape match.
 
     Raises:
-      UsageError: a shape is missing, extra or wrong. The message lists the first ones.
+      UsageError: names are missing or extra, or shapes are wrong. The message lists the first ones.
     """
     faults = {
         "missing": [name for name in expected if name not in given],
         "extra": [name for name in given if name not in expected],
-        "misshapen": [
+        "of the wrong shape": [
             f"{name} of {given[name]} instead of {shape}"
             for name, shape in expected.items()
             if name in given and not equal(given[name], shape)
