@@ -19,7 +19,7 @@ Constraint: TypeAlias = keras.constraints.Constraint | Callable[..., tf.Tensor] 
 
 @keras.saving.register_keras_serializable("bn_keras")
 class BatchNormalization(keras.layers.Layer):
-    """Batch normalization: keras.layers.BatchNormalization, complete, exact and fast.
+    """Batch normalization with the arguments and weights of keras.layers.BatchNormalization.
 
     Decisions:
       - Training normalizes by the biased batch variance (Algorithm 1). Bessel's correction enters
@@ -28,10 +28,11 @@ class BatchNormalization(keras.layers.Layer):
       - An empty or entirely masked batch leaves the moving statistics unchanged.
       - A frozen layer (trainable=False) runs in inference mode.
       - `training` may be a tensor. Both modes are then computed and one result is selected.
-      - A mask selects the values that the statistics count; all values are normalized. Its shape
-        is that of the input without `axis`. If only that fits, it may instead omit the last axis,
-        as the masks of keras.layers.Masking do.
-      - With several ghost batches per step, the moving statistics use their count-weighted mean.
+      - A mask excludes values from the statistics; all values are normalized. Its shape is that of
+        the input without `axis` or, if that does not fit, without the last axis, like the masks of
+        keras.layers.Masking.
+      - With several ghost batches per step, the moving statistics use the count-weighted mean of
+        their statistics.
       - Replicas that are not synchronized keep moving statistics of their own until
         merge_moving_statistics (in `fit`: MergeMovingStatistics) merges them.
 
@@ -39,8 +40,8 @@ class BatchNormalization(keras.layers.Layer):
       axis: axis or list of axes with statistics and parameters of their own; the remaining axes
         are reduced. [1, 2, 3] normalizes each activation of an image separately.
       momentum: fraction of the moving statistics that is kept at each step, in [0, 1] (PyTorch's
-        momentum is 1 minus it). None averages all batches so far with equal weight; this adds one
-        weight, num_updates, after all others.
+        momentum is 1 minus it). None averages all batches so far equally; the layer then has one
+        more weight, num_updates, the last.
       epsilon: added to the variance under the root, > 0.
       center: whether to add beta.
       scale: whether to multiply by gamma.
@@ -55,18 +56,18 @@ class BatchNormalization(keras.layers.Layer):
       synchronized: whether the replicas share the statistics of their batches, with one collective
         forward and one backward.
       unbiased: whether the moving variance averages unbiased (Bessel-corrected) batch variances,
-        m / (m - 1) times the biased one (Algorithm 2). False averages biased variances, as Keras
+        m / (m - 1) times the biased ones (Algorithm 2). False averages biased variances, as Keras
         does.
       sync_group_size: number of consecutive replicas that share statistics if synchronized. None
         means all replicas.
       virtual_batch_size: number of consecutive examples per ghost batch, which has statistics of
-        its own; divides the batch of each replica. None means the whole batch. Not used at
+        its own; must divide each replica's batch size. None means the whole batch. Not used at
         inference. With synchronized=True the k-th ghost batches of all replicas share statistics,
         so each replica needs the same number of them.
       **kwargs: name, dtype, trainable.
 
     Raises:
-      UsageError: an invalid value.
+      UsageError: an argument is invalid.
 
     Source: Ioffe & Szegedy 2015, Algorithms 1 and 2.
     """
@@ -125,7 +126,7 @@ class BatchNormalization(keras.layers.Layer):
         self._check_arguments()
 
     def build(self, input_shape: Sequence[int | None]) -> None:
-        """Creates the weights, in the order of the Keras layer, each with the shape of `axis`."""
+        """Creates the weights, in the order of the Keras layer, each with the sizes of `axis`."""
         self._axes = canonical_axes(self.axis, input_shape)
         self._shape = tuple(input_shape[a] for a in self._axes)
         if None in self._shape:
@@ -160,7 +161,7 @@ class BatchNormalization(keras.layers.Layer):
                 shape=(), name="num_updates", initializer="zeros", dtype="int64", trainable=False
             )
         if self._replicas_may_diverge():
-            # Not tracked by Keras and so never saved: every save follows a merge.
+            # object.__setattr__ hides it from Keras. It is not saved: every save follows a merge.
             object.__setattr__(self, "values_since_merge", per_replica_sum())
         self.input_spec = keras.InputSpec(
             ndim=len(input_shape), axes=dict(zip(self._axes, self._shape, strict=True))
@@ -177,7 +178,7 @@ class BatchNormalization(keras.layers.Layer):
         Args:
           inputs: any shape of rank 2 or more.
           training: a bool, a boolean scalar tensor, or None for inference.
-          mask: the statistics count the values where it is nonzero.
+          mask: only values where it is nonzero enter the statistics.
 
         Returns:
           Same shape as inputs, in the compute dtype.
@@ -218,7 +219,9 @@ class BatchNormalization(keras.layers.Layer):
         return y
 
     def _renormalize(self, x_hat: tf.Tensor, moments: ops.Moments) -> tf.Tensor:
-        """Corrects x_hat towards the renorm statistics.
+        """Computes gamma * (r * x_hat + d) + beta, which normalizes by the renorm statistics.
+
+        Clipping r and d limits this correction.
 
         Source: Ioffe 2017 (arXiv 1702.03275), Algorithm 1.
         """
@@ -254,7 +257,7 @@ class BatchNormalization(keras.layers.Layer):
         Args:
           moments: moments of the call's G ghost batches, merged over synchronized replicas;
             variances are biased.
-          training: whether the call is in training mode, if that is a tensor.
+          training: whether to update; a tensor if the mode is known only at run time.
         """
         count, mean, variance = moments
         static_count = tf.get_static_value(count)
@@ -262,59 +265,69 @@ class BatchNormalization(keras.layers.Layer):
             total = tf.reduce_sum(count, axis=0)
             share = tf.math.divide_no_nan(count, total)
             degrees_of_freedom = tf.maximum(count - 1, 1)
-            updates = tf.logical_and(total > 0, training)
+            should_update = tf.logical_and(total > 0, training)
         else:
             # Computed in NumPy, which adds no operation to the graph.
             count, total = static_count, static_count.sum(axis=0)
             share = count / np.maximum(total, 1)
             degrees_of_freedom = np.maximum(count - 1, 1)
-            updates = training if total.all() else tf.logical_and(total > 0, training)
-        # Bessel's correction enters here. One value has no unbiased variance; m - 1 is at least 1.
+            should_update = training if total.all() else tf.logical_and(total > 0, training)
+        # Bessel's correction enters here. A single value has no unbiased variance: m - 1 >= 1.
         correction = count / degrees_of_freedom if self.unbiased else 1.0
         new_mean = tf.reduce_sum(share * mean, axis=0)
         new_variance = tf.reduce_sum(share * correction * variance, axis=0)
-        momentum = self._count_update(updates) if self.momentum is None else self.momentum
-        self._move(self.moving_mean, new_mean, momentum, updates)
+        momentum = self._count_update(should_update) if self.momentum is None else self.momentum
+        self._update_average(self.moving_mean, new_mean, momentum, should_update)
         if not self.renorm:
-            self._move(self.moving_variance, new_variance, momentum, updates)
+            self._update_average(self.moving_variance, new_variance, momentum, should_update)
         else:
             # As in the Keras layer, standard deviations are averaged and the moving variance
             # follows from them.
             stddev = tf.sqrt(new_variance + self.epsilon)
-            stddev = self._move(self.moving_stddev, stddev, momentum, updates)
+            stddev = self._update_average(self.moving_stddev, stddev, momentum, should_update)
             moving_variance = tf.nn.relu(tf.square(stddev) - self.epsilon)
             self.moving_variance.assign(self._unflatten(moving_variance))
-            self._move(self.renorm_mean, new_mean, self.renorm_momentum, updates)
+            self._update_average(self.renorm_mean, new_mean, self.renorm_momentum, should_update)
             biased = tf.reduce_sum(share * variance, axis=0)
             stddev = tf.sqrt(biased + self.epsilon)
-            self._move(self.renorm_stddev, stddev, self.renorm_momentum, updates)
+            self._update_average(self.renorm_stddev, stddev, self.renorm_momentum, should_update)
         if self.values_since_merge is not None:
             num_values = tf.cast(tf.reduce_mean(total), tf.float32)
             self.values_since_merge.assign_add(tf.where(training, num_values, 0.0))
 
-    def _count_update(self, updates: bool | tf.Tensor) -> tf.Tensor:
+    def _count_update(self, should_update: bool | tf.Tensor) -> tf.Tensor:
         """Counts an update, and returns the momentum of the equal-weight average, float64."""
-        num_updates = self.num_updates.value + tf.cast(tf.reduce_any(updates), tf.int64)
+        num_updates = self.num_updates.value + tf.cast(tf.reduce_any(should_update), tf.int64)
         self.num_updates.assign(num_updates)
         return 1 - 1 / tf.cast(tf.maximum(num_updates, 1), tf.float64)
 
-    def _move(
+    def _update_average(
         self,
-        moving: keras.Variable,
-        new: tf.Tensor,
+        average: keras.Variable,
+        value: tf.Tensor,
         momentum: float | tf.Tensor,
-        updates: bool | tf.Tensor,
+        should_update: bool | tf.Tensor,
     ) -> tf.Tensor:
-        """Assigns momentum * moving + (1 - momentum) * new where `updates`; returns it, [C]."""
-        old = _flatten(moving)
+        """Sets a moving average to momentum * average + (1 - momentum) * value.
+
+        Args:
+          average: moving average with the shape of the weights.
+          value: [C].
+          momentum: fraction of the average that is kept.
+          should_update: scalar or [C]; where it is False, the average stays as it is.
+
+        Returns:
+          The average after the update, [C].
+        """
+        old = _flatten(average)
         kept, added = momentum, 1 - momentum
         if isinstance(momentum, tf.Tensor):
             kept, added = tf.cast(kept, old.dtype), tf.cast(added, old.dtype)
-        moved = old * kept + tf.cast(new, old.dtype) * added
-        if updates is not True:
-            moved = tf.where(updates, moved, old)
-        moving.assign(self._unflatten(moved))
-        return moved
+        new = old * kept + tf.cast(value, old.dtype) * added
+        if should_update is not True:
+            new = tf.where(should_update, new, old)
+        average.assign(self._unflatten(new))
+        return new
 
     # --- Replicas.
 
@@ -371,7 +384,7 @@ class BatchNormalization(keras.layers.Layer):
         return keras.ops.sqrt(initializer(shape, dtype=dtype))
 
     def _expand_mask(self, mask: tf.Tensor | None, inputs: tf.Tensor) -> tf.Tensor | None:
-        """Returns the mask with the rank of the input and its channels last."""
+        """Returns the mask broadcastable to the input after ops.move_channels_last."""
         if mask is None:
             return None
         mask = tf.convert_to_tensor(mask)
@@ -385,19 +398,18 @@ class BatchNormalization(keras.layers.Layer):
         else:
             raise UsageError(
                 f"{self.name}: mask shape {tuple(mask.shape)} does not fit input shape"
-                f" {tuple(inputs.shape)} with axis={self.axis}: expected the input's shape without"
-                " axis"
+                f" {tuple(inputs.shape)}: expected the input shape without axis={self.axis}"
             )
         return ops.move_channels_last(mask, self._axes)
 
     def _check_batch(self, x: tf.Tensor) -> tf.Tensor:
-        """Returns x, checked to consist of whole ghost batches."""
+        """Returns x after checking that it consists of whole ghost batches."""
         size = self.virtual_batch_size
         if size is None or x.shape[0] is not None and x.shape[0] % size == 0:
             return x
         message = (
-            f"{self.name}: virtual_batch_size={size} does not divide the batch of this replica:"
-            " use batches of a multiple of it (drop_remainder=True) or another size"
+            f"{self.name}: virtual_batch_size={size} does not divide this replica's batch size:"
+            f" use a multiple of {size} (drop_remainder=True), or another virtual_batch_size"
         )
         if x.shape[0] is not None:
             raise UsageError(f"{message}; the batch has {x.shape[0]} examples")
@@ -426,8 +438,8 @@ class BatchNormalization(keras.layers.Layer):
                 )
         if self.sync_group_size is not None and not self.synchronized:
             raise UsageError(
-                f"sync_group_size={self.sync_group_size} has no effect without synchronized=True:"
-                " set synchronized=True"
+                f"sync_group_size={self.sync_group_size} requires synchronized=True: set it, or"
+                " remove sync_group_size"
             )
         if self.renorm:
             self._check_renorm()
@@ -462,7 +474,7 @@ class BatchNormalization(keras.layers.Layer):
         return input_shape
 
     def get_config(self) -> dict[str, Any]:
-        """Returns the arguments; those that the Keras layer lacks only if they are set.
+        """Returns the arguments. Includes those that the Keras layer lacks only if they are set.
 
         A layer that behaves like the Keras layer therefore has a config that the Keras layer
         accepts, and vice versa.
@@ -494,7 +506,7 @@ class BatchNormalization(keras.layers.Layer):
     def from_config(cls, config: dict[str, Any]) -> Self:
         """Builds a layer from a config of this layer or of the Keras layer.
 
-        A config without "unbiased" makes a biased layer.
+        A config without "unbiased" builds a layer with unbiased=False.
         """
         return cls(**{"unbiased": False, **config})
 

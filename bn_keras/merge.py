@@ -21,11 +21,11 @@ class MergeMovingStatistics(keras.callbacks.Callback):
     """
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Merges before the model is saved after an epoch."""
+        """Merges after an epoch, before other callbacks save the model."""
         self._merge()
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Merges before the model is saved after training."""
+        """Merges after training."""
         self._merge()
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
@@ -45,10 +45,10 @@ def merge_moving_statistics(
 ) -> None:
     """Assigns all replicas the mean and variance of the mixture of their moving statistics.
 
-    Layers that are not synchronized keep the statistics of their own replica's batches, and only
-    those of the first replica are saved. Call this from Python, outside strategy.run, before each
-    save and each evaluation. Each replica is weighted by the number of values that it has seen
-    since the last merge. The whole model needs one collective; a single replica needs none.
+    In a layer that is not synchronized, each replica has moving statistics of its own, and only
+    those of the first replica are saved. Call this before each save and each evaluation, outside
+    strategy.run. Each replica is weighted by the number of values that it has seen since the last
+    merge. The whole model needs one collective; a single replica needs none.
 
     Args:
       model: model or layer with BatchNormalization layers at any depth.
@@ -74,7 +74,7 @@ def merge_moving_statistics(
     merges[key]()
 
 
-# The traced functions of each model, which are released together with it.
+# The traced functions of each model, released together with it.
 _traced_merges: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -123,7 +123,7 @@ def _assign_statistics(
     """Assigns a layer its share of the merged statistics.
 
     Args:
-      layer: the next layer.
+      layer: layer to assign to.
       merged: yields pairs of mean and variance, [C], in the order of `_read_statistics`.
       num_updates: yields the update counts of the layers with momentum=None.
     """
@@ -146,8 +146,8 @@ def _assign_statistics(
 def _mix(weight: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Computes mean and variance, [C], of a mixture of R parts.
 
-    Computed in differences from the first part, so that equal parts are returned bit for bit.
-    Without any weight, all parts weigh the same.
+    Computed from differences to the first part, so that equal parts are returned bit for bit.
+    Where all weights are 0, all parts count equally.
 
     Args:
       weight, mean, variance: [R, C].

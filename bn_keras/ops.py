@@ -20,16 +20,16 @@ import tensorflow as tf
 # Dtypes that the fused kernels accept. They compute in float32 for all three.
 _FUSED_DTYPES = (tf.float16, tf.bfloat16, tf.float32)
 
-# Number of elements from which the kernels are faster on a CPU than ordinary operations.
+# Smallest number of elements for which the kernels are faster than ordinary operations on a CPU.
 _MIN_SIZE_TO_FUSE_TRAINING = 2**16
 _MIN_SIZE_TO_FUSE_INFERENCE = 2**18
 
-# Number of values per channel up to which a float32 sum needs no check: at a mean of 1,000 standard
-# deviations the computed mean is still accurate to a thousandth of a standard deviation.
+# Largest number of values per channel whose float32 sum needs no check: at a mean of 1,000 standard
+# deviations the computed mean is still accurate to a hundredth of a standard deviation.
 _MAX_UNCHECKED_COUNT = 2**15
 
-# Maps [...] of this replica to [R, ...] of the R replicas that share statistics. The result is the
-# same on each of them. Differentiable, and one collective per call.
+# Stacks the tensors, [...], of the R replicas that share statistics: returns the same [R, ...] on
+# each of them. Differentiable; one collective per call.
 Gather = Callable[[tf.Tensor], tf.Tensor]
 
 # Maps (dy, x, gamma) to (dx, dgamma, dbeta).
@@ -42,7 +42,7 @@ class Moments(NamedTuple):
     Mean and variance are 0 where count is 0.
 
     Attributes:
-      count: [G, 1], or [G, C] if the mask differs by channel: number of values.
+      count: number of values per channel, [G, C] if the mask differs by channel, else [G, 1].
       mean: [G, C].
       variance: [G, C], biased: divided by count, as in Algorithm 1, without Bessel's correction.
     """
@@ -108,11 +108,11 @@ def batch_normalize(
 
     Decisions:
       - Statistics are float32, or float64 for float64.
-      - Statistics of parts are merged by count, mean and variance, never by sums of squares, so
-        that large means lose no digits.
+      - The statistics of replicas are merged from count, mean and variance, never from sums of
+        squares, so that large means lose no digits.
       - Replicas need one collective forward and one backward.
       - The gradients of gamma and beta are this replica's own. The optimizer sums them over the
-        replicas; a sum here as well would count them twice.
+        replicas; summing them here too would count each of them once per replica.
       - Second-order gradients are supported.
 
     Args:
@@ -120,8 +120,8 @@ def batch_normalize(
       gamma: [C]; None means 1.
       beta: [C]; None means 0.
       epsilon: added under the root, > 0.
-      mask: same rank as x, each axis as in x or 1; statistics count the values where it is
-        nonzero. Masked values are normalized too. None counts all values.
+      mask: same rank as x and broadcastable to it; only values where it is nonzero enter the
+        statistics. Masked values are normalized too. None means no mask.
       virtual_batch_size: number of consecutive examples in a ghost batch, which has statistics of
         its own; divides N. None means the whole batch.
       gather: exchanges statistics with other replicas; None means this replica alone.
@@ -135,13 +135,13 @@ def batch_normalize(
     gamma, beta = _with_defaults(gamma, beta, x)
     unfused = _Unfused(epsilon, virtual_batch_size, gather, mask, x)
     # The kernels run once per ghost batch, so the number of ghost batches must be static.
-    num_groups = _static_num_groups(x, virtual_batch_size)
+    num_ghosts = _static_num_ghosts(x, virtual_batch_size)
     forward = unfused.forward
-    if mask is None and num_groups and _should_fuse(x, _MIN_SIZE_TO_FUSE_TRAINING):
+    if mask is None and num_ghosts and _should_fuse(x, _MIN_SIZE_TO_FUSE_TRAINING):
         forward = (
-            _Fused(epsilon, num_groups).forward
+            _Fused(epsilon, num_ghosts).forward
             if gather is None
-            else _SynchronizedFused(epsilon, num_groups, gather).forward
+            else _SynchronizedFused(epsilon, num_ghosts, gather).forward
         )
     y, moments, backward = forward(tf.stop_gradient(x), gamma, beta)
 
@@ -166,8 +166,8 @@ def batch_normalize(
 class _Unfused:
     """The transform in ordinary operations, in the dtype of the statistics.
 
-    Ghost batches have an axis of their own, the first. Statistics keep their reduced axes, with
-    size 1.
+    With ghost batches, tensors have an additional first axis, with an entry per ghost batch.
+    Statistics keep their reduced axes, with size 1.
     """
 
     def __init__(
@@ -186,23 +186,23 @@ class _Unfused:
         self._mask = None
         if mask is not None:
             mask = tf.cast(mask, tf.bool)
-            self._mask = self._group(tf.broadcast_to(mask, _dims(x)[:-1] + _dims(mask)[-1:]))
+            self._mask = self._split(tf.broadcast_to(mask, _dims(x)[:-1] + _dims(mask)[-1:]))
 
     def forward(
         self, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor
     ) -> tuple[tf.Tensor, Moments, _Backward]:
         moments = self.compute_moments(x)
         scale = gamma * tf.math.rsqrt(moments.variance + self._epsilon)
-        y = (self._group_and_cast(x) - moments.mean) * scale + beta
+        y = (self._split_and_cast(x) - moments.mean) * scale + beta
         squeezed = Moments(*map(_squeeze_statistic, moments))
         return _restore(y, x), squeezed, functools.partial(self.backward, moments)
 
     def compute_moments(self, x: tf.Tensor) -> Moments:
-        """Computes the moments in two passes: a mean, then the mean and variance of the rest.
+        """Computes the mean, then the mean and variance of the deviations from it.
 
-        The second mean corrects the rounding error of the first.
+        The mean of the deviations corrects the rounding error of the first mean.
         """
-        x = self._group_and_cast(x)
+        x = self._split_and_cast(x)
         if self._mask is None:
             dims = _dims(x)
             shape = [1 if a in self._axes else d for a, d in enumerate(dims[:-1])] + [1]
@@ -219,11 +219,11 @@ class _Unfused:
     def backward(
         self, moments: Moments, dy: tf.Tensor, x: tf.Tensor, gamma: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        dy = self._group_and_cast(dy)
+        dy = self._split_and_cast(dy)
         inverse_stddev = tf.math.rsqrt(moments.variance + self._epsilon)
-        x_hat = (self._group_and_cast(x) - moments.mean) * inverse_stddev
+        x_hat = (self._split_and_cast(x) - moments.mean) * inverse_stddev
         if self._mask is not None:
-            # A masked value may be NaN; with a dy of 0 it must not reach any sum.
+            # A masked value may be NaN; where its dy is 0 it must not reach any sum.
             x_hat = tf.where(self._mask | (dy != 0), x_hat, 0.0)
         dgamma, dbeta = self._sum(dy * x_hat), self._sum(dy)
         mean_dy, mean_dy_x_hat = _compute_dy_means(self._gather, dbeta, dgamma, moments.count)
@@ -232,13 +232,13 @@ class _Unfused:
         axes = list(range(dx.shape.rank - 1))
         return _restore(dx, x), tf.reduce_sum(dgamma, axes), tf.reduce_sum(dbeta, axes)
 
-    def _group(self, x: tf.Tensor) -> tf.Tensor:
+    def _split(self, x: tf.Tensor) -> tf.Tensor:
         if self._virtual_batch_size is None:
             return x
         return tf.reshape(x, [-1, self._virtual_batch_size, *_dims(x)[1:]])
 
-    def _group_and_cast(self, x: tf.Tensor) -> tf.Tensor:
-        return tf.cast(self._group(x), statistics_dtype(x.dtype))
+    def _split_and_cast(self, x: tf.Tensor) -> tf.Tensor:
+        return tf.cast(self._split(x), statistics_dtype(x.dtype))
 
     def _apply_mask(self, x: tf.Tensor) -> tf.Tensor:
         return x if self._mask is None else tf.where(self._mask, x, 0.0)
@@ -253,9 +253,9 @@ class _Unfused:
 class _Fused:
     """The transform in TensorFlow's fused kernels, called once per ghost batch."""
 
-    def __init__(self, epsilon: float, num_groups: int) -> None:
+    def __init__(self, epsilon: float, num_ghosts: int) -> None:
         self._epsilon = epsilon
-        self._num_groups = num_groups
+        self._num_ghosts = num_ghosts
 
     def forward(
         self, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor
@@ -264,13 +264,13 @@ class _Fused:
         return _restore(_concat(ys), x), moments, functools.partial(self._backward, residuals)
 
     def _run_training(
-        self, groups: Sequence[tf.Tensor], gamma: tf.Tensor, beta: tf.Tensor
+        self, ghosts: Sequence[tf.Tensor], gamma: tf.Tensor, beta: tf.Tensor
     ) -> tuple[Sequence[tf.Tensor], Moments, Sequence[Sequence[tf.Tensor]]]:
-        """Returns y of each group, the moments, and the residuals of each group."""
-        count = _product(_dims(groups[0])[:-1])
-        results = [_run_training_kernel(g, count, gamma, beta, self._epsilon) for g in groups]
+        """Returns y of each ghost batch, the moments, and the residuals of each ghost batch."""
+        count = _product(_dims(ghosts[0])[:-1])
+        results = [_run_training_kernel(g, count, gamma, beta, self._epsilon) for g in ghosts]
         ys, means, variances, residuals = zip(*results, strict=True)
-        counts = _constant(count, [self._num_groups, 1], gamma.dtype)
+        counts = _constant(count, [self._num_ghosts, 1], gamma.dtype)
         return ys, Moments(counts, tf.stack(means), tf.stack(variances)), residuals
 
     def _backward(
@@ -290,11 +290,12 @@ class _Fused:
     def _split(self, x: tf.Tensor) -> list[tf.Tensor]:
         """Returns the ghost batches as images [N, H, W, C]."""
         images = _as_images(x)
-        return [images] if self._num_groups == 1 else tf.split(images, self._num_groups)
+        return [images] if self._num_ghosts == 1 else tf.split(images, self._num_ghosts)
 
-    def _zip_groups(self, *parts: tf.Tensor | Sequence[tf.Tensor]) -> Iterable[tuple]:
+    def _zip_ghosts(self, *parts: tf.Tensor | Sequence[tf.Tensor]) -> Iterable[tuple]:
+        """Zips over the ghost batches, which are the first axis of a tensor."""
         unstacked = [
-            tf.unstack(p, self._num_groups) if isinstance(p, tf.Tensor) else p for p in parts
+            tf.unstack(p, self._num_ghosts) if isinstance(p, tf.Tensor) else p for p in parts
         ]
         return zip(*unstacked, strict=True)
 
@@ -302,20 +303,20 @@ class _Fused:
 class _SynchronizedFused(_Fused):
     """The transform in fused kernels, with statistics shared by several replicas."""
 
-    def __init__(self, epsilon: float, num_groups: int, gather: Gather) -> None:
-        super().__init__(epsilon, num_groups)
+    def __init__(self, epsilon: float, num_ghosts: int, gather: Gather) -> None:
+        super().__init__(epsilon, num_ghosts)
         self._gather = gather
 
     def forward(
         self, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor
     ) -> tuple[tf.Tensor, Moments, _Backward]:
-        groups = self._split(x)
+        ghosts = self._split(x)
         # The training kernel only provides this replica's moments; its y is discarded.
-        _, local, _ = self._run_training(groups, gamma, beta)
+        _, local, _ = self._run_training(ghosts, gamma, beta)
         moments = _merge_moments(self._gather, local)
         ys = [
             _run_inference_kernel(images, mean, variance, gamma, beta, self._epsilon)
-            for images, mean, variance in self._zip_groups(groups, *moments[1:])
+            for images, mean, variance in self._zip_ghosts(ghosts, *moments[1:])
         ]
         backward = functools.partial(self._synchronized_backward, moments)
         return _restore(_concat(ys), x), moments, backward
@@ -323,15 +324,15 @@ class _SynchronizedFused(_Fused):
     def _synchronized_backward(
         self, moments: Moments, dy: tf.Tensor, x: tf.Tensor, gamma: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        groups = self._split(x)
+        ghosts = self._split(x)
         # With is_training=False the kernel treats the statistics as constants. It returns
         # gamma / sigma * dy and both sums of this replica in one call.
         gradients = [
             _run_gradient_kernel(
                 dy, images, gamma, (mean, variance, []), self._epsilon, is_training=False
             )
-            for dy, images, mean, variance in self._zip_groups(
-                self._split(dy), groups, *moments[1:]
+            for dy, images, mean, variance in self._zip_ghosts(
+                self._split(dy), ghosts, *moments[1:]
             )
         ]
         direct, dgammas, dbetas = zip(*gradients, strict=True)
@@ -340,14 +341,14 @@ class _SynchronizedFused(_Fused):
         )
         scales = -gamma * tf.math.rsqrt(moments.variance + self._epsilon)
         # The gradient through the moments, scale * (mean_dy + x_hat * mean_dy_x_hat), is affine in
-        # x_hat. It is therefore itself a normalization.
+        # x_hat, so the inference kernel computes it.
         dxs = [
             dx
             + _run_inference_kernel(
                 images, mean, variance, scale * mean_dy_x_hat, scale * mean_dy, self._epsilon
             )
-            for dx, images, mean, variance, scale, mean_dy, mean_dy_x_hat in self._zip_groups(
-                direct, groups, *moments[1:], scales, *dy_means
+            for dx, images, mean, variance, scale, mean_dy, mean_dy_x_hat in self._zip_ghosts(
+                direct, ghosts, *moments[1:], scales, *dy_means
             )
         ]
         return _restore(_concat(dxs), x), tf.add_n(dgammas), tf.add_n(dbetas)
@@ -364,7 +365,7 @@ def _merge_moments(gather: Gather | None, moments: Moments) -> Moments:
     total = tf.reduce_sum(count, axis=0)
     share = tf.math.divide_no_nan(count, total)
     rough = tf.reduce_sum(share * mean, axis=0)
-    # Differences from a rough mean are small, and so is their rounding.
+    # Differences from a rough mean are small, and so are their rounding errors.
     merged = rough + tf.reduce_sum(share * (mean - rough), axis=0)
     within = tf.reduce_sum(share * variance, axis=0)
     between = tf.reduce_sum(share * tf.square(mean - merged), axis=0)
@@ -393,7 +394,7 @@ def _gather_packed(gather: Gather, tensors: Sequence[tf.Tensor]) -> list[tf.Tens
 def _run_training_kernel(
     images: tf.Tensor, count: int | tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, Sequence[tf.Tensor]]:
-    """Returns y, mean, biased variance, and the residuals: images and the kernel's reserves.
+    """Returns y, mean, biased variance, and the residuals: images and three reserve spaces.
 
     Args:
       images: [N, H, W, C].
@@ -406,18 +407,18 @@ def _run_training_kernel(
     )
     is_static = isinstance(count, int)
     num_values = float(count) if isinstance(count, int) else tf.cast(count, tf.float32)
-    # The kernel applies Bessel's correction to the variance that it returns (not to the one that
-    # it normalizes by), with m - 1 at least 1. For an empty batch it returns NaN.
+    # The kernel applies Bessel's correction, with m - 1 at least 1, to the variance that it returns
+    # (not to the one that it normalizes by). Undo it, and the NaN returned for an empty batch.
     if is_static and num_values:
         variance *= max(num_values - 1, 1) / num_values
     else:
-        bessel = tf.math.divide_no_nan(tf.maximum(num_values - 1.0, 1.0), num_values)
-        variance = tf.math.multiply_no_nan(variance, bessel)
+        inverse = tf.math.divide_no_nan(tf.maximum(num_values - 1.0, 1.0), num_values)
+        variance = tf.math.multiply_no_nan(variance, inverse)
         mean = tf.math.multiply_no_nan(mean, tf.minimum(num_values, 1.0))
     outputs = y, mean, variance, images, *reserved
     if not _has_accelerator() and not (is_static and num_values <= _MAX_UNCHECKED_COUNT):
         # On the CPU the kernel adds values one by one in float32. Once the spacing of the sum
-        # exceeds the deviations, they are lost (at 400,000 values, from a mean of 300 standard
+        # exceeds the deviations, they are lost (400,000 values: at a mean of about 300 standard
         # deviations). Subtracting one value of the batch first leaves a small mean.
         is_lost = tf.reduce_any(tf.square(mean * (num_values * 2.0**-25)) > variance + epsilon)
         outputs = tf.cond(
@@ -485,15 +486,15 @@ def _should_fuse(x: tf.Tensor, min_size: int) -> bool:
     if _has_accelerator():
         return True
     if _num_kernel_threads() == 1:
-        # Waking the other threads is most of the cost of a small call.
+        # Waking other threads, most of the cost of a small call, is not needed.
         min_size //= 16
     size = x.shape.num_elements()
     return size is None or size >= min_size
 
 
 def _num_kernel_threads() -> int:
-    # All cores of the machine, also where the process may use only some of them: kernels differ by
-    # rounding, and a network trained in parallel with others equals the same network trained alone.
+    # All cores of the machine, even if the process may use only some of them: this choice affects
+    # rounding, and a network trained in parallel with others must equal one trained alone.
     return tf.config.threading.get_intra_op_parallelism_threads() or os.cpu_count() or 1
 
 
@@ -571,7 +572,7 @@ def _as_images(x: tf.Tensor) -> tf.Tensor:
 
 
 def _squeeze_statistic(statistic: tf.Tensor) -> tf.Tensor:
-    """Reshapes [G, 1, ..., 1, C] to [G, C]. The result of a constant is a constant."""
+    """Reshapes [G, 1, ..., 1, C] to [G, C]. A constant stays a constant."""
     ones = tuple(range(1, statistic.shape.rank - 1))
     static = tf.get_static_value(statistic)
     if static is not None:
@@ -585,11 +586,11 @@ def _restore(y: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
     return y if y.shape.rank == x.shape.rank else tf.reshape(y, tf.shape(x))
 
 
-def _concat(groups: Sequence[tf.Tensor]) -> tf.Tensor:
-    return groups[0] if len(groups) == 1 else tf.concat(groups, axis=0)
+def _concat(ghosts: Sequence[tf.Tensor]) -> tf.Tensor:
+    return ghosts[0] if len(ghosts) == 1 else tf.concat(ghosts, axis=0)
 
 
-def _static_num_groups(x: tf.Tensor, virtual_batch_size: int | None) -> int:
+def _static_num_ghosts(x: tf.Tensor, virtual_batch_size: int | None) -> int:
     """Returns the number of ghost batches, or 0 if it is unknown."""
     if virtual_batch_size is None:
         return 1

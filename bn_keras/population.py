@@ -72,7 +72,7 @@ class PopulationReport:
         )
         return "\n".join(
             [
-                f"Population statistics E, Var of num_batches={self.num_batches}",
+                f"Population statistics E, Var over num_batches={self.num_batches}",
                 "mean distance: |moving mean - E| / sqrt(Var + epsilon)",
                 "variance ratio: (moving variance + epsilon) / (Var + epsilon)",
                 titles,
@@ -101,23 +101,23 @@ def estimate_population_statistics(
 
     Decisions:
       - One pass estimates all layers. Each layer sees its training-mode inputs, which earlier
-        layers normalize by mini-batch statistics. The loop of Algorithm 2 visits the activations
-        one by one, over this same training network.
-      - Var[x] averages the variances within mini-batches, as in the paper. The variance of all
-        values pooled is larger if the means of mini-batches differ by more than m independent
-        samples would, for example because the values of one image resemble each other or because
-        a layer is used in several places. The network was trained with the variance within.
+        layers normalize by mini-batch statistics. Algorithm 2 loops over the activations, but each
+        time runs the same training network, so the result is the same.
+      - Var[x] averages the variances within mini-batches, as in the paper, because training
+        normalized by them. The variance of all values pooled is larger if the means of mini-batches
+        differ by more than those of m independent samples, for example because the values of one
+        image resemble each other or because a layer is used in several places.
       - A mini-batch is weighted by its number of values m. A single value counts in E[x] only.
-        Sums run in float64, over means and variances, never over squares.
+        Means and variances are summed in float64; squares are never summed.
       - A mini-batch is what the layer normalizes together: each use of a shared layer, each ghost
         batch, and each replica's part, except that synchronized replicas form one mini-batch.
         Masked values are excluded. (keras.layers.RNN calls its cell an additional time for the
         first time step, which therefore counts twice, in training as here.)
       - Frozen layers, and layers that the model does not run, keep their statistics.
       - Nothing else changes. Other state that the pass modifies is restored on each replica, such
-        as the generators of dropout (dropout still draws a new mask for each batch). After an
+        as the seed generators of dropout (dropout still draws a new mask for each batch). After an
         error the moving statistics are restored too.
-      - The variances of keras.layers.BatchNormalization are as exact as that layer's own. With
+      - For keras.layers.BatchNormalization, the moments are those that the layer computes. With
         synchronized=True it loses digits at large means; replace_batch_norm fixes this.
 
     Args:
@@ -131,7 +131,7 @@ def estimate_population_statistics(
       update: whether to assign the statistics; False only reports.
 
     Returns:
-      Distance of the moving statistics from the population statistics.
+      Distance of the moving statistics, as they were before, from the population statistics.
 
     Raises:
       UsageError: the dataset ends early, a layer has no mini-batch of two values, the statistics
@@ -143,9 +143,9 @@ def estimate_population_statistics(
 
 
 class PopulationEstimator:
-    """Estimates like estimate_population_statistics, but traces the model only once.
+    """Repeats estimate_population_statistics without tracing the model again.
 
-    The layers to estimate are chosen here; freezing a layer later has no effect.
+    The layers to estimate are chosen at construction; freezing a layer later has no effect.
 
     Args:
       model, strategy: see estimate_population_statistics.
@@ -193,9 +193,10 @@ class PopulationEstimator:
 
     @contextlib.contextmanager
     def applied(self, dataset: Iterable, num_batches: int) -> Iterator[PopulationReport]:
-        """Assigns population statistics, and restores the moving statistics at the end.
+        """Assigns population statistics inside a `with` block.
 
-        The replicas' moving statistics are merged first, as before an evaluation that uses them.
+        The replicas' moving statistics are merged first, as before an evaluation that uses them,
+        and restored at exit.
 
         Args:
           dataset, num_batches: see estimate_population_statistics.
@@ -210,7 +211,7 @@ class PopulationEstimator:
         with _progress_bar(num_batches) as advance, contextlib.ExitStack() as observed:
             for sums in self._sums:
                 sums.reset()
-                # Observed for the whole loop, because a batch of another shape is traced again.
+                # Observed during the whole loop, because a batch of another shape is retraced.
                 observed.enter_context(_observed(sums.layer, sums.add))
             for batch in itertools.islice(batches, num_batches):
                 self._run(batch[0] if isinstance(batch, tuple) else batch)
@@ -245,9 +246,9 @@ def _progress_bar(total: int) -> Iterator[Callable[[], Any]]:
 def preserved_state(
     model: keras.Model, strategy: tf.distribute.Strategy | None = None
 ) -> Iterator[None]:
-    """Restores every variable of the model at the end, on each replica.
+    """Restores every variable of the model on exit from a `with` block, on each replica.
 
-    An estimate and an evaluation inside it do not affect training.
+    An estimate and an evaluation inside the block do not affect training.
 
     Args:
       model: built model.
@@ -264,9 +265,7 @@ def preserved_state(
 
 
 class _MomentSums:
-    """Sums over the mini-batches of one layer.
-
-    Each replica adds to sums of its own. Reading sums over the replicas.
+    """Sums the moments of one layer over mini-batches, and over replicas.
 
     Attributes:
       layer: the layer whose moments are added.
@@ -277,7 +276,7 @@ class _MomentSums:
         self.layer = layer
         self.is_used = False
         channels = int(np.prod(layer.moving_mean.shape))
-        # Rows: m, m * mean, m where m > 1, and m * unbiased variance where m > 1.
+        # Rows: sums of m, of m * mean, of m where m > 1, and of m * unbiased variance where m > 1.
         self._sums = per_replica_sum([4, channels], tf.float64)
 
     def reset(self) -> None:
@@ -356,7 +355,8 @@ def distribute_dataset(dataset: Iterable, strategy: tf.distribute.Strategy) -> I
     """Returns the dataset distributed over the replicas; a single replica needs no change.
 
     Raises:
-      UsageError: there are several replicas, and the dataset is no tf.data.Dataset.
+      UsageError: there are several replicas, and the dataset is neither a tf.data.Dataset nor
+        distributed.
     """
     is_distributed = isinstance(
         dataset, tf.distribute.DistributedDataset | tf.distribute.DistributedIterator
@@ -402,7 +402,7 @@ def _assign(
 ) -> None:
     values = [(layer.moving_mean, mean), (layer.moving_variance, variance)]
     if layer.renorm:
-        # The next training step computes the moving variance from it.
+        # The next training step computes the moving variance from moving_stddev.
         values.append((layer.moving_stddev, np.sqrt(variance + layer.epsilon)))
     for variable, value in values:
         for component in _local_variables(variable, strategy):

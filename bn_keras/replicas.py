@@ -1,4 +1,4 @@
-"""Exchange between replicas: an ordered gather, and sums that replicas keep separately."""
+"""Communication between replicas: an ordered gather, and sums kept per replica."""
 
 from collections.abc import Callable, Sequence
 
@@ -42,7 +42,7 @@ def gather_replicas(packed: tf.Tensor, group_size: int | None = None) -> tf.Tens
     if group_size == replicas:
         return gathered
     first = replica // group_size * group_size
-    # tf.gather keeps the size static where the replica is not, as on a TPU.
+    # The replica's id is not static on a TPU, but the shape that tf.gather returns is.
     return tf.gather(gathered, first + tf.range(group_size))
 
 
@@ -51,8 +51,8 @@ def _run_in_order(
 ) -> tf.Tensor:
     """Runs a collective after all earlier ones of this graph.
 
-    Without an order, each worker could start the collectives of parallel branches in a different
-    one, and the workers would wait for each other forever (tensorflow#42111).
+    Otherwise workers could start the collectives of parallel branches in different orders, and wait
+    for each other forever (tensorflow#42111).
     """
     if tf.executing_eagerly():
         return collective(x)
@@ -64,13 +64,13 @@ def _run_in_order(
 
     replica = tf.get_static_value(replica)
     earlier = collection("results", replica)
-    # The graph of the first replica is built first. Compare with its collective in the same place.
+    # Replica 0 is traced first. Compare with its collective at the same position.
     for first in collection("inputs", 0)[len(earlier) :][:1]:
         if first.shape[1] != x.shape[1]:
             raise UsageError(
                 f"replicas 0 and {replica} have {first.shape[1]} and {x.shape[1]} ghost batches,"
-                " but synchronized=True joins one of each replica: pass the same number of"
-                " examples to all replicas (drop_remainder=True)"
+                " but synchronized=True requires equal numbers: pass the same number of examples"
+                " to all replicas (drop_remainder=True)"
             )
     x.graph.add_to_collection(f"bn_keras/inputs/{replica}", x)
     with tf.control_dependencies(earlier[-1:]):
@@ -81,9 +81,10 @@ def _run_in_order(
 
 
 def per_replica_sum(shape: Sequence[int] = (), dtype: tf.DType = tf.float32) -> tf.Variable:
-    """Returns a variable of zeros that replicas add to separately; reading it sums over replicas.
+    """Returns a variable, initially 0, of which each replica has its own copy to add to.
 
-    Adding needs no communication. Create it in the strategy's scope.
+    Reading it sums over the replicas; adding needs no communication. Create it in the strategy's
+    scope.
     """
     return tf.Variable(
         tf.zeros(shape, dtype),

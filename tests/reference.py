@@ -1,4 +1,4 @@
-"""The paper in float64 NumPy, the reference of the tests."""
+"""The paper in float64 NumPy, which the tests compare with."""
 
 import numpy as np
 
@@ -7,19 +7,19 @@ def batch_normalize(x, gamma, beta, epsilon, axis=-1, mask=None):
     """Computes Algorithm 1 over all axes except `axis`.
 
     Args:
-      mask: shape of x; the statistics count the values where it is True.
+      mask: broadcastable to x; only values where it is nonzero enter the statistics.
 
     Returns:
       y, mean, biased variance and count; the last three have the shape of `axis`.
     """
     x, keep = np.asarray(x, np.float64), _axes(axis, np.ndim(x))
     reduced = tuple(a for a in range(x.ndim) if a not in keep)
-    counts = np.ones(x.shape) if mask is None else np.broadcast_to(mask, x.shape) * 1.0
-    valid = np.where(counts > 0, x, 0)
-    count = counts.sum(reduced, keepdims=True)
+    weights = np.ones(x.shape) if mask is None else np.broadcast_to(mask, x.shape) * 1.0
+    valid = np.where(weights > 0, x, 0)
+    count = weights.sum(reduced, keepdims=True)
     mean = valid.sum(reduced, keepdims=True) / np.maximum(count, 1)
-    variance = (counts * (valid - mean) ** 2).sum(reduced, keepdims=True) / np.maximum(count, 1)
-    gamma, beta = (_spread(p, x, keep) for p in (gamma, beta))
+    variance = (weights * (valid - mean) ** 2).sum(reduced, keepdims=True) / np.maximum(count, 1)
+    gamma, beta = (_expand(p, x, keep) for p in (gamma, beta))
     y = gamma * (x - mean) / np.sqrt(variance + epsilon) + beta
     return y, *(np.squeeze(s, reduced) for s in (mean, variance, count))
 
@@ -30,19 +30,20 @@ def gradients(dy, x, gamma, epsilon, axis=-1, mask=None):
     keep = _axes(axis, x.ndim)
     reduced = tuple(a for a in range(x.ndim) if a not in keep)
     x_hat, _, variance, count = batch_normalize(x, 1.0, 0.0, epsilon, axis, mask)
-    variance, count = (_spread(s, x, keep) for s in (variance, count))
+    variance, count = (_expand(s, x, keep) for s in (variance, count))
     dgamma = (dy * x_hat).sum(reduced, keepdims=True)
     dbeta = dy.sum(reduced, keepdims=True)
     through = (dbeta + x_hat * dgamma) / np.maximum(count, 1)
     if mask is not None:
         through = through * mask
-    dx = _spread(gamma, x, keep) / np.sqrt(variance + epsilon) * (dy - through)
+    dx = _expand(gamma, x, keep) / np.sqrt(variance + epsilon) * (dy - through)
     return dx, np.squeeze(dgamma, reduced), np.squeeze(dbeta, reduced)
 
 
-def moving(old, new, momentum):
-    """Computes one update of a moving statistic."""
-    return momentum * np.asarray(old, np.float64) + (1 - momentum) * np.asarray(new, np.float64)
+def update_average(average, value, momentum):
+    """Computes one update of a moving average."""
+    average, value = np.asarray(average, np.float64), np.asarray(value, np.float64)
+    return momentum * average + (1 - momentum) * value
 
 
 def unbiased(variance, count):
@@ -61,7 +62,8 @@ def _axes(axis, rank):
     return sorted(a % rank for a in np.atleast_1d(axis))
 
 
-def _spread(values, x, keep):
+def _expand(values, x, keep):
+    """Returns values with the rank of x: one for each position along the axes `keep`."""
     values = np.asarray(values, np.float64)
     if values.ndim == 0:
         return values

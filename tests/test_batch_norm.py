@@ -1,4 +1,4 @@
-"""The layer in one process on one device: statistics, modes, weights, files, errors."""
+"""Tests of the layer on one device: statistics, modes, weights, files, errors."""
 
 import keras
 import numpy as np
@@ -14,7 +14,7 @@ EPSILON = 1e-3
 
 @pytest.fixture(autouse=True)
 def fuse_small_inputs(monkeypatch):
-    """Runs the kernels on the small inputs of the tests too, unlike by default."""
+    """Makes small inputs use the fused kernels, which by default only large ones do."""
     monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_TRAINING", 0)
     monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_INFERENCE", 0)
 
@@ -24,7 +24,7 @@ def _data(*shape, seed=0, mean=2.0):
 
 
 def _build(layer, rank=2):
-    """Returns the layer built for three channels, with parameters other than 0 and 1."""
+    """Builds the layer for three channels and changes its parameters from their initial values."""
     layer.build((None,) * (rank - 1) + (3,))
     layer.gamma.assign([0.5, 1, 2])
     layer.beta.assign([1, -1, 0])
@@ -44,8 +44,8 @@ def test_moving_statistics_average_the_batches(unbiased):
         _, batch_mean, batch_variance, count = reference.batch_normalize(x, 1, 0, EPSILON)
         if unbiased:
             batch_variance = reference.unbiased(batch_variance, count)
-        mean = reference.moving(mean, batch_mean, 0.7)
-        variance = reference.moving(variance, batch_variance, 0.7)
+        mean = reference.update_average(mean, batch_mean, 0.7)
+        variance = reference.update_average(variance, batch_variance, 0.7)
     np.testing.assert_allclose(layer.moving_mean, mean, rtol=1e-5)
     np.testing.assert_allclose(layer.moving_variance, variance, rtol=1e-5)
     # Inference uses them.
@@ -116,7 +116,7 @@ def test_a_frozen_layer_runs_in_inference_mode():
     "arguments", [{}, {"synchronized": True}, {"renorm": True, "dtype": "mixed_bfloat16"}]
 )
 def test_training_may_be_a_tensor(arguments):
-    layers = [_build(BatchNormalization(momentum=0.5, **arguments)) for _ in "ab"]
+    layers = [_build(BatchNormalization(momentum=0.5, **arguments)) for _ in range(2)]
     x = tf.cast(_data(6, 3), layers[0].compute_dtype)
 
     @tf.function
@@ -209,12 +209,12 @@ def test_keras_supports_masks_on_the_last_axis_only():
         keras.layers.BatchNormalization(axis=[1, 2])
 
 
-def test_a_mask_made_by_keras_fits_too():
+def test_a_mask_of_a_keras_masking_layer_fits_any_axis():
     x = _data(5, 2, 4)
     x[:, 1] = 0
     layer = BatchNormalization(axis=1, momentum=0.0)
     layer(keras.layers.Masking()(x), training=True)
-    # The second channel is masked, so its statistics stay.
+    # The second channel is masked, so its statistics do not change.
     np.testing.assert_allclose(layer.moving_mean, [x[:, 0].mean(), 0], rtol=1e-5)
     np.testing.assert_allclose(layer.moving_variance[1], 1)
 

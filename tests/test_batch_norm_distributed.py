@@ -1,4 +1,7 @@
-"""Several replicas with different data equal one replica with all of the data."""
+"""Several replicas with different data equal one replica with all of the data.
+
+The last section merges the moving statistics of replicas that are not synchronized.
+"""
 
 import json
 import os
@@ -23,19 +26,20 @@ GAMMA, BETA = np.array([0.5, 1.0, 2.0]), np.array([1.0, -1.0, 0.0])
 
 @pytest.fixture(autouse=True)
 def fuse_small_inputs(monkeypatch):
-    """Runs the kernels on the small inputs of the tests too, unlike by default."""
+    """Makes small inputs use the fused kernels, which by default only large ones do."""
     monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_TRAINING", 0)
     monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_INFERENCE", 0)
 
 
 def _data(*shape, mean=0.0, seed=0):
     rng = np.random.default_rng(seed)
-    # All examples differ, and so do the replicas.
+    # The mean grows from example to example, so that it differs between the replicas.
     drift = np.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1))
     return (mean + drift + 3 * rng.normal(size=shape)).astype(np.float32)
 
 
 def _split(strategy, array, at):
+    """Distributes array[:at] to the first of two replicas and array[at:] to the second."""
     parts = [array[:at], array[at:]]
     return strategy.experimental_distribute_values_from_function(
         lambda context: tf.constant(parts[context.replica_id_in_sync_group])
@@ -75,7 +79,7 @@ def _train(strategy, layer, x, dy, mask=None):
 @pytest.mark.parametrize("at", [4, 6, 8])
 @pytest.mark.parametrize("mean", [0.0, 1e4])
 def test_synchronized_replicas_equal_the_joined_batch(two_replicas, at, mean, masked):
-    """Checks outputs, gradients and statistics with equal, unequal and empty replicas."""
+    """Compares outputs, gradients and statistics for equal, unequal and empty parts."""
     x, dy = _data(8, 5, 3, mean=mean), _data(8, 5, 3, seed=1)
     mask = np.random.default_rng(2).random((8, 5)) < 0.6 if masked else None
     full = np.broadcast_to(mask[..., None], x.shape) if masked else None
@@ -105,7 +109,7 @@ def test_synchronized_replicas_equal_the_joined_batch(two_replicas, at, mean, ma
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_synchronized_keras_layers_differ_from_the_joined_batch(two_replicas, masked):
-    """Large means cancel, and a mask turns synchronization off."""
+    """The Keras layer loses digits at large means, and a mask turns its synchronization off."""
     x = _data(8, 5, 3, mean=0.0 if masked else 1e4)
     mask = _split(two_replicas, np.ones((8, 5), bool), 4) if masked else None
     with two_replicas.scope():
@@ -167,7 +171,7 @@ def test_replicas_synchronize_if_training_is_a_tensor(two_replicas):
 
 
 def test_second_order_gradients_cross_replicas(two_replicas):
-    """Those of the sum of both replicas' losses equal those of one replica with all examples."""
+    """The gradients of the sum of the replicas' losses equal those of one replica with all data."""
     x = _data(8, 5, 3)
     layer = _build(two_replicas, synchronized=True)
     single = BatchNormalization()
@@ -187,9 +191,9 @@ def test_second_order_gradients_cross_replicas(two_replicas):
     run = tf.function(
         lambda x: two_replicas.run(lambda x: penalty(layer, x), args=(x,)), reduce_retracing=True
     )
-    got = np.concatenate(_local(two_replicas, run(_split(two_replicas, x, 5))))
+    actual = np.concatenate(_local(two_replicas, run(_split(two_replicas, x, 5))))
     expected = penalty(single, tf.constant(x)).numpy()
-    np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_one_packed_collective_each_way_in_a_fixed_order(two_replicas, monkeypatch):
@@ -204,7 +208,7 @@ def test_one_packed_collective_each_way_in_a_fixed_order(two_replicas, monkeypat
         return result
 
     monkeypatch.setattr(context_class, "all_reduce", counted)
-    layers = [_build(two_replicas, synchronized=True) for _ in "ab"]
+    layers = [_build(two_replicas, synchronized=True) for _ in range(2)]
 
     @tf.function
     def run(x):
@@ -235,16 +239,16 @@ def test_keras_needs_more_collectives_and_uses_no_kernel(two_replicas, monkeypat
     monkeypatch.setattr(context_class, "all_reduce", counted)
     x = _split(two_replicas, _data(8, 5, 3), 4)
     found = {}
-    for layer in (BatchNormalization, keras.layers.BatchNormalization):
+    for cls in (BatchNormalization, keras.layers.BatchNormalization):
         with two_replicas.scope():
-            layer = layer(synchronized=True)
+            layer = cls(synchronized=True)
             layer.build((None, None, 3))
         calls.clear()
         run = tf.function(
             lambda x, layer=layer: two_replicas.run(lambda x: layer(x, training=True), args=(x,))
         )
-        kinds = {op.type for op in run.get_concrete_function(x).graph.get_operations()}
-        found[type(layer)] = len(calls) / 2, "FusedBatchNormV3" in kinds
+        op_types = {op.type for op in run.get_concrete_function(x).graph.get_operations()}
+        found[cls] = len(calls) / 2, "FusedBatchNormV3" in op_types
     assert found[BatchNormalization] == (1, True)
     collectives, fused = found[keras.layers.BatchNormalization]
     assert collectives > 1 and not fused
@@ -358,9 +362,9 @@ def test_merging_one_replica_or_synchronized_layers_changes_nothing(two_replicas
 def test_the_callback_merges_in_fit(two_replicas):
     """With nine examples in batches of eight, one replica has no example in the last batch."""
     x, y = _data(9, 3), np.zeros((9, 3), np.float32)
-    for layer, merged in ((BatchNormalization, True), (keras.layers.BatchNormalization, False)):
+    for cls, merged in ((BatchNormalization, True), (keras.layers.BatchNormalization, False)):
         with two_replicas.scope():
-            model = keras.Sequential([keras.Input((3,)), layer()])
+            model = keras.Sequential([keras.Input((3,)), cls()])
             model.compile("sgd", "mse")
         callbacks = [MergeMovingStatistics()] if merged else []
         model.fit(x, y, batch_size=8, epochs=1, verbose=0, callbacks=callbacks)
@@ -375,7 +379,7 @@ def test_a_group_size_that_does_not_divide_the_replicas_raises(two_replicas):
         two_replicas.run(lambda x: layer(x, training=True), args=(x,))
 
 
-# --- Other numbers of replicas need a process of their own.
+# --- Four replicas, and two workers, in processes of their own.
 
 
 def _start_script(name, environment, *arguments):

@@ -13,7 +13,7 @@ TOLERANCE = {"float64": 1e-12, "float32": 3e-6, "float16": 4e-3, "bfloat16": 3e-
 
 @pytest.fixture(autouse=True)
 def fuse_small_inputs(monkeypatch):
-    """Runs the kernels on the small inputs of the tests too, unlike by default."""
+    """Makes small inputs use the fused kernels, which by default only large ones do."""
     monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_TRAINING", 0)
     monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_INFERENCE", 0)
 
@@ -23,6 +23,7 @@ def _random_parameters(channels, rng):
 
 
 def _assert_close(actual, expected, tolerance):
+    """Compares with a tolerance relative to the largest expected value."""
     expected = np.asarray(expected, np.float64)
     scale = max(np.abs(expected).max(initial=0), 1e-6)
     actual = np.asarray(tf.cast(actual, tf.float64))
@@ -124,15 +125,15 @@ def test_every_path_computes_the_same_statistics(path, masked):
 
 
 @pytest.mark.parametrize("graph", [False, True])
-@pytest.mark.parametrize("options", ["fused", "synchronized", "ghost", "masked", "float64"])
-def test_second_order_gradients_equal_finite_differences(options, graph):
-    """The objective is a function of dx, dgamma and dbeta; each of its inputs is varied."""
+@pytest.mark.parametrize("path", ["fused", "synchronized", "ghost", "masked", "float64"])
+def test_second_order_gradients_equal_finite_differences(path, graph):
+    """The objective is a function of dx, dgamma and dbeta; x, gamma, beta and dy are varied."""
     rng = np.random.default_rng(3)
     shape = (4, 3, 2)
-    # Finite differences need float64, which the fused kernels do not support: the float64 gradient
-    # is compared with the differences, and the float32 paths with the float64 gradient.
-    kwargs = dict(PATHS.get(options, {}))
-    if options == "masked":
+    # Finite differences need float64, which the fused kernels do not support: the test compares the
+    # float64 gradient with the differences, and the float32 paths with the float64 gradient.
+    kwargs = dict(PATHS.get(path, {}))
+    if path == "masked":
         kwargs["mask"] = _random_mask(shape, rng)
     inputs = [rng.normal(size=shape), *_random_parameters(2, rng), rng.normal(size=shape)]
     probes = [rng.normal(size=s) for s in (shape, (2,), (2,))]
@@ -173,22 +174,22 @@ def test_second_order_gradients_equal_finite_differences(options, graph):
         direction = rng.normal(size=inputs[index].shape)
         expected = difference(index, direction)
         assert np.sum(gradient.numpy() * direction) == pytest.approx(expected, rel=2e-6)
-    if options != "float64":
+    if path != "float64":
         for actual, wanted in zip(second(tf.float32), exact, strict=True):
             _assert_close(actual, wanted, 3e-4)
 
 
-@pytest.mark.parametrize("options", ["fused", "synchronized", "masked"])
+@pytest.mark.parametrize("path", ["fused", "synchronized", "masked"])
 @pytest.mark.parametrize("mean", [0.0, 1e2, 1e4])
-def test_large_means_lose_no_more_than_the_rounding_of_float32(options, mean):
+def test_large_means_lose_no_more_than_the_rounding_of_float32(path, mean):
     rng = np.random.default_rng(4)
     x = (mean + rng.normal(size=(64, 7, 7, 3))).astype(np.float32)
-    kwargs = dict(PATHS.get(options, {}))
-    if options == "masked":
+    kwargs = dict(PATHS.get(path, {}))
+    if path == "masked":
         kwargs["mask"] = np.ones((1, 1, 1, 1))
     y, moments = ops.batch_normalize(x, None, None, EPSILON, **kwargs)
     expected = reference.batch_normalize(x, 1.0, 0.0, EPSILON)
-    # float32 rounds the mean by this much, and the kernel sums 3,000 values.
+    # 16 roundings of a float32 mean; the kernel sums 3,136 values.
     spacing = 16 * mean * 2**-24
     np.testing.assert_allclose(y, expected[0], atol=1e-5 + spacing)
     np.testing.assert_allclose(moments.variance[0], expected[2], rtol=1e-5 + spacing**2)
@@ -197,7 +198,7 @@ def test_large_means_lose_no_more_than_the_rounding_of_float32(options, mean):
 @pytest.mark.parametrize("mean", [1e3, 1e4, 1e6])
 @pytest.mark.parametrize("synchronized", [False, True])
 def test_large_means_do_not_lose_the_deviations_of_a_large_batch(mean, synchronized):
-    """In the Keras layer, a float32 sum of 400,000 values misses a mean of 1e4 by 12."""
+    """The Keras layer computes the mean of 400,000 float32 values near 1e4 with an error of 12."""
     rng = np.random.default_rng(5)
     x = (mean + rng.normal(size=(32, 112, 112, 1))).astype(np.float32)
     gather = _gather_of_one if synchronized else None
@@ -217,11 +218,11 @@ def test_tiny_variances_lose_no_digits():
     np.testing.assert_allclose(y, expected[0], atol=5e-3)
 
 
-@pytest.mark.parametrize("options", [*PATHS, "masked"])
-def test_empty_and_masked_batches_produce_no_nan(options):
-    kwargs = dict(PATHS.get(options, {}))
-    x = tf.zeros([0 if options != "masked" else 4, 3, 2])
-    if options == "masked":
+@pytest.mark.parametrize("path", [*PATHS, "masked"])
+def test_empty_and_masked_batches_produce_no_nan(path):
+    kwargs = dict(PATHS.get(path, {}))
+    x = tf.zeros([4 if path == "masked" else 0, 3, 2])
+    if path == "masked":
         kwargs["mask"] = np.zeros((4, 3, 1))
     y, moments, gradients = _run(x, np.ones(2), np.zeros(2), x, **kwargs)
     for t in (y, *moments, *gradients):
@@ -294,15 +295,15 @@ def test_channels_move_last_and_back(axes):
     np.testing.assert_array_equal(ops.move_channels_back(moved, x, axes), x)
 
 
-def test_small_inputs_use_ordinary_operations_and_get_the_same_numbers(monkeypatch):
-    """Below some size a kernel costs more than it saves."""
+def test_small_inputs_use_ordinary_operations_and_compute_the_same_numbers(monkeypatch):
+    """Below some size the kernels are slower than ordinary operations."""
     rng = np.random.default_rng(10)
     x, dy = (tf.constant(rng.normal(size=(6, 3, 2)), tf.float32) for _ in range(2))
     fused = _run(x, np.ones(2), np.zeros(2), dy)
     monkeypatch.undo()
-    plain = tf.function(lambda x: ops.batch_normalize(x, None, None, EPSILON)[0])
-    kinds = {op.type for op in plain.get_concrete_function(x).graph.get_operations()}
-    assert "FusedBatchNormV3" not in kinds
+    unfused = tf.function(lambda x: ops.batch_normalize(x, None, None, EPSILON)[0])
+    graph = unfused.get_concrete_function(x).graph
+    assert "FusedBatchNormV3" not in {op.type for op in graph.get_operations()}
     for actual, expected in zip(
         tf.nest.flatten(_run(x, np.ones(2), np.zeros(2), dy)), tf.nest.flatten(fused), strict=True
     ):

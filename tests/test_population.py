@@ -46,7 +46,7 @@ def _model(layers, *shape):
     return keras.Sequential([keras.Input(shape), *layers])
 
 
-def _norms(model):
+def _batch_norms(model):
     return [x for x in model._flatten_layers() if isinstance(x, BatchNormalization | KERAS_BN)]
 
 
@@ -56,7 +56,7 @@ def _randomize(model):
         v.assign(rng.uniform(0.5, 1.5, v.shape))
 
 
-def _check(layer, expected, rtol=1e-5, atol=1e-6):
+def _check_statistics(layer, expected, rtol=1e-5, atol=1e-6):
     mean, variance = expected
     np.testing.assert_allclose(layer.moving_mean, mean.reshape(layer.moving_mean.shape), rtol, atol)
     np.testing.assert_allclose(layer.moving_variance, variance.reshape(mean.shape), rtol)
@@ -125,8 +125,8 @@ def test_the_second_layer_sees_its_training_mode_inputs(precision, rtol):
     normalized = [reference.batch_normalize(h, gamma, beta, EPSILON)[0] for h in hidden]
     deep = [np.maximum(n, 0) @ kernel_2 + bias_2 for n in normalized]
     estimate_population_statistics(model, _dataset(batches), num_batches=6)
-    _check(first, _algorithm_2(hidden), rtol, atol=rtol)
-    _check(second, _algorithm_2(deep), rtol)
+    _check_statistics(first, _algorithm_2(hidden), rtol, atol=rtol)
+    _check_statistics(second, _algorithm_2(deep), rtol)
     # In the inference network, the second layer would see other inputs.
     mean, variance = _algorithm_2(hidden)
     folded = [gamma * (h - mean) / np.sqrt(variance + EPSILON) + beta for h in hidden]
@@ -141,14 +141,14 @@ def test_the_mean_does_not_depend_on_the_split():
         model = _model([BatchNormalization()], 3)
         parts = np.split(x, np.cumsum(sizes)[:-1])
         estimate_population_statistics(model, _dataset(parts), num_batches=len(parts))
-        _check(model.layers[0], _algorithm_2(parts))
+        _check_statistics(model.layers[0], _algorithm_2(parts))
         found.append(model.layers[0])
     for layer in found[1:]:
         np.testing.assert_allclose(layer.moving_mean, found[0].moving_mean, atol=1e-6)
 
 
 def test_the_variance_is_the_one_within_batches():
-    """Shifting whole batches does not change it; the variance of all values pooled would grow."""
+    """Shifting whole batches does not change it, unlike the variance of all values pooled."""
     batches = _batches([8] * 4, 3)
     variances = []
     for spread in (0, 10):
@@ -162,11 +162,11 @@ def test_the_variance_is_the_one_within_batches():
 
 @pytest.mark.parametrize("cls", [BatchNormalization, KERAS_BN])
 def test_batches_are_weighted_by_size(cls):
-    """A single value counts in the mean only, an empty batch nowhere."""
+    """A batch of one value counts in the mean only; an empty batch does not count."""
     batches = _batches([8, 3, 1, 0, 5], 3)
     model = _model([cls()], 3)
     estimate_population_statistics(model, _dataset(batches), num_batches=5)
-    _check(model.layers[0], _algorithm_2(batches))
+    _check_statistics(model.layers[0], _algorithm_2(batches))
 
 
 def test_each_use_of_a_shared_layer_is_a_mini_batch():
@@ -176,7 +176,7 @@ def test_each_use_of_a_shared_layer_is_a_mini_batch():
     batches = _batches([6] * 8, 3)
     pairs = list(zip(batches[:4], batches[4:], strict=True))
     estimate_population_statistics(model, [((x, y), 0) for x, y in pairs], num_batches=4)
-    _check(shared, _algorithm_2(batches))
+    _check_statistics(shared, _algorithm_2(batches))
 
 
 @pytest.mark.parametrize("cls", [BatchNormalization, KERAS_BN])
@@ -189,9 +189,9 @@ def test_layers_in_nested_models_and_wrappers_are_estimated(cls):
     report = estimate_population_statistics(model, batches, num_batches=4)
     assert [row.layer.split("/")[-1] for row in report.rows] == ["wrapped", "deep"]
     steps = [x[:, t] for x in batches for t in range(4)]
-    _check(wrapped.layer, _algorithm_2(steps))
+    _check_statistics(wrapped.layer, _algorithm_2(steps))
     normalized = [reference.batch_normalize(x, 1, 0, EPSILON)[0] for x in steps]
-    _check(nested.layers[0], _algorithm_2(normalized), atol=1e-5)
+    _check_statistics(nested.layers[0], _algorithm_2(normalized), atol=1e-5)
 
 
 def test_layers_in_a_graph_loop_are_estimated():
@@ -215,7 +215,7 @@ def test_layers_in_a_graph_loop_are_estimated():
     model = _model([loop], 4, 3)
     batches = _batches([6] * 3, 4, 3)
     estimate_population_statistics(model, batches, num_batches=3)
-    _check(loop.norm, _algorithm_2([x[:, t] for x in batches for t in range(4)]))
+    _check_statistics(loop.norm, _algorithm_2([x[:, t] for x in batches for t in range(4)]))
 
 
 def test_axis_lists_and_ghost_batches_are_estimated_from_labelled_images():
@@ -225,7 +225,7 @@ def test_axis_lists_and_ghost_batches_are_estimated_from_labelled_images():
     labels = [np.zeros(6)] * 3
     estimate_population_statistics(model, list(zip(batches, labels, strict=True)), num_batches=3)
     ghosts = [ghost for x in batches for ghost in np.split(x, 3)]
-    _check(layer, _algorithm_2(ghosts, axis=[1, 2]))
+    _check_statistics(layer, _algorithm_2(ghosts, axis=[1, 2]))
 
 
 @pytest.mark.parametrize("cls", [BatchNormalization, KERAS_BN])
@@ -239,8 +239,8 @@ def test_masked_values_are_excluded(cls):
         kept.append(x[mask])
     assert kept[0].size == 0
     estimate_population_statistics(model, batches, num_batches=4)
-    # Keras divides by the count plus 1e-7, within the tolerance.
-    _check(model.layers[1], _algorithm_2(kept))
+    # Keras divides by the count plus 1e-7; the tolerance covers it.
+    _check_statistics(model.layers[1], _algorithm_2(kept))
 
 
 @pytest.mark.parametrize("cls", [BatchNormalization, KERAS_BN])
@@ -331,11 +331,11 @@ def test_an_error_restores_the_state(two_replicas):
     with pytest.raises(UsageError, match="ended after 2 of num_batches=3 batches"):
         estimate_population_statistics(model, _dataset(_batches([8] * 2, 3)), num_batches=3)
     assert not _changed(before, _state(model, two_replicas))
-    # The layers update their moving averages again.
+    # The layers update their moving statistics again.
     data = two_replicas.experimental_distribute_dataset(_dataset(_batches([8], 3)))
     two_replicas.run(lambda x: model(x, training=True), args=(next(iter(data)),))
     after = _state(model, two_replicas)
-    for layer in _norms(model):
+    for layer in _batch_norms(model):
         path = layer.moving_mean.path
         assert np.array_equal(before[path], after[path]) == (layer.name == "frozen")
 
@@ -452,7 +452,7 @@ def test_an_estimator_is_traced_once_and_starts_from_zero():
         batches = [x + seed for x in _batches([6] * 2, 3)]
         with preserved_state(model):
             estimator.estimate(batches, 2)
-            _check(model.layers[1], _algorithm_2(batches))
+            _check_statistics(model.layers[1], _algorithm_2(batches))
         np.testing.assert_array_equal(model.layers[1].moving_mean, np.zeros(3))
     assert len(traces) == 1
 

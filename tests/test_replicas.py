@@ -1,4 +1,4 @@
-"""A run computes the same numbers on any number of replicas."""
+"""Training computes the same numbers on any number of replicas, also with dropout."""
 
 import os
 import pathlib
@@ -15,21 +15,21 @@ from bn_keras.models.dropout import Dropout
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Runs train_on_replicas.py, in a process with four replicas, and loads what it saves."""
+    """Runs train_on_replicas.py in a process with four replicas, and loads its results."""
     root = pathlib.Path(__file__).parent
     file = tmp_path_factory.mktemp("runs") / "runs.npz"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, str(root / "train_on_replicas.py"), str(file)],
         env={**os.environ, "PYTHONPATH": str(root.parent)},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert process.returncode == 0, process.stderr[-3000:]
     return np.load(file)
 
 
 def variables_of(runs, replicas):
-    """Returns the variables by index and name, checked to be the same bits on all replicas."""
+    """Returns the variables by index and name, after checking that all replicas' are equal."""
     found = {}
     for name in runs:
         prefix, _, rest = name.partition(" ")
@@ -42,12 +42,12 @@ def variables_of(runs, replicas):
 
 @pytest.mark.parametrize("replicas", [2, 4])
 def test_the_number_of_replicas_changes_only_rounding(runs, replicas):
-    """Trains for eight steps of the same global batches with synchronized BN and dropout.
+    """Trains for eight steps on the same global batches with synchronized BN and dropout.
 
-    Only the order of float32 sums differs, by about one rounding of each weight per step. One
-    rounding of each weight before the first step, tried on one replica with eight seeds, grew to at
-    most 8e-5 of a variable's largest value after eight steps, and to 1.1e-7 of a loss. The
-    tolerances are eight times that, for a rounding at each of the eight steps.
+    Only the order of float32 sums differs, by about one rounding of each weight per step. On one
+    replica, with eight seeds, one rounding error in each weight at the start changed variables by
+    at most 8e-5 of their largest value after eight steps, and losses by 1.1e-7. The tolerances are
+    eight times that, for a rounding at each of the eight steps.
     """
     np.testing.assert_allclose(runs[f"{replicas} losses"], runs["1 losses"], rtol=8.8e-7)
     one, several = variables_of(runs, 1), variables_of(runs, replicas)
@@ -92,7 +92,7 @@ def test_replicas_drop_the_same_values_as_one_replica(two_replicas, noise_shape)
         np.testing.assert_array_equal(copy, one.seed_generator.state.value)
 
 
-def test_the_gradient_is_the_mask(two_replicas):
+def test_the_gradient_of_dropout_is_its_mask(two_replicas):
     x = np.ones((4, 8), np.float32)
     with two_replicas.scope():
         layer = Dropout(0.5, seed=3)
@@ -113,7 +113,7 @@ def test_the_gradient_is_the_mask(two_replicas):
     np.testing.assert_array_equal(dx, y * x)
 
 
-def test_without_replicas_or_training_it_equals_the_keras_layer(two_replicas):
+def test_dropout_without_replicas_or_training_equals_the_keras_layer(two_replicas):
     x = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
     ours, keras_own = Dropout(0.4, seed=1), keras.layers.Dropout(0.4, seed=1)
     for training in (True, False):
@@ -123,7 +123,7 @@ def test_without_replicas_or_training_it_equals_the_keras_layer(two_replicas):
         np.testing.assert_array_equal(local, x)
 
 
-def test_a_saved_layer_loads(tmp_path):
+def test_a_saved_dropout_layer_loads(tmp_path):
     model = keras.Sequential([keras.Input((4,)), Dropout(0.25, noise_shape=(None, 1), seed=7)])
     model.save(tmp_path / "model.keras")
     (layer,) = keras.saving.load_model(tmp_path / "model.keras").layers
@@ -133,7 +133,7 @@ def test_a_saved_layer_loads(tmp_path):
     assert [v.shape for v in layer.variables] == [(2,)]
 
 
-def test_shapes_stay_static(two_replicas):
+def test_dropout_keeps_shapes_static(two_replicas):
     """A TPU needs static shapes."""
     with two_replicas.scope():
         layer = Dropout(0.5)
