@@ -272,7 +272,7 @@ def test_every_claim_holds_if_runs_behave_as_in_the_paper():
         # Each seed of one network must be better than each of the other.
         ("Adding BN alone", {"BN-Baseline": (0.50, 0.51, 0.525)}, TOO_CLOSE),
         ("Adding BN alone", {"BN-Baseline": (0.65, 0.66, 0.67)}, FAILS),
-        ("Without BN, the same changes", {titles.CONTROL: (0.60,)}, FAILS),
+        ("Inception with the same changes", {titles.CONTROL: (0.60,)}, FAILS),
         ("With BN, a higher learning rate", {titles.X5_AT_RATE_1: (0.60,)}, FAILS),
         ("With BN, networks train", {"BN-x30": (0.5, 0.5, 0.14)}, FAILS),
         ("With BN, a network with sigmoids", {"BN-x5-Sigmoid": (0.16,)}, HOLDS),
@@ -336,7 +336,7 @@ def test_staying_at_chance_is_distinguished_from_training():
 
 
 def test_a_shorter_run_is_compared_at_its_own_end():
-    """What BN-x5 does after a third of its steps does not matter to a run of that length."""
+    """The later steps of BN-x5 do not affect a comparison with a run of a third of its steps."""
     results = all_results()
     before = find(claim("With BN, a higher learning rate"), results)
     assert "by step 1,000: BN-x5 44.0% (43.2% to 44.8%)" in before.measured

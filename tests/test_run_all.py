@@ -52,7 +52,7 @@ def test_a_parallel_run_equals_a_run_alone(tmp_path):
 
 
 def test_networks_with_different_replicas_are_trained_in_one_call(tmp_path):
-    """Run in a new process, where TensorFlow has not been told of two CPU devices."""
+    """TensorFlow fixes its devices when it starts, in a new process with one CPU device."""
     code = f"""
 from small import small_mlp
 from bn_keras.experiments.run_all import train_all

@@ -154,7 +154,7 @@ def _describe_outcomes(runs: Sequence[Run]) -> str:
 
 
 def _diverges(title: str, results: Results) -> Finding:
-    """Holds if every seed diverges."""
+    """Tests whether every seed diverges."""
     runs, note = ended_runs(results, title), _describe_rate(results)
     if all(run.diverged_at is not None or _is_at_chance(run) for run in runs):
         note += " At the higher learning rate it stays at chance instead of diverging."
@@ -163,7 +163,7 @@ def _diverges(title: str, results: Results) -> Finding:
 
 
 def _stays_at_chance(title: str, results: Results) -> Finding:
-    """Holds if no seed exceeds chance, even if it diverges later."""
+    """Tests whether no seed exceeds chance, even if it diverges later."""
     runs = ended_runs(results, title)
     note = f"The paper has 1,000 classes, so chance is 0.1%; here it is {_chance(runs[0]):.1%}."
     verdict = HOLDS if all(map(_is_at_chance, runs)) else FAILS
@@ -171,7 +171,7 @@ def _stays_at_chance(title: str, results: Results) -> Finding:
 
 
 def _trains(titles: Sequence[str], results: Results) -> Finding:
-    """Holds if no seed diverges or stays at chance."""
+    """Tests whether no seed diverges or stays at chance."""
     networks = [ended_runs(results, title) for title in titles]
     fails = any(
         run.diverged_at is not None or _is_at_chance(run) for runs in networks for run in runs
@@ -192,19 +192,19 @@ def _is_no_worse(title: str, other: str, results: Results) -> Finding:
 
 
 def _is_too_high(title: str, results: Results) -> Finding:
-    """Holds if Inception is better at its own learning rate."""
+    """Tests whether Inception is better at its own learning rate."""
     found = _is_better(INCEPTION, title, results)
     return found._replace(note=f"{_describe_rate(results)} {found.note}")
 
 
 def _helps(change: str, results: Results) -> Finding:
-    """Holds if BN-x5 is better than without the change."""
+    """Tests whether BN-x5 is better than without the change."""
     found = _is_better(X5, ABLATIONS[change], results)
     return found._replace(note=f"{_describe_change(change, results)} {found.note}")
 
 
 def _does_not_hurt(change: str, results: Results) -> Finding:
-    """Holds if BN-x5 is not worse than without the change."""
+    """Tests whether BN-x5 is not worse than without the change."""
     return _accept_too_close(_helps(change, results))
 
 
@@ -282,7 +282,7 @@ def _remaining_rate(run: Run) -> float:
 
 
 def _tolerates_initial_weights(results: Results) -> Finding:
-    """Holds if BN-Baseline's accuracy varies less over the factors on the initial weights."""
+    """Tests whether BN-Baseline's accuracy varies less over the factors on the initial weights."""
     networks = (INCEPTION, BASELINE)
     means = {title: [s.mean for s in _sweep(results, title).values()] for title in networks}
     step = _sweep_steps(results, INCEPTION)
@@ -320,7 +320,7 @@ def _sweep_steps(results: Results, title: str) -> int:
 
 
 def _moving_averages_suffice(results: Results) -> Finding:
-    """Holds if moving averages and population statistics are equally accurate.
+    """Tests whether moving averages and population statistics are equally accurate.
 
     Both are evaluated with the same weights, at the last step of the shorter run. Equally accurate
     means within the standard error of the accuracy.
@@ -367,7 +367,7 @@ def _is_same_training(run: Run, other: Run) -> bool:
 
 
 def _is_invariant(part: str, results: Results) -> Finding:
-    """Holds if only rounding is left with a negligible epsilon."""
+    """Tests whether only rounding is left with a negligible epsilon."""
     tiny, default = scale_invariance.EPSILONS
     factors = min(scale_invariance.FACTORS), max(scale_invariance.FACTORS)
     largest = {
@@ -429,7 +429,7 @@ CLAIMS = (
     ),
     Claim(
         "ours",
-        "Without BN, the same changes at Inception's learning rate are less accurate than BN-x5",
+        "Inception with the same changes, at its own learning rate, is less accurate than BN-x5",
         partial(_is_better, X5, CONTROL),
     ),
     Claim(
