@@ -1,10 +1,10 @@
-"""Cost of the input: relative to a small network's step, and in images/s from photographs.
+"""Cost of the input pipeline: relative to a small network's step, and in images/s on photographs.
 
     python benchmarks/input.py [folder]
 
 The folder may contain `tfds/mnist`, prepared by TFDS (otherwise the digits are used), and
-`imagenet_manual` with ImageNet's archives, or a sample of them in the same layout, which are
-prepared in a temporary folder (otherwise that part is skipped).
+`imagenet_manual` with ImageNet's archives, or a sample of them in the same layout. They are
+prepared in a temporary folder; without them, the second part is skipped.
 """
 
 import os
@@ -42,7 +42,7 @@ def main(folder):
 
 
 def time_small_network(folder):
-    """Times a step of the network of section 4.1 with a constant batch and with its input."""
+    """Times a step of section 4.1's network on a constant batch and with the input pipeline."""
     config = mnist_bn.get_config().data.copy_and_resolve_references()
     if (folder / "tfds" / "mnist").is_dir():
         config.data_dir = str(folder / "tfds")
@@ -80,7 +80,7 @@ def time_small_network(folder):
 
 
 def make_mlp_step(input_shape):
-    """Returns a training step in plain TensorFlow, as fast as possible."""
+    """Returns a training step in plain TensorFlow, fast enough for the input's cost to show."""
     sizes = [input_shape[0] * input_shape[1], 100, 100, 100, 10]
     kernels = [
         tf.Variable(tf.random.stateless_normal(shape, [0, 0]) * 0.05)
@@ -108,7 +108,7 @@ def make_mlp_step(input_shape):
 
 
 def time_photographs(manual_dir, data_dir):
-    """Times the input with all distortions against a common hand-written one without any."""
+    """Times the input pipeline, with and without distortions, against a common hand-written one."""
     import keras_cv
 
     tfds.disable_progress_bar()
@@ -120,12 +120,14 @@ def time_photographs(manual_dir, data_dir):
     plain = config.copy_and_resolve_references()
     plain.distortion = 0.0
     jitter = keras_cv.layers.RandomColorJitter((0, 255), 32 / 255, 0.5, (0.25, 0.75), 0.2)
-    usual = "decode_and_crop_jpeg + resize + flip"
+    baseline = "decode_and_crop_jpeg + resize + flip"
     datasets = {
-        "records only": usual_batches(builder, lambda encoded: tf.strings.length(encoded)),
-        "decode_and_crop_jpeg": usual_batches(builder, lambda encoded: decode(encoded)[0, 0]),
-        usual: usual_batches(builder, resize_and_flip),
-        "the same + keras_cv.RandomColorJitter": usual_batches(builder, resize_and_flip).map(
+        "records only": hand_written_batches(builder, tf.strings.length),
+        "decode_and_crop_jpeg": hand_written_batches(
+            builder, lambda encoded: decode_crop(encoded)[0, 0]
+        ),
+        baseline: hand_written_batches(builder, resize_and_flip),
+        "the same + keras_cv.RandomColorJitter": hand_written_batches(builder, resize_and_flip).map(
             lambda images, labels: (jitter(images, training=True), labels),
             num_parallel_calls=tf.data.AUTOTUNE,
         ),
@@ -141,7 +143,7 @@ def time_photographs(manual_dir, data_dir):
     for name, rounds in costs.items():
         columns = []
         for scale, ours, theirs in zip(
-            (1, 1000), zip(*rounds, strict=True), zip(*costs[usual], strict=True), strict=True
+            (1, 1000), zip(*rounds, strict=True), zip(*costs[baseline], strict=True), strict=True
         ):
             cost = scale * statistics.median(ours)
             ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
@@ -150,7 +152,7 @@ def time_photographs(manual_dir, data_dir):
 
 
 def seconds_per_image(dataset):
-    """Returns wall-clock and CPU seconds per image of a warmed-up pipeline that runs alone."""
+    """Returns wall-clock and CPU seconds per image of a warmed-up pipeline, with no network."""
     batches = iter(dataset)
     for _ in range(WARM_UP_BATCHES):
         next(batches)
@@ -165,8 +167,8 @@ def train_batches(config):
     return open_data(**config, seed=0).train_batches(STRATEGY, 32)
 
 
-def usual_batches(builder, transform):
-    """Returns the input as commonly written by hand, with TensorFlow's defaults."""
+def hand_written_batches(builder, transform):
+    """Returns an input pipeline as commonly written by hand, with tf.data's defaults."""
     decoders = {"image": tfds.decode.SkipDecoding()}
     examples = builder.as_dataset(split="train", decoders=decoders, shuffle_files=True)
     examples = examples.shuffle(300).repeat()
@@ -177,14 +179,14 @@ def usual_batches(builder, transform):
     return examples.batch(32, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
 
 
-def decode(encoded):
+def decode_crop(encoded):
     height, width, _ = tf.unstack(tf.io.extract_jpeg_shape(encoded))
     window = transforms.inception_windows(tf.random.uniform([1, 4]), height, width)[0]
     return tf.io.decode_and_crop_jpeg(encoded, window, channels=3)
 
 
 def resize_and_flip(encoded):
-    return tf.image.random_flip_left_right(tf.image.resize(decode(encoded), (224, 224)))
+    return tf.image.random_flip_left_right(tf.image.resize(decode_crop(encoded), (224, 224)))
 
 
 if __name__ == "__main__":

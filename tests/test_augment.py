@@ -1,4 +1,4 @@
-"""RandAugment, MixUp and CutMix against references, and as functions of the step only."""
+"""RandAugment, MixUp and CutMix: against references, and that they depend only on the step."""
 
 import numpy as np
 import pytest
@@ -42,17 +42,17 @@ def augmented(images, uniforms):
     return augment.rand_augment(images, uniforms, MAGNITUDE)
 
 
-def around(uniform):
+def normal_magnitude(uniform):
     """Returns a quantile of the normal distribution around the magnitude, clipped to [0, 1]."""
     return np.clip(stats.norm.ppf(uniform, MAGNITUDE, augment.MAGNITUDE_STDDEV), 0, 1)
 
 
-def up_to(uniform):
+def uniform_magnitude(uniform):
     return MAGNITUDE * (2 * uniform - 1)
 
 
 def moved(image, matrix, offset=(0, 0)):
-    """Moves pixels from matrix @ (row, column) + offset to (row, column), reflected outside."""
+    """Moves pixels from matrix @ (row, column) + offset to (row, column); reflects at the edges."""
     planes = [
         ndimage.affine_transform(plane, matrix, offset, order=1, mode="reflect")
         for plane in np.moveaxis(image.astype(np.float64), -1, 0)
@@ -70,38 +70,38 @@ def equalize(image, first, second):
 
 
 def solarize(image, first, second):
-    more = np.clip(image + 110 * around(first), 0, 255)
-    return np.where(more < 255 - 255 * around(second), more, 255 - more)
+    more = np.clip(image + 110 * normal_magnitude(first), 0, 255)
+    return np.where(more < 255 - 255 * normal_magnitude(second), more, 255 - more)
 
 
 def color(image, first, second):
     grey = image @ LUMA
-    return image + around(first) * (grey[..., None] - image)
+    return image + normal_magnitude(first) * (grey[..., None] - image)
 
 
 def contrast(image, first, second):
     means = image.mean(axis=(0, 1))
-    return np.clip(means + (1 + up_to(first)) * (image - means), 0, 255)
+    return np.clip(means + (1 + uniform_magnitude(first)) * (image - means), 0, 255)
 
 
 def brightness(image, first, second):
-    return np.clip(image + 255 * up_to(first), 0, 255)
+    return np.clip(image + 255 * uniform_magnitude(first), 0, 255)
 
 
 def shear_x(image, first, second):
-    return moved(image, [[1, 0], [np.where(second < 0.5, -1, 1) * around(first), 1]])
+    return moved(image, [[1, 0], [np.where(second < 0.5, -1, 1) * normal_magnitude(first), 1]])
 
 
 def shear_y(image, first, second):
-    return moved(image, [[1, np.where(second < 0.5, -1, 1) * around(first)], [0, 1]])
+    return moved(image, [[1, np.where(second < 0.5, -1, 1) * normal_magnitude(first)], [0, 1]])
 
 
 def translate_x(image, first, second):
-    return moved(image, np.eye(2), [0, -up_to(first) * image.shape[1]])
+    return moved(image, np.eye(2), [0, -uniform_magnitude(first) * image.shape[1]])
 
 
 def translate_y(image, first, second):
-    return moved(image, np.eye(2), [-up_to(first) * image.shape[0], 0])
+    return moved(image, np.eye(2), [-uniform_magnitude(first) * image.shape[0], 0])
 
 
 REFERENCES = (
@@ -163,7 +163,7 @@ def test_only_the_color_operation_leaves_grey_images_unchanged():
 
 
 def test_all_operations_are_equally_likely():
-    """One in eleven is none, and another one leaves grey images unchanged."""
+    """Two of the eleven choices, none and color, leave grey images unchanged."""
     draws = np.random.default_rng(0).random((1100, augment.RAND_AUGMENT_UNIFORMS), np.float32)
     draws[:, 3::3] = row()[3::3]
     images = np.stack([photograph(channels=1)] * 1100)
@@ -202,7 +202,7 @@ def test_mixup_averages_a_pair_and_its_labels_with_the_same_weights():
     got, shares = mixed(Mixing(0.4, 0.0, 4), images, labels, uniforms)
     weights = 1 - special.betaincinv(0.4, 0.4, np.float64(uniforms[:, 0]))[:, None]
     one_hot = np.eye(4)[labels]
-    # The distribution is symmetric; the drawn share is the neighbour's.
+    # The distribution is symmetric; the drawn weight is the neighbour's.
     expected = weights * one_hot + (1 - weights) * neighbours(one_hot)
     np.testing.assert_allclose(shares, expected, atol=1e-6)
     weights = weights[:, :, None, None]
@@ -265,14 +265,14 @@ def open_augmented(request, folder):
     return open_data
 
 
-def train(data, steps, start_step=0, strategy=ONE, mix=True):
+def train_batches(data, steps, start_step=0, strategy=ONE, mix=True):
     datasets = data.train_batches(strategy, 8, start_step, mix=mix)
     return strategy.global_batches(datasets, steps)
 
 
 def test_a_batch_depends_only_on_its_step(open_augmented):
-    uninterrupted = train(open_augmented(), 7)
-    resumed = train(open_augmented(), 4, start_step=3, strategy=Pipelines(2, 4))
+    uninterrupted = train_batches(open_augmented(), 7)
+    resumed = train_batches(open_augmented(), 4, start_step=3, strategy=Pipelines(2, 4))
     assert_same(resumed, uninterrupted[3:])
 
 
@@ -284,8 +284,8 @@ def test_labels_are_the_shares_of_a_pair_and_mixing_is_optional(open_augmented):
     assert labels == tf.TensorSpec([4, data.num_classes])
     assert dataset.cardinality() == tf.data.INFINITE_CARDINALITY
 
-    unmixed = train(data, 4, mix=False)
-    for (images, shares), (plain, labels) in zip(train(data, 4), unmixed, strict=True):
+    unmixed = train_batches(data, 4, mix=False)
+    for (images, shares), (plain, labels) in zip(train_batches(data, 4), unmixed, strict=True):
         assert labels.dtype == np.int32 and np.abs(images - plain).max() > 0.1
         np.testing.assert_allclose(shares.sum(axis=1), 1, atol=1e-6)
         pairs = np.stack([labels, neighbours(labels)], axis=1)
@@ -311,7 +311,10 @@ def test_rand_augment_does_not_change_the_other_random_numbers(open_augmented):
         assert random == RandomNumbers(3, rand_augment=magnitude > 0)
         drawn[magnitude] = random.draw_for_images(number, [40]).numpy()
     np.testing.assert_array_equal(drawn[0.5][:, : transforms.NUM_UNIFORMS], drawn[0.0])
-    assert drawn[0.5][:, transforms.RAND_AUGMENT].shape == (40, augment.RAND_AUGMENT_UNIFORMS)
+    assert drawn[0.5][:, transforms.RAND_AUGMENT_COLUMNS].shape == (
+        40,
+        augment.RAND_AUGMENT_UNIFORMS,
+    )
     assert len(np.unique(drawn[0.5])) == drawn[0.5].size
 
 
@@ -323,12 +326,12 @@ def test_rand_augment_is_applied_between_crop_and_distortion():
         Preprocessing(images.shape[1:3], "none", True, distortion, False, magnitude)
         for distortion, magnitude in ((0.0, 0.0), (1.0, MAGNITUDE))
     )
-    mirrored = plain.from_pool(tf.constant(images), [0], tf.constant(draws), 255)
+    mirrored = plain.process_batch(tf.constant(images), [0], tf.constant(draws), 255)
     pixels = solarize((mirrored.numpy()[0] + 1) * 127.5, 0.6, 0.7)[None]
     expected = transforms.distort(
-        tf.constant(pixels, tf.float32), draws[:, transforms.COLOUR], 1.0, 255
+        tf.constant(pixels, tf.float32), draws[:, transforms.COLOUR_COLUMNS], 1.0, 255
     )
-    got = full.from_pool(tf.constant(images), [0], tf.constant(draws), 255)
+    got = full.process_batch(tf.constant(images), [0], tf.constant(draws), 255)
     np.testing.assert_allclose((got + 1) * 127.5, expected, atol=0.05)
 
 

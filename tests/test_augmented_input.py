@@ -86,7 +86,7 @@ def test_binary_images_are_shown_as_they_are(tmp_path, figures):
 @pytest.mark.parametrize(
     ("name", "num_examples", "message"),
     [
-        ("x.nope", 2, "x.nope cannot be written: expected an extension of .*.png"),
+        ("x.nope", 2, "x.nope cannot be written: expected one of the extensions .*.png"),
         ("file/x.png", 2, "file/x.png cannot be written: "),
         ("x.png", 0, "cannot show 0 examples"),
     ],

@@ -57,7 +57,7 @@ def test_the_144_crops_equal_the_reference(height, width):
     squares = GOOGLENET.extract_squares(image[None], 224)
     crops = GOOGLENET.cut(squares, 224).numpy()
     assert crops.shape == expected.shape == (144, 224, 224, 3)
-    # Resized windows are computed in another batch here, with different rounding.
+    # The reference resizes whole squares in other batches, with different rounding.
     np.testing.assert_allclose(crops, expected, atol=1e-3)
     slices = [i for i, crop in enumerate(GOOGLENET.list_crops(224)) if crop.window is not None]
     assert len(slices) == 120
@@ -132,7 +132,7 @@ def encode(image, kind):
 def test_crops_of_an_encoded_image_are_in_the_networks_range(kind):
     encoded = encode(photograph(300, 400), kind)
     preprocessing = CropPreprocessing(IMAGENET, GOOGLENET)
-    squares = preprocessing.from_encoded(encoded, None, 3)
+    squares = preprocessing.process_encoded(encoded, None, 3)
     crops = preprocessing.cut(tuple(s[None] for s in squares))
     decoded = tf.io.decode_image(encoded)
     if kind == "jpeg":
@@ -142,11 +142,11 @@ def test_crops_of_an_encoded_image_are_in_the_networks_range(kind):
 
 
 def test_the_single_crop_is_the_centre_window_of_the_first_scale():
-    # 256 is a simple fraction of this side, so that both crops are resized from the same pixels.
+    # 512 is a multiple of 256, so that both crops are resized from the same pixels.
     image = photograph(512, 800)
     encoded = encode(image, "png")
     single = CropPreprocessing(IMAGENET, SINGLE_CROP)
-    shown = single.cut(single.from_encoded(encoded, None, 3)[None])[0]
+    shown = single.cut(single.process_encoded(encoded, None, 3)[None])[0]
     squares = SINGLE_CROP.extract_squares(image[None], 224)
     cut = SINGLE_CROP.cut(squares, 224)[0] / 127.5 - 1
     np.testing.assert_allclose(shown, cut, atol=1e-5)
@@ -157,7 +157,7 @@ def test_crops_of_images_in_memory_are_in_the_networks_range(binary):
     # Like the digits: one channel, 17 grey levels, 8x8.
     pool = np.random.default_rng(0).integers(0, 17, (5, 8, 8, 1), np.uint8)
     preprocessing = CropPreprocessing(Preprocessing((8, 8), "none", False, 0.0, binary), GOOGLENET)
-    squares = preprocessing.from_pool(tf.constant(pool), tf.constant([3, 1]), None, 16)
+    squares = preprocessing.process_batch(tf.constant(pool), tf.constant([3, 1]), None, 16)
     crops = preprocessing.cut(squares).numpy().reshape(2, 144, 8, 8, 1)
     pixels = GOOGLENET.cut(GOOGLENET.extract_squares(pool[[3, 1]], 8), 8).numpy()
     pixels = pixels.reshape(crops.shape)

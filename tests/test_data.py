@@ -104,7 +104,7 @@ def open_tiny(request, data_dir):
 
 
 class Pipelines:
-    """A strategy of several hosts, with the datasets of all hosts in one process."""
+    """A stand-in for a strategy on several hosts, with the datasets of all hosts in one process."""
 
     def __init__(self, num_pipelines, num_replicas):
         self.num_replicas_in_sync = num_replicas
@@ -136,8 +136,8 @@ class Pipelines:
 ONE = Pipelines(1, 1)
 
 
-def train(data, steps, start_step=0, global_batch_size=GLOBAL_BATCH_SIZE, strategy=ONE):
-    """Returns the global batches of the first steps, a list of [images, labels]."""
+def train_batches(data, steps, start_step=0, global_batch_size=GLOBAL_BATCH_SIZE, strategy=ONE):
+    """Returns the global batches [images, labels] of `steps` steps from `start_step` on."""
     datasets = data.train_batches(strategy, global_batch_size, start_step)
     return strategy.global_batches(datasets, steps)
 
@@ -161,12 +161,12 @@ def test_data_describes_its_source(open_tiny):
 
 
 def test_each_epoch_is_a_different_permutation(open_tiny):
-    steps = NUM_EXAMPLES  # Batches of 8: eight epochs.
-    epochs = labels_of(train(open_tiny(), steps)).reshape(GLOBAL_BATCH_SIZE, NUM_EXAMPLES)
+    steps = NUM_EXAMPLES  # Eight epochs, in batches of 8.
+    epochs = labels_of(train_batches(open_tiny(), steps)).reshape(GLOBAL_BATCH_SIZE, NUM_EXAMPLES)
     for epoch in epochs:
         np.testing.assert_array_equal(np.sort(epoch), np.arange(NUM_EXAMPLES))
     assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
-    other = labels_of(train(open_tiny(seed=4), steps)).reshape(epochs.shape)
+    other = labels_of(train_batches(open_tiny(seed=4), steps)).reshape(epochs.shape)
     assert (other != epochs).any(axis=1).all()
 
 
@@ -174,35 +174,38 @@ def test_shuffling_shards_keeps_the_stored_order_in_memory(data_dir):
     config = settings(name="tiny_thumbnails", data_dir=data_dir, shuffle="shards")
     data = pipeline.open_data(**config, seed=3)
     assert isinstance(data._train, ArrayBatches)
-    steps = NUM_EXAMPLES  # Batches of 8: eight epochs.
-    labels = labels_of(train(data, steps))
+    steps = NUM_EXAMPLES  # Eight epochs, in batches of 8.
+    labels = labels_of(train_batches(data, steps))
     stored = data._source.train.labels
     np.testing.assert_array_equal(labels, np.tile(stored, GLOBAL_BATCH_SIZE))
     start = NUM_EXAMPLES // GLOBAL_BATCH_SIZE + 1
-    later = labels_of(train(data, 5, start))
+    later = labels_of(train_batches(data, 5, start))
     np.testing.assert_array_equal(later, labels[start * GLOBAL_BATCH_SIZE :][: later.size])
     # Random crops still differ between epochs.
-    images = np.concatenate([images for images, *_ in train(data, steps)])
+    images = np.concatenate([images for images, *_ in train_batches(data, steps)])
     assert (images[:NUM_EXAMPLES] != images[NUM_EXAMPLES : 2 * NUM_EXAMPLES]).any()
 
 
-def orders(count, seeds, epochs):
+def permuted_orders(count, seeds, epochs):
     """Returns the order of `count` examples, a row for each seed and epoch."""
     indices = tf.tile(tf.range(count, dtype=tf.int64), [len(epochs)])
-    number = tf.repeat(tf.constant(epochs, tf.int64), count)
-    rows = [RandomNumbers(seed).permute_examples(indices, count, number) for seed in seeds]
+    counters = tf.repeat(tf.constant(epochs, tf.int64), count)
+    rows = [RandomNumbers(seed).permute_examples(indices, count, counters) for seed in seeds]
     return np.concatenate([row.numpy().reshape(-1, count) for row in rows])
 
 
 def test_permutations_of_different_seeds_and_epochs_are_independent():
     """TensorFlow's index_shuffle alone repeats after 256 seeds, and neighbours correlate."""
-    many = orders(47, seeds=[0], epochs=range(2000))
+    many = permuted_orders(47, seeds=[0], epochs=range(2000))
     assert len({tuple(order) for order in many}) == 2000
-    # Each example is equally often at each place: chi-square over its degrees of freedom is
-    # 1 +- 0.2 for one place, and its mean over 47 places is close to 1.
-    counts = np.stack([np.bincount(place, minlength=47) for place in many.T])
+    # Each example is equally often at each position: chi-square over its degrees of freedom is
+    # 1 +- 0.2 for one position, and its mean over 47 positions is close to 1.
+    counts = np.stack([np.bincount(position, minlength=47) for position in many.T])
     np.testing.assert_allclose(((counts - 2000 / 47) ** 2).mean() * 47 / 2000, 1, atol=0.15)
-    for large in (orders(60_000, [0], range(3)), orders(60_000, range(3), [0])):
+    for large in (
+        permuted_orders(60_000, [0], range(3)),
+        permuted_orders(60_000, range(3), [0]),
+    ):
         np.testing.assert_allclose(np.corrcoef(large), np.eye(3), atol=0.02)
         # By chance, one pair of stored neighbours stays together per epoch.
         assert ((np.diff(large, axis=1) == 1).sum(axis=1) < 10).all()
@@ -210,7 +213,9 @@ def test_permutations_of_different_seeds_and_epochs_are_independent():
 
 def test_an_example_is_augmented_differently_in_each_epoch(open_tiny):
     images = {}
-    for batch_images, labels in train(open_tiny(), 2 * NUM_EXAMPLES // GLOBAL_BATCH_SIZE + 2):
+    for batch_images, labels in train_batches(
+        open_tiny(), 2 * NUM_EXAMPLES // GLOBAL_BATCH_SIZE + 2
+    ):
         for image, label in zip(batch_images, labels, strict=True):
             images.setdefault(label, []).append(image)
     twice = [seen for seen in images.values() if len(seen) > 1]
@@ -219,12 +224,12 @@ def test_an_example_is_augmented_differently_in_each_epoch(open_tiny):
 
 
 def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one(open_tiny):
-    uninterrupted = train(open_tiny(), 44)
+    uninterrupted = train_batches(open_tiny(), 44)
     # A new Data, as in another process. Starts within the first epoch, around its end (47 examples,
     # step 5.9) and far beyond; in memory a chunk has 16 steps.
     data = open_tiny()
     for start_step in (1, 5, 6, 16, 39):
-        assert_same(train(data, 5, start_step), uninterrupted[start_step : start_step + 5])
+        assert_same(train_batches(data, 5, start_step), uninterrupted[start_step : start_step + 5])
 
 
 @pytest.mark.parametrize(("num_pipelines", "num_replicas"), [(1, 2), (2, 4)])
@@ -233,7 +238,7 @@ def test_replicas_together_see_the_batches_of_one_replica(open_tiny, num_pipelin
     rows = GLOBAL_BATCH_SIZE // num_replicas
     datasets = data.train_batches(strategy, GLOBAL_BATCH_SIZE, 3)
     for replicas, (images, labels) in zip(
-        strategy.replica_batches(datasets, 14), train(data, 14, start_step=3), strict=True
+        strategy.replica_batches(datasets, 14), train_batches(data, 14, start_step=3), strict=True
     ):
         for r, (own_images, own_labels) in enumerate(replicas):
             np.testing.assert_array_equal(own_images, images[r * rows : (r + 1) * rows])
@@ -243,7 +248,7 @@ def test_replicas_together_see_the_batches_of_one_replica(open_tiny, num_pipelin
 def test_a_mirrored_strategy_sees_the_same_batches(open_tiny, two_replicas):
     data = open_tiny()
     distributed = iter(data.train_batches(two_replicas, GLOBAL_BATCH_SIZE, start_step=4))
-    for expected in train(data, 4, start_step=4):
+    for expected in train_batches(data, 4, start_step=4):
         batch = next(distributed)
         got = [np.concatenate([value.numpy() for value in part.values]) for part in batch]
         assert_same([got], [expected])
@@ -308,7 +313,7 @@ def test_images_from_files_equal_images_in_memory(data_dir, monkeypatch):
 
 
 def shards_in_order(data_dir, split):
-    """Returns the labels of each shard, in the order of its file."""
+    """Returns the labels of each shard in stored order."""
     config = settings(name="tiny_photographs", data_dir=data_dir)
     source = sources.open_source(config.name, data_dir, split, "validation", 0)
     return [
@@ -320,8 +325,8 @@ def shards_in_order(data_dir, split):
     ]
 
 
-def whole_shards(shards, epoch):
-    """Splits the labels of an epoch wherever the labels so far form whole shards.
+def split_at_whole_shards(shards, epoch):
+    """Splits the labels of an epoch wherever those since the last split form whole shards.
 
     Returns:
       The numbers of the shards and the labels of each piece.
@@ -342,10 +347,12 @@ def test_shuffling_shards_keeps_the_order_within_each_shard(data_dir):
     config = settings(name="tiny_photographs", data_dir=data_dir, shuffle="shards")
     shards = shards_in_order(data_dir, "train")
     assert len(shards) == NUM_SHARDS
-    epochs = labels_of(train(pipeline.open_data(**config, seed=0), NUM_EXAMPLES)).reshape(8, -1)
+    epochs = labels_of(train_batches(pipeline.open_data(**config, seed=0), NUM_EXAMPLES)).reshape(
+        8, -1
+    )
     orders = set()
     for epoch in epochs:
-        pieces = whole_shards(shards, epoch)
+        pieces = split_at_whole_shards(shards, epoch)
         assert [labels for _, labels in pieces] == [shards[number] for (number,), _ in pieces]
         orders.add(tuple(numbers for numbers, _ in pieces))
     assert len(orders) > 1
@@ -358,10 +365,12 @@ def test_shuffling_examples_permutes_within_groups_of_shards(data_dir, monkeypat
     info = TinyPhotographs(data_dir=data_dir).info
     shard_bytes = info.splits["train"].num_bytes / NUM_SHARDS
     monkeypatch.setattr(shard_batches, "GROUP_BYTES", int((group_shards + 0.5) * shard_bytes))
-    epochs = labels_of(train(pipeline.open_data(**config, seed=0), NUM_EXAMPLES)).reshape(8, -1)
+    epochs = labels_of(train_batches(pipeline.open_data(**config, seed=0), NUM_EXAMPLES)).reshape(
+        8, -1
+    )
     orders = set()
     for epoch in epochs:
-        pieces = whole_shards(shards, epoch)
+        pieces = split_at_whole_shards(shards, epoch)
         sizes = [len(numbers) for numbers, _ in pieces]
         assert sizes == ([1] * NUM_SHARDS if group_shards == 1 else [2, 2, 2, 1])
         for numbers, labels in pieces:
@@ -377,7 +386,7 @@ def test_a_resumed_run_reads_only_the_shards_that_follow(tmp_path, monkeypatch):
     TinyPhotographs(data_dir=tmp_path).download_and_prepare(download_config=download)
     monkeypatch.setattr(shard_batches, "GROUP_BYTES", 0)
     data = pipeline.open_data(**settings(name="tiny_photographs", data_dir=str(tmp_path)), seed=0)
-    whole = train(data, 22, global_batch_size=2)
+    whole = train_batches(data, 22, global_batch_size=2)
     shards = shards_in_order(str(tmp_path), "train")
     last = next(n for n, shard in enumerate(shards) if whole[-1][1][-1] in shard)
     paths = data._train._shards.paths
@@ -385,9 +394,9 @@ def test_a_resumed_run_reads_only_the_shards_that_follow(tmp_path, monkeypatch):
         records = list(tf.data.TFRecordDataset(path).as_numpy_iterator())
         with tf.io.TFRecordWriter(path) as writer:
             writer.write(records[0])
-    assert_same(train(data, 1, start_step=21, global_batch_size=2), whole[-1:])
+    assert_same(train_batches(data, 1, start_step=21, global_batch_size=2), whole[-1:])
     with pytest.raises(tf.errors.OpError, match="fewer readable records.*tiny_photographs-train"):
-        train(data, 1)
+        train_batches(data, 1)
 
 
 def test_splits_may_be_slices(data_dir, monkeypatch):
@@ -401,7 +410,7 @@ def test_splits_may_be_slices(data_dir, monkeypatch):
         monkeypatch.setattr(tfds_sets, "MEMORY_LIMIT_BYTES", limit)
         data = pipeline.open_data(**config, seed=0)
         assert (data.num_train_examples, data.num_validation_examples) == (30, 17)
-        trained = set(labels_of(train(data, 5, global_batch_size=6)))
+        trained = set(labels_of(train_batches(data, 5, global_batch_size=6)))
         datasets, num_steps = data.validation_batches(ONE, 17)
         validated = set(labels_of(ONE.global_batches(datasets, num_steps)))
         assert len(trained) == 30 and len(validated) == 17 and not trained & validated
@@ -426,11 +435,11 @@ def test_digits_are_those_of_scikit_learn():
     np.testing.assert_array_equal(images[..., 0], digits.images[held_out] / 8 - 1)
     assert np.bincount(labels).min() >= 34 and np.bincount(labels).max() <= 36
 
-    [(trained, _)] = train(data, 1, global_batch_size=1442)
+    [(trained, _)] = train_batches(data, 1, global_batch_size=1442)
     assert len({image.tobytes() for image in [*trained, *images]}) == 1797
 
     binary = pipeline.open_data(**settings(name="digits", **plain, binary=True), seed=0)
-    [(images, _)] = train(binary, 1)
+    [(images, _)] = train_batches(binary, 1)
     assert set(images.ravel()) == {0.0, 1.0}
 
 
@@ -438,13 +447,13 @@ def test_synthetic_images_have_the_size_of_imagenet_and_learnable_labels():
     data = pipeline.open_data(**settings(name="synthetic", image_size=20), seed=0)
     assert data.input_shape == (20, 20, 3) and data.num_classes == 1000
     assert data.num_train_examples == 1_281_167
-    batches = train(data, 4, global_batch_size=64)
+    batches = train_batches(data, 4, global_batch_size=64)
     labels = labels_of(batches)
     assert labels.min() >= 0 and labels.max() < 1000 and len(set(labels)) > 32
     datasets, num_steps = data.validation_batches(ONE, 300)
     validation = ONE.global_batches(datasets, num_steps)
     assert sum(weights.sum() for *_, weights in validation) == data.num_validation_examples
-    # Images with the same label are equal, and so can be learned.
+    # Images with the same label are equal, so that the labels can be learned.
     images, seen, _ = validation[0]
     for label in set(seen):
         same = images[seen == label]
@@ -499,7 +508,7 @@ def test_the_error_for_a_failed_download_suggests_digits(tmp_path, monkeypatch):
 
 def test_the_error_for_missing_imagenet_says_how_to_prepare_it(tmp_path):
     config = settings(name="imagenet2012", data_dir=str(tmp_path))
-    with pytest.raises(UsageError, match="imagenet2012.*[Mm]anual") as caught:
+    with pytest.raises(UsageError, match="imagenet2012.*bn-keras prepare --manual_dir") as caught:
         pipeline.open_data(**config, seed=0)
     assert "\n" not in str(caught.value)
 
@@ -513,7 +522,7 @@ def test_replicas_must_divide_the_global_batch(two_replicas, global_batch_size):
 
 
 def test_dropping_an_iterator_that_reads_ahead_does_not_crash():
-    """In a separate process, which a crash of TensorFlow's multi-device iterator would end."""
+    """Runs in a separate process, which a crash of TensorFlow's multi-device iterator would end."""
     program = """
 import tensorflow as tf
 from bn_keras.data import pipeline

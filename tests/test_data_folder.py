@@ -10,7 +10,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
 from small import small_mlp
-from test_data import ONE, Pipelines, assert_same, labels_of, train
+from test_data import ONE, Pipelines, assert_same, labels_of, train_batches
 
 from bn_keras.data import pipeline, shard_batches
 from bn_keras.data.unreadable import UnreadableExamples
@@ -86,7 +86,7 @@ def test_classes_are_the_sorted_folders_with_all_their_images(root):
     seen = {(label, level) for label, level in zip(labels, levels(images), strict=True)}
     assert weights.sum() == 12
     assert seen == {(c, grey_level(c, i)) for c in range(3) for i in range(NUM_VALIDATION)}
-    batches = train(data, 5, global_batch_size=6)
+    batches = train_batches(data, 5, global_batch_size=6)
     seen = {level for images, _ in batches for level in levels(images)}
     assert seen == {grey_level(c, i) for c in range(3) for i in range(NUM_TRAIN)}
 
@@ -94,19 +94,19 @@ def test_classes_are_the_sorted_folders_with_all_their_images(root):
 @pytest.mark.parametrize("shuffle", ["examples", "shards"])
 def test_the_order_mixes_all_classes_and_is_resumable_anywhere(root, shuffle):
     data = open_folder(root, shuffle=shuffle, crop="inception", mirror=True, distortion=1.0)
-    uninterrupted = train(data, STEPS)
+    uninterrupted = train_batches(data, STEPS)
     # 30 examples of 3 classes: sorted by class, the first 8 would have one class.
     assert len(set(uninterrupted[0][1])) > 1
     for start_step in (3, 7):
-        assert_same(train(data, 1, start_step), uninterrupted[start_step : start_step + 1])
+        assert_same(train_batches(data, 1, start_step), uninterrupted[start_step : start_step + 1])
     for strategy in (Pipelines(1, 2), Pipelines(2, 2)):
-        assert_same(train(data, 2, 3, strategy=strategy), uninterrupted[3:5])
+        assert_same(train_batches(data, 2, 3, strategy=strategy), uninterrupted[3:5])
 
 
 def test_batches_do_not_depend_on_the_piece_size(root, monkeypatch):
-    whole = train(open_folder(root), 2, global_batch_size=12)
+    whole = train_batches(open_folder(root), 2, global_batch_size=12)
     monkeypatch.setattr(shard_batches, "MAX_PIECE", 5)
-    assert_same(train(open_folder(root), 2, global_batch_size=12), whole)
+    assert_same(train_batches(open_folder(root), 2, global_batch_size=12), whole)
 
 
 def test_percentages_split_each_class_separately(root):
@@ -117,7 +117,9 @@ def test_percentages_split_each_class_separately(root):
     assert weights.all() and list(np.bincount(labels)) == [3, 3, 3]
     validated = set(levels(validate(data)[0]))
     trained = {
-        level for images, _ in train(data, 7, global_batch_size=3) for level in levels(images)
+        level
+        for images, _ in train_batches(data, 7, global_batch_size=3)
+        for level in levels(images)
     }
     assert len(trained) == 21 and len(validated) == 9 and not trained & validated
     # A new image moves at most one other image to the other part.
@@ -135,7 +137,7 @@ def remove(path):
 
 
 @pytest.mark.parametrize(
-    ("change", "settings_", "message"),
+    ("damage", "changes", "message"),
     [
         (None, {"data_dir": ""}, "data.data_dir='' is not a folder.*train/CLASS/IMAGE"),
         (None, {"train_split": "trian"}, r"no folder 'trian' in .*has 'train', 'validation'"),
@@ -161,11 +163,11 @@ def remove(path):
         ),
     ],
 )
-def test_invalid_folders_are_reported_on_one_line(root, change, settings_, message):
-    if change:
-        change(root)
+def test_invalid_folders_are_reported_on_one_line(root, damage, changes, message):
+    if damage:
+        damage(root)
     with pytest.raises(UsageError, match=message) as caught:
-        open_folder(root, **settings_)
+        open_folder(root, **changes)
     assert "\n" not in str(caught.value)
 
 
@@ -224,7 +226,7 @@ def test_an_unreadable_image_stops_the_run_and_is_named(root, kind):
     path.write_bytes(UNREADABLE[kind])
     data = open_folder(root)
     with pytest.raises(UsageError) as caught, data.reporting_errors():
-        train(data, STEPS)
+        train_batches(data, STEPS)
     message = str(caught.value)
     assert str(path) in message and "data.max_bad_examples=0 accepts no more" in message
     assert "\n" not in message and "{{" not in message and "Op:" not in message
@@ -241,11 +243,11 @@ def corrupt(root):
 
 def test_unreadable_training_examples_are_replaced_and_nothing_else_changes(root, caplog):
     random = {"crop": "inception", "mirror": True, "distortion": 1.0}
-    intact = train(open_folder(root, **random), STEPS)
+    intact = train_batches(open_folder(root, **random), STEPS)
     corrupt_paths = corrupt(root)
     data = open_folder(root, max_bad_examples=3, **random)
     with data.reporting_errors():
-        got = train(data, STEPS)
+        got = train_batches(data, STEPS)
     changed = [
         (step, row)
         for step, (new, old) in enumerate(zip(got, intact, strict=True))
@@ -255,7 +257,7 @@ def test_unreadable_training_examples_are_replaced_and_nothing_else_changes(root
     # Two epochs and four examples of a third; in each epoch three examples are replaced.
     assert 6 <= len(changed) <= 9
     corrupt_levels = {grey_level(0, 1), grey_level(0, 2), grey_level(2, 5)}
-    plain = train(open_folder(root, max_bad_examples=3), STEPS)
+    plain = train_batches(open_folder(root, max_bad_examples=3), STEPS)
     assert not corrupt_levels & {level for images, _ in plain for level in levels(images)}
     for path in corrupt_paths[:3]:
         assert sum(str(path) in record.message for record in caplog.records) == 2
@@ -264,7 +266,7 @@ def test_unreadable_training_examples_are_replaced_and_nothing_else_changes(root
     for strategy, start_step in ((ONE, 4), (Pipelines(1, 2), 0), (Pipelines(2, 2), 2)):
         again = open_folder(root, max_bad_examples=3, **random)
         steps = STEPS - start_step
-        assert_same(train(again, steps, start_step, strategy=strategy), got[start_step:])
+        assert_same(train_batches(again, steps, start_step, strategy=strategy), got[start_step:])
 
 
 def test_more_unreadable_examples_than_the_limit_stop_the_run(root):
@@ -272,7 +274,7 @@ def test_more_unreadable_examples_than_the_limit_stop_the_run(root):
     data = open_folder(root, max_bad_examples=2)
     with pytest.raises(UsageError, match="data.max_bad_examples=2") as caught:
         with data.reporting_errors():
-            train(data, STEPS)
+            train_batches(data, STEPS)
     assert any(str(path) in str(caught.value) for path in corrupt_paths)
 
 
@@ -311,7 +313,7 @@ def test_a_run_reports_the_number_of_readable_validation_examples(root, tmp_path
 
 
 class Damaged(tfds.core.GeneratorBasedBuilder):
-    """Three classes of grey images."""
+    """Grey images in three classes, to be damaged by a test."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -338,7 +340,7 @@ class Damaged(tfds.core.GeneratorBasedBuilder):
 
 @pytest.fixture
 def damaged(tmp_path):
-    """The folder of a TFRecord set, and a function that changes one of its records."""
+    """The folder of the TFRecord set `Damaged`, and a function that changes one of its records."""
     tfds.disable_progress_bar()
     builder = Damaged(data_dir=tmp_path)
     download = tfds.download.DownloadConfig(num_shards=3)
@@ -370,11 +372,11 @@ def test_an_unreadable_record_is_named_by_its_file_name_and_place(damaged, shuff
     name = change(2, **features)
     changes = {"name": "damaged", "shuffle": shuffle, "max_bad_examples": 1}
     data = open_folder(data_dir, **changes)
-    labels = labels_of(train(data, 3, global_batch_size=4))
+    labels = labels_of(train_batches(data, 3, global_batch_size=4))
     assert len(labels) == 12 and data._unreadable_train._names == {name}
     data = open_folder(data_dir, **changes | {"max_bad_examples": 0})
     with pytest.raises(UsageError) as caught, data.reporting_errors():
-        train(data, 3, global_batch_size=4)
+        train_batches(data, 3, global_batch_size=4)
     assert name in str(caught.value)
 
 
@@ -392,7 +394,7 @@ def test_a_damaged_file_of_records_is_named(damaged, monkeypatch, position):
         UsageError, match="fewer readable records.*prepare the data set again"
     ) as caught:
         with data.reporting_errors():
-            train(data, 3, global_batch_size=4)
+            train_batches(data, 3, global_batch_size=4)
     assert "\n" not in str(caught.value) and path.name in str(caught.value)
 
 

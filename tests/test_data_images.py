@@ -1,4 +1,4 @@
-"""Crops, mirroring and colours against NumPy and tf.image."""
+"""Decoding, crops, mirroring and colours against NumPy, Pillow and tf.image."""
 
 import cmath
 import io
@@ -24,7 +24,7 @@ def pool(n=5, height=12, width=10, channels=3, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (n, height, width, channels), np.uint8)
 
 
-def preprocessing(**changes):
+def make_preprocessing(**changes):
     settings = {"size": (12, 10), "crop": "none", "mirror": False, "distortion": 0.0}
     return Preprocessing(**{**settings, "binary": False, **changes})
 
@@ -98,51 +98,55 @@ def test_resample_interpolates_between_the_corner_pixels_of_the_window(mirrored)
             np.linspace(top, top + height - 1, 6),
             np.linspace(left, left + width - 1, 8),
         )
-        # The corners are taken 0.001 pixels further in: 0.26 of 255 at most in each direction.
+        # The corners are inset by 0.001 pixels: 0.26 of 255 at most in each direction.
         np.testing.assert_allclose(result, expected[:, ::-1] if mirrored else expected, atol=0.6)
 
 
 def test_shift_in_memory_moves_whole_pixels_and_fills_with_grey():
     images, draws = pool(n=40, height=32, width=24), uniforms(40)
-    prepared = preprocessing(size=(32, 24), crop="shift", mirror=True)
-    got = prepared.from_pool(tf.constant(images), tf.range(40), tf.constant(draws), 255)
+    preprocessing = make_preprocessing(size=(32, 24), crop="shift", mirror=True)
+    got = preprocessing.process_batch(tf.constant(images), tf.range(40), tf.constant(draws), 255)
     moves = transforms.shift_offsets(draws[:, :2], 32, 24).numpy()
     assert set(moves[:, 0]) <= set(range(-4, 5)) and set(moves[:, 1]) <= set(range(-3, 4))
     assert len(set(moves[:, 0])) == 9 and len(set(moves[:, 1])) == 7
     for image, (down, right), draw, result in zip(images, moves, draws, got, strict=True):
         padded = np.pad(image.astype(np.float32), [(4, 4), (3, 3), (0, 0)], constant_values=127.5)
         expected = padded[4 - down : 36 - down, 3 - right : 27 - right]
-        if draw[transforms.MIRROR] < 0.5:
+        if draw[transforms.MIRROR_COLUMN] < 0.5:
             expected = expected[:, ::-1]
         np.testing.assert_allclose(result, expected / 127.5 - 1, atol=1e-6)
 
 
 def test_shifting_one_image_equals_shifting_a_batch():
     images, draws = pool(height=32, width=24), uniforms(5)
-    prepared = preprocessing(size=(32, 24), crop="shift", mirror=True, distortion=1.0)
-    in_memory = prepared.from_pool(tf.constant(images), tf.range(5), tf.constant(draws), 255)
+    preprocessing = make_preprocessing(size=(32, 24), crop="shift", mirror=True, distortion=1.0)
+    in_memory = preprocessing.process_batch(
+        tf.constant(images), tf.range(5), tf.constant(draws), 255
+    )
     for image, draw, expected in zip(images, draws, in_memory, strict=True):
-        got = prepared.from_encoded(tf.io.encode_png(image), tf.constant(draw), 3)
+        got = preprocessing.process_encoded(tf.io.encode_png(image), tf.constant(draw), 3)
         np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_without_augmentation_images_are_only_scaled():
     images = pool()
-    got = preprocessing().from_pool(tf.constant(images), [4, 2], tf.constant(uniforms(2)), 255)
+    got = make_preprocessing().process_batch(
+        tf.constant(images), [4, 2], tf.constant(uniforms(2)), 255
+    )
     np.testing.assert_allclose(got, images[[4, 2]] / 127.5 - 1, atol=1e-6)
 
 
 def test_evaluation_uses_no_augmentation():
     images = pool(height=16, width=16)
-    prepared = preprocessing(size=(14, 14), crop="inception", mirror=True, distortion=1.0)
-    got = prepared.from_pool(tf.constant(images), tf.range(5), None, 255)
+    preprocessing = make_preprocessing(size=(14, 14), crop="inception", mirror=True, distortion=1.0)
+    got = preprocessing.process_batch(tf.constant(images), tf.range(5), None, 255)
     np.testing.assert_allclose(got, images[:, 1:15, 1:15] / 127.5 - 1, atol=1e-6)
 
 
 def test_binary_images_are_thresholded_at_one_half():
     images = np.arange(17, dtype=np.uint8).reshape(1, 1, 17, 1)
-    prepared = preprocessing(size=(1, 17), binary=True)
-    got = prepared.from_pool(tf.constant(images), [0], None, 16).numpy().ravel()
+    preprocessing = make_preprocessing(size=(1, 17), binary=True)
+    got = preprocessing.process_batch(tf.constant(images), [0], None, 16).numpy().ravel()
     np.testing.assert_array_equal(got, [0.0] * 8 + [1.0] * 9)
 
 
@@ -159,10 +163,10 @@ def test_a_crop_inside_the_decoder_equals_a_crop_of_the_decoded_image(training):
     encoded = tf.io.encode_jpeg(photograph(), chroma_downsampling=False)
     method = "INTEGER_FAST" if training else "INTEGER_ACCURATE"
     whole = tf.io.encode_png(tf.io.decode_jpeg(encoded, dct_method=method))
-    prepared = preprocessing(size=(32, 32), crop="inception", mirror=True)
+    preprocessing = make_preprocessing(size=(32, 32), crop="inception", mirror=True)
     for draw in uniforms(5):
         draw = tf.constant(draw) if training else None
-        got, expected = (prepared.from_encoded(each, draw, 3) for each in (encoded, whole))
+        got, expected = (preprocessing.process_encoded(each, draw, 3) for each in (encoded, whole))
         np.testing.assert_array_equal(got, expected)
 
 
@@ -175,7 +179,7 @@ def jpeg(pixels, block=None):
 
 
 def exif_block(order="<", entries=((0x0112, 3, 1, 6),), begin=8, count=None):
-    """Builds an EXIF block with entries (tag, type, count, value); the values are 16-bit."""
+    """Builds an EXIF block with entries (tag, type, count, value); values are 16-bit."""
     block = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", begin)
     block += struct.pack(f"{order}H", len(entries) if count is None else count)
     for entry in entries:
@@ -190,7 +194,7 @@ def upright(encoded):
 
 @pytest.fixture(scope="module")
 def decoder():
-    """transforms.decode as a graph, as it is used."""
+    """transforms.decode as a tf.function, as in the input pipeline."""
     return tf.function(lambda encoded: transforms.decode(encoded, 3))
 
 
@@ -198,7 +202,7 @@ def decoder():
 def test_photographs_are_rotated_upright_from_every_orientation(decoder, order):
     pixels, seen = photograph(48, 64), set()
     for orientation in range(1, 9):
-        # Among other entries, as in a photograph.
+        # The orientation is among other entries, as in a photograph.
         entries = [(0x010F, 3, 1, 6), (0x0112, 3, 1, orientation), (0x0128, 3, 1, 2)]
         encoded = jpeg(pixels, exif_block(order, entries))
         got, expected = decoder(encoded).numpy(), upright(encoded)
@@ -216,9 +220,9 @@ def test_exif_blocks_written_by_pillow_are_read(decoder):
 
 
 def test_an_exif_block_behind_a_colour_profile_is_read(decoder):
-    plain, noted = jpeg(photograph(48, 64)), exif_block()
+    plain, block = jpeg(photograph(48, 64)), exif_block()
     segments = b"\xff\xe2" + struct.pack(">H", 3002) + bytes(3000)
-    segments += b"\xff\xe1" + struct.pack(">H", len(noted) + 2) + noted
+    segments += b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block
     encoded = plain[:20] + segments + plain[20:]
     np.testing.assert_array_equal(decoder(encoded), upright(encoded))
     assert decoder(encoded).shape == (64, 48, 3)
@@ -277,8 +281,8 @@ def test_bytes_beyond_the_exif_block_are_ignored(decoder):
 @pytest.mark.parametrize("training", [False, True])
 def test_crops_are_cut_from_the_upright_image(training):
     method = "INTEGER_FAST" if training else "INTEGER_ACCURATE"
-    prepared = preprocessing(size=(32, 32), crop="inception", mirror=True)
-    crop = tf.function(lambda *arguments: prepared.from_encoded(*arguments, 3))
+    preprocessing = make_preprocessing(size=(32, 32), crop="inception", mirror=True)
+    crop = tf.function(lambda *arguments: preprocessing.process_encoded(*arguments, 3))
     for orientation, draw in zip(range(1, 9), uniforms(8), strict=True):
         encoded = jpeg(photograph(), exif_block(entries=[(0x0112, 3, 1, orientation)]))
         stored = tf.io.decode_jpeg(encoded, dct_method=method, fancy_upscaling=False)
@@ -291,7 +295,7 @@ def test_crops_are_cut_from_the_upright_image(training):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_grey_images_are_decoded_to_the_requested_channels(encode, channels):
     encoded = encode(np.full((20, 30, 1), 204, np.uint8))
-    got = preprocessing(size=(8, 8)).from_encoded(encoded, None, channels)
+    got = make_preprocessing(size=(8, 8)).process_encoded(encoded, None, channels)
     np.testing.assert_allclose(got, np.full((8, 8, channels), 0.6), atol=2 / 127.5)
 
 
@@ -345,7 +349,7 @@ def test_saturation_scales_and_hue_rotates_the_chroma(mild, amount):
 
 
 def test_saturation_blends_the_image_with_its_luma(mild):
-    """torchvision and Pillow do the same."""
+    """As in torchvision and Pillow."""
     got = transforms.distort(mild, colours(saturation=-0.8), 1.0, 1.0)
     grey = tf.image.rgb_to_grayscale(mild)
     np.testing.assert_allclose(got, 0.6 * mild + 0.4 * grey, atol=2e-4)

@@ -1,4 +1,4 @@
-"""Real data sets, in the folder BN_KERAS_DATA; skipped without them."""
+"""Real data sets, from the folder in BN_KERAS_DATA; skipped without them."""
 
 import os
 from pathlib import Path
@@ -66,7 +66,7 @@ def imagenet(tmp_path_factory):
     data_dir = tmp_path_factory.mktemp("imagenet")
     tfds.disable_progress_bar()
     prepared = prepare_imagenet(manual_dir, data_dir)
-    # The second time nothing is done, even without the archives.
+    # A second call does nothing, even without the archives.
     assert prepare_imagenet("gone", data_dir) == prepared
     return tfds.builder("imagenet2012", data_dir=data_dir)
 
@@ -89,7 +89,7 @@ def test_imagenet_is_augmented_for_training_and_cropped_for_evaluation(imagenet)
         assert np.abs(np.diff(images, axis=2)).mean() < 0.2
         assert labels.min() >= 0 and labels.max() < 1000
 
-    # Evaluation uses a fixed crop; here the whole image is decoded first.
+    # Evaluation uses a fixed crop; the reference decodes the whole image first.
     dataset, num_steps = data.validation_batches(STRATEGY, 32)
     validation = list(dataset.take(num_steps).as_numpy_iterator())
     assert sum(weights.sum() for *_, weights in validation) == num_examples["validation"]

@@ -54,7 +54,7 @@ def mean_probabilities(model, crops, images):
     for image in images:
         if crops.count == 1:
             preprocessing = Preprocessing((SIZE, SIZE), "inception", True, 1.0, binary=False)
-            cut = preprocessing.from_pool(image[None], tf.constant([0]), None, 255)
+            cut = preprocessing.process_batch(image[None], tf.constant([0]), None, 255)
         else:
             cut = crops.cut(crops.extract_squares(image[None], SIZE), SIZE) / 127.5 - 1
         exps = np.exp(model(cut, training=False).numpy().astype(np.float64))

@@ -47,7 +47,7 @@ def test_probabilities_are_averaged_over_crops_and_networks(crops, runs, tmp_pat
     path.write_bytes(as_file(photograph(), "PNG"))
     networks = [load_trained(run) for run in runs]
     preprocessing = CropPreprocessing(networks[0].preprocessing, crops)
-    shown = preprocessing.from_encoded(tf.constant(path.read_bytes()), None, 1)
+    shown = preprocessing.process_encoded(tf.constant(path.read_bytes()), None, 1)
     cut = preprocessing.cut(tf.nest.map_structure(lambda tensor: tensor[None], shown))
     probabilities = np.mean([tf.nn.softmax(n.model(cut)) for n in networks], axis=(0, 1))
     found = make_predictor(runs, crops)(path)

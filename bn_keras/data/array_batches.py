@@ -4,20 +4,20 @@ import math
 
 import tensorflow as tf
 
-from bn_keras.data.batching import PREFETCH, Rows, without_tuning
+from bn_keras.data.batching import PREFETCH, Rows, without_autotuning
 from bn_keras.data.multi_crop import CropPreprocessing
 from bn_keras.data.random_numbers import RandomNumbers
 from bn_keras.data.splits import Arrays
 from bn_keras.data.transforms import Preprocessing
 
-# Batches of small images are made several steps at a time: tf.data takes about 100 microseconds
-# per element, a large part of a small network's step.
+# Batches of small images are computed in chunks of several steps: tf.data takes about 100
+# microseconds per element, a large part of a small network's step.
 CHUNK_BYTES = 2**22
 MAX_CHUNK_STEPS = 16
 
 
 class ArrayBatches:
-    """Batches of a split in memory, processed as whole batches.
+    """Batches of a split in memory; preprocesses several batches at once.
 
     The split counts as one shard. In training, shuffle "examples" permutes the examples anew in
     each epoch; "shards" keeps the stored order in every epoch.
@@ -46,10 +46,10 @@ class ArrayBatches:
         self._is_permuted = shuffle == "examples"
 
     def dataset(self, rows: Rows, start_step: int) -> tf.data.Dataset:
-        """Returns endless batches, one per replica and step: first by step, then by replica."""
+        """Returns endless batches, one per replica and step, ordered by step, then by replica."""
         image_bytes = 4 * self._preprocessing.num_pixels * self._images.shape[-1]
         step_bytes = rows.global_batch_size * image_bytes
-        # Independent of the number of replicas: random numbers are drawn per chunk.
+        # Must not depend on the number of replicas: random numbers are drawn per chunk.
         steps = max(1, min(MAX_CHUNK_STEPS, CHUNK_BYTES // step_bytes))
         chunks = tf.data.Dataset.counter(start_step // steps).map(
             lambda chunk: self._make_chunk(chunk, steps, rows)
@@ -57,7 +57,7 @@ class ArrayBatches:
         batches = chunks.prefetch(PREFETCH).unbatch()
         skipped = start_step % steps * rows.num_replicas
         # One thread keeps up with steps of 100 microseconds and leaves the cores to the network.
-        return without_tuning(batches.skip(skipped) if skipped else batches, threads=1)
+        return without_autotuning(batches.skip(skipped) if skipped else batches, threads=1)
 
     def _make_chunk(self, chunk: tf.Tensor, steps: int, rows: Rows) -> tuple[tf.Tensor, ...]:
         """Returns the batches of several steps: tensors [steps * replicas, batch, ...]."""
@@ -69,17 +69,17 @@ class ArrayBatches:
             weights = [tf.cast(examples < self._num_examples, tf.float32)]
             uniforms = None
         else:
-            places = tf.reshape(step * rows.global_batch_size + row, [-1])
-            epochs, examples = places // self._num_examples, places % self._num_examples
+            positions = tf.reshape(step * rows.global_batch_size + row, [-1])
+            epochs, examples = positions // self._num_examples, positions % self._num_examples
             if self._is_permuted:
                 examples = self._random.permute_examples(examples, self._num_examples, epochs)
             weights = []
-            # Drawn for the whole global batch; this pipeline keeps its rows.
+            # Drawn for the global batch, whatever rows this pipeline keeps.
             drawn = self._random.draw_for_images(chunk, [steps, rows.global_batch_size])
             own = drawn[:, rows.first : rows.first + rows.count]
             uniforms = tf.reshape(own, [-1, drawn.shape[-1]])
         indices = tf.cast(examples % self._images.shape[0], tf.int32)
-        images = self._preprocessing.from_pool(self._images, indices, uniforms, self._white)
+        images = self._preprocessing.process_batch(self._images, indices, uniforms, self._white)
         shape = [steps * rows.num_replicas, rows.per_replica_batch_size]
         return tf.nest.map_structure(
             lambda batch: tf.reshape(batch, [*shape, *batch.shape[1:]]),

@@ -1,11 +1,10 @@
 """Augmentation beyond the paper: RandAugment, MixUp and CutMix.
 
 Like all preprocessing, these are functions of uniform numbers in [0, 1) that the caller draws.
-RandAugment uses the kernels of keras-cv with explicit values: the random generators of its layers
-have a state that their seed does not determine, so that an augmented image would depend on
-everything drawn before it. MixUp and CutMix are implemented here for the same reason, and because
-CutMix of keras-cv 0.9 computes label shares from a box that may extend beyond the image, which is
-wrong by 0.17 on average at alpha 1.
+RandAugment passes explicit values to keras-cv's layers: their own random generators are stateful,
+so that an augmented image would depend on everything drawn before it. MixUp and CutMix are
+implemented here for the same reason, and because keras-cv 0.9's CutMix computes the label weights
+from a box that may extend beyond the image, an error of 0.17 on average at alpha=1.
 """
 
 import dataclasses
@@ -14,24 +13,24 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-# Operations applied to each image in sequence, and standard deviation of their magnitudes
+# Operations applied to each image in sequence, and the standard deviation of their magnitudes
 # (keras-cv's defaults).
 NUM_OPERATIONS = 3
 MAGNITUDE_STDDEV = 0.15
-# Largest value that Solarization adds before it inverts, in keras-cv's policy.
+# Largest value that keras-cv's policy adds to pixels before Solarization inverts them.
 MAX_ADDITION = 110.0
-# Per operation: its choice, and two numbers for magnitude and direction.
+# Per operation: one number for its choice, two for its magnitude and direction.
 RAND_AUGMENT_UNIFORMS = 3 * NUM_OPERATIONS
 
-# Per mixed image: its share, and the position of a box down and right.
+# Per mixed image: the weight of the other image, and the box's centre, vertical and horizontal.
 MIXING_UNIFORMS = 3
 
 _WHITE = 255.0
-_RANGE = (0.0, _WHITE)
-# Bisections of [0, 1] in the search for a share.
+_VALUE_RANGE = (0.0, _WHITE)
+# Bisections of [0, 1] that find a quantile.
 _BISECTIONS = 30
 
-# Function of an image [1, H, W, C] and two uniform numbers [1, 1], to an image of the same shape.
+# Maps an image [1, H, W, C] and two uniform numbers [1, 1] to an image of the same shape.
 Operation = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]
 
 
@@ -75,32 +74,32 @@ def rand_augment(images: tf.Tensor, uniforms: tf.Tensor, magnitude: float) -> tf
 def rand_augment_operations(magnitude: float) -> dict[str, Operation]:
     """Returns the operations of keras_cv.layers.RandAugment by their names in its policy.
 
-    Their values have the same distributions: normal around the magnitude, clipped to [0, 1], or
-    uniform up to the magnitude in either direction. Equalization and auto-contrast have no
-    magnitude. Color degeneration leaves grey images unchanged.
+    Their values are distributed as in keras-cv: normally around the magnitude, clipped to [0, 1],
+    or uniformly between -magnitude and magnitude. Equalization and auto-contrast have no magnitude.
+    Color degeneration leaves grey images unchanged.
     """
-    # Slow to import, and rarely needed.
+    # Imported here because it is slow and rarely needed.
     from keras_cv import layers
 
-    # Independent of the dtype policy of the network.
+    # Whatever the dtype policy of the network.
     dtype = "float32"
-    auto_contrast = layers.AutoContrast(_RANGE, dtype=dtype).augment_images
-    # Branches on the value of a tensor, which requires a tf.function.
-    equalize = tf.function(layers.Equalization(_RANGE, dtype=dtype).augment_images)
-    solarize = layers.Solarization(_RANGE, dtype=dtype).augment_images
+    auto_contrast = layers.AutoContrast(_VALUE_RANGE, dtype=dtype).augment_images
+    # Equalization branches on the value of a tensor, which requires a tf.function.
+    equalize = tf.function(layers.Equalization(_VALUE_RANGE, dtype=dtype).augment_images)
+    solarize = layers.Solarization(_VALUE_RANGE, dtype=dtype).augment_images
     color = layers.RandomColorDegeneration(1.0, dtype=dtype).augment_images
-    contrast = layers.RandomContrast(_RANGE, 1.0, dtype=dtype).augment_images
-    brightness = layers.RandomBrightness(1.0, _RANGE, dtype=dtype).augment_images
+    contrast = layers.RandomContrast(_VALUE_RANGE, 1.0, dtype=dtype).augment_images
+    brightness = layers.RandomBrightness(1.0, _VALUE_RANGE, dtype=dtype).augment_images
     shear = layers.RandomShear(1.0, 1.0, dtype=dtype).augment_images
     translate = layers.RandomTranslation(1.0, 1.0, dtype=dtype).augment_images
 
-    def around(uniform: tf.Tensor) -> tf.Tensor:
+    def normal_magnitude(uniform: tf.Tensor) -> tf.Tensor:
         return tf.clip_by_value(magnitude + MAGNITUDE_STDDEV * tf.math.ndtri(uniform), 0.0, 1.0)
 
-    def either_way(uniform: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
+    def with_random_sign(uniform: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
         return tf.where(uniform < 0.5, -value, value)
 
-    def up_to(uniform: tf.Tensor) -> tf.Tensor:
+    def uniform_magnitude(uniform: tf.Tensor) -> tf.Tensor:
         return magnitude * (2 * uniform - 1)
 
     zero = tf.zeros([1, 1])
@@ -110,26 +109,26 @@ def rand_augment_operations(magnitude: float) -> dict[str, Operation]:
         "solarize": lambda image, first, second: solarize(
             image,
             {
-                "additions": MAX_ADDITION * around(first),
-                "thresholds": _WHITE * (1 - around(second)),
+                "additions": MAX_ADDITION * normal_magnitude(first),
+                "thresholds": _WHITE * (1 - normal_magnitude(second)),
             },
         ),
         "color": lambda image, first, _: (
-            image if image.shape[-1] == 1 else color(image, around(first))
+            image if image.shape[-1] == 1 else color(image, normal_magnitude(first))
         ),
-        "contrast": lambda image, first, _: contrast(image, 1 + up_to(first)),
-        "brightness": lambda image, first, _: brightness(image, _WHITE * up_to(first)),
+        "contrast": lambda image, first, _: contrast(image, 1 + uniform_magnitude(first)),
+        "brightness": lambda image, first, _: brightness(image, _WHITE * uniform_magnitude(first)),
         "shear_x": lambda image, first, second: shear(
-            image, {"shear_x": either_way(second, around(first)), "shear_y": None}
+            image, {"shear_x": with_random_sign(second, normal_magnitude(first)), "shear_y": None}
         ),
         "shear_y": lambda image, first, second: shear(
-            image, {"shear_x": None, "shear_y": either_way(second, around(first))}
+            image, {"shear_x": None, "shear_y": with_random_sign(second, normal_magnitude(first))}
         ),
         "translate_x": lambda image, first, _: translate(
-            image, {"width_translations": up_to(first), "height_translations": zero}
+            image, {"width_translations": uniform_magnitude(first), "height_translations": zero}
         ),
         "translate_y": lambda image, first, _: translate(
-            image, {"width_translations": zero, "height_translations": up_to(first)}
+            image, {"width_translations": zero, "height_translations": uniform_magnitude(first)}
         ),
     }
 
@@ -138,9 +137,9 @@ def rand_augment_operations(magnitude: float) -> dict[str, Operation]:
 class Mixing:
     """MixUp, CutMix, or both in alternating steps: mixes images and their labels in pairs.
 
-    Rows 0 and 1 of the global batch are a pair, rows 2 and 3, and so on. Each image of a pair is
-    mixed with the other one, with its own share. A pair is always on one replica, for any number of
-    replicas, if each has an even number of examples.
+    Rows 0 and 1 of the global batch form a pair, as do rows 2 and 3, and so on. Each image of a
+    pair is mixed with the other one, with a weight of its own. If each replica has an even number
+    of examples, no pair is split between replicas.
 
     Attributes:
       mixup: alpha of MixUp, which blends the images; 0 turns it off.
@@ -157,7 +156,7 @@ class Mixing:
     def mix(
         self, images: tf.Tensor, labels: tf.Tensor, uniforms: tf.Tensor, step: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Mixes the examples of a step, or whole pairs of them.
+        """Mixes the examples of a global batch, or of one replica's part of it.
 
         Args:
           images: float32 [n, H, W, C], n even.
@@ -166,20 +165,19 @@ class Mixing:
           step: integer scalar; with both kinds of mixing, odd steps use CutMix.
 
         Returns:
-          Images of the same shape, and labels float32 [n, num_classes], the share of each class.
+          Images of the same shape, and soft labels, float32 [n, num_classes].
         """
         count, height, width, channels = images.shape
         kinds = [(_mixup_weights, self.mixup), (_cutmix_weights, self.cutmix)]
         branches = [
-            functools.partial(weights_of, uniforms, alpha, height, width)
-            for weights_of, alpha in kinds
+            functools.partial(compute_weights, uniforms, alpha, height, width)
+            for compute_weights, alpha in kinds
             if alpha
         ]
         rows, columns = tf.switch_case(tf.cast(step % len(branches), tf.int32), branches)
         weights = tf.reduce_mean(rows, axis=1) * tf.reduce_mean(columns, axis=1)
         labels = _blend(tf.one_hot(labels, self.num_classes), weights[:, tf.newaxis])
-        # Whole rows of the image at a time; one pixel, three numbers, at a time is several times
-        # slower.
+        # Blending whole image rows is several times faster than blending pixels of three numbers.
         pixels = tf.reshape(images, [count, height, width * channels])
         columns = tf.repeat(columns, channels, axis=1)
         pixels = _blend(pixels, rows[:, :, tf.newaxis] * columns[:, tf.newaxis])
@@ -187,14 +185,14 @@ class Mixing:
 
 
 def _blend(values: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
-    """Blends values [n, ...] with those of the pair's other member.
+    """Blends the values of each row with those of the other row of its pair.
 
     Args:
       values: real [n, ...].
-      weights: weights of the other member, broadcast to the values.
+      weights: weights of the other row, broadcast to the values.
     """
-    neighbours = tf.gather(values, tf.bitwise.bitwise_xor(tf.range(values.shape[0]), 1))
-    return (1 - weights) * values + weights * neighbours
+    others = tf.gather(values, tf.bitwise.bitwise_xor(tf.range(values.shape[0]), 1))
+    return (1 - weights) * values + weights * others
 
 
 def _mixup_weights(
@@ -202,8 +200,8 @@ def _mixup_weights(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns MixUp's weights of the other image: a factor per row [n, H] and column [n, W]."""
     count = uniforms.shape[0]
-    others = beta_quantiles(uniforms[:, :1], alpha)
-    return tf.broadcast_to(others, [count, height]), tf.ones([count, width])
+    weights = beta_quantiles(uniforms[:, :1], alpha)
+    return tf.broadcast_to(weights, [count, height]), tf.ones([count, width])
 
 
 def _cutmix_weights(
@@ -211,14 +209,14 @@ def _cutmix_weights(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns CutMix's weights of the other image, 1 inside the box; see `_mixup_weights`.
 
-    The share is the area of the box, whose centre may be anywhere. The part of the box outside the
-    image does not count, nor does it in the labels.
+    The box has a Beta-distributed fraction of the image's area, and its centre may be anywhere in
+    the image. Only the part of the box inside the image counts, also in the labels.
     """
     side = tf.sqrt(beta_quantiles(uniforms[:, :1], alpha))
 
-    def inside(length: int, place: tf.Tensor) -> tf.Tensor:
+    def inside(length: int, centre: tf.Tensor) -> tf.Tensor:
         pixels = tf.round(side * length)
-        begin = tf.floor(place * length) - tf.floor(pixels / 2)
+        begin = tf.floor(centre * length) - tf.floor(pixels / 2)
         index = tf.range(length, dtype=tf.float32)
         return tf.cast((index >= begin) & (index < begin + pixels), tf.float32)
 
@@ -226,10 +224,10 @@ def _cutmix_weights(
 
 
 def beta_quantiles(uniforms: tf.Tensor, alpha: float) -> tf.Tensor:
-    """Computes the quantiles of Beta(alpha, alpha) by bisection in float64, to 1e-9.
+    """Computes the quantiles of Beta(alpha, alpha) by bisection in float64, accurate to 1e-9.
 
     Args:
-      uniforms: float32 of any shape, in [0, 1): values of the cumulative distribution.
+      uniforms: float32 of any shape, in [0, 1): cumulative probabilities.
       alpha: greater than 0.
 
     Returns:
@@ -237,9 +235,9 @@ def beta_quantiles(uniforms: tf.Tensor, alpha: float) -> tf.Tensor:
     """
     targets = tf.cast(uniforms, tf.float64)
     parameter = tf.fill(tf.shape(targets), tf.constant(alpha, tf.float64))
-    share = tf.zeros_like(targets)
+    quantiles = tf.zeros_like(targets)
     for power in range(1, _BISECTIONS + 1):
-        larger = share + 0.5**power
-        is_below = tf.math.betainc(parameter, parameter, larger) <= targets
-        share = tf.where(is_below, larger, share)
-    return tf.cast(share, tf.float32)
+        candidates = quantiles + 0.5**power
+        is_below = tf.math.betainc(parameter, parameter, candidates) <= targets
+        quantiles = tf.where(is_below, candidates, quantiles)
+    return tf.cast(quantiles, tf.float32)

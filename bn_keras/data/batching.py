@@ -1,8 +1,8 @@
-"""Shared by all batches: the rows of one input pipeline, and options for tf.data."""
+"""Rows of the global batch for an input pipeline, and options for tf.data."""
 
 import tensorflow as tf
 
-# Chunks or batches prepared ahead.
+# Number of chunks or batches to prefetch.
 PREFETCH = 2
 
 
@@ -13,7 +13,7 @@ class Rows:
       global_batch_size: examples per step, over all replicas.
       num_replicas: replicas that this pipeline feeds.
       per_replica_batch_size: rows per replica.
-      first, count: the pipeline reads rows [first, first + count) of each global batch.
+      first, count: this pipeline reads rows [first, first + count).
     """
 
     def __init__(self, global_batch_size: int, context: tf.distribute.InputContext) -> None:
@@ -24,8 +24,8 @@ class Rows:
         self.first = context.input_pipeline_id * self.count
 
 
-def without_tuning(dataset: tf.data.Dataset, threads: int = 0) -> tf.data.Dataset:
-    """Turns off tf.data's autotuning and graph rewrites, which cost more here than they save.
+def without_autotuning(dataset: tf.data.Dataset, threads: int = 0) -> tf.data.Dataset:
+    """Disables tf.data's autotuning and graph rewrites, which cost more here than they save.
 
     Args:
       dataset: any dataset.
@@ -37,7 +37,7 @@ def without_tuning(dataset: tf.data.Dataset, threads: int = 0) -> tf.data.Datase
         options.threading.private_threadpool_size = threads
     options.autotune.enabled = False
     options.experimental_optimization.apply_default_optimizations = False
-    # This rewrite gives the iterator functions of its own. Without it, TensorFlow's multi-device
-    # iterator crashes when it is dropped while it reads ahead.
+    # With this rewrite, the iterator owns its functions. Without it, TensorFlow's multi-device
+    # iterator crashes when it is deleted while it prefetches.
     options.experimental_optimization.noop_elimination = True
     return dataset.with_options(options)

@@ -1,25 +1,25 @@
-"""The orientation of a photograph in the EXIF block of its JPEG.
+"""EXIF orientation of JPEGs.
 
-Cameras store the image as the sensor recorded it and note how they were held; TensorFlow's decoders
-ignore the note. A damaged or invalid block counts as none.
+Cameras store the image as the sensor recorded it and its orientation in an EXIF block, which
+TensorFlow's decoders ignore. A damaged or invalid block is treated as missing.
 """
 
 import tensorflow as tf
 
 # Bytes at the start of a file that are searched for an EXIF block. Cameras write the block first;
-# other programs may write a thumbnail or a colour profile before it.
+# other software may write a thumbnail or a colour profile before it.
 HEAD_BYTES = 4096
 # The length of a block is stored in two bytes.
 MAX_BLOCK_BYTES = 2**16
 
-# Length of the block, its name, and the byte order of its content: Intel's or Motorola's.
+# Length of the block, its name, and the byte order of its content: little-endian or big-endian.
 _BLOCK = r"\C\CExif\x00\x00(?:II\*\x00|MM\x00\*)"
 _TIFF_BEGIN = 8
 _ORIENTATION, _SHORT, _UPRIGHT = 0x0112, 3, 1
 
 
 def has_exif(encoded: tf.Tensor) -> tf.Tensor:
-    """Returns whether a JPEG, a scalar string, has an EXIF block; takes a few microseconds."""
+    """Returns whether a JPEG (a scalar string) has an EXIF block; takes a few microseconds."""
     head = tf.strings.substr(encoded, 0, HEAD_BYTES)
     return tf.strings.regex_full_match(head, rf"\C*{_BLOCK}\C*")
 
@@ -37,20 +37,20 @@ def read_orientation(encoded: tf.Tensor) -> tf.Tensor:
     """
     head = tf.strings.substr(encoded, 0, HEAD_BYTES + MAX_BLOCK_BYTES)
     block = tf.strings.regex_replace(head, rf"\A\C*?({_BLOCK})", r"\1", replace_global=False)
-    values = tf.cast(tf.io.decode_raw(block, tf.uint8), tf.int64)
-    values = values[_TIFF_BEGIN : 256 * values[0] + values[1]]
-    is_motorola = tf.reduce_any(tf.equal(values[:1], ord("M")))
+    content = tf.cast(tf.io.decode_raw(block, tf.uint8), tf.int64)
+    content = content[_TIFF_BEGIN : 256 * content[0] + content[1]]
+    is_big_endian = tf.reduce_any(tf.equal(content[:1], ord("M")))
 
     def to_number(digits: tf.Tensor) -> tf.Tensor:
         """Converts bytes [..., k] to numbers [...]."""
-        big_endian = tf.where(is_motorola, digits, digits[..., ::-1])
+        big_endian = tf.where(is_big_endian, digits, digits[..., ::-1])
         powers = 256 ** tf.range(tf.shape(digits)[-1] - 1, -1, -1)
         return tf.reduce_sum(big_endian * tf.cast(powers, tf.int64), axis=-1)
 
-    # Slices beyond the end of the block are empty, and their number is 0.
-    begin = to_number(values[4:8])
-    count = to_number(values[begin : begin + 2])
-    entries = values[begin + 2 : begin + 2 + 12 * count]
+    # A slice beyond the end of the block is empty and converts to 0.
+    begin = to_number(content[4:8])
+    count = to_number(content[begin : begin + 2])
+    entries = content[begin + 2 : begin + 2 + 12 * count]
     entries = tf.reshape(entries[: tf.size(entries) // 12 * 12], [-1, 12])
     tag, kind = to_number(entries[:, :2]), to_number(entries[:, 2:4])
     value = to_number(entries[:, 8:10])
@@ -59,7 +59,7 @@ def read_orientation(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def rotate_upright(pixels: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
-    """Rotates and mirrors an image [H, W, C] with an orientation until it is upright."""
+    """Rotates and mirrors a stored image [H, W, C] upright."""
     pixels = tf.cond(
         _is_transposed(orientation),
         lambda: tf.transpose(pixels, [1, 0, 2]),
@@ -105,7 +105,7 @@ def _is_transposed(orientation: tf.Tensor) -> tf.Tensor:
 
 
 def _are_reversed(orientation: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns whether the rows, and whether the columns, must be reversed after that."""
+    """Returns whether the rows and the columns must be reversed after the transposition."""
 
     def is_one_of(*numbers: int) -> tf.Tensor:
         return tf.reduce_any(tf.equal(orientation, numbers))

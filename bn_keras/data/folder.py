@@ -21,19 +21,23 @@ def open_folder(root: str, train_split: str, validation_split: str) -> Source:
     """Lists the images in ROOT/SPLIT/CLASS and the folders below it.
 
     Decisions:
-      - The classes are the sorted names of the class folders, which are the same in both splits.
+      - The classes are the sorted names of the class folders, which must be equal in both splits.
       - A split is the name of a folder in ROOT, or a percentage of it: "train[:90%]". Percentages
         apply to each class separately, in an order that depends only on the file names. "." is
         ROOT itself, so that ".[:90%]" and ".[90%:]" split ROOT/CLASS.
-      - Files with other extensions are left out with a warning, hidden files without.
+      - Files with an extension that is not in EXTENSIONS are ignored with a warning, hidden files
+        without one.
 
     Args:
       root: folder in any file system that TensorFlow supports.
       train_split, validation_split: see above.
 
+    Returns:
+      The classes and the two splits.
+
     Raises:
-      UsageError: a folder is missing or has no classes, a class has no training images, or the
-        splits differ in their classes.
+      UsageError: a split is invalid, its folder is missing or has no classes, a class has no
+        training images, the validation split is empty, or the splits differ in their classes.
     """
     if not root or not tf.io.gfile.isdir(root):
         raise UsageError(
@@ -68,18 +72,18 @@ def _label_files(images: dict[str, list[str]]) -> Files:
 
 
 def _list_images(root: str, split: str) -> dict[str, list[str]]:
-    """Returns the sorted paths of a split's images by class."""
-    parts = _SPLIT.fullmatch(split)
-    if not parts:
+    """Returns the sorted paths of a split's images for each class."""
+    match = _SPLIT.fullmatch(split)
+    if not match:
         raise UsageError(
             f"split {split!r} is invalid: expected the name of a folder in {root}, or a percentage"
             " of it, such as 'train[:90%]'"
         )
-    folder = os.path.join(root, parts["folder"])
+    folder = os.path.join(root, match["folder"])
     if not tf.io.gfile.isdir(folder):
         raise UsageError(
-            f"no folder {parts['folder']!r} in {root}, which has {_quote(_list_folders(root))}:"
-            f" expected images as {parts['folder']}/CLASS/IMAGE; if {root} holds the class folders"
+            f"no folder {match['folder']!r} in {root}, which has {_quote(_list_folders(root))}:"
+            f" expected images as {match['folder']}/CLASS/IMAGE; if {root} holds the class folders"
             " themselves, set data.train_split='.[:90%]' and data.validation_split='.[90%:]'"
         )
     names = _list_folders(folder)
@@ -88,9 +92,9 @@ def _list_images(root: str, split: str) -> dict[str, list[str]]:
     images: dict[str, list[str]] = {}
     others: list[str] = []
     for name in names:
-        paths, more = _walk(os.path.join(folder, name))
-        others += more
-        images[name] = _select_part(paths, parts["begin"], parts["end"])
+        paths, other_paths = _walk(os.path.join(folder, name))
+        others += other_paths
+        images[name] = _select_part(paths, match["begin"], match["end"])
     if others:
         logging.warning(
             "ignoring %s in %s with extensions other than %s: %s",
@@ -127,13 +131,13 @@ def _walk(folder: str) -> tuple[list[str], list[str]]:
 def _select_part(paths: list[str], begin: str | None, end: str | None) -> list[str]:
     """Returns the part of a class between two percentages, sorted.
 
-    The part is cut from an order by the hash of each file name, so that it is not a run of
+    The percentages refer to the order of the file names' hashes, so that a part does not consist of
     neighbouring names.
     """
     shuffled = sorted(
         paths, key=lambda path: hashlib.sha256(os.path.basename(path).encode()).digest()
     )
-    first, last = (round(len(paths) * int(part) / 100) for part in (begin or 0, end or 100))
+    first, last = (round(len(paths) * int(percent) / 100) for percent in (begin or 0, end or 100))
     return sorted(shuffled[first:last])
 
 

@@ -46,7 +46,7 @@ def prepare_imagenet(manual_dir: str | os.PathLike, data_dir: str | os.PathLike 
             " without unpacking them"
         )
     try:
-        # TFDS prints what it does; standard output is for results.
+        # TFDS prints its progress; standard output is for results.
         with contextlib.redirect_stdout(sys.stderr):
             builder.download_and_prepare(
                 download_config=tfds.download.DownloadConfig(manual_dir=manual_dir)

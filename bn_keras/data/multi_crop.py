@@ -1,10 +1,10 @@
 """Multi-crop evaluation: several crops of each image instead of one.
 
-A crop is a scale, a square, a window and a mirroring. The image is resized so that its shorter side
-has the scale. A square is cut from either end or the centre of the longer side. A window of the
-network's input size is cut from a corner or the centre of the square, or the whole square is
-resized to that size. The window may be mirrored. All combinations of the chosen scales, squares,
-windows and mirrorings are used.
+A crop has a scale, a square, a window and a mirroring. The image is resized so that its shorter
+side equals the scale. The square is cut from either end or the centre of the longer side. The
+window, of the network's input size, is cut from a corner or the centre of the square, or is the
+whole square resized to that size. It may be mirrored. The crops of an image are all combinations of
+the chosen scales, squares, windows and mirrorings.
 
 All shapes on the device are static, even if the images differ in size: the host decodes each image
 once, resizes it once per scale and passes on the squares; the device cuts the windows.
@@ -21,17 +21,17 @@ from bn_keras.data import transforms
 from bn_keras.data.transforms import Preprocessing
 from bn_keras.errors import UsageError
 
-# Shorter side of the image over the side of the network's input, in units of 1 / SCALE_UNIT: 256,
-# 288, 320 and 352 over 224.
+# The image's shorter side is SCALES / SCALE_DIVISOR times the side of the network's input: 256,
+# 288, 320 and 352 for 224.
 SCALES = (8, 9, 10, 11)
-SCALE_UNIT = 7
-# Position of a square along the longer side, in halves: left or top, centre, right or bottom.
+SCALE_DIVISOR = 7
+# Position of a square along the longer side: 0 is left or top, 1 the centre, 2 right or bottom.
 SQUARES = (0, 1, 2)
-# Position of a window in its square, down and right, in halves. None is the whole square, resized.
+# Vertical and horizontal position of a window in its square, likewise; None is the whole square.
 WINDOWS = ((0, 0), (0, 2), (2, 0), (2, 2), (1, 1), None)
 MIRRORS = (False, True)
 
-# Squares and windows by their number. Of the scales and mirrorings, the first are used.
+# Squares and windows for each accepted count; n scales are the first n, as are n mirrorings.
 _SQUARES_BY_COUNT = {1: SQUARES[1:2], 3: SQUARES}
 _WINDOWS_BY_COUNT = {1: WINDOWS[4:5], 5: WINDOWS[:5], 6: WINDOWS}
 
@@ -56,8 +56,8 @@ class Crop(NamedTuple):
 class Crops:
     """Numbers of scales, squares, windows and mirrorings to combine; one of each by default.
 
-    A single crop does not use this geometry: it is the crop of the evaluation during training. If
-    that is the centre crop of 224 out of 256, it is the same part of the image.
+    A single crop is not cut this way; it is the crop of the evaluation during training. Where that
+    is the centre crop of 224 out of 256, both show the same part of the image.
 
     Attributes:
       scales: 1 to 4, the first of SCALES.
@@ -99,7 +99,7 @@ class Crops:
 
     def shorter_sides(self, size: int) -> list[int]:
         """Returns the scales in pixels, for a network with inputs of this side."""
-        return [round(size * scale / SCALE_UNIT) for scale in SCALES[: self.scales]]
+        return [round(size * scale / SCALE_DIVISOR) for scale in SCALES[: self.scales]]
 
     def list_crops(self, size: int) -> list[Crop]:
         """Returns all crops, in the order of `cut`, for a network with inputs of this side."""
@@ -128,8 +128,8 @@ class Crops:
         resized = tf.cast(tf.round(lengths * side / tf.reduce_min(lengths)), tf.int32)
         pixels = tf.image.resize(images, resized)
         squares = []
-        for place in _SQUARES_BY_COUNT[self.squares]:
-            top, left = tf.unstack((resized - side) * place // 2)
+        for position in _SQUARES_BY_COUNT[self.squares]:
+            top, left = tf.unstack((resized - side) * position // 2)
             squares.append(pixels[:, top : top + side, left : left + side])
         channels = images.shape[-1]
         return tf.ensure_shape(
@@ -146,7 +146,7 @@ class Crops:
         Returns:
           float32 [n * count, size, size, C]: image by image, each in the order of `list_crops`.
         """
-        windows = tf.stack([self._cut_windows(of_scale, size) for of_scale in squares], axis=1)
+        windows = tf.stack([self._cut_windows(one_scale, size) for one_scale in squares], axis=1)
         mirrored = [tf.reverse(windows, axis=[5]) if mirror else windows for mirror in MIRRORS]
         crops = tf.stack(mirrored[: self.mirrors], axis=4)
         return tf.reshape(crops, [-1, size, size, crops.shape[-1]])
@@ -155,13 +155,13 @@ class Crops:
         """Cuts [n, squares, windows, size, size, C] from [n, squares, side, side, C]."""
         num_images, num_squares, side, _, channels = squares.shape
         windows = []
-        for place in _WINDOWS_BY_COUNT[self.windows]:
-            if place is None:
+        for position in _WINDOWS_BY_COUNT[self.windows]:
+            if position is None:
                 whole = tf.reshape(squares, [-1, side, side, channels])
                 whole = tf.image.resize(whole, [size, size])
                 windows.append(tf.reshape(whole, [num_images, num_squares, size, size, channels]))
             else:
-                top, left = ((side - size) * halves // 2 for halves in place)
+                top, left = ((side - size) * halves // 2 for halves in position)
                 windows.append(squares[:, :, top : top + size, left : left + size])
         return tf.stack(windows, axis=2)
 
@@ -177,6 +177,9 @@ class CropPreprocessing:
     Attributes:
       preprocessing: preprocessing for a single crop.
       crops: crops of each image.
+
+    Raises:
+      UsageError: several crops for a network input that is not square.
     """
 
     preprocessing: Preprocessing
@@ -198,37 +201,37 @@ class CropPreprocessing:
         sides = self.crops.shorter_sides(self.preprocessing.size[0])
         return sum(self.crops.squares * side**2 for side in sides)
 
-    def from_pool(
+    def process_batch(
         self, pool: tf.Tensor, indices: tf.Tensor, uniforms: None, white: int
     ) -> tf.Tensor | tuple[tf.Tensor, ...]:
-        """Preprocesses images in memory, as in `Preprocessing.from_pool`.
+        """Preprocesses images in memory, as in `Preprocessing.process_batch`.
 
         Returns:
           For several crops, squares in [0, 1] for `cut`.
         """
         if self.crops.count == 1:
-            return self.preprocessing.from_pool(pool, indices, uniforms, white)
+            return self.preprocessing.process_batch(pool, indices, uniforms, white)
         return self._scaled_squares(tf.gather(pool, indices), white)
 
-    def from_encoded(
+    def process_encoded(
         self, encoded: tf.Tensor, uniforms: None, channels: int
     ) -> tf.Tensor | tuple[tf.Tensor, ...]:
-        """Decodes and preprocesses one image, as in `Preprocessing.from_encoded`.
+        """Decodes and preprocesses one image, as in `Preprocessing.process_encoded`.
 
         Returns:
           For several crops, squares in [0, 1] for `cut`.
         """
         if self.crops.count == 1:
-            return self.preprocessing.from_encoded(encoded, uniforms, channels)
+            return self.preprocessing.process_encoded(encoded, uniforms, channels)
         image = transforms.decode(encoded, channels)
         return tuple(squares[0] for squares in self._scaled_squares(image[None], 255))
 
     def _scaled_squares(self, images: tf.Tensor, white: int) -> tuple[tf.Tensor, ...]:
         squares = self.crops.extract_squares(images, self.preprocessing.size[0])
-        return tuple(of_scale / white for of_scale in squares)
+        return tuple(one_scale / white for one_scale in squares)
 
     def cut(self, images: tf.Tensor | tuple[tf.Tensor, ...]) -> tf.Tensor:
-        """Cuts the crops of a batch of n images preprocessed by the other two methods.
+        """Cuts the crops of a batch of n images from `process_batch` or `process_encoded`.
 
         Returns:
           float32 [n * count, *size, C] for the network, image by image.

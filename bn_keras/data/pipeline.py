@@ -2,8 +2,8 @@
 
 The batch of step s is a pure function of (seed, s). No iterator state is saved, and a run that
 starts at step k sees the same batches as an uninterrupted one from there on. Random numbers are
-drawn for the global batch, and each replica gets its rows, so that the number of replicas changes
-nothing.
+drawn for the global batch, and each replica gets its rows, so that a batch does not depend on the
+number of replicas.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ from bn_keras.data.random_numbers import RandomNumbers
 from bn_keras.data.shard_batches import ShardBatches
 from bn_keras.data.sources import open_source
 from bn_keras.data.splits import TOO_FEW_RECORDS, Arrays, Files, Source, Split
-from bn_keras.data.transforms import CROPS, Preprocessing
+from bn_keras.data.transforms import CROP_MODES, Preprocessing
 from bn_keras.data.unreadable import UnreadableExamples
 from bn_keras.errors import UsageError
 
 
 class Data:
-    """A data set and its preprocessing, as batches; opened by `open_data`.
+    """Batches of a preprocessed data set; opened by `open_data`.
 
     Args:
       source: classes and splits.
@@ -84,8 +84,8 @@ class Data:
           global_batch_size: examples per step, over all replicas.
           start_step: number of the first step, counted from 0; k for a run resumed after k steps.
           preprocessing: replaces the data's own.
-          mix: apply MixUp and CutMix where the config asks for them. For training; statistics are
-            computed on unmixed images.
+          mix: whether to apply the config's MixUp and CutMix: in training, but not for statistics,
+            which are computed on unmixed images.
 
         Returns:
           A distributed dataset of images, float32 [b, H, W, C], and labels, int32 [b], or float32
@@ -119,7 +119,7 @@ class Data:
         global_batch_size: int,
         preprocessing: CropPreprocessing | None = None,
     ) -> tuple[tf.distribute.DistributedDataset, int]:
-        """Returns each validation example once per pass, in full batches, the last one padded.
+        """Returns the validation input: each example once per pass, the last batch padded.
 
         Args:
           strategy: see `train_batches`.
@@ -152,8 +152,8 @@ class Data:
     def check_counted(self, num_examples: float) -> None:
         """Raises AssertionError unless a validation pass counted every readable example.
 
-        A process that reads only its part of the examples does not know how many are unreadable in
-        the other parts, and accepts a smaller count.
+        A process that reads only some of the examples does not know how many of the others are
+        unreadable, and accepts a smaller count.
         """
         missing = self.num_validation_examples - num_examples
         unreadable = self._unreadable_validation.count
@@ -165,7 +165,7 @@ class Data:
 
     @contextlib.contextmanager
     def reporting_errors(self) -> Iterator[None]:
-        """Wraps code that reads batches; turns errors of the input into a UsageError.
+        """Wraps code that reads batches; converts errors of the input to UsageError.
 
         Raises:
           UsageError: more examples than `data.max_bad_examples` are unreadable, or a file of
@@ -195,14 +195,14 @@ class Data:
     ) -> ArrayBatches | ShardBatches:
         if isinstance(split, Arrays):
             return ArrayBatches(split, preprocessing, random, self._shuffle)
-        # All files are one shard: to permute shards would change nothing.
+        # All files form one shard: permuting shards would leave them in stored order.
         shuffle = "examples" if isinstance(split, Files) else self._shuffle
         return ShardBatches(split, preprocessing, random, shuffle, unreadable)
 
     def _mix(
         self, dataset: tf.data.Dataset, mixing: Mixing, rows: Rows, start_step: int
     ) -> tf.data.Dataset:
-        """Mixes the images of each batch with random numbers of their rows in the global batch."""
+        """Mixes each replica's batch with the random numbers of its rows of the global batch."""
         random = RandomNumbers(self._seed)
 
         def mix_batch(
@@ -250,7 +250,7 @@ def open_data(
       UsageError: an invalid setting, or a data set or split that does not exist or cannot be
         prepared.
     """
-    _check_choice("data.crop", crop, CROPS)
+    _check_choice("data.crop", crop, CROP_MODES)
     _check_choice("data.shuffle", shuffle, ("examples", "shards"))
     if image_size < 0:
         raise UsageError(f"data.image_size={image_size} is invalid: expected a side in pixels or 0")

@@ -1,4 +1,4 @@
-"""Random numbers and permutations as pure functions of a seed and a position; no state."""
+"""Random numbers and permutations as pure functions of a seed and a counter; no state."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class RandomNumbers:
     """Everything random in the training input.
 
     Attributes:
-      seed: 32 bits.
+      seed: integer of 32 bits.
       rand_augment: whether images get numbers for RandAugment as well.
     """
 
@@ -27,31 +27,31 @@ class RandomNumbers:
     rand_augment: bool = False
 
     def permute_examples(
-        self, indices: tf.Tensor, count: int | tf.Tensor, number: tf.Tensor
+        self, indices: tf.Tensor, count: int | tf.Tensor, counter: tf.Tensor
     ) -> tf.Tensor:
         """Permutes examples; see `_permute`."""
-        return _permute(indices, count, self.seed, _EXAMPLES, number)
+        return _permute(indices, count, self.seed, _EXAMPLES, counter)
 
     def permute_shards(
-        self, indices: tf.Tensor, count: int | tf.Tensor, number: tf.Tensor
+        self, indices: tf.Tensor, count: int | tf.Tensor, counter: tf.Tensor
     ) -> tf.Tensor:
         """Permutes shards; see `_permute`."""
-        return _permute(indices, count, self.seed, _SHARDS, number)
+        return _permute(indices, count, self.seed, _SHARDS, counter)
 
-    def draw_for_images(self, number: tf.Tensor, shape: Sequence[int | tf.Tensor]) -> tf.Tensor:
+    def draw_for_images(self, counter: tf.Tensor, shape: Sequence[int | tf.Tensor]) -> tf.Tensor:
         """Draws uniform numbers in [0, 1) for preprocessing, a row for each image.
 
         Args:
-          number: int64; determines the numbers together with the seed.
+          counter: int64, such as the number of a chunk or a group; each has its own numbers.
           shape: shape of the array of images.
 
         Returns:
-          float32 [*shape, columns], the columns as in `Preprocessing.from_pool`.
+          float32 [*shape, columns], the columns as in `Preprocessing.process_batch`.
         """
-        drawn = _draw(self.seed, _DISTORTIONS, number, [*shape, NUM_UNIFORMS])
+        drawn = _draw(self.seed, _DISTORTIONS, counter, [*shape, NUM_UNIFORMS])
         if not self.rand_augment:
             return drawn
-        others = _draw(self.seed, _RAND_AUGMENT, number, [*shape, RAND_AUGMENT_UNIFORMS])
+        others = _draw(self.seed, _RAND_AUGMENT, counter, [*shape, RAND_AUGMENT_UNIFORMS])
         return tf.concat([drawn, others], axis=-1)
 
     def draw_for_mixing(self, step: tf.Tensor, global_batch_size: int) -> tf.Tensor:
@@ -59,31 +59,33 @@ class RandomNumbers:
         return _draw(self.seed, _MIXING, step, [global_batch_size, MIXING_UNIFORMS])
 
 
-def _draw(seed: int, stream: int, number: tf.Tensor, shape: Sequence[int | tf.Tensor]) -> tf.Tensor:
-    """Draws numbers in [0, 1), determined by a 32-bit seed, a stream and an int64."""
-    words = tf.stack([tf.constant(seed + stream * 2**32, tf.int64), number])
+def _draw(
+    seed: int, stream: int, counter: tf.Tensor, shape: Sequence[int | tf.Tensor]
+) -> tf.Tensor:
+    """Draws numbers in [0, 1), determined by a 32-bit seed, a stream and an int64 counter."""
+    words = tf.stack([tf.constant(seed + stream * 2**32, tf.int64), counter])
     return tf.random.stateless_uniform(tf.stack(shape), seed=words)
 
 
 def _permute(
-    indices: tf.Tensor, count: int | tf.Tensor, seed: int, stream: int, number: tf.Tensor
+    indices: tf.Tensor, count: int | tf.Tensor, seed: int, stream: int, counter: tf.Tensor
 ) -> tf.Tensor:
     """Maps indices through a random permutation of `count` items.
 
-    TensorFlow's index_shuffle, with scrambled seeds and twice its rounds. On its own it uses only
-    the lowest byte of each seed, and permutes 60,000 items almost equally for neighbouring seeds
-    (correlation 0.9). It also pads a matrix of seeds wrongly.
+    Calls TensorFlow's index_shuffle kernel with scrambled seeds and twice its rounds. By itself,
+    index_shuffle uses only the lowest byte of each seed and permutes 60,000 items almost
+    identically for neighbouring seeds (correlation 0.9). It also pads a matrix of seeds wrongly.
 
     Args:
       indices: int64 [n] in [0, count).
       count: number of items.
-      seed, stream: determine the permutation, together with `number`.
-      number: int64, a scalar or [n], one for each index; for example the epoch.
+      seed, stream, counter: determine the permutation. The counter, such as the epoch, is int64: a
+        scalar or [n], one for each index.
 
     Returns:
       int64 [n].
     """
-    key = _scramble(tf.constant(2 * seed + stream, tf.int64)) + tf.cast(number, tf.uint64)
+    key = _scramble(tf.constant(2 * seed + stream, tf.int64)) + tf.cast(counter, tf.uint64)
     words = tf.broadcast_to(_scramble(key), tf.shape(indices))[:, None] + tf.constant(
         [1, 2, 3], tf.uint64
     )

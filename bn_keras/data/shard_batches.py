@@ -6,14 +6,14 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from bn_keras.data.batching import PREFETCH, Rows, without_tuning
+from bn_keras.data.batching import PREFETCH, Rows, without_autotuning
 from bn_keras.data.multi_crop import CropPreprocessing
 from bn_keras.data.random_numbers import RandomNumbers
 from bn_keras.data.splits import Files, Shards
 from bn_keras.data.transforms import Preprocessing
 from bn_keras.data.unreadable import UnreadableExamples
 
-# Examples that one thread decodes in sequence.
+# Largest number of examples that one thread decodes in sequence.
 MAX_PIECE = 32
 # Size of the groups whose records are permuted; two to three times as much is held in memory.
 GROUP_BYTES = 2**29
@@ -24,12 +24,12 @@ class ShardBatches:
 
     Order: in training the shards are permuted anew in each epoch and cut into groups. With shuffle
     "examples" a whole group is read into memory and its records are permuted; with "shards" each
-    shard is a group in stored order. The place of an example depends only on (seed, epoch), and a
-    start anywhere reads one group. Every input pipeline reads all records but decodes only its own
-    rows.
+    shard is a group in stored order. The position of an example depends only on (seed, epoch), and
+    starting anywhere reads only one group. Every input pipeline reads all records but decodes only
+    its own rows.
 
-    Unreadable examples: in training the next readable example of the group replaces one, with the
-    same random numbers; in evaluation a blank image of weight 0 does.
+    Unreadable examples: in training, each is replaced by the next readable example of the group,
+    with the same random numbers; in evaluation, by a blank image of weight 0.
 
     Args:
       shards: the split.
@@ -54,11 +54,11 @@ class ShardBatches:
         self._permutes_examples = random is not None and shuffle == "examples"
         num_shards = len(shards.lengths)
         fitting = GROUP_BYTES * num_shards // (shards.num_examples * shards.example_bytes)
-        self._group_shards = max(1, min(fitting, num_shards)) if self._permutes_examples else 1
-        self._num_groups = math.ceil(num_shards / self._group_shards)
+        self._shards_per_group = max(1, min(fitting, num_shards)) if self._permutes_examples else 1
+        self._num_groups = math.ceil(num_shards / self._shards_per_group)
 
     def dataset(self, rows: Rows, start_step: int) -> tf.data.Dataset:
-        """Returns endless batches, one per replica and step: first by step, then by replica."""
+        """Returns endless batches, one per replica and step, ordered by step, then by replica."""
         num_examples = self._shards.num_examples
         num_steps = math.ceil(num_examples / rows.global_batch_size)
         # An evaluation pass ends with a padded batch; a training epoch may end within a batch.
@@ -73,20 +73,21 @@ class ShardBatches:
             # batch would copy its record, which takes up to 60 microseconds.
             return tf.data.Dataset.from_tensor_slices(each).map(lambda *one: (records, *one))
 
-        epoch, place = divmod(start, num_examples + padding)
-        first = epoch * self._num_groups + self._find_group(epoch, place)
+        epoch, position = divmod(start, num_examples + padding)
+        first = epoch * self._num_groups + self._find_group(epoch, position)
         groups = tf.data.Dataset.counter(first).map(read_group).prefetch(1)
         examples = groups.flat_map(split_group)
         batch_size = rows.per_replica_batch_size
-        size = max(n for n in range(1, min(batch_size, MAX_PIECE) + 1) if batch_size % n == 0)
-        batches = examples.window(size, drop_remainder=True).map(
-            lambda *parts: self._decode(tf.data.Dataset.zip(parts), size),
+        piece_size = max(n for n in range(1, min(batch_size, MAX_PIECE) + 1) if batch_size % n == 0)
+        batches = examples.window(piece_size, drop_remainder=True).map(
+            lambda *parts: self._decode(tf.data.Dataset.zip(parts), piece_size),
             num_parallel_calls=tf.data.AUTOTUNE,
         )
-        if size < batch_size:
-            batches = batches.batch(batch_size // size, drop_remainder=True).map(_merge_pieces)
+        if piece_size < batch_size:
+            batches = batches.batch(batch_size // piece_size, drop_remainder=True)
+            batches = batches.map(_merge_pieces)
         endless = tf.data.experimental.assert_cardinality(tf.data.experimental.INFINITE_CARDINALITY)
-        return without_tuning(batches.prefetch(PREFETCH).apply(endless))
+        return without_autotuning(batches.prefetch(PREFETCH).apply(endless))
 
     def _read_group(
         self, group: tf.Tensor, rows: Rows, start: int, padding: int
@@ -96,13 +97,13 @@ class ShardBatches:
         Args:
           group: int64 number of the group, counted over all epochs.
           rows: rows of the global batches to keep.
-          start: place, counted over all epochs, before which nothing is kept.
-          padding: how often the last record of an epoch is repeated, with weight 0.
+          start: first position to keep, counted over all epochs.
+          padding: number of copies of the last record, with weight 0, that follow each epoch.
 
         Returns:
           All records of the group, string [count]. Then for each example to keep, in order: the
-          index of its record, int64 [n]; its group and its place in the group, int64 [n, 2]; and in
-          training a row of random numbers, in evaluation its weight, float32 [n].
+          index of its record, int64 [n]; its group and its position in the group, int64 [n, 2]; and
+          in training a row of random numbers, in evaluation its weight, float32 [n].
         """
         epoch, number = group // self._num_groups, group % self._num_groups
         shards, begin = self._shards_of(group)
@@ -111,9 +112,9 @@ class ShardBatches:
 
         is_last = tf.cast(tf.equal(number, self._num_groups - 1), tf.int64)
         index = tf.range(count + is_last * padding)
-        place = epoch * (self._shards.num_examples + padding) + begin + index
-        row = place % rows.global_batch_size
-        own = (place >= start) & (row >= rows.first) & (row < rows.first + rows.count)
+        position = epoch * (self._shards.num_examples + padding) + begin + index
+        row = position % rows.global_batch_size
+        own = (position >= start) & (row >= rows.first) & (row < rows.first + rows.count)
         index = index[own]
         if self._random is None:
             extra = tf.cast(index < count, tf.float32)
@@ -126,42 +127,48 @@ class ShardBatches:
         return records, self._record_indices(group, index, count), where, extra
 
     def _record_indices(self, group: tf.Tensor, index: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
-        """Maps places in a group to indices of its records."""
+        """Maps positions in a group to indices of its records."""
         if self._random is None or not self._permutes_examples:
             return index
         return self._random.permute_examples(index, count, group)
 
     def _shards_of(self, group: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns the shards of a group and the group's first place in the epoch."""
+        """Returns the shards of a group and the group's first position in the epoch."""
         order, begins = self._shard_order(group // self._num_groups)
-        first = group % self._num_groups * self._group_shards
-        return order[first:][: self._group_shards], begins[first]
+        first = group % self._num_groups * self._shards_per_group
+        return order[first:][: self._shards_per_group], begins[first]
 
     def _shard_order(self, epoch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns the shards in the order of an epoch, and the first place of each."""
+        """Returns the shards in the order of an epoch, and the first position of each."""
         num_shards = len(self._shards.lengths)
         order = tf.range(num_shards, dtype=tf.int64)
         if self._random is not None:
             order = self._random.permute_shards(order, num_shards, epoch)
         return order, tf.cumsum(tf.gather(_int64(self._shards.lengths), order), exclusive=True)
 
-    def _find_group(self, epoch: int, place: int) -> int:
-        """Returns the group that has the example at a place of an epoch."""
+    def _find_group(self, epoch: int, position: int) -> int:
+        """Returns the number of the group that contains a position of an epoch."""
         with tf.device("CPU:0"):
             _, begins = self._shard_order(_int64(epoch))
-        return int(np.searchsorted(begins.numpy()[:: self._group_shards], place, "right")) - 1
+        group_begins = begins.numpy()[:: self._shards_per_group]
+        return int(np.searchsorted(group_begins, position, "right")) - 1
 
     def _decode(
         self, examples: tf.data.Dataset, size: int
     ) -> tuple[tf.Tensor | tuple[tf.Tensor, ...], ...]:
-        """Decodes examples, as from `_read_group`, to one batch of images, labels and weights."""
+        """Decodes examples to one batch of images, labels and, in evaluation, weights.
+
+        Args:
+          examples: examples of `_read_group`.
+          size: number of examples.
+        """
         decoded = examples.enumerate().map(
             lambda i, example: (i, self._decode_example(example[0][example[1]], example[3]))
         )
         none = tf.nest.map_structure(
             lambda spec: tf.zeros([0, *spec.shape], spec.dtype), decoded.element_spec
         )
-        # Unreadable examples are dropped here and filled in below, at no cost if there are none.
+        # Unreadable examples are dropped here and replaced below, at no cost if there are none.
         read = decoded.ignore_errors().batch(size).concatenate(tf.data.Dataset.from_tensors(none))
         indices, batch = read.take(1).get_single_element()
         batch = tf.cond(
@@ -175,8 +182,8 @@ class ShardBatches:
         encoded, label = self._shards.parse(record)
         channels = self._shards.image_shape[-1]
         if self._random is None:
-            return self._preprocessing.from_encoded(encoded, None, channels), label, extra
-        return self._preprocessing.from_encoded(encoded, extra, channels), label
+            return self._preprocessing.process_encoded(encoded, None, channels), label, extra
+        return self._preprocessing.process_encoded(encoded, extra, channels), label
 
     def _fill_in(
         self,
@@ -185,10 +192,10 @@ class ShardBatches:
         examples: tf.data.Dataset,
         size: int,
     ) -> tuple[tf.Tensor, ...]:
-        """Completes a batch of which only the examples with these indices are readable."""
+        """Completes a batch that has only the readable examples, those at `indices`."""
         missing = tf.sets.difference([tf.range(size)], [indices]).values
-        places = examples.map(lambda records, index, where, extra: (where, extra)).batch(size)
-        where, extras = places.take(1).get_single_element()
+        origins = examples.map(lambda records, index, where, extra: (where, extra)).batch(size)
+        where, extras = origins.take(1).get_single_element()
         flat = tf.nest.flatten(batch)
 
         def find_substitutes(where: tf.Tensor, extras: tf.Tensor) -> list[tf.Tensor]:
@@ -214,13 +221,13 @@ class ShardBatches:
     def _find_substitute(
         self, where: tf.Tensor, extra: tf.Tensor, blank: list[np.ndarray]
     ) -> list[tf.Tensor | np.ndarray]:
-        """Returns what replaces an unreadable example; runs eagerly, and rarely."""
+        """Returns the replacement of an unreadable example; runs eagerly, and rarely."""
         group, index = where
         shards, _ = self._shards_of(group)
         ends = np.cumsum(np.array(self._shards.lengths)[shards])
         for offset in range(ends[-1]):
-            place = (index + offset) % ends[-1]
-            record_index = int(self._record_indices(group, place[None], _int64(ends[-1]))[0])
+            position = (index + offset) % ends[-1]
+            record_index = int(self._record_indices(group, position[None], _int64(ends[-1]))[0])
             number = int(np.searchsorted(ends, record_index, "right"))
             shard, end = int(shards[number]), ends[number]
             name, record = self._shards.read_one(

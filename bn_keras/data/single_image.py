@@ -1,4 +1,4 @@
-"""Single image files."""
+"""Reads single image files."""
 
 import os
 
@@ -25,7 +25,7 @@ def read_image(path: str | os.PathLike, channels: int = 3) -> tuple[tf.Tensor, t
       channels: channels of the result, 1 or 3.
 
     Returns:
-      The file's contents, a scalar string, and the image, uint8 [H, W, channels].
+      The contents of the file, a scalar string, and the image, uint8 [H, W, channels].
 
     Raises:
       UsageError: the file does not exist, is not a complete image in one of these formats, or has
@@ -38,7 +38,7 @@ def read_image(path: str | os.PathLike, channels: int = 3) -> tuple[tf.Tensor, t
     try:
         image = transforms.decode(encoded, channels)
     except tf.errors.OpError:
-        # TensorFlow's message names its kernel and says no more than this one.
+        # TensorFlow's own message adds only the name of its kernel.
         raise UsageError(
             f"image {path} cannot be decoded: expected a complete JPEG, PNG, BMP or GIF file"
         ) from None

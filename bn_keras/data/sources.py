@@ -27,8 +27,8 @@ def open_source(
 
     Args:
       name: "digits", "synthetic", "folder", or a name in TFDS.
-      data_dir: folder of prepared TFDS sets, "" for TFDS's default; for "folder", the folder that
-        has one folder per split.
+      data_dir: folder of prepared TFDS sets, "" for TFDS's default; for "folder", see
+        `open_folder`.
       train_split: name of the split. TFDS sets accept slices, such as "train[:90%]", and "folder"
         accepts percentages.
       validation_split: likewise.
@@ -54,10 +54,12 @@ def open_source(
 def describe(
     name: str, data_dir: str, train_split: str, validation_split: str, image_size: int
 ) -> Description:
-    """Describes the data set that `open_source` opens, without a download; lists a folder.
+    """Describes the data set that `open_source` opens, without downloading it.
+
+    A folder is listed. The arguments are those of `open_source`.
 
     Raises:
-      UsageError: see `open_source`, as far as the error shows without the data.
+      UsageError: see `open_source`, for errors that do not depend on the data itself.
     """
     if name not in NOT_IN_TFDS:
         return describe_tfds(name, data_dir, train_split, validation_split)
@@ -71,11 +73,11 @@ def describe(
 
 
 def synthesize(description: Description, image_size: int) -> Source:
-    """Generates a small source of the described shape, to try a config without its data.
+    """Generates a source like the described data set, to try a config without its data.
 
     Args:
-      description: description of the data set. Where a number of examples is unknown, the source
-        has 64.
+      description: description of the data set. A split of unknown size gets SYNTHETIC_POOL
+        examples.
       image_size: side of the images if those of the data set differ in size; 0 is one pixel.
     """
     height, width, channels = description.image_shape
@@ -89,7 +91,7 @@ def synthesize(description: Description, image_size: int) -> Source:
 
 
 def locate(name: str, data_dir: str) -> str:
-    """Returns where a data set is, or how it gets there, as a phrase.
+    """Returns a phrase that says where a data set is, or how it is obtained.
 
     Raises:
       UsageError: there is no such data set, or data_dir is not a folder.
@@ -139,7 +141,7 @@ def _make_synthetic(image_size: int) -> dict[str, Arrays]:
 def _make_pool(
     image_shape: tuple[int, int, int], num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Generates coloured noise on a coarse grid, each image with its own label to be learned."""
+    """Generates images of coarse coloured noise, and labels spread evenly over the classes."""
     height, width, channels = image_shape
     random = np.random.default_rng(0)
     cells = (SYNTHETIC_POOL, math.ceil(height / 8), math.ceil(width / 8), channels)

@@ -10,7 +10,7 @@ from bn_keras.errors import UsageError
 
 # Part of the error for a truncated or damaged file of records; the pipeline looks for it.
 TOO_FEW_RECORDS = "fewer readable records than expected in"
-# Bytes read ahead from a file that is read during training.
+# Size of the read buffer of each TFRecord file.
 _READ_AHEAD_BYTES = 2**20
 
 
@@ -37,7 +37,7 @@ class Arrays:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C)."""
+        """Shape (H, W, C) of each image."""
         height, width, channels = self.images.shape[1:]
         return height, width, channels
 
@@ -92,7 +92,7 @@ class Shards:
 
         count = tf.reduce_sum(tf.gather(tf.cast(lengths, tf.int64), shards))
         records = tf.data.Dataset.from_tensor_slices(shards).flat_map(open_shard)
-        # Without a single readable record there is no batch; the empty one fails the assertion.
+        # Without a readable record there is no batch; the empty one then fails the assertion.
         none = tf.data.Dataset.from_tensors(tf.constant([], tf.string))
         records = records.batch(count).concatenate(none).take(1).get_single_element()
         check = tf.debugging.Assert(
@@ -100,7 +100,7 @@ class Shards:
             [TOO_FEW_RECORDS, tf.gather(paths, shards)],
             summarize=-1,
         )
-        # A gather of a missing record would fail first, with a less helpful error.
+        # Without this order, gathering a missing record could fail first, with an unhelpful error.
         with tf.control_dependencies([check]):
             return tf.identity(records)
 
@@ -108,22 +108,23 @@ class Shards:
         """Reads one record of a shard.
 
         Returns:
-          A name by which a person can find the record, and the record.
+          A name by which a user can find the record, and the record.
         """
         path, index = self.paths[shard], self.skips[shard] + index
         [record] = tf.data.TFRecordDataset(path).skip(index).take(1).as_numpy_iterator()
         features = tf.train.Example.FromString(record).features.feature
-        place = f"record {index} of {path}"
+        location = f"record {index} of {path}"
         if not features["file_name"].bytes_list.value:
-            return place, record
-        return f"{features['file_name'].bytes_list.value[0].decode()} ({place})", record
+            return location, record
+        return f"{features['file_name'].bytes_list.value[0].decode()} ({location})", record
 
 
 class Files:
     """A split of single image files, read during training.
 
-    Its interface is that of `Shards`. All files form one shard, and a record is the number of a
-    file: all records are in memory, to be permuted as a whole and started from anywhere.
+    Its interface is that of `Shards`. All files form one shard, and each record is the number of a
+    file, so that all records fit into memory: they are permuted as a whole, and a run can start
+    anywhere without reading a file.
 
     Args:
       paths: path of each file.
@@ -137,7 +138,7 @@ class Files:
     def __init__(self, paths: Sequence[str], labels: Sequence[int]) -> None:
         self.lengths = (len(paths),)
         self.num_examples = len(paths)
-        # Eager tensors: a million paths would not fit into a graph.
+        # Kept as tensors, because a million paths would not fit into a graph as constants.
         with tf.device("CPU:0"):
             self._paths = tf.constant(paths)
             self._labels = tf.constant(labels, tf.int32)

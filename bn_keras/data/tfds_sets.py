@@ -18,9 +18,9 @@ from bn_keras.text import first_line
 
 # Data sets that TFDS does not have; see `open_source`.
 NOT_IN_TFDS = ("digits", "synthetic", "folder")
-# Larger sets, by the size of their decoded images, are read from their files during training.
+# Sets with more bytes of decoded images are read from their files during training.
 MEMORY_LIMIT_BYTES = 2**30
-# Timeout for the server from which a set is downloaded.
+# Timeout for connecting to the server from which a set is downloaded.
 CONNECTION_SECONDS = 5
 
 IMAGENET_TRAIN_EXAMPLES = 1_281_167
@@ -54,7 +54,7 @@ def open_tfds(name: str, data_dir: str, train_split: str, validation_split: str)
     )
     class_names = tuple(builder.info.features[label].names)
     if 0 < decoded_bytes <= MEMORY_LIMIT_BYTES:
-        # An undecodable image fails here; read during training, it is named and replaced.
+        # Fails for an undecodable image; if read during training, it is named and replaced.
         with contextlib.suppress(tf.errors.InvalidArgumentError):
             return Source(
                 class_names, *(_read_arrays(builder, split, image, label) for split in splits)
@@ -76,7 +76,7 @@ def describe_tfds(name: str, data_dir: str, train_split: str, validation_split: 
 
 
 def locate_tfds(name: str, data_dir: str) -> str:
-    """Returns where a TFDS set is, or how it gets there; see `sources.locate`."""
+    """Returns where a TFDS set is, or how it is obtained; see `sources.locate`."""
     builder = _find_builder(name, data_dir)
     if builder.is_prepared():
         return f"prepared in {builder.data_dir}"
@@ -108,11 +108,11 @@ def _prepare(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         raise UsageError(
             f"data set {name!r} is not in {builder.data_dir}: set data.data_dir to the folder that"
             " holds it, or prepare it from its archives with"
-            " python -m launch.prepare --manual_dir=ARCHIVES --data_dir=FOLDER"
+            " bn-keras prepare --manual_dir=ARCHIVES --data_dir=FOLDER"
         )
     try:
         _check_reachable(builder)
-        # TFDS prints what it does; standard output is for results.
+        # TFDS prints its progress; standard output is for results.
         with contextlib.redirect_stdout(sys.stderr):
             builder.download_and_prepare()
     # TFDS raises many kinds of errors here.
@@ -126,7 +126,7 @@ def _prepare(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
 
 
 def _check_reachable(builder: tfds.core.DatasetBuilder) -> None:
-    """Raises OSError if a set's server is unreachable; TFDS would retry for minutes."""
+    """Raises OSError if a server of the set is unreachable; TFDS would retry for minutes."""
     if urllib.request.getproxies() or builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
         return
     urls = [urllib.parse.urlsplit(url) for url in builder.url_infos]
@@ -155,7 +155,7 @@ def _find_image_and_label(name: str, info: tfds.core.DatasetInfo) -> tuple[str, 
 
 
 def _known_splits(builder: tfds.core.DatasetBuilder) -> tfds.core.splits.SplitDict | None:
-    """Returns the splits of a set that is not prepared, able to count slices; None if unknown."""
+    """Returns the splits of an unprepared set, with their sizes; None if they are unknown."""
     if builder.name not in _SIZES:
         return None
     return tfds.core.splits.SplitDict(
@@ -184,11 +184,11 @@ def _find_split(name: str, splits: tfds.core.splits.SplitDict, split: str) -> tf
 def _list_shards(
     builder: tfds.core.DatasetBuilder, split: tfds.core.SplitInfo, image: str, label: str
 ) -> Shards:
-    """Returns a split as its TFRecord files."""
+    """Returns a split as the shards of its TFRecord files."""
     if builder.info.file_format != tfds.core.FileFormat.TFRECORD:
         raise UsageError(
-            f"data set {builder.name!r} is stored as {builder.info.file_format.value} and is too"
-            " large for memory: prepare it as tfrecord, which can be read during training"
+            f"data set {builder.name!r} is stored as {builder.info.file_format.value}, but a set"
+            " that is not read into memory must be stored as tfrecord: prepare it in that format"
         )
     wanted = tfds.decode.PartialDecoding({image: True, label: True})
     features = wanted.extract_features(builder.info.features)
@@ -196,7 +196,7 @@ def _list_shards(
 
     def parse(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         example = features.deserialize_example(record, decoders={image: tfds.decode.SkipDecoding()})
-        # On the CPU a gather fails for a label that is not a class.
+        # On the CPU, gather fails for a label that is not a class.
         return example[image], tf.gather(classes, example[label])
 
     files = split.file_instructions

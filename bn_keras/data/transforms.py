@@ -15,14 +15,14 @@ import tensorflow as tf
 from bn_keras.data import augment, exif
 
 # Columns of an image's row of uniform random numbers.
-CROP = slice(0, 4)
-MIRROR = 4
-COLOUR = slice(5, 9)
+CROP_COLUMNS = slice(0, 4)
+MIRROR_COLUMN = 4
+COLOUR_COLUMNS = slice(5, 9)
 NUM_UNIFORMS = 9
 # Further columns, present if RandAugment is on.
-RAND_AUGMENT = slice(NUM_UNIFORMS, NUM_UNIFORMS + augment.RAND_AUGMENT_UNIFORMS)
+RAND_AUGMENT_COLUMNS = slice(NUM_UNIFORMS, NUM_UNIFORMS + augment.RAND_AUGMENT_UNIFORMS)
 
-CROPS = ("inception", "shift", "none")
+CROP_MODES = ("inception", "shift", "none")
 
 # GoogLeNet's training crop (arXiv 1409.4842, section 6).
 MIN_AREA = 0.08
@@ -70,15 +70,15 @@ class Preprocessing:
         """Number of pixels per image of the network's input."""
         return math.prod(self.size)
 
-    def from_pool(
+    def process_batch(
         self, pool: tf.Tensor, indices: tf.Tensor, uniforms: tf.Tensor | None, white: int
     ) -> tf.Tensor:
-        """Preprocesses a batch of images of one size in memory.
+        """Preprocesses a batch of images in memory, all of one size.
 
         Args:
           pool: uint8 [N, H, W, C].
-          indices: int32 [n]; images of the batch.
-          uniforms: float32 [n, NUM_UNIFORMS] in [0, 1), with the columns RAND_AUGMENT appended if
+          indices: int32 [n], indices of the batch's images in the pool.
+          uniforms: float32 [n, NUM_UNIFORMS] in [0, 1), with RAND_AUGMENT_COLUMNS appended if
             `random_augment`; None for evaluation: the centre crop, not mirrored, not distorted.
           white: value of a white pixel.
 
@@ -87,12 +87,16 @@ class Preprocessing:
         """
         image_size = tuple(pool.shape[1:3])
         window = self._centre_window(*image_size)
-        mirrored = uniforms[:, MIRROR] < 0.5 if uniforms is not None and self.mirror else None
+        mirrored = (
+            uniforms[:, MIRROR_COLUMN] < 0.5 if uniforms is not None and self.mirror else None
+        )
         offsets = None
         if uniforms is not None and self.crop == "shift":
-            offsets = tf.cast(shift_offsets(uniforms[:, CROP][:, :2], *self.size), tf.float32)
+            offsets = tf.cast(
+                shift_offsets(uniforms[:, CROP_COLUMNS][:, :2], *self.size), tf.float32
+            )
         if uniforms is not None and self.crop == "inception":
-            windows = inception_windows(uniforms[:, CROP], *image_size)
+            windows = inception_windows(uniforms[:, CROP_COLUMNS], *image_size)
             pixels = resample(pool, indices, windows, mirrored, self.size, white / 2)
         elif offsets is not None or mirrored is not None or window != (0, 0, *self.size):
             windows = tf.broadcast_to(tf.constant(window, tf.float32), [tf.size(indices), 4])
@@ -105,7 +109,7 @@ class Preprocessing:
             pixels = tf.gather(pool, indices)
         return self._finish(pixels, uniforms, white)
 
-    def from_encoded(
+    def process_encoded(
         self, encoded: tf.Tensor, uniforms: tf.Tensor | None, channels: int
     ) -> tf.Tensor:
         """Decodes and preprocesses one image; of a JPEG only the crop is decoded.
@@ -115,7 +119,7 @@ class Preprocessing:
 
         Args:
           encoded: scalar string, a JPEG, PNG, BMP or GIF file.
-          uniforms: one row as in `from_pool`, or None for evaluation.
+          uniforms: one row as in `process_batch`, or None for evaluation.
           channels: channels of the result, 1 or 3.
 
         Returns:
@@ -125,7 +129,7 @@ class Preprocessing:
 
         def choose_window(height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
             if uniforms is not None and self.crop == "inception":
-                return inception_windows(uniforms[None, CROP], height, width)[0]
+                return inception_windows(uniforms[None, CROP_COLUMNS], height, width)[0]
             return tf.stack(self._centre_window(height, width))
 
         def decode_window(window: tf.Tensor) -> tf.Tensor:
@@ -159,11 +163,11 @@ class Preprocessing:
         pixels = tf.cond(tf.io.is_jpeg(encoded), decode_jpeg, decode_other)
         pixels = tf.image.resize(tf.ensure_shape(pixels, [None, None, channels]), self.size)
         if uniforms is not None and self.crop == "shift":
-            offset = shift_offsets(uniforms[None, CROP][:, :2], *self.size)[0]
+            offset = shift_offsets(uniforms[None, CROP_COLUMNS][:, :2], *self.size)[0]
             pixels = shift(pixels, offset, 255 / 2)
         if uniforms is not None and self.mirror:
             pixels = tf.cond(
-                uniforms[MIRROR] < 0.5, lambda: tf.reverse(pixels, axis=[1]), lambda: pixels
+                uniforms[MIRROR_COLUMN] < 0.5, lambda: tf.reverse(pixels, axis=[1]), lambda: pixels
             )
         return self._finish(pixels[None], None if uniforms is None else uniforms[None], 255)[0]
 
@@ -178,13 +182,15 @@ class Preprocessing:
         if uniforms is not None and self.random_augment:
             scale = 255 / white
             pixels = augment.rand_augment(
-                scale * pixels, uniforms[:, RAND_AUGMENT], self.random_augment
+                scale * pixels, uniforms[:, RAND_AUGMENT_COLUMNS], self.random_augment
             )
             pixels /= scale
         if uniforms is not None and self.distortion:
             if not self.binary:
-                return distort(pixels, uniforms[:, COLOUR], self.distortion, white, (-1.0, 1.0))
-            pixels = distort(pixels, uniforms[:, COLOUR], self.distortion, white)
+                return distort(
+                    pixels, uniforms[:, COLOUR_COLUMNS], self.distortion, white, (-1.0, 1.0)
+                )
+            pixels = distort(pixels, uniforms[:, COLOUR_COLUMNS], self.distortion, white)
         return self.to_network_range(pixels, white)
 
     def to_network_range(self, pixels: tf.Tensor, white: float) -> tf.Tensor:
@@ -195,7 +201,7 @@ class Preprocessing:
 
 
 def _outlined(branch: Callable[[], tf.Tensor]) -> Callable[[], tf.Tensor]:
-    """Wraps a rare branch into a function that is not inlined.
+    """Wraps a rare branch in a function that is not inlined.
 
     TensorFlow visits each operation of an inlined branch even if the branch is not taken, at a cost
     of 10 microseconds.
@@ -237,7 +243,7 @@ def inception_windows(uniforms: tf.Tensor, height: tf.Tensor, width: tf.Tensor) 
 
     The area is uniform between 8% of the image and the largest for which an aspect ratio between
     3/4 and 4/3 fits (100% for a 4:3 photograph). The aspect ratio is log-uniform over those that
-    fit with that area. The usual implementation draws both again until the window fits, which makes
+    fit with that area. The usual implementation redraws both until the window fits, which makes
     large areas rarer than in the uniform distribution that the paper states.
 
     Args:
@@ -261,7 +267,7 @@ def inception_windows(uniforms: tf.Tensor, height: tf.Tensor, width: tf.Tensor) 
     pixels = area * image_height * image_width
     crop_height = tf.clip_by_value(tf.round(tf.sqrt(pixels / aspect)), 1.0, image_height)
     crop_width = tf.clip_by_value(tf.round(tf.sqrt(pixels * aspect)), 1.0, image_width)
-    # With a float32 just below 1 the product may round up to the excluded end.
+    # For a number just below 1, the product may round up to the excluded end.
     top = tf.minimum(
         tf.floor(uniforms[:, 2] * (image_height - crop_height + 1)), image_height - crop_height
     )
@@ -336,7 +342,7 @@ def resample(
 
     Args:
       images: [N, H, W, C] of any real dtype.
-      indices: int32 [n]; images of the pool.
+      indices: int32 [n], indices of the images to gather.
       windows: real [n, 4]: top, left, height, width in pixels; may extend beyond the image.
       mirrored: bool [n]; None mirrors none.
       size: height and width of the result.
@@ -347,7 +353,7 @@ def resample(
       float32 [n, *size, C].
     """
     top, left, height, width = tf.unstack(tf.cast(windows, tf.float32), axis=-1)
-    # Inset by 0.001 pixels, so that no edge pixel is rounded to the outside.
+    # The inset keeps rounding from moving edge pixels outside the image.
     inset = tf.where(height > 1, 0.001, 0.0), tf.where(width > 1, 0.001, 0.0)
     top, bottom = top + inset[0], top + height - 1 - inset[0]
     left, right = left + inset[1], left + width - 1 - inset[1]
@@ -389,8 +395,8 @@ def distort(
     _, height, width, channels = images.shape
     low, high = output_range or (0.0, white)
     scale = (high - low) / white
-    # Whole rows of the image at a time, here and below; one pixel, three numbers, at a time is
-    # several times slower.
+    # Operating on whole image rows, here and below, is several times faster than on pixels of three
+    # numbers.
     means = tf.reduce_mean(tf.reshape(images, [-1, height, width * channels]), axis=1)
     means = tf.reduce_mean(tf.reshape(means, [-1, width, channels]), axis=1)
     matrices, offsets = colour_maps(uniforms, strength, means, white)
@@ -430,13 +436,13 @@ def _chroma_maps(cosine: tf.Tensor, sine: tf.Tensor) -> tf.Tensor:
     """Returns RGB maps [n, 3, 3] that keep luma and rotate and scale (I, Q).
 
     Args:
-      cosine, sine: [n], each times the scale.
+      cosine, sine: [n], of the rotation, multiplied by the scale.
     """
     to_yiq = np.array(_RGB_TO_YIQ)
     to_rgb = np.linalg.inv(to_yiq)
     y, i, q = (np.diag(row) for row in np.eye(3))
-    quarter = np.array([[0, 0, 0], [0, 0, -1], [0, 1, 0]])
+    quarter_turn = np.array([[0, 0, 0], [0, 0, -1], [0, 1, 0]])
     keep, scale, rotate = (
-        tf.constant(to_rgb @ part @ to_yiq, tf.float32) for part in (y, i + q, quarter)
+        tf.constant(to_rgb @ part @ to_yiq, tf.float32) for part in (y, i + q, quarter_turn)
     )
     return keep + cosine[:, None, None] * scale + sine[:, None, None] * rotate

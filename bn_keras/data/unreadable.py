@@ -30,7 +30,7 @@ class UnreadableExamples:
         return len(self._names)
 
     def add(self, name: str, reason: Exception) -> None:
-        """Logs and counts an example that is not known yet; raises UsageError beyond the limit."""
+        """Logs and counts an example unless it is known; raises UsageError beyond the limit."""
         with self._lock:
             # A known example may be decoded again after the one that exceeded the limit.
             if self.error:

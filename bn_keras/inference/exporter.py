@@ -219,7 +219,7 @@ def _probabilities(
     """Computes the probabilities, float32 [N, classes], of encoded images, string [N]."""
     shape = model.input.shape[1:]
     images = tf.map_fn(
-        lambda image: preprocessing.from_encoded(image, None, channels=shape[-1]),
+        lambda image: preprocessing.process_encoded(image, None, channels=shape[-1]),
         encoded,
         fn_output_signature=tf.TensorSpec(shape, tf.float32),
     )

@@ -70,7 +70,9 @@ def make_predictor(
     def predict(path: str | os.PathLike) -> list[Prediction]:
         channels = first.input_shape[-1]
         encoded, _ = read_image(path, channels)
-        probabilities, classes = most_probable(preprocessing.from_encoded(encoded, None, channels))
+        probabilities, classes = most_probable(
+            preprocessing.process_encoded(encoded, None, channels)
+        )
         return [
             Prediction(first.class_names[number], float(probability))
             for probability, number in zip(probabilities, classes.numpy(), strict=True)

@@ -1,1 +1,1 @@
-"""Pictures of images as the network sees them."""
+"""Pictures of the images that a network is trained and evaluated on."""

@@ -14,22 +14,24 @@ from bn_keras.data.pipeline import Data, open_data
 from bn_keras.errors import UsageError
 from bn_keras.pictures.picture_file import save_picture
 
-# Strengths of the photometric distortion: none, and those of the configs of the paper's networks.
+# Strengths of the photometric distortions: none, and those of the configs of the paper's networks.
 STRENGTHS = (0.0, 0.5, 1.0)
 
-_INCHES = 1.4
-_TITLE_LENGTH = 16
-# Smallest share of a class that is shown for a mixed image.
-_MIN_SHARE = 0.005
+# Side of a cell of the grid.
+_CELL_INCHES = 1.4
+# Longer names of classes are cut off.
+_MAX_TITLE_LENGTH = 16
+# Smaller weights of a class are not shown for a mixed image.
+_MIN_WEIGHT = 0.005
 
 
 def write_preview(config: ConfigDict, path: str | os.PathLike, num_examples: int = 8) -> None:
     """Writes a picture of the first training and validation examples.
 
-    Each column shows one training example with the same crop and mirroring, distorted with the same
-    random numbers at several strengths, including the config's own. If the config asks for
-    RandAugment, MixUp or CutMix, further rows show them. keras_cv's gallery has no captions for
-    classes and rows.
+    Each column shows one training example. Rows show it at several strengths of distortion,
+    including the config's own, with the same random numbers: the same crop, mirroring and colour
+    changes. Further rows show the config's RandAugment, MixUp and CutMix, and the last row
+    validation examples. (keras_cv's image gallery cannot label rows and classes.)
 
     Args:
       config: see bn_keras/training/config.py.
@@ -45,7 +47,8 @@ def write_preview(config: ConfigDict, path: str | os.PathLike, num_examples: int
     data = open_data(**config.data, seed=config.seed)
     rows = list(_open_rows(data, num_examples))
     figure = Figure(
-        figsize=(_INCHES * (num_examples + 0.3), _INCHES * (len(rows) + 0.6)), layout="constrained"
+        figsize=(_CELL_INCHES * (num_examples + 0.3), _CELL_INCHES * (len(rows) + 0.6)),
+        layout="constrained",
     )
     grid = figure.subplots(len(rows), num_examples, squeeze=False)
     labels_above = np.empty(0)
@@ -76,8 +79,8 @@ def _open_rows(
         batch_size += num_examples % 2
     for strength in sorted({*STRENGTHS, own.distortion}):
         plain = dataclasses.replace(own, distortion=strength, random_augment=0.0)
-        is_complete = strength == own.distortion and not (operations or mixtures)
-        name = f"distortion {strength:g}" + ("\n(this config)" if is_complete else "")
+        is_own = strength == own.distortion and not (operations or mixtures)
+        name = f"distortion {strength:g}" + ("\n(this config)" if is_own else "")
         yield name, data.train_batches(strategy, batch_size, preprocessing=plain)
     if operations and not mixtures:
         name = "\n".join([*operations, "(this config)"])
@@ -90,20 +93,20 @@ def _open_rows(
 
 
 def _format_label(label: np.ndarray, class_names: Sequence[str]) -> str:
-    """Returns the name of a class, or the classes of a mixed image, the largest share first."""
+    """Returns the name of a class, or the classes of a mixed image, the largest weight first."""
     if label.ndim == 0:
         return _shorten(class_names[int(label)])
-    order = [int(number) for number in np.argsort(-label) if label[number] >= _MIN_SHARE]
+    order = [int(number) for number in np.argsort(-label) if label[number] >= _MIN_WEIGHT]
     return "\n".join(f"{label[number]:.0%} {_shorten(class_names[number])}" for number in order)
 
 
 def _draw_image(cell: Axes, image: np.ndarray, binary: bool) -> None:
     pixels = image if binary else (image + 1) / 2
-    # matplotlib warns about values outside [0, 1].
+    # Clipped because matplotlib warns about values outside [0, 1].
     cell.imshow(np.clip(pixels, 0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)
     cell.set_xticks([])
     cell.set_yticks([])
 
 
 def _shorten(name: str) -> str:
-    return name if len(name) <= _TITLE_LENGTH else name[: _TITLE_LENGTH - 1] + "…"
+    return name if len(name) <= _MAX_TITLE_LENGTH else name[: _MAX_TITLE_LENGTH - 1] + "…"

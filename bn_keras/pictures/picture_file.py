@@ -1,4 +1,4 @@
-"""Writing of figures to picture files."""
+"""Saves figures as picture files."""
 
 import os
 import pathlib
@@ -11,17 +11,18 @@ from bn_keras.text import first_line
 
 
 def save_picture(figure: Figure, path: str | os.PathLike) -> None:
-    """Writes a figure in the format of the path's extension; creates missing folders.
+    """Saves a figure in the format given by the path's extension; creates missing folders.
 
     Raises:
-      UsageError: an unknown extension, or a path at which there cannot be a file.
+      UsageError: the extension is unknown, or a parent of the path is not a folder.
       StorageError: the file cannot be written.
     """
     path = pathlib.Path(path)
     extensions = [f".{name}" for name in figure.canvas.get_supported_filetypes()]
     if path.suffix.lower() not in extensions:
         raise UsageError(
-            f"picture {path} cannot be written: expected an extension of {', '.join(extensions)}"
+            f"picture {path} cannot be written: expected one of the extensions"
+            f" {', '.join(extensions)}"
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
