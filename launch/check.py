@@ -1,6 +1,7 @@
 """Checks the BatchNormalization layers of a run's network and prints a table of the findings.
 
-A healthy network prints one line. The exit status is 1 for a fault, and 0 for notes alone.
+For a healthy network, one line is printed. The exit status is 1 if there are faults, and 0 if there
+are only notes.
 
 Example:
   bn-keras check --workdir=runs/mnist_bn
@@ -16,7 +17,10 @@ from . import cli
 
 _WORKDIR = cli.define_workdir()
 _BATCHES = flags.DEFINE_integer(
-    "batches", 20, "Training batches to run the network on; 0 checks the weights alone."
+    "batches",
+    20,
+    "Training batches to run the network on; 0 checks only the weights.",
+    lower_bound=0,
 )
 _JSON = flags.DEFINE_boolean("json", False, "Print all findings and measurements as JSON.")
 
@@ -25,7 +29,7 @@ def main() -> None:
     """Checks the network and prints the report."""
     from bn_keras.inference.run_check import check_workdir
 
-    batches = str(_BATCHES.value or "none, weights alone")
+    batches = str(_BATCHES.value or "none, only weights")
     cli.log_lines({"network": _WORKDIR.value, "batches": batches})
     report = check_workdir(_WORKDIR.value, _BATCHES.value)
     if _JSON.value:

@@ -1,4 +1,4 @@
-"""The frame of every command: start-up, flags, errors on one line, exit statuses.
+"""What all commands share: start-up, flags, one-line errors, exit statuses.
 
 Exit statuses:
   0: success.
@@ -25,7 +25,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn, TypeVar
 
-# TensorFlow reads these when it is imported, which happens later.
+# TensorFlow and Keras read these when they are imported, later.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
@@ -47,7 +47,7 @@ def define_workdir(
     meaning: str = "Folder of the run: its config, metrics and checkpoints.",
     required: bool = True,
 ) -> flags.FlagHolder[str]:
-    """Defines --workdir, whose default is "" where it is not required."""
+    """Defines --workdir; its default is "" if it is not required."""
     if required:
         return flags.DEFINE_string("workdir", None, meaning, required=True)
     return flags.DEFINE_string("workdir", "", meaning)
@@ -63,8 +63,8 @@ def define_parallel() -> flags.FlagHolder[int]:
     )
 
 
-def parse(kind: type[_Number], text: str, flag: str) -> _Number:
-    """Parses one value of a list flag; raises CommandError if it is not a number of that type."""
+def parse_item(kind: type[_Number], text: str, flag: str) -> _Number:
+    """Parses one item of a list flag; raises CommandError if it is not a number of that type."""
     try:
         return config_flag.parse_value(kind, text)
     except ValueError as error:
@@ -72,13 +72,13 @@ def parse(kind: type[_Number], text: str, flag: str) -> _Number:
 
 
 def log_lines(lines: Mapping[str, str]) -> None:
-    """Logs what a command is about to do, or its results: a name and a text on each line."""
+    """Logs the plan of a command, or its results, as one line per name and text."""
     for name, text in lines.items():
         logging.info("%-9s %s", name, text)
 
 
 def command_line(command: str) -> list[str]:
-    """Returns the words that start another command, in the way that this one was started."""
+    """Returns the words that run a command: `bn-keras COMMAND`, or as this process was started."""
     if sys.argv[0].startswith("bn-keras"):
         return ["bn-keras", command]
     return ["python", "-m", f"{__package__}.{command}"]
@@ -86,17 +86,16 @@ def command_line(command: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command, which its module runs as a script and `bn-keras` runs by name.
+    """A command, run by `bn-keras NAME` or as a script by its module.
 
     Args:
       module: `__name__` of the module that defines the flags; its docstring is the help.
-      main: a function without arguments; with `positional`, of the list of positional arguments.
-      positional: name of the positional arguments, of which one or more are required; "" accepts
-        none.
-      optional: whether the positional arguments are optional.
+      main: the function to run; with `positional`, it takes the list of positional arguments.
+      positional: name of the positional arguments for messages; "" accepts none.
+      optional: accept zero positional arguments; by default at least one is required.
       needs_tensorflow: whether `main` needs TensorFlow.
-      make_help: returns the text of --help from the arguments; None formats the docstring and the
-        flags.
+      make_help: returns the text of --help, given the arguments; None formats the docstring and
+        the flags.
     """
 
     module: str
@@ -122,9 +121,9 @@ class Command:
         return flags.FLAGS.get_key_flags_for_module(name)
 
     def _parse(self, argv: list[str]) -> list[str]:
-        """Parses the flags and loads the config; returns the script and its positional arguments.
+        """Parses the flags and loads the config; returns the script and the positional arguments.
 
-        TensorFlow is imported last, so that a mistyped flag is reported at once.
+        TensorFlow is imported last, so that a mistyped flag is reported immediately.
         """
         if HELP_FLAGS & set(argv):
             print(self._format_help(argv), flush=True)
@@ -170,26 +169,26 @@ class Command:
 
 
 def import_quietly() -> None:
-    """Imports bn_keras without the messages that its libraries print when they are loaded."""
+    """Imports bn_keras and drops the messages that its libraries print when they are loaded."""
     with _silenced_stderr():
         importlib.import_module("bn_keras")
 
 
-def begin_process() -> None:
-    """Sets up logging in a process that trains one of several runs."""
+def begin_child_process() -> None:
+    """Sets up logging in a child process, which trains one of several runs."""
     flags.FLAGS.mark_as_parsed()
     _begin_logging()
     _drop_foreign_logs()
 
 
-# A process that trains one of several runs imports the command's module before anything else.
+# A child process imports the command's module, and thereby this one, before anything else.
 if multiprocessing.parent_process() is not None:
     import_quietly()
 
 
 @contextlib.contextmanager
 def exit_statuses() -> Iterator[None]:
-    """Turns the errors that end a command into a line and an exit status."""
+    """Turns an error that ends a command into one line and an exit status."""
     try:
         yield
     except CommandError as error:
@@ -210,7 +209,7 @@ def _fail(reason: object, status: int) -> NoReturn:
 
 @contextlib.contextmanager
 def _reported_errors() -> Iterator[None]:
-    """Turns the errors of bn_keras, and some of TensorFlow's, into CommandErrors; imports both."""
+    """Imports bn_keras and TensorFlow, and turns their expected errors into CommandErrors."""
     try:
         with _silenced_stderr():
             import tensorflow as tf
@@ -253,7 +252,7 @@ def _drop_foreign_logs() -> None:
 
 
 def _is_own_record(record: std_logging.LogRecord) -> bool:
-    # TFDS and others log their progress and their own deprecations through the same logger.
+    # TFDS and others log progress and deprecations through the same logger.
     parents = pathlib.Path(record.pathname).resolve().parents
     return record.levelno >= std_logging.ERROR or any(f in parents for f in _own_folders())
 
@@ -285,10 +284,12 @@ def _expand_home(argument: str) -> str:
 
 
 def _explain(error: Exception) -> str:
-    """Returns absl's reason for refusing the flags in the words of this package."""
+    """Rewords absl's error about the flags."""
     reason = str(error).strip().splitlines()[-1].strip()
     if missing := re.search(r"--(\w+)=None.* must have a value other than None", reason):
         return f"--{missing[1]} is missing: see --help"
+    if without_value := re.match(r"Missing value for flag (--?\w+)", reason):
+        return f"{without_value[1]} has no value: expected {without_value[1]}=VALUE"
     if isinstance(error, flags.UnrecognizedFlagError):
         flag = f"--{error.flagname}"
         return f"unknown flag {flag}{did_you_mean(flag, map('--{}'.format, flags.FLAGS))}"

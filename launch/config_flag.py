@@ -38,7 +38,7 @@ class ConfigFlag:
 
     @property
     def value(self) -> ConfigDict:
-        """The config, where the command requires one."""
+        """The config; raises CommandError without one."""
         if self.config is None:
             raise CommandError("--config is missing: see --help")
         return self.config
@@ -124,7 +124,7 @@ def _override(config: ConfigDict, argument: str) -> tuple[str, Any]:
     if kind is bool and not equals:
         text = "false" if no else "true"
     elif no:
-        raise CommandError(f"{argument} is invalid: only a setting of type bool has a --noconfig")
+        raise CommandError(f"{argument} is invalid: only boolean settings have a --noconfig form")
     try:
         section[name] = parse_value(kind, text)
     except ValueError as error:

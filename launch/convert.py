@@ -1,7 +1,7 @@
 """Converts another project's weights of BN-Inception to a Keras model.
 
-Supported are the PyTorch ports of pytorchcv and of Cadene's pretrainedmodels (.pth, or .npz without
-PyTorch) and TF-Slim's inception_v2. The log describes the images that the network expects.
+Supports TF-Slim's inception_v2 and the PyTorch ports in pytorchcv and Cadene's pretrainedmodels
+(.pth, which requires PyTorch, or .npz). The log describes the images that the network expects.
 
 Examples:
   bn-keras convert --weights=inception_v2.ckpt --output=slim.keras
@@ -15,12 +15,12 @@ from . import cli
 _WEIGHTS = flags.DEFINE_string(
     "weights",
     None,
-    "PyTorch file (.npz, .pth, .pt, .tar), or TensorFlow checkpoint: its prefix, one of its files"
-    " or its folder.",
+    "PyTorch file (.npz, .pth, .pt, .tar), or TensorFlow checkpoint: its prefix, folder or one of"
+    " its files.",
     required=True,
 )
 _OUTPUT = flags.DEFINE_string(
-    "output", None, "Output file that ends in .keras or .weights.h5.", required=True
+    "output", None, "Output file, ending in .keras or .weights.h5.", required=True
 )
 _SOURCE = flags.DEFINE_enum(
     "source",

@@ -1,4 +1,4 @@
-"""Draws the crops of an image in multi-crop evaluation.
+"""Draws the crops of an image that multi-crop evaluation averages over.
 
 Examples:
   bn-keras crops --output=crops.png photograph.jpg
@@ -10,9 +10,9 @@ from absl import flags
 from . import cli
 from .command_error import CommandError
 
-_OUTPUT = flags.DEFINE_string("output", None, "Picture to write, such as x.png.", required=True)
-_CROPS = flags.DEFINE_string("crops", "144", "Crops, as in `bn-keras evaluate`.")
-_SIZE = flags.DEFINE_integer("size", 224, "Side of the network's input.", lower_bound=1)
+_OUTPUT = flags.DEFINE_string("output", None, "Output picture, such as x.png.", required=True)
+_CROPS = flags.DEFINE_string("crops", "144", "Crops: see `bn-keras evaluate --help`.")
+_SIZE = flags.DEFINE_integer("size", 224, "Side of the network's input, in pixels.", lower_bound=1)
 
 
 def main(images: list[str]) -> None:

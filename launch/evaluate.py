@@ -1,13 +1,13 @@
 """Evaluates networks on a validation set, alone and as an ensemble.
 
---workdir uses the finished network of a run, or else its latest checkpoint; with --best, the
-network of the evaluation with the highest accuracy. --model uses a .keras file or a SavedModel
-written by `bn-keras export`. --config defaults to the config of the first run. The errors are
-printed as a table like the paper's Figure 4.
+--workdir loads the finished network of a run, or else its latest checkpoint; with --best, the
+network with the highest validation accuracy. --model loads a .keras file or a SavedModel written by
+`bn-keras export`. --config defaults to the config of the first run. The errors are printed as a
+table like the paper's Figure 4.
 
---crops: 1 is the single crop, 10 the corners and the centre with their mirror images, 144 the crops
-of GoogLeNet. Any other choice is scales x squares x windows x mirrors: 10 is 1x1x5x2, and 144 is
-4x3x6x2.
+--crops: 1 is the centre crop, 10 the corners and the centre with their mirror images, 144 the crops
+of GoogLeNet. Other choices are written as scales x squares x windows x mirrors: 10 is 1x1x5x2, and
+144 is 4x3x6x2.
 
 Examples:
   bn-keras evaluate --workdir=runs/mnist_bn
@@ -29,8 +29,8 @@ _WORKDIRS = flags.DEFINE_multi_string(
 _MODELS = flags.DEFINE_multi_string(
     "model", [], "Exported network; repeat it for each member of an ensemble."
 )
-_CROPS = flags.DEFINE_list("crops", ["1"], "Crops of each image; commas separate choices.")
-_BEST = flags.DEFINE_bool("best", False, "Use the network of each run's best evaluation.")
+_CROPS = flags.DEFINE_list("crops", ["1"], "Crops per image; commas separate alternatives.")
+_BEST = flags.DEFINE_bool("best", False, "Use each run's network of highest validation accuracy.")
 _JSON = flags.DEFINE_bool("json", False, "Print each row of the table as a line of JSON.")
 
 
@@ -44,6 +44,8 @@ def main() -> None:
     workdirs, models = _WORKDIRS.value, _MODELS.value
     if not workdirs + models:
         raise CommandError("--workdir or --model is missing: see --help")
+    if not _CROPS.value:
+        raise CommandError("--crops is empty: see --help")
     crops = [Crops.parse(text) for text in _CROPS.value]
     config, source = _CONFIG.config, str(_CONFIG)
     if config is None and workdirs:

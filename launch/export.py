@@ -19,10 +19,10 @@ _FORMAT = flags.DEFINE_enum(
     "format",
     "keras",
     ["keras", "saved_model", "tflite"],
-    "keras (images to logits), saved_model (also JPEG files to probabilities) or tflite.",
+    "Each maps images to logits; saved_model also maps JPEG files to probabilities.",
 )
 _FOLD = flags.DEFINE_bool("fold", False, "Fold batch normalization into the preceding layers.")
-_BEST = flags.DEFINE_bool("best", False, "Export the network of the run's best evaluation.")
+_BEST = flags.DEFINE_bool("best", False, "Export the run's network of highest validation accuracy.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an existing export.")
 
 

@@ -10,7 +10,7 @@ from absl import flags
 HELP_FLAGS = frozenset({"--help", "-help", "-h", "-?"})
 
 _WIDTH = 80
-# A longer name has a line of its own.
+# Longer names get a line of their own.
 _MAX_NAME = 24
 
 
@@ -23,8 +23,8 @@ def format_help(
     """Formats the description, the flags and the examples of a command.
 
     Args:
-      doc: paragraphs of description, which are filled; then a block that begins with "Example:" or
-        "Examples:" and stays as it is.
+      doc: paragraphs of description, which are wrapped; then a block that begins with "Example:" or
+        "Examples:" and is kept as is.
       options: the flags.
       required: names of required flags, in addition to those that absl requires.
       subcommands: description of each, by name.
@@ -54,7 +54,7 @@ def format_commands(commands: Mapping[str, str]) -> str:
 
 
 def is_required(flag: flags.Flag) -> bool:
-    """Returns whether a command requires a flag, which absl marks by a validator."""
+    """Returns whether a flag is required; absl marks such flags by a validator."""
     return any("other than None" in validator.message for validator in flag.validators)
 
 
@@ -76,7 +76,7 @@ def _usage(flag: flags.Flag) -> str:
 
 
 def _describe(flag: flags.Flag, required: bool) -> str:
-    # absl adds the values of an enum in front, and a note behind a flag that may be repeated.
+    # absl prepends the values of an enum, and appends a note to a flag that may be repeated.
     text = re.sub(r"^<[^>]*>: |;\n *repeat this option.*", "", flag.help)
     if required or is_required(flag):
         return f"{text} Required."

@@ -8,7 +8,7 @@ from . import cli
 from .command_error import CommandError, did_you_mean
 from .help import HELP_FLAGS, format_commands
 
-# In the order in which a user needs them.
+# In the order of use.
 COMMANDS = {
     "train": "train a network, or resume its run",
     "evaluate": "evaluate runs and exported networks, alone and as an ensemble",

@@ -1,8 +1,8 @@
-"""Predicts the five most probable classes of images.
+"""Predicts the five most probable classes of each image.
 
 Accepts JPEG, PNG, BMP and GIF files. An unreadable image is reported on one line, the remaining
-images are still processed, and the exit status is 2. Classes have their names in the data set:
-TFDS's imagenet2012 uses WordNet ids, such as n01440764 for the tench.
+images are still processed, and the exit status is 2. Classes are named as in the data set: TFDS's
+imagenet2012 uses WordNet ids, such as n01440764 for the tench.
 
 Examples:
   bn-keras predict --workdir=runs/bn_x30 photograph.jpg
@@ -19,13 +19,13 @@ from . import cli
 _WORKDIRS = flags.DEFINE_multi_string(
     "workdir", None, "Folder of a run; repeat it for each member of an ensemble.", required=True
 )
-_CROPS = flags.DEFINE_string("crops", "1", "Crops of each image: see `bn-keras evaluate --help`.")
-_BEST = flags.DEFINE_bool("best", False, "Use the network of each run's best evaluation.")
+_CROPS = flags.DEFINE_string("crops", "1", "Crops per image: see `bn-keras evaluate --help`.")
+_BEST = flags.DEFINE_bool("best", False, "Use each run's network of highest validation accuracy.")
 _JSON = flags.DEFINE_bool("json", False, "Print each image as a line of JSON.")
 
 
 def main(images: list[str]) -> None:
-    """Prints the predictions for each image."""
+    """Prints the predictions for all images."""
     from bn_keras.data.multi_crop import Crops
     from bn_keras.errors import StorageError, UsageError
     from bn_keras.inference.prediction import make_predictor

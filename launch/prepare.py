@@ -1,4 +1,4 @@
-"""Prepares ImageNet for training from its official archives, once; takes a few hours.
+"""Prepares ImageNet for training from its official archives. Takes a few hours, once.
 
 Example:
   bn-keras prepare --manual_dir=archives --data_dir=tfds
@@ -11,13 +11,13 @@ from . import cli
 _MANUAL_DIR = flags.DEFINE_string(
     "manual_dir",
     None,
-    "Folder of ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.",
+    "Folder with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.",
     required=True,
 )
 _DATA_DIR = flags.DEFINE_string(
     "data_dir",
     "",
-    "Folder of prepared sets, as --config.data.data_dir; TFDS's default if left out.",
+    "Folder for the prepared data set, as in --config.data.data_dir; without it, TFDS's default.",
 )
 
 

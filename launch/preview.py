@@ -9,8 +9,10 @@ from absl import flags
 from . import cli
 
 _CONFIG = cli.define_config()
-_OUTPUT = flags.DEFINE_string("output", None, "Picture to write, such as x.png.", required=True)
-_EXAMPLES = flags.DEFINE_integer("examples", 8, "Number of training and validation examples.")
+_OUTPUT = flags.DEFINE_string("output", None, "Output picture, such as x.png.", required=True)
+_EXAMPLES = flags.DEFINE_integer(
+    "examples", 8, "Number of training examples, and of validation examples.", lower_bound=1
+)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
-"""Runs the paper's experiments and writes their report: figure1 to figure4, claims.
+"""Runs the paper's experiments and writes their report.
 
-Default: figure2 figure3. Finished runs are kept, and stopped runs resume.
+The experiments are figure1, figure2, figure3, figure4 and claims; the default is figure2 figure3.
+Finished runs are kept, and stopped runs resume.
 
 Example:
   bn-keras reproduce figure3 claims --scale=digits --workdir=runs/digits
@@ -18,7 +19,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from . import cli
-from .command_error import CommandError
+from .command_error import CommandError, did_you_mean
 
 if TYPE_CHECKING:
     from bn_keras.report import Run, Section
@@ -31,14 +32,16 @@ _SCALE = flags.DEFINE_enum(
     "Minutes, an hour on two cores, or the paper's own size.",
 )
 _SEEDS = flags.DEFINE_integer(
-    "seeds", 1, "Runs of each network that a figure compares.", lower_bound=1
+    "seeds", 1, "Runs per network, for the figures that compare networks.", lower_bound=1
 )
-_STEPS = flags.DEFINE_integer("steps", 0, "Limit on the steps of each run; 0: no limit.")
+_STEPS = flags.DEFINE_integer(
+    "steps", 0, "Maximum number of steps of each run; 0: no limit.", lower_bound=0
+)
 _DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder of prepared TFDS data sets.")
 _PARALLEL = cli.define_parallel()
-_WORKDIR = cli.define_workdir("Folder of the report, with a folder for each run.")
+_WORKDIR = cli.define_workdir("Folder of the report and of all runs.")
 
-_DEFAULT = ["figure2", "figure3"]
+_DEFAULT_EXPERIMENTS = ["figure2", "figure3"]
 _TITLE = "Reproducing Batch Normalization (Ioffe & Szegedy, 2015)"
 
 
@@ -58,14 +61,14 @@ def main(given: list[str]) -> None:
         cli.log_lines(describe_input(config))
     steps = sum(config.train.steps for config in configs.values())
     cli.log_lines({"runs": f"{len(trials)} in {workdir}, {steps:,} steps in total"})
-    runs = train_all(configs, workdir, _PARALLEL.value, cli.begin_process)
+    runs = train_all(configs, workdir, _PARALLEL.value, cli.begin_child_process)
 
     results: dict[str, list[Run]] = {}
     for trial in trials:
         run = dataclasses.replace(runs[str(trial)], title=trial.title)
         results.setdefault(trial.title, []).append(run)
     sections = _build_sections(experiments, results)
-    write_report(_TITLE, sections, results, workdir, _command(given))
+    write_report(_TITLE, sections, results, workdir, _format_command(given))
     for section in sections:
         text = re.sub(r"^!\[.*\n?", "", section.body, flags=re.MULTILINE)
         print(f"\n{section.title}\n\n{text.strip()}")
@@ -78,9 +81,9 @@ def _choose_experiments(given: list[str]) -> list[str]:
 
     for name in given:
         if name not in EXPERIMENTS:
-            expected = ", ".join(EXPERIMENTS)
-            raise CommandError(f"unknown experiment {name!r}: expected one of {expected}")
-    return [name for name in EXPERIMENTS if name in (given or _DEFAULT)]
+            guess, expected = did_you_mean(name, EXPERIMENTS), ", ".join(EXPERIMENTS)
+            raise CommandError(f"unknown experiment {name!r}{guess}: expected one of {expected}")
+    return [name for name in EXPERIMENTS if name in (given or _DEFAULT_EXPERIMENTS)]
 
 
 def _apply_flags(config: ConfigDict) -> ConfigDict:
@@ -114,8 +117,8 @@ def _find_members() -> list[str]:
     return [f"{_WORKDIR.value}/{folder_name(str(trial))}" for trial in members]
 
 
-def _command(given: list[str]) -> str:
-    """Returns the command that reproduces the report."""
+def _format_command(given: list[str]) -> str:
+    """Returns the command line that reproduces the report."""
     command = [*cli.command_line("reproduce"), *given]
     for flag in (_SCALE, _SEEDS, _STEPS, _DATA_DIR, _WORKDIR):
         if flag.present or flag is _SCALE:

@@ -1,6 +1,6 @@
 """Searches initializers and base learning rates for a network, by validation accuracy.
 
-The configs on digits and CIFAR-10 use values found this way for Inception alone.
+The configs on digits and CIFAR-10 use values found this way, for Inception only.
 
 Example:
   bn-keras search --config=digits_inception --workdir=runs/search
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bn_keras.runs.history import Run
 
 _CONFIG = cli.define_config()
-_WORKDIR = cli.define_workdir("Folder with a folder for each run.")
+_WORKDIR = cli.define_workdir("Folder of all runs.")
 _INITIALIZERS = flags.DEFINE_list(
     "initializers", ["he_normal", "glorot_uniform"], "Values of config.model.initializer."
 )
@@ -34,7 +34,7 @@ _PARALLEL = cli.define_parallel()
 
 
 class _Result(NamedTuple):
-    """Results of one setting; accuracy and loss are means over seeds."""
+    """Result of one combination; accuracy and loss are means over its seeds."""
 
     accuracy: float
     loss: float
@@ -44,7 +44,7 @@ class _Result(NamedTuple):
 
 
 def main() -> None:
-    """Trains every combination and prints the results, the best first."""
+    """Trains all combinations and prints the results, best first."""
     from bn_keras.experiments.run_all import train_all
     from bn_keras.training.plan import describe_input
 
@@ -59,16 +59,18 @@ def main() -> None:
         for seed in _SEEDS.value:
             config = _CONFIG.value.copy_and_resolve_references()
             config.model.initializer = initializer
-            config.schedule.base_rate = cli.parse(float, base_rate, "--base_rates")
-            config.seed = cli.parse(int, seed, "--seeds")
+            config.schedule.base_rate = cli.parse_item(float, base_rate, "--base_rates")
+            config.seed = cli.parse_item(int, seed, "--seeds")
             configs[f"{initializer} {base_rate} seed {seed}"] = config
     count = f"{len(configs)} in {_WORKDIR.value}, {_CONFIG.value.train.steps:,} steps each"
     cli.log_lines({"config": str(_CONFIG)} | describe_input(_CONFIG.value) | {"runs": count})
-    runs = iter(train_all(configs, _WORKDIR.value, _PARALLEL.value, cli.begin_process).values())
+    runs = iter(
+        train_all(configs, _WORKDIR.value, _PARALLEL.value, cli.begin_child_process).values()
+    )
     results = [
         _summarize(setting, list(itertools.islice(runs, len(_SEEDS.value)))) for setting in settings
     ]
-    print(f"means over {len(_SEEDS.value)} seeds, the best first")
+    print(f"means over {len(_SEEDS.value)} seeds, best first")
     print(_format(results))
 
 

@@ -31,16 +31,16 @@ from .command_error import CommandError, did_you_mean
 from .help import format_help
 
 _WORKDIR = cli.define_workdir(
-    "Folder of the run, gs://BUCKET/FOLDER; the job's own files are beside it.", required=False
+    "Folder of the run, gs://BUCKET/FOLDER; the job's files are beside it.", required=False
 )
 _NAME = flags.DEFINE_string("name", "", "Name of the job.")
 _ZONE = flags.DEFINE_string("zone", "", "Zone of the TPU, such as us-east5-b.")
-_TYPE = flags.DEFINE_string("accelerator_type", "", "Single-host type, such as v6e-8.")
+_TYPE = flags.DEFINE_string("accelerator_type", "", "Single-host TPU type, such as v6e-8.")
 _CONFIG = cli.define_config(required=False)
 _IMAGE = flags.DEFINE_string(
     "image", "", "Container image; without it, the VM builds one from this checkout."
 )
-_PROJECT = flags.DEFINE_string("project", "", "Project; without it, gcloud's default.")
+_PROJECT = flags.DEFINE_string("project", "", "Google Cloud project; without it, gcloud's default.")
 _SERVICE_ACCOUNT = flags.DEFINE_string(
     "service_account", "", "Account of the VM; without it, the project's default."
 )
@@ -58,7 +58,7 @@ _MAX_HOURS = flags.DEFINE_float(
 _PRICE = flags.DEFINE_float("price_per_hour", None, "Price, to print the maximum cost.", 0.0)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only print the commands that would run.")
 _MAX_RETRIES = flags.DEFINE_integer(
-    "max_retries", 10, "How often a preempted job is submitted again.", 0
+    "max_retries", 10, "How often a preempted job is created again.", 0
 )
 _POLL_SECONDS = flags.DEFINE_float("poll_seconds", 60.0, "Time between two polls.", 1.0)
 _YES = flags.DEFINE_bool("yes", False, "Do not ask for confirmation.")
@@ -77,14 +77,14 @@ def main(arguments: list[str]) -> None:
         if subcommand == "submit":
             _submit(cloud)
         else:
-            _SUBCOMMANDS[subcommand].run(control.load(_WORKDIR.value, cloud), cloud)
+            _SUBCOMMANDS[subcommand].run(control.load_job(_WORKDIR.value, cloud), cloud)
     except KeyboardInterrupt:
         status = " ".join(cli.command_line("tpu"))
         raise CommandError(f"interrupted: see `{status} status` for the job's state", 130) from None
 
 
 def _submit(cloud: Cloud) -> None:
-    r"""Queues a job, which trains once there is a TPU, and resumes after every reboot.
+    r"""Queues a job, which trains when a TPU is available and resumes after every reboot.
 
     Set up the account and the bucket first: see docs/launching.md.
 
@@ -97,13 +97,13 @@ def _submit(cloud: Cloud) -> None:
     job = _make_job(cloud.now())
     cloud.echo(f"{job}\n{_describe_cost()}")
     if _DRY_RUN.value:
-        cloud.echo("\n".join(f"\n$ {command}" for command in control.submission(job)))
+        cloud.echo("\n".join(f"\n$ {command}" for command in control.submit_commands(job)))
         cloud.echo("\nDry run: nothing was executed.")
         return
     control.submit(job, cloud)
     cloud.echo("Submitted. Next:")
     for subcommand in ("watch", "status", "logs", "delete"):
-        cloud.echo(f"  {control.command_line(subcommand, job)}")
+        cloud.echo(f"  {control.format_command(subcommand, job)}")
 
 
 def _make_job(now: datetime.datetime) -> Job:
@@ -143,9 +143,9 @@ def _describe_cost() -> str:
     hours, price = _MAX_HOURS.value, _PRICE.value
     rate = f" at {price:.2f} per hour" if price else ""
     if not hours:
-        return f"  cost: no limit{rate}, until the job is deleted; --max_hours sets a limit"
+        return f"  cost: no limit, accrues{rate} until the job is deleted; --max_hours sets a limit"
     total = f"{rate}, at most {hours * price:.2f}" if price else ""
-    return f"  cost: up to {hours:g} hours{total}; keep watch running, which deletes the job then"
+    return f"  cost: up to {hours:g} hours{total}; keep `watch` running, which then deletes the job"
 
 
 def _print_status(job: Job, cloud: Cloud) -> None:
@@ -156,7 +156,7 @@ def _print_status(job: Job, cloud: Cloud) -> None:
     """
     cloud.echo(f"{job}\n  state: {control.read_status(job, cloud)}")
     cloud.echo(f"  last metrics: {control.read_last_metrics(job, cloud) or 'none yet'}")
-    cloud.echo(f"To delete it: {control.delete_line(job)}")
+    cloud.echo(f"To delete it: {control.format_command('delete', job)}")
 
 
 def _print_logs(job: Job, cloud: Cloud) -> None:
@@ -169,7 +169,7 @@ def _print_logs(job: Job, cloud: Cloud) -> None:
 
 
 def _watch(job: Job, cloud: Cloud) -> None:
-    """Follows a job until it ends, and submits it again when its VM is preempted.
+    """Follows a job until it ends, and creates it again when its VM is preempted.
 
     The job still exists afterwards: the last line is the command that deletes it.
 
@@ -185,11 +185,12 @@ def _watch(job: Job, cloud: Cloud) -> None:
             "interrupted: the job is unchanged, and nothing enforces its --max_hours", 130
         ) from None
     finally:
-        cloud.echo(f"It costs money until it is deleted: {control.delete_line(job)}")
+        command = control.format_command("delete", job)
+        cloud.echo(f"It costs money until it is deleted: {command}")
 
 
 def _delete(job: Job, cloud: Cloud) -> None:
-    """Deletes a job with its VM; the run and the logs stay.
+    """Deletes a job and its VM; keeps the run and the logs.
 
     Example:
       bn-keras tpu delete --workdir=gs://my-bucket/runs/bn_x30
@@ -212,7 +213,7 @@ def _confirms_deletion(job: Job, cloud: Cloud) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Subcommand:
-    """A function, whose docstring is its help, and the names of its flags."""
+    """A function, whose docstring is the help text, and the names of its flags."""
 
     run: Callable[..., None]
     required: tuple[str, ...] = ("workdir",)
@@ -244,7 +245,7 @@ _SUBCOMMANDS = {
 
 
 def _parse_subcommand(arguments: list[str]) -> str:
-    """Returns the subcommand, once its flags are checked."""
+    """Checks the flags of the subcommand and returns its name."""
     name, *rest = arguments
     if name not in _SUBCOMMANDS:
         raise CommandError(

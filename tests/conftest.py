@@ -30,7 +30,7 @@ tf.config.set_logical_device_configuration(
 def pytest_collection_finish() -> None:
     """Excludes everything imported so far from garbage collection.
 
-    keras.utils.clear_session runs a collection, which would spend a quarter of a second on it.
+    keras.utils.clear_session runs a collection, which would take a quarter of a second per test.
     """
     gc.collect()
     gc.freeze()

@@ -1,9 +1,9 @@
-"""Parses command lines like the commands themselves, and runs none of them.
+"""Parses command lines with the commands' own code, without running the commands.
 
-`parse_all` is for tests. As a script, the module reads a JSON list of argument lists from standard
-input, each with its command in front ("train"), or with "" for any command that accepts the
-arguments. The argument "..." stands for omitted ones, and "--config=..." for any config. The script
-writes a `Parsed` for each.
+Tests call `parse_all`. It runs this module as a script, which reads a JSON list of argument lists
+from standard input and writes a `Parsed` for each. The first argument is the command ("train"), or
+"" for any command that accepts the others. "..." stands for omitted arguments, "--config=..." for
+any config.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from absl import app, flags
 
-# Imported here because it takes time: every command is parsed in a fork of this process.
+# Imported once, because it takes time: every command is parsed in a fork of this process.
 import bn_keras.experiments.paper  # noqa: F401
 import launch.cloud.control  # noqa: F401
 from bn_keras.training.config import default_config
@@ -31,13 +31,13 @@ from launch.help import is_required
 from launch.main import COMMANDS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-LEFT_OUT = "..."
+OMITTED = "..."
 ANY_CONFIG = "--config=inception"
 ANY_ARGUMENT = "any"
 
 
 class Parsed(NamedTuple):
-    """The exit status, standard error and the config; 0, "" and None without them."""
+    """The exit status, standard error, and the config or None."""
 
     status: int
     error: str
@@ -65,19 +65,19 @@ def main():
 @functools.cache
 def parse(command, *arguments):
     if not command:
-        results = (parse(name, *arguments, LEFT_OUT) for name in COMMANDS)
+        results = (parse(name, *arguments, OMITTED) for name in COMMANDS)
         found = (result for result in results if not result.error)
         return next(found, Parsed(2, "no command accepts it", None))
     if command not in COMMANDS:
         return Parsed(2, f"there is no command {command}", None)
     result = in_fork(lambda: parse_here(command, arguments))
-    if LEFT_OUT in arguments and re.match(r"error: [^-]+ is missing", result.error):
+    if OMITTED in arguments and re.match(r"error: [^-]+ is missing", result.error):
         result = in_fork(lambda: parse_here(command, [*arguments, ANY_ARGUMENT]))
     return result
 
 
 def in_fork(function):
-    """Returns a function's result from a new process: one process defines one command's flags."""
+    """Calls a function in a new process, because a process can define only one command's flags."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -109,19 +109,19 @@ def parse_only(main, flags_parser):
     """Replaces absl's app.run, which is called once the flags are defined."""
     del main
     module = vars(sys.modules["__main__"])
-    argv = completed(sys.argv, module) if LEFT_OUT in sys.argv else sys.argv
+    argv = completed(sys.argv, module) if OMITTED in sys.argv else sys.argv
     _, *positional = flags_parser(argv)
-    # These three check their arguments only when they run.
+    # tpu and reproduce check these arguments only when they run.
     for name in ("_parse_subcommand", "_choose_experiments"):
         if name in module and positional != [ANY_ARGUMENT]:
             module[name](positional)
-    if positional == ["submit"] and LEFT_OUT not in sys.argv:
+    if positional == ["submit"] and OMITTED not in sys.argv:
         module["_make_job"](datetime.datetime.now(datetime.UTC))
 
 
 def completed(argv, module):
-    """Adds omitted required flags to "...", and drops flags whose values are omitted."""
-    given = [a for a in argv if a != LEFT_OUT]
+    """Replaces "..." by the missing required flags, and drops flags without a value."""
+    given = [a for a in argv if a != OMITTED]
     names = {a[2:].partition("=")[0] for a in given if a.startswith("--")}
     bare = [a for a in given if re.match("--[^=]*$", a) and not a.startswith("--noconfig.")]
     for name in (flag[2:] for flag in bare):

@@ -1,4 +1,4 @@
-"""The Dockerfile without Docker: it is linted, and its RUN lines run in a folder."""
+"""The Dockerfile without Docker: it is linted, and its RUN lines run in a local folder."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def copy_sources(sources, folder):
             shutil.copy(ROOT / source, folder / source)
 
 
-def test_a_tpu_vm_and_the_build_context_get_exactly_the_copied_files():
+def test_a_tpu_vm_and_the_build_context_contain_exactly_the_copied_files():
     sources = set(copied_sources())
     assert set(select("COPY", "packages")[0].split()[:-1]) <= sources
     assert sources | {"Dockerfile", ".dockerignore"} == set(SOURCE)
@@ -82,8 +82,8 @@ def test_only_the_tpu_image_runs_as_root():
     assert select("FROM")[-1] == "${EXTRA}" and "EXTRA=cpu" in select("ARG")
 
 
-def test_its_arguments_are_those_of_the_console_script():
-    # test_wheel.py builds the package from the copied files and runs the same script.
+def test_the_entry_point_is_the_console_script():
+    # test_wheel.py builds the package from the copied files and runs this script.
     assert [json.loads(rest) for rest in select("ENTRYPOINT")] == [ENTRYPOINT]
 
 
@@ -101,7 +101,7 @@ def test_hadolint_finds_nothing():
 @pytest.mark.skipif(
     "DOCKER_CHECK" not in os.environ, reason="installs TensorFlow: make docker-check"
 )
-def test_its_run_lines_run(tmp_path):
+def test_the_run_lines_run(tmp_path):
     """Runs the stages of EXTRA=$DOCKER_CHECK with a temporary folder as /opt, and trains."""
     extra = os.environ["DOCKER_CHECK"]
     environment = {
@@ -130,7 +130,7 @@ def test_its_run_lines_run(tmp_path):
     script = shutil.which(ENTRYPOINT[0], path=environment["PATH"])
     assert pathlib.Path(script).is_relative_to(tmp_path)
     training = ["train", "--config=digits_bn_x5", "--config.train.steps=20", "--workdir=run"]
-    # Without the variable, TensorFlow for TPU searches for one for minutes.
+    # Without this variable, TensorFlow for TPU searches for a TPU for minutes.
     environment |= {"HOME": str(tmp_path), "TPU_SKIP_MDS_QUERY": "1"}
     subprocess.run([script, *training], cwd=tmp_path, env=environment, check=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") > 1

@@ -1,22 +1,19 @@
 """The examples in README, CONTRIBUTING, CHANGELOG and docs/ work.
 
-Blocks are ```python, ```text (output), ```math, or shell (```sh or indented). Their first word, and
-the first word of `inline code` that is a command, selects the check:
+Blocks are ```python, ```text (output), ```math, or shell (```sh or indented). Python blocks run, in
+the order of their page. The first word of a shell command or of `inline code` selects its check:
 
-| Python                 | it runs, the blocks of a page in order
-| bn-keras X, launch.X   | the command itself parses it: flags, config, overrides and their types,
-|                        | subcommands, a TPU job; then the config's numbers and strategy are
-|                        | checked
+| bn-keras X, launch.X   | the command's own code parses it: flags, config, overrides and their
+|                        | types, subcommands, a TPU job; then the config's values are checked
 | make                   | make -n accepts it, and the Makefile uses the variables
 | python benchmarks/X.py | the file exists and contains the arguments
 | pip install            | setup.cfg has the extras
-| docker                 | the Dockerfile has the ARG, setup.cfg the extra; the command in the
-|                        | container as above
-| gcloud, and the others | only bash parses it: they need an account or devices, or do not end
-| of UNCHECKED           |
+| docker                 | the Dockerfile has the ARG and setup.cfg the extra; the command in the
+|                        | container is checked as above
+| UNCHECKED              | none: these commands need an account or devices, or do not end
 
-bash -n accepts all shell blocks, and a line of any other kind fails. Flags, config keys, files and
-names of bn_keras in inline code exist as well.
+bash -n accepts every shell block, and an unknown command fails. Flags, config keys, files and names
+of bn_keras in inline code exist.
 """
 
 import configparser
@@ -29,7 +26,7 @@ import subprocess
 
 import pytest
 from ml_collections import ConfigDict
-from parse_commands import LEFT_OUT, parse_all
+from parse_commands import OMITTED, parse_all
 
 import bn_keras
 from bn_keras.distribute import STRATEGIES
@@ -199,18 +196,21 @@ def find_problems(texts):
     return problems
 
 
-def find_commands(text, found):
-    """Yields commands and inline code: as shown, and as words, with "..." for omitted ones."""
+def find_commands(text, problems):
+    """Yields each command and inline code, as shown and as words; "..." stands for omitted ones.
+
+    Appends invalid blocks to the problems.
+    """
     blocks = INDENTED.findall(FENCE.sub("", text))
     for kind, block in FENCE.findall(text):
         if kind == "sh":
             blocks.append(block)
         elif kind not in ("python", "text", "math"):
-            found.append(f"a block of unknown kind {kind!r}")
+            problems.append(f"a block of unknown kind {kind!r}")
     for block in blocks:
         lines = shell_lines(block)
         if error := run(["bash", "-n"], input="\n".join(lines)):
-            found.append(f"{block}: {error}")
+            problems.append(f"{block}: {error}")
             continue
         for line in lines:
             yield from ((line, words) for words in simple_commands(line))
@@ -250,11 +250,11 @@ def alternatives(code):
 
 
 def inline_words(code):
-    """Returns the words of a command, a flag, a key, a file or a name of ours; else none."""
+    """Returns the words of a command, flag, config key, file or name in bn_keras, or []."""
     first, *rest = code.split()
     is_command = rest and first in ("make", "pip", "docker", "bn-keras", *UNCHECKED)
     if is_command or re.match(r"(\S+/)?python$|--\w|launch\.", first):
-        return [*shlex.split(code), LEFT_OUT]
+        return [*shlex.split(code), OMITTED]
     sections = "|".join(default_config())
     is_key = re.fullmatch(rf"config(\.\w+)+|({sections})(\.\w+)+", code.partition("=")[0])
     is_ours = re.match(rf"({'|'.join(FOLDERS)})/[\w./]*$|bn_keras(\.\w+)+|\.\[\w+\]$", code)
@@ -305,11 +305,11 @@ def check_environment(program):
 
 def check_python(python, words):
     check_environment(python)
-    if words == [LEFT_OUT]:
+    if words == [OMITTED]:
         return None
     if words[0] == "-m":
         return check_module(words[1:])
-    script, *arguments = [word for word in words if word != LEFT_OUT]
+    script, *arguments = [word for word in words if word != OMITTED]
     require((ROOT / script).is_file(), f"there is no {script}")
     text = (ROOT / script).read_text()
     for word in arguments:
@@ -324,17 +324,17 @@ def check_module(words):
     return check_command(module.removeprefix("launch."), *rest)
 
 
-def check_command(command=LEFT_OUT, *words):
-    if command in ("COMMAND", "NAME", "--help", "--version", LEFT_OUT):
+def check_command(command=OMITTED, *words):
+    if command in ("COMMAND", "NAME", "--help", "--version", OMITTED):
         return None
     require(command in COMMANDS, f"there is no command {command}")
     words = filled_in(words)
-    return [command, *words] if words != [LEFT_OUT] else None
+    return [command, *words] if words != [OMITTED] else None
 
 
 def check_flags(words):
     """Checks flags without a command, which belong to a command, a benchmark or docker."""
-    words = [word for word in filled_in(words) if word != LEFT_OUT]
+    words = [word for word in filled_in(words) if word != OMITTED]
     names = {word.partition("=")[0] for word in words}
     if names <= DOCKER_FLAGS or all(f'"{name}"' in BENCHMARKS for name in names):
         return None
@@ -349,7 +349,7 @@ def filled_in(words):
 
 
 def check_make(words):
-    words = [word for word in words if word != LEFT_OUT]
+    words = [word for word in words if word != OMITTED]
     targets = [word for word in words if "=" not in word]
     error = run(["make", "-n", *targets])
     require(not error, error)
@@ -373,7 +373,7 @@ def check_docker(words):
 
 
 def check_name(name):
-    """Checks the name of an extra, of something in bn_keras, of a file or of a config key."""
+    """Checks an extra, a name in bn_keras, a file or a config key."""
     if name.startswith(".["):
         check_extras(name[2:-1])
     elif name.startswith("bn_keras."):
@@ -402,7 +402,7 @@ def check_key(text):
     for part in key.split("."):
         require(isinstance(node, ConfigDict) and part in node, "there is no such key")
         node = node[part]
-    return check_command("train", f"--config.{text}", LEFT_OUT) if value else None
+    return check_command("train", f"--config.{text}", OMITTED) if value else None
 
 
 # --- Problems of a command that is parsed.
@@ -420,6 +420,6 @@ def config_problem(config):
 
 
 def run(command, **options):
-    """Returns the error output of a command that fails; else ""."""
+    """Returns the output of a command that fails, or ""."""
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
     return (done.stderr or done.stdout or "failed") if done.returncode else ""

@@ -1,4 +1,4 @@
-"""The commands as a user runs them, most in a process of their own."""
+"""The commands as a user runs them, mostly in separate processes."""
 
 import functools
 import json
@@ -60,7 +60,8 @@ def assert_fails_on_one_line(done, status, *parts):
 
 # Flags.
 
-WITHOUT_CONFIG = [
+# Arguments of `train`, and a part of the error.
+FLAG_ERRORS = [
     ([], " is missing: see --help"),
     (["--workdir=w"], "--config is missing: see --help"),
     (["--config=bn_x5"], "--workdir is missing: see --help"),
@@ -83,8 +84,9 @@ WITHOUT_CONFIG = [
         "--profile_steps=-1 is invalid: expected a non-negative integer",
     ),
     (["--config=bn_x5", "--config=bn_x30", "--workdir=w"], "--config is repeated"),
+    (["--config=bn_x5", "--workdir"], "--workdir has no value: expected --workdir=VALUE"),
 ]
-WITH_CONFIG = [
+CONFIG_ERRORS = [
     (["--config=configs/nope.py"], "no config 'configs/nope.py': expected a name, a Python file"),
     (["--config=mnst_bn"], "no config 'mnst_bn' (did you mean 'mnist_bn'?)"),
     (["--config=bn_keras/errors.py"], "'bn_keras/errors.py' has no function get_config()"),
@@ -104,23 +106,23 @@ WITH_CONFIG = [
     ([*DIGITS, "--config.data.mirror=maybe"], "mirror=maybe is invalid: expected true or false"),
     ([*DIGITS, "--config.record.percentiles=x"], "expected values separated by commas"),
     ([*DIGITS, "--config.model.dropout=x"], "model.dropout=x is invalid: expected a number"),
-    ([*DIGITS, "--noconfig.train.steps"], "--noconfig.train.steps is invalid: only a setting of t"),
+    ([*DIGITS, "--noconfig.train.steps"], "--noconfig.train.steps is invalid: only boolean settin"),
     ([*DIGITS, "--config.train=3"], "--config.train is a section: override one of ema, global_bat"),
 ]
 
 
 @pytest.fixture(scope="module")
 def errors():
-    """The errors of all command lines of `train` above; one process parses them."""
-    lines = [["train", *line] for line, _ in WITHOUT_CONFIG]
-    lines += [["train", *line, "--workdir=w"] for line, _ in WITH_CONFIG]
+    """The errors of all arguments above; one process parses them."""
+    lines = [["train", *line] for line, _ in FLAG_ERRORS]
+    lines += [["train", *line, "--workdir=w"] for line, _ in CONFIG_ERRORS]
     return dict(zip(map(tuple, lines), parse_all(lines), strict=True))
 
 
 @pytest.mark.parametrize(
     "line, part",
-    [(line, part) for line, part in WITHOUT_CONFIG]
-    + [([*line, "--workdir=w"], part) for line, part in WITH_CONFIG],
+    [(line, part) for line, part in FLAG_ERRORS]
+    + [([*line, "--workdir=w"], part) for line, part in CONFIG_ERRORS],
 )
 def test_an_invalid_flag_is_reported_on_one_line(line, part, errors):
     parsed = errors["train", *line]
@@ -129,8 +131,8 @@ def test_an_invalid_flag_is_reported_on_one_line(line, part, errors):
     assert part in parsed.error
 
 
-@pytest.mark.parametrize("line, part", WITHOUT_CONFIG[1:6])
-def test_a_missing_or_unknown_flag_does_not_wait_for_tensorflow(line, part):
+@pytest.mark.parametrize("line, part", FLAG_ERRORS[1:6])
+def test_a_missing_or_unknown_flag_does_not_import_tensorflow(line, part):
     code = """
 import runpy, sys
 try:
@@ -252,7 +254,7 @@ def test_a_name_is_a_config_of_the_package_beside_a_run_of_that_name(tmp_path, m
 @pytest.mark.parametrize(
     "source", ["bn_x5", "bn_x5.py", "configs/bn_x5", "configs/bn_x5.py", ROOT / "configs/bn_x5.py"]
 )
-def test_a_config_of_the_package_has_several_names_in_any_folder(source, tmp_path, monkeypatch):
+def test_a_config_of_the_package_has_the_same_names_in_any_folder(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load(source)[0].value == load_config("bn_x5")
 
@@ -270,7 +272,7 @@ def test_a_config_in_any_folder_imports_those_of_the_package(tmp_path, monkeypat
     for name in list(sys.modules):
         if name.startswith("bn_keras_configs"):
             monkeypatch.delitem(sys.modules, name)
-    # As in a checkout that is not installed.
+    # As in a checkout that is not installed: without the finder of an editable install.
     monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if "ditable" not in repr(f)])
     file = write_config(
         tmp_path,
@@ -349,7 +351,7 @@ def test_bn_keras_prints_its_version():
     assert re.fullmatch(r"bn_keras \d+\.\d+\.\d+\n", bn_keras("--version").stdout)
 
 
-def test_a_command_is_continued_in_the_way_that_it_was_started(monkeypatch):
+def test_the_next_command_is_shown_as_this_one_was_started(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bn-keras train", "--workdir=w"])
     assert cli.command_line("evaluate") == ["bn-keras", "evaluate"]
     monkeypatch.setattr(sys, "argv", ["/checkout/launch/train.py"])
@@ -481,7 +483,7 @@ def test_another_backend_is_reported_on_one_line(tmp_path):
     assert_fails_on_one_line(done, 2, "KERAS_BACKEND is 'jax'", "KERAS_BACKEND=tensorflow")
 
 
-# A training.
+# A training run.
 
 
 def test_a_dry_run_describes_the_training_and_writes_nothing(tmp_path):
@@ -509,7 +511,7 @@ def test_a_dry_run_and_a_check_of_resuming_are_mutually_exclusive(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A short run, whose moving statistics lag, and the output of its command."""
+    """A short run with stale moving statistics, and the output of its command."""
     workdir = tmp_path_factory.mktemp("runs") / "a run"
     short = ("--config.train.steps=60", "--config.batch_norm.momentum=0.999")
     return workdir, launch("train", *DIGITS, *short, f"--workdir={workdir}")
@@ -532,7 +534,7 @@ def test_a_training_logs_its_plan_and_its_results(trained):
     assert lines[-1] == f"evaluate  python -m launch.evaluate '--workdir={workdir}'"
 
 
-def test_a_finished_run_is_not_trained_again_with_its_own_config(trained):
+def test_a_finished_run_is_not_trained_again(trained):
     workdir, _ = trained
     done = bn_keras("train", f"--config={workdir}", f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
@@ -553,7 +555,7 @@ def test_a_check_reports_faults_by_its_status(trained):
     workdir, _ = trained
     done = launch("check", f"--workdir={workdir}", "--batches=0")
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 1, done.stderr
-    # Only data reveal statistics that lag.
+    # Only data reveals stale statistics.
     done = launch("check", f"--workdir={workdir}", "--batches=5", "--json")
     report = json.loads(done.stdout)
     assert done.returncode == 1 and report["has_faults"], done.stderr

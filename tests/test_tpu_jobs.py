@@ -125,7 +125,7 @@ def cloud(tmp_path, monkeypatch):
         ({"workdir": "gs://bucket"}, ["gs://BUCKET/FOLDER"]),
         ({"workdir": "gs://bucket/"}, ["gs://BUCKET/FOLDER"]),
         ({"workdir": "gs://bucket/a b"}, ["gs://BUCKET/FOLDER"]),
-        ({"workdir": "gs://bucket/runs*"}, ["gs://BUCKET/FOLDER", "without spaces and * ?"]),
+        ({"workdir": "gs://bucket/runs*"}, ["gs://BUCKET/FOLDER", "without spaces or any of * ?"]),
         ({"workdir": "gs://b/runs"}, ["a bucket name of at least 3 characters"]),
         ({"image": "a b"}, ["image='a b' is invalid"]),
     ],
@@ -153,7 +153,7 @@ def test_the_generation_selects_the_vm_image(accelerator_type, version):
     assert f"--runtime-version={version}" in jobs.create_command(job).argv
 
 
-def test_gcloud_judges_unlisted_zones():
+def test_an_unlisted_zone_is_accepted():
     assert make_job(zone="africa-south1-c").zone == "africa-south1-c"
 
 
@@ -221,7 +221,7 @@ def test_the_training_has_the_flags_and_uses_the_tpu():
 )
 def test_the_container_has_only_the_configs_of_the_checkout(source, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # Files of one's own, one with the name of a config in the checkout.
+    # The user's files; one has the name of a config in the checkout.
     for file in ("mine.py", "bn_x30.py"):
         (tmp_path / file).touch()
     if name:
@@ -260,8 +260,8 @@ def test_the_replicas_divide_each_micro_batch():
     ],
 )
 def test_the_vm_can_read_the_data(name, data_dir, is_there):
-    refused = pytest.raises(CommandError, match=f"the VM finds no {name} there; copy the data to")
-    with contextlib.nullcontext() if is_there else refused:
+    error = pytest.raises(CommandError, match=f"the VM finds no {name} there; copy the data to")
+    with contextlib.nullcontext() if is_there else error:
         jobs.check_data(name, data_dir)
 
 
@@ -280,8 +280,8 @@ def test_options_become_flags():
     assert "--project=p" in jobs.delete_command(make_job(project="p")).argv
 
 
-# Messages of gcloud: on login and projects from version 528, on quota and capacity from public
-# reports of users.
+# Messages of gcloud. Those about login and projects are from version 528, those about quota and
+# capacity from public reports.
 
 
 @pytest.mark.parametrize(
@@ -370,10 +370,10 @@ def test_submit_runs_the_commands_of_its_dry_run(cloud):
     job = make_job()
     cloud.plan(["ACCEPTED"])
     control.submit(job, cloud)
-    assert cloud.calls() == [list(command.argv[1:]) for command in control.submission(job)]
+    assert cloud.calls() == [list(command.argv[1:]) for command in control.submit_commands(job)]
     made = json.loads((cloud.folder / "jobs" / job.zone / job.name).read_text())
     assert made["metadata"] == {"startup-script": jobs.startup_script(job)}
-    assert control.load(WORKDIR, cloud) == job
+    assert control.load_job(WORKDIR, cloud) == job
 
 
 def test_a_shell_can_run_the_lines_of_a_dry_run(cloud):
@@ -383,7 +383,7 @@ def test_a_shell_can_run_the_lines_of_a_dry_run(cloud):
         subprocess.run(["bash", "-c", str(command)], check=True)
     made = json.loads((cloud.folder / "jobs" / job.zone / job.name).read_text())
     assert made["metadata"]["startup-script"].rstrip() == jobs.startup_script(job).rstrip()
-    assert control.load(WORKDIR, cloud) == job
+    assert control.load_job(WORKDIR, cloud) == job
 
 
 def test_without_an_image_the_vm_gets_the_files_that_the_dockerfile_copies(cloud, tmp_path):
@@ -410,7 +410,7 @@ def test_a_workdir_has_one_trainer(cloud):
         control.submit(make_job(name="two"), cloud)
     control.delete(make_job(), cloud)
     control.submit(make_job(name="two"), cloud)
-    assert control.load(WORKDIR, cloud).name == "two"
+    assert control.load_job(WORKDIR, cloud).name == "two"
 
 
 def test_a_finished_training_is_not_submitted(cloud):
@@ -441,7 +441,7 @@ def test_a_job_with_another_workdir_keeps_its_name(cloud):
     with pytest.raises(NameTakenError):
         control.submit(make_job(name="third", workdir="gs://bucket/runs/other"), cloud)
     with pytest.raises(CommandError, match="no job was submitted for gs://bucket/runs/other"):
-        control.load(other.workdir, cloud)
+        control.load_job(other.workdir, cloud)
 
 
 def test_a_missing_bucket_is_explained(cloud):
@@ -497,7 +497,7 @@ def test_watch_follows_a_job_from_the_queue_over_two_preemptions_to_its_end(clou
     ]
     assert len(cloud.calls("queued-resources create")) == 3
     assert len(cloud.calls("queued-resources delete")) == 2
-    # Nine polls that were not the last of a life, and the pauses.
+    # Nine polls that were not the last of a VM, and the pauses.
     assert (cloud.now() - NOON).total_seconds() == 9 * 60 + 60 + 120
     # The user deletes a finished job, perhaps after looking at its VM.
     assert cloud.exists(make_job())
@@ -767,7 +767,7 @@ INVALID_JOBS = [
 
 @pytest.fixture(scope="module")
 def invalid_jobs():
-    """The errors of these command lines; one process parses them."""
+    """The errors of the submissions above; one process parses them."""
     return parse_all([["tpu", *line] for line, _ in INVALID_JOBS])
 
 
@@ -985,7 +985,7 @@ def test_the_real_gcloud_has_every_flag_in_use(cloud, monkeypatch, tmp_path):
     vm.boot()
     job = make_job(spot=True, project="p", service_account="a", valid_until=NOON, image="")
     commands = [
-        *control.submission(job),
+        *control.submit_commands(job),
         *(jobs.describe_node_command(job), jobs.delete_command(job)),
         *(jobs.read_command("gs://b/x", 100), jobs.remove_command("gs://b/x")),
     ]

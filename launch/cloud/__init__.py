@@ -1,1 +1,1 @@
-"""Jobs on Cloud TPUs: the job, the gcloud commands, the control of a job."""
+"""Jobs on Cloud TPUs: `job` describes one, `gcloud` runs commands, `control` manages the job."""

@@ -21,9 +21,9 @@ from .gcloud import (
 )
 from .job import Job
 
-# Retries of one request that gets no answer.
-_MAX_UNANSWERED = 10
-# End of metrics.jsonl that is read; a line has a few hundred bytes.
+# Repeats of one request after transient failures.
+_MAX_REPEATS = 10
+# Only the end of metrics.jsonl is read; a line has a few hundred bytes.
 _LAST_BYTES = 65_536
 _BY_USER = "by a user"
 
@@ -42,7 +42,7 @@ class Status:
     """The status of a job.
 
     Args:
-      state: state of the queued resource, or of its VM if that is lost; "ABSENT" without a job.
+      state: state of the queued resource, or of its VM if the VM is lost; "ABSENT" without a job.
       detail: the service's explanation.
       marker: "DONE" or "FAILED" once the startup script has written it; "" before.
     """
@@ -60,7 +60,7 @@ def _utc_now() -> datetime.datetime:
 
 
 def _echo(text: str) -> None:
-    # Flushed, because a pipe would hold lines back.
+    # Flushed, because a pipe buffers its lines.
     print(text, flush=True)
 
 
@@ -98,7 +98,7 @@ def read_status(job: Job, cloud: Cloud) -> Status:
         status = Status("ABSENT")
     if status.state == "ACTIVE":
         status = _node_status(job, cloud)
-    # Read last: a VM that is lost after its marker was written has ended.
+    # Read last: a job whose VM is lost after the marker was written has ended.
     files = list_files(job, cloud)
     marker = next((m for m in (jobs.DONE, jobs.FAILED) if m in files), "")
     return dataclasses.replace(status, marker=marker)
@@ -121,7 +121,7 @@ def _detail(state: dict) -> str:
 
 
 def list_files(job: Job, cloud: Cloud) -> set[str]:
-    """Returns the names of the files in a job's folder; none without a folder."""
+    """Returns the names of the files in a job's folder; none if it does not exist."""
     try:
         urls = cloud.execute(jobs.list_command(job.folder)).split()
     except NotFoundInCloudError:
@@ -130,7 +130,7 @@ def list_files(job: Job, cloud: Cloud) -> set[str]:
 
 
 def read_last_metrics(job: Job, cloud: Cloud) -> str:
-    """Returns the last complete line of the run's metrics; "" without one."""
+    """Returns the last complete line of the run's metrics, or ""."""
     try:
         end = cloud.execute(
             jobs.read_command(f"{job.workdir.rstrip('/')}/metrics.jsonl", _LAST_BYTES)
@@ -140,11 +140,11 @@ def read_last_metrics(job: Job, cloud: Cloud) -> str:
     return "".join(end.split("\n")[-2:-1])
 
 
-def _reason(job: Job, cloud: Cloud) -> str:
+def _read_failure(job: Job, cloud: Cloud) -> str:
     return cloud.execute(jobs.read_command(f"{job.folder}/{jobs.FAILED}")).strip()
 
 
-def submission(job: Job) -> list[jobs.Command]:
+def submit_commands(job: Job) -> list[jobs.Command]:
     """Returns the commands that submit a job to a new workdir: two checks, then the changes."""
     checks = [jobs.list_command(job.folder), jobs.describe_command(job)]
     return [*checks, *jobs.upload_commands(job), jobs.create_command(job)]
@@ -161,7 +161,7 @@ def submit(job: Job, cloud: Cloud) -> None:
     if jobs.DONE in files:
         raise CommandError(f"the training in {job.workdir} is done: pass another --workdir")
     if "job.json" in files:
-        _check_absent(load(job.workdir, cloud), cloud)
+        _check_absent(load_job(job.workdir, cloud), cloud)
     _check_name_is_free(job, cloud)
     if jobs.FAILED in files:
         cloud.execute(jobs.remove_command(f"{job.folder}/{jobs.FAILED}"))
@@ -170,7 +170,7 @@ def submit(job: Job, cloud: Cloud) -> None:
     try:
         cloud.execute(jobs.create_command(job))
     except NameTakenError:
-        # If it stayed, `delete --workdir` would delete another job.
+        # Otherwise `delete --workdir` would delete the other job of that name.
         cloud.execute(jobs.remove_command(f"{job.folder}/job.json"))
         raise
 
@@ -180,7 +180,8 @@ def _check_absent(previous: Job, cloud: Cloud) -> None:
     if state != "ABSENT":
         raise CommandError(
             f"job {previous.name} in {previous.zone} trains in {previous.workdir} and is {state}:"
-            f" two trainers would corrupt the run; delete it first: {delete_line(previous)}"
+            " two trainers would corrupt the run; delete it first:"
+            f" {format_command('delete', previous)}"
         )
 
 
@@ -195,11 +196,11 @@ def _check_name_is_free(job: Job, cloud: Cloud) -> None:
     )
 
 
-def load(workdir: str, cloud: Cloud) -> Job:
+def load_job(workdir: str, cloud: Cloud) -> Job:
     """Loads the job that was submitted for a workdir.
 
     Raises:
-      CommandError: there is none, or its file is damaged.
+      CommandError: no job was submitted for it, or the job's file is damaged.
     """
     jobs.check_workdir(workdir)
     try:
@@ -214,7 +215,7 @@ def load(workdir: str, cloud: Cloud) -> Job:
 
 
 def watch(job: Job, cloud: Cloud, max_retries: int, poll_seconds: float) -> str:
-    """Follows a job until it ends, and submits it again when its VM is preempted.
+    """Follows a job until it ends, and creates it again when its VM is preempted.
 
     Args:
       job: a submitted job.
@@ -230,14 +231,14 @@ def watch(job: Job, cloud: Cloud, max_retries: int, poll_seconds: float) -> str:
         limit is past, or its VM was lost too often.
     """
     retries = iter(range(1, max_retries + 1))
-    while not _is_done(job, cloud, poll_seconds):
+    while not _wait_until_done(job, cloud, poll_seconds):
         _retrying(delete, job, cloud, poll_seconds)
         _create_again(job, cloud, retries, max_retries)
     return _retrying(read_last_metrics, job, cloud, poll_seconds)
 
 
-def _is_done(job: Job, cloud: Cloud, poll_seconds: float) -> bool:
-    """Waits until the job is done (True) or its VM is lost (False)."""
+def _wait_until_done(job: Job, cloud: Cloud, poll_seconds: float) -> bool:
+    """Waits until the job is done, and returns True, or its VM is lost, and returns False."""
     reported = ""
     while True:
         status = _retrying(read_status, job, cloud, poll_seconds)
@@ -247,7 +248,7 @@ def _is_done(job: Job, cloud: Cloud, poll_seconds: float) -> bool:
         if status.marker == jobs.DONE:
             return True
         if status.marker == jobs.FAILED:
-            reason = _retrying(_reason, job, cloud, poll_seconds)
+            reason = _retrying(_read_failure, job, cloud, poll_seconds)
             raise JobFailedError(f"job {job.name} failed: {reason}")
         if _is_lost(job, status):
             return False
@@ -259,7 +260,7 @@ def _is_done(job: Job, cloud: Cloud, poll_seconds: float) -> bool:
 
 
 def _is_lost(job: Job, status: Status) -> bool:
-    """Returns whether the job can be created again; raises JobFailedError if it must not be."""
+    """Returns whether the VM is lost; raises JobFailedError if the job must not be retried."""
     match status.state:
         case "ABSENT":
             raise JobFailedError(f"job {job.name} does not exist: someone deleted it")
@@ -273,14 +274,14 @@ def _is_lost(job: Job, status: Status) -> bool:
 def _retrying(
     request: Callable[[Job, Cloud], Answer], job: Job, cloud: Cloud, pause_seconds: float
 ) -> Answer:
-    """Repeats a request that gets no answer: a watch outlasts many network failures."""
-    for _ in range(_MAX_UNANSWERED):
+    """Repeats a request after transient failures, so that `watch` outlasts a bad network."""
+    for _ in range(_MAX_REPEATS):
         try:
             return request(job, cloud)
         except GcloudError as error:
             if not error.transient:
                 raise
-            cloud.echo_with_time(f"no answer, retrying: {error}")
+            cloud.echo_with_time(f"failed, retrying: {error}")
             cloud.sleep(pause_seconds)
     return request(job, cloud)
 
@@ -323,18 +324,18 @@ def _seconds_left(job: Job, cloud: Cloud) -> float:
 
 
 def read_logs(job: Job, cloud: Cloud) -> str:
-    """Returns what a job has printed over all boots of its VMs, up to a minute late."""
+    """Returns the output of a job over all boots of its VMs, up to a minute late."""
     try:
         return cloud.execute(jobs.read_command(f"{job.folder}/logs/*"))
     except NotFoundInCloudError:
         raise CommandError(
             f"job {job.name} has no log yet, and is {read_status(job, cloud)}: a VM sends its first"
-            " one a minute after its start"
+            " log a minute after it starts"
         ) from None
 
 
 def delete(job: Job, cloud: Cloud) -> None:
-    """Deletes a job with its VM; the run and the logs stay."""
+    """Deletes a job and its VM; keeps the run and the logs."""
     try:
         cloud.execute(jobs.delete_command(job))
     except NotFoundInCloudError:
@@ -343,11 +344,6 @@ def delete(job: Job, cloud: Cloud) -> None:
         cloud.echo(f"Job {job.name} is deleted. The run stays in {job.workdir}.")
 
 
-def command_line(subcommand: str, job: Job) -> str:
-    """Returns a subcommand for a job as it is typed."""
+def format_command(subcommand: str, job: Job) -> str:
+    """Returns the command line that runs a subcommand on a job."""
     return shlex.join([*cli.command_line("tpu"), subcommand, f"--workdir={job.workdir}"])
-
-
-def delete_line(job: Job) -> str:
-    """Returns the command that deletes a job."""
-    return command_line("delete", job)

@@ -1,4 +1,4 @@
-"""Runs gcloud, and reports on one line why it failed and what to do about it."""
+"""Runs gcloud and explains its failures on one line, with advice."""
 
 import dataclasses
 import re
@@ -41,8 +41,8 @@ class NameTakenError(GcloudError):
     """A job or a VM of that name exists already."""
 
 
-# Patterns in the messages of gcloud and its service, and advice. The first match applies.
 _LOGIN = "run `gcloud auth login`, or `gcloud auth activate-service-account`"
+# Advice by pattern in the error messages of gcloud and its services. The first match applies.
 _ADVICE = {
     r"active account|auth login|[Rr]eauth|invalid_grant|UNAUTHENTICATED": f"log in: {_LOGIN}",
     r"attribute \[project\]": "pass --project, or run `gcloud config set project PROJECT`",
@@ -99,15 +99,15 @@ def checked_output(outcome: Outcome) -> str:
     """Returns what a command printed.
 
     Raises:
-      NotFoundInCloudError: its object does not exist.
-      NameTakenError: the object to create exists; transient, since a deleted job can keep its name
-        for a while.
+      NotFoundInCloudError: the job or the file does not exist.
+      NameTakenError: the job to create exists; transient, since a deleted job can keep its name for
+        a while.
       GcloudError: any other failure.
     """
     if outcome.status == 0:
         return outcome.stdout
     message = " ".join(outcome.stderr.split())
-    reason = _reason(message)
+    reason = _extract_reason(message)
     if re.search(_NOT_FOUND, message):
         raise NotFoundInCloudError(f"gcloud: {reason}")
     if "ALREADY_EXISTS" in message:
@@ -122,8 +122,8 @@ def checked_output(outcome: Outcome) -> str:
     )
 
 
-def _reason(message: str) -> str:
-    """Returns the essential part of gcloud's error output."""
+def _extract_reason(message: str) -> str:
+    """Returns the reason within gcloud's error output."""
     # The service's answer is quoted as JSON.
     quoted = re.search(r'"message": "((?:[^"\\]|\\.)*)"', message)
     if quoted:

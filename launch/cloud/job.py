@@ -1,6 +1,6 @@
 """A training job on a Cloud TPU, and the commands that create, inspect and delete it.
 
-Everything here is a pure function of the job; `control` runs the commands.
+Nothing here runs a command; `control` does.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ _STARTUP = pathlib.Path(__file__).with_name("startup.sh")
 _QUEUE = ("gcloud", "compute", "tpus", "queued-resources")
 _STORAGE = ("gcloud", "storage")
 
-# By generation: the VM image, and the numbers of its single-host types.
+# VM image and sizes of the single-host types, by generation.
 _GENERATIONS = {
     "v2": ("tpu-ubuntu2204-base", (8,)),
     "v3": ("tpu-ubuntu2204-base", (8,)),
@@ -52,7 +52,7 @@ _DIRECTIONS = (
     *("south", "southeast", "southwest", "west"),
 )
 _ZONE = re.compile(rf"({'|'.join(_CONTINENTS)})-({'|'.join(_DIRECTIONS)})[0-9]{{1,2}}-[a-z]")
-# Zones with TPUs, for suggestions only; gcloud judges every other well-formed zone.
+# Zones with TPUs, for suggestions only: gcloud checks whether a well-formed zone exists.
 _TPU_ZONES = (
     *("us-central1-a", "us-central1-b", "us-central1-c", "us-central1-f", "us-central2-b"),
     *("us-east1-c", "us-east1-d", "us-east5-a", "us-east5-b", "us-east5-c", "us-south1-a"),
@@ -90,14 +90,14 @@ class Job:
 
     Args:
       name: name of the queued resource and of its node.
-      zone: such as us-east5-b.
+      zone: zone of the TPU, such as us-east5-b.
       accelerator_type: a single-host type such as v6e-8.
       workdir: folder of the run, in a bucket.
       arguments: arguments of `bn-keras train`.
       image: container image; "" builds one on the VM from this checkout.
-      project: "" is gcloud's default project.
+      project: Google Cloud project; "" is gcloud's default.
       service_account: account of the VM; "" is the project's default.
-      spot: use a spot VM, which is cheap and can be preempted.
+      spot: use a spot VM: cheaper, and preemptible.
       valid_until: time at which a request that is still queued expires; None: never.
       delete_at: time at which `watch` deletes the job, even if it is running; None: never.
 
@@ -150,7 +150,7 @@ class Job:
         return _GENERATIONS[self.accelerator_type.rpartition("-")[0]][0]
 
     def to_json(self) -> str:
-        """Returns text that `from_json` reads."""
+        """Returns the job as JSON, for `from_json`."""
         values = dataclasses.asdict(self)
         return json.dumps(values, default=lambda time: time.isoformat(), indent=2) + "\n"
 
@@ -245,7 +245,7 @@ def check_batch_size(key: str, size: int, micro_batches: int, accelerator_type: 
       accelerator_type: type of a Job.
     """
     generation, _, cores = accelerator_type.rpartition("-")
-    # The types of these generations count cores, two of which form a replica.
+    # These types count cores, of which two form one replica.
     replicas = int(cores) // (2 if generation in ("v4", "v5p") else 1)
     unit = replicas * micro_batches
     if size % unit:
@@ -257,16 +257,17 @@ def check_batch_size(key: str, size: int, micro_batches: int, accelerator_type: 
 
 
 def check_workdir(workdir: str) -> None:
-    """Raises CommandError if a workdir is not a folder of a bucket."""
+    """Raises CommandError if a workdir is not a folder in a bucket."""
     if not workdir.startswith("gs://"):
         raise CommandError(
-            f"workdir={workdir!r} is invalid: expected a folder of a bucket, gs://BUCKET/FOLDER,"
+            f"workdir={workdir!r} is invalid: expected a folder in a bucket, gs://BUCKET/FOLDER,"
             " because a preempted VM loses its disk"
         )
     if not re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]{2,}(/+[^/\s*?\[\]#]+)+/*", workdir):
         raise CommandError(
             f"workdir={workdir!r} is invalid: expected gs://BUCKET/FOLDER with a bucket name of at"
-            " least 3 characters (a-z, 0-9, -, _ or .) and a folder without spaces and * ? [ ] #"
+            " least 3 characters (a-z, 0-9, -, _ or .) and a folder without spaces or any of"
+            " * ? [ ] #"
         )
 
 
@@ -350,7 +351,7 @@ def delete_command(job: Job) -> Command:
 
 
 def upload_commands(job: Job) -> list[Command]:
-    """Returns the commands that write the files for the VM and `watch` to the job's folder."""
+    """Returns the commands that upload job.json and, without an image, the source code."""
     commands = []
     if not job.image:
         tar = ("tar", "-czf", "-", "--exclude=__pycache__", "-C", str(ROOT), *SOURCE)
@@ -360,23 +361,23 @@ def upload_commands(job: Job) -> list[Command]:
 
 
 def write_command(url: str, content: str | Command) -> Command:
-    """Returns the command that writes a file of a bucket."""
+    """Returns the command that writes a file to a bucket."""
     return Command((*_STORAGE, "cp", "-", url, "--quiet"), content)
 
 
 def read_command(url: str, last_bytes: int = 0) -> Command:
-    """Returns the command that prints files of a bucket, or the last bytes of one."""
+    """Returns the command that prints files in a bucket, or the last bytes of one."""
     end = (f"--range=-{last_bytes}",) if last_bytes else ()
     return Command((*_STORAGE, "cat", url, *end, "--quiet"))
 
 
 def list_command(folder: str) -> Command:
-    """Returns the command that lists a folder of a bucket."""
+    """Returns the command that lists a folder in a bucket."""
     return Command((*_STORAGE, "ls", f"{folder}/", "--quiet"))
 
 
 def remove_command(url: str) -> Command:
-    """Returns the command that deletes a file of a bucket."""
+    """Returns the command that deletes a file in a bucket."""
     return Command((*_STORAGE, "rm", url, "--quiet"))
 
 

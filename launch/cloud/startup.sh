@@ -47,7 +47,7 @@ if grep --quiet --line-regexp --fixed-strings -e "$job/DONE" -e "$job/FAILED" <<
   exit 0
 fi
 
-# Runs as long as this script, even if the script is killed.
+# Sends the log every minute until this script ends, even by SIGKILL.
 while sleep 60 && kill -0 $$ 2>/dev/null; do ship_log; done 9>&- &
 trap 'kill $!; ship_log' EXIT
 
