@@ -1,23 +1,12 @@
-"""Data sets by name: scikit-learn's digits, synthetic images, a folder of images, or TFDS."""
+"""Data sets by name: built-in sets, a folder of images, or TFDS.
 
-import math
+To add a data set that TFDS does not have, add it to `built_in.BUILT_IN`.
+"""
 
-import numpy as np
-
+from bn_keras.data.built_in import BUILT_IN, NOT_IN_TFDS, make_pool
 from bn_keras.data.folder import open_folder
 from bn_keras.data.splits import Arrays, Description, Source, unknown_split
-from bn_keras.data.tfds_sets import (
-    IMAGENET_TRAIN_EXAMPLES,
-    NOT_IN_TFDS,
-    describe_tfds,
-    locate_tfds,
-    open_tfds,
-)
-from bn_keras.errors import UsageError
-
-SYNTHETIC_POOL = 64
-SYNTHETIC_CLASSES = 1000
-SYNTHETIC_VALIDATION_EXAMPLES = 1_000
+from bn_keras.data.tfds_sets import describe_tfds, locate_tfds, open_tfds
 
 
 def open_source(
@@ -39,15 +28,13 @@ def open_source(
     """
     if name == "folder":
         return open_folder(data_dir, train_split, validation_split)
-    if name == "digits":
-        class_names, splits = _number_classes(10), _load_digits()
-    elif name == "synthetic":
-        class_names, splits = _number_classes(SYNTHETIC_CLASSES), _make_synthetic(image_size)
-    else:
+    if name not in BUILT_IN:
         return open_tfds(name, data_dir, train_split, validation_split)
+    splits = BUILT_IN[name].load(image_size)
     for split in (train_split, validation_split):
         if split not in splits:
             raise unknown_split(name, split, splits)
+    class_names = _number_classes(BUILT_IN[name].num_classes)
     return Source(class_names, splits[train_split], splits[validation_split])
 
 
@@ -82,7 +69,7 @@ def synthesize(description: Description, image_size: int) -> Source:
     """
     height, width, channels = description.image_shape
     shape = (height or image_size or 1, width or image_size or 1, channels)
-    pool = _make_pool(shape, description.num_classes)
+    pool = make_pool(shape, description.num_classes)
     return Source(
         _number_classes(description.num_classes),
         Arrays(*pool, num_examples=description.num_train_examples or 0),
@@ -96,59 +83,11 @@ def locate(name: str, data_dir: str) -> str:
     Raises:
       UsageError: there is no such data set, or data_dir is not a folder.
     """
-    if name == "digits":
-        return "part of scikit-learn"
-    if name == "synthetic":
-        return "generated"
+    if name in BUILT_IN:
+        return BUILT_IN[name].origin
     if name == "folder":
         return f"in {data_dir}"
     return locate_tfds(name, data_dir)
-
-
-def _load_digits() -> dict[str, Arrays]:
-    """Loads scikit-learn's 1,797 handwritten digits, 8x8 with 17 grey levels.
-
-    The 5th, 10th, 15th, ... example of each class, in scikit-learn's order, is for validation.
-    """
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = digits.images.astype(np.uint8)[..., None]
-    labels = digits.target.astype(np.int32)
-    held_out = np.zeros(len(labels), bool)
-    for digit in range(10):
-        held_out[np.flatnonzero(labels == digit)[4::5]] = True
-    return {
-        "train": Arrays(images[~held_out], labels[~held_out], white=16),
-        "validation": Arrays(images[held_out], labels[held_out], white=16),
-    }
-
-
-def _make_synthetic(image_size: int) -> dict[str, Arrays]:
-    """Generates as many training examples as ImageNet has; both splits repeat the same pool."""
-    if image_size < 1:
-        raise UsageError(
-            f"data.image_size={image_size} is invalid for 'synthetic', whose images have no size of"
-            " their own: expected a side in pixels"
-        )
-    pool = _make_pool((image_size, image_size, 3), SYNTHETIC_CLASSES)
-    return {
-        "train": Arrays(*pool, num_examples=IMAGENET_TRAIN_EXAMPLES),
-        "validation": Arrays(*pool, num_examples=SYNTHETIC_VALIDATION_EXAMPLES),
-    }
-
-
-def _make_pool(
-    image_shape: tuple[int, int, int], num_classes: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Generates images of coarse coloured noise, and labels spread evenly over the classes."""
-    height, width, channels = image_shape
-    random = np.random.default_rng(0)
-    cells = (SYNTHETIC_POOL, math.ceil(height / 8), math.ceil(width / 8), channels)
-    coarse = random.integers(0, 256, cells, np.uint8)
-    images = coarse.repeat(8, axis=1).repeat(8, axis=2)[:, :height, :width]
-    labels = np.arange(SYNTHETIC_POOL) * num_classes // SYNTHETIC_POOL
-    return np.ascontiguousarray(images), labels.astype(np.int32)
 
 
 def _number_classes(count: int) -> tuple[str, ...]:

@@ -12,18 +12,16 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from bn_keras.data.built_in import IMAGENET_TRAIN_EXAMPLES, NOT_IN_TFDS
 from bn_keras.data.splits import Arrays, Description, Shards, Source, unknown_split
 from bn_keras.errors import UsageError
 from bn_keras.text import first_line
 
-# Data sets that TFDS does not have; see `open_source`.
-NOT_IN_TFDS = ("digits", "synthetic", "folder")
 # Sets with more bytes of decoded images are read from their files during training.
 MEMORY_LIMIT_BYTES = 2**30
 # Timeout for connecting to the server from which a set is downloaded.
 CONNECTION_SECONDS = 5
 
-IMAGENET_TRAIN_EXAMPLES = 1_281_167
 # Split sizes of the sets in configs/. TFDS knows them only after a set is prepared.
 _SIZES = {
     "imagenet2012": {"train": IMAGENET_TRAIN_EXAMPLES, "validation": 50_000},
