@@ -29,6 +29,8 @@ def main() -> None:
     """Runs `bn-keras COMMAND ...`; without a command, lists the commands."""
     with cli.exit_statuses():
         name, *arguments = sys.argv[1:] or ["--help"]
+        if name == "help" and arguments:
+            name, arguments = arguments[0], ["--help"]
         if name in ("help", *HELP_FLAGS):
             print(format_commands(COMMANDS), flush=True)
         elif name == "--version":

@@ -390,7 +390,7 @@ def test_converted_weights_load_in_the_builder(cadene, tmp_path):
 
 
 def test_an_unwritable_output_is_rejected_and_unchanged(cadene, tmp_path, monkeypatch):
-    with pytest.raises(UsageError, match="expected a name with .keras or .weights.h5"):
+    with pytest.raises(UsageError, match="expected a path ending in .keras or .weights.h5"):
         convert.convert_weights("weights.npz", tmp_path / "out.h5")
     output = tmp_path / "out.keras"
     output.write_text("before")

@@ -341,6 +341,10 @@ def test_every_command_is_listed():
     assert sorted(COMMANDS) == sorted(modules)
 
 
+def test_help_for_a_command_is_its_help():
+    assert bn_keras("help", "crops").stdout == bn_keras("crops", "--help").stdout
+
+
 def test_a_mistyped_command_gets_a_suggestion():
     done = bn_keras("trian", "--help-me")
     assert_fails_on_one_line(done, 2, "unknown command 'trian' (did you mean 'train'?): see bn-ker")

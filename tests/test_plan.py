@@ -38,10 +38,10 @@ def offline(monkeypatch):
 def test_the_description_says_how_far_the_run_is(tmp_path):
     config = small_mlp()
     workdir = tmp_path / "a" / "run"
-    told = describe_training(config, workdir)
-    assert told["data"] == "digits: part of scikit-learn"
-    assert told["devices"] == "one_device: 1 CPU replica(s)"
-    assert told["workdir"] == f"{workdir}: new, to step 60"
+    described = describe_training(config, workdir)
+    assert described["data"] == "digits: part of scikit-learn"
+    assert described["devices"] == "one_device: 1 CPU replica(s)"
+    assert described["workdir"] == f"{workdir}: new, to step 60"
     assert not list(tmp_path.iterdir())
 
     run = Workdir(workdir)
@@ -59,11 +59,20 @@ def test_the_description_says_how_far_the_run_is(tmp_path):
         describe_training(small_mlp(seed=1), workdir)
 
 
+def test_an_invalid_config_is_an_error_before_anything_is_described(tmp_path):
+    for key, value, message in (
+        ("train.steps", -5, "train.steps=-5 is invalid: expected a positive integer"),
+        ("distribution.strategy", "mirored", "unknown distribution.strategy 'mirored'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            describe_training(small_mlp(**{key: value}), tmp_path)
+
+
 def test_a_workdir_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot be written: no permission to write .*file"):
         describe_training(small_mlp(), tmp_path / "file" / "run")
-    # Root, who may run this, has every permission.
+    # The tests may run as root, who has every permission.
     monkeypatch.setattr(os, "access", lambda *args: False)
     with pytest.raises(
         StorageError, match=f"run cannot be written: no permission to write {tmp_path}"
@@ -76,8 +85,8 @@ def test_a_workdir_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     [
         ("synthetic", "synthetic: generated"),
         ("folder", "folder: in DIR"),
-        ("imagenet2012", "not prepared: `bn-keras prepare` makes it from the official archives"),
-        ("stanford_dogs", "not prepared: to be downloaded into DIR/stanford_dogs"),
+        ("imagenet2012", "not prepared; `bn-keras prepare` makes it from the official archives"),
+        ("stanford_dogs", "not prepared; TFDS downloads it into DIR/stanford_dogs"),
     ],
 )
 def test_the_description_says_where_the_data_is(name, described, tmp_path, offline):
@@ -94,10 +103,10 @@ def test_a_data_set_matches_its_description(name, tmp_path):
             pytest.skip(f"no {name} in {PREPARED}: set BN_KERAS_DATA")
         splits = ("train[:1%]+test", "test[95%:]")
     source = sources.open_source(name, str(PREPARED), *splits, 8)
-    # In the folder that has the set, and in one that does not.
+    # In a folder with the prepared set, and in an empty one.
     for data_dir in (str(PREPARED), str(tmp_path)):
-        told = sources.describe(name, data_dir, *splits, 8)
-        assert told == Description(
+        described = sources.describe(name, data_dir, *splits, 8)
+        assert described == Description(
             source.train.image_shape,
             len(source.class_names),
             source.train.num_examples,
@@ -106,8 +115,8 @@ def test_a_data_set_matches_its_description(name, tmp_path):
 
 
 def test_unknown_sizes_are_none(tmp_path):
-    told = sources.describe("stanford_dogs", str(tmp_path), "train", "test", 0)
-    assert told == Description((None, None, 3), 120, None, None)
+    described = sources.describe("stanford_dogs", str(tmp_path), "train", "test", 0)
+    assert described == Description((None, None, 3), 120, None, None)
     with pytest.raises(UsageError, match="no split 'test': it has 'train', 'validation'"):
         sources.describe("imagenet2012", str(tmp_path), "train", "test", 0)
 

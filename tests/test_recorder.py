@@ -1,4 +1,4 @@
-"""A recorder sees the training network's input, and does not affect training."""
+"""A recorder reads an input of the network in training, and does not affect training."""
 
 import re
 
@@ -37,7 +37,7 @@ def randomize(model):
 
 
 def record(model, strategy, batches, layer, **options):
-    """Percentiles over batches from the host; each replica processes its own rows."""
+    """Records percentiles over NumPy batches; each replica processes its own rows."""
 
     def open_rows(context):
         size = batches.shape[1] // context.num_replicas_in_sync
@@ -56,7 +56,7 @@ def mlp(strategy, synchronized=False):
 
 
 def into_sigmoid_2(model, batch):
-    """The input of the second sigmoid layer, in float64, by its definition."""
+    """Computes the input of the second sigmoid layer by its definition, in float64."""
     x = batch.astype(np.float64)
     for i in (1, 2):
         kernel, gamma, beta = (
@@ -108,7 +108,7 @@ def test_a_feature_map_of_a_nested_layers_first_call_is_recorded_over_batch_and_
     inner = keras.Sequential([BatchNormalization(), Twice(Square(name="square"))])
     model = keras.Sequential([keras.Input((3, 4, 2)), keras.layers.Dropout(0.5), inner])
     batches = images(2, 8, 3, 4, 2)
-    # The same draw each time: the generator keeps its state.
+    # Each recording draws the same dropout mask: the generator keeps its state.
     states = [v.numpy() for v in model.variables]
     found = record(model, tf.distribute.get_strategy(), batches, "square", unit=1)
     again = record(model, tf.distribute.get_strategy(), batches, "square", unit=1)
@@ -139,7 +139,7 @@ RECORD = {"record.layer": "sigmoid_2", "record.every_steps": 7, "record.num_exam
 
 
 def test_recording_does_not_affect_training_and_resuming_repeats_it(tmp_path, monkeypatch):
-    """On two replicas whose moving statistics differ and are merged at the ends of loops only."""
+    """On two replicas, whose moving statistics differ between the merges at the ends of loops."""
     unrecorded, recorded = tmp_path / "unrecorded", tmp_path / "recorded"
     train_and_evaluate(small_mlp(**TWO_REPLICAS, **SHORT), unrecorded)
 
@@ -166,7 +166,7 @@ def test_recording_does_not_affect_training_and_resuming_repeats_it(tmp_path, mo
         assert one["record/15"] < one["record/50"] < one["record/85"]
         assert all(one[key] == other[key] for key in one if key.startswith("record/"))
     assert not lines(unrecorded, "record/50")
-    # The last of them has the hash over all variables.
+    # The last line contains the hash over all variables.
     assert lines(recorded, "validation/loss") == lines(unrecorded, "validation/loss")
 
 
@@ -222,8 +222,8 @@ def test_a_run_with_an_unknown_layer_writes_nothing(tmp_path):
             r"record.percentiles=\(15, 101\) is invalid: expected one or more numbers",
         ),
         ("percentiles", ("a",), r"record.percentiles=\('a',\) is invalid: expected one or more"),
-        ("every_steps", 0, "record.every_steps=0 is invalid: expected a positive number"),
-        ("num_examples", 0, "record.num_examples=0 is invalid: expected a positive number"),
+        ("every_steps", 0, "record.every_steps=0 is invalid: expected a positive integer"),
+        ("num_examples", 0, "record.num_examples=0 is invalid: expected a positive integer"),
     ],
 )
 def test_invalid_settings_are_refused(key, value, message):

@@ -1,4 +1,4 @@
-"""Training learns, resumes bit-exactly, and stops cleanly."""
+"""Training learns, resumes bit-exactly and stops cleanly."""
 
 import functools
 import os
@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from ml_collections import ConfigDict
 from small import small_mlp
 
 from bn_keras.data import pipeline
@@ -104,7 +105,7 @@ def test_a_run_learns_and_records_its_metrics(tmp_path):
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
 
-# test_resume does the same with Inception, dropout and distortions.
+# test_resume.py does the same with Inception, dropout and distortions.
 @pytest.mark.parametrize(
     "make_config, killed_after",
     [
@@ -159,7 +160,7 @@ def test_population_statistics_do_not_affect_training(devices, tmp_path):
 
 
 def test_the_finished_network_has_population_statistics(tmp_path):
-    """They are those of the first training batches."""
+    """The statistics are those of the first training batches."""
     config = small_mlp(**BY_POPULATION, **{"batch_norm.momentum": 0.99})
     train_and_evaluate(config, tmp_path)
     data = pipeline.open_data(**config.data, seed=config.seed)
@@ -250,7 +251,7 @@ def test_l2_enters_the_gradient_of_kernels_only():
 
 
 def test_divergence_names_step_rate_and_checkpoint(tmp_path):
-    # Without BN this rate takes the weights to infinity within a few steps.
+    # Without BN, the weights overflow at this rate within a few steps.
     config = small_mlp(**{"model.variant": "baseline", "schedule.base_rate": 1e38})
     with pytest.raises(TrainingDivergedError) as caught:
         train_and_evaluate(config, tmp_path)
@@ -320,7 +321,7 @@ def test_a_diverged_run_is_rolled_back_with_a_lower_rate(tmp_path, monkeypatch):
 
 
 def test_inception_diverges_at_five_times_its_rate_and_bn_does_not(tmp_path, short_figure_5):
-    """Section 4.2.2; rolled back to a lower rate, Inception learns too.
+    """As in section 4.2.2. After a rollback with a lower rate, Inception learns, too.
 
     0.16 is the highest rate at which this miniature trains without BN.
     """
@@ -352,7 +353,7 @@ def test_inception_diverges_at_five_times_its_rate_and_bn_does_not(tmp_path, sho
 
 
 def test_training_stops_at_the_target_accuracy(tmp_path, monkeypatch):
-    """Also where it was killed between that evaluation and the end."""
+    """Also if the run was killed between that evaluation and its end."""
     config = small_mlp(**{"train.until_accuracy": 0.8})
     uninterrupted = train_and_evaluate(config, tmp_path / "uninterrupted")
     accuracies = [
@@ -445,17 +446,17 @@ def test_a_signal_during_an_evaluation_stops_before_the_next_loop(tmp_path, monk
 
 def test_the_best_network_is_that_of_the_best_evaluation(tmp_path, monkeypatch):
     accuracies = iter([0.5, 0.9, 0.7])
-    evaluate = validation.make_evaluator
+    make_evaluator = validation.make_evaluator
 
-    def evaluator(*arguments):
-        found = evaluate(*arguments)
-        return lambda: found() | {"accuracy": next(accuracies)}
+    def with_accuracies(*arguments):
+        evaluate = make_evaluator(*arguments)
+        return lambda: evaluate() | {"accuracy": next(accuracies)}
 
-    monkeypatch.setattr(validation, "make_evaluator", evaluator)
+    monkeypatch.setattr(validation, "make_evaluator", with_accuracies)
     train_and_evaluate(small_mlp(), tmp_path)
     monkeypatch.undo()
-    loss = Workdir(tmp_path).read_metrics()
-    loss = [line["validation/loss"] for line in loss if line.get("validation/accuracy") == 0.9]
+    lines = Workdir(tmp_path).read_metrics()
+    loss = [line["validation/loss"] for line in lines if line.get("validation/accuracy") == 0.9]
     best = load_trained(tmp_path, best=True)
     assert best.step == 40 and load_trained(tmp_path).step == 60
     (found,) = evaluate_networks([tmp_path], best=True)
@@ -481,7 +482,7 @@ def test_verify_resume_detects_a_resume_that_is_not_exact(monkeypatch):
         patch.setattr(resume_check.Checkpoints, "restore", lambda self: 2)
         with pytest.raises(ResumeError, match="stopped at step 2 and resumed, .* variables differ"):
             resume_check.verify_resume(config)
-    # An input that starts from the first step wherever the run resumes.
+    # The input starts at the first step, whatever the step at which the run resumes.
     open_batches = Trainer.open_batches
     monkeypatch.setattr(
         Trainer, "open_batches", lambda self, data, step: open_batches(self, data, 0)
@@ -543,7 +544,7 @@ def test_mixed_precision_trains_and_restores_the_dtype_policy(tmp_path):
         ({"distribution.strategy": "cluster"}, "unknown distribution.strategy 'cluster'"),
         ({"distribution.replicas": 2}, "one_device has one"),
         ({**TWO_REPLICAS, "train.global_batch_size": 61}, "61"),
-        ({"train.steps": 0}, "train.steps=0 is invalid: expected a positive number"),
+        ({"train.steps": 0}, "train.steps=0 is invalid: expected a positive integer"),
         ({"train.momentum": -0.5}, "train.momentum=-0.5 is invalid"),
         ({"train.momentum": 1.5}, "train.momentum=1.5 is invalid"),
         ({"train.l2": float("inf")}, "train.l2=inf is invalid: expected 0 or more"),
@@ -595,15 +596,14 @@ def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
 def test_every_key_of_the_config_is_read(tmp_path, monkeypatch, short_figure_5):
     config = small_inception(**{"model.initializer": "normal", "train.steps": 1})
     read = set()
-    kind = type(config)
-    get = kind.__getitem__
+    sections = {"": config} | {k: v for k, v in config.items() if isinstance(v, ConfigDict)}
+    get = ConfigDict.__getitem__
 
     def recording(self, key):
         read.update((name, key) for name, section in sections.items() if section is self)
         return get(self, key)
 
-    sections = {"": config} | {k: v for k, v in config.items() if isinstance(v, kind)}
-    monkeypatch.setattr(kind, "__getitem__", recording)
+    monkeypatch.setattr(ConfigDict, "__getitem__", recording)
     # Checking the range of a value does not count as reading it.
     monkeypatch.setattr(loop, "check_config", lambda config: None)
     monkeypatch.setattr(Workdir, "create", lambda self, *run: self.path.mkdir())
@@ -614,13 +614,13 @@ def test_every_key_of_the_config_is_read(tmp_path, monkeypatch, short_figure_5):
     keys = {("", key) for key in schema} | {
         (name, key)
         for name, section in schema.items()
-        if isinstance(section, kind)
+        if isinstance(section, ConfigDict)
         for key in section
     }
     assert keys - read == set()
 
 
-def test_a_checkpoint_of_another_network_is_one_line(tmp_path):
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     train_and_evaluate(small_mlp(**{"train.steps": 2}), tmp_path)
     for name in ("config.json", "interface.json"):
         (tmp_path / name).unlink()
@@ -643,7 +643,7 @@ def test_a_truncated_checkpoint_is_named_and_no_untrained_network_loaded(ending,
     assert "\n" not in str(caught.value)
 
 
-def test_missing_checkpoints_do_not_cost_the_metrics(tmp_path, monkeypatch):
+def test_a_run_without_its_checkpoints_is_refused_and_keeps_its_metrics(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         kill_after(patch, 33)
         train_and_evaluate(small_mlp(), tmp_path)

@@ -169,7 +169,9 @@ def convert_weights(
     """
     output = pathlib.Path(output)
     if not output.name.endswith((".keras", ".weights.h5")):
-        raise UsageError(f"output {output} is invalid: expected a name with .keras or .weights.h5")
+        raise UsageError(
+            f"output {output} is invalid: expected a path ending in .keras or .weights.h5"
+        )
     if output.exists() and not overwrite:
         raise UsageError(f"output {output} exists: choose another path or pass --overwrite")
     if source is None:

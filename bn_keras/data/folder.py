@@ -81,8 +81,10 @@ def _list_images(root: str, split: str) -> dict[str, list[str]]:
         )
     folder = os.path.join(root, match["folder"])
     if not tf.io.gfile.isdir(folder):
+        folders = _list_folders(root)
         raise UsageError(
-            f"no folder {match['folder']!r} in {root}, which has {_quote(_list_folders(root))}:"
+            f"no folder {match['folder']!r} in {root}, which has"
+            f" {_quote(folders) if folders else 'no folders'}:"
             f" expected images as {match['folder']}/CLASS/IMAGE; if {root} holds the class folders"
             " themselves, set data.train_split='.[:90%]' and data.validation_split='.[90%:]'"
         )

@@ -79,10 +79,10 @@ def locate_tfds(name: str, data_dir: str) -> str:
     if builder.is_prepared():
         return f"prepared in {builder.data_dir}"
     if name == "imagenet2012":
-        return "not prepared: `bn-keras prepare` makes it from the official archives"
+        return "not prepared; `bn-keras prepare` makes it from the official archives"
     if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
-        return "not prepared: TFDS makes it from archives that must be downloaded by hand"
-    return f"not prepared: to be downloaded into {builder.data_dir}"
+        return "not prepared; TFDS makes it from archives that must be downloaded by hand"
+    return f"not prepared; TFDS downloads it into {builder.data_dir} on first use"
 
 
 def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:

@@ -6,11 +6,12 @@ source.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from bn_keras.distribute import STRATEGIES
 from bn_keras.errors import UsageError
 
 
@@ -112,15 +113,16 @@ def default_config() -> ConfigDict:
     # Fraction kept at each step by the exponential moving average (EMA) of the weights; 0 keeps no
     # EMA. It is evaluated wherever population statistics are, and always in a network without BN.
     config.train.ema = 0.0
-    # Stop at the first evaluation with this accuracy, a fraction; 0 trains for all steps.
+    # Stop at the first evaluation that reaches this accuracy, a fraction; 0 trains for all steps.
     config.train.until_accuracy = 0.0
-    # How often a diverged run is rolled back to its last checkpoint, each time with its learning
-    # rate multiplied by retry_factor.
+    # How many times a diverged run is rolled back to its last checkpoint. Each rollback multiplies
+    # the learning rate by retry_factor.
     config.train.retries = 0
     config.train.retry_factor = 0.5
     # Keras dtype policy: "float32", "mixed_bfloat16", or "mixed_float16" with dynamic loss scaling.
     config.train.precision = "float32"
-    # Steps run on the device between two looks at the loss; each loop writes one line of metrics.
+    # Steps that run on the device between two checks of the loss; each such loop writes one line of
+    # metrics.
     config.train.steps_per_loop = 500
 
     config.schedule = ConfigDict()
@@ -136,7 +138,7 @@ def default_config() -> ConfigDict:
     config.schedule.decay_epochs = 8.0
 
     config.evaluation = ConfigDict()
-    # Evaluate on the validation images every so many steps, and at the end.
+    # Steps between evaluations on the validation images; one more follows the last step.
     config.evaluation.every_steps = 20_000
     config.evaluation.global_batch_size = 32
 
@@ -154,9 +156,10 @@ def default_config() -> ConfigDict:
     # Index into the input's last axis: a unit, or a feature map with all of its locations.
     config.record.unit = 0
     config.record.percentiles = (15, 50, 85)
-    # Record before the first step and every so many steps.
+    # Steps between recordings; the first one precedes the first step.
     config.record.every_steps = 250
-    # First training examples, in whole batches, kept in the devices' memory.
+    # How many of the first training examples are recorded, rounded up to whole batches. They stay
+    # in the devices' memory.
     config.record.num_examples = 1_000
 
     config.checkpoint = ConfigDict()
@@ -175,18 +178,11 @@ def default_config() -> ConfigDict:
     return config.lock()
 
 
-_POSITIVE = (
+_POSITIVE_INTEGERS = (
     "train.steps",
     "train.global_batch_size",
     "train.steps_per_loop",
     "train.micro_batches",
-    "train.retry_factor",
-    "schedule.reference_batch_size",
-    "schedule.base_rate",
-    "schedule.decay_factor",
-    "schedule.decay_epochs",
-    "model.width",
-    "model.initializer_stddev",
     "evaluation.every_steps",
     "evaluation.global_batch_size",
     "population.num_batches",
@@ -194,6 +190,15 @@ _POSITIVE = (
     "record.num_examples",
     "checkpoint.every_steps",
     "checkpoint.keep",
+)
+_POSITIVE = (
+    "train.retry_factor",
+    "schedule.reference_batch_size",
+    "schedule.base_rate",
+    "schedule.decay_factor",
+    "schedule.decay_epochs",
+    "model.width",
+    "model.initializer_stddev",
 )
 _NOT_NEGATIVE = (
     "train.l2",
@@ -205,10 +210,11 @@ _FRACTIONS = ("train.momentum", "train.label_smoothing", "train.ema", "train.unt
 
 
 def check_config(config: ConfigDict) -> None:
-    """Raises UsageError for a number outside its range.
+    """Raises UsageError if a number is outside its range, or the name of a mode is unknown.
 
-    Names, such as those of models and data sets, are checked where they are looked up.
+    Other names, such as those of models and data sets, are checked where they are looked up.
     """
+    _check_range(config, _POSITIVE_INTEGERS, lambda value: value > 0, "a positive integer")
     _check_range(config, _POSITIVE, lambda value: 0 < value < math.inf, "a positive number")
     _check_range(config, _NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "0 or more")
     _check_range(config, _FRACTIONS, lambda value: 0 <= value < 1, "0 or more and less than 1")
@@ -218,6 +224,11 @@ def check_config(config: ConfigDict) -> None:
         raise UsageError(
             f"train.micro_batches={train.micro_batches} is invalid: expected a divisor of"
             f" train.global_batch_size={train.global_batch_size}"
+        )
+    if config.distribution.strategy not in STRATEGIES:
+        raise UsageError(
+            f"unknown distribution.strategy {config.distribution.strategy!r}: expected one of"
+            f" {', '.join(STRATEGIES)}"
         )
     if config.population.when not in ("never", "end", "evaluations"):
         raise UsageError(
@@ -237,7 +248,7 @@ def check_config(config: ConfigDict) -> None:
 
 def _check_range(
     config: ConfigDict,
-    keys: tuple[str, ...] | list[str],
+    keys: Sequence[str],
     accepts: Callable[[float], bool],
     expected: str,
 ) -> None:

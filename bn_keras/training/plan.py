@@ -1,4 +1,4 @@
-"""What a training is going to do, described before it starts."""
+"""Describes what a training is going to do, before it starts."""
 
 import os
 import pathlib
@@ -12,6 +12,7 @@ from bn_keras.errors import StorageError
 from bn_keras.runs.atomic_files import is_local
 from bn_keras.runs.checkpoint import Checkpoints
 from bn_keras.runs.workdir import Workdir
+from bn_keras.training.config import check_config
 
 
 def describe_training(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, str]:
@@ -22,12 +23,13 @@ def describe_training(config: ConfigDict, workdir: str | os.PathLike) -> dict[st
       workdir: folder of the run.
 
     Returns:
-      A line each for "data", "devices" and "workdir".
+      One line each for "data", "devices" and "workdir".
 
     Raises:
-      UsageError: the workdir belongs to another run, or there is no such data set.
+      UsageError: an invalid value in the config, a workdir of another run, or no such data set.
       StorageError: the workdir cannot be written.
     """
+    check_config(config)
     run = Workdir(workdir)
     run.check(config)
     _check_writable(run.path)
@@ -36,7 +38,7 @@ def describe_training(config: ConfigDict, workdir: str | os.PathLike) -> dict[st
 
 
 def describe_input(config: ConfigDict) -> dict[str, str]:
-    """Returns a line each for the "data" and the "devices" of a config.
+    """Returns one line each for the "data" and the "devices" of a config.
 
     Raises:
       UsageError: there is no such data set.
@@ -49,7 +51,7 @@ def describe_input(config: ConfigDict) -> dict[str, str]:
 
 
 def describe_progress(run: Workdir, steps: int) -> str:
-    """Returns how far a run is, and where training it to a number of steps starts."""
+    """Describes how far a run is, and from which step training it to `steps` would start."""
     if run.is_finished():
         return f"finished at step {run.last_step():,}, nothing to do"
     step = Checkpoints(run.checkpoints, {}).latest_step
