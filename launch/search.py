@@ -46,6 +46,7 @@ class _Result(NamedTuple):
 def main() -> None:
     """Trains all combinations and prints the results, best first."""
     from bn_keras.experiments.run_all import train_all
+    from bn_keras.text import counted
     from bn_keras.training.plan import describe_input
 
     for flag in (_INITIALIZERS, _BASE_RATES, _SEEDS):
@@ -70,7 +71,7 @@ def main() -> None:
     results = [
         _summarize(setting, list(itertools.islice(runs, len(_SEEDS.value)))) for setting in settings
     ]
-    print(f"means over {len(_SEEDS.value)} seeds, best first")
+    print(f"means over {counted(len(_SEEDS.value), 'seed')}, best first")
     print(_format(results))
 
 

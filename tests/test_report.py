@@ -72,8 +72,8 @@ def results(**changes):
     """Builds runs by title; BN_x30=[(0.1, 0.2)] replaces curves, one for each seed."""
     curves = CURVES | {name.replace("_", "-"): curves for name, curves in changes.items()}
     return {
-        title: [run(title, curve, seed=seed) for seed, curve in enumerate(of_title)]
-        for title, of_title in curves.items()
+        title: [run(title, curve, seed=seed) for seed, curve in enumerate(seeds)]
+        for title, seeds in curves.items()
     }
 
 
@@ -142,9 +142,9 @@ def test_a_single_run_is_described_in_words():
     alone = run("x", (0.5, 0.8, 0.7))
     assert describe_accuracy(alone) == "best validation accuracy 80.00% at step 20"
     for name, target, batch, rest in (
-        ("digits", 0.5, 64, " (40 steps of 32), 50.0% at step 10 (20 steps of 32)"),
-        ("digits", 0.9, 32, ", 90.0% not reached"),
-        ("imagenet2012", 0.0, 32, ", 72.2% at step 20"),
+        ("digits", 0.5, 64, " (40 steps of 32), target 50.0% at step 10 (20 steps of 32)"),
+        ("digits", 0.9, 32, ", target 90.0% not reached"),
+        ("imagenet2012", 0.0, 32, ", target 72.2% at step 20"),
     ):
         config = digits_inception.get_config().copy_and_resolve_references()
         config.data.name = name
@@ -199,17 +199,17 @@ def test_each_run_affects_only_its_own_numbers(title, seed):
 
 
 def test_every_statement_holds_for_the_papers_own_results():
-    of_the_paper = {}
+    paper = {}
     for title, network in published.FIGURE_3.items():
         points = [(2 * 10**8, network.best_accuracy)]
         if network.steps:
             points.insert(0, (network.steps, published.INCEPTION_ACCURACY))
         lines = [{"step": step, "validation/accuracy": accuracy} for step, accuracy in points]
-        of_the_paper[title] = [Run(title, configure(), lines)]
-    body = build_figure_3(of_the_paper).body
-    assert set(verdicts(of_the_paper).values()) == {"holds"}
+        paper[title] = [Run(title, configure(), lines)]
+    body = build_figure_3(paper).body
+    assert set(verdicts(paper).values()) == {"holds"}
     assert body.startswith("**7 statements of the paper's Figure 3: 7 hold.**")
-    assert len(verdicts(of_the_paper)) == 7
+    assert len(verdicts(paper)) == 7
     for cells in table_of(body, "steps to").values():
         speedup, paper_speedup = cells[2:4]
         assert speedup == paper_speedup
@@ -394,7 +394,8 @@ ROWS = [
 def test_errors_are_shown_beside_the_papers():
     body = build_figure_4(ROWS).body
     assert body.startswith("**48 crops instead of one lower the top-1 error of 1 of the 2 networks")
-    assert "the error of the ensemble is lower than that of 2 of its 2 members" in body
+    ensemble = "with 48 crops, the error of the ensemble is lower than that of 2 of its 2 members"
+    assert f"; {ensemble}.**" in body
     lines = re.findall(r"^\| (?:single network|ensemble) .*$", body, re.MULTILINE)
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells == [
@@ -406,7 +407,7 @@ def test_errors_are_shown_beside_the_papers():
         ["ensemble", "2", "48", "10.00%", "20.10%", "1.00%", "4.90%"],
     ]
     assert "the three squares of a square image are identical" in body
-    assert "The other networks of the 6 did not finish" in body
+    assert "Training is unfinished for 4 of the 6 networks." in body
 
 
 def test_a_single_network_or_none_is_no_error():
@@ -606,8 +607,8 @@ def test_every_run_is_listed_with_its_status_and_time(tmp_path):
 
 def test_a_common_environment_is_described_once(tmp_path):
     runs = {
-        title: [dataclasses.replace(r, environment=environment()) for r in of_title]
-        for title, of_title in results().items()
+        title: [dataclasses.replace(r, environment=environment()) for r in seeds]
+        for title, seeds in results().items()
     }
     text = provenance(runs, tmp_path)
     assert "Software: bn\\_keras 1.2, tensorflow 2.21." in text and "Source: commit abc123." in text
@@ -630,8 +631,8 @@ def test_a_common_environment_is_described_once(tmp_path):
 )
 def test_a_difference_in_the_environment_is_listed_by_run(change, which, tmp_path):
     runs = {
-        title: [dataclasses.replace(r, environment=environment()) for r in of_title]
-        for title, of_title in results().items()
+        title: [dataclasses.replace(r, environment=environment()) for r in seeds]
+        for title, seeds in results().items()
     }
     # Started in one environment, and resumed in the other.
     both = environment() + environment(**change)
@@ -693,13 +694,14 @@ def test_settings_are_those_in_effect(tmp_path):
 def test_networks_trained_with_dropout_are_named():
     runs = results()
     runs["BN-x30"] = [Run("BN-x30", digits_bn_x30.get_config(), runs["BN-x30"][0].metrics)]
-    names = "Inception and BN-Baseline and BN-x5 and BN-x5-Sigmoid"
-    assert f"{names} train with dropout, which raises" in build_figure_2(runs).body
-    assert "dropout" not in build_figure_2(results()).body
+    names = "Inception, BN-Baseline, BN-x5, BN-x5-Sigmoid"
+    text = f"Dropout raises the training loss of these networks: {names}."
+    assert text in build_figure_2(runs).body
+    assert "ropout" not in build_figure_2(results()).body
 
 
 def test_a_setting_that_an_older_version_did_not_write_is_named(tmp_path):
-    runs = {title: of_title[:1] for title, of_title in results().items()}
+    runs = {title: seeds[:1] for title, seeds in results().items()}
     values = runs["BN-x5"][0].config.to_dict()
     del values["model"]["dropout"]
     saved = SavedConfig(values, tmp_path / "config.json")

@@ -52,7 +52,7 @@ def test_a_parallel_run_equals_a_run_alone(tmp_path):
 
 
 def test_networks_with_different_replicas_are_trained_in_one_call(tmp_path):
-    """TensorFlow fixes its devices when it starts, in a new process with one CPU device."""
+    """Runs in a new process with one CPU device; TensorFlow fixes its devices when it starts."""
     code = f"""
 from small import small_mlp
 from bn_keras.experiments.run_all import train_all

@@ -12,10 +12,10 @@ from bn_keras.training.networks import CHANGES, accelerate, derive, replaced, va
 def get_claim_configs(inception: ConfigDict) -> dict[str, ConfigDict]:
     """Returns the configs by title, derived from Inception's config at some scale.
 
-    No run is longer than those of the accelerated networks. Where the start of training decides,
-    the run has a third of the length. Step for step it is the first third of a full run, and is
-    compared with the other networks at its own last step. A run equal to its reference is left
-    out, such as full distortions at a scale that has no distortions.
+    No run is longer than those of the accelerated networks. Where the start of training decides, a
+    run has a third of that length: step for step, it equals the first third of a full run, and it
+    is compared with the other networks at its own last step. A run equal to its reference is left
+    out, such as full distortions at a scale without distortions.
     """
     full = min(inception.train.steps, load_config("bn_x5").train.steps)
     third = full // 3

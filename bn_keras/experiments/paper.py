@@ -1,6 +1,6 @@
 """The paper's experiments as lists of runs, at three scales.
 
-"digits" takes minutes, "cifar10" an hour on two cores, and "imagenet" is the paper's own.
+"digits" takes minutes, "cifar10" an hour on two cores, and "imagenet" has the paper's own size.
 """
 
 from collections.abc import Iterable

@@ -25,8 +25,8 @@ class Share(NamedTuple):
     """Share of the machine's devices that one process uses.
 
     Attributes:
-      cores: numbers of the CPU cores.
-      accelerators: numbers of the GPUs.
+      cores: indices of the CPU cores.
+      accelerators: indices of the GPUs.
     """
 
     cores: tuple[int, ...]
@@ -46,7 +46,7 @@ class Task(NamedTuple):
     Attributes:
       label: name of the task in messages.
       function: function that a new process can import by name.
-      arguments: arguments of the function; they can be pickled.
+      arguments: picklable arguments of the function.
     """
 
     label: str
@@ -55,14 +55,14 @@ class Task(NamedTuple):
 
 
 def divide_machine(distributions: Sequence[tuple[str, int]], limit: int = 0) -> list[Share]:
-    """Divides the machine into equal shares, each large enough for any one of several trainings.
+    """Divides the machine into equal shares, each large enough for any of the trainings.
 
     A replica needs one accelerator or, on a machine without accelerators, one core. Cores are
     divided in either case, because the input pipeline needs them.
 
     Args:
       distributions: strategy and replicas of each training, as in config.distribution.
-      limit: largest number of shares; 0 is no limit.
+      limit: maximum number of shares; 0: no limit.
 
     Returns:
       One share for each training that can run at the same time, at least one.
@@ -94,12 +94,12 @@ def _part(devices: Sequence[int], index: int, count: int) -> tuple[int, ...]:
 def run_tasks(tasks: Iterable[Task], shares: Iterable[Share]) -> None:
     """Runs tasks in processes, as many at a time as there are shares.
 
-    The first error, SIGTERM or SIGINT sends SIGTERM to the running processes once; no further task
-    starts, and the call returns when they have ended. If this process dies in any other way, the
-    running processes receive SIGTERM too.
+    On the first error, SIGTERM or SIGINT, the running processes receive SIGTERM once, no further
+    task starts, and the call raises once they have ended. If this process dies in any other way,
+    the running processes receive SIGTERM too.
 
     Raises:
-      TrainingStoppedError: a signal arrived.
+      TrainingStoppedError: SIGTERM or SIGINT arrived.
       Exception: the first error of a task.
     """
     waiting, free = deque(tasks), deque(shares)
@@ -133,19 +133,19 @@ def run_tasks(tasks: Iterable[Task], shares: Iterable[Share]) -> None:
 
 def _start(task: Task, share: Share) -> tuple[connection.Connection, BaseProcess]:
     """Starts a task; returns the connection that receives its error or None, and its process."""
-    # A forked process cannot use TensorFlow's state of this one.
+    # A forked process could not use the TensorFlow state that it inherits.
     context = multiprocessing.get_context("spawn")
     results, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run_task, args=(task, share, sender))
     process.start()
-    # Once only the process holds the sending end, its death closes the connection.
+    # With the sending end open only in the new process, its death closes the connection.
     sender.close()
     return results, process
 
 
 def _run_task(task: Task, share: Share, results: connection.Connection) -> None:
     """Runs a task in a new process, and sends back its error or None."""
-    # In a process group of its own, Ctrl-C arrives once, from the parent.
+    # In its own process group, this process receives Ctrl-C only through the parent's SIGTERM.
     with contextlib.suppress(AttributeError, PermissionError):
         os.setpgid(0, 0)
     threading.Thread(target=_terminate_with_parent, daemon=True).start()

@@ -24,14 +24,14 @@ def train_all(
 ) -> dict[str, Run]:
     """Trains one network per config, each in its own workdir.
 
-    Finished runs are kept, and stopped runs resume. Divergence is a result, recorded in the run;
-    the other networks are still trained.
+    Finished runs are kept, and stopped runs resume. Divergence is a result that the run records; it
+    does not stop the other networks.
 
     Args:
       configs: configs by title; see `folder_name` for the workdirs.
       folder: parent folder of the workdirs.
-      max_parallel: largest number of networks that train at the same time, each in its own process
-        with its own devices; 0 is as many as the devices allow.
+      max_parallel: maximum number of networks that train at the same time, each in its own process
+        with its own devices; 0: as many as the devices allow.
       setup_process: function called first in each such process, which can import it by name.
 
     Returns:
@@ -39,7 +39,7 @@ def train_all(
 
     Raises:
       UsageError: see `train_and_evaluate`; all workdirs are checked before any training.
-      TrainingStoppedError: a signal arrived.
+      TrainingStoppedError: SIGTERM or SIGINT arrived.
     """
     workdirs = {title: Path(folder) / folder_name(title) for title in configs}
     due = [title for title in configs if _is_due(Workdir(workdirs[title]), configs[title])]
@@ -64,7 +64,7 @@ def train_all(
 
 
 def folder_name(title: str) -> str:
-    """Returns the name of a title's workdir: lower case, with "_" for other characters."""
+    """Returns the name of a title's workdir, such as "bn_x5_seed_0" for "BN-x5 seed 0"."""
     return re.sub(r"[^a-z0-9.]+", "_", title.lower())
 
 

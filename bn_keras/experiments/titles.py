@@ -1,4 +1,4 @@
-"""Titles of the runs, as used in results, in reports and in the names of their folders."""
+"""Titles of the runs, used in reports and in the names of their folders."""
 
 WITH_BN, WITHOUT_BN = "with BN", "without BN"
 
@@ -20,7 +20,7 @@ ABLATIONS = {
     "shuffling": "BN-x5 shuffled by shards only",
     "distortions": "BN-x5 with full distortions",
 }
-# The same ablation of the decay for the other two accelerated networks.
+# The ablation of the decay, for the other two accelerated networks.
 X30_DECAY = "BN-x30 with Inception's decay"
 X5_SIGMOID_DECAY = "BN-x5-Sigmoid with Inception's decay"
 LONG_MEMORY = "BN-x5 with BN momentum 0.9997"

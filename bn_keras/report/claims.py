@@ -58,6 +58,7 @@ from bn_keras.report.verdicts import (
     count_verdicts,
 )
 from bn_keras.runs.history import ACCURACY, LOSS, Results, Run, Spread
+from bn_keras.text import counted
 
 # An accuracy below this multiple of the accuracy of guessing is at chance.
 CHANCE_FACTOR = 1.5
@@ -94,13 +95,13 @@ class Claim(NamedTuple):
 
 
 def build_claims(results: Results) -> Section:
-    """Tests the paper's claims by runs, and those of section 3.3 by measuring the layer.
+    """Tests the paper's claims on runs, and that of scale invariance on the layer itself.
 
     Args:
       results: runs of the five networks and of bn_keras/experiments/claim_runs.py. A claim whose
         runs are missing or unfinished is marked as not run.
     """
-    findings = {claim: find(claim, results) for claim in CLAIMS}
+    findings = {claim: check_claim(claim, results) for claim in CLAIMS}
     rows = [
         (claim.section, claim.sentence, finding.measured, f"**{finding.verdict}**")
         for claim, finding in findings.items()
@@ -121,12 +122,12 @@ def build_claims(results: Results) -> Section:
     return Section("The paper's claims, one by one", "\n\n".join(body), figures)
 
 
-def find(claim: Claim, results: Results) -> Finding:
-    """Tests one claim."""
+def check_claim(claim: Claim, results: Results) -> Finding:
+    """Tests one claim; the verdict is NOT_RUN if a run is missing."""
     try:
         return claim.test(results)
     except NotRunError as error:
-        return Finding(f"{error}", NOT_RUN)
+        return Finding(str(error), NOT_RUN)
 
 
 # --- Tests of whether networks train.
@@ -221,7 +222,7 @@ def _describe_rate(results: Results) -> str:
 
 
 def _describe_change(change: str, results: Results) -> str:
-    """Describes the effect of a change in these runs; empty if a run diverged."""
+    """Returns the note on a change; empty if it has none, or if a run diverged."""
     runs, other = ended_runs(results, X5), ended_runs(results, ABLATIONS[change])[0]
     if change not in _CHANGE_NOTES or any(r.diverged_at is not None for r in (*runs, other)):
         return ""
@@ -242,8 +243,8 @@ def _note_overfitting(runs: Sequence[Run], other: Run) -> str:
 def _note_decay(runs: Sequence[Run], other: Run) -> str:
     own, others = (f"{_remaining_rate(run):.2g}" for run in (runs[0], other))
     return (
-        f"At the end, the learning rate is {own} times its first value in BN-x5, {others} times in"
-        " the other run."
+        f"At the end, the learning rate is {own} times its initial value in BN-x5 and"
+        f" {others} times in the run with Inception's decay."
     )
 
 
@@ -253,10 +254,14 @@ def _note_shuffling(runs: Sequence[Run], other: Run) -> str:
 
 def _note_distortions(runs: Sequence[Run], other: Run) -> str:
     before, after = (run.config.data.distortion for run in (other, runs[0]))
-    return f"{_note_length(runs[0])}The strength changes from {before:g} to {after:g}."
+    return (
+        f"{_note_length(runs[0])}The strength of the distortions is {after:g} in BN-x5 and"
+        f" {before:g} in the other run."
+    )
 
 
-# From the runs of BN-x5 and the run without the change to a note, by change.
+# Functions that write the note on a change, by change. Their arguments are the runs of BN-x5, and
+# the run with the change undone.
 _CHANGE_NOTES: Mapping[str, Callable[[Sequence[Run], Run], str]] = {
     "dropout": _note_overfitting,
     "l2": _note_overfitting,
@@ -282,28 +287,30 @@ def _remaining_rate(run: Run) -> float:
 
 
 def _tolerates_initial_weights(results: Results) -> Finding:
-    """Tests whether BN-Baseline's accuracy varies less over the factors on the initial weights."""
+    """Tests whether the factor on the initial weights affects BN-Baseline less than Inception."""
     networks = (INCEPTION, BASELINE)
     means = {title: [s.mean for s in _sweep(results, title).values()] for title in networks}
     step = _sweep_steps(results, INCEPTION)
     measured = f"by step {step:,}, factors {min(WEIGHT_FACTORS):g} to {max(WEIGHT_FACTORS):g}: "
     measured += ", ".join(
-        f"{title} {min(of_title):.1%} to {max(of_title):.1%}" for title, of_title in means.items()
+        f"{title} {min(values):.1%} to {max(values):.1%}" for title, values in means.items()
     )
     runs = {title: ended_runs(results, title) for title in networks}
     if max(means[INCEPTION]) < CHANCE_FACTOR * _chance(runs[INCEPTION][0]):
         note = "With every factor, Inception is still at chance at this step."
         return Finding(measured, NO_VERDICT, note)
-    inception, baseline = (max(of_title) - min(of_title) for of_title in means.values())
-    margin = margin_of([Group.of(of_title, step) for of_title in runs.values()])
-    difference = Difference(measured, inception - baseline, margin)
+    inception_range, baseline_range = (max(values) - min(values) for values in means.values())
+    margin = margin_of([Group.of(seeds, step) for seeds in runs.values()])
+    difference = Difference(measured, inception_range - baseline_range, margin)
     return Finding(difference.measured, difference.verdict, difference.resolution)
 
 
 def _sweep(results: Results, title: str) -> dict[float, Spread]:
-    """Returns the accuracy at the end of the short runs, by factor on the initial weights."""
+    """Returns the best accuracy by the end of the short runs, by factor on the initial weights."""
     step = _sweep_steps(results, title)
-    runs = {f: ended_runs(results, with_weight_factor(title, f)) for f in WEIGHT_FACTORS}
+    runs = {
+        factor: ended_runs(results, with_weight_factor(title, factor)) for factor in WEIGHT_FACTORS
+    }
     runs[1.0] = ended_runs(results, title)
     return {
         factor: Spread.of(best_accuracy_by(run, step) for run in runs[factor])
@@ -330,7 +337,7 @@ def _moving_averages_suffice(results: Results) -> Finding:
     moving = [run for run in ended_runs(results, X5) if run.config.seed == population.config.seed]
     if not moving:
         raise NotRunError(f"{X5}: no run of seed {population.config.seed}")
-    # Where BN-x5 itself has the long memory, there is no separate run with it.
+    # On ImageNet, BN-x5 itself has the long memory, so there is no separate run.
     others = [*moving, *(ended_runs(results, LONG_MEMORY) if results.get(LONG_MEMORY) else ())]
     expected = accuracy_at(population, step)
     measured = [
@@ -341,15 +348,16 @@ def _moving_averages_suffice(results: Results) -> Finding:
         momentum = run.config.batch_norm.momentum
         measured.append(
             f"{accuracy_at(run, step):.1%} with moving averages of momentum {momentum:g}"
-            f" ({1 / (1 - momentum):,.0f} steps)"
+            f" (about {1 / (1 - momentum):,.0f} steps)"
         )
     if not all(_is_same_training(run, population) for run in others):
         measured.append("not with the same weights, since the training losses differ")
     gap = abs(accuracy_at(moving[0], step) - expected)
     error = population.standard_error(expected)
     note = (
-        f"The two accuracies differ by {format_points(gap)}; the standard error is"
-        f" {format_points(error)}."
+        f"The accuracies with population statistics and with momentum"
+        f" {moving[0].config.batch_norm.momentum:g} differ by {format_points(gap)}; the standard"
+        f" error is {format_points(error)}."
     )
     return Finding(", ".join(measured), HOLDS if gap <= error else FAILS, note)
 
@@ -367,7 +375,7 @@ def _is_same_training(run: Run, other: Run) -> bool:
 
 
 def _is_invariant(part: str, results: Results) -> Finding:
-    """Tests whether only rounding is left with a negligible epsilon."""
+    """Tests whether only rounding errors remain with a negligible epsilon."""
     tiny, default = scale_invariance.EPSILONS
     factors = min(scale_invariance.FACTORS), max(scale_invariance.FACTORS)
     largest = {
@@ -413,7 +421,7 @@ CLAIMS = (
     ),
     Claim(
         "3.3",
-        "Without BN, 5 times Inception's learning rate is worse than its own",
+        "Without BN, a learning rate of 5 times Inception's lowers the accuracy",
         partial(_is_too_high, INCEPTION_X5),
     ),
     Claim(
@@ -485,21 +493,23 @@ CLAIMS = (
 
 
 def _list_rules(results: Results) -> str:
-    seeds = len(results.get(X5, ()))
+    seeds = counted(len(results.get(X5, ())), "seed")
     rules = [
         "*Ours* in the section column marks a control experiment that the paper does not have.",
-        "An accuracy is the best validation accuracy up to the stated step, the last step of the"
-        " shorter run. Step for step, a shorter run is the beginning of a longer one. The five"
-        f" networks have {seeds} seeds, all other runs have one. Several seeds are"
-        " shown as mean (lowest to highest). A point is a percentage point.",
+        "Each accuracy is the best validation accuracy up to the stated step, the last step of the"
+        " shorter run. A shorter run equals the beginning of a longer one, step for step. The five"
+        f" networks have {seeds}, all other runs have one. Several seeds are shown as mean (lowest"
+        " to highest). A point is a percentage point.",
         "One network is better than another if each of its seeds is better than each of the"
-        " other's by more than the margin. A diverged run is worse than any other. The margin is"
-        " the wider of the two networks' ranges over seeds, and at least the standard error of an"
-        " accuracy. For equally good networks, three seeds against one, this rule finds a"
-        " difference in up to one of seven comparisons: a single result just beyond its margin is"
-        " weak evidence.",
+        " other's by more than the margin. A diverged run counts as 0%. The margin is the wider of"
+        " the two networks' ranges over seeds, and at least the standard error of an accuracy."
+        " Between equally good networks, one with three seeds and one with a single seed, this rule"
+        " finds a difference in up to one of seven comparisons. A single result just beyond its"
+        " margin is therefore weak evidence.",
         f"*{TOO_CLOSE.capitalize()}*: the difference is within the margin.",
-        f"*{NO_VERDICT.capitalize()}*: each network has a single seed, or the notes below say why.",
+        f"*{NO_VERDICT.capitalize()}*: each network has a single seed, or the notes below say why."
+        f" *{NOT_RUN.capitalize()}*: a run is missing or unfinished, or this scale does not have"
+        " the change.",
         "A change does not hurt unless undoing it makes the network better. Harm below the margin"
         " is not detected.",
         f"*At chance*: an accuracy below {CHANCE_FACTOR:g} times that of guessing. *Diverges*: the"
@@ -524,8 +534,7 @@ def _list_notes(findings: Mapping[Claim, Finding]) -> list[str]:
         return []
     return [
         "### Where results differ from the paper",
-        "These facts about the runs may explain the differences; they are not shown to be the"
-        " cause.",
+        "These facts about the runs may explain the differences. Whether they do was not tested.",
         "\n".join(notes),
     ]
 

@@ -20,8 +20,8 @@ from bn_keras.runs.history import ACCURACY, Results, Run, Spread, over_seeds
 _PERCENTILES = (15, 50, 85)
 # Lower limit of the accuracy axis, as in the paper.
 _LOWEST_SHOWN = 0.7
-# An inset enlarges the accuracy after this fraction of training, if it stays above the level that
-# the inset covers.
+# An inset enlarges the accuracy after this fraction of training. It covers the area below this
+# level, so it is drawn only if the curves stay above.
 _INSET_START, _ABOVE_INSET = 0.35, 0.89
 # Fractions of training at which the table shows the accuracy.
 _TABLE_FRACTIONS = (0.02, 0.2, 1.0)
@@ -138,7 +138,7 @@ def _draw(runs: Results) -> Figure:
         with_.set_ylim(low - margin, high + margin)
     without.set_ylabel("input of a sigmoid")
     with_.tick_params(labelleft=False)
-    steps = max(run.config.train.steps for of_title in runs.values() for run in of_title)
+    steps = max(run.config.train.steps for seeds in runs.values() for run in seeds)
     for axes in (accuracy, without, with_):
         axes.set(xlabel="training steps", xlim=(0, steps))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -147,7 +147,7 @@ def _draw(runs: Results) -> Figure:
 
 
 def _draw_accuracy(axes: Axes, runs: Results) -> None:
-    bands = {title: over_seeds(of_title, ACCURACY) for title, of_title in runs.items()}
+    bands = {title: over_seeds(seeds, ACCURACY) for title, seeds in runs.items()}
     axes.set_title("(a) test accuracy", loc="left")
     draw_bands(axes, bands)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -230,8 +230,7 @@ def _describe_setup(runs: Sequence[Run]) -> str:
         f" {config.train.global_batch_size} images with plain SGD, learning rate"
         f" {config.schedule.base_rate:g}. The initial weights are Gaussian with standard deviation"
         f" {config.model.initializer_stddev:g}. The paper states neither the learning rate nor the"
-        f" standard deviation; both are our choice, the same with and without BN. Seeds:"
-        f" {len(runs)}."
+        f" standard deviation; our choices are the same with and without BN. Seeds: {len(runs)}."
     )
 
 
@@ -247,20 +246,21 @@ def _explain_panels(runs: Sequence[Run]) -> str:
     return (
         f"(a) Accuracy on the test images. {lines} (b), (c) The 15th, 50th and 85th percentiles of"
         f" the input of unit {record.unit} in layer {escape(record.layer)}, for the first seed, on"
-        f" the same scale. The percentiles are over the same {examples:,} training images each"
-        " time; BN uses mini-batch statistics here, as in training."
+        f" a common axis. All points are computed from the same {examples:,} training images, with"
+        " BN in training mode (mini-batch statistics)."
     )
 
 
 _TERMS = (
-    "*Median range*: the highest minus the lowest median during training, in units of the sigmoid's"
-    " input. *Spread*: the distance between the 15th and the 85th percentile."
-    f" *{_LATER.capitalize()}* excludes the beginning, in which both networks change fast. In"
-    " parentheses: the lowest and the highest seed."
+    "*Median range*: the highest minus the lowest median of the input during training. *Spread*:"
+    f" the distance between the 15th and the 85th percentile. *{_LATER.capitalize()}*: without the"
+    " beginning, in which both networks change fast. Seeds that differ are shown as mean (lowest to"
+    " highest)."
 )
 
 _NOT_TESTED = (
-    "Other learning rates and initial weights, which the paper does not state, were not tested."
+    "The paper states neither the learning rate nor the scale of the initial weights, and values"
+    " other than ours were not tested."
 )
 
 
@@ -274,7 +274,7 @@ def _format_seeds(values: Sequence[float | None], spec: str) -> str:
 
 
 def _compare_accuracy(runs: Results) -> str:
-    accuracies = {title: over_seeds(of_title, ACCURACY) for title, of_title in runs.items()}
+    accuracies = {title: over_seeds(seeds, ACCURACY) for title, seeds in runs.items()}
     common = sorted(set.intersection(*map(set, accuracies.values())))
     shown = sorted(
         {next(s for s in common if s >= f * common[-1]) for f in _TABLE_FRACTIONS if common}
@@ -284,10 +284,10 @@ def _compare_accuracy(runs: Results) -> str:
         for step in shown
     ]
     best = [
-        _format_seeds([run.best_accuracy or None for run in of_title], ".2%")
-        for of_title in runs.values()
+        _format_seeds([run.best_accuracy or None for run in seeds], ".2%")
+        for seeds in runs.values()
     ]
-    return markdown_table(("test accuracy", *runs), [*rows, ("best evaluation", *best)])
+    return markdown_table(("test accuracy", *runs), [*rows, ("best", *best)])
 
 
 _Measure = Callable[[_RecordedInput], float]
@@ -304,8 +304,8 @@ def _compare_inputs(runs: Results) -> str:
         (
             name + period,
             *(
-                _format_seeds([_measure(run, measure, later) for run in of_title], ".2f")
-                for of_title in runs.values()
+                _format_seeds([_measure(run, measure, later) for run in seeds], ".2f")
+                for seeds in runs.values()
             ),
         )
         for later, period in ((False, ""), (True, f", {_LATER}"))
@@ -315,7 +315,7 @@ def _compare_inputs(runs: Results) -> str:
 
 
 def _measure(run: Run, measure: _Measure, later: bool) -> float | None:
-    """Measures a run's input, of the whole training or after its beginning; None if unrecorded."""
+    """Returns a measure of a run's input, after the beginning if `later`; None if not recorded."""
     recorded = _RecordedInput.read(run)
     if recorded is None:
         return None
@@ -324,8 +324,8 @@ def _measure(run: Run, measure: _Measure, later: bool) -> float | None:
 
 # --- Statements.
 
-# From two runs of the same seed, with and without BN, to whether a statement holds; None if the
-# runs lack the data.
+# Returns whether a statement holds for two runs of the same seed, with and without BN; None if they
+# lack the data.
 _Test = Callable[[Run, Run], bool | None]
 
 
@@ -348,7 +348,7 @@ def _is_steadier(measure: _Measure, later: bool = False) -> _Test:
 
 
 _STATEMENTS: Mapping[str, _Test] = {
-    "BN trains faster: it reaches the other network's best accuracy in fewer steps": _is_faster,
+    "The network with BN reaches the other network's best accuracy in fewer steps": _is_faster,
     "The best test accuracy is higher with BN": _is_better,
     "The median of the input varies less with BN": _is_steadier(lambda r: r.median_range),
     f"The median varies less with BN {_LATER}": _is_steadier(lambda r: r.median_range, later=True),
@@ -369,5 +369,5 @@ def _test_statements(runs: Results) -> list[str]:
         statement: [holds for pair in pairs if (holds := test(*pair)) is not None]
         for statement, test in _STATEMENTS.items()
     }
-    rows = tabulate_verdicts(outcomes)
-    return [rows] if all(map(all, outcomes.values())) else [rows, _NOT_TESTED]
+    table = tabulate_verdicts(outcomes)
+    return [table] if all(map(all, outcomes.values())) else [table, _NOT_TESTED]

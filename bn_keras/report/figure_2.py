@@ -26,7 +26,7 @@ from bn_keras.training.schedule import PAPER_BATCH_SIZE
 def build_figure_2(results: Results) -> Section:
     """Draws validation accuracy, as in the paper, and training loss against steps.
 
-    A diamond marks where the mean over a network's seeds reaches the highest point of Inception's.
+    A diamond marks where the mean over a network's seeds reaches the highest mean of Inception.
 
     Args:
       results: runs of Inception and others of the five networks; other titles are ignored.
@@ -46,7 +46,7 @@ def build_figure_2(results: Results) -> Section:
         _describe_setup(results[INCEPTION][0]),
         f"![Validation accuracy of {len(results)} networks against training steps](figure_2.png)",
         f"{_explain_lines(results)} A diamond marks the first evaluation at which a network's line"
-        " reaches the highest point of Inception's (thin grey line)."
+        " reaches Inception's highest point (thin grey line)."
         f"{_explain_published_points(results[INCEPTION][0])}",
         "![Training loss of the same networks against steps](figure_2_loss.png)",
         "Training loss of the same runs. Each point is a mean over the steps since the previous"
@@ -76,7 +76,7 @@ def _draw_accuracy(axes: Axes, networks: FiveNetworks) -> None:
 def _lowest_shown(networks: FiveNetworks) -> float:
     """Returns the lower limit of the accuracy axis.
 
-    It shows errors up to five times Inception's lowest, and the best accuracy of every network.
+    The axis shows errors up to five times Inception's lowest, and every network's best accuracy.
     """
     best = [networks.best(title) for title in networks.bands]
     worst = min(spread.mean if spread else 0.0 for spread in best)
@@ -140,7 +140,7 @@ def _draw_published(axes: Axes, networks: FiveNetworks) -> None:
         best = published.FIGURE_3[X30].best_accuracy
         points.append((X30, published.X30_STEPS_TO_BEST, best))
     for title, steps, accuracy in points:
-        our_steps = steps * PAPER_BATCH_SIZE / networks.batch_size
+        our_steps = steps * PAPER_BATCH_SIZE / networks.global_batch_size
         _draw_diamond(axes, title, our_steps, accuracy, hollow=True)
 
 
@@ -250,5 +250,4 @@ def _mention_dropout(results: Results) -> str:
     titles = [t for t, runs in results.items() if value_of(runs[0].config, "model.dropout")]
     if not titles or len(titles) == len(results):
         return ""
-    verb = "trains" if len(titles) == 1 else "train"
-    return f" {' and '.join(titles)} {verb} with dropout, which raises the training loss."
+    return f" Dropout raises the training loss of these networks: {', '.join(titles)}."

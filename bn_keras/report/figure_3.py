@@ -51,13 +51,15 @@ def describe_accuracy(run: Run) -> str:
     best, target = run.best_accuracy, run.config.train.until_accuracy
     if not target and published.is_comparable(run):
         target = published.INCEPTION_ACCURACY
-    parts = [f"best validation accuracy {best:.2%} {_at(run.steps_to_accuracy(best), batch)}"]
+    parts = [
+        f"best validation accuracy {best:.2%} {_describe_step(run.steps_to_accuracy(best), batch)}"
+    ]
     if target:
-        parts.append(f"{target:.1%} {_at(run.steps_to_accuracy(target), batch)}")
+        parts.append(f"target {target:.1%} {_describe_step(run.steps_to_accuracy(target), batch)}")
     return ", ".join(parts)
 
 
-def _at(step: int | None, batch: int) -> str:
+def _describe_step(step: int | None, batch: int) -> str:
     if step is None:
         return "not reached"
     if batch == PAPER_BATCH_SIZE:
@@ -70,7 +72,7 @@ def _at(step: int | None, batch: int) -> str:
 
 
 def _compare_numbers(networks: FiveNetworks) -> str:
-    target, batch = networks.target, networks.batch_size
+    target, batch = networks.target, networks.global_batch_size
     unit = "steps" if batch == PAPER_BATCH_SIZE else f"steps of {batch} images"
     header = (
         "network",
@@ -86,11 +88,11 @@ def _compare_numbers(networks: FiveNetworks) -> str:
     for title in networks.results:
         paper = published.FIGURE_3[title]
         steps, best = networks.steps_to_target(title), networks.best(title)
-        of_seeds = [runs[title].steps_to_accuracy(target) for runs in networks.by_seed]
+        steps_by_seed = [runs[title].steps_to_accuracy(target) for runs in networks.by_seed]
         rows.append(
             (
                 title,
-                _format_steps(steps, of_seeds),
+                _format_steps(steps, steps_by_seed),
                 f"{paper.steps / 1e6:.1f} million" if paper.steps else "never",
                 _format_speedup(inception_steps, steps),
                 _format_speedup(published.INCEPTION_STEPS, paper.steps),
@@ -105,28 +107,28 @@ def _format_speedup(inception_steps: int | None, steps: int | None) -> str:
     return f"{inception_steps / steps:.1f}" if inception_steps and steps else "-"
 
 
-def _format_steps(of_mean: int | None, of_seeds: Sequence[int | None]) -> str:
+def _format_steps(mean: int | None, by_seed: Sequence[int | None]) -> str:
     """Formats the steps of the mean, with the fewest and most steps of a seed in parentheses."""
-    counts = [math.inf if steps is None else steps for steps in of_seeds]
-    mean, low, high = (
+    counts = [math.inf if steps is None else steps for steps in by_seed]
+    middle, low, high = (
         "never" if steps is None or math.isinf(steps) else f"{steps:,}"
-        for steps in (of_mean, min(counts), max(counts))
+        for steps in (mean, min(counts), max(counts))
     )
-    return mean if mean == low == high else f"{mean} ({low} to {high})"
+    return middle if middle == low == high else f"{middle} ({low} to {high})"
 
 
 def _explain_terms(networks: FiveNetworks) -> list[str]:
-    """Explains the columns, their source and their resolution."""
+    """Explains the columns, the source of the paper's numbers, and the resolution of ours."""
     inception, num_seeds = networks.results[INCEPTION][0], len(networks.by_seed)
     line, parentheses = "single seed", ""
     if num_seeds > 1:
         line = "mean over its seeds"
         parentheses = (
-            " In parentheses: the fewest and most steps of a single seed to the same accuracy; the"
-            " lowest and highest accuracy of a seed at the step of the best mean."
+            " In parentheses: the fewest and the most steps of any seed to the same accuracy, and"
+            " the lowest and the highest accuracy of any seed at the step with the best mean."
         )
     terms = (
-        f"*Steps*: the first evaluation at which a network's line in Figure 2 ({line}) reaches"
+        f"*Steps*: training steps until a network's line in Figure 2 ({line}) first reaches"
         " Inception's highest point; *never*: not within these runs. *Speedup*: Inception's steps"
         f" divided by the network's. *Best accuracy*: highest point of the line.{parentheses}"
     )
@@ -141,7 +143,7 @@ def _explain_terms(networks: FiveNetworks) -> list[str]:
             " The paper's networks are larger and were trained on ImageNet: compare the ranking and"
             " roughly the speedups, not the steps and accuracies."
         )
-    if networks.batch_size != PAPER_BATCH_SIZE:
+    if networks.global_batch_size != PAPER_BATCH_SIZE:
         source += f" The paper's steps are steps of {PAPER_BATCH_SIZE} images."
     return [terms, source, _describe_resolution(inception, networks.target)]
 
@@ -180,7 +182,7 @@ def _describe_training(results: Results) -> str:
 
 # --- Statements.
 
-# From one seed's runs by title, and the target accuracy, to whether a statement holds.
+# Returns whether a statement holds for one seed's runs by title, and the target accuracy.
 _Test = Callable[[Mapping[str, Run], float], bool]
 
 

@@ -18,14 +18,14 @@ from bn_keras.runs.history import Spread
 from bn_keras.runs.workdir import Workdir
 
 # The training's crops that show whole images, unlike ImageNet's, by config.data.crop.
-_WHOLE_IMAGES = {"none": "whole images", "shift": "whole images, shifted at most"}
+_WHOLE_IMAGES = {"none": "whole images", "shift": "whole images, at most shifted"}
 
 
 class EnsembleRow(EvaluationRow):
     """An evaluation of one network, or of the ensemble.
 
-    "cut" is the number of scales, squares, windows and mirrors in the larger choice of crops, and
-    "trained_on" the crop of the training, config.data.crop.
+    "cut" contains the numbers of scales, squares, windows and mirrors of the many crops;
+    "trained_on" is config.data.crop of the training.
     """
 
     cut: list[int]
@@ -80,10 +80,10 @@ def _read(file: epath.Path) -> dict[str, Any]:
 
 
 def suitable_crops(workdir: str | os.PathLike) -> Crops:
-    """Returns those of the paper's 144 crops that are distinct and familiar to a run's network.
+    """Returns the paper's 144 crops, without those that do not suit a run's network.
 
-    Small images of a fixed size are square, so GoogLeNet's three squares along the longer side are
-    the same one. Mirrored crops are left out if the training does not mirror.
+    The three squares along the longer side are identical for square images of a fixed size, so only
+    one is used. Mirrored crops are left out if the training does not mirror.
     """
     run = Workdir(workdir)
     config, (input_shape, _) = run.read_config(), run.read_interface()
@@ -101,7 +101,7 @@ def build_figure_4(rows: Sequence[EnsembleRow]) -> Section:
     """
     title = "Figure 4: multi-crop and ensemble"
     if not rows:
-        return Section(title, "No member of the ensemble has finished its training.")
+        return Section(title, "No member of the ensemble has finished training.")
     googlenet = published.GOOGLENET_ENSEMBLE
     body = [
         _summarize(rows),
@@ -130,8 +130,10 @@ def _summarize(rows: Sequence[EnsembleRow]) -> str:
     )
     if ensemble:
         beaten = sum(multi_crop[ensemble] < multi_crop[model] for model in members)
-        text += f"; the error of the ensemble is lower than that of {beaten} of its {len(members)}"
-        text += " members"
+        text += (
+            f"; with {many} crops, the error of the ensemble is lower than that of {beaten} of its"
+            f" {len(members)} members"
+        )
     return f"{text}.** In the paper, the crops lower the error and the ensemble lowers it further."
 
 
@@ -176,23 +178,23 @@ def _explain_terms(rows: Sequence[EnsembleRow]) -> str:
     members = [row for row in rows if row["models"] == 1 and row["crops"] == 1]
     scales, squares, windows, mirrors = members[0]["cut"]
     text = (
-        f"The {len(members)} networks are BN-x30 with the changes of section 4.2.3, evaluated after"
-        " their last training step, when this report was made. *Single network*: mean over the"
-        " networks, with the lowest and the highest error in parentheses. Class probabilities are"
-        f" averaged over crops and networks. Each of the {members[0]['examples']:,} validation"
-        " images counts once. The paper's 144 crops are 4 scales x 3 squares x 6 windows x 2 (with"
-        f" mirror images); here they are {scales} x {squares} x {windows} x {mirrors}"
+        f"The {len(members)} networks are BN-x30 with the changes of section 4.2.3. They are"
+        " evaluated after their last training step; the command of this report saves their errors"
+        " in `figure_4.json`. *Single network*: mean over the networks, with the lowest and"
+        " the highest error in parentheses. Class probabilities are averaged over crops and"
+        f" networks. Each of the {members[0]['examples']:,} validation images counts once. The"
+        " paper's 144 crops are 4 scales x 3 squares x 6 windows x 2 (with mirror images); here"
+        f" they are {scales} x {squares} x {windows} x {mirrors}"
     )
     reasons = []
     if squares == 1:
-        reasons.append(
-            "the three squares of a square image are identical, so their mean is unchanged"
-        )
+        reasons.append("the three squares of a square image are identical, so one is enough")
     if mirrors == 1:
-        reasons.append("the training shows no mirror images")
+        reasons.append("the networks were trained without mirror images")
     text += f" ({'; '.join(reasons)})." if reasons else "."
     if shown := _WHOLE_IMAGES.get(members[0]["trained_on"]):
-        text += f" The training shows {shown}, never enlarged parts of images like these crops."
+        text += f" The networks were trained on {shown}, never on enlarged parts like these crops."
     if len(members) < len(ENSEMBLE):
-        text += f" The other networks of the {len(ENSEMBLE)} did not finish their training."
+        unfinished = len(ENSEMBLE) - len(members)
+        text += f" Training is unfinished for {unfinished} of the {len(ENSEMBLE)} networks."
     return text

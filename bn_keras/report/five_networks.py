@@ -1,4 +1,4 @@
-"""The paper's five networks side by side, as Figures 2 and 3 compare them."""
+"""The paper's five networks, which Figures 2 and 3 compare."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ class FiveNetworks(NamedTuple):
     """The networks in the paper's order, as means over seeds and seed by seed.
 
     Attributes:
-      results: runs of those of the five networks that were trained.
+      results: runs of the five networks, without those that were not trained.
       bands: validation accuracy over seeds, by title and step.
       by_seed: one run of each network by title, for each seed that all networks share.
       target: highest mean accuracy of Inception, to which steps are counted; infinite if Inception
@@ -38,10 +38,10 @@ class FiveNetworks(NamedTuple):
         runs = {title: {run.config.seed: run for run in seeds} for title, seeds in results.items()}
         shared = sorted(set.intersection(*map(set, runs.values())))
         if not shared:
-            seeds = "; ".join(f"{title}: {sorted(of_title)}" for title, of_title in runs.items())
+            seeds = "; ".join(f"{title}: {sorted(by_seed)}" for title, by_seed in runs.items())
             raise UsageError(f"no seed is shared by all networks: {seeds}")
         by_seed = [{title: runs[title][seed] for title in runs} for seed in shared]
-        bands = {title: over_seeds(of_title, ACCURACY) for title, of_title in results.items()}
+        bands = {title: over_seeds(seeds, ACCURACY) for title, seeds in results.items()}
         target = max((spread.mean for spread in bands[INCEPTION].values()), default=math.inf)
         return cls(results, bands, by_seed, target)
 
@@ -55,6 +55,6 @@ class FiveNetworks(NamedTuple):
         return max(self.bands[title].values(), key=lambda spread: spread.mean, default=None)
 
     @property
-    def batch_size(self) -> int:
-        """Global batch size, in whose steps the figures count."""
+    def global_batch_size(self) -> int:
+        """Global batch size of Inception's runs."""
         return self.results[INCEPTION][0].config.train.global_batch_size

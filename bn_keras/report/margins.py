@@ -9,7 +9,7 @@ from bn_keras.runs.history import ACCURACY, Results, Run, Spread
 
 
 class NotRunError(Exception):
-    """A run, or a number of a run, that a comparison needs is missing; the message names it."""
+    """A comparison lacks a run, or a number of a run; the message names it."""
 
 
 def ended_runs(results: Results, title: str) -> Sequence[Run]:
@@ -23,7 +23,7 @@ def ended_runs(results: Results, title: str) -> Sequence[Run]:
 
 
 def common_steps(*runs: Run) -> int:
-    """Returns the length of the shortest run, up to which the others are compared with it."""
+    """Returns the length of the shortest run in steps, up to which the runs are compared."""
     return min(run.config.train.steps for run in runs)
 
 
@@ -97,22 +97,27 @@ def margin_of(groups: Sequence[Group]) -> float | None:
 
 
 class Difference(NamedTuple):
-    """Difference in accuracy between a first and a second network.
+    """Difference between two networks, tested against a margin.
 
     Attributes:
-      measured: description of both accuracies, Markdown.
-      gap: distance between the nearest two seeds, one of each network: positive if all seeds of the
-        first are better than all of the second, negative if all are worse, else 0.
+      accuracies: description of the networks' accuracies, Markdown.
+      gap: signed difference; positive if it supports the claim.
       margin: see `margin_of`.
     """
 
-    measured: str
+    accuracies: str
     gap: float
     margin: float | None
 
     @property
+    def measured(self) -> str:
+        """Accuracies and margin, Markdown."""
+        margin = "" if self.margin is None else f"; margin {format_points(self.margin)}"
+        return f"{self.accuracies}{margin}"
+
+    @property
     def verdict(self) -> str:
-        """Verdict on the statement that the first network is better."""
+        """Verdict on the claim."""
         if self.margin is None:
             return NO_VERDICT
         if abs(self.gap) <= self.margin:
@@ -130,17 +135,20 @@ class Difference(NamedTuple):
 
 
 def compare(results: Results, title: str, other: str) -> Difference:
-    """Compares two networks up to the end of the shorter runs; raises NotRunError."""
+    """Tests whether a network is better than another, up to the end of the shorter runs.
+
+    The gap is the distance between the nearest two seeds, one of each network; 0 if they overlap.
+
+    Raises:
+      NotRunError: a run is missing or unfinished, or has no evaluation at that step.
+    """
     runs = ended_runs(results, title), ended_runs(results, other)
     step = common_steps(*runs[0], *runs[1])
-    first, second = groups = [Group.of(of_title, step) for of_title in runs]
-    margin = margin_of(groups)
-    measured = f"by step {step:,}: {first}, {second}"
-    if margin is not None:
-        measured += f"; margin {format_points(margin)}"
+    first, second = groups = [Group.of(seeds, step) for seeds in runs]
     ahead = min(first.accuracies) - max(second.accuracies)
     behind = min(second.accuracies) - max(first.accuracies)
-    return Difference(measured, max(ahead, 0) - max(behind, 0), margin)
+    accuracies = f"by step {step:,}: {first}, {second}"
+    return Difference(accuracies, max(ahead, 0) - max(behind, 0), margin_of(groups))
 
 
 def format_points(difference: float) -> str:

@@ -1,4 +1,4 @@
-"""Style of a report's plots."""
+"""Line styles and drawing functions that all plots share."""
 
 from collections.abc import Mapping
 from typing import NamedTuple

@@ -13,7 +13,7 @@ from bn_keras.training.networks import value_of
 
 # The folder of the data does not affect a result, and the seed is part of a run's name.
 _HIDDEN = {"data.data_dir", "seed"}
-# Settings of the Inception networks, without meaning for any other network.
+# Settings that only Inception networks use.
 _INCEPTION_ONLY = {
     f"model.{name}"
     for name in (
@@ -28,8 +28,8 @@ _INCEPTION_ONLY = {
         "auxiliary_weight",
     )
 }
-# Displayed values of settings that have no effect.
-_WITHOUT_EFFECT = ("0", "off", "-")
+# Formatted values of settings that are off or empty.
+_OFF = ("0", "off", "-")
 
 
 def describe_provenance(results: Results, command: str) -> Section:
@@ -39,7 +39,7 @@ def describe_provenance(results: Results, command: str) -> Section:
       results: runs that the report is about.
       command: command that reproduces the report.
     """
-    runs = [run for of_title in results.values() for run in of_title]
+    runs = [run for seeds in results.values() for run in seeds]
     parts = ["\n".join(f"    {line}" for line in command.splitlines())]
     if runs:
         parts += [
@@ -76,7 +76,7 @@ def _tabulate_runs(runs: Iterable[Run]) -> str:
         "run",
         "status",
         "started (UTC)",
-        "SHA-256 of the weights",
+        "SHA-256 of all variables",
         "steps",
         "training time",
         "wall time",
@@ -107,7 +107,7 @@ def _status(run: Run) -> str:
 
 
 def _wall_time(run: Run) -> str:
-    """Formats a run's wall time; a killed start has no recorded end, and adds an unknown time."""
+    """Formats a run's wall time, with "over" if a killed start adds an unknown time."""
     if not run.wall_seconds:
         return "-"
     was_killed = any(not start["ended"] for start in run.environment)
@@ -122,8 +122,8 @@ def _describe_time(runs: Sequence[Run]) -> str:
         wall_time = format_duration(sum(run.wall_seconds for run in runs))
         first = _format_time(min(start["started"] for start in starts))
         text += (
-            f" With compilation, evaluations and checkpoints, the runs took {wall_time}, where the"
-            f" times of parallel runs are added. The first run started {first} UTC, the last ended"
+            f" With compilation, evaluations and checkpoints, the runs took {wall_time}; times of"
+            f" parallel runs are added up. The first run started {first} UTC, the last ended"
             f" {_format_time(max(ends))} UTC."
         )
     return text
@@ -148,19 +148,19 @@ def _describe_environment(runs: Sequence[Run]) -> list[str]:
     }
     paragraphs = []
     for aspect, describe in aspects.items():
-        # The names of the runs by description, in order and without duplicates.
-        names: dict[str, dict[str, None]] = {}
+        # Names of the runs by description; a dict keeps them in order and without duplicates.
+        described: dict[str, dict[str, None]] = {}
         for run in runs:
             for start in run.environment:
-                names.setdefault(describe(start), {})[escape(run.name)] = None
-        if len(names) == 1:
-            paragraphs.append(f"{aspect}: {next(iter(names))}.")
-        elif names:
-            lines = [f"- {text}: {', '.join(of_text)}." for text, of_text in names.items()]
+                described.setdefault(describe(start), {})[escape(run.name)] = None
+        if len(described) == 1:
+            paragraphs.append(f"{aspect}: {next(iter(described))}.")
+        elif described:
+            lines = [f"- {text}: {', '.join(names)}." for text, names in described.items()]
             paragraphs += [f"**{aspect} differs between runs.**", "\n".join(lines)]
-    silent = [escape(run.name) for run in runs if not run.environment]
-    if silent:
-        which = "any run" if len(silent) == len(runs) else ", ".join(silent)
+    unrecorded = [escape(run.name) for run in runs if not run.environment]
+    if unrecorded:
+        which = "any run" if len(unrecorded) == len(runs) else ", ".join(unrecorded)
         paragraphs.append(f"Software and machine are not recorded for {which}.")
     return paragraphs
 
@@ -192,24 +192,24 @@ _Settings = Mapping[str, str]
 
 def _describe_settings(results: Results) -> list[str]:
     """Describes what differs and what is common, for each pair of model and data set."""
-    kinds: dict[str, dict[str, Sequence[Run]]] = {}
+    groups: dict[str, dict[str, Sequence[Run]]] = {}
     for title, runs in results.items():
         config = runs[0].config
-        kind = f"{escape(config.model.name)} on {escape(config.data.name)}"
-        kinds.setdefault(kind, {})[title] = runs
+        name = f"{escape(config.model.name)} on {escape(config.data.name)}"
+        groups.setdefault(name, {})[title] = runs
     paragraphs = []
-    for kind, of_kind in kinds.items():
-        if len(kinds) > 1:
-            paragraphs.append(f"**{kind}**")
-        paragraphs += _compare_settings(of_kind)
+    for name, group in groups.items():
+        if len(groups) > 1:
+            paragraphs.append(f"**{name}**")
+        paragraphs += _compare_settings(group)
     return paragraphs
 
 
 def _compare_settings(results: Results) -> list[str]:
     settings = {title: [_read_settings(run) for run in runs] for title, runs in results.items()}
-    of_all = [of_run for of_title in settings.values() for of_run in of_title]
-    keys = dict.fromkeys(key for of_run in of_all for key in of_run)
-    values = {key: _distinct_values(of_all, key) for key in keys}
+    all_settings = [run for seeds in settings.values() for run in seeds]
+    keys = dict.fromkeys(key for run in all_settings for key in run)
+    values = {key: _distinct_values(all_settings, key) for key in keys}
     return [*_tabulate_differences(settings, values), *_list_common(values)]
 
 
@@ -221,12 +221,12 @@ def _tabulate_differences(
         return []
     first = next(iter(settings.values()))
     rows = []
-    for title, of_title in settings.items():
-        own = {key: _distinct_values(of_title, key) for key in differing}
+    for title, seeds in settings.items():
+        own = {key: _distinct_values(seeds, key) for key in differing}
         shown = [
             f"`{key}` {' or '.join(distinct)}"
             for key, distinct in own.items()
-            if of_title is first or distinct != _distinct_values(first, key)
+            if seeds is first or distinct != _distinct_values(first, key)
         ]
         rows.append((escape(title), ", ".join(shown) or "same as the first"))
     return [
@@ -240,14 +240,14 @@ def _list_common(values: Mapping[str, list[str]]) -> list[str]:
     common: dict[str, list[str]] = {}
     for key, (value, *others) in values.items():
         section, _, name = key.rpartition(".")
-        if not others and value not in _WITHOUT_EFFECT:
+        if not others and value not in _OFF:
             common.setdefault(section, []).append(f"`{name}` {value}")
     lines = [f"- {escape(section)}: {', '.join(texts)}" for section, texts in common.items()]
-    return ["Settings that are the same in all runs, except 0, off and empty:", "\n".join(lines)]
+    return ["Settings that all runs share (0, off and empty ones omitted):", "\n".join(lines)]
 
 
 def _read_settings(run: Run) -> dict[str, str]:
-    """Returns the settings that are in effect: a None in the config is the variant's own value."""
+    """Returns the settings in effect: None in the config means the variant's own value."""
     hidden = _HIDDEN if run.config.model.name == "inception" else _HIDDEN | _INCEPTION_ONLY
     return {
         key: _format_setting(value_of(run.config, key) if value is None else value)
@@ -258,7 +258,7 @@ def _read_settings(run: Run) -> dict[str, str]:
 
 def _distinct_values(settings: Sequence[_Settings], key: str) -> list[str]:
     # Configs of older versions may lack a key.
-    return list(dict.fromkeys(of_run.get(key, "-") for of_run in settings))
+    return list(dict.fromkeys(run.get(key, "-") for run in settings))
 
 
 def _format_setting(value: object) -> str:

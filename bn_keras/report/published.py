@@ -1,4 +1,4 @@
-"""The paper's own results, all on ImageNet: shown beside measured ones, never mixed with them.
+"""The paper's own results, all on ImageNet, for comparison with measured ones.
 
 Source: Ioffe & Szegedy 2015, arXiv 1502.03167, section 4.2.
 """
@@ -57,7 +57,7 @@ class ErrorRates(NamedTuple):
     Attributes:
       model: name in the paper.
       crops: number of crops of each image.
-      models: number of networks; 1 if it is no ensemble.
+      models: number of networks; 1 for a single network.
       top1, top5: errors as fractions; None if the paper has no number.
     """
 

@@ -1,4 +1,4 @@
-"""Measures how BN responds to a factor on the weights in front of it (section 3.3)."""
+"""Measures how BN responds to a factor on the weights of the layer before it (section 3.3)."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from bn_keras.batch_norm import BatchNormalization
 from bn_keras.report.sections import markdown_table
 
 FACTORS = (0.01, 0.1, 1.0, 10.0, 100.0)
-# A negligible epsilon, since the layer does not accept 0, and the layer's default.
+# A negligible epsilon (the layer does not accept 0), and the layer's default.
 EPSILONS = (1e-30, 1e-3)
 KINDS = ("dense", "convolution")
 DTYPES = ("float64", "float32")
@@ -19,10 +19,10 @@ DTYPES = ("float64", "float32")
 
 @dataclasses.dataclass(frozen=True)
 class Deviation:
-    """Deviation of BN((aW)u) from BN(Wu), relative to the largest absolute value for W.
+    """Deviation of BN((aW)u) and its gradients from BN(Wu), relative to the largest absolute value.
 
     Attributes:
-      kind: kind of the layer in front of BN, one of KINDS.
+      kind: kind of the layer before BN, one of KINDS.
       dtype: dtype of the computation.
       epsilon: epsilon of the BN layer.
       factor: a.
@@ -41,7 +41,7 @@ class Deviation:
     to_weights: float
 
 
-def measure() -> list[Deviation]:
+def measure_deviations() -> list[Deviation]:
     """Measures every kind of layer, dtype and epsilon at every factor.
 
     The reference is computed in float64 with factor 1. The weights are drawn so that Wu has a
@@ -59,9 +59,9 @@ def measure() -> list[Deviation]:
 
 
 @functools.cache
-def measured() -> list[Deviation]:
-    """Returns the result of `measure`, computed once per process."""
-    return measure()
+def get_deviations() -> list[Deviation]:
+    """Returns the result of `measure_deviations`, computed once per process."""
+    return measure_deviations()
 
 
 def largest_deviation(part: str, **conditions: str | float) -> float:
@@ -73,7 +73,7 @@ def largest_deviation(part: str, **conditions: str | float) -> float:
     """
     return max(
         getattr(deviation, part)
-        for deviation in measured()
+        for deviation in get_deviations()
         if all(getattr(deviation, name) == value for name, value in conditions.items())
     )
 
@@ -101,11 +101,11 @@ def describe_deviations() -> list[str]:
     tiny, default = EPSILONS
     terms = (
         "Measured with this package's layer when this report was made, after a dense layer and a"
-        " convolution with weights aW, where the variance of Wu is about 1. Each number is the"
-        " larger of the two deviations from the float64 result for a = 1, relative to the largest"
-        f" absolute value. Section 3.3 omits epsilon; the layer requires epsilon > 0, so {tiny:g}"
-        f" replaces 0. With the default epsilon, {default:g}, the statements hold as long as the"
-        " variance of aWu is large compared with epsilon."
+        " convolution with weights aW, where the variance of Wu is about 1. The table shows the"
+        " larger deviation of the two from the float64 result for a = 1, relative to that result's"
+        " largest absolute value. Section 3.3 omits epsilon; the layer requires epsilon > 0, so"
+        f" {tiny:g} replaces 0. With the default epsilon, {default:g}, the statements hold as long"
+        " as the variance of aWu is large compared with epsilon."
     )
     return [terms, markdown_table(header, rows, left=0)]
 

@@ -1,4 +1,4 @@
-"""Sections of a report, and the Markdown that they are written in."""
+"""Sections of a report, and functions that write their Markdown."""
 
 import dataclasses
 import html
@@ -28,13 +28,13 @@ class Section:
 
 
 def escape(text: str) -> str:
-    """Returns Markdown that shows a text literally, on one line, also in a table cell."""
+    """Returns Markdown that shows a text literally and on one line, even in a table cell."""
     text = re.sub(r"([\\`*_\[\]|])", r"\\\1", " ".join(text.split()))
     return html.escape(text, quote=False)
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """Returns a table in Markdown, with columns that are aligned in a terminal as well.
+    """Returns a table in Markdown, padded so that its columns are aligned in a terminal too.
 
     Args:
       header: Markdown, one entry per column.

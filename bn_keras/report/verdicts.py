@@ -15,7 +15,11 @@ _PLURALS = {HOLDS: "hold", FAILS: "do not hold"}
 
 
 def judge(outcomes: Sequence[bool]) -> str:
-    """Returns the verdict on a statement, from whether it holds in each seed."""
+    """Returns the verdict on a statement.
+
+    Args:
+      outcomes: whether it holds, seed by seed; none if it could not be tested.
+    """
     if not outcomes:
         return NO_VERDICT
     if all(outcomes):
@@ -43,9 +47,9 @@ def tabulate_verdicts(outcomes: Mapping[str, Sequence[bool]]) -> str:
     rows = [
         (
             statement,
-            f"**{judge(of_seeds)}**",
-            f"{sum(of_seeds)} of {counted(len(of_seeds), 'seed')}" if of_seeds else "-",
+            f"**{judge(by_seed)}**",
+            f"{sum(by_seed)} of {counted(len(by_seed), 'seed')}" if by_seed else "-",
         )
-        for statement, of_seeds in outcomes.items()
+        for statement, by_seed in outcomes.items()
     ]
     return markdown_table(("statement", "verdict", "holds in"), rows, left=2)

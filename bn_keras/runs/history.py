@@ -68,7 +68,7 @@ class Run:
 
     @property
     def lowest_loss(self) -> float:
-        """Lowest training loss, where each value is the mean over one loop of steps."""
+        """Lowest training loss, each value being the mean over one loop of steps."""
         return min(self.curve(LOSS).values(), default=float("inf"))
 
     def steps_to_accuracy(self, accuracy: float) -> int | None:
@@ -84,7 +84,8 @@ class Run:
     def standard_error(self, accuracy: float) -> float:
         """Returns the standard error of a validation accuracy, due to the number of images.
 
-        It is 0 if that number is unknown. Agresti and Coull's estimate: not 0 for an accuracy of 1.
+        It is 0 if that number is unknown. The estimate, by Agresti and Coull, is positive even for
+        an accuracy of 0 or 1.
         """
         count = max(self.curve("validation/examples").values(), default=0)
         if not count:
@@ -117,7 +118,7 @@ Results = Mapping[str, Sequence[Run]]
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Mean, lowest and highest value of a number over seeds; all equal for a single seed."""
+    """Mean, lowest and highest value over seeds; all are equal for a single seed."""
 
     mean: float
     low: float
