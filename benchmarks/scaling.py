@@ -4,8 +4,8 @@
 
 Prints the tables of docs/scaling.md, which explains the model. A layer takes as long as its
 multiply-adds or its memory traffic, whichever takes longer. The peak rates of devices and links are
-published. The fraction of them that is reached is assumed, once optimistically and once
-conservatively. --measure instead predicts a step on this machine's CPU and measures it.
+published; the fraction of them that a step reaches is assumed, once conservatively and once
+optimistically. --measure instead predicts the time of a step on this machine's CPU and measures it.
 """
 
 import math
@@ -35,8 +35,8 @@ class Devices(NamedTuple):
       flops: peak FLOP/s of a device, dense bfloat16.
       memory: peak bytes/s of its memory.
       tile: number of channels that its matrix unit processes at a time.
-      links: bytes/s that a device sends in an all-reduce of large arrays, (worst, best).
-      latency: seconds that an all-reduce of a few bytes takes, (best, worst).
+      links: bytes/s that a device sends in an all-reduce of large arrays, lower and upper estimate.
+      latency: seconds that an all-reduce of a few bytes takes, lower and upper estimate.
       cores: virtual cores of all hosts.
     """
 
@@ -53,10 +53,10 @@ class Assumptions(NamedTuple):
     """Fractions of the peak rates that a step reaches.
 
     Attributes:
-      optimistic: whether the better of a device's two values is used.
+      optimistic: whether to use the better of a device's two estimates.
       flops, memory: fraction of the peak.
-      fused: whether operations other than products pass over memory as rarely as a compiler can
-        achieve.
+      fused: whether operations other than products pass over memory as rarely as a good compiler
+        can achieve.
       tiled: whether channels that do not fill a tile take as long as a full tile.
     """
 
@@ -80,8 +80,8 @@ DEVICES = {
         8, 989e12, 3.35e12, tile=64, links=(3e11, 4.5e11), latency=(10e-6, 50e-6), cores=208
     ),
 }
-# Published training speeds of ResNet-50, to compare the model with: devices, images per device and
-# step, images/s.
+# Published training speeds of ResNet-50, to compare the estimates with: devices, images per device
+# and step, images/s.
 PUBLISHED = {
     "TPU v3, 256 chips, 32,768 images per step": (
         Devices(256, 123e12, 900e9, tile=128, links=(7e10, 1.4e11), latency=(16e-6, 45e-6)),
@@ -94,7 +94,7 @@ IMAGES_PER_REPLICA = (32, 128)
 PAPER_STEPS = {"6e6 paper steps": 6e6, "BN-x5's 2.1e6": 2.1e6}
 # Photographs per second and core, decoded, cropped and fully distorted: benchmarks/input.py
 # measures 1.7 ms each.
-IMAGES_PER_CORE = 590
+IMAGES_PER_SECOND_AND_CORE = 590
 
 # Number of passes of a training step over memory: (over a layer's input and its gradient, over its
 # output and its gradient).
@@ -191,22 +191,22 @@ def _is_batch_norm(layer):
 class Speed(NamedTuple):
     """Images/s of all devices together, and the seconds of each part of a step."""
 
-    images: float
+    images_per_second: float
     step: float
     gradients: float
     synchronization: float
 
     @property
-    def synchronized_images(self) -> float:
+    def synchronized_images_per_second(self) -> float:
         """Images/s with synchronized BN."""
-        before = self.step + self.gradients
-        return self.images * before / (before + self.synchronization)
+        unsynchronized = self.step + self.gradients
+        return self.images_per_second * unsynchronized / (unsynchronized + self.synchronization)
 
 
 def estimate_speed(
     network: cost.Cost, images: int, devices: Devices, assumed: Assumptions
 ) -> Speed:
-    """Estimates the speed with this many images per device, if no parts of a step overlap."""
+    """Estimates the speed with this many images per device; the parts of a step do not overlap."""
     step = step_seconds(network, images, devices, assumed)
     gradients = all_reduce_seconds(4 * network.trainable, devices, assumed)
     synchronization = synchronization_seconds(network, devices, assumed)
@@ -244,7 +244,8 @@ def main():
     rows = []
     for name, (devices, images, published) in PUBLISHED.items():
         low, high = _speeds(resnet, images, devices)
-        rows.append([name, _range(low.images, high.images), _rounded(published)])
+        images_per_second = _range(low.images_per_second, high.images_per_second)
+        rows.append([name, images_per_second, _rounded(published)])
     _print_table(["devices", "images/s, estimated", "images/s, published"], rows)
 
 
@@ -254,19 +255,21 @@ def _speeds(network, images, devices):
 
 def _row(network, name, devices, images):
     low, high = _speeds(network, images, devices)
+    cores = [s.images_per_second / IMAGES_PER_SECOND_AND_CORE for s in (low, high)]
+    examples = 6e6 * PAPER_BATCH_SIZE
     return [
         name,
         f"{devices.number} x {images} = {devices.number * images:,}",
-        _range(low.images, high.images),
+        _range(low.images_per_second, high.images_per_second),
         *(
-            _duration(*(steps * PAPER_BATCH_SIZE / s.images for s in (high, low)))
+            _duration(*(steps * PAPER_BATCH_SIZE / s.images_per_second for s in (high, low)))
             for steps in PAPER_STEPS.values()
         ),
-        f"{_range(*(s.images / IMAGES_PER_CORE for s in (low, high)))} of {devices.cores:,}",
+        f"{_range(*cores)} of {devices.cores:,}",
         f"{_range(*(1e3 * (s.step + s.gradients) for s in (high, low)))} ms",
         f"{_range(*(1e3 * s.synchronization for s in (high, low)))} ms",
-        _range(low.synchronized_images, high.synchronized_images),
-        _duration(*(6e6 * PAPER_BATCH_SIZE / s.synchronized_images for s in (high, low))),
+        _range(low.synchronized_images_per_second, high.synchronized_images_per_second),
+        _duration(*(examples / s.synchronized_images_per_second for s in (high, low))),
     ]
 
 

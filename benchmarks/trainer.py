@@ -17,9 +17,9 @@ checkpoints are excluded, since their frequency is the user's choice.
 start: from the call of train_and_evaluate to the end of BN-Inception's first step, against building
 the same network and running one step of it.
 
-checkpoint: saving BN-Inception, as a share of the five minutes between two checkpoints.
+checkpoint: time to save BN-Inception, as a share of five minutes between two checkpoints.
 
-memory: memory of the process, while the network of section 4.1 trains for 10,000 steps.
+memory: growth of the process' memory while the network of section 4.1 trains for 10,000 steps.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def inception(data_dir):
 
 def start(data_dir):
     # In separate processes, since the second build in a process starts warm.
-    through, bare = (
+    trainer, bare = (
         statistics.median(
             float(subprocess.check_output([sys.executable, __file__, part], text=True))
             for _ in range(3)
@@ -106,10 +106,10 @@ def start(data_dir):
         for part in ("first-step", "bare-first-step")
     )
     print(
-        f"start: to the end of the first step {through:.1f} s, bare {bare:.1f} s, ratio"
-        f" {through / bare:.2f} (target: at most 1.5)"
+        f"start: to the end of the first step {trainer:.1f} s, bare {bare:.1f} s, ratio"
+        f" {trainer / bare:.2f} (target: at most 1.5)"
     )
-    return through / bare <= 1.5
+    return trainer / bare <= 1.5
 
 
 def checkpoint(data_dir):
@@ -187,7 +187,7 @@ def run(config, steps):
 
 
 def make_bare_loop(config):
-    """Returns a traced loop over a constant batch, and the seconds until its first step ended."""
+    """Returns a traced loop over a constant batch, and the seconds to the end of its first step."""
     strategy = make_strategy(**config.distribution)
     data = pipeline.open_data(**config.data, seed=config.seed)
     # Kept alive: TensorFlow may crash if an iterator is destroyed while it prefetches.
@@ -241,8 +241,8 @@ def resident_bytes():
 
 
 PARTS = {f.__name__: f for f in (mlp, inception, start, checkpoint, memory)}
-# The processes that `start` runs.
-PROCESSES = {"first-step": first_step, "bare-first-step": bare_first_step}
+# The parts that `start` runs in processes of their own.
+PARTS_OF_START = {"first-step": first_step, "bare-first-step": bare_first_step}
 
 
 def main():
@@ -251,10 +251,10 @@ def main():
     parser.add_argument("--data_dir", default="")
     arguments = parser.parse_args()
     for part in arguments.parts:
-        if part not in PARTS | PROCESSES:
+        if part not in PARTS | PARTS_OF_START:
             parser.error(f"unknown part {part!r}: expected one of {', '.join(PARTS)}")
     if len(arguments.parts) == 1:
-        sys.exit((PARTS | PROCESSES)[arguments.parts[0]](arguments.data_dir) is False)
+        sys.exit((PARTS | PARTS_OF_START)[arguments.parts[0]](arguments.data_dir) is False)
     command = [sys.executable, __file__, f"--data_dir={arguments.data_dir}"]
     sys.exit(any([subprocess.call([*command, part]) for part in arguments.parts]))
 

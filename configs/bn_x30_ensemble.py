@@ -20,4 +20,4 @@ from . import inception
 def get_config(number: str = "1") -> ConfigDict:
     config = networks.derive_member(inception.get_config(), number)
     config.train.steps = 6_000_000
-    return config.lock()
+    return config

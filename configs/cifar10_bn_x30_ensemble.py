@@ -2,7 +2,7 @@
 
     bn-keras train --config=cifar10_bn_x30_ensemble:1 --workdir=runs/cifar10_ensemble_1
 
-bn_x30_ensemble.py describes the members. Not trained by us yet. Evaluate the six together with
+bn_x30_ensemble.py describes the members. Not run by us. Evaluate the six together with
 
     bn-keras evaluate --workdir=runs/cifar10_ensemble_1 ... --workdir=runs/cifar10_ensemble_6
 """

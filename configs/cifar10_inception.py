@@ -2,8 +2,8 @@
 
     bn-keras train --config=cifar10_inception --workdir=runs/cifar10_inception
 
-About 5 minutes on one core; 46.2% test accuracy (mean over 3 seeds). Initialization and base rate
-are Inception's best in
+About 5 minutes on one core; 46.2% test accuracy (mean over 3 seeds). The initialization and the
+base rate are the best in this search for Inception,
 
     bn-keras search --config=cifar10_inception --workdir=runs/search --base_rates=0.005,0.01,0.02,0.04 --seeds=0 --config.data.train_split='train[:45000]' --config.data.validation_split='train[45000:]' --config.evaluation.every_steps=500
 
@@ -32,13 +32,13 @@ def get_config() -> ConfigDict:
     config.batch_norm.momentum = 0.9
     config.schedule.base_rate = 0.01
     config.train.steps = 3000
-    # The run stands for the 6e6 steps of the paper's best network. The epochs of the decay shrink in
-    # proportion, so that the accelerated networks end at 1% of their rate, as in the paper.
+    # This run is a miniature of the 6e6 steps of the paper's best network. Its decay is faster in
+    # proportion: the accelerated networks end at 1% of their rate, as in the paper.
     config.schedule.decay_epochs *= config.train.steps / 6e6 * 1_281_167 / 50_000
     config.train.steps_per_loop = 50
     config.evaluation.every_steps = 250
     config.evaluation.global_batch_size = 500
     config.checkpoint.every_steps = 1000
-    # Two runs on one core each are faster than one after the other on two replicas.
+    # Two runs in parallel, on one core each, are faster than one after the other on two replicas.
     config.distribution.strategy = "one_device"
     return config.lock()

@@ -2,8 +2,8 @@
 
     bn-keras train --config=digits_inception --workdir=runs/digits_inception
 
-About half a minute on 2 cores; 97.7% validation accuracy (mean over 3 seeds). Initialization and
-base rate are Inception's best in
+About half a minute on 2 cores; 97.7% validation accuracy (mean over 3 seeds). The initialization
+and the base rate are the best in this search for Inception,
 
     bn-keras search --config=digits_inception --workdir=runs/search --base_rates=0.003,0.005,0.01,0.02
 

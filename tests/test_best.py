@@ -39,7 +39,7 @@ def test_the_best_network_predicts(run, tmp_path):
     pixels = np.random.default_rng(0).integers(256, size=(8, 8, 1), dtype=np.uint8)
     image.write_bytes(tf.io.encode_png(pixels).numpy())
     expected = tf.nn.softmax(load_trained(run, best=True).model(pixels[None] / 127.5 - 1))[0]
-    found = make_predictor([run], num_classes=10, best=True)(image)
+    found = make_predictor([run], top_k=10, best=True)(image)
     found = {int(p.class_name): p.probability for p in found}
     np.testing.assert_allclose([found[i] for i in range(10)], expected, rtol=1e-4)
     assert make_predictor([run])(image)[0].probability != pytest.approx(max(found.values()))
@@ -47,7 +47,7 @@ def test_the_best_network_predicts(run, tmp_path):
 
 def test_a_missing_best_network_is_reported(run, tmp_path):
     with pytest.raises(
-        UsageError, match="the best evaluation is recorded in a run only: pass its workdir"
+        UsageError, match="only a run records its best evaluation: pass its workdir"
     ):
         evaluate_networks(exported=["network.keras"], best=True)
     other = shutil.copytree(run, tmp_path / "other")

@@ -1,4 +1,4 @@
-"""A checkpoint is complete, or the one before it is intact, whatever happens to a file."""
+"""Whatever happens to a file, a checkpoint is complete or the one before it is intact."""
 
 import contextlib
 import os
@@ -127,7 +127,7 @@ def test_all_replicas_are_restored(folder, two_replicas):
             np.testing.assert_array_equal(component, expected)
 
 
-def flip(place):
+def flip_bit(place):
     def damage(file):
         content = bytearray(file.read_bytes())
         content[int(place * len(content))] ^= 0x10
@@ -146,7 +146,7 @@ DAMAGES = {
     "a byte short": lambda file: file.write_bytes(file.read_bytes()[:-1]),
     "zeros": lambda file: file.write_bytes(bytes(file.stat().length)),
     "missing": lambda file: file.unlink(),
-} | {f"flipped at {place}": flip(place) for place in (0, 0.2, 0.5, 0.8)}
+} | {f"flipped at {place}": flip_bit(place) for place in (0, 0.2, 0.5, 0.8)}
 
 
 @pytest.mark.parametrize("ending", [INDEX, DATA])
@@ -212,7 +212,7 @@ def test_the_state_file_is_not_read(folder):
 def test_only_damaged_checkpoints_are_an_error_on_one_line(folder):
     save(folder, 1, 2)
     truncate(0.5)(folder / f"step-1.{INDEX}")
-    flip(0.5)(folder / f"step-2.{DATA}")
+    flip_bit(0.5)(folder / f"step-2.{DATA}")
     parts = make_parts(-1.0)
     with pytest.raises(UsageError, match="step-2 is damaged .*step-1 is damaged .*no earlier") as e:
         Checkpoints(folder, parts).restore()
@@ -241,7 +241,7 @@ def test_a_checkpoint_of_another_network_is_refused_and_kept(parts, folder, warn
     assert not warnings() and steps_in(folder) == [1, 2]
 
 
-def test_a_checkpoint_without_read_permission_is_not_taken_for_damaged(folder, monkeypatch):
+def test_a_checkpoint_without_read_permission_is_not_damaged(folder, monkeypatch):
     save(folder, 1, 2)
 
     def refused(self, *_):
@@ -252,7 +252,7 @@ def test_a_checkpoint_without_read_permission_is_not_taken_for_damaged(folder, m
         Checkpoints(folder, make_parts()).restore()
 
 
-def test_a_checkpoint_removed_before_it_is_opened_is_no_damage(folder, monkeypatch, warnings):
+def test_a_checkpoint_removed_before_it_is_opened_is_not_damaged(folder, monkeypatch, warnings):
     """The training saves a better network while the best one is loaded."""
     save(folder, 1)
     opened = type(folder).open
@@ -269,7 +269,7 @@ def test_a_checkpoint_removed_before_it_is_opened_is_no_damage(folder, monkeypat
     assert not warnings()
 
 
-def test_a_checkpoint_removed_before_it_is_read_is_no_damage(folder, monkeypatch, warnings):
+def test_a_checkpoint_removed_before_it_is_read_is_not_damaged(folder, monkeypatch, warnings):
     save(folder, 1)
     load = tf.compat.v1.train.NewCheckpointReader
 
@@ -286,7 +286,7 @@ def test_a_checkpoint_removed_before_it_is_read_is_no_damage(folder, monkeypatch
 
 
 @pytest.mark.parametrize("num_bytes", [0, 500, 5_000])
-def test_a_full_disk_costs_no_earlier_checkpoint(num_bytes, folder):
+def test_a_full_disk_leaves_earlier_checkpoints_intact(num_bytes, folder):
     checkpoints = save(folder, 1, 2, keep=2)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     intact = "File too large; that of step 2 is intact"
@@ -374,7 +374,7 @@ for _ in range(8):
     os.close(done)
     with open(steps) as steps:
         restored = int(steps.readline())
-        # The last save is there; the one in progress may be.
+        # The last save is complete; the one in progress may be.
         assert last <= restored <= last + 1, (last, restored)
         began = time.perf_counter()
         steps.readline()
@@ -394,10 +394,10 @@ def test_a_save_can_be_killed_at_any_moment(folder):
     last = int(done.stdout)
     assert last >= 8
     files = [p for p in pathlib.Path(folder).rglob("*") if p.is_file()]
-    # The save after the last reported one may be complete; the one before it exists as well. The
-    # killed save leaves at most as many files again and one.
+    # The save after the last reported one may be complete; the one before it exists as well.
     newest = max(steps_in(folder))
     assert last <= newest <= last + 1 and newest - 1 in steps_in(folder)
+    # Two checkpoints have four files. The killed save adds at most four and the state file.
     assert len(files) <= 1 + 2 * 4
     parts = {"model": [keras.Variable(np.zeros([50_000], "f"), name=n) for n in "abcdef"]}
     checkpoints = Checkpoints(folder, parts, keep=1)

@@ -1,4 +1,4 @@
-"""The diagnosis names the planted fault, and nothing before it."""
+"""The diagnosis names the first non-finite tensor of a step."""
 
 import keras
 import numpy as np
@@ -40,7 +40,7 @@ def diagnose(model, images, labels=None, strategy=None, **options):
     before = [v.numpy() for v in trainer.variables]
     labels = np.arange(len(images), dtype=np.int32) % 4 if labels is None else labels
     batch = tf.constant(images), tf.constant(labels)
-    found = first_non_finite(model, trainer.gradients, *batch, trainer.strategy)
+    found = first_non_finite(model, trainer.compute_gradients, *batch, trainer.strategy)
     for variable, value in zip(trainer.variables, before, strict=True):
         np.testing.assert_array_equal(variable.numpy(), value, variable.path)
     assert not any("call" in vars(layer) for layer in all_layers(model))
@@ -61,7 +61,7 @@ def short_inception(monkeypatch):
     monkeypatch.setattr(bn_inception, "FIGURE_5", rows)
 
 
-def test_a_finite_step_has_no_finding():
+def test_nothing_is_named_in_a_finite_step():
     assert diagnose(mlp(), random_images(8, 6)) is None
 
 
@@ -86,7 +86,7 @@ def test_the_batch_is_named():
 
 @pytest.mark.parametrize("variant", ["inception", "bn_x5"])
 def test_the_first_output_is_named(short_inception, variant):
-    """Everything after it is NaN, too, and so are the gradients."""
+    """The following outputs and the gradients are NaN, too."""
     model = BNInception(
         variant,
         classes=4,
@@ -143,19 +143,19 @@ def weight_gradient_overflows(x):
     """Applies layers whose kernel has a gradient that overflows at an input of 1e30."""
     x = keras.layers.Dense(1, use_bias=False, kernel_initializer=tiny, name="tiny")(x)
     x = keras.layers.Rescaling(1e20, name="large")(x)
-    return keras.layers.Dense(4, kernel_initializer=counting, name="logits")(x)
+    return keras.layers.Dense(4, kernel_initializer=one_to_four, name="logits")(x)
 
 
 def tiny(shape, dtype=None):
     return tf.fill(shape, 2e-38)
 
 
-def counting(shape, dtype=None):
+def one_to_four(shape, dtype=None):
     return tf.reshape(tf.range(1.0, 5.0), shape)
 
 
 def test_the_gradient_of_the_first_layers_weight_is_named():
-    """The images have no gradient."""
+    """The layer's input, the images, has no gradient."""
     inputs = keras.Input([1])
     model = keras.Model(inputs, weight_gradient_overflows(inputs))
     found = diagnose(model, np.full((8, 1), 1e30, np.float32))
@@ -175,7 +175,7 @@ def test_the_loss_is_named():
     """The difference of finite logits can exceed the range of float32."""
     model = mlp()
     model.get_layer("logits").bias.assign([3e38, -3e38, 0, 0])
-    assert diagnose(model, random_images(8, 6)) == "the loss, of finite outputs"
+    assert diagnose(model, random_images(8, 6)) == "the loss (the outputs are finite)"
 
 
 def test_layers_inside_layers_are_named():
@@ -208,15 +208,14 @@ def test_any_replica_counts(two_replicas, synchronized):
     def find(images):
         dataset = tf.data.Dataset.from_tensors((images, np.zeros(8, np.int32)))
         batch = next(iter(two_replicas.experimental_distribute_dataset(dataset)))
-        return first_non_finite(model, trainer.gradients, *batch, two_replicas)
+        return first_non_finite(model, trainer.compute_gradients, *batch, two_replicas)
 
-    layer = model.get_layer("bn_1")
-    weight = layer.values_since_merge
-    before = None if weight is None else float(weight.read_value())
+    count = model.get_layer("bn_1").values_since_merge
+    before = None if count is None else float(count.read_value())
     assert find(images) is None
     images[7] = 1e10
     assert find(images) == "the output of dense_1"
-    assert weight is None or float(weight.read_value()) == before
+    assert count is None or float(count.read_value()) == before
 
 
 def test_an_error_restores_the_layers_methods():

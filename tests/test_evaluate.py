@@ -23,7 +23,7 @@ SIZE, CLASSES, IMAGES = 14, 7, 23
 
 
 def small_data():
-    """Images larger than the network's input, and wider than high."""
+    """Returns images that are larger than the network's input, and wider than high."""
     random = np.random.default_rng(0)
     arrays = Arrays(
         random.integers(0, 256, (IMAGES, 18, 25, 3), np.uint8),
@@ -101,21 +101,21 @@ def test_results_do_not_depend_on_batch_and_replicas(crops, global_batch_size, t
     assert found[0] == pytest.approx(reference[0], rel=1e-5)
 
 
-def test_a_model_is_called_with_at_most_its_batch():
+def test_a_model_call_has_at_most_the_batch_size():
     data, _ = small_data()
     sizes = []
 
-    class Watched(keras.layers.Layer):
+    class BatchSizes(keras.layers.Layer):
         def call(self, x):
             sizes.append(x.shape[0])
             return x
 
     network = small_network(0)
-    model = keras.Sequential([keras.Input((SIZE, SIZE, 3)), Watched(), network])
-    for crops, batch, called in [("144", 50, 48), ("144", 7, 6), ("10", 50, 50), ("10", 64, 60)]:
+    model = keras.Sequential([keras.Input((SIZE, SIZE, 3)), BatchSizes(), network])
+    for crops, limit, size in [("144", 50, 48), ("144", 7, 6), ("10", 50, 50), ("10", 64, 60)]:
         sizes.clear()
-        Evaluator([model], data, ONE_DEVICE, batch, Crops.parse(crops))()
-        assert set(sizes) == {called}
+        Evaluator([model], data, ONE_DEVICE, limit, Crops.parse(crops))()
+        assert set(sizes) == {size}
 
 
 def test_a_lost_image_raises(monkeypatch):

@@ -189,13 +189,13 @@ def test_an_existing_output_of_another_kind_is_never_replaced(tmp_path):
 def test_an_export_that_computes_something_else_is_removed(
     file_format, workdir, tmp_path, monkeypatch
 ):
-    form = exporter._FORMATS[file_format]
+    correct = exporter._FORMATS[file_format]
 
     def read_wrongly(path):
-        network = form.read(path)
+        network = correct.read(path)
         return lambda x: network(x) + 1
 
-    monkeypatch.setitem(exporter._FORMATS, file_format, form._replace(read=read_wrongly))
+    monkeypatch.setitem(exporter._FORMATS, file_format, correct._replace(read=read_wrongly))
     with pytest.raises(ArithmeticError, match=f"the exported {FORMATS[file_format]} .* by up to 1"):
         export_workdir(workdir, tmp_path / FORMATS[file_format], file_format)
     assert not os.listdir(tmp_path)
@@ -210,8 +210,8 @@ def test_a_failed_export_keeps_the_previous_output(error, workdir, tmp_path, mon
         raise error
 
     (tmp_path / "net.keras").write_text("old")
-    form = exporter._FORMATS["keras"]._replace(write=fail)
-    monkeypatch.setitem(exporter._FORMATS, "keras", form)
+    failing = exporter._FORMATS["keras"]._replace(write=fail)
+    monkeypatch.setitem(exporter._FORMATS, "keras", failing)
     with pytest.raises(StorageError, match="net.keras cannot be written: No space left"):
         export_workdir(workdir, tmp_path / "net.keras", overwrite=True)
     assert os.listdir(tmp_path) == ["net.keras"]

@@ -30,7 +30,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pairs(folder):
-    """Results of pairs of workers by name: one run until its end, an evaluation, a divergence."""
+    """Results of pairs of workers by name.
+
+    One run is terminated, killed and finished; then it is evaluated. Another run diverges.
+    """
     config = folder / "config.py"
     settings = {"distribution.strategy": "multi_worker", "distribution.replicas": 0} | CONFIG
     config.write_text(
@@ -68,7 +71,7 @@ def statuses(pair):
 
 
 def errors(pair):
-    """Returns each worker's error, which is the last line of its output."""
+    """Returns the error of each worker, the last line of its output."""
     last_lines = []
     for worker in pair:
         lines = [line for line in worker["text"].splitlines() if line.startswith("error: ")]

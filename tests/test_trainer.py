@@ -1,4 +1,4 @@
-"""The training step follows its settings, on one replica and on two."""
+"""The training step computes what its settings say, on one replica and on two."""
 
 import keras
 import numpy as np
@@ -31,11 +31,11 @@ def small_trainer(replicas=1, variant="baseline", policy="float32", rate=1.0, **
 def batches(trainer, images=IMAGES, labels=LABELS, micro_batches=1):
     size = len(images) // trainer.strategy.num_replicas_in_sync // micro_batches
 
-    def replica_by_replica(_):
-        # In the order of the micro-batches, and of the replicas in each of them.
+    def open_dataset(_):
+        # Each replica in turn gets a part of the first micro-batch, then of the second, and so on.
         return tf.data.Dataset.from_tensor_slices((images, labels)).batch(size, True).repeat()
 
-    return iter(trainer.strategy.distribute_datasets_from_function(replica_by_replica))
+    return iter(trainer.strategy.distribute_datasets_from_function(open_dataset))
 
 
 def weights(trainer):

@@ -86,7 +86,7 @@ def test_an_incomplete_line_and_later_steps_are_dropped(tmp_path):
     assert [line["step"] for line in workdir.read_metrics()] == [1, 2]
 
 
-def test_a_run_is_finished_when_its_last_line_says_so(tmp_path):
+def test_a_run_is_finished_if_its_last_line_contains_the_hash(tmp_path):
     workdir = Workdir(tmp_path)
     assert not workdir.is_finished()
     with MetricsWriter(workdir, 32) as metrics:
@@ -113,8 +113,8 @@ def test_a_damaged_config_is_an_error_that_names_it(text, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-# The uses of a run's config: evaluation, prediction, check and export need network and data, and
-# training resumes with it.
+# The readers of a run's config: evaluation, prediction, check and export build the network and open
+# the data, and a resumed training compares it with its own.
 READERS = {
     "network": lambda run: build_model(run.read_config(), *INTERFACE),
     "data": lambda run: build_data(run.read_config()),
@@ -173,7 +173,7 @@ def test_a_damaged_line_of_metrics_is_named_and_kept(tmp_path):
     assert workdir.metrics.read_text() == damaged
 
 
-def test_a_full_disk_costs_no_line_written_before(tmp_path):
+def test_a_full_disk_keeps_the_lines_written_before(tmp_path):
     run = Workdir(tmp_path)
     with MetricsWriter(run, 32) as metrics:
         metrics.write(1, {"longer than the first event": "x" * 200})
@@ -215,21 +215,21 @@ def test_a_full_disk_keeps_the_lines_that_a_resumed_run_needs(tmp_path):
     assert run.last_step() == 99
 
 
-def locks(path):
-    """Acquires the lock of an existing run, as a second process would."""
+def acquire_lock(path):
+    """Acquires and releases the lock of an existing run, as a second process would."""
     with Workdir(path).locked():
-        return True
+        pass
 
 
 def test_one_process_at_a_time_trains_in_a_workdir(tmp_path):
     Workdir(tmp_path).create(default_config(), *INTERFACE)
     with Workdir(tmp_path).locked():
         with pytest.raises(UsageError, match="is in use") as caught:
-            locks(tmp_path)
+            acquire_lock(tmp_path)
     message = str(caught.value)
     assert f"process {os.getpid()} on {socket.gethostname()}, since 2" in message
     assert "use another workdir" in message and "\n" not in message
-    assert locks(tmp_path)
+    acquire_lock(tmp_path)
 
 
 def test_a_killed_process_releases_its_lock(tmp_path):
@@ -242,10 +242,10 @@ def test_a_killed_process_releases_its_lock(tmp_path):
             signal.pause()
     os.read(ready, 1)
     with pytest.raises(UsageError, match=f"process {child} on"):
-        locks(tmp_path)
+        acquire_lock(tmp_path)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    assert locks(tmp_path)
+    acquire_lock(tmp_path)
 
 
 def test_a_new_run_is_locked_once_its_folder_exists(tmp_path):
@@ -256,10 +256,10 @@ def test_a_new_run_is_locked_once_its_folder_exists(tmp_path):
         with pytest.raises(UsageError, match=f"is in use: process {os.getpid()}"):
             second.create(default_config(), *INTERFACE)
         with pytest.raises(UsageError, match="is in use"):
-            locks(tmp_path / "run")
+            acquire_lock(tmp_path / "run")
         # A run that is rolled back creates its folder again.
         first.create(default_config(), *INTERFACE)
-    assert locks(tmp_path / "run")
+    acquire_lock(tmp_path / "run")
 
 
 def test_a_run_that_another_process_started_and_ended_meanwhile_is_kept(tmp_path):
@@ -278,7 +278,7 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog)
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refused)
-    assert locks(tmp_path)
+    acquire_lock(tmp_path)
     assert "cannot be locked (No locks available)" in caplog.text
 
 
@@ -286,7 +286,7 @@ def test_a_bucket_has_no_locks(tmp_path, monkeypatch):
     Workdir(tmp_path).create(default_config(), *INTERFACE)
     monkeypatch.setattr(lock, "is_local", lambda path: False)
     with Workdir(tmp_path).locked():
-        assert locks(tmp_path)
+        acquire_lock(tmp_path)
     assert not (tmp_path / "lock").exists()
 
 

@@ -91,7 +91,7 @@ def run_command(command, arguments):
 
 
 def disturb(signum, at_step, spoiled_step):
-    train, gradients = Trainer.train, Trainer.gradients
+    train, compute_gradients = Trainer.train, Trainer.compute_gradients
 
     def interrupted(self, batches, num_steps):
         begin = int(self.optimizer.iterations.numpy())
@@ -101,11 +101,11 @@ def disturb(signum, at_step, spoiled_step):
 
     def spoiled(self, images, labels):
         now = tf.equal(self.optimizer.iterations.value, spoiled_step - 1)
-        return gradients(self, tf.where(now, float("nan"), images), labels)
+        return compute_gradients(self, tf.where(now, float("nan"), images), labels)
 
     Trainer.train = interrupted
     if spoiled_step:
-        Trainer.gradients = spoiled
+        Trainer.compute_gradients = spoiled
 
 
 def free_addresses(count):

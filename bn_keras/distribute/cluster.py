@@ -73,8 +73,8 @@ class Cluster:
         """Waits until every other worker listens at its address.
 
         Meanwhile, this worker listens at its own address. Later workers find it there, and its port
-        is known to be free before TensorFlow's server uses it. TensorFlow waits as well, but does
-        not report which workers are missing, and none of its timeouts ends the chief's wait.
+        is known to be free before TensorFlow's server uses it. TensorFlow would wait as well, but
+        does not report which workers are missing, and its chief waits forever.
 
         Raises:
           UsageError: the port of this worker is in use, or another worker did not start in time.
@@ -142,7 +142,7 @@ def _split(address: str) -> tuple[str, int]:
 
 
 def _shortened(text: str) -> str:
-    """Returns the quoted text, without its middle if it is long."""
+    """Returns the text in quotes, with "..." in place of the middle if it is long."""
     shortened = reprlib.Repr()
     shortened.maxstring = 100
     return shortened.repr(text)

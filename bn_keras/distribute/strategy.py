@@ -55,26 +55,26 @@ def make_strategy(strategy: str, replicas: int = 0) -> tf.distribute.Strategy:
 
 
 def is_chief(strategy: tf.distribute.Strategy) -> bool:
-    """Returns whether this process writes the files of a run: of several workers, the first."""
+    """Returns whether this process writes the files of a run; of several workers, one does."""
     return strategy.extended.should_checkpoint
 
 
 def from_all_workers(strategy: tf.distribute.Strategy, number: float) -> list[float]:
-    """Returns the numbers of all workers, in the order of the cluster.
+    """Gathers a number from each worker, in the order of the cluster.
 
     It waits until each worker has called it. All workers must make the same calls in the same
     order. Without other workers, the result is the given number alone.
 
     Args:
       strategy: result of `make_strategy`.
-      number: number of this process; integers up to 2**53 are exact.
+      number: this worker's number; integers up to 2**53 are exact.
     """
     if not _is_multi_worker(strategy):
         return [number]
     cluster = Cluster.from_environment()
     if len(cluster.addresses) == 1:
         return [number]
-    # Each worker fills its own place and leaves the others 0, which makes the sum exact.
+    # Each worker fills its own place and leaves the others 0: the sum is exact.
     numbers = np.zeros(len(cluster.addresses))
     numbers[cluster.index] = number
     total = strategy.reduce(tf.distribute.ReduceOp.SUM, tf.constant(numbers), axis=None)
@@ -83,9 +83,9 @@ def from_all_workers(strategy: tf.distribute.Strategy, number: float) -> list[fl
 
 @contextlib.contextmanager
 def reporting_lost_workers(strategy: tf.distribute.Strategy) -> Iterator[None]:
-    """Turns TensorFlow's error about a lost worker into one line.
+    """Turns TensorFlow's error about a lost worker into WorkerLostError.
 
-    TensorFlow detects a process that has ended at once, and one that does not answer after ten
+    TensorFlow detects the end of a process at once, and a process that does not answer after ten
     seconds.
 
     Raises:
@@ -154,7 +154,7 @@ def _split_cpu(count: int) -> None:
     if existing >= count:
         return
     try:
-        # Each replica gets its share of the cores. A small network takes half as long again if all
+        # Each replica gets its share of the cores. A small network takes 1.5 times as long if all
         # replicas compete for all cores.
         threads = max(1, len(usable_cores()) // count)
         tf.config.threading.set_intra_op_parallelism_threads(threads)
@@ -169,7 +169,7 @@ def _split_cpu(count: int) -> None:
         ) from None
 
 
-# A process can become a worker only once.
+# Cached: a process can become a worker only once.
 @functools.cache
 def _multi_worker() -> tf.distribute.Strategy:
     cluster = Cluster.from_environment()

@@ -20,7 +20,7 @@ from bn_keras.training.evaluator import EvaluationMetrics, Evaluator
 
 
 class _Subject(TypedDict):
-    """A network, or the ensemble of all networks, that is evaluated."""
+    """A network that is evaluated, or the ensemble of all networks."""
 
     model: str
     models: int
@@ -47,17 +47,15 @@ def evaluate_networks(
     exported: Sequence[str | os.PathLike] = (),
     best: bool = False,
 ) -> list[EvaluationRow]:
-    """Evaluates the networks of runs and exported networks and, if there are several, an ensemble.
+    """Evaluates the networks of runs, exported networks and, of several networks, the ensemble.
 
-    The finished network of a run is evaluated, or else the one of its latest checkpoint. If a run
-    has moving statistics only and the config asks for population statistics at any time, these are
-    estimated first.
+    The finished network of a run is evaluated, or else that of its latest checkpoint. If this has
+    only moving statistics and the config uses population statistics, these are estimated first.
 
     Args:
       workdirs: folders of the runs.
       config: config of the evaluation; None uses that of the first run. If there are runs, its
-        model must be the model of one of them. Its data may be in another place, and its devices
-        may be others.
+        model must be that of one of them; the location of the data and the devices may differ.
       crops: each network is evaluated with each of these.
       exported: paths of .keras files and SavedModels; see `load_exported`. Their input is
         preprocessed as the config says.
@@ -116,7 +114,7 @@ def _choose_config(
 ) -> ConfigDict:
     """Returns the config of the evaluation, which must belong to one of the runs."""
     if best and not workdirs:
-        raise UsageError("the best evaluation is recorded in a run only: pass its workdir")
+        raise UsageError("only a run records its best evaluation: pass its workdir")
     if config is None and not workdirs:
         raise UsageError("an exported network does not record its data set: pass a config")
     configs = [Workdir(workdir).read_config() for workdir in workdirs]

@@ -32,7 +32,7 @@ class ExportReport:
 
     Attributes:
       output: path of the export.
-      num_bytes: its size.
+      num_bytes: its size in bytes.
       step, statistics: step and statistics of the network; see `TrainedNetwork`.
       largest_difference: largest difference between the outputs of the network and of its export.
       largest_output: largest absolute value of these outputs.
@@ -151,7 +151,7 @@ def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields a temporary path, and moves it to `path` if the block succeeds."""
     with writing(f"output {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # In the same folder, since a move is atomic only within one file system.
+        # In the same folder: a move is atomic only within one file system.
         folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         unfinished = folder / path.name
@@ -238,9 +238,9 @@ def _read_saved_model(path: pathlib.Path) -> Callable[[np.ndarray], tf.Tensor]:
 
 def _read_tflite(path: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
     with warnings.catch_warnings():
-        # The interpreter announces that it will move to a package of its own.
+        # The interpreter warns that it will move to another package.
         warnings.filterwarnings("ignore", message=".*tf.lite.Interpreter is deprecated")
-        # The default delegate announces itself on standard error.
+        # The default delegate logs to standard error.
         resolver = tf.lite.experimental.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
         interpreter = tf.lite.Interpreter(os.fspath(path), experimental_op_resolver_type=resolver)
     network = interpreter.get_signature_runner("serving_default")
@@ -248,12 +248,12 @@ def _read_tflite(path: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
 
 
 class _Format(NamedTuple):
-    """A format of an export.
+    """An export format.
 
     Attributes:
       suffix: end of the file's name; "" for a folder.
       write: writes a network to a path.
-      read: reads a function from images to logits.
+      read: loads an export as a function from images to logits.
     """
 
     suffix: str
@@ -271,7 +271,10 @@ _FORMATS = {
 def _verify(
     model: keras.Model, trained: TrainedNetwork, path: pathlib.Path, file_format: str
 ) -> tuple[float, float]:
-    """Compares an export with its network; returns the largest difference and the largest output.
+    """Compares the outputs of an export with those of its network.
+
+    Returns:
+      The largest difference and the largest absolute output.
 
     Raises:
       ArithmeticError: the outputs differ by more than rounding.

@@ -1,4 +1,4 @@
-"""Loading of trained and of exported networks."""
+"""Loads trained and exported networks."""
 
 import os
 import pathlib
@@ -29,7 +29,7 @@ class TrainedNetwork(NamedTuple):
         run estimated them.
       input_shape: (height, width, channels).
       class_names: name of each logit, in order.
-      preprocessing: preprocessing of an image into the network's input.
+      preprocessing: turns an image into the network's input.
     """
 
     model: keras.Model
@@ -72,7 +72,7 @@ def load_trained(
         model = build_model(config, input_shape, len(class_names))
     folders = [run.best] if best else [run.finished, run.checkpoints]
     step, folder = _restore_first(model, folders)
-    if not step:  # The checkpoint of step 0 has initial weights.
+    if not step:  # The checkpoint of step 0 contains the initial weights.
         raise UsageError(
             f"the run in {run.path} has no {'best ' if best else ''}checkpoint of a trained network"
             " yet, or none that can be read: continue its training"
@@ -112,7 +112,7 @@ def _evaluated_statistics(run: Workdir, step: int, best: bool, population_when: 
         lines = [max(lines, key=lambda line: line["validation/accuracy"])]
     if lines:
         return lines[-1]["validation/statistics"]
-    # A run that returns to an earlier checkpoint drops the lines behind it, but keeps the network.
+    # Resuming from an earlier checkpoint drops the later lines, but keeps the networks.
     with_population = ("evaluations",) if best else ("end", "evaluations")
     return "population" if population_when in with_population else "moving"
 
@@ -124,8 +124,7 @@ class ExportedNetwork(NamedTuple):
       model: network from images float32 [N, *input_shape] to logits or probabilities [N, classes].
       input_shape: (height, width, channels).
       num_classes: size of its output.
-      class_names: name of each class, in order; None for a .keras file, which does not contain
-        them.
+      class_names: name of each class, in order; None for a .keras file, which has none.
     """
 
     model: keras.Model

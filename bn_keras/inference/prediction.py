@@ -1,4 +1,4 @@
-"""Prediction of the classes of single images."""
+"""Predicts the classes of single images."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ class Prediction(NamedTuple):
 def make_predictor(
     workdirs: Sequence[str | os.PathLike],
     crops: Crops = SINGLE_CROP,
-    num_classes: int = 5,
+    top_k: int = 5,
     best: bool = False,
 ) -> Callable[[str | os.PathLike], list[Prediction]]:
     """Builds a function that predicts the class of an image.
@@ -37,12 +37,12 @@ def make_predictor(
     Args:
       workdirs: folders of the runs whose networks predict; see `load_trained`.
       crops: crops of each image.
-      num_classes: how many of the most probable classes are returned, at most all of them.
+      top_k: number of most probable classes to return, or all if there are fewer.
       best: whether to use the network of each run's best evaluation; see `load_trained`.
 
     Returns:
-      A function of the path of an image. It returns the most probable classes in descending order
-      and raises what `read_image` raises.
+      A function from the path of an image to its most probable classes, in descending order. It
+      raises what `read_image` raises.
 
     Raises:
       UsageError: no network in a workdir, networks with different classes or preprocessing, or
@@ -65,7 +65,7 @@ def make_predictor(
     def most_probable(image: tf.Tensor | tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, tf.Tensor]:
         # The last row belongs to the ensemble or to the only network.
         logs = score(tf.nest.map_structure(lambda tensor: tensor[tf.newaxis], image))[-1, 0]
-        return tf.nn.top_k(tf.exp(logs), min(num_classes, len(first.class_names)))
+        return tf.nn.top_k(tf.exp(logs), min(top_k, len(first.class_names)))
 
     def predict(path: str | os.PathLike) -> list[Prediction]:
         channels = first.input_shape[-1]

@@ -1,4 +1,4 @@
-"""Check of the BatchNormalization layers of a run's network."""
+"""Checks the BatchNormalization layers of a run's network."""
 
 import dataclasses
 import os
@@ -17,8 +17,8 @@ def check_workdir(workdir: str | os.PathLike, num_batches: int) -> HealthReport:
 
     Args:
       workdir: folder of the run.
-      num_batches: number of training batches; see `check_batch_norm`. With 0, or if the data set
-        of the run is not available, only the weights are checked.
+      num_batches: number of training batches; see `check_batch_norm`. With 0, or if the run's data
+        set is not available, only the weights are checked.
 
     Raises:
       UsageError: no run or no checkpoint in the folder.

@@ -18,11 +18,11 @@ def is_local(path: epath.Path) -> bool:
 
 @contextlib.contextmanager
 def writing(what: str, advice: str = "") -> Iterator[None]:
-    """Turns the errors of Python and TensorFlow about a full disk and the like into one line.
+    """Turns file errors of Python and TensorFlow, such as a full disk, into StorageError.
 
     Args:
       what: name of what the block writes.
-      advice: end of the message.
+      advice: what to do; "" for none.
 
     Raises:
       StorageError: "WHAT cannot be written: REASON; ADVICE".
@@ -30,7 +30,7 @@ def writing(what: str, advice: str = "") -> Iterator[None]:
     try:
         yield
     except StorageError:
-        # From a nested block, which names the file more precisely.
+        # A nested block has already named the file more precisely.
         raise
     except (OSError, tf.errors.OpError) as error:
         advice = advice and f"; {advice}"
@@ -38,7 +38,7 @@ def writing(what: str, advice: str = "") -> Iterator[None]:
 
 
 def reason_of(error: Exception) -> str:
-    """Returns the cause that an error of the file system states, without the path.
+    """Returns the cause in the message of a file error, without the path.
 
     TensorFlow's messages have the form "a/temporary/file; No space left on device".
     """
@@ -53,7 +53,7 @@ def write_atomically(path: epath.Path, text: str) -> None:
 
 
 def move(source: epath.Path, target: epath.Path) -> None:
-    """Renames a file once all of it is on the disk, replacing the target if it exists."""
+    """Renames a file after flushing it to disk, replacing the target if it exists."""
     if is_local(source):
         # Windows flushes only files that are open for writing.
         descriptor = os.open(source, os.O_RDWR)

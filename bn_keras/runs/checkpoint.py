@@ -1,4 +1,4 @@
-"""The checkpoints of a run: all variables, each by its part and its place in that part."""
+"""The checkpoints of a run: all variables, identified by part and position in that part."""
 
 import os
 import re
@@ -14,9 +14,9 @@ from bn_keras.errors import StorageError, UsageError
 from bn_keras.runs.atomic_files import move, reason_of, write_atomically, writing
 
 _FILE = re.compile(r"step-(\d+)\.(?:index|data-\d{5}-of-\d{5})")
-# Errors of reading a damaged file: a wrong checksum, an early end, and, where a length is damaged,
-# a request for more memory than there is.
-_DAMAGE = (tf.errors.OpError, ValueError, IndexError, MemoryError)
+# Errors of reading a damaged file: a wrong checksum, an early end, or a damaged length, which
+# requests more memory than there is.
+_DAMAGE_ERRORS = (tf.errors.OpError, ValueError, IndexError, MemoryError)
 
 
 class Checkpoints:
@@ -25,18 +25,18 @@ class Checkpoints:
     Decisions:
       - Parts are saved as flat dictionaries of variables: an object-based checkpoint of a Keras
         model omits the state of its random generators (dropout's).
-      - A checkpoint is written in a folder of its own and then moved into place: its index last,
-        without which it does not count, and before an older one is removed. Whatever interrupts a
-        save leaves the earlier checkpoints intact; its remains are removed by the next save.
+      - A checkpoint is written in a folder of its own and then moved into place. Its index is moved
+        last, and makes it count. Only then an older checkpoint is removed. An interrupted save
+        leaves the earlier checkpoints intact; the next save removes its files.
       - TensorFlow stores a checksum of each tensor and each block of the index, and compares it
         when reading. Everything is read before the first variable changes.
       - The folder's contents are authoritative. The file `checkpoint` is written for
         tf.train.latest_checkpoint and never read here.
-      - Where replicas differ, the values of the first one are saved: merge them before.
+      - If replicas differ, the values of the first one are saved: merge them before.
 
     Args:
       folder: folder of the checkpoints; gs://... works as well.
-      parts: variables by the name of their part. A reader may ask for fewer parts than were saved.
+      parts: variables by name of their part. `restore` accepts fewer parts than were saved.
       keep: how many of the latest checkpoints to keep.
       writes: False makes `save` do nothing, as for workers other than the chief.
     """
@@ -49,7 +49,8 @@ class Checkpoints:
         writes: bool = True,
     ) -> None:
         self._folder = folder
-        # Not by path: Keras numbers names across all models of one process.
+        # By position and name, not by path: paths contain numbers that Keras counts up across all
+        # models of a process.
         self._parts = {
             part: {f"{i:04}.{v.name}": v for i, v in enumerate(variables)}
             for part, variables in parts.items()
@@ -60,22 +61,23 @@ class Checkpoints:
 
     @property
     def latest(self) -> str | None:
-        """Path of the latest checkpoint, without file extension; None where there is none.
+        """Path of the latest checkpoint, without file extension; None if there is none.
 
-        Checkpoints found to be damaged do not count.
+        Checkpoints that `restore` found to be damaged do not count.
         """
         steps = self._files().keys() - self._damaged
         return self._path(max(steps)) if steps else None
 
     @property
     def latest_step(self) -> int:
-        """Step of the latest checkpoint; 0 where there is none."""
+        """Step of the latest checkpoint; 0 if there is none."""
         return max(self._files().keys() - self._damaged, default=0)
 
     def save(self, step: int) -> None:
-        """Saves a step, and removes checkpoints of this step and of later ones.
+        """Saves a step, and removes old checkpoints.
 
-        Those are damaged, or belong to steps from before a rollback.
+        Existing checkpoints of this step and of later ones are removed as well: they are damaged,
+        or the run has been rolled back.
 
         Raises:
           StorageError: the checkpoint cannot be written; the earlier ones are intact.
@@ -95,7 +97,7 @@ class Checkpoints:
             self._remove_old()
 
     def restore(self) -> int:
-        """Restores the latest checkpoint and returns its step; 0 where there is none.
+        """Restores the latest checkpoint and returns its step; 0 if there is none.
 
         A damaged checkpoint is named in a warning, and the one before it is restored.
 
@@ -109,13 +111,13 @@ class Checkpoints:
             path = self._path(step)
             try:
                 values = self._read(step)
-            except _DAMAGE as error:
-                # No files: a training in progress may have removed the checkpoint meanwhile.
+            except _DAMAGE_ERRORS as error:
+                # Without files, it is not damaged: a training in progress has removed it meanwhile.
                 if files := self._files().get(step):
                     self._damaged.add(step)
                     reason = f"{path} is damaged ({reason_of(error)})"
                     logging.warning("checkpoint %s: restoring the one before it", reason)
-                    # Without an index it belongs to an interrupted save, and nothing is lost.
+                    # Without an index, it is left from an interrupted save, and nothing is lost.
                     if any(file.suffix == ".index" for file in files):
                         reasons.append(reason)
                 continue
@@ -167,7 +169,7 @@ class Checkpoints:
 
     def _read(self, step: int) -> dict[str, np.ndarray]:
         for file in self._files().get(step, ()):
-            # A missing permission is no damage; a file that has gone shows below.
+            # A missing permission is not damage. The reader below reports a missing file.
             try:
                 with file.open("rb") as opened:
                     opened.read(1)

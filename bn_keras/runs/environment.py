@@ -62,7 +62,7 @@ def describe() -> Environment:
 
 
 def _git(*arguments: str) -> str | None:
-    """Returns the output of a git command in the checkout, or None if there is no checkout."""
+    """Returns the output of a git command in the checkout; None outside one or if git fails."""
     if not (_CHECKOUT / ".git").exists():
         return None
     try:

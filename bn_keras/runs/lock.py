@@ -14,17 +14,17 @@ from bn_keras.runs.atomic_files import is_local, writing
 try:
     import fcntl
 except ImportError:
-    # Windows has none.
+    # On Windows.
     fcntl = None  # type: ignore[assignment]
 
 
 class Lock:
-    """A file locked with the kernel's flock, which the process's end releases in any case.
+    """A file locked with flock, which the kernel releases at the latest when the process ends.
 
     In a bucket, on Windows and on file systems without locks, nothing is locked.
 
     Args:
-      path: file that is locked; it remains, and its text names the last holder.
+      path: file to lock; it remains after the release, and its text names the last holder.
     """
 
     def __init__(self, path: epath.Path) -> None:

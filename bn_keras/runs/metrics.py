@@ -1,4 +1,4 @@
-"""Writing a run's metrics: lines of metrics.jsonl, and TensorBoard events."""
+"""Writes the metrics of a run: lines of metrics.jsonl, and TensorBoard events."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ class MetricsWriter:
       global_batch_size: examples per step.
 
     Raises:
-      StorageError: from every method, the files cannot be written.
+      StorageError: the files cannot be written; every method can raise it.
     """
 
     def __init__(self, workdir: Workdir, global_batch_size: int) -> None:
@@ -42,7 +42,7 @@ class MetricsWriter:
     def write(self, step: int, values: Mapping[str, float | str | None]) -> Metrics:
         """Writes one line and returns it: "step", "examples", and the values by name."""
         line: Metrics = {"step": step, "examples": step * self._global_batch_size}
-        # JSON has no number that is not finite.
+        # JSON has no NaN or infinity.
         line |= {k: None if _is_infinite_or_nan(v) else v for k, v in values.items()}
         with self._writing(f" of step {step}"):
             self._lines.write(json.dumps(line, allow_nan=False) + "\n")

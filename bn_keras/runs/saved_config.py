@@ -10,15 +10,17 @@ from bn_keras.errors import UsageError
 
 
 class SavedConfig(ConfigDict):
-    """A config read from a file, which names the file where a key is missing.
+    """A config read from a file. Access to a missing key raises an error that names the file.
 
-    Whether a missing key matters is known only to the code that asks for it: UsageError is raised
-    then, not before.
+    Only the code that reads a key knows whether it is needed: the error is raised then, not before.
 
     Args:
       values: values by key; a mapping is a section.
-      file: file that they were read from; None makes a copy that names no file.
+      file: file that they were read from; None, as in copies, raises AttributeError instead.
       section: section of the values, with a dot at its end; "" is the whole config.
+
+    Raises:
+      UsageError: on access to an attribute, the file lacks this key.
     """
 
     def __init__(
@@ -28,7 +30,7 @@ class SavedConfig(ConfigDict):
         section: str = "",
     ) -> None:
         super().__init__()
-        # ConfigDict turns what is assigned in the usual way into keys.
+        # A plain assignment would add a key to the config.
         object.__setattr__(self, "_file", file)
         object.__setattr__(self, "_section", section)
         for key, value in (values or {}).items():
@@ -38,19 +40,19 @@ class SavedConfig(ConfigDict):
             self[key] = tuple(value) if isinstance(value, list) else value
 
     def __getattr__(self, key: str) -> Any:
-        # Python looks for names with an underscore in any object.
+        # Python and IPython probe any object for names that start with an underscore.
         if self._file is None or key in self or key.startswith("_"):
             return super().__getattr__(key)
-        raise missing_keys(self._file, f"{self._section}{key}")
+        raise missing_keys_error(self._file, f"{self._section}{key}")
 
     def __eq__(self, other: object) -> bool:
-        # ConfigDict.__eq__ is False for any other class.
+        # ConfigDict.__eq__ returns False for instances of other classes.
         return self.eq_as_configdict(other)
 
     __hash__ = None  # type: ignore[assignment]
 
 
-def missing_keys(config: epath.Path, keys: str) -> UsageError:
+def missing_keys_error(config: epath.Path, keys: str) -> UsageError:
     """Returns the error for a config file that lacks keys."""
     return UsageError(
         f"{config} has no {keys}: an older version of bn_keras wrote it; start training in a new"
@@ -59,7 +61,7 @@ def missing_keys(config: epath.Path, keys: str) -> UsageError:
 
 
 def flatten(config: ConfigDict, section: str = "") -> dict[str, Any]:
-    """Returns the settings of a config by their keys, such as "train.steps"."""
+    """Returns the settings of a config by key, such as "train.steps"."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, ConfigDict):

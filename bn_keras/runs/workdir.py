@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from bn_keras.errors import StorageError, UsageError
 from bn_keras.runs.atomic_files import is_local, write_atomically, writing
 from bn_keras.runs.lock import Lock
-from bn_keras.runs.saved_config import SavedConfig, flatten, missing_keys
+from bn_keras.runs.saved_config import SavedConfig, flatten, missing_keys_error
 from bn_keras.text import first_line
 
 # One line of metrics.jsonl.
@@ -21,7 +21,7 @@ Metrics = dict[str, float | str | None]
 
 # Sections that every config has.
 _SECTIONS = ("model", "batch_norm", "data", "train")
-# Settings that may differ between two starts of one run: where the data is does not change it.
+# Settings that may differ between two starts of a run: they only locate the data.
 _LOCATIONS = ("data.data_dir",)
 
 
@@ -34,11 +34,14 @@ class Workdir:
       path: path of the folder; gs://... works as well.
 
     Attributes:
-      writes: whether this process writes into the folder. Only the chief of several workers does;
-        what the others would write is dropped.
-      path, checkpoints, finished, best, metrics: paths of the folder and of its parts. `finished`
-        holds the network as evaluated at the end, where that differs from the last checkpoint;
-        `best` the network of the evaluation with the highest accuracy, as evaluated.
+      path: path of the folder.
+      writes: whether this process writes into the folder. Of several workers, only the chief does;
+        in the others, methods that write do nothing.
+      checkpoints: folder of the checkpoints.
+      finished: folder of the network as evaluated at the end, if that differs from the last
+        checkpoint.
+      best: folder of the network of the evaluation with the highest accuracy, as evaluated.
+      metrics: path of metrics.jsonl.
     """
 
     # Key in the last line of a finished run's metrics: a hash over all of its variables.
@@ -62,7 +65,7 @@ class Workdir:
         self._create_acquires_lock = False
 
     def check(self, config: ConfigDict) -> None:
-        """Raises UsageError if the folder holds a run of another config, or something else."""
+        """Raises UsageError if the path is a file, or the folder of a run of another config."""
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"workdir {self.path} is a file: expected a folder")
         if not self._config.exists():
@@ -71,7 +74,7 @@ class Workdir:
         saved, now = flatten(self.read_config()), flatten(config)
         missing = sorted(now.keys() - saved.keys())
         if missing:
-            raise missing_keys(self._config, ", ".join(missing))
+            raise missing_keys_error(self._config, ", ".join(missing))
         differing = [
             f"{key}={saved[key]!r} (now {now.get(key)!r})"
             for key in sorted(saved)
@@ -91,7 +94,7 @@ class Workdir:
         to corrupt. See `Lock` for where no lock is available.
 
         Raises:
-          UsageError: another process holds the lock, now or by the time of `create`.
+          UsageError: another process holds the lock, now or when `create` is called.
         """
         exists = self._config.exists()
         self._create_acquires_lock = self.writes and not exists
@@ -122,7 +125,8 @@ class Workdir:
           num_train_examples: examples per epoch, which order and schedule depend on.
 
         Raises:
-          UsageError: the run was started on other data, or `locked` fails.
+          UsageError: the run was started on other data, or another process trains in the folder
+            or has started a run in it.
           StorageError: the folder cannot be written.
         """
         interface = {
@@ -131,7 +135,7 @@ class Workdir:
             "num_train_examples": num_train_examples,
         }
         contents: dict[epath.Path, dict[str, Any]] = {self._config: _with_absolute_paths(config)}
-        if not self._has_same(interface):
+        if not self._has_interface(interface):
             contents[self._interface] = interface
         if not self.writes:
             return
@@ -150,8 +154,8 @@ class Workdir:
                 if file == self._interface or not file.exists():
                     write_atomically(file, json.dumps(content, indent=2) + "\n")
 
-    def _has_same(self, interface: Mapping[str, Any]) -> bool:
-        """Returns whether interface.json says the same; False where it is missing or damaged."""
+    def _has_interface(self, interface: Mapping[str, Any]) -> bool:
+        """Returns whether interface.json is intact; raises UsageError if its values differ."""
         try:
             before = json.loads(self._interface.read_text())
             differing = [key for key in interface if before[key] != interface[key]]
@@ -204,10 +208,10 @@ class Workdir:
 
     @contextlib.contextmanager
     def recording_start(self, step: int, environment: Mapping[str, Any]) -> Iterator[None]:
-        """Records in environment.json where this start of the run happens, and when it ends.
+        """Records this start of the run and its end in environment.json.
 
         Args:
-          step: step that it starts from.
+          step: step that the run starts or resumes from.
           environment: result of `bn_keras.runs.environment.describe`.
         """
         earlier = self.read_environment()
@@ -229,7 +233,7 @@ class Workdir:
                 record()
 
     def read_environment(self) -> list[dict[str, Any]]:
-        """Reads the records of the run's starts, in order; empty where the file is damaged."""
+        """Reads the records of the run's starts, in order; empty if the file is damaged."""
         try:
             starts = json.loads(self._environment.read_text())
         except (ValueError, OSError):
@@ -237,7 +241,7 @@ class Workdir:
         return starts if isinstance(starts, list) else []
 
     def read_data_sizes(self) -> tuple[int, int]:
-        """Reads the numbers of classes and of training examples; 0 where they are unknown."""
+        """Reads the numbers of classes and of training examples; 0 if unknown."""
         try:
             interface = json.loads(self._interface.read_text())
             return len(interface["class_names"]), interface.get("num_train_examples", 0)
@@ -245,7 +249,7 @@ class Workdir:
             return 0, 0
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Reads the lines of metrics.jsonl in order, without a last line that was cut short."""
+        """Reads the lines of metrics.jsonl in order; an incomplete last line is left out."""
         if not self.metrics.exists():
             return []
         try:
@@ -267,7 +271,7 @@ class Workdir:
         return values
 
     def last_step(self) -> int:
-        """Returns the step of the last line of metrics; 0 where there is none."""
+        """Returns the last step in the metrics; 0 if there is none."""
         return max((line["step"] for line in self.read_metrics()), default=0)
 
     def is_finished(self) -> bool:

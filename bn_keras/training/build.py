@@ -9,7 +9,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from bn_keras.data.pipeline import Data, open_data
-from bn_keras.data.sources import Source
+from bn_keras.data.splits import Source
 from bn_keras.errors import UsageError
 from bn_keras.models import BNInception, SigmoidMLP
 from bn_keras.training.schedule import ExamplesSchedule
@@ -20,7 +20,7 @@ _DATA_SETTINGS = inspect.signature(open_data).parameters.keys() - {"seed", "sour
 
 
 def build_data(config: ConfigDict, source: Source | None = None) -> Data:
-    """Opens the data of config.data, in the order that follows from config.seed.
+    """Opens the data of config.data; config.seed determines the order of its examples.
 
     Args:
       config: see `default_config`.
@@ -29,7 +29,7 @@ def build_data(config: ConfigDict, source: Source | None = None) -> Data:
     Raises:
       UsageError: an invalid setting, or data that is not available.
     """
-    # By attribute, so that a saved config names the file that lacks a key.
+    # By attribute: the error of a SavedConfig then names the file and the missing key.
     settings = {name: getattr(config.data, name) for name in sorted(_DATA_SETTINGS)}
     return open_data(**settings, seed=config.seed, source=source)
 
@@ -41,10 +41,10 @@ def build_model(
 
     Args:
       config: see `default_config`.
-      input_shape: of one example, (height, width, channels).
+      input_shape: shape of one example, (height, width, channels).
       classes: number of logits.
-      training: whether to build what only training needs: the auxiliary classifier, if
-        config.model.auxiliary_weight is not 0, whose logits are then a second output.
+      training: whether to add the auxiliary classifier if config.model.auxiliary_weight is not 0;
+        its logits are then a second output.
 
     Raises:
       UsageError: an unknown name, or a value that the network does not accept.
@@ -64,7 +64,7 @@ def build_model(
     )
     if config.batch_norm.epsilon:
         batch_norm["epsilon"] = config.batch_norm.epsilon
-    before = keras.config.dtype_policy()
+    previous_policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy(config.train.precision)
     try:
         return builder(
@@ -79,13 +79,13 @@ def build_model(
             **batch_norm,
         )
     finally:
-        keras.config.set_dtype_policy(before)
+        keras.config.set_dtype_policy(previous_policy)
 
 
 def build_schedule(
     config: ConfigDict, num_train_examples: int, rate_factor: float = 1.0
 ) -> ExamplesSchedule:
-    """Builds the schedule of config.schedule, whose epochs become examples."""
+    """Builds the schedule of config.schedule, with epochs converted to examples."""
     schedule = config.schedule
     return ExamplesSchedule(
         schedule.base_rate * rate_factor,
@@ -111,10 +111,10 @@ def build_trainer(
 
     Args:
       config: see `default_config`.
-      strategy: that distributes the training.
-      input_shape: of one example, (height, width, channels).
+      strategy: strategy that distributes the training.
+      input_shape: shape of one example, (height, width, channels).
       num_classes: number of logits.
-      num_train_examples: per epoch of the schedule.
+      num_train_examples: examples per epoch of the schedule.
       rate_factor: factor on the learning rate.
 
     Raises:

@@ -20,9 +20,9 @@ from bn_keras.runs.workdir import Workdir
 from bn_keras.text import first_line, first_of
 from bn_keras.training.config import default_config
 
-# Under this name the package's configs are installed, and imported from a checkout too.
+# Name of the package of configs, installed or in a checkout.
 PACKAGE = "bn_keras_configs"
-# In a checkout they are in configs/, beside bn_keras/.
+# In a checkout, its files are in configs/, beside bn_keras/.
 _ROOT = pathlib.Path(bn_keras.__file__).resolve().parents[1]
 FOLDER = _ROOT / "configs" if (_ROOT / "setup.cfg").exists() else _ROOT / PACKAGE
 
@@ -36,9 +36,10 @@ def load_config(source: str) -> ConfigDict:
     """Loads a config, locked.
 
     Args:
-      source: name of a config of the package ("bn_x5"), or path of a Python file with a function
-        get_config(); ":ARGUMENT" after either is passed to that function. Or path of a run's
-        config.json, or of the run's folder.
+      source: one of
+        - the name of a config of the package ("bn_x5"), or the path of a Python file with a
+          function get_config(); ":ARGUMENT" after either is passed to that function;
+        - the path of a run's folder or of its config.json.
 
     Raises:
       UsageError: the config does not exist or does not follow the schema.
@@ -74,7 +75,7 @@ def _load_from_run(workdir: epath.Path) -> ConfigDict:
 def _apply_to_schema(config: ConfigDict, origin: str) -> ConfigDict:
     """Returns a config with the types of the schema, locked.
 
-    Only the schema knows the type of a setting that is None, or that a JSON file holds.
+    Only the schema knows the type of a setting that is None or was read from JSON.
     """
     settings = flatten(config)
     typed = default_config()
@@ -114,8 +115,8 @@ def _find(name: str) -> pathlib.Path:
 
 
 def _import_file(file: pathlib.Path) -> ModuleType:
-    """Imports a config file, as part of a package where its folder is one."""
-    # A config in any folder can import those of the package, in a checkout too.
+    """Imports a config file, as part of a package if its folder is one."""
+    # Lets a config in any folder import those of the package.
     _import_package(PACKAGE, FOLDER)
     folder = file.parent
     if not (folder / "__init__.py").is_file():
@@ -127,7 +128,7 @@ def _import_file(file: pathlib.Path) -> ModuleType:
     try:
         return importlib.import_module(f"{package}.{file.stem}")
     except (SyntaxError, ImportError, AttributeError, TypeError, NameError) as error:
-        raise _broken(file, error) from error
+        raise _load_error(file, error) from error
 
 
 def _import_package(name: str, folder: pathlib.Path) -> None:
@@ -145,11 +146,11 @@ def _execute(spec: Any, file: pathlib.Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (SyntaxError, ImportError, AttributeError, TypeError, NameError) as error:
-        raise _broken(file, error) from error
+        raise _load_error(file, error) from error
     return module
 
 
-def _broken(file: pathlib.Path, error: Exception) -> UsageError:
+def _load_error(file: pathlib.Path, error: Exception) -> UsageError:
     return UsageError(
         f"config {file} cannot be loaded: {type(error).__name__}: {first_line(error)}"
     )

@@ -1,4 +1,4 @@
-"""Where a step that diverges first stops being finite."""
+"""Finds the first non-finite tensor of a training step."""
 
 import contextlib
 import functools
@@ -12,13 +12,15 @@ import tensorflow as tf
 from bn_keras.batch_norm import BatchNormalization
 from bn_keras.keras_internals import all_layers, replaced_method
 
-# (images, labels) -> (loss, anything, gradients of the trainable variables)
-Differentiate = Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor, Sequence[tf.Tensor]]]
+# (images, labels) -> (loss, hits, gradients of the trainable variables); hits are ignored.
+ComputeGradients = Callable[
+    [tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor, Sequence[tf.Tensor | None]]
+]
 
 
 def first_non_finite(
     model: keras.Model,
-    differentiate: Differentiate,
+    compute_gradients: ComputeGradients,
     images: tf.Tensor,
     labels: tf.Tensor,
     strategy: tf.distribute.Strategy | None = None,
@@ -27,23 +29,22 @@ def first_non_finite(
 
     Decisions:
       - The order is that of the computation: weights, batch, forward pass, loss, backward pass.
-        Everything before the named tensor is finite, so that the divergence began there.
-      - The training's own computation is examined: on the replicas it runs on, with its loss
-        scale, and each replica's own part of the batch. Any replica counts.
+        Everything before the named tensor is finite: the divergence began there.
+      - The training's own computation is examined: on its replicas, with its loss scale, and with
+        each replica's part of the batch. A tensor counts if it is not finite on any replica.
       - Nothing changes: weights, moving statistics and random generators keep their values.
-      - The optimizer's update is not examined. Where the weights of a step are not finite, the
-        gradients of the step before say where that came from; if those are finite, their product
-        with the learning rate is not.
-      - Layers are observed by their calls; a nested model by the calls of its layers.
+      - The optimizer's update is not examined. If the weights of a step are not finite, examine the
+        step before: its gradients are not finite, or their product with the learning rate is not.
+      - The inputs and outputs of each layer are examined; those of a nested model by its layers.
 
     Args:
       model: model as it was before the step.
-      differentiate: calls the model in training mode on a replica's part of the batch and returns
-        (loss, anything, gradients); the gradients are those of model.trainable_variables, in
-        their order, and None where there is none.
-      images, labels: batch of the step, as strategy.run takes it: a replica's part, or an element
-        of a distributed dataset.
-      strategy: strategy in whose scope the model was made; None is the one the model remembers.
+      compute_gradients: calls the model in training mode on a replica's part of the batch and
+        returns (loss, hits, gradients). The gradients are those of model.trainable_variables, in
+        their order, with None for a variable without one; hits are ignored.
+      images, labels: batch of the step, as passed to strategy.run: tensors, or an element of a
+        distributed dataset.
+      strategy: strategy in whose scope the model was made; None uses model.distribute_strategy.
 
     Returns:
       A description such as "the output of 4c_3x3_conv", "the gradient of 4c_3x3_conv/kernel", or
@@ -54,10 +55,10 @@ def first_non_finite(
     names: list[str] = []
 
     def examine(images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-        places = _places(model, differentiate, images, labels, record)
-        # The same on every replica; the last one's remain.
-        names[:] = [name for name, _ in places]
-        non_finite = tf.stack([_is_non_finite(tensor) for _, tensor in places])
+        named = _tensors_of_step(model, compute_gradients, images, labels, record)
+        # Equal on all replicas.
+        names[:] = [name for name, _ in named]
+        non_finite = tf.stack([_is_non_finite(tensor) for _, tensor in named])
         context = tf.distribute.get_replica_context()
         return context.all_reduce(tf.distribute.ReduceOp.SUM, non_finite)
 
@@ -70,22 +71,22 @@ def first_non_finite(
     return next((name for name, count in zip(names, counts, strict=True) if count), None)
 
 
-# A description, and the tensor that it describes.
-_Place = tuple[str, tf.Tensor]
+# A tensor, preceded by its description.
+_Named = tuple[str, tf.Tensor]
 
 
 class _Record(threading.local):
-    """What a replica has computed so far; each replica is traced in its own thread.
+    """The tensors that a replica has computed so far; each replica is traced in its own thread.
 
     Attributes:
-      forward: inputs and outputs of the layers, in the order of the computation.
-      backward: their gradients in order; with the gradient of an input, the weights whose
-        gradients the layer has computed by then.
+      forward: inputs and outputs of the layers, in the order of the forward pass.
+      backward: their gradients, in the order of the backward pass. The gradient of an input comes
+        with the weights of its layer, whose gradients have been computed by then.
     """
 
     def __init__(self) -> None:
-        self.forward: list[_Place] = []
-        self.backward: list[tuple[_Place, Sequence[keras.Variable]]] = []
+        self.forward: list[_Named] = []
+        self.backward: list[tuple[_Named, Sequence[keras.Variable]]] = []
 
     def add(self, name: str, weights: Sequence[keras.Variable], value: Any) -> Any:
         """Records a value and, in the backward pass, its gradient; returns the value."""
@@ -100,32 +101,34 @@ class _Record(threading.local):
         return tf.custom_gradient(lambda x: (tf.identity(x), gradient))(value)
 
 
-def _places(
+def _tensors_of_step(
     model: keras.Model,
-    differentiate: Differentiate,
+    compute_gradients: ComputeGradients,
     images: tf.Tensor,
     labels: tf.Tensor,
     record: _Record,
-) -> list[_Place]:
+) -> list[_Named]:
     """Returns every float tensor of a step, in the order of the computation."""
     weights = [(f"the weight {v.path}", tf.convert_to_tensor(v.value)) for v in model.variables]
-    # Inside this scope Keras assigns nothing.
+    # In this scope, Keras assigns no variables.
     with keras.StatelessScope():
-        loss, _, gradients = differentiate(images, labels)
-    of_weights = {
+        loss, _, gradients = compute_gradients(images, labels)
+    weight_gradients = {
         id(v): (f"the gradient of {v.path}", tf.convert_to_tensor(gradient))
         for v, gradient in zip(model.trainable_variables, gradients, strict=True)
         if gradient is not None
     }
-    backward: list[_Place] = []
-    for place, computed in record.backward:
-        backward += [of_weights.pop(id(v)) for v in computed if id(v) in of_weights]
-        backward.append(place)
-    # The first layer's weights, whose input has no gradient.
-    backward += of_weights.values()
+    backward: list[_Named] = []
+    for gradient, layer_weights in record.backward:
+        backward += [
+            weight_gradients.pop(id(v)) for v in layer_weights if id(v) in weight_gradients
+        ]
+        backward.append(gradient)
+    # The rest belongs to the first layer, whose input has no gradient.
+    backward += weight_gradients.values()
     batch = [("the images", images), ("the labels", labels)]
-    losses = [("the loss, of finite outputs", loss)]
-    # Layers that a loop runs in a graph of its own, as keras.layers.RNN does, show no tensors here.
+    losses = [("the loss (the outputs are finite)", loss)]
+    # Without tensors of other graphs, such as that of the loop in keras.layers.RNN.
     return [
         (name, tensor)
         for name, tensor in (*weights, *batch, *record.forward, *losses, *backward)
@@ -135,23 +138,23 @@ def _places(
 
 @contextlib.contextmanager
 def _recorded(model: keras.Model, record: _Record) -> Iterator[None]:
-    """Records the calls of all layers, and keeps the moving statistics from changing."""
+    """Records the calls of all layers and leaves the moving statistics unchanged."""
 
     def call(layer: keras.Layer, *args: Any, **kwargs: Any) -> Any:
         # Most layers without weights have no path.
         name = layer.path or layer.name
-        enter = functools.partial(record.add, f"the input of {name}", layer.trainable_variables)
-        leave = functools.partial(record.add, f"the output of {name}", ())
-        args, kwargs = tf.nest.map_structure(enter, (args, kwargs))
-        return tf.nest.map_structure(leave, type(layer).call(layer, *args, **kwargs))
+        add_input = functools.partial(record.add, f"the input of {name}", layer.trainable_variables)
+        add_output = functools.partial(record.add, f"the output of {name}", ())
+        args, kwargs = tf.nest.map_structure(add_input, (args, kwargs))
+        return tf.nest.map_structure(add_output, type(layer).call(layer, *args, **kwargs))
 
-    with contextlib.ExitStack() as replaced:
+    with contextlib.ExitStack() as stack:
         for layer in all_layers(model, include_self=False):
             if not isinstance(layer, keras.Model):
-                recorded = functools.partial(call, layer)
-                replaced.enter_context(replaced_method(layer, "call", recorded))
+                recorded_call = functools.partial(call, layer)
+                stack.enter_context(replaced_method(layer, "call", recorded_call))
             if isinstance(layer, BatchNormalization):
-                replaced.enter_context(
+                stack.enter_context(
                     replaced_method(layer, "update_moving_statistics", lambda *_: None)
                 )
         yield

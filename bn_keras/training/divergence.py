@@ -1,4 +1,4 @@
-"""What a run does when its loss or a variable is no longer finite."""
+"""Reports a loss or a variable that is no longer finite, and finds the cause."""
 
 from collections.abc import Sequence
 
@@ -13,16 +13,16 @@ from bn_keras.training.diagnosis import first_non_finite
 from bn_keras.training.step import Trainer
 
 
-def diverged(
+def make_error(
     what: str, step: int, rate: float, cause: str, checkpoints: Checkpoints
 ) -> TrainingDivergedError:
-    """Returns the error that names a divergence and the last good checkpoint.
+    """Returns an error with the step, the cause and the last good checkpoint.
 
     Args:
-      what: "loss" or "network".
-      step: step at which it is not finite.
+      what: what is not finite, "loss" or "network".
+      step: step at which this was found.
       rate: learning rate of that step.
-      cause: the first non-finite tensor.
+      cause: name of the first non-finite tensor.
       checkpoints: checkpoints of the run.
     """
     return TrainingDivergedError(
@@ -39,15 +39,15 @@ def find_cause(
     step: int,
     finite_steps: int,
 ) -> str:
-    """Repeats the steps of a loop up to the one that failed and names the first non-finite tensor.
+    """Repeats a loop up to the step that failed and names the first non-finite tensor.
 
-    The step before it is examined first: non-finite gradients show in the next loss only.
+    The step before it is examined first: non-finite gradients only show in the next loss.
 
     Args:
       trainer: trainer of the network; its variables are changed.
       data: training input.
       before: snapshot of the trainer before the loop.
-      step: step before the loop.
+      step: last step before the loop.
       finite_steps: steps of the loop whose loss was finite.
     """
     for steps in range(max(0, finite_steps - 1), finite_steps + 1):
@@ -58,11 +58,11 @@ def find_cause(
         for _ in range(trainer.micro_batches):
             images, labels = next(batches)
             cause = first_non_finite(
-                trainer.model, trainer.gradients, images, labels, strategy=trainer.strategy
+                trainer.model, trainer.compute_gradients, images, labels, trainer.strategy
             )
             if cause:
                 return cause
-    # Every tensor of a step is finite, but not the sum over replicas or micro-batches.
+    # Each tensor is finite; their sum over replicas or micro-batches, or the update, is not.
     return "an update of the weights"
 
 

@@ -1,4 +1,4 @@
-"""One training step of a config on synthetic data, and a description of all its parts."""
+"""A trial of a config: its network, its schedule, and one training step on synthetic data."""
 
 import time
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def dry_run(config: ConfigDict) -> Iterator[str]:
       Paragraphs of text: the network by its modules, the schedule, the step.
 
     Raises:
-      UsageError: an invalid value in the config, as far as it shows without the data.
+      UsageError: an invalid value in the config that can be detected without the data.
     """
     check_config(config)
     strategy = make_strategy(**config.distribution)
@@ -44,7 +44,7 @@ def dry_run(config: ConfigDict) -> Iterator[str]:
     if num_examples:
         yield build_schedule(config, num_examples).describe(config.train.steps, num_examples)
     else:
-        yield f"the steps of the schedule's epochs are known once {config.data.name} is prepared"
+        yield f"the steps per epoch are known once {config.data.name} is prepared"
 
     batches = trainer.open_batches(data, 0)
     began = time.perf_counter()

@@ -1,5 +1,6 @@
 """Accuracy and loss on the validation examples, each counted exactly once."""
 
+import math
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -14,8 +15,8 @@ from bn_keras.data.multi_crop import SINGLE_CROP, CropPreprocessing, Crops
 from bn_keras.merge import merge_moving_statistics
 from bn_keras.replicas import per_replica_sum
 
-# A long evaluation runs in so many parts, and moves its progress bar after each.
-_PARTS = 100
+# The progress bar of a long evaluation moves this many times.
+_PROGRESS_UPDATES = 100
 
 
 class EvaluationMetrics(TypedDict):
@@ -48,11 +49,12 @@ class Evaluator:
     statistics are merged before each evaluation, so that all replicas use the same.
 
     Args:
-      models: from images to logits or, if they end in a softmax, to probabilities.
-      data: its validation examples are evaluated.
+      models: map images to logits or, if they end in a softmax, to probabilities.
+      data: data set whose validation examples are evaluated.
       strategy: strategy in whose scope the models were made.
-      global_batch_size: crops per step, over all replicas; the last step is padded. Each call of a
-        model processes a replica's part of it, or less where that does not divide the crops.
+      global_batch_size: crops per step, over all replicas, but at least one image per replica; the
+        last step is padded. A replica's part of it limits the batch of a model call: see
+        `make_scorer`.
       crops: crops of each image.
     """
 
@@ -108,11 +110,11 @@ class Evaluator:
 
     def _run_all_steps(self, label: str) -> None:
         iterator = iter(self._batches)
-        part = -(-self._num_steps // _PARTS) if label else self._num_steps
+        steps_per_update = math.ceil(self._num_steps / (_PROGRESS_UPDATES if label else 1))
         total = self._data.num_validation_examples
-        with _bar(label, total) as bar, self._data.reporting_errors():
-            for start in range(0, self._num_steps, part):
-                steps = min(part, self._num_steps - start)
+        with _progress_bar(label, total) as bar, self._data.reporting_errors():
+            for start in range(0, self._num_steps, steps_per_update):
+                steps = min(steps_per_update, self._num_steps - start)
                 self._run_steps(iterator, tf.constant(steps))
                 bar.update(min(steps * self._images_per_step, total - bar.n))
 
@@ -127,7 +129,7 @@ class Evaluator:
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
             tf.broadcast_to(labels, scores.shape[:2]), scores
         )
-        # By rank: of several classes with equal scores, not all count as hits.
+        # Unlike tf.math.in_top_k, top_k ranks classes with equal scores: not all of them are hits.
         _, best = tf.nn.top_k(scores, k=min(5, scores.shape[-1]))
         hits = tf.cast(best == labels[:, tf.newaxis], tf.float32)
         per_example = [tf.ones_like(losses), losses, hits[..., 0], tf.reduce_sum(hits, axis=-1)]
@@ -136,22 +138,23 @@ class Evaluator:
 
 def make_scorer(
     models: Sequence[keras.Model], preprocessing: CropPreprocessing, max_batch_size: int
-) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Makes the function that computes class probabilities, averaged over an image's crops.
+) -> Callable[[tf.Tensor | tuple[tf.Tensor, ...]], tf.Tensor]:
+    """Builds a function that computes class probabilities, averaged over the crops of an image.
 
     The average is the arithmetic mean of probabilities, as in the paper, over crops and over the
-    members of an ensemble. It is computed in logarithms, which represent what float32 cannot.
+    members of an ensemble. It is computed from logarithms, so that small probabilities do not
+    underflow.
 
     Args:
-      models: from images to logits, or to probabilities if their last layer is a softmax.
+      models: map images to logits, or to probabilities if their last layer is a softmax.
       preprocessing: cuts the crops.
-      max_batch_size: largest batch of images that a model is called with; the largest one is used
-        that divides the crops evenly.
+      max_batch_size: largest batch that a model is called with. The batch is the largest one up to
+        this limit that divides the number of crops.
 
     Returns:
-      A function of a batch of n inputs of `preprocessing.cut` that returns the logarithms of the
-      probabilities, float32 [rows, n, classes]: a row for each model and, if there are several, a
-      last one for their ensemble.
+      A function from n inputs of `preprocessing.cut` to logarithms of probabilities, float32
+      [rows, n, classes], with a row for each model and, for several models, a last row for their
+      ensemble.
     """
 
     def score(images: tf.Tensor | tuple[tf.Tensor, ...]) -> tf.Tensor:
@@ -177,7 +180,7 @@ def _log_probabilities(model: keras.Model, images: tf.Tensor, max_batch_size: in
     if batch_size == num_images:
         return call(images)
     batches = tf.reshape(images, [-1, batch_size, *images.shape[1:]])
-    # One after the other: each batch keeps the whole device busy.
+    # In sequence: each batch keeps the whole device busy.
     logs = tf.map_fn(call, batches, parallel_iterations=1)
     return tf.reshape(logs, [num_images, logs.shape[-1]])
 
@@ -190,11 +193,11 @@ def _ends_in_softmax(model: keras.Model) -> bool:
 
 
 def _log_mean(logs: tf.Tensor, axis: int) -> tf.Tensor:
-    """Returns the logarithm of the arithmetic mean of the numbers with these logarithms."""
+    """Returns log(mean(exp(logs))) along an axis, without underflow."""
     return tf.reduce_logsumexp(logs, axis) - tf.math.log(float(logs.shape[axis]))
 
 
-def _bar(label: str, total: int) -> tqdm:
+def _progress_bar(label: str, total: int) -> tqdm:
     return tqdm(
         desc=label,
         total=total,

@@ -34,7 +34,7 @@ from bn_keras.training.step import Trainer
 from bn_keras.training.stop_signals import StopRequest, stop_requests
 from bn_keras.training.timetable import Timetable
 from bn_keras.training.validation import Validation
-from bn_keras.training.workers import check_same_command, check_same_state, signal_to_any
+from bn_keras.training.workers import check_same_command, check_same_state, signal_of_any_worker
 
 
 def train_and_evaluate(
@@ -44,23 +44,23 @@ def train_and_evaluate(
 
     Decisions:
       - A workdir with a run of the same config is resumed bit-exactly. Lines of metrics.jsonl
-        after the checkpoint are dropped and written again; TensorBoard's events cannot be cut and
-        show those steps twice.
+        after the checkpoint are dropped and written again; TensorBoard's events cannot be truncated
+        and show those steps twice.
       - SIGTERM and SIGINT end the training after the current loop of steps, and save. A second
         signal ends the process at once.
       - A diverged run is rolled back to its last checkpoint up to config.train.retries times, each
         time with a lower learning rate.
       - Evaluations use population statistics (config.population) and the EMA of the weights
-        (config.train.ema) where the config asks for them. Training does not notice: its own state
-        is restored afterwards, and is what checkpoints hold. The best network and the finished one
-        are saved separately, as evaluated.
+        (config.train.ema) where the config asks for them. Training is unaffected: its own state is
+        restored afterwards, and checkpoints contain only that. The best network and the finished
+        one are saved separately, as evaluated.
 
     Args:
       config: see `default_config`.
       workdir: folder of the run: config.json, metrics.jsonl, TensorBoard events, checkpoints, the
         best network and the finished one.
       label: name of the run in the log and the progress bar; the folder's name by default.
-      profile_steps: how many steps to profile for TensorBoard, the last ones of the first loop.
+      profile_steps: number of steps to profile for TensorBoard: the last ones of the first loop.
 
     Returns:
       The last line of metrics.jsonl: "step", "examples", "validation/accuracy" and others.
@@ -95,14 +95,18 @@ def train_and_evaluate(
 def _check_retry(
     run: Workdir, error: TrainingDivergedError, retries: int, factor: float, label: str
 ) -> None:
-    """Logs a rollback, or raises the error again where no retries are left."""
+    """Logs a rollback, or raises the error with advice if no retries are left."""
     retry = run.num_retries() + 1
     if retry > retries:
         advice = "lower schedule.base_rate, or set train.retries, in a new workdir"
         raise TrainingDivergedError(f"{error}; {advice}", error.step) from None
     logging.warning(
-        "%s: %s, to which the run is rolled back with %g times the rate: retry %d of %d",
-        *(label, error, factor, retry, retries),
+        "%s: %s; rolling back to it with %g times the learning rate, retry %d of %d",
+        label,
+        error,
+        factor,
+        retry,
+        retries,
     )
 
 
@@ -115,20 +119,57 @@ def _train(
     label: str,
     profile_steps: int,
 ) -> Metrics:
-    """Builds everything that the config describes, restores it, and trains."""
+    """Builds a run, or restores it from its last checkpoint, and trains it to its end."""
     check_same_command(strategy, config, profile_steps)
     retries = run.num_retries()
     is_rollback = run.has_diverged() and retries < config.train.retries
     retries += is_rollback
     rate_factor = config.train.retry_factor**retries
-    trainer = build_trainer(
-        config,
-        strategy,
-        data.input_shape,
-        data.num_classes,
-        data.num_train_examples,
-        rate_factor,
-    )
+    training = _build(config, run, strategy, data, stop_request, rate_factor, profile_steps)
+    check_same_state(strategy, run, training.step, retries, training.validation.best_accuracy)
+
+    is_new = not run.read_metrics()
+    run.create(config, data.input_shape, data.class_names, data.num_train_examples)
+    run.drop_metrics_after(training.step)
+    if not training.checkpoints.latest:
+        training.checkpoints.save(training.step)
+    schedule = build_schedule(config, data.num_train_examples, rate_factor)
+    description = schedule.describe(config.train.steps, data.num_train_examples)
+    cost = count_cost(training.trainer.inference_model).summary()
+    for line in (cost, *description.splitlines()):
+        logging.info("%s: %s", label, line)
+
+    with (
+        run.recording_start(training.step, environment.describe()),
+        MetricsWriter(run, training.trainer.global_batch_size) as training.metrics,
+        Progress(label, training.step, config.train.steps) as training.progress,
+        data.reporting_errors(),
+    ):
+        if is_rollback:
+            training.metrics.write(training.step, {Workdir.RETRY: retries})
+        if is_new and training.recorder:
+            training.metrics.write(training.step, training.recorder())
+        last = training.train()
+    # No worker reads the workdir before the chief has closed its files.
+    from_all_workers(strategy, training.step)
+    return last
+
+
+def _build(
+    config: ConfigDict,
+    run: Workdir,
+    strategy: tf.distribute.Strategy,
+    data: Data,
+    stop_request: StopRequest,
+    rate_factor: float,
+    profile_steps: int,
+) -> "_Training":
+    """Builds everything that the config describes and restores the last checkpoint.
+
+    Writes nothing, and raises UsageError for anything that is invalid.
+    """
+    shape, classes, examples = data.input_shape, data.num_classes, data.num_train_examples
+    trainer = build_trainer(config, strategy, shape, classes, examples, rate_factor)
     checkpoints = Checkpoints(run.checkpoints, trainer.parts, config.checkpoint.keep, run.writes)
     step = checkpoints.restore()
     validation = Validation(
@@ -149,22 +190,11 @@ def _train(
         config.record.percentiles,
         config.record.num_examples,
     )
-    is_new = not run.read_metrics()
     if run.last_step() and not checkpoints.latest:
         raise UsageError(
             f"the run in {run.path} reached step {run.last_step()}, but its checkpoints are"
             " missing: restore them, or use a new workdir"
         )
-    check_same_state(strategy, run, step, retries, validation.best_accuracy)
-    batches = trainer.open_batches(data, step)
-    run.create(config, data.input_shape, data.class_names, data.num_train_examples)
-    run.drop_metrics_after(step)
-    if not checkpoints.latest:
-        checkpoints.save(step)
-    schedule = build_schedule(config, data.num_train_examples, rate_factor)
-    description = schedule.describe(config.train.steps, data.num_train_examples)
-    for line in (count_cost(trainer.inference_model).summary(), *description.splitlines()):
-        logging.info("%s: %s", label, line)
     timetable = Timetable(
         steps=config.train.steps,
         steps_per_loop=config.train.steps_per_loop,
@@ -173,37 +203,19 @@ def _train(
         record_steps=config.record.every_steps if recorder else None,
         profile_steps=profile_steps,
     )
-    with (
-        run.recording_start(step, environment.describe()),
-        MetricsWriter(run, trainer.global_batch_size) as metrics,
-        Progress(label, step, timetable.steps) as progress,
-        data.reporting_errors(),
-    ):
-        if is_rollback:
-            metrics.write(step, {Workdir.RETRY: retries})
-        if recorder and is_new:
-            metrics.write(step, recorder())
-        progress.building()
-        trainer.trace(batches)
-        progress.start()
-        training = _Training(
-            run=run,
-            data=data,
-            trainer=trainer,
-            batches=batches,
-            checkpoints=checkpoints,
-            validation=validation,
-            recorder=recorder,
-            timetable=timetable,
-            metrics=metrics,
-            progress=progress,
-            stop_request=stop_request,
-            step=step,
-        )
-        last = training.train()
-    # No worker reads the workdir before the chief has closed its files.
-    from_all_workers(strategy, training.step)
-    return last
+    return _Training(
+        run=run,
+        data=data,
+        trainer=trainer,
+        batches=trainer.open_batches(data, step),
+        checkpoints=checkpoints,
+        validation=validation,
+        recorder=recorder,
+        timetable=timetable,
+        stop_request=stop_request,
+        step=step,
+        profile_from=timetable.profile_from(step),
+    )
 
 
 @dataclasses.dataclass
@@ -212,9 +224,10 @@ class _Training:
 
     Attributes:
       step: last step trained.
-      profile_from: step after which the profiler starts; None where it does not.
-      rate: learning rate at the start of the last loop on the device.
+      profile_from: step after which the profiler starts; None if it does not run.
+      rate: learning rate at the start of the last loop of steps.
       signum: number of the signal that stops the training; 0 without one.
+      metrics, progress: open while `train` runs.
     """
 
     run: Workdir
@@ -225,13 +238,13 @@ class _Training:
     validation: Validation
     recorder: Recorder | None
     timetable: Timetable
-    metrics: MetricsWriter
-    progress: Progress
     stop_request: StopRequest
     step: int
-    profile_from: int | None = None
+    profile_from: int | None
     rate: float = 0.0
     signum: int = 0
+    metrics: MetricsWriter = dataclasses.field(init=False)
+    progress: Progress = dataclasses.field(init=False)
 
     def train(self) -> Metrics:
         """Trains to the end and returns the last line of metrics.
@@ -240,16 +253,18 @@ class _Training:
           TrainingStoppedError: a signal stopped the training, which has been saved.
           TrainingDivergedError: the loss or a variable is no longer finite.
         """
-        self.profile_from = self.timetable.profile_from(self.step)
-        self.look_for_signal()
+        self.progress.show_building()
+        self.trainer.trace(self.batches)
+        self.progress.start()
+        self.check_for_signal()
         while not self.is_over:
             self.train_to_next_stop()
             if self.timetable.is_loop_end(self.step):
-                # At each loop's end, so that the replicas of a resumed run are as equal as those
-                # of an uninterrupted one.
+                # At every loop's end, saved or not: a resumed run starts with equal replicas, and
+                # an uninterrupted run must match it.
                 merge_moving_statistics(self.trainer.model, self.trainer.strategy)
                 is_checked = self.evaluate_if_due()
-                self.look_for_signal()
+                self.check_for_signal()
                 self.save_if_due(is_checked)
         if self.signum:
             self.raise_stopped()
@@ -261,12 +276,12 @@ class _Training:
         is_last_step = self.step >= self.timetable.steps
         return is_last_step or self.validation.has_reached_target or bool(self.signum)
 
-    def look_for_signal(self) -> None:
-        """Notes a signal that any worker has received."""
-        self.signum = signal_to_any(self.trainer.strategy, self.stop_request)
+    def check_for_signal(self) -> None:
+        """Sets signum if any worker has received a signal."""
+        self.signum = signal_of_any_worker(self.trainer.strategy, self.stop_request)
 
     def train_to_next_stop(self) -> None:
-        """Trains without interruption to the next stop of the timetable, and logs the loop."""
+        """Trains without interruption to the next stop of the timetable, and logs the metrics."""
         stop = self.timetable.next_stop(self.step, self.profile_from)
         steps = stop - self.step
         before = self.trainer.snapshot()
@@ -281,13 +296,13 @@ class _Training:
         self.log(loss, accuracy, steps * self.trainer.global_batch_size / seconds)
 
     def profiler(self) -> contextlib.AbstractContextManager:
-        """Returns the profiler of a loop; the chief alone profiles."""
+        """Returns a context that profiles; only the chief does."""
         if not self.run.writes:
             return contextlib.nullcontext()
         return tf.profiler.experimental.Profile(os.fspath(self.run.path))
 
     def log(self, loss: float, accuracy: float, images_per_second: float) -> None:
-        """Writes a loop's line of metrics and moves the progress bar."""
+        """Writes a line of metrics and updates the progress bar."""
         metrics: Metrics = {
             "train/loss": loss,
             "train/accuracy": accuracy,
@@ -300,16 +315,16 @@ class _Training:
         self.progress.update(self.step, loss, accuracy, images_per_second)
 
     def evaluate_if_due(self) -> bool:
-        """Evaluates where the timetable says so; returns whether it did."""
+        """Evaluates if the timetable says so; returns whether it did."""
         if not self.timetable.is_evaluation(self.step):
             return False
         self.check_finite()
         self.metrics.write(self.step, self.validation(self.step))
-        self.progress.evaluated(self.validation.accuracy)
+        self.progress.set_validation_accuracy(self.validation.accuracy)
         return True
 
     def save_if_due(self, is_checked: bool) -> None:
-        """Saves where the timetable says so, and before the training ends.
+        """Saves if the timetable says so, and before the training ends.
 
         Args:
           is_checked: whether all variables are known to be finite.
@@ -321,7 +336,7 @@ class _Training:
         self.checkpoints.save(self.step)
 
     def finish(self) -> Metrics:
-        """Evaluates for the last time and writes the line that marks the run as finished."""
+        """Runs the last evaluation and writes the line that marks the run as finished."""
         metrics = self.validation(self.step, is_last=True)
         return self.metrics.write(self.step, metrics | {Workdir.FINISHED: self.trainer.hash()})
 
@@ -339,10 +354,10 @@ class _Training:
         cause = divergence.non_finite_variable(self.trainer.variables)
         if cause:
             self.metrics.write(self.step, {Workdir.DIVERGED: True})
-            raise divergence.diverged("network", self.step, self.rate, cause, self.checkpoints)
+            raise divergence.make_error("network", self.step, self.rate, cause, self.checkpoints)
 
     def raise_diverged_loss(self, before: list[tf.Tensor], finite_steps: int) -> None:
-        """Raises TrainingDivergedError for a loss that is not finite, and names where it began.
+        """Raises TrainingDivergedError for a loss that is not finite, with its cause.
 
         Args:
           before: snapshot of the trainer before the loop.
@@ -351,4 +366,4 @@ class _Training:
         step = self.step + finite_steps + 1
         self.metrics.write(step, {Workdir.DIVERGED: True})
         cause = divergence.find_cause(self.trainer, self.data, before, self.step, finite_steps)
-        raise divergence.diverged("loss", step, self.rate, cause, self.checkpoints)
+        raise divergence.make_error("loss", step, self.rate, cause, self.checkpoints)

@@ -1,6 +1,6 @@
-"""How the paper's networks differ in training, applied to the config of its Inception.
+"""Derives the training configs of the paper's networks from the config of its Inception.
 
-What differs inside the network itself is in bn_keras/models/bn_inception.py, VARIANTS.
+Differences in the network itself are in bn_keras/models/bn_inception.py, VARIANTS.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ class Network(NamedTuple):
     Attributes:
       title: its name in the paper.
       rate: factor on Inception's learning rate.
-      accelerated: whether the changes of section 4.2.1 are made.
+      accelerated: whether it has the changes of section 4.2.1.
     """
 
     title: str
@@ -57,12 +57,12 @@ CHANGES = {
     "distortions": Change("data.distortion", lambda strength: strength / 2),
 }
 
-# The network that a variant is trained like, where it is not one of the five itself.
+# The variants that are none of the five networks, and the network they are trained like.
 _TRAINED_LIKE = dict.fromkeys(ENSEMBLE, "bn_x30") | {"inception_sigmoid": "inception"}
 
 
 def value_of(config: ConfigDict, key: str) -> Any:
-    """Returns the value of a key such as "train.l2"; where it is None, the variant's own."""
+    """Returns the value of a key such as "train.l2"; if it is None, the variant's own value."""
     section, name = key.split(".")
     value = getattr(config[section], name)
     if value is None and section == "model" and config.model.variant in VARIANTS:
@@ -78,7 +78,7 @@ def replaced(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
 
 
 def accelerate(inception: ConfigDict) -> ConfigDict:
-    """Returns Inception's config with all CHANGES applied, and nothing else changed."""
+    """Returns Inception's config with all CHANGES and nothing else changed."""
     return replaced(
         inception, {key: apply(value_of(inception, key)) for key, apply in CHANGES.values()}
     )
@@ -105,7 +105,7 @@ def derive(inception: ConfigDict, variant: str) -> ConfigDict:
 
 
 def derive_member(inception: ConfigDict, number: str) -> ConfigDict:
-    """Returns the config of ensemble member "1" to "6", whose number is also its seed.
+    """Returns the config of ensemble member "1" to "6"; its number is also its seed.
 
     Raises:
       UsageError: no such member.

@@ -16,7 +16,7 @@ class Progress:
 
     Args:
       label: name of the run.
-      step: first step.
+      step: step at which the run starts or resumes.
       steps: last step.
     """
 
@@ -26,22 +26,22 @@ class Progress:
         self._validation = ""
         self._first_step = step
         self._began = self._last_line = 0.0
-        # The bars of processes side by side would overwrite each other.
-        self._terminal = sys.stderr.isatty() and multiprocessing.parent_process() is None
+        # The bars of parallel processes would overwrite each other.
+        self._on_terminal = sys.stderr.isatty() and multiprocessing.parent_process() is None
         self._bar = tqdm(
             desc=label,
             initial=step,
             total=steps,
-            disable=not self._terminal,
-            # The bar fills what the text leaves, so that a narrow terminal loses the bar first.
+            disable=not self._on_terminal,
+            # On a narrow terminal, the bar shrinks before the text is cut.
             ncols=min(110, shutil.get_terminal_size().columns),
             bar_format="{desc}|{bar}|{n_fmt}/{total_fmt}, {remaining} left{postfix}",
         )
 
-    def building(self) -> None:
+    def show_building(self) -> None:
         """Shows that the graph is being built."""
         self._bar.set_postfix_str("building the graph")
-        if not self._terminal:
+        if not self._on_terminal:
             logging.info("%s: building the graph", self._label)
 
     def start(self) -> None:
@@ -52,26 +52,26 @@ class Progress:
 
     def update(self, step: int, loss: float, accuracy: float, images_per_second: float) -> None:
         """Shows a step, with the means over the steps since the last update."""
-        # The validation comes last: a narrow terminal cuts the end of the line.
+        # Validation accuracy comes last: a narrow terminal cuts the end of the line.
         text = f"loss {loss:.4f}, accuracy {accuracy:.3f}, {images_per_second:.0f} images/s"
         text += self._validation
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(step - self._bar.n)
         self._log(step, text)
 
-    def evaluated(self, accuracy: float) -> None:
-        """Shows the accuracy of the last evaluation from the next update on."""
+    def set_validation_accuracy(self, accuracy: float) -> None:
+        """Sets the validation accuracy that is shown from the next update on."""
         self._validation = f" (validation {accuracy:.3f})"
 
     def _log(self, step: int, text: str) -> None:
         now = time.monotonic()
-        if self._terminal or (
+        if self._on_terminal or (
             now - self._last_line < _SECONDS_BETWEEN_LINES and step < self._steps
         ):
             return
         self._last_line = now
-        pace = (now - self._began) / max(1, step - self._first_step)
-        left = tqdm.format_interval(pace * (self._steps - step))
+        seconds_per_step = (now - self._began) / max(1, step - self._first_step)
+        left = tqdm.format_interval(seconds_per_step * (self._steps - step))
         logging.info("%s: step %d/%d, %s left, %s", self._label, step, self._steps, left, text)
 
     def __enter__(self) -> "Progress":

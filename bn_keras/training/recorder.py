@@ -22,13 +22,13 @@ class Recorder:
 
     Decisions:
       - The network is in training mode: BN normalizes with the statistics of mini-batches of the
-        training's size, per replica where it is not synchronized, and dropout drops. The
-        percentiles show the network, not the lag of its moving averages.
+        training's size, per replica if it is not synchronized, and dropout is active. The
+        percentiles show the network, not the lag of its moving statistics.
       - For a layer that is called several times, the input of its first call is recorded.
-      - Training is unaffected: nothing that Keras would assign is assigned, neither moving
-        statistics nor the states of random generators.
-      - One call on the device processes all mini-batches, with a graph that is built once, in the
-        constructor. The mini-batches stay in the device's memory as long as the recorder exists.
+      - Training is unaffected: no variable changes, neither moving statistics nor the states of
+        random generators.
+      - One call on the device processes all mini-batches. The constructor builds its graph. The
+        mini-batches stay in the device's memory as long as the recorder exists.
 
     Args:
       model: model as it is trained; the layer may be in a nested model.
@@ -63,7 +63,7 @@ class Recorder:
         stack = tf.function(lambda parts: strategy.run(tf.stack, args=(parts,)), autograph=False)
         self._batches = stack(list(batches))
         self._first_input = _FirstInput()
-        # Raised after the trace only: TensorFlow does not recover from an error inside a replica.
+        # Raised after the trace: TensorFlow does not recover from an error inside a replica.
         self._error = ""
         observed = _find_layer(model, layer)
         with replaced_method(observed, "call", self._first_input.observe(observed)):
@@ -72,15 +72,18 @@ class Recorder:
             raise UsageError(self._error)
 
     def __call__(self) -> dict[str, float]:
-        """Returns "record/15" and so on for the network as it is now; NaN where not finite."""
-        values = self._all_values().numpy().astype(np.float64)
-        # Between two infinities there is no percentile.
+        """Returns the percentiles of the current network by name, such as "record/15".
+
+        A percentile between values that are not finite is NaN.
+        """
+        inputs = self._all_values().numpy().astype(np.float64)
+        # Interpolating between infinities yields NaN, which is intended.
         with np.errstate(invalid="ignore"):
-            found = np.percentile(values, self._percentiles)
-        return {f"record/{p:g}": float(v) for p, v in zip(self._percentiles, found, strict=True)}
+            values = np.percentile(inputs, self._percentiles)
+        return {f"record/{p:g}": float(v) for p, v in zip(self._percentiles, values, strict=True)}
 
     def _values(self) -> tf.Tensor:
-        """Returns float32 [num_batches, values per batch]."""
+        """Returns the unit's inputs, float32 [num_batches, values per batch]."""
 
         def record(index: tf.Tensor) -> tf.Tensor:
             values = self._strategy.run(self._replica_values, args=(self._batches, index))
@@ -93,7 +96,7 @@ class Recorder:
     def _replica_values(self, batches: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
         """Returns the unit's input for a replica's part of one mini-batch, float32 [...]."""
         self._first_input.value = None
-        # Inside this scope Keras assigns nothing.
+        # In this scope, Keras assigns no variables.
         with keras.StatelessScope():
             self._model(batches[index], training=True)
         inputs = self._first_input.value
@@ -125,13 +128,16 @@ def open_recorder(
     percentiles: Sequence[float],
     num_examples: int,
 ) -> Recorder | None:
-    """Makes a recorder over the first training examples, in whole mini-batches of BN.
+    """Builds a recorder over the first training examples, in whole mini-batches of BN.
 
     Args:
       trainer: trainer of the model.
       data: training input.
-      layer, unit, percentiles: see `Recorder`; None is returned where layer is "".
+      layer, unit, percentiles: see `Recorder`.
       num_examples: examples to record, rounded up to whole mini-batches.
+
+    Returns:
+      The recorder; None if layer is "".
     """
     if not layer:
         return None
@@ -148,7 +154,7 @@ class _FirstInput(threading.local):
     value: Any = None
 
     def observe(self, layer: keras.Layer) -> Any:
-        """Returns a replacement of `layer.call` that notes the input of the first call."""
+        """Returns a replacement for `layer.call` that stores the input of the first call."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.value is None:

@@ -1,4 +1,4 @@
-"""The check that a run with a config resumes bit-exactly on the devices at hand."""
+"""Checks that runs with a config resume bit-exactly on these devices."""
 
 import tempfile
 
@@ -16,21 +16,21 @@ from bn_keras.training.step import Trainer
 
 
 def verify_resume(config: ConfigDict, steps: int = 4) -> str:
-    """Trains a few steps twice: uninterrupted, and stopped half-way, saved and resumed.
+    """Trains a few steps twice, uninterrupted and resumed half-way, and compares all variables.
 
-    A second network resumes from the checkpoint of the first half. Writes nothing but a temporary
-    checkpoint.
+    The resumed network starts from a checkpoint that the uninterrupted one saves half-way. Nothing
+    else is written, and the checkpoint is temporary.
 
     Args:
       config: see `default_config`.
-      steps: at least 2.
+      steps: number of steps, at least 2.
 
     Returns:
-      SHA-256 over all variables, equal for both.
+      SHA-256 over all variables, the same for both networks.
 
     Raises:
       UsageError: an invalid value in the config.
-      ResumeError: the two differ.
+      ResumeError: the variables of the two networks differ.
     """
     check_config(config)
     strategy = make_strategy(**config.distribution)

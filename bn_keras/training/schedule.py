@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from bn_keras.errors import UsageError
 
-# Examples per step in the paper, whatever the batch size that a rate was tuned at.
+# Examples per step in the paper, the unit of "paper steps".
 PAPER_BATCH_SIZE = 32
 
 _DECAYS = ("steps", "cosine")
@@ -92,7 +92,7 @@ class ExamplesSchedule(keras.optimizers.schedules.LearningRateSchedule):
     def _cosine(self, examples: tf.Tensor) -> tf.Tensor:
         span = self.total_examples - self.warmup_examples
         left = tf.clip_by_value(self.total_examples - examples, 0, span)
-        # (1 + cos(pi * done)) / 2, without the difference that cancels near the end.
+        # Equals (1 + cos(pi * done)) / 2, without cancellation near the end.
         return tf.square(tf.sin(math.pi / 2 * tf.cast(left, tf.float32) / span))
 
     @property
@@ -100,7 +100,7 @@ class ExamplesSchedule(keras.optimizers.schedules.LearningRateSchedule):
         return self.base_rate * self.global_batch_size / self.reference_batch_size
 
     def describe(self, steps: int, num_train_examples: int) -> str:
-        """Returns two lines of text: the course of the rate, and the length of the training.
+        """Returns two lines of text: the learning rate over time, and the length of the training.
 
         Args:
           steps: steps of the training.

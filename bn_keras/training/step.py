@@ -24,12 +24,12 @@ class Trainer:
     The reported loss is the mean softmax cross-entropy over the global batch. The minimized
     objective adds what the reported loss leaves out: label smoothing, the auxiliary classifier's
     loss, and L2, which enters the gradients of kernels as l2 * w, the gradient of l2/2 * |w|^2.
-    Each replica's gradients belong to its share of the global mean; the optimizer sums them over
-    the replicas.
+    Each replica computes the gradients of its share of the global mean; the optimizer sums them
+    over the replicas.
 
     Args:
-      model: from images to logits, or to the logits and those of an auxiliary classifier.
-      optimizer: not built yet.
+      model: maps images to logits, or to the logits and those of an auxiliary classifier.
+      optimizer: optimizer, not built yet.
       strategy: strategy in whose scope both were made.
       global_batch_size: examples per step, over all replicas.
       l2: weight of the L2 penalty.
@@ -41,8 +41,9 @@ class Trainer:
         soon forgotten.
       loss_scaling: whether to scale the loss for float16 gradients. A step whose gradients
         overflow on any replica is skipped and not counted by the optimizer, and the scale is
-        halved; after 2,000 steps without overflow it doubles. At a scale of 1 no step is skipped,
-        so that the next loss is not finite. Keras' own scaling looks at the first replica only.
+        halved; after 2,000 steps without overflow it doubles. At a scale of 1 an overflowing step
+        is not skipped, and the next loss is not finite. (Keras' own scaling checks the first
+        replica only.)
 
     Attributes:
       model, optimizer, strategy, global_batch_size, micro_batches: as passed.
@@ -98,7 +99,7 @@ class Trainer:
                     keras.Variable(value, dtype="float32", trainable=False, name=name)
                     for name, value in (("loss_scale", _FIRST_SCALE), ("steps_at_scale", 0.0))
                 ]
-            # Loss, hits, and batches before the first non-finite loss.
+            # Sums of loss and hits, and the number of batches before the first non-finite loss.
             self._sums = per_replica_sum([3])
             self._gradient_sums = []
             if self._accumulates:
@@ -111,7 +112,7 @@ class Trainer:
 
     @property
     def parts(self) -> dict[str, list[keras.Variable]]:
-        """All variables that resuming restores, by the parts of a checkpoint."""
+        """All variables that resuming restores, by part of the checkpoint."""
         shared = {id(v) for v in self.inference_model.variables}
         return {
             "model": self.inference_model.variables,
@@ -140,7 +141,7 @@ class Trainer:
         return digest.hexdigest()
 
     def snapshot(self) -> list[tf.Tensor]:
-        """Returns the values of all variables; they are copied once the variables change."""
+        """Returns the values of all variables; each is copied only when its variable changes."""
         return [tf.convert_to_tensor(v.value) for v in self.variables]
 
     def restore(self, snapshot: Sequence[tf.Tensor]) -> None:
@@ -163,19 +164,19 @@ class Trainer:
 
         Returns:
           The part's share of the mean loss, and the number of its correctly classified examples,
-          float32 both.
+          both float32.
         """
-        loss, hits, gradients = self.gradients(images, labels)
+        loss, hits, gradients = self.compute_gradients(images, labels)
         self._update(gradients)
         return loss, hits
 
-    def gradients(
+    def compute_gradients(
         self, images: tf.Tensor, labels: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
-        """Computes the loss and hits as `step` does, and the gradients of the objective.
+        """Computes the loss and hits of `step`, and the gradients of the objective.
 
-        The gradients are those of the model's trainable variables, for this replica's part of the
-        batch, and multiplied by the loss scale where there is one.
+        The gradients are those of the model's trainable variables for this replica's part of the
+        batch, multiplied by the loss scale if there is one.
         """
         with tf.GradientTape() as tape:
             outputs = tf.nest.flatten(self.model(images, training=True))
@@ -195,11 +196,12 @@ class Trainer:
     def _objective(self, labels: tf.Tensor, logits: tf.Tensor, loss: tf.Tensor) -> tf.Tensor:
         if not self._label_smoothing:
             return loss
-        # Cross-entropy with labels spread evenly over all classes.
-        even = self._mean(tf.reduce_logsumexp(logits, -1) - tf.reduce_mean(logits, -1))
-        return (1 - self._label_smoothing) * loss + self._label_smoothing * even
+        # Cross-entropy with the uniform distribution over the classes.
+        uniform = self._mean(tf.reduce_logsumexp(logits, -1) - tf.reduce_mean(logits, -1))
+        return (1 - self._label_smoothing) * loss + self._label_smoothing * uniform
 
     def _mean(self, losses: tf.Tensor) -> tf.Tensor:
+        """Returns the share of these losses in the mean over the global batch."""
         return tf.reduce_sum(losses) / self.global_batch_size
 
     def _update(self, gradients: Sequence[tf.Tensor]) -> None:
@@ -218,13 +220,13 @@ class Trainer:
                 average.assign(average.value + rate * (weight.value - average.value))
 
     def _train_whole_batch(self, images: tf.Tensor, labels: tf.Tensor) -> None:
-        self._count(*self.step(images, labels))
+        self._add_to_sums(*self.step(images, labels))
 
     def _accumulate_micro_batch(self, images: tf.Tensor, labels: tf.Tensor) -> None:
-        loss, hits, gradients = self.gradients(images, labels)
+        loss, hits, gradients = self.compute_gradients(images, labels)
         for total, gradient in zip(self._gradient_sums, gradients, strict=True):
             total.assign_add(gradient)
-        self._count(loss, hits)
+        self._add_to_sums(loss, hits)
 
     def _apply_accumulated(self) -> None:
         gradients = [total.read_value() for total in self._gradient_sums]
@@ -232,8 +234,8 @@ class Trainer:
             gradients = [g / self._scaling[0].value for g in gradients]
         self._update(gradients)
 
-    def _count(self, loss: tf.Tensor, hits: tf.Tensor) -> None:
-        # Once the sum is not finite it stays so: this counts the batches before the first one.
+    def _add_to_sums(self, loss: tf.Tensor, hits: tf.Tensor) -> None:
+        # The sum is never finite again after the first non-finite loss.
         finite = tf.math.is_finite(self._sums[0] + loss)
         self._sums.assign_add([loss, hits, tf.cast(finite, tf.float32)])
 
@@ -256,7 +258,7 @@ class Trainer:
             scale, steps = self._scaling
             overflowed = self.strategy.run(_any_not_finite, args=(self._gradient_sums,))
             overflowed = self.strategy.reduce(tf.distribute.ReduceOp.SUM, overflowed, axis=None)
-            # At a scale of 1 the overflow is the training's own.
+            # At a scale of 1, scaling is not the cause of the overflow.
             if tf.logical_and(overflowed > 0, scale.value > 1):
                 scale.value.assign(scale.value / 2)
                 steps.value.assign(0.0)
@@ -277,11 +279,11 @@ class Trainer:
 
         Args:
           batches: micro-batches of global_micro_batch_size examples.
-          num_steps: >= 0; each step uses micro_batches of them.
+          num_steps: number of steps, at least 1; each uses micro_batches batches.
 
         Returns:
-          Mean loss and mean accuracy over the steps, and how many of the steps came before the
-          first non-finite loss.
+          Mean loss and mean accuracy over the steps, and the number of steps before the first
+          non-finite loss.
         """
         self._sums.assign(tf.zeros([3]))
         self._train_loop(batches, tf.constant(num_steps))

@@ -1,4 +1,4 @@
-"""Requests to stop, made by SIGTERM or SIGINT: the first one waits for a good moment to stop."""
+"""Turns a first SIGTERM or SIGINT into a request to stop at the next good moment."""
 
 import contextlib
 import os
@@ -33,11 +33,11 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Turns SIGTERM and SIGINT into requests until the block ends.
+    """Turns SIGTERM and SIGINT into a request until the block ends.
 
     A second signal ends the process at once, with status 128 plus its number. A thread listens for
-    it: Python's own handlers run in the main thread, which may be inside a kernel for minutes.
-    Outside the main thread signals cannot be caught, and no request ever arrives.
+    signals: Python's own handlers run in the main thread, which may be inside a kernel for minutes.
+    Signals can only be caught in the main thread; in any other, the request is never made.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -69,6 +69,6 @@ def _listen(receiving: socket.socket, request: StopRequest) -> None:
             os._exit(128 + number)
         request.signum = number
         logging.warning(
-            "%s: stopping after this loop of steps, then saving; a second one stops at once",
+            "%s: stopping after this loop of steps, then saving; a second signal stops at once",
             request.name,
         )

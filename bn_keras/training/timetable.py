@@ -14,7 +14,7 @@ class Timetable:
       steps_per_loop: period of the lines of metrics.
       evaluation_steps, checkpoint_steps: periods of evaluations and checkpoints.
       record_steps: period of recordings of a layer's input; None records nothing.
-      profile_steps: how many of the last steps before the first stop are profiled.
+      profile_steps: number of steps to profile, the last ones before the first stop.
     """
 
     steps: int
@@ -34,7 +34,7 @@ class Timetable:
 
         Args:
           step: last step trained.
-          profile_from: step after which the profiler starts; None where it does not.
+          profile_from: step after which the profiler starts; None if it does not run.
         """
         stops = [self.next_loop_end(step)]
         if self.record_steps is not None:
@@ -55,15 +55,15 @@ class Timetable:
         return step == self.steps or any(step % period == 0 for period in periods)
 
     def is_evaluation(self, step: int) -> bool:
-        """Returns whether an evaluation is due; the one after the last step is apart."""
+        """Returns whether an evaluation is due after a step, apart from the one at the end."""
         return step % self.evaluation_steps == 0 and step < self.steps
 
     def is_checkpoint(self, step: int) -> bool:
-        """Returns whether a checkpoint is due; the one after the last step is apart."""
+        """Returns whether a periodic checkpoint is due after a step."""
         return step % self.checkpoint_steps == 0
 
     def is_recording(self, step: int) -> bool:
-        """Returns whether a layer's input is recorded after a step."""
+        """Returns whether a recording of a layer's input is due after a step."""
         return self.record_steps is not None and step % self.record_steps == 0
 
 

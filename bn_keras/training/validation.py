@@ -18,16 +18,16 @@ from bn_keras.training.step import Trainer
 
 
 class Validation:
-    """Evaluates a network while it is trained, and saves the best and the finished one.
+    """Evaluates a network during training, and saves the best and the finished one.
 
-    The network is evaluated with population statistics or with the EMA of its weights where the
-    run asks for them. Training does not notice: its own state is restored after each evaluation.
+    The network is evaluated with population statistics and the EMA of its weights where the config
+    asks for them. Training is unaffected: its own state is restored after each evaluation.
 
     Args:
       trainer: trainer of the network.
-      data: its validation examples are evaluated.
+      data: data set whose validation examples are evaluated.
       run: run in whose folder the networks are saved.
-      step: step at which the run resumes; later evaluations do not count.
+      step: step at which the run resumes; the best accuracy ignores later evaluations.
       global_batch_size: examples per evaluation step, over all replicas.
       population: when population statistics replace the moving ones: "never", "end" or
         "evaluations".
@@ -69,12 +69,12 @@ class Validation:
         has_batch_norm = any(isinstance(layer, BATCH_NORMS) for layer in all_layers(model))
         if trainer.averages and has_batch_norm and population == "never":
             raise UsageError(
-                "train.ema is set, but the moving statistics of BN do not belong to the EMA of the"
+                "train.ema is set, but the moving statistics of BN are not those of the averaged"
                 " weights: set population.when to 'end' or 'evaluations'"
             )
         if population != "never":
             self._estimator = PopulationEstimator(model, trainer.strategy)
-            # Always the same batches, so that two evaluations differ by the network alone.
+            # Always the same batches, so that evaluations differ only in the network.
             self._batches = data.train_batches(trainer.strategy, trainer.global_micro_batch_size)
 
     @property
@@ -102,10 +102,10 @@ class Validation:
 
     @contextlib.contextmanager
     def _evaluation_state(self, by_population: bool, by_ema: bool) -> Iterator[None]:
-        """Puts other statistics or weights into the model until the block ends."""
-        with contextlib.ExitStack() as restored:
+        """Replaces the model's statistics or weights until the block ends."""
+        with contextlib.ExitStack() as stack:
             if by_population or by_ema:
-                restored.enter_context(preserved_state(self._model, self._trainer.strategy))
+                stack.enter_context(preserved_state(self._model, self._trainer.strategy))
             if by_ema:
                 self._trainer.assign_averages()
             if by_population:

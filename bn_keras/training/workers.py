@@ -1,4 +1,4 @@
-"""What the workers of one training agree on before and while they train."""
+"""What the workers of a training agree on: the config, the state to resume from, a signal."""
 
 import json
 import zlib
@@ -17,7 +17,7 @@ def check_same_command(
 ) -> None:
     """Raises UsageError if the workers have different configs or steps to profile."""
     settings = config.to_dict() | {"profile_steps": profile_steps}
-    # Each machine may have the data in a folder of its own.
+    # The location of the data may differ between machines.
     del settings["data"]["data_dir"]
     digest = zlib.crc32(json.dumps(settings, sort_keys=True).encode())
     if len(set(from_all_workers(strategy, digest))) > 1:
@@ -31,10 +31,10 @@ def check_same_state(
     retries: int,
     best_accuracy: float,
 ) -> None:
-    """Waits until every worker has read the workdir, in which the chief writes afterwards.
+    """Waits until every worker has read the workdir, before the chief writes into it.
 
     Raises:
-      UsageError: the workers did not read the same.
+      UsageError: the workers have not read the same values.
     """
     state = {
         "checkpoints of steps": step,
@@ -50,6 +50,6 @@ def check_same_state(
             )
 
 
-def signal_to_any(strategy: tf.distribute.Strategy, stop_request: StopRequest) -> int:
-    """Returns the number of a signal that any worker has received; 0 if none has."""
+def signal_of_any_worker(strategy: tf.distribute.Strategy, stop_request: StopRequest) -> int:
+    """Returns the number of the signal that a worker has received; 0 if none has."""
     return int(max(from_all_workers(strategy, stop_request.signum or 0)))
