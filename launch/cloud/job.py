@@ -225,10 +225,11 @@ def check_data(name: str, data_dir: str) -> None:
       name: name of the data set.
       data_dir: folder of the data.
     """
-    is_built_in = name in ("digits", "synthetic")
+    from bn_keras.data.built_in import BUILT_IN
+
     # TFDS can download most other sets on the VM.
     may_be_downloaded = not data_dir and name not in ("folder", "imagenet2012")
-    if not (is_built_in or may_be_downloaded or data_dir.startswith("gs://")):
+    if not (name in BUILT_IN or may_be_downloaded or data_dir.startswith("gs://")):
         raise CommandError(
             f"data.data_dir={data_dir!r} is invalid: the VM finds no {name} there; copy the data to"
             " a bucket and pass --config.data.data_dir=gs://BUCKET/FOLDER"
