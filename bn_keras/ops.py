@@ -6,7 +6,8 @@ Activations are channels-last, [N, ..., C]. This module knows no layer and no st
 Two implementations compute the same numbers. `_Fused` calls TensorFlow's fused kernels, which read
 and write the activations as few times as possible. `_Unfused` consists of ordinary operations: it
 accepts every dtype and mask, and because it is differentiable it also provides the second-order
-gradients.
+gradients. XLA compiles `_Unfused` only: it fuses ordinary operations itself, and its version of the
+fused kernels computes the variance as E[x^2] - E[x]^2, which cancels at large means.
 """
 
 import functools
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
+from tensorflow.python.ops import control_flow_util
 
 # Dtypes that the fused kernels accept. They compute in float32 for all three.
 _FUSED_DTYPES = (tf.float16, tf.bfloat16, tf.float32)
@@ -209,7 +211,12 @@ class _Unfused:
             count = _constant(_product([dims[a] for a in self._axes]), shape, x.dtype)
         else:
             count = self._sum(tf.cast(self._mask, x.dtype))
-        mean = self._mean(self._apply_mask(x), count)
+        if _is_compiled_by_xla():
+            # XLA adds values one by one in float32, so a large mean would lose the deviations.
+            shift = self._some_value(x)
+            mean = shift + self._mean(self._apply_mask(x - shift), count)
+        else:
+            mean = self._mean(self._apply_mask(x), count)
         deviation = self._apply_mask(x - mean)
         correction = self._mean(deviation, count)
         squares = self._mean(tf.square(deviation), count)
@@ -231,6 +238,17 @@ class _Unfused:
         dx = gamma * inverse_stddev * (dy - through_moments)
         axes = list(range(dx.shape.rank - 1))
         return _restore(dx, x), tf.reduce_sum(dgamma, axes), tf.reduce_sum(dbeta, axes)
+
+    def _some_value(self, x: tf.Tensor) -> tf.Tensor:
+        """Returns one value per channel that enters the statistics, or 0 if there is none."""
+        if self._mask is None:
+            first = x[
+                tuple(slice(1) if a in self._axes else slice(None) for a in range(len(x.shape)))
+            ]
+            # The sum of one value, or of none in an empty batch.
+            return tf.stop_gradient(self._sum(first))
+        largest = tf.reduce_max(tf.where(self._mask, x, x.dtype.min), self._axes, keepdims=True)
+        return tf.stop_gradient(tf.where(largest > x.dtype.min, largest, 0.0))
 
     def _split(self, x: tf.Tensor) -> tf.Tensor:
         if self._virtual_batch_size is None:
@@ -481,7 +499,7 @@ def _run_gradient_kernel(
 
 
 def _should_fuse(x: tf.Tensor, min_size: int) -> bool:
-    if x.dtype not in _FUSED_DTYPES:
+    if x.dtype not in _FUSED_DTYPES or _is_compiled_by_xla():
         return False
     if _has_accelerator():
         return True
@@ -496,6 +514,14 @@ def _num_kernel_threads() -> int:
     # All cores of the machine, even if the process may use only some of them: this choice affects
     # rounding, and a network trained in parallel with others must equal one trained alone.
     return tf.config.threading.get_intra_op_parallelism_threads() or os.cpu_count() or 1
+
+
+def _is_compiled_by_xla() -> bool:
+    """Returns whether XLA compiles the graph being traced: jit_compile=True, or a TPU."""
+    if tf.executing_eagerly():
+        return False
+    graph = tf.compat.v1.get_default_graph()
+    return control_flow_util.GraphOrParentsInXlaContext(graph)
 
 
 def _has_accelerator() -> bool:

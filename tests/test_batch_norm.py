@@ -359,6 +359,22 @@ def test_fit_trains_like_the_keras_layer(jit_compile):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_fit_trains_on_a_channel_far_from_zero(jit_compile):
+    """On a GPU, Keras' fit compiles with XLA by default."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, 8, 8, 3)).astype(np.float32)
+    x[..., 2] = 300 + 0.18 * x[..., 2]
+    layer = BatchNormalization(momentum=0.5)
+    model = keras.Sequential([keras.Input((8, 8, 3)), layer, keras.layers.Flatten()])
+    model.add(keras.layers.Dense(2))
+    model.compile(keras.optimizers.SGD(0.001), "mse", jit_compile=jit_compile)
+    losses = model.fit(x, rng.normal(size=(64, 2)), epochs=8, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    np.testing.assert_allclose(layer.moving_mean[2], 300, atol=3)
+    np.testing.assert_allclose(layer.moving_variance[2], 0.18**2, rtol=0.3)
+
+
 def test_scaling_the_kernel_before_the_layer_changes_nothing():
     """Section 3.3: BN((aW)u) = BN(Wu), and the gradient of aW is 1/a of that of W."""
     u, kernel = _data(64, 5), np.random.default_rng(1).normal(size=(5, 3))

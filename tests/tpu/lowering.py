@@ -101,7 +101,9 @@ def without_variables(function, args=(), constants=()):
             return function(*tf.nest.pack_sequence_as(args, flat_args))
 
     given = [*tensors, *constants]
-    graph = tf.function(call, autograph=False).get_concrete_function(*_specs(given)).graph
+    # Traced as for XLA, as TPUStrategy traces it.
+    traced = tf.function(call, autograph=False, jit_compile=True)
+    graph = traced.get_concrete_function(*_specs(given)).graph
     variables = _by_handle(graph)
     graph_def, last = _replace_variables(graph, variables)
     names = [t.op.name for t in graph.inputs if t.dtype != tf.resource]

@@ -61,6 +61,11 @@ def lower_steps(trainer, labels):
     return {name: hlo for name, (hlo, _) in lowered.items()}
 
 
+def assert_no_fused_batch_norm(counts):
+    """XLA expands its batch-norm operations to E[x^2] - E[x]^2, which cancels at large means."""
+    assert not [name for name in counts if name.startswith("batch-norm")]
+
+
 def count_batch_norms(model):
     return sum(isinstance(layer, BatchNormalization) for layer in model.layers)
 
@@ -74,10 +79,9 @@ def test_a_training_step_lowers(on_a_core, name):
     strategy = tf.distribute.get_strategy()
     trainer = build_trainer(config, strategy, IMAGE_SHAPE, CLASSES, TRAIN_EXAMPLES)
     steps = lower_steps(trainer, tf.zeros([PER_REPLICA_BATCH_SIZE], tf.int32))
-    assert list(steps) == ["_step_whole"]
-    counts = lowering.opcodes(steps["_step_whole"])
-    layers = count_batch_norms(trainer.model)
-    assert counts["batch-norm-training"] == counts["batch-norm-grad"] == layers
+    assert list(steps) == ["_train_whole_batch"]
+    counts = lowering.opcodes(steps["_train_whole_batch"])
+    assert_no_fused_batch_norm(counts)
     # Only gradients cross cores.
     assert counts["all-reduce"] == len(trainer.model.trainable_variables)
 
@@ -88,13 +92,13 @@ def test_a_training_step_with_every_option_lowers(on_a_core):
     strategy = tf.distribute.get_strategy()
     trainer = build_trainer(config, strategy, IMAGE_SHAPE, CLASSES, TRAIN_EXAMPLES)
     steps = lower_steps(trainer, tf.zeros([PER_REPLICA_BATCH_SIZE, CLASSES]))
-    assert list(steps) == ["_set_to_zero", "_sum_part", "_apply_sums"]
-    part = steps["_sum_part"]
+    assert list(steps) == ["_set_to_zero", "_accumulate_micro_batch", "_apply_accumulated"]
+    part = steps["_accumulate_micro_batch"]
     # One collective forward and one backward for each layer; gradients wait for the sum.
     assert lowering.opcodes(part)["all-reduce"] == 2 * count_batch_norms(trainer.model)
     convolutions = [line for line in part.splitlines() if " convolution(" in line]
     assert convolutions and all(" = bf16[" in line for line in convolutions)
-    counts = lowering.opcodes(steps["_apply_sums"])
+    counts = lowering.opcodes(steps["_apply_accumulated"])
     assert counts["all-reduce"] == len(trainer.model.trainable_variables)
 
 
@@ -123,5 +127,5 @@ def test_an_evaluation_step_lowers(on_a_core, monkeypatch, crops):
     lowering.check_runs_on_a_core(hlo)
     assert len(assigned) == 1
     counts = lowering.opcodes(hlo)
-    assert counts["batch-norm-inference"] == count_batch_norms(model)
+    assert_no_fused_batch_norm(counts)
     assert counts["while"] == (crops == "144")
