@@ -517,7 +517,7 @@ def _num_kernel_threads() -> int:
 
 
 def _is_compiled_by_xla() -> bool:
-    """Returns whether XLA compiles the graph being traced: jit_compile=True, or a TPU."""
+    """Returns whether XLA compiles the graph being traced, for a jitted function or for a TPU."""
     if tf.executing_eagerly():
         return False
     graph = tf.compat.v1.get_default_graph()
