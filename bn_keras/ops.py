@@ -200,9 +200,9 @@ class _Unfused:
         return _restore(y, x), squeezed, functools.partial(self.backward, moments)
 
     def compute_moments(self, x: tf.Tensor) -> Moments:
-        """Computes the mean, then the mean and variance of the deviations from it.
+        """Computes the mean, then the variance from the deviations from it.
 
-        The mean of the deviations corrects the rounding error of the first mean.
+        Outside XLA, the mean of the deviations corrects the rounding error of the first mean.
         """
         x = self._split_and_cast(x)
         if self._mask is None:
@@ -213,15 +213,18 @@ class _Unfused:
             count = self._sum(tf.cast(self._mask, x.dtype))
         if _is_compiled_by_xla():
             # XLA adds values one by one in float32, so a large mean would lose the deviations.
+            # Subtracting one value of the batch first leaves a mean that needs no correction.
             shift = self._some_value(x)
             mean = shift + self._mean(self._apply_mask(x - shift), count)
+            variance = self._mean(tf.square(self._apply_mask(x - mean)), count)
         else:
             mean = self._mean(self._apply_mask(x), count)
-        deviation = self._apply_mask(x - mean)
-        correction = self._mean(deviation, count)
-        squares = self._mean(tf.square(deviation), count)
-        variance = tf.nn.relu(squares - tf.square(correction))
-        return _merge_moments(self._gather, Moments(count, mean + correction, variance))
+            deviation = self._apply_mask(x - mean)
+            correction = self._mean(deviation, count)
+            squares = self._mean(tf.square(deviation), count)
+            variance = tf.nn.relu(squares - tf.square(correction))
+            mean += correction
+        return _merge_moments(self._gather, Moments(count, mean, variance))
 
     def backward(
         self, moments: Moments, dy: tf.Tensor, x: tf.Tensor, gamma: tf.Tensor
