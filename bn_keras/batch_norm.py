@@ -11,7 +11,7 @@ from bn_keras import ops
 from bn_keras.errors import UsageError
 from bn_keras.replicas import gather_replicas, per_replica_sum
 
-# What Keras accepts: an instance, a function, a registered name, or a config.
+# As Keras accepts them: an instance, a function, a registered name, or a config.
 Initializer: TypeAlias = keras.initializers.Initializer | Callable[..., tf.Tensor] | str | dict
 Regularizer: TypeAlias = keras.regularizers.Regularizer | Callable[..., tf.Tensor] | str | dict
 Constraint: TypeAlias = keras.constraints.Constraint | Callable[..., tf.Tensor] | str | dict

@@ -1,4 +1,4 @@
-"""What all commands share: start-up, flags, one-line errors, exit statuses.
+"""Start-up, flags, one-line errors and exit statuses of all commands.
 
 Exit statuses:
   0: success.

@@ -1,1 +1,1 @@
-"""What a run writes and reads: its folder, checkpoints, metrics and environment."""
+"""The files of a run: its folder, checkpoints, metrics and environment."""

@@ -1,4 +1,4 @@
-"""What the workers of a training agree on: the config, the state to resume from, a signal."""
+"""Agreement between the workers of a training: on the config, on the state, on a signal."""
 
 import json
 import zlib
