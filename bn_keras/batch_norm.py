@@ -176,7 +176,7 @@ class BatchNormalization(keras.layers.Layer):
         """Normalizes by batch statistics in training mode, by moving statistics at inference.
 
         Args:
-          inputs: any shape of rank 2 or more.
+          inputs: any shape of rank 2 or more; integers are cast to the compute dtype.
           training: a bool, a boolean scalar tensor, or None for inference.
           mask: only values where it is nonzero enter the statistics.
 
@@ -184,6 +184,8 @@ class BatchNormalization(keras.layers.Layer):
           Same shape as inputs, in the compute dtype.
         """
         mask = self._expand_mask(mask, inputs)
+        if not inputs.dtype.is_floating:
+            inputs = tf.cast(inputs, self.compute_dtype)
         x = ops.move_channels_last(inputs, self._axes)
         if isinstance(training, tf.Tensor | tf.Variable) and self.trainable:
             training = tf.cast(training, tf.bool)
@@ -368,13 +370,24 @@ class BatchNormalization(keras.layers.Layer):
             initializer=initializer,
             regularizer=regularizer,
             constraint=constraint,
+            dtype=self._weight_dtype,
             autocast=False,
         )
 
     def _add_statistic(self, name: str, initializer: Initializer) -> keras.Variable:
         return self.add_weight(
-            shape=self._shape, name=name, initializer=initializer, trainable=False, autocast=False
+            shape=self._shape,
+            name=name,
+            initializer=initializer,
+            trainable=False,
+            dtype=self._weight_dtype,
+            autocast=False,
         )
+
+    @property
+    def _weight_dtype(self) -> str:
+        # With dtype="bfloat16" a moving average in that dtype would stall far from its target.
+        return "float64" if self.variable_dtype == "float64" else "float32"
 
     def _initial_stddev(self, shape: Sequence[int], dtype: str | None = None) -> tf.Tensor:
         # A clone, because a second call of the same initializer may fail or draw other values.

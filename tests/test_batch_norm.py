@@ -55,6 +55,34 @@ def test_moving_statistics_average_the_batches(unbiased):
     )
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_moving_statistics_of_a_half_precision_layer_do_not_stall(dtype):
+    """In bfloat16 the moving mean of a constant 3 stalls at 2."""
+    layer = BatchNormalization(dtype=dtype)
+    x = tf.fill([4, 3], tf.cast(3.0, dtype))
+    for _ in range(600):
+        y = layer(x, training=True)
+    assert y.dtype == dtype and all(v.dtype == "float32" for v in layer.weights)
+    np.testing.assert_allclose(layer.moving_mean, 3 * (1 - 0.99**600), rtol=1e-5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "bool"])
+def test_integer_inputs_are_normalized_in_the_compute_dtype(dtype, training):
+    x = tf.cast([[0], [2], [2], [5]], dtype)
+    layer, keras_layer = BatchNormalization(), keras.layers.BatchNormalization()
+    for bn in (layer, keras_layer):
+        bn.build((None, 1))
+        bn.moving_mean.assign([0.3])
+    y = layer(x, training=training)
+    expected = keras_layer(tf.cast(x, tf.float32), training=training)
+    assert y.dtype == tf.float32
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    model = keras.Sequential([keras.Input((1,), dtype=dtype), keras_layer])
+    replaced = replace_batch_norm(model)
+    np.testing.assert_allclose(replaced(x), model(x), rtol=1e-5, atol=1e-6)
+
+
 def test_the_unbiased_variance_of_0_and_2_is_2():
     x = np.array([[0.0], [2.0]], np.float32)
     for unbiased, expected in ((True, 2), (False, 1)):
