@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
+from tensorflow.python.eager import forwardprop_util
 from tensorflow.python.ops import control_flow_util
 
 # Dtypes that the fused kernels accept. They compute in float32 for all three.
@@ -115,7 +116,8 @@ def batch_normalize(
       - Replicas need one collective forward and one backward.
       - The gradients of gamma and beta are this replica's own. The optimizer sums them over the
         replicas; summing them here too would count each of them once per replica.
-      - Second-order gradients are supported.
+      - Second-order gradients and forward mode are supported. Around a tf.function, forward mode
+        returns None, as for any tf.custom_gradient.
 
     Args:
       x: [N, ..., C] activations; N may be 0.
@@ -139,13 +141,20 @@ def batch_normalize(
     # The kernels run once per ghost batch, so the number of ghost batches must be static.
     num_ghosts = _static_num_ghosts(x, virtual_batch_size)
     forward = unfused.forward
-    if mask is None and num_ghosts and _should_fuse(x, _MIN_SIZE_TO_FUSE_TRAINING):
+    is_forward_mode = _has_tangents(x, gamma, beta)
+    can_fuse = mask is None and num_ghosts and not is_forward_mode
+    if can_fuse and _should_fuse(x, _MIN_SIZE_TO_FUSE_TRAINING):
         forward = (
             _Fused(epsilon, num_ghosts).forward
             if gather is None
             else _SynchronizedFused(epsilon, num_ghosts, gather).forward
         )
-    y, moments, backward = forward(tf.stop_gradient(x), gamma, beta)
+    if is_forward_mode:
+        # Forward mode differentiates these operations; reverse mode uses the custom gradient below.
+        y, moments, backward = forward(x, gamma, beta)
+        moments = Moments(moments.count, *map(tf.stop_gradient, moments[1:]))
+    else:
+        y, moments, backward = forward(tf.stop_gradient(x), gamma, beta)
 
     @tf.custom_gradient
     def differentiable(x, gamma, beta):  # noqa: ANN001
@@ -517,6 +526,11 @@ def _num_kernel_threads() -> int:
     # All cores of the machine, even if the process may use only some of them: this choice affects
     # rounding, and a network trained in parallel with others must equal one trained alone.
     return tf.config.threading.get_intra_op_parallelism_threads() or os.cpu_count() or 1
+
+
+def _has_tangents(*tensors: tf.Tensor) -> bool:
+    """Returns whether a tf.autodiff.ForwardAccumulator follows any of the tensors."""
+    return bool(forwardprop_util.pack_tangents(tensors).tangents)
 
 
 def _is_compiled_by_xla() -> bool:

@@ -403,6 +403,51 @@ def test_fit_trains_on_a_channel_far_from_zero(jit_compile):
     np.testing.assert_allclose(layer.moving_variance[2], 0.18**2, rtol=0.3)
 
 
+def test_second_derivatives_equal_finite_differences_unlike_those_of_the_keras_layer():
+    rng = np.random.default_rng(0)
+    x, direction = (tf.constant(rng.normal(size=(8, 3))) for _ in range(2))
+
+    def directional_derivatives(layer, x):
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                loss = tf.reduce_sum(layer(x, training=True) ** 3)
+            first = tf.reduce_sum(inner.gradient(loss, x) * direction)
+        return float(first), float(tf.reduce_sum(outer.gradient(first, x) * direction))
+
+    def second_difference(layer, step=1e-5):
+        forward, backward = (
+            directional_derivatives(layer, x + s * step * direction)[0] for s in (1, -1)
+        )
+        return (forward - backward) / (2 * step)
+
+    layer = BatchNormalization(dtype="float64")
+    keras_layer = keras.layers.BatchNormalization(dtype="float64")
+    expected = second_difference(layer)
+    assert directional_derivatives(layer, x)[1] == pytest.approx(expected, rel=1e-6)
+    assert second_difference(keras_layer) == pytest.approx(expected, rel=1e-6)
+    assert directional_derivatives(keras_layer, x)[1] == pytest.approx(19.359, rel=1e-3)
+    assert expected == pytest.approx(7.835, rel=1e-3)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_forward_mode_equals_reverse_mode(training):
+    layer = _build(BatchNormalization())
+    x, direction = tf.constant(_data(6, 3)), tf.constant(_data(6, 3, seed=1))
+    with tf.autodiff.ForwardAccumulator(x, direction) as accumulator:
+        y = layer(x, training=training)
+    with tf.GradientTape() as outer:
+        weights = tf.ones_like(y)
+        outer.watch(weights)
+        with tf.GradientTape() as inner:
+            inner.watch(x)
+            product = tf.reduce_sum(layer(x, training=training) * weights)
+        gradient = inner.gradient(product, x)
+    expected = outer.gradient(gradient, weights, direction)
+    np.testing.assert_allclose(accumulator.jvp(y), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_scaling_the_kernel_before_the_layer_changes_nothing():
     """Section 3.3: BN((aW)u) = BN(Wu), and the gradient of aW is 1/a of that of W."""
     u, kernel = _data(64, 5), np.random.default_rng(1).normal(size=(5, 3))

@@ -186,6 +186,50 @@ def test_second_order_gradients_equal_finite_differences(path, mode):
             _assert_close(actual, wanted, 3e-4)
 
 
+@pytest.mark.parametrize("is_graph", [False, True])
+@pytest.mark.parametrize("path", ["fused", "unfused", "synchronized", "ghost", "masked", "float64"])
+def test_forward_mode_equals_reverse_mode(path, is_graph, monkeypatch):
+    """Of a scalar, and of its gradient: a Hessian-vector product, forward over backward."""
+    rng = np.random.default_rng(3)
+    shape = (4, 3, 2)
+    kwargs = dict(PATHS.get(path, {}))
+    if path == "unfused":
+        monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_TRAINING", 2**30)
+    if path == "masked":
+        kwargs["mask"] = _random_mask(shape, rng)
+    dtype = "float64" if path == "float64" else "float32"
+    inputs = [tf.constant(i, dtype) for i in (rng.normal(size=shape), *_random_parameters(2, rng))]
+    directions = [tf.constant(rng.normal(size=i.shape), dtype) for i in inputs]
+
+    def loss(x, gamma, beta):
+        y, _ = ops.batch_normalize(x, gamma, beta, EPSILON, **kwargs)
+        return tf.reduce_sum(tf.sin(y) * x)
+
+    def gradient(*inputs):
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            value = loss(*inputs)
+        return tape.gradient(value, inputs)
+
+    def forward(*inputs):
+        with tf.autodiff.ForwardAccumulator([*inputs], directions) as accumulator:
+            value, gradients = loss(*inputs), gradient(*inputs)
+        return accumulator.jvp(value), accumulator.jvp(gradients)
+
+    def reverse(*inputs):
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            gradients = gradient(*inputs)
+            product = sum(map(tf.reduce_sum, map(tf.multiply, gradients, directions)))
+        return product, tape.gradient(product, inputs)
+
+    found = (tf.function(forward) if is_graph else forward)(*inputs)
+    for actual, expected in zip(
+        tf.nest.flatten(found), tf.nest.flatten(reverse(*inputs)), strict=True
+    ):
+        _assert_close(actual, expected, 1e-11 if path == "float64" else 1e-5)
+
+
 @pytest.mark.parametrize("path", ["fused", "synchronized", "ghost", "masked"])
 @pytest.mark.parametrize("mean", [0.0, 1e2, 1e4])
 @JIT
