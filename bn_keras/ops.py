@@ -646,4 +646,5 @@ def _with_defaults(
     dtype, channels = statistics_dtype(x.dtype), x.shape[-1]
     gamma = tf.ones([channels], dtype) if gamma is None else tf.cast(gamma, dtype)
     beta = tf.zeros([channels], dtype) if beta is None else tf.cast(beta, dtype)
-    return gamma, beta
+    # tf.cast returns a variable that has the dtype already as it is.
+    return tf.convert_to_tensor(gamma), tf.convert_to_tensor(beta)

@@ -72,6 +72,23 @@ def test_values_and_gradients_equal_the_paper(shape, dtype, jit_compile):
         _assert_close(actual, wanted, 10 * tolerance)
 
 
+@pytest.mark.parametrize("is_graph", [False, True])
+def test_gamma_and_beta_may_be_variables(is_graph):
+    rng = np.random.default_rng(1)
+    x, dy = (tf.constant(rng.normal(size=(6, 3)), tf.float32) for _ in range(2))
+    variables = [tf.Variable(tf.cast(p, tf.float32)) for p in _random_parameters(3, rng)]
+
+    def gradients(x, dy):
+        with tf.GradientTape() as tape:
+            y, _ = ops.batch_normalize(x, *variables, EPSILON)
+        return tape.gradient(y, variables, dy)
+
+    found = (tf.function(gradients) if is_graph else gradients)(x, dy)
+    _, _, (_, *expected) = _run(x, *variables, dy)
+    for actual, wanted in zip(found, expected, strict=True):
+        _assert_close(actual, wanted, 1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_normalize_computes_the_affine_map(dtype):
     rng = np.random.default_rng(1)
