@@ -206,7 +206,7 @@ def test_second_order_gradients_equal_finite_differences(path, mode):
 @pytest.mark.parametrize("is_graph", [False, True])
 @pytest.mark.parametrize("path", ["fused", "unfused", "synchronized", "ghost", "masked", "float64"])
 def test_forward_mode_equals_reverse_mode(path, is_graph, monkeypatch):
-    """Of a scalar, and of its gradient: a Hessian-vector product, forward over backward."""
+    """Compares the derivative of a scalar, and a Hessian-vector product (forward over backward)."""
     rng = np.random.default_rng(3)
     shape = (4, 3, 2)
     kwargs = dict(PATHS.get(path, {}))

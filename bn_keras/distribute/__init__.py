@@ -2,6 +2,7 @@
 
 from bn_keras.distribute.strategy import (
     STRATEGIES,
+    check_strategy,
     from_all_workers,
     is_chief,
     make_strategy,
@@ -10,6 +11,7 @@ from bn_keras.distribute.strategy import (
 
 __all__ = [
     "STRATEGIES",
+    "check_strategy",
     "from_all_workers",
     "is_chief",
     "make_strategy",

@@ -18,6 +18,14 @@ from bn_keras.text import counted, first_line
 STRATEGIES = ("one_device", "mirrored", "multi_worker", "tpu")
 
 
+def check_strategy(strategy: str) -> None:
+    """Raises UsageError unless the name is one of STRATEGIES."""
+    if strategy not in STRATEGIES:
+        raise UsageError(
+            f"unknown distribution.strategy {strategy!r}: expected one of {', '.join(STRATEGIES)}"
+        )
+
+
 def make_strategy(strategy: str, replicas: int = 0) -> tf.distribute.Strategy:
     """Builds the strategy that distributes a run.
 
@@ -37,10 +45,7 @@ def make_strategy(strategy: str, replicas: int = 0) -> tf.distribute.Strategy:
         be split, or workers that did not start in time.
       WorkerLostError: the workers started, but could not connect.
     """
-    if strategy not in STRATEGIES:
-        raise UsageError(
-            f"unknown distribution.strategy {strategy!r}: expected one of {', '.join(STRATEGIES)}"
-        )
+    check_strategy(strategy)
     _disable_device_iterator_autotuning()
     if strategy == "one_device":
         return _one_device(replicas)

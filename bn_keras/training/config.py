@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from bn_keras.distribute import STRATEGIES
+from bn_keras.distribute import check_strategy
 from bn_keras.errors import UsageError
 
 
@@ -225,11 +225,7 @@ def check_config(config: ConfigDict) -> None:
             f"train.micro_batches={train.micro_batches} is invalid: expected a divisor of"
             f" train.global_batch_size={train.global_batch_size}"
         )
-    if config.distribution.strategy not in STRATEGIES:
-        raise UsageError(
-            f"unknown distribution.strategy {config.distribution.strategy!r}: expected one of"
-            f" {', '.join(STRATEGIES)}"
-        )
+    check_strategy(config.distribution.strategy)
     if config.population.when not in ("never", "end", "evaluations"):
         raise UsageError(
             f"unknown population.when {config.population.when!r}: expected never, end or"
