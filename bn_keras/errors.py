@@ -52,9 +52,14 @@ class TrainingDivergedError(ReportedError, ArithmeticError):
 
 
 class WorkerLostError(ReportedError, ConnectionError):
-    """Another worker of a multi-worker training has ended or cannot be reached."""
+    """Another worker of a multi-worker training has ended, or cannot be reached.
 
-    status = 5
+    Restart all workers. The status, 128 + SIGUSR1, is the one that Kubeflow's TFJob retries in all
+    of its versions: tf-operator reserved it for this purpose, training-operator retries any status
+    from 128 on.
+    """
+
+    status = 138
 
 
 class TrainingStoppedError(KeyboardInterrupt):
