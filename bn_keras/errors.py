@@ -25,7 +25,18 @@ class UsageError(ReportedError, ValueError):
 
 
 class StorageError(ReportedError, OSError):
-    """A file cannot be written or read: a full disk, missing permissions, an unreachable bucket."""
+    """A file cannot be written or read: a full disk, missing permissions, a missing bucket."""
+
+
+class BucketUnavailableError(StorageError):
+    """A bucket does not answer, even after several minutes; the same command may succeed later."""
+
+    # EX_TEMPFAIL of sysexits.h: jobs retry it.
+    status = 75
+
+
+class WorkdirInUseError(UsageError):
+    """Another process trains in the workdir."""
 
 
 class ResumeError(ReportedError, RuntimeError):

@@ -11,7 +11,6 @@ import pytest
 from full_disk import files_of_at_most
 
 from bn_keras.errors import StorageError, UsageError
-from bn_keras.runs import lock
 from bn_keras.runs.metrics import MetricsWriter
 from bn_keras.runs.workdir import Workdir
 from bn_keras.training.build import build_data, build_model
@@ -280,14 +279,6 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog)
     monkeypatch.setattr(fcntl, "flock", refused)
     acquire_lock(tmp_path)
     assert "cannot be locked (No locks available)" in caplog.text
-
-
-def test_a_bucket_has_no_locks(tmp_path, monkeypatch):
-    Workdir(tmp_path).create(default_config(), *INTERFACE)
-    monkeypatch.setattr(lock, "is_local", lambda path: False)
-    with Workdir(tmp_path).locked():
-        acquire_lock(tmp_path)
-    assert not (tmp_path / "lock").exists()
 
 
 def test_the_best_accuracy_is_that_of_evaluations_up_to_a_step(tmp_path):

@@ -19,7 +19,7 @@ from bn_keras.errors import StorageError, UsageError
 from bn_keras.fold import FoldReport, check_agreement, fold_batch_norm
 from bn_keras.inference.loading import TrainedNetwork, load_trained
 from bn_keras.keras_internals import all_layers
-from bn_keras.runs.atomic_files import writing
+from bn_keras.runs.storage import writing
 from bn_keras.training.build import build_model
 
 # Images on which the network is compared with its export.

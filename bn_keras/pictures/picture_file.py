@@ -6,7 +6,7 @@ import pathlib
 from matplotlib.figure import Figure
 
 from bn_keras.errors import UsageError
-from bn_keras.runs.atomic_files import writing
+from bn_keras.runs.storage import writing
 from bn_keras.text import first_line
 
 

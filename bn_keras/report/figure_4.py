@@ -13,8 +13,8 @@ from bn_keras.inference.evaluation import EvaluationRow, evaluate_networks
 from bn_keras.models.bn_inception import ENSEMBLE
 from bn_keras.report import published
 from bn_keras.report.sections import Section, markdown_table
-from bn_keras.runs.atomic_files import write_atomically, writing
 from bn_keras.runs.history import Spread
+from bn_keras.runs.storage import write_atomically, writing
 from bn_keras.runs.workdir import Workdir
 
 # The training's crops that show whole images, unlike ImageNet's, by config.data.crop.

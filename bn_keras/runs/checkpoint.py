@@ -1,8 +1,11 @@
 """The checkpoints of a run: all variables, identified by part and position in that part."""
 
+import contextlib
+import functools
 import os
 import re
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import keras
 import numpy as np
@@ -11,7 +14,8 @@ from absl import logging
 from etils import epath
 
 from bn_keras.errors import StorageError, UsageError
-from bn_keras.runs.atomic_files import move, reason_of, write_atomically, writing
+from bn_keras.runs import storage
+from bn_keras.runs.storage import is_local, reason_of, writing
 
 _FILE = re.compile(r"step-(\d+)\.(?:index|data-\d{5}-of-\d{5})")
 # Errors of reading a damaged file: a wrong checksum, an early end, or a damaged length, which
@@ -25,9 +29,12 @@ class Checkpoints:
     Decisions:
       - Parts are saved as flat dictionaries of variables: an object-based checkpoint of a Keras
         model omits the state of its random generators (dropout's).
-      - A checkpoint is written in a folder of its own and then moved into place. Its index is moved
-        last, and makes it count. Only then an older checkpoint is removed. An interrupted save
-        leaves the earlier checkpoints intact; the next save removes its files.
+      - A checkpoint is written in a folder of its own, on this machine, and then moved into place.
+        Its index is moved last, and makes it count. Only then an older checkpoint is removed, the
+        index before the data. An interrupted save leaves the earlier checkpoints intact; the next
+        save removes its files.
+      - A checkpoint in a bucket is copied to this machine before it is read: what is damaged can
+        then be told from a bucket that does not answer.
       - TensorFlow stores a checksum of each tensor and each block of the index, and compares it
         when reading. Everything is read before the first variable changes.
       - The folder's contents are authoritative. The file `checkpoint` is written for
@@ -39,6 +46,8 @@ class Checkpoints:
       parts: variables by name of their part. `restore` accepts fewer parts than were saved.
       keep: how many of the latest checkpoints to keep.
       writes: False makes `save` do nothing, as for workers other than the chief.
+      verify_owner: called before a save makes its checkpoint count, and before it removes others;
+        raises an error if another process now owns the folder.
     """
 
     def __init__(
@@ -47,6 +56,7 @@ class Checkpoints:
         parts: Mapping[str, Sequence[keras.Variable]],
         keep: int = 1,
         writes: bool = True,
+        verify_owner: Callable[[], None] = lambda: None,
     ) -> None:
         self._folder = folder
         # By position and name, not by path: paths contain numbers that Keras counts up across all
@@ -57,6 +67,7 @@ class Checkpoints:
         }
         self._keep = keep
         self._writes = writes
+        self._verify_owner = verify_owner
         self._damaged: set[int] = set()
 
     @property
@@ -81,20 +92,31 @@ class Checkpoints:
 
         Raises:
           StorageError: the checkpoint cannot be written; the earlier ones are intact.
+          WorkdirInUseError: see `verify_owner`.
         """
         if not self._writes:
             return
-        self._damaged |= {other for other in self._files() if other >= step}
+        files = self._files()
+        self._damaged |= {other for other in files if other >= step}
         intact = "there is no earlier one"
-        if self.latest:
-            intact = f"that of step {self.latest_step} is intact"
+        if earlier := files.keys() - self._damaged:
+            intact = f"that of step {max(earlier)} is intact"
         with writing(
             f"the checkpoint of step {step} in {self._folder}",
             f"{intact}; fix the cause and start again",
         ):
-            self._write(step)
+            names = self._write(step)
             self._damaged.discard(step)
-            self._remove_old()
+            files[step] = [self._folder / name for name in names]
+            self._verify_owner()
+            kept = set(sorted(files.keys() - self._damaged)[-self._keep :])
+            storage.in_parallel(
+                [
+                    functools.partial(self._write_state, step),
+                    *(functools.partial(_remove, files[old]) for old in files.keys() - kept),
+                ]
+            )
+            self._damaged &= kept
 
     def restore(self) -> int:
         """Restores the latest checkpoint and returns its step; 0 if there is none.
@@ -136,50 +158,82 @@ class Checkpoints:
     def _files(self) -> dict[int, list[epath.Path]]:
         """Returns the files of each step, the data before the index."""
         files: dict[int, list[epath.Path]] = {}
-        for file in sorted(self._folder.iterdir()) if self._folder.exists() else ():
+        for file in storage.list_folder(self._folder):
             if name := _FILE.fullmatch(file.name):
                 files.setdefault(int(name[1]), []).append(file)
         return files
 
-    def _write(self, step: int) -> None:
-        unfinished = self._folder / "unfinished"
-        unfinished.rmtree(missing_ok=True)
-        unfinished.mkdir(parents=True)
+    def _write(self, step: int) -> list[str]:
+        """Writes a checkpoint, and returns the names of its files, the data before the index."""
         values = {
             part: {name: v.value for name, v in variables.items()}
             for part, variables in self._parts.items()
         }
-        try:
+        with self._unfinished_folder() as unfinished:
             tf.train.Checkpoint(**values).write(os.fspath(unfinished / f"step-{step}"))
-            # In sorted order the data moves before the index.
-            for file in sorted(unfinished.glob("step-*.*")):
-                move(file, self._folder / file.name)
-        finally:
-            unfinished.rmtree(missing_ok=True)
-        write_atomically(self._folder / "checkpoint", f'model_checkpoint_path: "step-{step}"\n')
+            names = sorted(file.name for file in unfinished.glob("step-*.*"))
+            # The index is last in sorted order.
+            for name in names:
+                if name.endswith(".index"):
+                    self._verify_owner()
+                storage.move(unfinished / name, self._folder / name)
+        return names
 
-    def _remove_old(self) -> None:
-        files = self._files()
-        kept = sorted(files.keys() - self._damaged)[-self._keep :]
-        for step in files.keys() - set(kept):
-            # The index before the data.
-            for file in reversed(files[step]):
-                file.unlink()
-            self._damaged.discard(step)
+    @contextlib.contextmanager
+    def _unfinished_folder(self) -> Iterator[epath.Path]:
+        """Creates an empty folder on this machine until the block ends."""
+        if not is_local(self._folder):
+            with tempfile.TemporaryDirectory(prefix="bn_keras_") as name:
+                yield epath.Path(name)
+            return
+        # In the folder itself: a file can be renamed only within its file system.
+        folder = self._folder / "unfinished"
+        folder.rmtree(missing_ok=True)
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            folder.rmtree(missing_ok=True)
+
+    def _write_state(self, step: int) -> None:
+        text = f'model_checkpoint_path: "step-{step}"\n'
+        storage.write_atomically(self._folder / "checkpoint", text)
 
     def _read(self, step: int) -> dict[str, np.ndarray]:
-        for file in self._files().get(step, ()):
-            # A missing permission is not damage. The reader below reports a missing file.
-            try:
-                with file.open("rb") as opened:
-                    opened.read(1)
-            except (FileNotFoundError, tf.errors.NotFoundError):
-                continue
-            except (OSError, tf.errors.OpError) as error:
-                raise StorageError(f"{file} cannot be read: {reason_of(error)}") from None
-        # tf.train.load_checkpoint would look for a folder of that name first.
-        reader = tf.compat.v1.train.NewCheckpointReader(self._path(step))
-        return {key: reader.get_tensor(key) for key in sorted(reader.get_variable_to_shape_map())}
+        with self._local_copy(step) as path:
+            # tf.train.load_checkpoint would look for a folder of that name first.
+            reader = tf.compat.v1.train.NewCheckpointReader(path)
+            names = sorted(reader.get_variable_to_shape_map())
+            return {name: reader.get_tensor(name) for name in names}
+
+    @contextlib.contextmanager
+    def _local_copy(self, step: int) -> Iterator[str]:
+        """Yields a checkpoint's path on this machine, without file extension.
+
+        A file that is missing is left to the reader.
+
+        Raises:
+          StorageError: a file exists, but cannot be read.
+        """
+        files = self._files().get(step, [])
+        if is_local(self._folder):
+            for file in files:
+                # A missing permission is not damage.
+                try:
+                    with file.open("rb") as opened:
+                        opened.read(1)
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    raise StorageError(f"{file} cannot be read: {reason_of(error)}") from None
+            yield self._path(step)
+            return
+        with tempfile.TemporaryDirectory(prefix="bn_keras_") as name:
+            folder = epath.Path(name)
+            storage.in_parallel(
+                functools.partial(storage.copy, file, folder / file.name) for file in files
+            )
+            yield os.fspath(folder / f"step-{step}")
 
     def _assign(self, values: Mapping[str, np.ndarray], path: str) -> None:
         variables = {
@@ -198,3 +252,9 @@ class Checkpoints:
             )
         for key, variable in variables.items():
             variable.assign(values[key])
+
+
+def _remove(files: Sequence[epath.Path]) -> None:
+    """Removes the files of a checkpoint, the index before the data."""
+    for file in reversed(files):
+        storage.remove(file)

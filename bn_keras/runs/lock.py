@@ -3,25 +3,34 @@
 import datetime
 import os
 import socket
+from collections.abc import Callable
 from typing import IO
 
 from absl import logging
 from etils import epath
 
-from bn_keras.errors import UsageError
-from bn_keras.runs.atomic_files import is_local, writing
+from bn_keras.errors import WorkdirInUseError
+from bn_keras.runs.bucket_lock import BucketLock
+from bn_keras.runs.storage import is_local, writing
 
 try:
     import fcntl
 except ImportError:
     # On Windows.
     fcntl = None  # type: ignore[assignment]
+_HAS_FLOCK = fcntl is not None
+
+
+def make_lock(workdir: epath.Path) -> "Lock | BucketLock":
+    """Returns the lock of a workdir, which is acquired later."""
+    path = workdir / "lock"
+    return Lock(path) if is_local(path) else BucketLock(path)
 
 
 class Lock:
     """A file locked with flock, which the kernel releases at the latest when the process ends.
 
-    In a bucket, on Windows and on file systems without locks, nothing is locked.
+    On Windows and on file systems without locks, nothing is locked.
 
     Args:
       path: file to lock; it remains after the release, and its text names the last holder.
@@ -31,14 +40,17 @@ class Lock:
         self._path = path
         self._file: IO[bytes] | None = None
 
-    def acquire(self) -> None:
+    def acquire(self, on_wait: Callable[[], None] = lambda: None) -> None:
         """Acquires the lock.
 
+        Args:
+          on_wait: not called, because this never waits; see `BucketLock.acquire`.
+
         Raises:
-          UsageError: another process holds it.
+          WorkdirInUseError: another process holds it.
           StorageError: the file cannot be written.
         """
-        if fcntl is None or not is_local(self._path):
+        if not _HAS_FLOCK:
             return
         with writing(f"{self._path}"):
             self._file = file = open(self._path, "a+b", buffering=0)
@@ -48,7 +60,7 @@ class Lock:
             file.seek(0)
             holder = file.read().decode().strip() or "another process"
             self.release()
-            raise UsageError(
+            raise WorkdirInUseError(
                 f"workdir {self._path.parent} is in use: {holder} is training in it; wait until it"
                 " ends, stop it, or use another workdir"
             ) from None
@@ -64,8 +76,15 @@ class Lock:
             holder = f"process {os.getpid()} on {socket.gethostname()}, since {since}\n"
             file.write(holder.encode())
 
+    def verify(self) -> None:
+        """Does nothing: the kernel keeps the lock as long as this process lives."""
+
     def release(self) -> None:
         """Releases the lock if it is held."""
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def abandon(self) -> None:
+        """Releases the lock; see `BucketLock.abandon`."""
+        self.release()

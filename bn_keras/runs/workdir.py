@@ -4,16 +4,23 @@ import contextlib
 import datetime
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import tensorflow as tf
 from etils import epath
 from ml_collections import ConfigDict
 
-from bn_keras.errors import StorageError, UsageError
-from bn_keras.runs.atomic_files import is_local, write_atomically, writing
-from bn_keras.runs.lock import Lock
+from bn_keras.errors import (
+    BucketUnavailableError,
+    StorageError,
+    UsageError,
+    WorkdirInUseError,
+)
+from bn_keras.runs import storage
+from bn_keras.runs.lock import make_lock
 from bn_keras.runs.saved_config import SavedConfig, flatten, missing_keys_error
+from bn_keras.runs.storage import is_local, read, writing
 from bn_keras.text import first_line
 
 # One line of metrics.jsonl.
@@ -61,14 +68,14 @@ class Workdir:
         self._config = self.path / "config.json"
         self._interface = self.path / "interface.json"
         self._environment = self.path / "environment.json"
-        self._lock = Lock(self.path / "lock")
-        self._create_acquires_lock = False
+        self._lock = make_lock(self.path)
+        self._acquire_on_create: Callable[[], None] | None = None
 
     def check(self, config: ConfigDict) -> None:
         """Raises UsageError if the path is a file, or the folder of a run of another config."""
-        if self.path.exists() and not self.path.is_dir():
+        if is_local(self.path) and self.path.exists() and not self.path.is_dir():
             raise UsageError(f"workdir {self.path} is a file: expected a folder")
-        if not self._config.exists():
+        if not self._exists():
             return
         self.read_metrics()
         saved, now = flatten(self.read_config()), flatten(config)
@@ -87,24 +94,39 @@ class Workdir:
             )
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Keeps other processes from training in the folder until the block ends.
 
         An existing run is locked from here on, a new one from `create` on: before, there is nothing
-        to corrupt. See `Lock` for where no lock is available.
+        to corrupt. See `Lock` and `BucketLock`.
+
+        Args:
+          on_wait: see `BucketLock.acquire`.
 
         Raises:
-          UsageError: another process holds the lock, now or when `create` is called.
+          WorkdirInUseError: another process holds the lock, now or when `create` is called.
         """
-        exists = self._config.exists()
-        self._create_acquires_lock = self.writes and not exists
+
+        def acquire() -> None:
+            self._lock.acquire(on_wait)
+
+        exists = self._exists()
+        self._acquire_on_create = None if exists or not self.writes else acquire
         try:
             if self.writes and exists:
-                self._lock.acquire()
+                acquire()
             yield
+        except BucketUnavailableError:
+            # A request to release it would take minutes.
+            self._lock.abandon()
+            raise
         finally:
-            self._create_acquires_lock = False
+            self._acquire_on_create = None
             self._lock.release()
+
+    def verify_owner(self) -> None:
+        """Raises WorkdirInUseError if another process has taken over a locked folder."""
+        self._lock.verify()
 
     def create(
         self,
@@ -125,8 +147,9 @@ class Workdir:
           num_train_examples: examples per epoch, which order and schedule depend on.
 
         Raises:
-          UsageError: the run was started on other data, or another process trains in the folder
-            or has started a run in it.
+          UsageError: the run was started on other data, or another process has started a run in
+            the folder meanwhile.
+          WorkdirInUseError: another process trains in the folder.
           StorageError: the folder cannot be written.
         """
         interface = {
@@ -140,26 +163,35 @@ class Workdir:
         if not self.writes:
             return
         with writing(f"workdir {self.path}"):
-            self.path.mkdir(parents=True, exist_ok=True)
-            if self._create_acquires_lock:
-                self._create_acquires_lock = False
-                self._lock.acquire()
-                if self._config.exists():
+            storage.make_folder(self.path)
+            if self._acquire_on_create:
+                self._acquire_on_create()
+                self._acquire_on_create = None
+                if self._exists():
                     raise UsageError(
                         f"another process has started a run in {self.path} meanwhile: start again"
                         " to resume it, or use another workdir"
                     )
-            self.metrics.touch()
+            if read(self.metrics) is None:
+                self._write(self.metrics, "")
             for file, content in contents.items():
-                if file == self._interface or not file.exists():
-                    write_atomically(file, json.dumps(content, indent=2) + "\n")
+                if file == self._interface or read(file) is None:
+                    self._write(file, json.dumps(content, indent=2) + "\n")
+
+    def _exists(self) -> bool:
+        """Returns whether there is a run in the folder."""
+        return read(self._config) is not None
+
+    def _write(self, path: epath.Path, text: str) -> None:
+        self.verify_owner()
+        storage.write_atomically(path, text)
 
     def _has_interface(self, interface: Mapping[str, Any]) -> bool:
         """Returns whether interface.json is intact; raises UsageError if its values differ."""
         try:
-            before = json.loads(self._interface.read_text())
+            before = json.loads(read(self._interface) or b"")
             differing = [key for key in interface if before[key] != interface[key]]
-        except (ValueError, OSError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             return False
         if differing:
             key = differing[0]
@@ -178,11 +210,12 @@ class Workdir:
         Raises:
           UsageError: there is no run in the folder, or its config cannot be read.
         """
-        if not self._config.exists():
+        content = read(self._config)
+        if content is None:
             raise UsageError(f"workdir {self.path} holds no run: it has no config.json")
         try:
-            config = json.loads(self._config.read_text())
-        except (ValueError, OSError) as error:
+            config = json.loads(content)
+        except ValueError as error:
             raise UsageError(f"{self._config} cannot be read: {first_line(error)}") from None
         sections = config if isinstance(config, dict) else {}
         missing = [name for name in _SECTIONS if not isinstance(sections.get(name), dict)]
@@ -197,10 +230,10 @@ class Workdir:
           UsageError: they cannot be read.
         """
         try:
-            interface = json.loads(self._interface.read_text())
+            interface = json.loads(read(self._interface) or b"")
             height, width, channels = interface["input_shape"]
             return (height, width, channels), tuple(interface["class_names"])
-        except (ValueError, OSError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             raise UsageError(
                 f"{self._interface} is missing or damaged: start the run's training again, which"
                 " writes it"
@@ -219,42 +252,46 @@ class Workdir:
 
         def record() -> None:
             if self.writes:
-                text = json.dumps([*earlier, start], indent=2) + "\n"
-                write_atomically(self._environment, text)
+                self._write(self._environment, json.dumps([*earlier, start], indent=2) + "\n")
 
         with writing(f"workdir {self.path}"):
             record()
         try:
             yield
-        finally:
+        except (BucketUnavailableError, WorkdirInUseError):
+            # Another write would take minutes, or must not be made.
+            raise
+        except BaseException:
             start["ended"] = _now()
             # A failed write must not mask the run's own error; only the time of its end is lost.
-            with contextlib.suppress(StorageError, OSError):
+            with contextlib.suppress(StorageError, WorkdirInUseError, OSError, tf.errors.OpError):
                 record()
+            raise
+        start["ended"] = _now()
+        with writing(f"workdir {self.path}"):
+            record()
 
     def read_environment(self) -> list[dict[str, Any]]:
         """Reads the records of the run's starts, in order; empty if the file is damaged."""
         try:
-            starts = json.loads(self._environment.read_text())
-        except (ValueError, OSError):
+            starts = json.loads(read(self._environment) or b"")
+        except ValueError:
             return []
         return starts if isinstance(starts, list) else []
 
     def read_data_sizes(self) -> tuple[int, int]:
         """Reads the numbers of classes and of training examples; 0 if unknown."""
         try:
-            interface = json.loads(self._interface.read_text())
+            interface = json.loads(read(self._interface) or b"")
             return len(interface["class_names"]), interface.get("num_train_examples", 0)
-        except (ValueError, OSError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             return 0, 0
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Reads the lines of metrics.jsonl in order; an incomplete last line is left out."""
-        if not self.metrics.exists():
-            return []
         try:
-            *lines, _ = self.metrics.read_text().split("\n")
-        except (ValueError, OSError) as error:
+            *lines, _ = (read(self.metrics) or b"").decode().split("\n")
+        except ValueError as error:
             raise UsageError(f"{self.metrics} cannot be read: {first_line(error)}") from None
         return [self._parse(number, line) for number, line in enumerate(lines, start=1)]
 
@@ -302,10 +339,13 @@ class Workdir:
 
     def drop_metrics_after(self, step: int) -> None:
         """Drops the lines of metrics.jsonl after the step at which the run resumes."""
-        if self.writes and self.metrics.exists():
-            kept = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
+        if not self.writes:
+            return
+        lines = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
+        kept = "".join(lines)
+        if kept.encode() != read(self.metrics):
             with writing(f"{self.metrics}", "it is unchanged"):
-                write_atomically(self.metrics, "".join(kept))
+                self._write(self.metrics, kept)
 
 
 def _with_absolute_paths(config: ConfigDict) -> dict[str, Any]:

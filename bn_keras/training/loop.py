@@ -68,6 +68,8 @@ def train_and_evaluate(
     Raises:
       UsageError: an invalid value in the config, or a workdir with another run.
       StorageError: the workdir cannot be written.
+      BucketUnavailableError: the workdir is in a bucket that does not answer.
+      WorkdirInUseError: another process trains in the workdir.
       TrainingDivergedError: the loss or a variable is no longer finite.
       TrainingStoppedError: a signal stopped the training, on any worker.
       WorkerLostError: another worker has ended.
@@ -81,7 +83,10 @@ def train_and_evaluate(
     run.writes = is_chief(strategy)
     data = build_data(config)
     label = label or run.path.name
-    with run.locked(), stop_requests() as stop_request:
+    with (
+        stop_requests() as stop_request,
+        run.locked(lambda: _check_stopped(stop_request, run)),
+    ):
         while True:
             try:
                 with reporting_lost_workers(strategy):
@@ -90,6 +95,15 @@ def train_and_evaluate(
                 _check_retry(run, error, config.train.retries, config.train.retry_factor, label)
             # Frees the diverged network, whose parts refer to each other, before the next is built.
             gc.collect()
+
+
+def _check_stopped(stop_request: StopRequest, run: Workdir) -> None:
+    """Raises TrainingStoppedError if a signal arrived while the run waits for its lock."""
+    if stop_request.signum is not None:
+        raise TrainingStoppedError(
+            f"stopped by {stop_request.name} while waiting for {run.path}: nothing was trained",
+            stop_request.signum,
+        )
 
 
 def _check_retry(
@@ -170,7 +184,9 @@ def _build(
     """
     shape, classes, examples = data.input_shape, data.num_classes, data.num_train_examples
     trainer = build_trainer(config, strategy, shape, classes, examples, rate_factor)
-    checkpoints = Checkpoints(run.checkpoints, trainer.parts, config.checkpoint.keep, run.writes)
+    checkpoints = Checkpoints(
+        run.checkpoints, trainer.parts, config.checkpoint.keep, run.writes, run.verify_owner
+    )
     step = checkpoints.restore()
     validation = Validation(
         trainer,
@@ -333,6 +349,8 @@ class _Training:
             return
         if not is_checked:
             self.check_finite()
+        # A run that resumes from the checkpoint does not write these lines again.
+        self.metrics.sync()
         self.checkpoints.save(self.step)
 
     def finish(self) -> Metrics:

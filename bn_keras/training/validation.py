@@ -62,8 +62,10 @@ class Validation:
         self._target = target_accuracy or math.inf
         self._evaluate = make_evaluator(model, data, trainer.strategy, global_batch_size)
         parts = {"model": model.variables}
-        self._best = Checkpoints(run.best, parts, writes=run.writes)
-        self._finished = Checkpoints(run.finished, parts, writes=run.writes)
+        self._best, self._finished = (
+            Checkpoints(folder, parts, writes=run.writes, verify_owner=run.verify_owner)
+            for folder in (run.best, run.finished)
+        )
         self.accuracy = 0.0
         self.best_accuracy = run.best_accuracy(step)
         has_batch_norm = any(isinstance(layer, BATCH_NORMS) for layer in all_layers(model))

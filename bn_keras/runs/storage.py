@@ -1,0 +1,197 @@
+"""Files, local or in a bucket: complete writes, fresh reads, and errors on one line."""
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO, Any
+
+import tensorflow as tf
+from etils import epath
+
+from bn_keras.errors import BucketUnavailableError, StorageError
+from bn_keras.text import first_line
+
+# Smaller files are read or written in one piece.
+_PIECE_BYTES = 2**26
+_MISSING_ERRORS = (FileNotFoundError, NotADirectoryError, tf.errors.NotFoundError)
+# Errors that TensorFlow's client of a bucket raises after its own retries, which take about three
+# minutes.
+_TEMPORARY_ERRORS = (
+    tf.errors.AbortedError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.UnavailableError,
+)
+# The client does not retry a name that cannot be resolved, nor an object that became shorter while
+# it was read.
+_TEMPORARY_REASONS = ("Couldn't resolve host", "File contents are inconsistent")
+
+
+def is_local(path: str | os.PathLike) -> bool:
+    """Returns whether a path is on a file system of this machine, not in a bucket."""
+    return "://" not in os.fspath(path)
+
+
+def is_temporary(error: Exception) -> bool:
+    """Returns whether an error of a bucket may be gone when the command is started again."""
+    return isinstance(error, tf.errors.OpError) and (
+        isinstance(error, _TEMPORARY_ERRORS) or any(r in str(error) for r in _TEMPORARY_REASONS)
+    )
+
+
+@contextlib.contextmanager
+def writing(what: str, advice: str = "") -> Iterator[None]:
+    """Turns file errors of Python and TensorFlow, such as a full disk, into StorageError.
+
+    Args:
+      what: name of what the block writes.
+      advice: what to do; "" for none.
+
+    Raises:
+      StorageError: "WHAT cannot be written: REASON; ADVICE".
+      BucketUnavailableError: the same, if the bucket does not answer.
+    """
+    with _reporting(f"{what} cannot be written", advice):
+        yield
+
+
+@contextlib.contextmanager
+def _reporting(failure: str, advice: str = "") -> Iterator[None]:
+    try:
+        yield
+    except StorageError:
+        # A nested block has already named the file more precisely.
+        raise
+    except (OSError, tf.errors.OpError) as error:
+        kind = BucketUnavailableError if is_temporary(error) else StorageError
+        advice = advice and f"; {advice}"
+        raise kind(f"{failure}: {reason_of(error)}{advice}") from None
+
+
+def reason_of(error: Exception) -> str:
+    """Returns the cause in the message of a file error, without the path.
+
+    TensorFlow's messages have the form "a/temporary/file; No space left on device", or "All 10
+    retry attempts failed. The last failure: REASON".
+    """
+    reason = first_line(error).rpartition("; ")[2]
+    retried = re.match(r"All \d+ retry attempts failed. The last failure: (.*)", reason)
+    return f"the bucket does not answer ({retried[1]})" if retried else reason
+
+
+def read(path: epath.Path) -> bytes | None:
+    """Reads a file as it is now; returns None if it does not exist.
+
+    Raises:
+      StorageError: the file cannot be read.
+    """
+    with _reporting(f"{path} cannot be read"):
+        try:
+            with _open(path, "rb") as file:
+                # TensorFlow's read of a whole object ends at a size that it caches for seconds;
+                # another process may have written the object since.
+                return b"".join(_pieces(file))
+        except _MISSING_ERRORS:
+            return None
+
+
+def copy(source: epath.Path, target: epath.Path) -> bool:
+    """Copies a file to or from a bucket; returns whether the source exists.
+
+    Raises:
+      StorageError: the source cannot be read, or the target cannot be written.
+    """
+    with _reporting(f"{source} cannot be copied to {target}"), contextlib.ExitStack() as opened:
+        try:
+            file = opened.enter_context(_open(source, "rb"))
+            pieces = _pieces(file)
+            first = next(pieces, b"")
+        except _MISSING_ERRORS:
+            return False
+        # Opened after the first read: closing a file in a bucket writes it.
+        with _open(target, "wb") as copied:
+            copied.write(first)
+            for piece in pieces:
+                copied.write(piece)
+    return True
+
+
+def write_atomically(path: epath.Path, content: str | bytes) -> None:
+    """Writes a file; if that fails, the previous file remains."""
+    content = content.encode() if isinstance(content, str) else content
+    if not is_local(path):
+        # An object in a bucket is replaced as a whole.
+        with _open(path, "wb") as file:
+            file.write(content)
+        return
+    unfinished = path.parent / f"{path.name}.unfinished"
+    unfinished.write_bytes(content)
+    move(unfinished, path)
+
+
+def move(source: epath.Path, target: epath.Path) -> None:
+    """Moves a local file, and replaces the target completely or not at all.
+
+    A local target is in the same file system. The file is flushed to disk before it gets its new
+    name, and the name before the function returns: after a loss of power, the target is the
+    previous or the new file, and what is removed later does not outlive it.
+    """
+    if is_local(target):
+        _flush(source, os.O_RDWR)  # Windows flushes only files that are open for writing.
+        os.replace(source, target)
+        if os.name != "nt":
+            _flush(target.parent, os.O_RDONLY)
+    else:
+        copy(source, target)
+        source.unlink()
+
+
+def make_folder(path: epath.Path) -> None:
+    """Creates a folder and its parents; in a bucket, folders need not be created."""
+    if is_local(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def list_folder(path: epath.Path) -> list[epath.Path]:
+    """Returns the sorted paths in a folder as it is now; none if it does not exist.
+
+    In a bucket, it takes a single request.
+    """
+    if is_local(path):
+        return sorted(path.iterdir()) if path.is_dir() else []
+    pattern = re.sub(r"([*?\[\\])", r"\\\1", os.fspath(path)) + "/*"
+    return sorted(map(epath.Path, tf.io.gfile.glob(pattern)))
+
+
+def remove(path: epath.Path) -> None:
+    """Removes a file if it exists."""
+    path.unlink(missing_ok=True)
+
+
+def in_parallel(calls: Iterable[Callable[[], object]]) -> None:
+    """Makes calls at the same time, for requests whose order does not matter.
+
+    Raises:
+      Exception: the error of the first call that failed, after all have ended.
+    """
+    with ThreadPoolExecutor() as pool:
+        for future in [pool.submit(call) for call in calls]:
+            future.result()
+
+
+def _open(path: epath.Path, mode: str) -> IO[Any]:
+    # epath's own `open` returns something that is no file for a bucket.
+    return open(path, mode) if is_local(path) else tf.io.gfile.GFile(os.fspath(path), mode)
+
+
+def _pieces(file: IO[bytes]) -> Iterator[bytes]:
+    return iter(lambda: file.read(_PIECE_BYTES), b"")
+
+
+def _flush(path: epath.Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
