@@ -7,6 +7,7 @@ Exit statuses:
   3: the training diverged.
   4: a cloud job failed.
   5: another worker was lost.
+  75: a bucket does not answer; try again.
   130, 143, 141: ended by SIGINT (Ctrl-C), by SIGTERM, by a broken pipe.
 """
 
@@ -27,6 +28,8 @@ from typing import NoReturn, TypeVar
 
 # TensorFlow and Keras read these when they are imported, later.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# TensorFlow caches whether an object exists; another process may have written or deleted it since.
+os.environ.setdefault("GCS_STAT_CACHE_MAX_AGE", "0")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 from absl import app, flags, logging
@@ -214,7 +217,8 @@ def _reported_errors() -> Iterator[None]:
         with _silenced_stderr():
             import tensorflow as tf
 
-            from bn_keras.errors import ReportedError, TrainingStoppedError
+            from bn_keras.errors import BucketUnavailableError, ReportedError, TrainingStoppedError
+            from bn_keras.storage import is_temporary, reason_of
     except ImportError as error:
         raise CommandError(str(error)) from None
     _drop_foreign_logs()
@@ -232,8 +236,13 @@ def _reported_errors() -> Iterator[None]:
     except tf.errors.OpError as error:
         if "gs://" not in error.message:
             raise
+        if is_temporary(error):
+            raise CommandError(
+                f"{reason_of(error)}: start the same command again later",
+                BucketUnavailableError.status,
+            ) from None
         raise CommandError(
-            f"the bucket is unreachable ({error.message}): check that it exists, and log in with"
+            f"the bucket cannot be used ({error.message}): check that it exists, and log in with"
             " `gcloud auth application-default login`"
         ) from None
 

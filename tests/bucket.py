@@ -10,12 +10,14 @@ import datetime
 import http.server
 import json
 import os
+import pathlib
 import re
 import shutil
 import socket
 import socketserver
 import ssl
 import subprocess
+import sys
 import threading
 import time
 import urllib.parse
@@ -24,6 +26,7 @@ from dataclasses import dataclass
 
 import pytest
 
+TESTS = pathlib.Path(__file__).resolve().parent
 HOSTS = ("storage.googleapis.com", "www.googleapis.com", "oauth2.googleapis.com")
 # The service accepts about one write per second to an object.
 SECONDS_BETWEEN_WRITES = 1.0
@@ -85,17 +88,13 @@ class Bucket:
       changes_left: number of changes after which all requests fail, as if the process that makes
         them had died; None for no limit.
       before_read: called with the name and the offset before a read.
+      after_change: called with the name after each change of an object.
     """
 
     def __init__(self, folder):
         self.objects = {}
         self.requests = []
-        self.latency = 0.0
-        self.limits_writes = False
-        self.num_errors = 0
-        self.changes_left = None
-        self.before_read = lambda name, offset: None
-        self._outage_ends = 0.0
+        self.reset_faults()
         self._generation = 0
         self._last_writes = {}
         self._uploads = {}
@@ -106,6 +105,16 @@ class Bucket:
         handler = type("Handler", (_Handler,), {"bucket": self, "tls": context})
         self._server = _Server(("127.0.0.1", 0), handler)
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def reset_faults(self):
+        """Ends all faults."""
+        self.latency = 0.0
+        self.limits_writes = False
+        self.num_errors = 0
+        self.changes_left = None
+        self.before_read = lambda name, offset: None
+        self.after_change = lambda name: None
+        self._outage_ends = 0.0
 
     def close(self):
         """Stops the server."""
@@ -126,7 +135,7 @@ class Bucket:
             "NO_GCE_CHECK": "true",
             "GCS_RETRY_CONFIG_INIT_DELAY_TIME_US": "20000",
             "GCS_RETRY_CONFIG_MAX_DELAY_TIME_US": "200000",
-            "GCS_RETRY_CONFIG_MAX_RETRIES": "4",
+            "GCS_RETRY_CONFIG_MAX_RETRIES": "8",
         }
 
     def begin_outage(self, seconds):
@@ -174,15 +183,18 @@ class Bucket:
         with self._lock:
             self._generation += 1
             self.objects[name] = Object(content, self._generation, time.time())
-            if self.changes_left is not None:
-                self.changes_left -= 1
+            self._changed(name)
 
     def delete(self, name):
         """Deletes an object."""
         with self._lock:
             del self.objects[name]
-            if self.changes_left is not None:
-                self.changes_left -= 1
+            self._changed(name)
+
+    def _changed(self, name):
+        if self.changes_left is not None:
+            self.changes_left -= 1
+        self.after_change(name)
 
     def copy_folder(self, source, target):
         """Copies all objects from BUCKET/PREFIX to another."""
@@ -303,6 +315,73 @@ class Bucket:
         return "compose", name, 200, {}, b"{}"
 
 
+@dataclass(frozen=True)
+class Result:
+    """The end of a command: its exit status, output and errors."""
+
+    status: int
+    output: str
+    errors: str
+
+    @property
+    def last_line(self):
+        """The last line of the errors, where a command reports why it has failed."""
+        return self.errors.strip().rpartition("\n")[2]
+
+
+class Commands:
+    """Runs commands in processes that use a bucket; see bucket_commands.py.
+
+    Args:
+      bucket: the bucket.
+      folder: folder for the output of the commands.
+    """
+
+    def __init__(self, bucket, folder):
+        self._folder = folder
+        self._outputs = {}
+        self._process = subprocess.Popen(
+            [sys.executable, str(TESTS / "bucket_commands.py")],
+            env=os.environ
+            | bucket.environment
+            | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])},
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout.readline() == "ready\n"
+
+    def close(self):
+        """Ends the process in which the commands start."""
+        self._process.communicate()
+
+    def start(self, *arguments):
+        """Starts a command; returns its process number."""
+        output = os.path.join(self._folder, f"output_{len(self._outputs)}")
+        number = self._ask(arguments=list(map(str, arguments)), output=output)
+        self._outputs[number] = output
+        return number
+
+    def wait(self, number):
+        """Waits for the end of a command and returns its result."""
+        status = self._ask(wait=number)
+        output, errors = (
+            pathlib.Path(f"{self._outputs[number]}.{ending}").read_text()
+            for ending in ("out", "err")
+        )
+        return Result(status, output, errors)
+
+    def run(self, *arguments):
+        """Runs a command to its end and returns its result."""
+        return self.wait(self.start(*arguments))
+
+    def _ask(self, **request):
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+
 class _Server(socketserver.ThreadingTCPServer):
     daemon_threads = True
     allow_reuse_address = True
@@ -331,6 +410,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.request = self.tls.wrap_socket(self.connection, server_side=True)
         self.setup()
         self.close_connection = False
+
+    def finish(self):
+        with contextlib.suppress(OSError):
+            super().finish()
+        self.request.close()
 
     def _answer(self):
         body = self._read_body()

@@ -19,6 +19,7 @@ LAYER_LIBRARY = {
     "cores": "",
     "errors": "",
     "text": "",
+    "storage": "errors text",
     "keras_internals": "",
     "layer_kinds": "",
     "ops": "cores",
@@ -30,7 +31,7 @@ LAYER_LIBRARY = {
     "fold": "batch_norm errors keras_internals layer_kinds text",
     "health": "batch_norm errors fold keras_internals population text",
     "models": "batch_norm errors text",
-    "convert": "batch_norm errors fold keras_internals models text",
+    "convert": "batch_norm errors fold keras_internals models storage text",
     # The package's __init__.py exports the layer library.
     "bn_keras": "batch_norm convert cost errors fold health merge models population",
 }

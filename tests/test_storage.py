@@ -8,7 +8,7 @@ from etils import epath
 from full_disk import files_of_at_most
 
 from bn_keras.errors import StorageError, UsageError
-from bn_keras.runs.storage import write_atomically, writing
+from bn_keras.storage import write_atomically, writing
 
 TENSORFLOW = "{{node save}} a/file; No space left on device [Op:SaveV2]\nand a traceback"
 

@@ -19,7 +19,6 @@ import math
 import os
 import pathlib
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,9 +27,10 @@ import numpy as np
 import tensorflow as tf
 
 from bn_keras.convert.projects import CADENE, PYTORCHCV, SLIM, SLIM_SCOPE, Project
-from bn_keras.errors import StorageError, UsageError
+from bn_keras.errors import UsageError
 from bn_keras.models.bn_inception import BNInception
 from bn_keras.models.weights_file import check_shapes
+from bn_keras.storage import local_copy, replacing, writing
 from bn_keras.text import counted, first_line
 
 Shape = tuple[int, ...]
@@ -55,7 +55,8 @@ def from_pytorch(
     file elsewhere: numpy.savez(PATH, **{k: v.numpy() for k, v in model.state_dict().items()}).
 
     Args:
-      source: path of an .npz file or of a file of torch.save, or a state dict of tensors or arrays.
+      source: path of an .npz file or of a file of torch.save, local or in a bucket, or a state dict
+        of tensors or arrays.
       input_shape: (height, width, channels) of the images; see BNInception.
 
     Returns:
@@ -71,7 +72,9 @@ def from_pytorch(
     if isinstance(source, Mapping):
         origin, state = "the state dict", source
     else:
-        origin, state = os.fspath(source), _load_file(pathlib.Path(source))
+        origin = os.fspath(source)
+        with local_copy(source) as path:
+            state = _load_file(path)
     if isinstance(state, Mapping):
         state = state.get("state_dict", state)
     if not isinstance(state, Mapping):
@@ -154,8 +157,8 @@ def convert_weights(
 
     Args:
       weights: path that from_pytorch or from_slim accepts.
-      output: path of the .keras or .weights.h5 file to write. Load a .keras file with
-        keras.models.load_model after `import bn_keras`. Load a .weights.h5 file with
+      output: path of the .keras or .weights.h5 file to write, local or in a bucket. Load a .keras
+        file with keras.models.load_model after `import bn_keras`. Load a .weights.h5 file with
         BNInception(preset=..., classes=..., weights=...), and with separable_stem, separable_bn and
         gamma if a TF-Slim checkpoint differs from the preset.
       source: "pytorch" or "slim". None infers it from the extension of `weights`: .npz, .pt, .pth
@@ -167,12 +170,12 @@ def convert_weights(
         source is unknown.
       StorageError: the output cannot be written. An existing output is unchanged.
     """
-    output = pathlib.Path(output)
-    if not output.name.endswith((".keras", ".weights.h5")):
+    output = os.fspath(output)
+    if not output.endswith((".keras", ".weights.h5")):
         raise UsageError(
             f"output {output} is invalid: expected a path ending in .keras or .weights.h5"
         )
-    if output.exists() and not overwrite:
+    if tf.io.gfile.exists(output) and not overwrite:
         raise UsageError(f"output {output} exists: choose another path or pass --overwrite")
     if source is None:
         endings = (".npz", ".pt", ".pth", ".tar")
@@ -182,18 +185,11 @@ def convert_weights(
         raise UsageError(f"unknown source {source!r}: expected 'pytorch', 'slim' or None")
     model = importers[source](weights)
 
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        # In the same folder: a rename is atomic only within one file system.
-        with tempfile.TemporaryDirectory(prefix=".", dir=output.parent) as folder:
-            unfinished = pathlib.Path(folder) / output.name
-            if output.name.endswith(".keras"):
-                model.save(unfinished)
-            else:
-                model.save_weights(unfinished)
-            unfinished.replace(output)
-    except OSError as error:
-        raise StorageError(f"output {output} cannot be written: {first_line(error)}") from error
+    with replacing(output) as unfinished, writing(f"output {output}"):
+        if output.endswith(".keras"):
+            model.save(unfinished)
+        else:
+            model.save_weights(unfinished)
     _logger.info("wrote %s", output)
 
 

@@ -3,9 +3,9 @@
 import os
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from absl import logging
+from etils import epath
 from ml_collections import ConfigDict
 
 from bn_keras.errors import TrainingDivergedError
@@ -41,7 +41,7 @@ def train_all(
       UsageError: see `train_and_evaluate`; all workdirs are checked before any training.
       TrainingStoppedError: SIGTERM or SIGINT arrived.
     """
-    workdirs = {title: Path(folder) / folder_name(title) for title in configs}
+    workdirs = {title: epath.Path(folder) / folder_name(title) for title in configs}
     due = [title for title in configs if _is_due(Workdir(workdirs[title]), configs[title])]
     for title, workdir in workdirs.items():
         progress = describe_progress(Workdir(workdir), configs[title].train.steps)
@@ -75,7 +75,7 @@ def _is_due(run: Workdir, config: ConfigDict) -> bool:
     return not run.is_finished()
 
 
-def _train(config: ConfigDict, workdir: Path, title: str) -> None:
+def _train(config: ConfigDict, workdir: epath.Path, title: str) -> None:
     try:
         train_and_evaluate(config, workdir, label=title)
     except TrainingDivergedError as error:
@@ -83,7 +83,7 @@ def _train(config: ConfigDict, workdir: Path, title: str) -> None:
 
 
 def _train_in_process(
-    config: ConfigDict, workdir: Path, title: str, setup_process: Callable[[], None] | None
+    config: ConfigDict, workdir: epath.Path, title: str, setup_process: Callable[[], None] | None
 ) -> None:
     if setup_process:
         setup_process()

@@ -1,13 +1,11 @@
 """Export of a run's network as a .keras file, a SavedModel or a TFLite file."""
 
-import contextlib
 import dataclasses
 import os
 import pathlib
-import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import keras
@@ -19,7 +17,7 @@ from bn_keras.errors import StorageError, UsageError
 from bn_keras.fold import FoldReport, check_agreement, fold_batch_norm
 from bn_keras.inference.loading import TrainedNetwork, load_trained
 from bn_keras.keras_internals import all_layers
-from bn_keras.runs.storage import writing
+from bn_keras.storage import is_local, replacing, writing
 from bn_keras.training.build import build_model
 
 # Images on which the network is compared with its export.
@@ -40,7 +38,7 @@ class ExportReport:
       fold: report of the folding; None if nothing was folded.
     """
 
-    output: pathlib.Path
+    output: str
     num_bytes: int
     step: int
     statistics: str
@@ -87,7 +85,8 @@ def export_workdir(
 
     Args:
       workdir: folder of the run.
-      output: local path: a file that ends in .keras or .tflite, or the folder of a SavedModel.
+      output: path, local or in a bucket, of a file that ends in .keras or .tflite, or of the folder
+        of a SavedModel.
       file_format: "keras", "saved_model" or "tflite".
       fold: whether batch normalization is folded first; see `fold_batch_norm`.
       overwrite: whether an existing export is replaced.
@@ -98,13 +97,14 @@ def export_workdir(
       StorageError: the output cannot be written.
       ArithmeticError: the export does not compute what the network computes.
     """
-    path = _check_output(os.fspath(output), file_format, overwrite)
+    path = os.fspath(output).rstrip("/")
+    _check_output(path, file_format, overwrite)
     trained = load_trained(workdir, best=best)
     model = _in_float32(trained) if file_format == "tflite" else trained.model
     fold_report = None
     if fold:
         model, fold_report = fold_batch_norm(model)
-    with _replacing(path) as unfinished:
+    with replacing(path) as unfinished:
         with writing(f"output {path}"):
             _FORMATS[file_format].write(model, trained, unfinished)
         largest_difference, largest_output = _verify(model, trained, unfinished, file_format)
@@ -121,47 +121,34 @@ def export_workdir(
     )
 
 
-def _check_output(output: str, file_format: str, overwrite: bool) -> pathlib.Path:
-    """Returns the path of the output, or raises before any time is spent."""
+def _check_output(output: str, file_format: str, overwrite: bool) -> None:
+    """Raises an error for an output that cannot be written, before any time is spent."""
     if file_format not in _FORMATS:
         raise UsageError(f"unknown format {file_format!r}: expected one of {', '.join(_FORMATS)}")
-    suffix, path = _FORMATS[file_format].suffix, pathlib.Path(output)
-    if "://" in output or not path.name.endswith(suffix):
-        file = f"file that ends in {suffix}" if suffix else "folder"
-        raise UsageError(f"output {output} is invalid: expected the local path of a {file}")
-    if path.exists():
+    suffix = _FORMATS[file_format].suffix
+    if not os.path.basename(output).endswith(suffix):
+        raise UsageError(
+            f"output {output} is invalid: expected the path of a file that ends in {suffix}"
+        )
+    if tf.io.gfile.exists(output):
         if not overwrite:
-            raise UsageError(f"output {path} exists: pass another path, or --overwrite")
-        is_export = path.is_file() if suffix else (path / "saved_model.pb").is_file()
+            raise UsageError(f"output {output} exists: pass another path, or --overwrite")
+        is_folder = tf.io.gfile.isdir(output)
+        if suffix:
+            is_export = not is_folder
+        else:
+            is_export = is_folder and tf.io.gfile.exists(os.path.join(output, "saved_model.pb"))
         if not is_export:
             raise UsageError(
-                f"output {path} exists, is not in the format {file_format}, and is not overwritten:"
-                " pass another path"
+                f"output {output} exists, is not in the format {file_format}, and is not"
+                " overwritten: pass another path"
             )
-    parent = next(p for p in path.absolute().parents if p.exists())
-    if not parent.is_dir():
-        raise UsageError(f"output {path} is invalid: {parent} is not a folder")
-    if not os.access(parent, os.W_OK):
-        raise StorageError(f"output {path} cannot be written: {parent} is not writable")
-    return path
-
-
-@contextlib.contextmanager
-def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a temporary path, and moves it to `path` if the block succeeds."""
-    with writing(f"output {path}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # In the same folder: a move is atomic only within one file system.
-        folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        unfinished = folder / path.name
-        yield unfinished
-        with writing(f"output {path}"):
-            if path.is_dir():
-                path.rename(folder / "previous")
-            unfinished.replace(path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    if is_local(output):
+        parent = next(p for p in pathlib.Path(output).absolute().parents if p.exists())
+        if not parent.is_dir():
+            raise UsageError(f"output {output} is invalid: {parent} is not a folder")
+        if not os.access(parent, os.W_OK):
+            raise StorageError(f"output {output} cannot be written: {parent} is not writable")
 
 
 def _in_float32(trained: TrainedNetwork) -> keras.Model:

@@ -1,7 +1,6 @@
 """Loads trained and exported networks."""
 
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from bn_keras.data.transforms import Preprocessing
 from bn_keras.errors import UsageError
 from bn_keras.runs.checkpoint import Checkpoints
 from bn_keras.runs.workdir import Workdir
+from bn_keras.storage import local_copy
 from bn_keras.text import first_line
 from bn_keras.training.build import build_model
 
@@ -139,15 +139,16 @@ def load_exported(
     """Loads a .keras file or a SavedModel from `export_workdir`.
 
     Args:
-      path: path of the file, or of the SavedModel's folder.
+      path: path of the file, or of the SavedModel's folder, local or in a bucket.
       strategy: as in `load_trained`.
 
     Raises:
       UsageError: no such file, a damaged one, or a network that does not map images to classes.
     """
-    path = pathlib.Path(path)
-    is_saved_model = (path / "saved_model.pb").is_file()
-    if not (is_saved_model or path.suffix == ".keras" and path.is_file()):
+    path = os.fspath(path)
+    is_saved_model = tf.io.gfile.exists(os.path.join(path, "saved_model.pb"))
+    is_keras = path.endswith(".keras") and not tf.io.gfile.isdir(path)
+    if not (is_saved_model or (is_keras and tf.io.gfile.exists(path))):
         raise UsageError(
             f"{path} is not an exported network: expected a .keras file or the folder of a"
             " SavedModel"
@@ -169,11 +170,12 @@ def load_exported(
     return ExportedNetwork(model, tuple(images[1:]), outputs[1], names)
 
 
-def _read_keras(path: pathlib.Path) -> tuple[keras.Model, tuple[str, ...] | None]:
-    return keras.saving.load_model(path, compile=False), None
+def _read_keras(path: str) -> tuple[keras.Model, tuple[str, ...] | None]:
+    with local_copy(path) as copied:
+        return keras.saving.load_model(copied, compile=False), None
 
 
-def _read_saved_model(path: pathlib.Path) -> tuple[keras.Model, tuple[str, ...] | None]:
+def _read_saved_model(path: str) -> tuple[keras.Model, tuple[str, ...] | None]:
     signatures = tf.saved_model.load(path).signatures
     names = signatures["class_names"]()["class_names"].numpy()
     _, arguments = signatures["images"].structured_input_signature

@@ -14,8 +14,8 @@ from bn_keras.models.bn_inception import ENSEMBLE
 from bn_keras.report import published
 from bn_keras.report.sections import Section, markdown_table
 from bn_keras.runs.history import Spread
-from bn_keras.runs.storage import write_atomically, writing
 from bn_keras.runs.workdir import Workdir
+from bn_keras.storage import write_atomically, writing
 
 # The training's crops that show whole images, unlike ImageNet's, by config.data.crop.
 _WHOLE_IMAGES = {"none": "whole images", "shift": "whole images, at most shifted"}

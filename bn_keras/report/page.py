@@ -17,7 +17,7 @@ from markdown.treeprocessors import Treeprocessor
 from bn_keras.report.provenance import describe_provenance
 from bn_keras.report.sections import Section, escape
 from bn_keras.runs.history import Results
-from bn_keras.runs.storage import move, writing
+from bn_keras.storage import move, writing
 
 # A plot's name is used in a link without escaping.
 _PLOT_NAME = re.compile(r"\w[\w-]*\.png", re.ASCII)

@@ -17,9 +17,9 @@ import tensorflow as tf
 from absl import logging
 from etils import epath
 
+from bn_keras import storage
 from bn_keras.errors import WorkdirInUseError
-from bn_keras.runs import storage
-from bn_keras.runs.storage import writing
+from bn_keras.storage import writing
 
 # The holder gives a sign of life this often.
 SIGN_SECONDS = 30.0
@@ -161,8 +161,8 @@ class BucketLock:
 
     def _claims(self) -> list[str]:
         """Returns the names of all claims."""
-        files = storage.list_folder(self._folder)
-        return [file.stem for file in files if file.suffix == _CLAIM]
+        names = storage.list_folder(self._folder)
+        return [name.removesuffix(_CLAIM) for name in names if name.endswith(_CLAIM)]
 
     def _read_claim(self, name: str) -> dict[str, Any] | None:
         """Returns the process that has made a claim; None if it was withdrawn."""

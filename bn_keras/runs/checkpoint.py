@@ -13,9 +13,9 @@ import tensorflow as tf
 from absl import logging
 from etils import epath
 
+from bn_keras import storage
 from bn_keras.errors import StorageError, UsageError
-from bn_keras.runs import storage
-from bn_keras.runs.storage import is_local, reason_of, writing
+from bn_keras.storage import is_local, reason_of, writing
 
 _FILE = re.compile(r"step-(\d+)\.(?:index|data-\d{5}-of-\d{5})")
 # Errors of reading a damaged file: a wrong checksum, an early end, or a damaged length, which
@@ -158,9 +158,9 @@ class Checkpoints:
     def _files(self) -> dict[int, list[epath.Path]]:
         """Returns the files of each step, the data before the index."""
         files: dict[int, list[epath.Path]] = {}
-        for file in storage.list_folder(self._folder):
-            if name := _FILE.fullmatch(file.name):
-                files.setdefault(int(name[1]), []).append(file)
+        for name in storage.list_folder(self._folder):
+            if found := _FILE.fullmatch(name):
+                files.setdefault(int(found[1]), []).append(self._folder / name)
         return files
 
     def _write(self, step: int) -> list[str]:

@@ -11,7 +11,7 @@ from etils import epath
 
 from bn_keras.errors import WorkdirInUseError
 from bn_keras.runs.bucket_lock import BucketLock
-from bn_keras.runs.storage import is_local, writing
+from bn_keras.storage import is_local, writing
 
 try:
     import fcntl

@@ -13,10 +13,10 @@ from typing import Any
 import tensorflow as tf
 from etils import epath
 
+from bn_keras import storage
 from bn_keras.errors import BucketUnavailableError, StorageError, WorkdirInUseError
-from bn_keras.runs import storage
-from bn_keras.runs.storage import is_local, writing
 from bn_keras.runs.workdir import Metrics, Workdir
+from bn_keras.storage import is_local, writing
 
 __all__ = ["Metrics", "MetricsWriter"]
 

@@ -11,16 +11,16 @@ import tensorflow as tf
 from etils import epath
 from ml_collections import ConfigDict
 
+from bn_keras import storage
 from bn_keras.errors import (
     BucketUnavailableError,
     StorageError,
     UsageError,
     WorkdirInUseError,
 )
-from bn_keras.runs import storage
 from bn_keras.runs.lock import make_lock
 from bn_keras.runs.saved_config import SavedConfig, flatten, missing_keys_error
-from bn_keras.runs.storage import is_local, read, writing
+from bn_keras.storage import is_local, read, writing
 from bn_keras.text import first_line
 
 # One line of metrics.jsonl.

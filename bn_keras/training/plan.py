@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 from bn_keras.data import sources
 from bn_keras.errors import StorageError
 from bn_keras.runs.checkpoint import Checkpoints
-from bn_keras.runs.storage import is_local
 from bn_keras.runs.workdir import Workdir
+from bn_keras.storage import is_local
 from bn_keras.training.config import check_config
 
 

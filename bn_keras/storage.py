@@ -2,16 +2,20 @@
 
 import contextlib
 import os
+import pathlib
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
 
 import tensorflow as tf
-from etils import epath
 
 from bn_keras.errors import BucketUnavailableError, StorageError
 from bn_keras.text import first_line
+
+Path = str | os.PathLike
 
 # Smaller files are read or written in one piece.
 _PIECE_BYTES = 2**26
@@ -28,7 +32,7 @@ _TEMPORARY_ERRORS = (
 _TEMPORARY_REASONS = ("Couldn't resolve host", "File contents are inconsistent")
 
 
-def is_local(path: str | os.PathLike) -> bool:
+def is_local(path: Path) -> bool:
     """Returns whether a path is on a file system of this machine, not in a bucket."""
     return "://" not in os.fspath(path)
 
@@ -80,7 +84,7 @@ def reason_of(error: Exception) -> str:
     return f"the bucket does not answer ({retried[1]})" if retried else reason
 
 
-def read(path: epath.Path) -> bytes | None:
+def read(path: Path) -> bytes | None:
     """Reads a file as it is now; returns None if it does not exist.
 
     Raises:
@@ -96,7 +100,7 @@ def read(path: epath.Path) -> bytes | None:
             return None
 
 
-def copy(source: epath.Path, target: epath.Path) -> bool:
+def copy(source: Path, target: Path) -> bool:
     """Copies a file to or from a bucket; returns whether the source exists.
 
     Raises:
@@ -117,7 +121,7 @@ def copy(source: epath.Path, target: epath.Path) -> bool:
     return True
 
 
-def write_atomically(path: epath.Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file; if that fails, the previous file remains."""
     content = content.encode() if isinstance(content, str) else content
     if not is_local(path):
@@ -125,12 +129,13 @@ def write_atomically(path: epath.Path, content: str | bytes) -> None:
         with _open(path, "wb") as file:
             file.write(content)
         return
-    unfinished = path.parent / f"{path.name}.unfinished"
-    unfinished.write_bytes(content)
+    unfinished = f"{os.fspath(path)}.unfinished"
+    with open(unfinished, "wb") as file:
+        file.write(content)
     move(unfinished, path)
 
 
-def move(source: epath.Path, target: epath.Path) -> None:
+def move(source: Path, target: Path) -> None:
     """Moves a local file, and replaces the target completely or not at all.
 
     A local target is in the same file system. The file is flushed to disk before it gets its new
@@ -141,32 +146,106 @@ def move(source: epath.Path, target: epath.Path) -> None:
         _flush(source, os.O_RDWR)  # Windows flushes only files that are open for writing.
         os.replace(source, target)
         if os.name != "nt":
-            _flush(target.parent, os.O_RDONLY)
+            _flush(os.path.dirname(os.path.abspath(target)), os.O_RDONLY)
     else:
         copy(source, target)
-        source.unlink()
+        os.remove(source)
 
 
-def make_folder(path: epath.Path) -> None:
+@contextlib.contextmanager
+def replacing(output: Path) -> Iterator[pathlib.Path]:
+    """Yields a local path for a file or a folder, which replaces the output if the block succeeds.
+
+    If the block or the replacement fails, a local output is as it was. A folder in a bucket cannot
+    be replaced at once: its own files, such as the saved_model.pb of a SavedModel, are written
+    after those of folders in it.
+
+    Raises:
+      StorageError: the output cannot be written.
+    """
+    name = os.path.basename(os.fspath(output))
+    with contextlib.ExitStack() as cleanup:
+        with writing(f"output {output}"):
+            parent = None
+            if is_local(output):
+                # In the same folder: a move is atomic only within one file system.
+                parent = os.path.dirname(os.path.abspath(output))
+                os.makedirs(parent, exist_ok=True)
+            folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{name}.", dir=parent))
+        cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
+        unfinished = folder / name
+        yield unfinished
+        with writing(f"output {output}"):
+            if not is_local(output):
+                _upload(unfinished, os.fspath(output))
+                return
+            if os.path.isdir(output):
+                os.rename(output, folder / "previous")
+            os.replace(unfinished, output)
+
+
+def _upload(source: pathlib.Path, output: str) -> None:
+    """Uploads a file, or a folder; removes other files of an existing folder."""
+    if source.is_file():
+        copy(source, output)
+        return
+    files = [file for file in source.rglob("*") if file.is_file()]
+    targets = {file: f"{output}/{file.relative_to(source).as_posix()}" for file in files}
+    before = _walk(output)
+    for file in sorted(files, key=lambda file: (-len(file.parts), file)):
+        copy(file, targets[file])
+    for other in before - set(targets.values()):
+        remove(other)
+
+
+def _walk(folder: str) -> set[str]:
+    """Returns the paths of all files below a folder in a bucket."""
+    return {
+        f"{parent.rstrip('/')}/{name}"
+        for parent, _, names in tf.io.gfile.walk(folder)
+        for name in names
+    }
+
+
+@contextlib.contextmanager
+def local_copy(path: Path) -> Iterator[pathlib.Path]:
+    """Yields a local path of a file: its own, or that of a temporary copy of a file in a bucket.
+
+    Without the file, nothing is at the path.
+
+    Raises:
+      StorageError: the file cannot be read.
+    """
+    if is_local(path):
+        yield pathlib.Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="bn_keras_") as folder:
+        copied = pathlib.Path(folder) / os.path.basename(os.fspath(path))
+        copy(path, copied)
+        yield copied
+
+
+def make_folder(path: Path) -> None:
     """Creates a folder and its parents; in a bucket, folders need not be created."""
     if is_local(path):
-        path.mkdir(parents=True, exist_ok=True)
+        os.makedirs(path, exist_ok=True)
 
 
-def list_folder(path: epath.Path) -> list[epath.Path]:
-    """Returns the sorted paths in a folder as it is now; none if it does not exist.
+def list_folder(path: Path) -> list[str]:
+    """Returns the sorted names in a folder as it is now; none if it does not exist.
 
     In a bucket, it takes a single request.
     """
     if is_local(path):
-        return sorted(path.iterdir()) if path.is_dir() else []
+        return sorted(os.listdir(path)) if os.path.isdir(path) else []
     pattern = re.sub(r"([*?\[\\])", r"\\\1", os.fspath(path)) + "/*"
-    return sorted(map(epath.Path, tf.io.gfile.glob(pattern)))
+    return sorted(os.path.basename(found) for found in tf.io.gfile.glob(pattern))
 
 
-def remove(path: epath.Path) -> None:
+def remove(path: Path) -> None:
     """Removes a file if it exists."""
-    path.unlink(missing_ok=True)
+    with contextlib.suppress(*_MISSING_ERRORS):
+        os.remove(path) if is_local(path) else tf.io.gfile.remove(path)
 
 
 def in_parallel(calls: Iterable[Callable[[], object]]) -> None:
@@ -180,8 +259,7 @@ def in_parallel(calls: Iterable[Callable[[], object]]) -> None:
             future.result()
 
 
-def _open(path: epath.Path, mode: str) -> IO[Any]:
-    # epath's own `open` returns something that is no file for a bucket.
+def _open(path: Path, mode: str) -> IO[Any]:
     return open(path, mode) if is_local(path) else tf.io.gfile.GFile(os.fspath(path), mode)
 
 
@@ -189,7 +267,7 @@ def _pieces(file: IO[bytes]) -> Iterator[bytes]:
     return iter(lambda: file.read(_PIECE_BYTES), b"")
 
 
-def _flush(path: epath.Path, flags: int) -> None:
+def _flush(path: Path, flags: int) -> None:
     descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)

@@ -1,0 +1,53 @@
+"""Runs commands with gs:// paths in forked processes; see test_bucket.
+
+A forked process starts in milliseconds, because TensorFlow is already imported. TensorFlow allows a
+fork before its first operation. Each line of standard input starts a command or waits for its end;
+the answer is a line of JSON.
+"""
+
+import json
+import os
+import runpy
+import sys
+import traceback
+
+from bn_keras.experiments import run_all  # noqa: F401  (slow, therefore imported before the forks)
+from bn_keras.inference import evaluation, exporter, prediction, run_check  # noqa: F401
+
+
+def start(arguments, output):
+    """Starts a command with its output in OUTPUT.out and OUTPUT.err; returns its process number."""
+    child = os.fork()
+    if child:
+        return child
+    for stream, ending in ((sys.stdout, "out"), (sys.stderr, "err")):
+        os.dup2(os.open(f"{output}.{ending}", os.O_WRONLY | os.O_CREAT), stream.fileno())
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.argv = arguments
+    status = 1
+    try:
+        runpy.run_module(f"launch.{arguments[0]}", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def main():
+    """Answers the lines of standard input."""
+    print("ready", flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+        else:
+            answer = start(request["arguments"], request["output"])
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
