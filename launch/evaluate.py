@@ -19,7 +19,7 @@ import json
 
 from absl import flags
 
-from . import cli
+from . import cli, cluster_flags
 from .command_error import CommandError
 
 _CONFIG = cli.define_config(required=False)
@@ -32,6 +32,7 @@ _MODELS = flags.DEFINE_multi_string(
 _CROPS = flags.DEFINE_list("crops", ["1"], "Crops per image; commas separate alternatives.")
 _BEST = flags.DEFINE_bool("best", False, "Use each run's network of highest validation accuracy.")
 _JSON = flags.DEFINE_bool("json", False, "Print each row of the table as a line of JSON.")
+cluster_flags.define_cluster()
 
 
 def main() -> None:
@@ -46,6 +47,8 @@ def main() -> None:
         raise CommandError("--workdir or --model is missing: see --help")
     if not _CROPS.value:
         raise CommandError("--crops is empty: see --help")
+    if not cluster_flags.join_cluster():
+        return
     crops = [Crops.parse(text) for text in _CROPS.value]
     config, source = _CONFIG.config, str(_CONFIG)
     if config is None and workdirs:

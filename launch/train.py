@@ -13,7 +13,7 @@ import shlex
 
 from absl import flags
 
-from . import cli
+from . import cli, cluster_flags
 from .command_error import CommandError
 
 _CONFIG = cli.define_config()
@@ -28,6 +28,7 @@ _PROFILE_STEPS = flags.DEFINE_integer(
     "Profile the last N steps of the first loop, for TensorBoard.",
     lower_bound=0,
 )
+cluster_flags.define_cluster()
 
 
 def main() -> None:
@@ -36,6 +37,8 @@ def main() -> None:
 
     if _DRY_RUN.value and _VERIFY_RESUME.value:
         raise CommandError("--dry_run and --verify_resume are mutually exclusive")
+    if not cluster_flags.join_cluster():
+        return
     plan = describe_training(_CONFIG.value, _WORKDIR.value)
     cli.log_lines({"config": str(_CONFIG)} | plan)
     if _DRY_RUN.value:

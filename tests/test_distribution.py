@@ -75,7 +75,7 @@ def test_an_unused_cpu_is_split_into_replicas():
         (("mirrored", -1), "replicas=-1 is invalid: expected a non-negative integer"),
         (("tpu", 2), "strategy tpu uses all devices; set it to 0"),
         (("multi_worker", 2), "strategy multi_worker uses all devices; set it to 0"),
-        (("multi_worker",), "TF_CONFIG is not set"),
+        (("multi_worker",), "nothing describes the workers"),
         (("tpu",), "this machine has no TPU.*set distribution.strategy=mirrored"),
         (("mirrored", 64), "TensorFlow has already started with 2 CPU devices"),
     ],

@@ -27,16 +27,17 @@ def main():
     print(json.dumps([run_pair(**pair) for pair in pairs]))
 
 
-def run_pair(command, arguments, signum=0, at_step=0, spoiled_step=0):
+def run_pair(command, arguments, disturbed=1, signum=0, at_step=0, spoiled_step=0):
     """Starts two workers and waits until both have ended.
 
     Args:
       command: name of a command.
       arguments: arguments of each worker.
-      signum: signal to the second worker, sent in the loop that begins at or before `at_step` and
+      disturbed: index of the worker that `signum` and `spoiled_step` apply to.
+      signum: signal to this worker, sent in the loop that begins at or before `at_step` and
         ends after it.
       at_step: step of the signal.
-      spoiled_step: step at which the images of the second worker are NaN.
+      spoiled_step: step at which the images of this worker are NaN.
 
     Returns:
       For each worker: its "status", its output ("text"), and the "seconds" from the end of the
@@ -54,7 +55,7 @@ def run_pair(command, arguments, signum=0, at_step=0, spoiled_step=0):
             os.dup2(writer, sys.stdout.fileno())
             os.dup2(writer, sys.stderr.fileno())
             signal.alarm(SECONDS_TO_END)
-            if index == 1:
+            if index == disturbed:
                 disturb(signum, at_step, spoiled_step)
             run_command(command, own_arguments)
         os.close(writer)

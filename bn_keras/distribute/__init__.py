@@ -1,5 +1,10 @@
-"""Devices and clusters: the only package that names a strategy class or reads TF_CONFIG."""
+"""Devices and clusters.
 
+Only this package names a strategy class or reads the variables that describe a cluster.
+"""
+
+from bn_keras.distribute.detection import is_evaluator, join_cluster
+from bn_keras.distribute.devices import describe_devices
 from bn_keras.distribute.strategy import (
     STRATEGIES,
     check_strategy,
@@ -12,8 +17,11 @@ from bn_keras.distribute.strategy import (
 __all__ = [
     "STRATEGIES",
     "check_strategy",
+    "describe_devices",
     "from_all_workers",
     "is_chief",
+    "is_evaluator",
+    "join_cluster",
     "make_strategy",
     "reporting_lost_workers",
 ]

@@ -1,27 +1,22 @@
-"""The processes of a multi-worker training: the only module that reads TF_CONFIG."""
+"""The processes of a multi-worker training, and how they meet."""
 
 import contextlib
 import dataclasses
-import json
 import os
-import reprlib
 import socket
 import time
 from collections.abc import Iterator
 
 from absl import logging
 
-from bn_keras.errors import UsageError
+from bn_keras.distribute.waiting import waiting_for
+from bn_keras.errors import UsageError, WorkerLostError
 from bn_keras.text import first_of
 
 # Machines that are requested together may become available minutes apart.
 _MEETING_TIMEOUT_SECONDS = 600.0
 _SECONDS_BETWEEN_ATTEMPTS = 0.2
 _CONNECTION_TIMEOUT_SECONDS = 5.0
-_JOBS = ("chief", "worker")
-_EXAMPLE = (
-    '{"cluster": {"worker": ["HOST1:2222", "HOST2:2222"]}, "task": {"type": "worker", "index": 0}}'
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,43 +26,44 @@ class Cluster:
     Attributes:
       addresses: HOST:PORT of each worker, the chief first.
       index: position of this process in `addresses`.
+      source: what describes the cluster, for messages: "TF_CONFIG", "Slurm" or "SkyPilot".
     """
 
     addresses: tuple[str, ...]
     index: int
+    source: str = "TF_CONFIG"
 
-    @classmethod
-    def from_environment(cls) -> "Cluster":
-        """Reads TF_CONFIG, in TensorFlow's format.
+    def __str__(self) -> str:
+        """Returns this worker and its cluster, such as "worker 0 of 2 (TF_CONFIG: a:1, b:1)"."""
+        addresses = first_of(self.addresses)
+        return f"worker {self.index} of {len(self.addresses)} ({self.source}: {addresses})"
 
-        Raises:
-          UsageError: TF_CONFIG is not set or invalid.
+    def name(self, index: int) -> str:
+        """Returns a worker's index and address, such as "worker 1 (host:2222)"."""
+        return f"worker {index} ({self.addresses[index]})"
+
+    @property
+    def others(self) -> list[int]:
+        """Indices of all other workers."""
+        return [index for index in range(len(self.addresses)) if index != self.index]
+
+    def describe_others(self) -> str:
+        """Names the other workers, or only those that do not answer if there are any."""
+        silent = [i for i in self.others if not _is_listening(self.addresses[i], 1.0)]
+        names = first_of([self.name(i) for i in silent or self.others])
+        return f"{names}, which cannot be reached" if silent else names
+
+    def bypass_proxies(self) -> None:
+        """Excludes the workers' hosts from the proxies that gRPC reads from the environment.
+
+        Otherwise, with `http_proxy` set, the workers would wait for each other forever.
         """
-        text = os.environ.get("TF_CONFIG")
-        if not text:
-            raise UsageError(
-                "distribution.strategy is multi_worker, but TF_CONFIG is not set: set it for each"
-                f" process, for example TF_CONFIG='{_EXAMPLE}'"
-            )
-        try:
-            addresses, task = _parse(text)
-        except (AttributeError, KeyError, TypeError, ValueError):
-            raise UsageError(
-                f"TF_CONFIG={_shortened(text)} is invalid: expected JSON with the HOST:PORT of each"
-                f" worker and the task of this process, for example {_EXAMPLE}"
-            ) from None
-        workers = list(addresses.values())
-        if repeated := [address for address in workers if workers.count(address) > 1]:
-            raise UsageError(
-                f"TF_CONFIG lists {repeated[0]} more than once: expected a different address for"
-                " each worker"
-            )
-        if task not in addresses:
-            expected = first_of([f"{job} {index}" for job, index in addresses])
-            raise UsageError(
-                f"unknown task {task[0]} {task[1]} in TF_CONFIG: expected one of {expected}"
-            )
-        return cls(tuple(workers), list(addresses).index(task))
+        hosts = [split_address(address)[0] for address in self.addresses]
+        # gRPC reads the first of these that is set.
+        for variable in ("no_grpc_proxy", "no_proxy"):
+            listed = [host for host in os.environ.get(variable, "").split(",") if host]
+            if listed or variable == "no_proxy":
+                os.environ[variable] = ",".join(dict.fromkeys([*listed, *hosts]))
 
     def meet(self) -> None:
         """Waits until every other worker listens at its address.
@@ -77,23 +73,25 @@ class Cluster:
         does not report which workers are missing, and its chief waits forever.
 
         Raises:
-          UsageError: the port of this worker is in use, or another worker did not start in time.
+          UsageError: the port of this worker is in use.
+          WorkerLostError: another worker did not start in time.
         """
-        with self._listening():
-            missing = [a for i, a in enumerate(self.addresses) if i != self.index]
-            logging.info(
-                "worker %d of %d: waiting for %s",
-                self.index,
-                len(self.addresses),
-                first_of(missing),
-            )
+        if not self.others:
+            return
+        missing = self.others
+
+        def describe() -> str:
+            return first_of([self.name(index) for index in missing])
+
+        with self._listening(), waiting_for(describe):
+            logging.info("%s: waiting for %s", self, describe())
             deadline = time.monotonic() + _MEETING_TIMEOUT_SECONDS
-            while missing := [address for address in missing if not _is_listening(address)]:
+            while missing := [i for i in missing if not _is_listening(self.addresses[i])]:
                 if time.monotonic() > deadline:
-                    raise UsageError(
-                        f"no process listens at {first_of(missing)} of TF_CONFIG after"
-                        f" {_MEETING_TIMEOUT_SECONDS:.0f} seconds: start one process for each"
-                        " worker, and check that the machines reach each other at these ports"
+                    raise WorkerLostError(
+                        f"{describe()} did not start within {_MEETING_TIMEOUT_SECONDS:.0f}"
+                        f" seconds: start every worker of {self.source}, and check that the"
+                        " machines reach each other at these ports"
                     )
                 time.sleep(_SECONDS_BETWEEN_ATTEMPTS)
 
@@ -104,53 +102,32 @@ class Cluster:
         family = socket.AF_INET6 if dualstack else socket.AF_INET
         try:
             server = socket.create_server(
-                ("", _split(address)[1]), family=family, dualstack_ipv6=dualstack
+                ("", split_address(address)[1]), family=family, dualstack_ipv6=dualstack
             )
         except OSError as error:
             raise UsageError(
-                f"worker {self.index} cannot listen at its address {address} of TF_CONFIG"
+                f"worker {self.index} cannot listen at its address {address} of {self.source}"
                 f" ({error.strerror}): stop the process that uses this port, or set another port"
             ) from None
         with server:
             yield
 
 
-def _parse(text: str) -> tuple[dict[tuple[str, int], str], tuple[str, int]]:
-    """Returns the address of each task, and the task of this process.
+def split_address(address: str) -> tuple[str, int]:
+    """Returns the host, without brackets, and the port of an address.
 
     Raises:
-      AttributeError, KeyError, TypeError, ValueError: the text is no valid TF_CONFIG.
+      ValueError: the host or the port is missing or invalid.
     """
-    values = json.loads(text)
-    jobs, task = values["cluster"], values["task"]
-    addresses = {
-        (job, index): address for job in _JOBS for index, address in enumerate(jobs.get(job, ()))
-    }
-    for address in addresses.values():
-        _split(address)
-    if not addresses or set(jobs) - set(_JOBS):
-        raise ValueError("expected workers only")
-    return addresses, (task["type"], int(task["index"]))
-
-
-def _split(address: str) -> tuple[str, int]:
-    """Returns the host and the port of an address; raises ValueError if either is missing."""
     host, _, port = address.rpartition(":")
     if not host or not 0 < int(port) < 2**16:
         raise ValueError("expected HOST:PORT")
     return host.strip("[]"), int(port)
 
 
-def _shortened(text: str) -> str:
-    """Returns the text in quotes, with "..." in place of the middle if it is long."""
-    shortened = reprlib.Repr()
-    shortened.maxstring = 100
-    return shortened.repr(text)
-
-
-def _is_listening(address: str) -> bool:
+def _is_listening(address: str, timeout_seconds: float = _CONNECTION_TIMEOUT_SECONDS) -> bool:
     try:
-        socket.create_connection(_split(address), timeout=_CONNECTION_TIMEOUT_SECONDS).close()
+        socket.create_connection(split_address(address), timeout=timeout_seconds).close()
     except (OSError, UnicodeError):  # UnicodeError: an invalid host name
         return False
     return True

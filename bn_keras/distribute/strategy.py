@@ -12,6 +12,9 @@ from tensorflow.python.data.ops import multi_device_iterator_ops
 
 from bn_keras.cores import usable_cores
 from bn_keras.distribute.cluster import Cluster
+from bn_keras.distribute.connection import releasing_lock
+from bn_keras.distribute.detection import check_alone, require_cluster
+from bn_keras.distribute.waiting import waiting_for
 from bn_keras.errors import UsageError, WorkerLostError
 from bn_keras.text import counted, first_line
 
@@ -35,17 +38,21 @@ def make_strategy(strategy: str, replicas: int = 0) -> tf.distribute.Strategy:
       strategy: one of STRATEGIES.
         "one_device": the first accelerator, or the CPU.
         "mirrored": several accelerators of this machine, or several CPU replicas.
-        "multi_worker": all accelerators, or the CPU, of each process in TF_CONFIG.
+        "multi_worker": all accelerators, or the CPU, of each process of the cluster that the
+          environment describes; see `detection`.
         "tpu": all cores of a TPU with this machine as its only host.
       replicas: number of devices for "mirrored"; 0 uses all accelerators, or one CPU replica on a
         machine without accelerators. The other strategies accept 0 only ("one_device" also 1).
 
     Raises:
       UsageError: an unknown name, more replicas than accelerators, no TPU, a CPU that can no longer
-        be split, or workers that did not start in time.
-      WorkerLostError: the workers started, but could not connect.
+        be split, no cluster or an invalid one, or another strategy than "multi_worker" in one of
+        several processes that were started together.
+      WorkerLostError: another worker did not start in time, or the workers could not connect.
     """
     check_strategy(strategy)
+    if strategy != "multi_worker":
+        check_alone(strategy)
     _disable_device_iterator_autotuning()
     if strategy == "one_device":
         return _one_device(replicas)
@@ -74,16 +81,15 @@ def from_all_workers(strategy: tf.distribute.Strategy, number: float) -> list[fl
       strategy: result of `make_strategy`.
       number: this worker's number; integers up to 2**53 are exact.
     """
-    if not _is_multi_worker(strategy):
-        return [number]
-    cluster = Cluster.from_environment()
-    if len(cluster.addresses) == 1:
+    cluster = _cluster_of(strategy)
+    if cluster is None or not cluster.others:
         return [number]
     # Each worker fills its own place and leaves the others 0: the sum is exact.
     numbers = np.zeros(len(cluster.addresses))
     numbers[cluster.index] = number
-    total = strategy.reduce(tf.distribute.ReduceOp.SUM, tf.constant(numbers), axis=None)
-    return total.numpy().tolist()
+    with waiting_for(cluster.describe_others):
+        total = strategy.reduce(tf.distribute.ReduceOp.SUM, tf.constant(numbers), axis=None)
+        return total.numpy().tolist()
 
 
 @contextlib.contextmanager
@@ -99,19 +105,24 @@ def reporting_lost_workers(strategy: tf.distribute.Strategy) -> Iterator[None]:
     try:
         yield
     except tf.errors.OpError as error:
-        if not (_is_multi_worker(strategy) and "Collective ops is aborted" in str(error)):
+        cluster = _cluster_of(strategy)
+        if cluster is None or "Collective ops is aborted" not in str(error):
             raise
-        own = (strategy.cluster_resolver.task_type, str(strategy.cluster_resolver.task_id))
-        tasks = set(re.findall(r"/job:(\w+)(?:/replica:0)?/task:(\d+)", str(error))) - {own}
-        lost = " ".join(tasks.pop()) if len(tasks) == 1 else "another worker"
+        tasks = set(map(int, re.findall(r"/job:worker(?:/replica:0)?/task:(\d+)", str(error))))
+        lost = [cluster.name(index) for index in tasks if index in cluster.others]
         raise WorkerLostError(
-            f"{lost} of TF_CONFIG has ended or does not answer: read its output, and restart all"
-            " workers"
+            f"{lost[0] if len(lost) == 1 else 'another worker'} has ended or does not answer: read"
+            " its output, and restart all workers"
         ) from None
 
 
-def _is_multi_worker(strategy: tf.distribute.Strategy) -> bool:
-    return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+def _cluster_of(strategy: tf.distribute.Strategy) -> Cluster | None:
+    """Returns the cluster of a strategy that `make_strategy` made; None without workers."""
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return None
+    resolver = strategy.cluster_resolver
+    addresses = resolver.cluster_spec().job_tasks("worker")
+    return Cluster(tuple(addresses), resolver.task_id)
 
 
 def _one_device(replicas: int) -> tf.distribute.Strategy:
@@ -177,10 +188,19 @@ def _split_cpu(count: int) -> None:
 # Cached: a process can become a worker only once.
 @functools.cache
 def _multi_worker() -> tf.distribute.Strategy:
-    cluster = Cluster.from_environment()
+    cluster = require_cluster()
+    cluster.bypass_proxies()
     cluster.meet()
+    # The chief is the first worker, whatever TF_CONFIG calls it.
+    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+        tf.train.ClusterSpec({"worker": list(cluster.addresses)}),
+        task_type="worker",
+        task_id=cluster.index,
+        rpc_layer="grpc",
+    )
     try:
-        return tf.distribute.MultiWorkerMirroredStrategy()
+        with waiting_for(cluster.describe_others), releasing_lock():
+            return tf.distribute.MultiWorkerMirroredStrategy(resolver)
     except (RuntimeError, ValueError):
         raise UsageError(
             "distribution.strategy is multi_worker, but TensorFlow has already started: make the"
@@ -189,8 +209,8 @@ def _multi_worker() -> tf.distribute.Strategy:
     except tf.errors.OpError as error:
         # For example, a worker still runs from an earlier start and rejects this process.
         raise WorkerLostError(
-            f"the workers of TF_CONFIG cannot connect ({first_line(error)}): stop and restart all"
-            " of them"
+            f"the workers of {cluster.source} cannot connect ({first_line(error)}): stop and"
+            " restart all of them"
         ) from None
 
 

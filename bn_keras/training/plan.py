@@ -3,11 +3,11 @@
 import os
 import pathlib
 
-import tensorflow as tf
 from etils import epath
 from ml_collections import ConfigDict
 
 from bn_keras.data import sources
+from bn_keras.distribute import describe_devices
 from bn_keras.errors import StorageError
 from bn_keras.runs.checkpoint import Checkpoints
 from bn_keras.runs.workdir import Workdir
@@ -46,7 +46,7 @@ def describe_input(config: ConfigDict) -> dict[str, str]:
     name, data_dir = config.data.name, config.data.data_dir
     return {
         "data": f"{name}: {sources.locate(name, data_dir)}",
-        "devices": f"{config.distribution.strategy}: {_devices(**config.distribution)}",
+        "devices": f"{config.distribution.strategy}: {describe_devices(**config.distribution)}",
     }
 
 
@@ -56,16 +56,6 @@ def describe_progress(run: Workdir, steps: int) -> str:
         return f"finished at step {run.last_step():,}, nothing to do"
     step = Checkpoints(run.checkpoints, {}).latest_step
     return f"resuming from step {step:,} to {steps:,}" if step else f"new, to step {steps:,}"
-
-
-def _devices(strategy: str, replicas: int) -> str:
-    if strategy == "multi_worker":
-        return "those of each process in TF_CONFIG"
-    if strategy == "tpu":
-        return "all cores of this machine's TPU"
-    accelerators = tf.config.list_physical_devices("GPU")
-    count = 1 if strategy == "one_device" else replicas or len(accelerators) or 1
-    return f"{count} {'GPU' if accelerators else 'CPU replica'}(s)"
 
 
 def _check_writable(path: epath.Path) -> None:

@@ -1,0 +1,108 @@
+"""Devices and their memory. No GPU is needed: the driver and TensorFlow's list are replaced."""
+
+import ctypes
+import types
+
+import pytest
+import tensorflow as tf
+
+from bn_keras.distribute import devices
+from bn_keras.distribute.devices import describe_devices
+
+GIB = 2**30
+
+
+class Driver:
+    """The three functions of libcuda that are used, for GPUs of the given memories."""
+
+    def __init__(self, memories, status=0):
+        self.memories, self.status = memories, status
+
+    def cuInit(self, flags):  # noqa: N802
+        return self.status
+
+    def cuDeviceGet(self, device, ordinal):  # noqa: N802
+        device._obj.value = ordinal + 100
+        return 0
+
+    def cuDeviceTotalMem_v2(self, memory, device):  # noqa: N802
+        memory._obj.value = self.memories[device.value - 100]
+        return 0
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Returns a function that pretends that the machine has GPUs."""
+
+    def pretend(memories, driver=None):
+        gpus = [types.SimpleNamespace(name=f"GPU {i}") for i in range(len(memories))]
+        monkeypatch.setattr(
+            tf.config, "list_physical_devices", lambda kind: gpus if kind == "GPU" else []
+        )
+        monkeypatch.setattr(
+            tf.config.experimental, "get_device_details", lambda gpu: {"device_name": "H100"}
+        )
+
+        def load(name):
+            assert name == "libcuda.so.1"
+            if isinstance(driver, OSError):
+                raise driver
+            return driver or Driver(memories)
+
+        monkeypatch.setattr(ctypes, "CDLL", load)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    "strategy, replicas, expected",
+    [
+        ("mirrored", 0, "GPU:0 (H100, 80.0 GiB); GPU:1 (H100, 40.0 GiB)"),
+        ("mirrored", 1, "GPU:0 (H100, 80.0 GiB)"),
+        ("one_device", 0, "GPU:0 (H100, 80.0 GiB)"),
+        ("tpu", 0, "all cores of this machine's TPU"),
+    ],
+)
+def test_each_gpu_in_use_has_its_memory(strategy, replicas, expected, gpus):
+    gpus([80 * GIB, 40 * GIB])
+    assert describe_devices(strategy, replicas) == expected
+
+
+@pytest.mark.parametrize("driver", [OSError(), Driver([GIB], status=3)])
+def test_an_unknown_memory_is_no_error(driver, gpus):
+    gpus([GIB], driver)
+    assert describe_devices("mirrored", 0) == "GPU:0 (H100, memory unknown)"
+
+
+def test_the_cpu_has_its_memory(monkeypatch):
+    monkeypatch.setattr(devices, "usable_cores", lambda: [0, 1])
+    monkeypatch.setattr(devices, "_cpu_memory", lambda: 3 * GIB)
+    assert describe_devices("mirrored", 2) == "2 CPU replicas: CPU (2 cores, 3.0 GiB)"
+    assert describe_devices("one_device", 0) == "1 CPU replica: CPU (2 cores, 3.0 GiB)"
+
+
+def test_a_worker_names_its_cluster_and_its_own_devices(monkeypatch):
+    monkeypatch.setattr(devices, "_format", lambda device: device.name)
+    monkeypatch.setenv(
+        "TF_CONFIG",
+        '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 1}}',
+    )
+    expected = "worker 1 of 2 (TF_CONFIG: a:1, b:1), on 1 CPU replica: CPU"
+    assert describe_devices("multi_worker", 0) == expected
+
+
+def test_the_limit_of_a_container_lowers_the_memory(tmp_path, monkeypatch):
+    total = devices.cpu().memory
+    group = tmp_path / "slurm" / "job"
+    group.mkdir(parents=True)
+    monkeypatch.setattr(devices, "_CGROUP_ROOT", tmp_path)
+    read = devices.pathlib.Path.read_text
+
+    def read_text(path):
+        return "0::/slurm/job\n" if str(path) == "/proc/self/cgroup" else read(path)
+
+    monkeypatch.setattr(devices.pathlib.Path, "read_text", read_text)
+    (group / "memory.max").write_text("max\n")
+    assert devices.cpu().memory == total
+    (tmp_path / "slurm" / "memory.max").write_text(f"{GIB}\n")
+    assert devices.cpu().memory == GIB
