@@ -17,7 +17,7 @@ help:
 	@echo "make test        run the tests"
 	@echo "make test-peers  compare layer and network with PyTorch's and TF-Slim's"
 	@echo "make tpu-check   lower the training steps of all ImageNet networks for TPU"
-	@echo "                 (no TPU needed; Python 3.11 or 3.12)"
+	@echo "                 (no TPU needed)"
 	@echo "make docker-check"
 	@echo "                 run the Dockerfile's commands without Docker (installs TensorFlow)"
 	@echo "make data-imagenet MANUAL_DIR=... [DATA_DIR=...]"
@@ -26,11 +26,11 @@ help:
 	@echo "make format      auto-fix style"
 	@echo "make bench       run the benchmarks (on an otherwise idle machine)"
 
-# Finds the first Python from 3.11 to 3.$(1) that starts.
+# Finds the first Python from 3.11 to 3.13 that starts.
 find_python = for python in "$$PYTHON" python3 python3.13 python3.12 python3.11; do \
-	  if [ -n "$$python" ] && "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, $(1)))' 2>/dev/null; \
+	  if [ -n "$$python" ] && "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; \
 	  then found="$$python"; break; fi; done; \
-	if [ -z "$$found" ]; then echo "error: no Python from 3.11 to 3.$(1) found$(2): install one, or set its path: make PYTHON=/path/to/python ..." >&2; exit 2; fi
+	if [ -z "$$found" ]; then echo "error: no Python from 3.11 to 3.13 found: install one, or set its path: make PYTHON=/path/to/python ..." >&2; exit 2; fi
 
 # Installs the checkout, editable, with the extras $(2) and further packages $(3) into the
 # environment $(1). The editable install resolves bn_keras_launch and bn_keras_configs by an import
@@ -40,7 +40,7 @@ install = $(1)/bin/python -m pip install --quiet --disable-pip-version-check --e
 
 # A change of setup.cfg, which lists the dependencies, sets up a new environment.
 $(READY): setup.cfg
-	@set -e; $(call find_python,13); \
+	@set -e; $(find_python); \
 	echo "Setting up .venv with $$("$$found" --version), TensorFlow for $(EXTRA); this takes a minute or two."; \
 	"$$found" -m venv --clear .venv; \
 	$(call install,.venv,$(EXTRA)$(COMMA)train$(COMMA)dev); \
@@ -67,7 +67,7 @@ test-peers: $(PEERS)
 
 # TensorFlow for TPU is an older release in a wheel of its own.
 $(TPU): setup.cfg
-	@set -e; $(call find_python,12,$(COMMA) the last with a TensorFlow wheel for TPU); \
+	@set -e; $(find_python); \
 	echo "Setting up .venv-tpu with $$("$$found" --version), TensorFlow for TPU; this takes a minute or two."; \
 	"$$found" -m venv --clear .venv-tpu; \
 	$(call install,.venv-tpu,tpu$(COMMA)train$(COMMA)dev); \
