@@ -1,9 +1,10 @@
 """Folds batch normalization into the layers before it: Algorithm 2, line 11."""
 
+import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -15,12 +16,13 @@ from bn_keras.errors import UsageError
 from bn_keras.keras_internals import (
     Call,
     all_layers,
+    build_like,
     graph_calls,
     graph_of,
-    producer,
-    run_graph,
+    unbuild_optimizer,
 )
 from bn_keras.layer_kinds import DEPTHWISE, SEPARABLE, TRANSPOSED, WITH_KERNEL
+from bn_keras.model_copy import REMOVED, ModelCopier, describe
 from bn_keras.text import first_line
 
 # Random inputs of the comparison: number of examples, and size of the axes that the model leaves
@@ -100,8 +102,12 @@ def fold_batch_norm(model: keras.Model, inputs: Any = None) -> tuple[keras.Model
         frozen. A layer called with training=True stays too: it has no fixed scale and offset.
       - BatchNormalization is not folded into the following convolution, since the zeros of that
         convolution's padding are not normalized.
+      - Everything else is the same in the result: other layers with their state, whether or not
+        their classes have a get_config; shared layers; the arguments of compile(). The optimizer
+        keeps its iterations, but no state of the variables, some of which are folded. See
+        ModelCopier.
       - Both models are run on the same inputs and must agree.
-      - The given model is unchanged and shares nothing with the result, which is not compiled. Call
+      - The given model is unchanged and shares no state with the result. Call
         merge_moving_statistics first if its replicas are not synchronized.
 
     Args:
@@ -109,18 +115,18 @@ def fold_batch_norm(model: keras.Model, inputs: Any = None) -> tuple[keras.Model
       inputs: batch to compare both models on; None draws one from a normal distribution.
 
     Returns:
-      The folded model, with the same type, names and dtype policies, and the report.
+      The folded model, with the same class, names and dtype policies, and the report.
 
     Raises:
-      UsageError: the model has no BatchNormalization, is a subclassed or unbuilt one, contains a
-        layer that its config does not describe, has non-finite statistics, does not accept the
-        inputs, or has integer inputs and none were passed.
+      UsageError: the model has no BatchNormalization, is a subclassed or unbuilt one, contains an
+        object that cannot be copied, has non-finite statistics, does not accept the inputs, or has
+        integer inputs and none were passed.
       ArithmeticError: the outputs of both models agree to fewer than half of their digits.
 
     Source: Ioffe & Szegedy 2015, Algorithm 2, line 11.
     """
     plan = _Plan(model)
-    folded_model = _Folder(plan).fold(model)
+    folded_model = _Folder(plan).copy_model(model)
     inputs = _random_inputs(model.name, plan.inputs) if inputs is None else inputs
     return folded_model, _compare_models(plan, model, folded_model, inputs)
 
@@ -147,8 +153,10 @@ class _Plan:
       inputs: symbolic inputs of the model.
       names: layer names, prefixed with the names of the nested models that contain them.
       batch_norms: all BatchNormalization layers, in the order of the model's layers.
+      folded: layers of batch_norms to fold.
       folded_into: BatchNormalization to fold, by the layer that it is folded into.
       kept: reason for each BatchNormalization that cannot be folded.
+      affine: layers of `kept` to replace by one scale-and-shift.
       inside: layers inside a layer that has no graph, such as TimeDistributed.
       always_training: BatchNormalization layers that use batch statistics in every mode.
     """
@@ -184,12 +192,11 @@ class _Plan:
             raise UsageError(f"model {model.name!r} has no BatchNormalization to fold")
         obstacles = {layer: self._obstacle(layer) for layer in self.batch_norms}
         self.kept = {layer: reason for layer, reason in obstacles.items() if reason}
+        self.folded = {layer for layer in self.batch_norms if layer not in self.kept}
         self.folded_into = {
-            self._producer(call): layer
-            for layer in self.batch_norms
-            if layer not in self.kept
-            for call in self._calls[layer]
+            self._producer(call): layer for layer in self.folded for call in self._calls[layer]
         }
+        self.affine = set(self.kept) - self.always_training - self.inside
 
     def reasons(self) -> dict[str, str]:
         """Returns `kept` by layer name."""
@@ -243,19 +250,19 @@ class _Plan:
         producers = [self._producer(call) for call in calls]
         for layer in producers:
             if layer in self.inside or producers.count(layer) < len(self._calls[layer]):
-                return f"follows {_describe(layer)}, which is also used elsewhere"
+                return f"follows {describe(layer)}, which is also used elsewhere"
         return None
 
     def _obstacle_at(self, call: Call) -> str | None:
         """Returns why one call of a BatchNormalization prevents folding, or None."""
         batch_norm, layer = call.operation, self._producer(call)
-        follows = f"follows {_describe(layer)}"
+        follows = f"follows {describe(layer)}"
         if type(layer) not in WITH_KERNEL:
             return follows
         if layer.activation not in (None, keras.activations.linear):
             return f"{follows}, which includes an activation"
         users = [
-            "the model's outputs" if user is None else _describe(user.operation)
+            "the model's outputs" if user is None else describe(user.operation)
             for user in self._consumers[id(call.input_tensors[0])]
             if user is not call
         ]
@@ -284,103 +291,45 @@ def _axes(batch_norm: keras.Layer) -> list[int]:
     return canonical_axes(batch_norm.axis, [None] * batch_norm.input_spec.ndim)
 
 
-def _describe(layer: keras.Operation) -> str:
-    return f"{type(layer).__name__} {layer.name!r}"
-
-
-class _Folder:
+class _Folder(ModelCopier):
     """Builds the folded copy of a model.
 
     Args:
-      plan: plan of the model that `fold` receives.
+      plan: plan of the model to copy.
     """
 
     def __init__(self, plan: _Plan) -> None:
+        super().__init__()
         self._plan = plan
-        self._copies: dict[keras.Operation, keras.Operation] = {}
 
-    def fold(self, model: keras.Model) -> keras.Model:
-        """Returns the folded model with its weights."""
-        folded = self._copy(model)
-        copies = [(o, n) for o, n in self._copies.items() if isinstance(o, keras.Layer)]
-        # Setting `trainable` of a model also sets that of its layers, so models come first: the
-        # copies list layers before their model.
-        for old, new in reversed(copies):
-            if new.trainable != old.trainable:
-                new.trainable = old.trainable
-        for old, new in copies:
-            if graph_of(old) is None:
-                self._copy_weights(old, new)
-        return folded
-
-    def _copy(self, old: keras.Operation) -> keras.Operation:
-        if old not in self._copies:
-            graph = graph_of(old)
-            self._copies[old] = self._copy_model(old, graph) if graph else self._copy_layer(old)
-        return self._copies[old]
-
-    def _copy_model(self, model: keras.Model, graph: keras.Function) -> keras.Model:
-        inputs = keras.tree.map_structure(
-            lambda tensor: self._copy(producer(tensor)).output, graph.input
-        )
-        if isinstance(model, keras.Sequential):
-            layers = [self._copy(x) for x in model.layers if not self._disappears(x)]
-            return keras.Sequential([*keras.tree.flatten(inputs), *layers], name=model.name)
-        return keras.Model(inputs, run_graph(graph, inputs, self._replacement), name=model.name)
-
-    def _replacement(self, old: keras.Operation) -> Callable:
-        """Returns the function to call in place of a layer."""
-        if self._disappears(old):
-            return lambda inputs, *args, **kwargs: inputs
-        if self._becomes_affine(old):
-            return lambda inputs, *args, **kwargs: self._copy(old)(inputs)
-        return self._copy(old)
-
-    def _disappears(self, layer: keras.Operation) -> bool:
-        return isinstance(layer, BATCH_NORMS) and layer not in self._plan.kept
-
-    def _becomes_affine(self, layer: keras.Operation) -> bool:
-        return layer in self._plan.kept and layer not in self._plan.always_training
-
-    def _copy_layer(self, old: keras.Operation) -> keras.Operation:
-        if self._becomes_affine(old):
-            return _affine_layer(old)
-        # Keras rejects Python lambdas from files; this lambda is already in memory.
-        options = {"safe_mode": False} if isinstance(old, keras.layers.Lambda) else {}
-        try:
-            config = old.get_config()
-            if old in self._plan.folded_into:
-                config["use_bias"] = True
-            return type(old).from_config(config, **options)
-        except (NotImplementedError, TypeError) as error:
-            raise UsageError(
-                f"{_describe(old)} cannot be copied from its config ({first_line(error)}):"
-                " implement get_config in its class"
-            ) from None
-
-    def _copy_weights(self, old: keras.Layer, new: keras.Layer) -> None:
+    def copy_operation(self, old: keras.Operation) -> Any:
+        """Returns the folded layer, the affine layer, REMOVED or the plain copy."""
+        if old in self._plan.folded:
+            return self.record(old, REMOVED)
         if old in self._plan.folded_into:
+            new = self.construct_like(old, type(old), use_bias=True)
             scale, offset = _scale_and_offset(self._plan.folded_into[old])
             _set_weights(new, _folded_weights(old, scale, offset))
-        elif self._becomes_affine(old):
-            scale, offset = _scale_and_offset(old)
-            _set_weights(new, {"kernel": scale, "bias": offset})
-        else:
-            for o, n in zip(all_layers(old), all_layers(new), strict=True):
-                copy_state(o, n)
-                # Frozen, it uses its moving statistics in every mode.
-                if isinstance(n, BATCH_NORMS) and o not in self._plan.always_training:
-                    n.trainable = False
+            return new
+        if old in self._plan.affine:
+            return self.record(old, _affine_layer(old))
+        new = super().copy_operation(old)
+        if old in self._plan.kept and old not in self._plan.always_training:
+            # Frozen, it uses its moving statistics in every mode.
+            new.trainable = False
+        return new
 
+    def call_copy(self, old: keras.Operation, args: Any, kwargs: Any) -> Any:
+        """Calls the copy, without `training` and `mask` if it is an affine layer."""
+        if old in self._plan.affine:
+            args, kwargs = keras.tree.flatten((args, kwargs))[:1], {}
+        return super().call_copy(old, args, kwargs)
 
-def copy_state(old: keras.Layer, new: keras.Layer) -> None:
-    """Copies a layer's own variables to another layer of its class, as saving and loading do.
-
-    Layers such as Normalization derive further state from their weights when they load them.
-    """
-    state: dict[str, Any] = {}
-    old.save_own_variables(state)
-    new.load_own_variables(state)
+    def copy_optimizer(self, old: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+        """Returns an optimizer without state for the variables, because some are folded."""
+        new = super().copy_optimizer(old)
+        unbuild_optimizer(new)
+        return new
 
 
 def _set_weights(layer: keras.Layer, values: Mapping[str, np.ndarray]) -> None:
@@ -390,15 +339,22 @@ def _set_weights(layer: keras.Layer, values: Mapping[str, np.ndarray]) -> None:
 
 def _affine_layer(batch_norm: keras.Layer) -> keras.Layer:
     """Returns Keras' fastest layer for scale * x + offset."""
-    options = {"name": batch_norm.name, "dtype": batch_norm.dtype_policy}
+    options = {
+        "name": batch_norm.name,
+        "dtype": batch_norm.dtype_policy,
+        "trainable": batch_norm.trainable,
+    }
     rank, axes = batch_norm.input_spec.ndim, _axes(batch_norm)
+    scale, offset = _scale_and_offset(batch_norm)
     if rank == 4 and axes == [3]:
         # TensorFlow fuses this convolution with the following activation: one pass over the images.
-        return keras.layers.DepthwiseConv2D(1, data_format="channels_last", **options)
+        layer = keras.layers.DepthwiseConv2D(1, data_format="channels_last", **options)
+        build_like(batch_norm, layer)
+        _set_weights(layer, {"kernel": scale, "bias": offset})
+        return layer
     sizes = iter(batch_norm.moving_mean.shape)
     shape = [next(sizes) if axis in axes else 1 for axis in range(axes[0], rank)]
-    scale, offset = (t.reshape(shape) for t in _scale_and_offset(batch_norm))
-    return keras.layers.Rescaling(scale, offset, **options)
+    return keras.layers.Rescaling(scale.reshape(shape), offset.reshape(shape), **options)
 
 
 def _scale_and_offset(batch_norm: keras.Layer) -> tuple[np.ndarray, np.ndarray]:
@@ -473,6 +429,26 @@ def _compare_models(
     plan: _Plan, before: keras.Model, after: keras.Model, inputs: Any
 ) -> FoldReport:
     """Runs both models on the same inputs and reports on their outputs and times."""
+    with _preserved_state(before, after):
+        return _compare_runs(plan, before, after, inputs)
+
+
+@contextlib.contextmanager
+def _preserved_state(*models: keras.Model) -> Iterator[None]:
+    """Restores what inference changes: the states of stateful recurrent layers, some seeds."""
+    values = [
+        (v, keras.ops.convert_to_numpy(v))
+        for model in models
+        for v in model.non_trainable_variables
+    ]
+    try:
+        yield
+    finally:
+        for variable, value in values:
+            variable.assign(value)
+
+
+def _compare_runs(plan: _Plan, before: keras.Model, after: keras.Model, inputs: Any) -> FoldReport:
     inputs = keras.tree.map_structure(tf.convert_to_tensor, inputs)
     run_before, run_after = _inference(before), _inference(after)
     try:

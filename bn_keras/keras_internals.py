@@ -1,5 +1,6 @@
 """All uses of Keras' private attributes, each with the reason for it."""
 
+import collections
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -59,27 +60,167 @@ def graph_calls(graph: keras.Function) -> list[Call]:
     ]
 
 
-def run_graph(
-    graph: keras.Function, inputs: Any, operation_fn: Callable[[keras.Operation], Callable]
-) -> Any:
-    """Runs a graph on new inputs, with each operation replaced by `operation_fn(operation)`.
+def producer(tensor: keras.KerasTensor) -> keras.Operation | None:
+    """Returns the operation that computes a symbolic tensor, or None for a free tensor."""
+    history = getattr(tensor, "_keras_history", None)
+    return history and history.operation
 
-    The public way to run a graph, calling it, cannot replace its operations.
 
-    Args:
-      graph: graph of a model.
-      inputs: tensors, in the structure of graph.input.
-      operation_fn: returns the function to call in place of an operation.
+# Attributes of a Function, and hence of a Functional model, that describe its graph.
+_GRAPH_ATTRIBUTES = (
+    "_inputs_struct",
+    "_outputs_struct",
+    "_inputs",
+    "_outputs",
+    "_nodes",
+    "_nodes_by_depth",
+    "_operations",
+    "_operations_by_depth",
+)
+# Calls of an operation, and the losses of its last call.
+_CALL_ATTRIBUTES = ("_inbound_nodes", "_outbound_nodes", "_losses", "_loss_ids")
+# Set by compile() and fit(). The compiled functions refer to the model.
+_TRAINER_ATTRIBUTES = (
+    "train_function",
+    "test_function",
+    "predict_function",
+    "history",
+    "_compile_loss",
+    "_compile_metrics",
+    "_compiled_trainable_state",
+    "_loss_tracker",
+    "_eval_epoch_iterator",
+)
 
-    Returns:
-      The outputs, in the structure of graph.output.
+
+def graph_ends(graph: keras.Function) -> tuple[Any, Any]:
+    """Returns the symbolic inputs and outputs of a graph, in their structure.
+
+    The public `input` and `output` of a keras.Function are those of its first call.
     """
-    return graph._run_through_graph(inputs, operation_fn=operation_fn)
+    return graph._inputs_struct, graph._outputs_struct
 
 
-def producer(tensor: keras.KerasTensor) -> keras.Operation:
-    """Returns the operation that computes a symbolic tensor."""
-    return tensor._keras_history.operation
+def graph_attributes(graph: keras.Function) -> dict[str, Any]:
+    """Returns the attributes that describe a graph, by name."""
+    return {name: getattr(graph, name) for name in _GRAPH_ATTRIBUTES}
+
+
+def attributes_to_copy(value: Any) -> dict[str, Any]:
+    """Returns the attributes that a copy of an object has, by name.
+
+    A copied operation has not been called, and its graph, if any, is built anew. A copied model has
+    not been compiled.
+    """
+    attributes = dict(vars(value))
+    if isinstance(value, keras.Operation):
+        attributes |= {name: [] for name in _CALL_ATTRIBUTES if name in attributes}
+        if "_loss_ids" in attributes:
+            attributes["_loss_ids"] = set()
+    if isinstance(value, keras.Function):
+        for name in _GRAPH_ATTRIBUTES:
+            del attributes[name]
+    if isinstance(value, keras.Model):
+        attributes |= {name: None for name in _TRAINER_ATTRIBUTES if name in attributes}
+        if compile_arguments(value):
+            attributes |= {"optimizer": None, "_compile_config": None, "compiled": False}
+    # TensorFlow's records of the other attributes come last, so that an error names the others.
+    return dict(sorted(attributes.items(), key=lambda item: item[0].startswith("_self_")))
+
+
+def build_like(old: keras.Layer, new: keras.Layer) -> None:
+    """Builds a layer for the input shape of another one; the weights get the same paths."""
+    new._parent_path = old._parent_path
+    new.build_from_config(old.get_build_config())
+
+
+def compile_arguments(model: keras.Model) -> dict[str, Any]:
+    """Returns the arguments of the last call of compile(), by name; none if there was no call.
+
+    The public get_compile_config serializes them, which fails for most custom objects.
+    """
+    config = getattr(model, "_compile_config", None)
+    return config.config if model.compiled and config is not None else {}
+
+
+def refresh_identities(value: Any) -> None:
+    """Updates the tables of a copied object that identify other objects by their id or key."""
+    if isinstance(value, _Tracker):
+        value.stored_ids = {
+            name: {id(x) for x in store} for name, (_, store) in value.config.items()
+        }
+    if isinstance(value, keras.optimizers.Optimizer) and value.built:
+        value._trainable_variables_indices = {
+            value._var_key(variable): i for i, variable in enumerate(value._trainable_variables)
+        }
+
+
+def unbuild_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
+    """Removes what an optimizer keeps for each trainable variable; iterations are kept."""
+    kept = (optimizer._iterations, optimizer._learning_rate)
+    for variable in list(optimizer._variables):
+        if not any(variable is v for v in kept):
+            optimizer._untrack_variable(variable)
+    optimizer._trainable_variables, optimizer._trainable_variables_indices = [], {}
+    optimizer.built = False
+    inner = getattr(optimizer, "inner_optimizer", None)
+    if inner is not None:
+        unbuild_optimizer(inner)
+
+
+# The class that records which attributes of a layer are variables, layers and so on.
+_Tracker = type(keras.layers.Identity()._tracker)
+
+
+def empty_like(container: Any) -> Any:
+    """Returns an empty list, set or dict of the same class, with the same default_factory.
+
+    Keras wraps the containers of a layer, and so does TensorFlow. Without its tracker, Keras' class
+    does not check that the layer may get new variables.
+    """
+    if isinstance(container, collections.defaultdict):
+        return type(container)(container.default_factory)
+    return type(container)([]) if isinstance(container, list) else type(container)()
+
+
+def clone_tf_function(function: Any, python_function: Callable) -> Any:
+    """Returns a tf.function of another Python function with the same options."""
+    return function._clone(python_function)
+
+
+def is_of_tensorflow(value: Any) -> bool:
+    """Returns whether TensorFlow defines an object's class; False for a tf.Module."""
+    package = type(value).__module__.partition(".")[0]
+    return package == "tensorflow" and not isinstance(value, tf.Module | keras.Variable)
+
+
+def copy_tensorflow_object(value: Any) -> Any:
+    """Returns a copy of an object that can change, in the current strategy, or the object itself.
+
+    Tensors, static tables, datasets and strategies do not change.
+
+    Raises:
+      TypeError: the object can change, and TensorFlow has no way to copy it.
+    """
+    if isinstance(value, tf.Variable):
+        return tf.Variable(
+            tf.convert_to_tensor(value),
+            trainable=value.trainable,
+            name=value.name.partition(":")[0],
+            dtype=value.dtype,
+            synchronization=value.synchronization,
+            aggregation=value.aggregation,
+            shape=value.shape,
+        )
+    if isinstance(value, tf.lookup.experimental.MutableHashTable):
+        table = type(value)(value.key_dtype, value.value_dtype, value._default_value)
+        table.insert(*value.export())
+        return table
+    if isinstance(value, tf.random.Generator):
+        return tf.random.Generator.from_state(value.state, value.algorithm)
+    if isinstance(value, tf.lookup.experimental.DenseHashTable | tf.queue.QueueBase):
+        raise TypeError(f"TensorFlow cannot copy a {type(value).__name__}")
+    return value
 
 
 @contextlib.contextmanager

@@ -28,10 +28,11 @@ LAYER_LIBRARY = {
     "merge": "batch_norm keras_internals replicas",
     "population": "batch_norm errors keras_internals merge ops replicas text",
     "cost": "batch_norm errors keras_internals layer_kinds text",
-    "fold": "batch_norm errors keras_internals layer_kinds text",
+    "model_copy": "errors keras_internals text",
+    "fold": "batch_norm errors keras_internals layer_kinds model_copy text",
     "health": "batch_norm errors fold keras_internals population text",
     "models": "batch_norm errors text",
-    "convert": "batch_norm errors fold keras_internals models storage text",
+    "convert": "batch_norm errors model_copy models storage text",
     # The package's __init__.py exports the layer library.
     "bn_keras": "batch_norm convert cost errors fold health merge models population",
 }

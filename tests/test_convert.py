@@ -118,7 +118,12 @@ def test_keras_applications_compute_the_same(name):
     np.testing.assert_allclose(replaced(x), model(x), rtol=1e-3, atol=1e-5)
 
 
-def test_models_that_cannot_be_converted_are_rejected():
+def test_an_unbuilt_model_is_rejected():
+    with pytest.raises(UsageError, match="is not built"):
+        replace_batch_norm(keras.Sequential([KERAS_BN()]))
+
+
+def test_layers_that_a_subclassed_model_creates_are_replaced():
     class Hidden(keras.Model):
         def __init__(self, **kwargs):
             super().__init__(**kwargs)
@@ -127,15 +132,23 @@ def test_models_that_cannot_be_converted_are_rejected():
         def call(self, x):
             return self.norm(x)
 
-    inputs = keras.Input((3,))
-    with pytest.raises(UsageError, match="created by its parent's code"):
-        replace_batch_norm(keras.Model(inputs, Hidden()(inputs)))
-    hidden = Hidden()
-    hidden(np.zeros((2, 3)))
-    with pytest.raises(UsageError, match="subclassed Hidden"):
-        replace_batch_norm(hidden)
-    with pytest.raises(UsageError, match="is not built"):
-        replace_batch_norm(keras.Sequential([KERAS_BN()]))
+    hidden, inputs, x = Hidden(), keras.Input((3,)), np.ones((2, 3))
+    hidden(x)
+    for model in (hidden, keras.Model(inputs, Hidden()(inputs))):
+        replaced = replace_batch_norm(model)
+        assert len(_norms(replaced, BatchNormalization)) == 1 and not _norms(replaced, KERAS_BN)
+        np.testing.assert_allclose(replaced(x), model(x))
+
+
+def test_subclasses_of_the_keras_layer_are_copied():
+    class Doubled(KERAS_BN):
+        def call(self, x, training=None):
+            return 2 * super().call(x, training=training)
+
+    model = keras.Sequential([keras.Input((3,)), Doubled(), KERAS_BN()])
+    replaced = replace_batch_norm(model)
+    assert [type(layer) for layer in replaced.layers] == [Doubled, BatchNormalization]
+    np.testing.assert_allclose(replaced(np.ones((2, 3))), model(np.ones((2, 3))), rtol=1e-6)
 
 
 def test_state_derived_from_weights_is_copied():

@@ -1,5 +1,7 @@
 """A folded network computes the same outputs without BatchNormalization."""
 
+import threading
+
 import keras
 import numpy as np
 import pytest
@@ -157,7 +159,6 @@ def test_the_given_model_is_unchanged():
     for a, b in zip(model.get_weights(), kept, strict=True):
         np.testing.assert_array_equal(a, b)
     assert [len(x._inbound_nodes) for x in model.layers] == calls
-    assert not folded.compiled
     trained(model, seed=1)
     np.testing.assert_array_equal(run(folded, example(model)), expected)
 
@@ -465,12 +466,10 @@ class Subclassed(keras.Model):
         return x
 
 
-class Undescribed(L.Layer):
-    def __init__(self, function, **kwargs):
-        super().__init__(**kwargs)
-
-    def call(self, x):
-        return x
+def _locked():
+    layer = L.Dense(3, name="odd")
+    layer.resource = threading.Lock()
+    return chain((4,), layer, L.ReLU(), KERAS_BN())
 
 
 def _not_finite():
@@ -497,11 +496,7 @@ def _integers():
             np.zeros((2, 5)),
             "not accept the inputs",
         ),
-        (
-            lambda: chain((4,), Undescribed(len, name="odd"), L.Dense(3), KERAS_BN()),
-            None,
-            "Undescribed 'odd' cannot be copied",
-        ),
+        (_locked, None, "'resource' of Dense 'odd' cannot be copied"),
     ],
 )
 def test_invalid_models_and_inputs_are_rejected(make, inputs, message):
