@@ -28,6 +28,8 @@ import pytest
 
 TESTS = pathlib.Path(__file__).resolve().parent
 HOSTS = ("storage.googleapis.com", "www.googleapis.com", "oauth2.googleapis.com")
+# Buckets that do not exist, or that the user may not use, with the status of each answer.
+REFUSED = {"missing": 404, "forbidden": 403}
 # The service accepts about one write per second to an object.
 SECONDS_BETWEEN_WRITES = 1.0
 
@@ -56,7 +58,7 @@ class Request:
 
     Attributes:
       kind: "write", "delete", "read", "stat", "list", "begin" (of an upload), "poll" (the state of
-        an upload), "copy", "compose", or "failed" (answered by 503).
+        an upload), "copy", "compose", "failed" (answered by 503), or "refused".
       name: BUCKET/OBJECT, or BUCKET/PREFIX for "list".
       status: HTTP status of the answer.
       num_bytes: size of a write.
@@ -226,6 +228,8 @@ class Bucket:
         if not found:
             return "unknown", target, 404, {}, b""
         upload, bucket, collection, place = found.groups()
+        if bucket in REFUSED:
+            return "refused", bucket, REFUSED[bucket], {}, b""
         if upload:
             return self._upload(method, bucket, query, headers, body)
         if collection != "o":

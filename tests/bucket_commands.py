@@ -1,4 +1,4 @@
-"""Runs commands with gs:// paths in forked processes; see test_bucket.
+"""Runs commands and scripts with gs:// paths in forked processes; see test_bucket.
 
 A forked process starts in milliseconds, because TensorFlow is already imported. TensorFlow allows a
 fork before its first operation. Each line of standard input starts a command or waits for its end;
@@ -26,7 +26,10 @@ def start(arguments, output):
     sys.argv = arguments
     status = 1
     try:
-        runpy.run_module(f"launch.{arguments[0]}", run_name="__main__", alter_sys=True)
+        if arguments[0].endswith(".py"):
+            runpy.run_path(arguments[0], run_name="__main__")
+        else:
+            runpy.run_module(f"launch.{arguments[0]}", run_name="__main__", alter_sys=True)
     except SystemExit as end:
         status = end.code or 0
     except BaseException:

@@ -23,7 +23,8 @@ from bn_keras.data.sources import open_source
 from bn_keras.data.splits import TOO_FEW_RECORDS, Arrays, Files, Source, Split
 from bn_keras.data.transforms import CROP_MODES, Preprocessing
 from bn_keras.data.unreadable import UnreadableExamples
-from bn_keras.errors import UsageError
+from bn_keras.errors import BucketUnavailableError, UsageError
+from bn_keras.storage import is_temporary, reason_of
 
 
 class Data:
@@ -165,9 +166,10 @@ class Data:
 
     @contextlib.contextmanager
     def reporting_errors(self) -> Iterator[None]:
-        """Wraps code that reads batches; converts errors of the input to UsageError.
+        """Wraps code that reads batches; reports errors of the input on one line.
 
         Raises:
+          BucketUnavailableError: the data is in a bucket that does not answer.
           UsageError: more examples than `data.max_bad_examples` are unreadable, or a file of
             records is damaged.
         """
@@ -177,6 +179,10 @@ class Data:
             for unreadable in (self._unreadable_train, self._unreadable_validation):
                 if unreadable.error:
                     raise unreadable.error from None
+            if is_temporary(error) and "gs://" in str(error):
+                raise BucketUnavailableError(
+                    f"the data cannot be read: {reason_of(error)}"
+                ) from None
             found = re.search(rf"({TOO_FEW_RECORDS})\] (\[.*?\])", str(error))
             if not found:
                 raise

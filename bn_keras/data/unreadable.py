@@ -4,7 +4,8 @@ import threading
 
 from absl import logging
 
-from bn_keras.errors import UsageError
+from bn_keras.errors import BucketUnavailableError, ReportedError, UsageError
+from bn_keras.storage import is_temporary, reason_of
 from bn_keras.text import first_line
 
 
@@ -19,7 +20,7 @@ class UnreadableExamples:
     """
 
     def __init__(self, limit: int) -> None:
-        self.error: UsageError | None = None
+        self.error: ReportedError | None = None
         self._limit = limit
         self._names: set[str] = set()
         self._lock = threading.Lock()
@@ -30,10 +31,21 @@ class UnreadableExamples:
         return len(self._names)
 
     def add(self, name: str, reason: Exception) -> None:
-        """Logs and counts an example unless it is known; raises UsageError beyond the limit."""
+        """Logs and counts an example unless it is known.
+
+        Raises:
+          UsageError: there are more than the limit.
+          BucketUnavailableError: the example is in a bucket that does not answer.
+        """
         with self._lock:
             # A known example may be decoded again after the one that exceeded the limit.
             if self.error:
+                raise self.error
+            if is_temporary(reason):
+                # Another example in its place would make the run inexact.
+                self.error = BucketUnavailableError(
+                    f"example {name} cannot be read: {reason_of(reason)}"
+                )
                 raise self.error
             if name in self._names:
                 return
