@@ -1,10 +1,10 @@
 """The Keras layer: its variables, its modes, its moving statistics, and how replicas share them."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Self, TypeAlias
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from bn_keras import ops
@@ -18,7 +18,7 @@ Constraint: TypeAlias = keras.constraints.Constraint | Callable[..., tf.Tensor] 
 
 
 @keras.saving.register_keras_serializable("bn_keras")
-class BatchNormalization(keras.layers.Layer):
+class BatchNormalization(keras.layers.BatchNormalization):
     """Batch normalization with the arguments and weights of keras.layers.BatchNormalization.
 
     Decisions:
@@ -101,28 +101,31 @@ class BatchNormalization(keras.layers.Layer):
         virtual_batch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(
+            momentum=0.99 if momentum is None else momentum,
+            epsilon=epsilon,
+            center=center,
+            scale=scale,
+            beta_initializer=beta_initializer,
+            gamma_initializer=gamma_initializer,
+            moving_mean_initializer=moving_mean_initializer,
+            moving_variance_initializer=moving_variance_initializer,
+            beta_regularizer=beta_regularizer,
+            gamma_regularizer=gamma_regularizer,
+            beta_constraint=beta_constraint,
+            gamma_constraint=gamma_constraint,
+            synchronized=synchronized,
+            **kwargs,
+        )
+        # Arguments that the Keras layer does not accept, or checks with other messages.
         self.axis = [int(a) for a in axis] if isinstance(axis, Sequence) else int(axis)
         self.momentum = None if momentum is None else float(momentum)
-        self.epsilon = float(epsilon)
-        self.center = center
-        self.scale = scale
-        self.beta_initializer = keras.initializers.get(beta_initializer)
-        self.gamma_initializer = keras.initializers.get(gamma_initializer)
-        self.moving_mean_initializer = keras.initializers.get(moving_mean_initializer)
-        self.moving_variance_initializer = keras.initializers.get(moving_variance_initializer)
-        self.beta_regularizer = keras.regularizers.get(beta_regularizer)
-        self.gamma_regularizer = keras.regularizers.get(gamma_regularizer)
-        self.beta_constraint = keras.constraints.get(beta_constraint)
-        self.gamma_constraint = keras.constraints.get(gamma_constraint)
         self.renorm = renorm
         self.renorm_clipping = (renorm_clipping or {}) if renorm else renorm_clipping
         self.renorm_momentum = renorm_momentum
-        self.synchronized = synchronized
         self.unbiased = unbiased
         self.sync_group_size = sync_group_size
         self.virtual_batch_size = virtual_batch_size
-        self.supports_masking = True
         self._check_arguments()
 
     def build(self, input_shape: Sequence[int | None]) -> None:
@@ -183,27 +186,29 @@ class BatchNormalization(keras.layers.Layer):
         Returns:
           Same shape as inputs, in the compute dtype.
         """
-        mask = self._expand_mask(mask, inputs)
-        if not inputs.dtype.is_floating:
-            inputs = tf.cast(inputs, self.compute_dtype)
-        x = ops.move_channels_last(inputs, self._axes)
-        if isinstance(training, tf.Tensor | tf.Variable) and self.trainable:
+        x = self._check_inputs(inputs)
+        mask = self._expand_mask(mask, x)
+        training = self.trainable and _static_value(training)
+        if isinstance(training, tf.Tensor):
             training = tf.cast(training, tf.bool)
             # No tf.cond: a collective cannot run inside a branch.
             y = tf.where(training, self._train(x, mask, training), self._infer(x))
         else:
-            y = self._train(x, mask) if self.trainable and training else self._infer(x)
-        return tf.cast(ops.move_channels_back(y, inputs, self._axes), self.compute_dtype)
+            y = self._train(x, mask) if training else self._infer(x)
+        return tf.cast(y, self.compute_dtype)
 
     def _infer(self, x: tf.Tensor) -> tf.Tensor:
-        mean, variance = _flatten(self.moving_mean), _flatten(self.moving_variance)
-        return ops.normalize(x, mean, variance, *self._parameters(), self.epsilon)
+        mean, variance = map(tf.convert_to_tensor, (self.moving_mean, self.moving_variance))
+        return ops.normalize(x, mean, variance, *self._parameters(), self.epsilon, self._axes)
 
     def _train(
         self, x: tf.Tensor, mask: tf.Tensor | None, training: bool | tf.Tensor = True
     ) -> tf.Tensor:
         """Normalizes by batch statistics, and updates the moving statistics if `training`."""
-        x, dtype = self._check_batch(x), x.dtype
+        x = self._check_batch(x)
+        if self._kernel_averages(x, mask, training):
+            return self._train_in_kernel(x)
+        dtype = x.dtype
         if self.renorm:
             # Half precision would round x_hat before its correction.
             x = tf.cast(x, ops.statistics_dtype(x.dtype))
@@ -211,6 +216,7 @@ class BatchNormalization(keras.layers.Layer):
             x,
             *((None, None) if self.renorm else self._parameters()),
             self.epsilon,
+            axes=self._axes,
             mask=mask,
             virtual_batch_size=self.virtual_batch_size,
             gather=self._gather if self._is_synchronized() else None,
@@ -220,6 +226,40 @@ class BatchNormalization(keras.layers.Layer):
         self.update_moving_statistics(moments, training)
         return y
 
+    def _kernel_averages(
+        self, x: tf.Tensor, mask: tf.Tensor | None, training: bool | tf.Tensor
+    ) -> bool:
+        """Returns whether the fused kernel updates the moving statistics, as it does fastest.
+
+        It does not if update_moving_statistics would do anything else.
+        """
+        is_standard = (
+            training is True
+            and mask is None
+            and self.momentum is not None
+            and self.virtual_batch_size is None
+            and self.values_since_merge is None
+            and not self.renorm
+            and not self._is_synchronized()
+        )
+        update = getattr(self.update_moving_statistics, "__func__", None)
+        is_overridden = update is not BatchNormalization.update_moving_statistics
+        return is_standard and not is_overridden and ops.should_fuse_training(x)
+
+    def _train_in_kernel(self, x: tf.Tensor) -> tf.Tensor:
+        moving = ops.MovingStatistics(
+            _flatten(self.moving_mean),
+            _flatten(self.moving_variance),
+            self.momentum,
+            self.unbiased,
+        )
+        y, (mean, variance) = ops.batch_normalize_and_average(
+            x, *self._parameters(), self.epsilon, moving, self._axes
+        )
+        self.moving_mean.assign(self._unflatten(mean))
+        self.moving_variance.assign(self._unflatten(variance))
+        return y
+
     def _renormalize(self, x_hat: tf.Tensor, moments: ops.Moments) -> tf.Tensor:
         """Computes gamma * (r * x_hat + d) + beta, which normalizes by the renorm statistics.
 
@@ -227,12 +267,18 @@ class BatchNormalization(keras.layers.Layer):
 
         Source: Ioffe 2017 (arXiv 1702.03275), Algorithm 1.
         """
-        min_stddev = self.epsilon**0.5
-        stddev = tf.maximum(tf.cast(_flatten(self.renorm_stddev), x_hat.dtype), min_stddev)
-        r = tf.sqrt(moments.variance[0] + self.epsilon) / stddev
-        d = (moments.mean[0] - tf.cast(_flatten(self.renorm_mean), x_hat.dtype)) / stddev
+        mean, stddev, gamma, beta = (
+            p if p is None else self._broadcast(tf.cast(p, x_hat.dtype))
+            for p in (self.renorm_mean, self.renorm_stddev, *self._parameters())
+        )
+        # Constants: no gradient flows through r and d.
+        batch_mean, variance = (
+            self._broadcast(self._unflatten(tf.stop_gradient(t))) for t in moments[1:]
+        )
+        stddev = tf.maximum(stddev, self.epsilon**0.5)
+        r = tf.sqrt(variance + self.epsilon) / stddev
+        d = (batch_mean - mean) / stddev
         r, d = self._clip(r, d)
-        gamma, beta = (p if p is None else tf.cast(p, x_hat.dtype) for p in self._parameters())
         scale, offset = (r, d) if gamma is None else (r * gamma, d * gamma)
         return x_hat * scale + (offset if beta is None else offset + beta)
 
@@ -253,82 +299,86 @@ class BatchNormalization(keras.layers.Layer):
     ) -> None:
         """Updates the moving statistics, unless the batch is empty or entirely masked.
 
-        Every call in training mode runs this once, in replica context. Override it, or replace it
-        on one layer, to use the batch statistics differently.
+        Every call in training mode has this effect once, in replica context. Override it, or
+        replace it on one layer, to use the batch statistics differently.
 
         Args:
-          moments: moments of the call's G ghost batches, merged over synchronized replicas;
+          moments: moments of the call or of its G ghost batches, merged over synchronized replicas;
             variances are biased.
           training: whether to update; a tensor if the mode is known only at run time.
         """
-        count, mean, variance = moments
-        static_count = tf.get_static_value(count)
-        if static_count is None:
+        count, mean, biased = moments
+        # Bessel's correction enters here.
+        variance = ops.unbias(biased, count) if self.unbiased else biased
+        if mean.shape.rank == 2:
             total = tf.reduce_sum(count, axis=0)
             share = tf.math.divide_no_nan(count, total)
-            degrees_of_freedom = tf.maximum(count - 1, 1)
-            should_update = tf.logical_and(total > 0, training)
-        else:
-            # Computed in NumPy, which adds no operation to the graph.
-            count, total = static_count, static_count.sum(axis=0)
-            share = count / np.maximum(total, 1)
-            degrees_of_freedom = np.maximum(count - 1, 1)
-            should_update = training if total.all() else tf.logical_and(total > 0, training)
-        # Bessel's correction enters here. A single value has no unbiased variance: m - 1 >= 1.
-        correction = count / degrees_of_freedom if self.unbiased else 1.0
-        new_mean = tf.reduce_sum(share * mean, axis=0)
-        new_variance = tf.reduce_sum(share * correction * variance, axis=0)
-        momentum = self._count_update(should_update) if self.momentum is None else self.momentum
-        self._update_average(self.moving_mean, new_mean, momentum, should_update)
+            mean, variance = (tf.reduce_sum(share * t, axis=0) for t in (mean, variance))
+            count = total
+        momentum = self.momentum
+        if momentum is None:
+            momentum = self._count_update(count, training)
+        average = functools.partial(self._average, count=count, training=training)
+        average(self.moving_mean, mean, momentum)
         if not self.renorm:
-            self._update_average(self.moving_variance, new_variance, momentum, should_update)
+            average(self.moving_variance, variance, momentum)
         else:
             # As in the Keras layer, standard deviations are averaged and the moving variance
             # follows from them.
-            stddev = tf.sqrt(new_variance + self.epsilon)
-            stddev = self._update_average(self.moving_stddev, stddev, momentum, should_update)
+            stddev = average(self.moving_stddev, tf.sqrt(variance + self.epsilon), momentum)
             moving_variance = tf.nn.relu(tf.square(stddev) - self.epsilon)
             self.moving_variance.assign(self._unflatten(moving_variance))
-            self._update_average(self.renorm_mean, new_mean, self.renorm_momentum, should_update)
-            biased = tf.reduce_sum(share * variance, axis=0)
-            stddev = tf.sqrt(biased + self.epsilon)
-            self._update_average(self.renorm_stddev, stddev, self.renorm_momentum, should_update)
+            average(self.renorm_mean, mean, self.renorm_momentum)
+            average(self.renorm_stddev, tf.sqrt(biased + self.epsilon), self.renorm_momentum)
         if self.values_since_merge is not None:
-            num_values = tf.cast(tf.reduce_mean(total), tf.float32)
+            num_values = tf.cast(tf.reduce_mean(count), tf.float32)
             self.values_since_merge.assign_add(tf.where(training, num_values, 0.0))
 
-    def _count_update(self, should_update: bool | tf.Tensor) -> tf.Tensor:
+    def _count_update(self, count: ops.Count, training: bool | tf.Tensor) -> tf.Tensor:
         """Counts an update, and returns the momentum of the equal-weight average, float64."""
-        num_updates = self.num_updates.value + tf.cast(tf.reduce_any(should_update), tf.int64)
+        is_update = tf.logical_and(tf.reduce_any(count > 0), training)
+        num_updates = self.num_updates.value + tf.cast(is_update, tf.int64)
         self.num_updates.assign(num_updates)
         return 1 - 1 / tf.cast(tf.maximum(num_updates, 1), tf.float64)
 
-    def _update_average(
+    def _average(
         self,
-        average: keras.Variable,
+        variable: keras.Variable,
         value: tf.Tensor,
         momentum: float | tf.Tensor,
-        should_update: bool | tf.Tensor,
+        count: ops.Count,
+        training: bool | tf.Tensor,
     ) -> tf.Tensor:
         """Sets a moving average to momentum * average + (1 - momentum) * value.
 
         Args:
-          average: moving average with the shape of the weights.
+          variable: moving average, with the shape of the weights.
           value: [C].
           momentum: fraction of the average that is kept.
-          should_update: scalar or [C]; where it is False, the average stays as it is.
+          count: number of values that entered `value`, scalar, [1] or [C]; where it is 0, the
+            average stays as it is.
+          training: whether to update.
 
         Returns:
           The average after the update, [C].
         """
-        old = _flatten(average)
-        kept, added = momentum, 1 - momentum
-        if isinstance(momentum, tf.Tensor):
-            kept, added = tf.cast(kept, old.dtype), tf.cast(added, old.dtype)
-        new = old * kept + tf.cast(value, old.dtype) * added
-        if should_update is not True:
-            new = tf.where(should_update, new, old)
-        average.assign(self._unflatten(new))
+        old = _flatten(variable)
+        new, weight = tf.cast(value, old.dtype), 1 - momentum
+        if isinstance(weight, tf.Tensor):
+            weight = tf.cast(weight, old.dtype)
+        if not isinstance(count, float):
+            # Counts are integers, so the minimum is 0 or the weight.
+            weight = tf.minimum(tf.cast(count, old.dtype), weight)
+        elif not count:
+            return old
+        if isinstance(momentum, float) and momentum > 0:
+            new = old - (old - new) * weight
+        else:
+            # With a weight of 1, the difference above would lose the digits of a small new value.
+            new = old * (1 - weight) + new * weight
+        if training is not True:
+            new = tf.where(training, new, old)
+        variable.assign(self._unflatten(new))
         return new
 
     # --- Replicas.
@@ -349,9 +399,14 @@ class BatchNormalization(keras.layers.Layer):
     # --- Shapes and checks.
 
     def _parameters(self) -> tuple[tf.Tensor | None, tf.Tensor | None]:
-        """Returns gamma and beta, [C] or None."""
-        gamma, beta = (None if p is None else _flatten(p) for p in (self.gamma, self.beta))
+        """Returns gamma and beta, or None for those that the layer lacks."""
+        gamma, beta = (p if p is None else tf.convert_to_tensor(p) for p in (self.gamma, self.beta))
         return gamma, beta
+
+    def _broadcast(self, t: tf.Tensor) -> tf.Tensor:
+        """Reshapes a tensor with the shape of the weights so that it broadcasts with the input."""
+        sizes = dict(zip(self._axes, self._shape, strict=True))
+        return tf.reshape(t, [sizes.get(a, 1) for a in range(self.input_spec.ndim)])
 
     def _unflatten(self, t: tf.Tensor) -> tf.Tensor:
         """Reshapes [C] to the shape of the weights."""
@@ -397,7 +452,7 @@ class BatchNormalization(keras.layers.Layer):
         return keras.ops.sqrt(initializer(shape, dtype=dtype))
 
     def _expand_mask(self, mask: tf.Tensor | None, inputs: tf.Tensor) -> tf.Tensor | None:
-        """Returns the mask broadcastable to the input after ops.move_channels_last."""
+        """Returns the mask with the rank of the input, or None."""
         if mask is None:
             return None
         mask = tf.convert_to_tensor(mask)
@@ -413,7 +468,16 @@ class BatchNormalization(keras.layers.Layer):
                 f"{self.name}: mask shape {tuple(mask.shape)} does not fit input shape"
                 f" {tuple(inputs.shape)}: expected the input shape without axis={self.axis}"
             )
-        return ops.move_channels_last(mask, self._axes)
+        return mask
+
+    def _check_inputs(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Returns the inputs in a floating-point dtype."""
+        if isinstance(inputs, tf.RaggedTensor | tf.SparseTensor):
+            raise UsageError(
+                f"{self.name}: inputs are a {type(inputs).__name__}, but a dense tensor is"
+                " expected: pass inputs.to_tensor(), and a mask that excludes the padding"
+            )
+        return inputs if inputs.dtype.is_floating else tf.cast(inputs, self.compute_dtype)
 
     def _check_batch(self, x: tf.Tensor) -> tf.Tensor:
         """Returns x after checking that it consists of whole ghost batches."""
@@ -492,28 +556,8 @@ class BatchNormalization(keras.layers.Layer):
         A layer that behaves like the Keras layer therefore has a config that the Keras layer
         accepts, and vice versa.
         """
-        config = {
-            **super().get_config(),
-            "axis": self.axis,
-            "momentum": self.momentum,
-            "epsilon": self.epsilon,
-            "center": self.center,
-            "scale": self.scale,
-            "synchronized": self.synchronized,
-            "renorm": self.renorm,
-            "renorm_clipping": self.renorm_clipping,
-            "renorm_momentum": self.renorm_momentum,
-        }
-        for name in ("beta", "gamma", "moving_mean", "moving_variance"):
-            initializer = getattr(self, f"{name}_initializer")
-            config[f"{name}_initializer"] = keras.initializers.serialize(initializer)
-        for name in ("beta", "gamma"):
-            regularizer = getattr(self, f"{name}_regularizer")
-            config[f"{name}_regularizer"] = keras.regularizers.serialize(regularizer)
-            constraint = getattr(self, f"{name}_constraint")
-            config[f"{name}_constraint"] = keras.constraints.serialize(constraint)
         additional = {name: getattr(self, name) for name in _NOT_IN_KERAS}
-        return config | {name: value for name, value in additional.items() if value}
+        return super().get_config() | {name: value for name, value in additional.items() if value}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
@@ -556,6 +600,14 @@ def canonical_axes(axis: int | Sequence[int], shape: Sequence[int | None]) -> li
             " to compute statistics over"
         )
     return axes
+
+
+def _static_value(training: bool | tf.Tensor | None) -> bool | tf.Tensor | None:
+    """Returns `training` as a bool if its value is known while a graph is built."""
+    if isinstance(training, tf.Variable):
+        training = tf.convert_to_tensor(training)
+    static = tf.get_static_value(training) if isinstance(training, tf.Tensor) else None
+    return training if static is None else bool(static)
 
 
 def _flatten(variable: keras.Variable) -> tf.Tensor:

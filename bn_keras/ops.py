@@ -1,23 +1,25 @@
 """The batch-normalizing transform as functions of tensors, forward and backward.
 
-Activations are channels-last, [N, ..., C]. This module knows no layer and no strategy: a callable,
-`gather`, exchanges tensors between replicas.
+This module knows no layer and no strategy: a callable, `gather`, exchanges tensors between
+replicas.
 
 Two implementations compute the same numbers. `_Fused` calls TensorFlow's fused kernels, which read
 and write the activations as few times as possible. `_Unfused` consists of ordinary operations: it
-accepts every dtype and mask, and because it is differentiable it also provides the second-order
-gradients. XLA compiles `_Unfused` only: it fuses ordinary operations itself, and its version of the
-fused kernels computes the variance as E[x^2] - E[x]^2, which cancels at large means.
+accepts every dtype, axis and mask, and because it is differentiable it also provides the
+second-order gradients. Small inputs use it too, because calling a kernel would cost them more than
+it saves, and so does XLA, which fuses ordinary operations itself. XLA's version of the fused
+kernels computes the variance as E[x^2] - E[x]^2, which cancels at large means.
 """
 
 import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import tensorflow as tf
-from tensorflow.python.eager import forwardprop_util
+from tensorflow.python.distribute import device_util
+from tensorflow.python.eager import context, forwardprop_util
 from tensorflow.python.ops import control_flow_util
 
 # Dtypes that the fused kernels accept. They compute in float32 for all three.
@@ -27,6 +29,9 @@ _FUSED_DTYPES = (tf.float16, tf.bfloat16, tf.float32)
 _MIN_SIZE_TO_FUSE_TRAINING = 2**16
 _MIN_SIZE_TO_FUSE_INFERENCE = 2**18
 
+# Batch size assumed where it is unknown while a graph is built.
+_TYPICAL_BATCH_SIZE = 32
+
 # Largest number of values per channel whose float32 sum needs no check: at a mean of 1,000 standard
 # deviations the computed mean is still accurate to a hundredth of a standard deviation.
 _MAX_UNCHECKED_COUNT = 2**15
@@ -35,24 +40,44 @@ _MAX_UNCHECKED_COUNT = 2**15
 # each of them. Differentiable; one collective per call.
 Gather = Callable[[tf.Tensor], tf.Tensor]
 
-# Maps (dy, x, gamma) to (dx, dgamma, dbeta).
-_Backward = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]
+# Maps dy to (dx, dgamma, dbeta).
+_Backward = Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor, tf.Tensor]]
+
+# A Python float if it is known while a graph is built.
+Count: TypeAlias = float | tf.Tensor
 
 
 class Moments(NamedTuple):
     """Statistics of a batch, or of each of the G ghost batches that it is split into.
 
-    Mean and variance are 0 where count is 0.
+    Several axes with statistics of their own are flattened into C channels. Mean and variance are 0
+    where count is 0.
 
     Attributes:
-      count: number of values per channel, [G, C] if the mask differs by channel, else [G, 1].
-      mean: [G, C].
-      variance: [G, C], biased: divided by count, as in Algorithm 1, without Bessel's correction.
+      count: number of values per channel: a scalar, or [1] or [C] with a mask; with ghost batches
+        [G, 1] or [G, C].
+      mean: [C], or [G, C] with ghost batches.
+      variance: like mean; biased: divided by count, as in Algorithm 1, without Bessel's correction.
     """
 
-    count: tf.Tensor
+    count: Count
     mean: tf.Tensor
     variance: tf.Tensor
+
+
+class MovingStatistics(NamedTuple):
+    """Moving mean and variance, and how a batch enters them.
+
+    Attributes:
+      mean, variance: [C], float32.
+      momentum: fraction that is kept, in [0, 1].
+      unbiased: whether the variance averages unbiased (Bessel-corrected) batch variances.
+    """
+
+    mean: tf.Tensor
+    variance: tf.Tensor
+    momentum: float
+    unbiased: bool
 
 
 def statistics_dtype(dtype: tf.DType) -> tf.DType:
@@ -67,19 +92,22 @@ def normalize(
     gamma: tf.Tensor | None,
     beta: tf.Tensor | None,
     epsilon: float,
+    axes: Sequence[int] | None = None,
 ) -> tf.Tensor:
     """Computes gamma * (x - mean) / sqrt(variance + epsilon) + beta for given statistics.
 
     Computed in float32 (float64 for float64) whatever the dtype of x. No gradient flows to mean
-    and variance.
+    and variance. Small inputs are computed as x * scale + offset, which converters merge with a
+    convolution or a dense layer before it.
 
     Args:
-      x: [N, ..., C] activations.
-      mean: [C].
-      variance: [C], >= 0.
-      gamma: [C]; None means 1.
-      beta: [C]; None means 0.
+      x: activations of any shape.
+      mean: in the shape of `axes`, such as [C].
+      variance: like mean, >= 0.
+      gamma: like mean; None means 1.
+      beta: like mean; None means 0.
       epsilon: added under the root, > 0.
+      axes: axes with statistics of their own, non-negative and ascending. None means the last.
 
     Returns:
       Same shape and dtype as x.
@@ -87,14 +115,20 @@ def normalize(
     Source: Ioffe & Szegedy 2015, Algorithm 1, lines 3 and 4.
     """
     x = tf.convert_to_tensor(x)
+    axes = _with_default_axes(axes, x)
     dtype = statistics_dtype(x.dtype)
     mean, variance = (tf.stop_gradient(tf.cast(t, dtype)) for t in (mean, variance))
-    gamma, beta = _with_defaults(gamma, beta, x)
-    if _should_fuse(x, _MIN_SIZE_TO_FUSE_INFERENCE):
-        y = _run_inference_kernel(_as_images(x), mean, variance, gamma, beta, epsilon)
-        return _restore(y, x)
-    y = (tf.cast(x, dtype) - mean) * (gamma * tf.math.rsqrt(variance + epsilon)) + beta
-    return tf.cast(y, x.dtype)
+    gamma, beta = (_to_statistics_dtype(p, x) for p in (gamma, beta))
+    if _should_fuse_inference(x, axes):
+        gamma, beta = _with_defaults(gamma, beta, x, axes)
+        return _run_inference_kernel(x, mean, variance, gamma, beta, epsilon)
+    scale = tf.math.rsqrt(variance + epsilon)
+    scale = scale if gamma is None else gamma * scale
+    offset = -mean * scale if beta is None else beta - mean * scale
+    if not _are_last(axes, x.shape.rank):
+        shape = [d if a in axes else 1 for a, d in enumerate(x.shape)]
+        scale, offset = tf.reshape(scale, shape), tf.reshape(offset, shape)
+    return tf.cast(tf.cast(x, dtype) * scale + offset, x.dtype)
 
 
 def batch_normalize(
@@ -103,6 +137,7 @@ def batch_normalize(
     beta: tf.Tensor | None,
     epsilon: float,
     *,
+    axes: Sequence[int] | None = None,
     mask: tf.Tensor | None = None,
     virtual_batch_size: int | None = None,
     gather: Gather | None = None,
@@ -120,147 +155,311 @@ def batch_normalize(
         returns None, as for any tf.custom_gradient.
 
     Args:
-      x: [N, ..., C] activations; N may be 0.
-      gamma: [C]; None means 1.
-      beta: [C]; None means 0.
+      x: activations of any shape; may be empty.
+      gamma: in the shape of `axes`, such as [C]; None means 1.
+      beta: like gamma; None means 0.
       epsilon: added under the root, > 0.
+      axes: axes with statistics of their own, non-negative and ascending. None means the last.
       mask: same rank as x and broadcastable to it; only values where it is nonzero enter the
         statistics. Masked values are normalized too. None means no mask.
       virtual_batch_size: number of consecutive examples in a ghost batch, which has statistics of
-        its own; divides N. None means the whole batch.
+        its own; divides the size of axis 0. None means the whole batch.
       gather: exchanges statistics with other replicas; None means this replica alone.
 
     Returns:
-      y, with the shape and dtype of x, and the moments, through which no gradient flows.
+      y, with the shape and dtype of x, and the moments. Stop the gradient of the moments before a
+      loss depends on them: whether one flows through them depends on the implementation chosen.
 
     Source: Ioffe & Szegedy 2015, Algorithm 1, and the gradients in section 3.
     """
     x = tf.convert_to_tensor(x)
-    gamma, beta = _with_defaults(gamma, beta, x)
-    unfused = _Unfused(epsilon, virtual_batch_size, gather, mask, x)
+    axes = _with_default_axes(axes, x)
+    gamma, beta = (_to_statistics_dtype(p, x) for p in (gamma, beta))
+    unfused = _Unfused(x, axes, epsilon, mask, virtual_batch_size, gather)
+    if _has_tangents(x, gamma, beta):
+        # A custom gradient would hide the operations from forward mode.
+        y, moments, _ = unfused.forward(x, gamma, beta)
+        return y, moments
     # The kernels run once per ghost batch, so the number of ghost batches must be static.
-    num_ghosts = _static_num_ghosts(x, virtual_batch_size)
-    forward = unfused.forward
-    is_forward_mode = _has_tangents(x, gamma, beta)
-    can_fuse = mask is None and num_ghosts and not is_forward_mode
-    if can_fuse and _should_fuse(x, _MIN_SIZE_TO_FUSE_TRAINING):
-        forward = (
-            _Fused(epsilon, num_ghosts).forward
-            if gather is None
-            else _SynchronizedFused(epsilon, num_ghosts, gather).forward
-        )
-    if is_forward_mode:
-        # Forward mode differentiates these operations; reverse mode uses the custom gradient below.
-        y, moments, backward = forward(x, gamma, beta)
-        moments = Moments(moments.count, *map(tf.stop_gradient, moments[1:]))
+    has_kernel = mask is None and _static_num_ghosts(x, virtual_batch_size) > 0
+    if not has_kernel or not should_fuse_training(x, is_synchronized=gather is not None):
+        return _differentiable(unfused, x, gamma, beta)
+
+    def run(x, axis, gamma, beta):  # noqa: ANN001
+        arguments = x, axis, epsilon, virtual_batch_size
+        fused = _Fused(*arguments) if gather is None else _SynchronizedFused(*arguments, gather)
+        unfused = _Unfused(x, [axis], epsilon, None, virtual_batch_size, gather)
+        return _twice_differentiable(fused.forward, unfused, x, gamma, beta)
+
+    return _run_fused(run, x, axes, gamma, beta)
+
+
+def batch_normalize_and_average(
+    x: tf.Tensor,
+    gamma: tf.Tensor | None,
+    beta: tf.Tensor | None,
+    epsilon: float,
+    moving: MovingStatistics,
+    axes: Sequence[int] | None = None,
+) -> tuple[tf.Tensor, tuple[tf.Tensor, tf.Tensor]]:
+    """Like batch_normalize, and averages the moments into moving statistics.
+
+    The fused kernel does both in one call; use this function where should_fuse_training returns
+    True. An empty batch leaves the moving statistics unchanged.
+
+    Args:
+      x, gamma, beta, epsilon, axes: like those of batch_normalize.
+      moving: moving statistics before this batch.
+
+    Returns:
+      y, and moving mean and variance after this batch, [C].
+    """
+    x = tf.convert_to_tensor(x)
+    axes = _with_default_axes(axes, x)
+    gamma, beta = (_to_statistics_dtype(p, x) for p in (gamma, beta))
+
+    def run(x, axis, gamma, beta):  # noqa: ANN001
+        fused = _Fused(x, axis, epsilon, None)
+        forward = functools.partial(fused.forward_and_average, moving)
+        unfused = _Unfused(x, [axis], epsilon)
+        return _twice_differentiable(forward, unfused, x, gamma, beta)
+
+    return _run_fused(run, x, axes, gamma, beta)
+
+
+def should_fuse_training(x: tf.Tensor, is_synchronized: bool = False) -> bool:
+    """Returns whether batch_normalize calls the fused kernels for x if there is no mask.
+
+    Args:
+      x: activations.
+      is_synchronized: whether replicas share statistics.
+    """
+    if x.dtype not in _FUSED_DTYPES or _is_compiled_by_xla():
+        return False
+    if _is_on_accelerator():
+        # The synchronized gradient needs the kernel's gradient of inference, which on GPUs adds in
+        # no fixed order and is refused by tf.config.experimental.enable_op_determinism.
+        return not is_synchronized
+    return _estimate_size(x) >= _scale_by_threads(_MIN_SIZE_TO_FUSE_TRAINING)
+
+
+def _should_fuse_inference(x: tf.Tensor, axes: Sequence[int]) -> bool:
+    # Only images with channels last, the layout in which converters recognize the kernel.
+    if x.dtype not in _FUSED_DTYPES or x.shape.rank != 4 or list(axes) != [3]:
+        return False
+    # On GPUs the kernel's gradient has no fixed order (see should_fuse_training), and cuDNN limits
+    # the batch size.
+    if _is_compiled_by_xla() or _is_on_accelerator():
+        return False
+    return _estimate_size(x) >= _scale_by_threads(_MIN_SIZE_TO_FUSE_INFERENCE)
+
+
+def _estimate_size(x: tf.Tensor) -> int:
+    sizes = [_TYPICAL_BATCH_SIZE if d is None else d for d in x.shape]
+    return math.prod(sizes)
+
+
+def _scale_by_threads(min_size: int) -> int:
+    # All cores of the machine, even if the process may use only some of them: this choice affects
+    # rounding, and a network trained in parallel with others must equal one trained alone.
+    threads = tf.config.threading.get_intra_op_parallelism_threads() or os.cpu_count() or 1
+    # Waking other threads, most of the cost of a small call, is not needed with a single one.
+    return min_size // 16 if threads == 1 else min_size
+
+
+def _has_tangents(*tensors: tf.Tensor) -> bool:
+    """Returns whether a tf.autodiff.ForwardAccumulator follows any of the tensors."""
+    return bool(forwardprop_util.pack_tangents(tensors).tangents)
+
+
+def _is_compiled_by_xla() -> bool:
+    """Returns whether XLA compiles the graph being traced, for a jitted function or for a TPU."""
+    if tf.executing_eagerly():
+        return False
+    graph = tf.compat.v1.get_default_graph()
+    return control_flow_util.GraphOrParentsInXlaContext(graph)
+
+
+def _is_on_accelerator() -> bool:
+    """Returns whether operations created now run on a GPU or TPU, as far as is known."""
+    if tf.executing_eagerly():
+        device = context.context().device_name
     else:
-        y, moments, backward = forward(tf.stop_gradient(x), gamma, beta)
+        # The device scope of a graph has no public name.
+        probe = device_util._FakeOperation()
+        tf.compat.v1.get_default_graph()._apply_device_functions(probe)
+        device = probe.device
+    device_type = tf.DeviceSpec.from_string(device or "").device_type
+    if device_type is not None:
+        return device_type != "CPU"
+    # TensorFlow places operations without a device on an accelerator, if there is one.
+    return any(d.device_type != "CPU" for d in tf.config.list_logical_devices())
+
+
+# --- Gradients.
+
+
+def _differentiable(
+    unfused: "_Unfused", x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None
+) -> tuple[tf.Tensor, Moments]:
+    """Returns y and the moments. The gradient consists of differentiable operations."""
+    moments = []
+    is_given = [t is not None for t in (x, gamma, beta)]
 
     @tf.custom_gradient
-    def differentiable(x, gamma, beta):  # noqa: ANN001
+    def transform(*given: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+        remaining = iter(given)
+        y, found, backward = unfused.forward(*(next(remaining) if g else None for g in is_given))
+        moments.append(found)
+        return y, lambda dy: [t for t, g in zip(backward(dy), is_given, strict=True) if g]
+
+    y = transform(*(t for t in (x, gamma, beta) if t is not None))
+    return y, moments[0]
+
+
+def _twice_differentiable(
+    forward: Callable[..., tuple[tf.Tensor, Any, _Backward]],
+    unfused: "_Unfused",
+    x: tf.Tensor,
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+) -> tuple[tf.Tensor, Any]:
+    """Returns y and the statistics that kernels compute.
+
+    The kernels' gradient has no gradient of its own, which ordinary operations provide.
+    """
+    statistics = []
+
+    @tf.custom_gradient
+    def transform(x, gamma, beta):  # noqa: ANN001
+        y, found, backward = forward(x, gamma, beta)
+        statistics.append(found)
+
         @tf.custom_gradient
         def first_order(dy, x, gamma):  # noqa: ANN001
             def second_order(*upstream):
                 with tf.GradientTape() as tape:
                     tape.watch([dy, x, gamma])
-                    # The moments depend on x, so they are computed again under this tape.
-                    outputs = unfused.backward(unfused.compute_moments(x), dy, x, gamma)
+                    _, _, backward = unfused.forward(x, gamma, beta)
+                    outputs = backward(dy)
                 return tape.gradient(outputs, [dy, x, gamma], upstream)
 
-            return backward(dy, x, gamma), second_order
+            return backward(dy), second_order
 
         return y, lambda dy: first_order(dy, x, gamma)
 
-    return differentiable(x, gamma, beta), moments
+    return transform(x, gamma, beta), statistics[0]
+
+
+# --- Ordinary operations.
 
 
 class _Unfused:
     """The transform in ordinary operations, in the dtype of the statistics.
 
     With ghost batches, tensors have an additional first axis, with an entry per ghost batch.
-    Statistics keep their reduced axes, with size 1.
     """
 
     def __init__(
         self,
-        epsilon: float,
-        virtual_batch_size: int | None,
-        gather: Gather | None,
-        mask: tf.Tensor | None,
         x: tf.Tensor,
+        axes: Sequence[int],
+        epsilon: float,
+        mask: tf.Tensor | None = None,
+        virtual_batch_size: int | None = None,
+        gather: Gather | None = None,
     ) -> None:
+        self._axes = axes
         self._epsilon = epsilon
         self._virtual_batch_size = virtual_batch_size
         self._gather = gather
+        first = 0 if virtual_batch_size is None else 1
         rank = x.shape.rank
-        self._axes = list(range(rank - 1) if virtual_batch_size is None else range(1, rank))
+        self._reduced = [a + first for a in range(rank) if a not in axes]
+        # The sums over all other axes broadcast with x if these are the first.
+        self._keepdims = bool(first) or not _are_last(axes, rank)
+        # Shape of a statistic that broadcasts with x, without the axis of the ghost batches.
+        self._shape = [x.shape[a] for a in axes]
+        if self._keepdims:
+            self._shape = [x.shape[a] if a in axes else 1 for a in range(rank)]
         self._mask = None
         if mask is not None:
-            mask = tf.cast(mask, tf.bool)
-            self._mask = self._split(tf.broadcast_to(mask, _dims(x)[:-1] + _dims(mask)[-1:]))
+            shape = [mask.shape[a] if a in axes else d for a, d in enumerate(_dims(x))]
+            self._mask = self._split(tf.broadcast_to(tf.cast(mask, tf.bool), shape))
 
     def forward(
-        self, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor
+        self, x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None
     ) -> tuple[tf.Tensor, Moments, _Backward]:
-        moments = self.compute_moments(x)
-        scale = gamma * tf.math.rsqrt(moments.variance + self._epsilon)
-        y = (self._split_and_cast(x) - moments.mean) * scale + beta
-        squeezed = Moments(*map(_squeeze_statistic, moments))
-        return _restore(y, x), squeezed, functools.partial(self.backward, moments)
+        original, x = x, self._split_and_cast(x)
+        count, mean, variance, deviation = self._compute_moments(x)
+        moments = self._flatten_moments(count, mean, variance)
+        if self._gather is not None:
+            moments = _merge_moments(self._gather, moments)
+            count, mean, variance = map(self._expand, moments)
+            deviation = x - mean
+        inverse_stddev = tf.math.rsqrt(variance + self._epsilon)
+        x_hat = deviation * inverse_stddev
+        scale, offset = map(self._broadcast, (gamma, beta))
+        y = x_hat if scale is None else x_hat * scale
+        y = y if offset is None else y + offset
 
-    def compute_moments(self, x: tf.Tensor) -> Moments:
-        """Computes the mean, then the variance from the deviations from it.
+        def backward(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            dy = self._split_and_cast(dy)
+            # A masked value may be NaN; where its dy is 0 it must not reach any sum.
+            finite = x_hat if self._mask is None else tf.where(self._mask | (dy != 0), x_hat, 0.0)
+            dgamma, dbeta = self._sum(dy * finite), self._sum(dy)
+            mean_dy, mean_dy_x_hat = (_divide(t, count) for t in self._over_replicas(dbeta, dgamma))
+            through_moments = self._apply_mask(mean_dy + finite * mean_dy_x_hat)
+            slope = inverse_stddev if scale is None else inverse_stddev * scale
+            dx = (dy - through_moments) * slope
+            return _restore(dx, original), self._sum_ghosts(dgamma), self._sum_ghosts(dbeta)
 
-        Outside XLA, the mean of the deviations corrects the rounding error of the first mean.
-        """
-        x = self._split_and_cast(x)
-        if self._mask is None:
-            dims = _dims(x)
-            shape = [1 if a in self._axes else d for a, d in enumerate(dims[:-1])] + [1]
-            count = _constant(_product([dims[a] for a in self._axes]), shape, x.dtype)
-        else:
-            count = self._sum(tf.cast(self._mask, x.dtype))
+        return _restore(y, original), moments, backward
+
+    def _compute_moments(self, x: tf.Tensor) -> tuple[Count, tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Returns count, mean, variance, and the deviations from the mean."""
+        count = self._count_values(x)
         if _is_compiled_by_xla():
             # XLA adds values one by one in float32, so a large mean would lose the deviations.
-            # Subtracting one value of the batch first leaves a mean that needs no correction.
+            # Subtracting one value of the batch first leaves a small mean.
             shift = self._some_value(x)
-            mean = shift + self._mean(self._apply_mask(x - shift), count)
-            variance = self._mean(tf.square(self._apply_mask(x - mean)), count)
+            mean = shift + _divide(self._sum(self._apply_mask(x - shift)), count)
         else:
-            mean = self._mean(self._apply_mask(x), count)
-            deviation = self._apply_mask(x - mean)
-            correction = self._mean(deviation, count)
-            squares = self._mean(tf.square(deviation), count)
-            variance = tf.nn.relu(squares - tf.square(correction))
-            mean += correction
-        return _merge_moments(self._gather, Moments(count, mean, variance))
+            # TensorFlow also adds one by one. A sum in float64 is exact enough at any mean.
+            total = self._sum(tf.cast(self._apply_mask(x), tf.float64))
+            mean = tf.cast(_divide(total, count), x.dtype)
+        deviation = x - mean
+        variance = _divide(self._sum(tf.square(self._apply_mask(deviation))), count)
+        return count, mean, variance, deviation
 
-    def backward(
-        self, moments: Moments, dy: tf.Tensor, x: tf.Tensor, gamma: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        dy = self._split_and_cast(dy)
-        inverse_stddev = tf.math.rsqrt(moments.variance + self._epsilon)
-        x_hat = (self._split_and_cast(x) - moments.mean) * inverse_stddev
+    def _count_values(self, x: tf.Tensor) -> Count:
         if self._mask is not None:
-            # A masked value may be NaN; where its dy is 0 it must not reach any sum.
-            x_hat = tf.where(self._mask | (dy != 0), x_hat, 0.0)
-        dgamma, dbeta = self._sum(dy * x_hat), self._sum(dy)
-        mean_dy, mean_dy_x_hat = _compute_dy_means(self._gather, dbeta, dgamma, moments.count)
-        through_moments = self._apply_mask(mean_dy + x_hat * mean_dy_x_hat)
-        dx = gamma * inverse_stddev * (dy - through_moments)
-        axes = list(range(dx.shape.rank - 1))
-        return _restore(dx, x), tf.reduce_sum(dgamma, axes), tf.reduce_sum(dbeta, axes)
+            return self._sum(tf.cast(self._mask, x.dtype))
+        sizes = [x.shape[a] for a in self._reduced]
+        if None not in sizes:
+            return float(math.prod(sizes))
+        if self._virtual_batch_size is None:
+            return tf.cast(tf.size(x), x.dtype) / math.prod(self._shape)
+        dims = _dims(x)
+        return tf.cast(_product([dims[a] for a in self._reduced]), x.dtype)
 
     def _some_value(self, x: tf.Tensor) -> tf.Tensor:
         """Returns one value per channel that enters the statistics, or 0 if there is none."""
         if self._mask is None:
-            first = x[
-                tuple(slice(1) if a in self._axes else slice(None) for a in range(len(x.shape)))
-            ]
+            axes = range(x.shape.rank)
+            first = x[tuple(slice(1) if a in self._reduced else slice(None) for a in axes)]
             # The sum of one value, or of none in an empty batch.
             return tf.stop_gradient(self._sum(first))
-        largest = tf.reduce_max(tf.where(self._mask, x, x.dtype.min), self._axes, keepdims=True)
+        masked = tf.where(self._mask, x, x.dtype.min)
+        largest = tf.reduce_max(masked, self._reduced, keepdims=self._keepdims)
         return tf.stop_gradient(tf.where(largest > x.dtype.min, largest, 0.0))
+
+    def _over_replicas(self, *sums: tf.Tensor) -> Sequence[tf.Tensor]:
+        """Returns the totals over all replicas that share statistics."""
+        if self._gather is None:
+            return sums
+        gathered = _gather_packed(self._gather, [self._flatten(s) for s in sums])
+        return [self._expand(tf.reduce_sum(t, axis=0)) for t in gathered]
 
     def _split(self, x: tf.Tensor) -> tf.Tensor:
         if self._virtual_batch_size is None:
@@ -274,67 +473,264 @@ class _Unfused:
         return x if self._mask is None else tf.where(self._mask, x, 0.0)
 
     def _sum(self, x: tf.Tensor) -> tf.Tensor:
-        return tf.reduce_sum(x, self._axes, keepdims=True)
+        return tf.reduce_sum(x, self._reduced, keepdims=self._keepdims)
 
-    def _mean(self, x: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
-        return tf.math.divide_no_nan(self._sum(x), count)
+    def _sum_ghosts(self, gradient: tf.Tensor) -> tf.Tensor:
+        """Sums a parameter's gradient over the ghost batches, in the shape of the parameter."""
+        if self._virtual_batch_size is not None:
+            gradient = tf.reduce_sum(gradient, axis=0)
+        if not self._keepdims:
+            return gradient
+        return tf.reshape(gradient, [self._shape[a] for a in self._axes])
+
+    def _flatten_moments(self, count: Count, mean: tf.Tensor, variance: tf.Tensor) -> Moments:
+        mean, variance = self._flatten(mean), self._flatten(variance)
+        if isinstance(count, tf.Tensor) and count.shape.rank:
+            count = self._flatten(count)
+        elif self._virtual_batch_size is not None:
+            count *= tf.ones_like(mean[:, :1])
+        return Moments(count, mean, variance)
+
+    def _flatten(self, statistic: tf.Tensor) -> tf.Tensor:
+        """Reshapes a statistic to [C], or to [G, C] with ghost batches."""
+        if self._virtual_batch_size is not None:
+            return tf.reshape(statistic, [-1, math.prod(statistic.shape[1:])])
+        return statistic if statistic.shape.rank == 1 else tf.reshape(statistic, [-1])
+
+    def _expand(self, statistic: tf.Tensor) -> tf.Tensor:
+        """Reshapes [C], or [G, C] with ghost batches, so that it broadcasts with x.
+
+        With [1] in place of [C], the result has size 1 along all axes of x.
+        """
+        channels = statistic.shape[-1]
+        shape = [1] * len(self._shape) if channels == 1 else self._shape
+        if self._virtual_batch_size is not None:
+            return tf.reshape(statistic, [-1, *shape])
+        return statistic if shape == [channels] else tf.reshape(statistic, shape)
+
+    def _broadcast(self, parameter: tf.Tensor | None) -> tf.Tensor | None:
+        if parameter is None or not self._keepdims:
+            return parameter
+        return tf.reshape(parameter, self._shape)
+
+
+# --- Merging the statistics of replicas.
+
+
+def _merge_moments(gather: Gather, moments: Moments) -> Moments:
+    """Merges the replicas' moments by the law of total variance, which is exact at any mean."""
+    count, mean, variance = moments
+    if isinstance(count, float) or not count.shape.rank:
+        count *= tf.ones_like(mean[:1])
+    count, mean, variance = _gather_packed(gather, [count, mean, variance])
+    total = tf.reduce_sum(count, axis=0)
+    share = tf.math.divide_no_nan(count, total)
+    rough = tf.reduce_sum(share * mean, axis=0)
+    # Differences from a rough mean are small, and so are their rounding errors.
+    merged = rough + tf.reduce_sum(share * (mean - rough), axis=0)
+    within = tf.reduce_sum(share * variance, axis=0)
+    between = tf.reduce_sum(share * tf.square(mean - merged), axis=0)
+    return Moments(total, merged, within + between)
+
+
+def _gather_packed(gather: Gather, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """Returns each tensor stacked over the replicas, [R, ...], by a single collective."""
+    packed = gather(tf.concat(tensors, axis=-1))
+    return tf.split(packed, [t.shape[-1] for t in tensors], axis=-1)
+
+
+# --- Fused kernels.
+
+
+def _run_fused(
+    run: Callable[..., tuple[tf.Tensor, Any]],
+    x: tf.Tensor,
+    axes: Sequence[int],
+    gamma: tf.Tensor | None,
+    beta: tf.Tensor | None,
+) -> tuple[tf.Tensor, Any]:
+    """Calls run(x, axis, gamma, beta) with the channels on an axis that the kernels accept."""
+    gamma, beta = _with_defaults(gamma, beta, x, axes)
+    # The kernels for CPUs are fast with channels last only.
+    is_accepted = len(axes) == 1 and (_are_last(axes, x.shape.rank) or _is_on_accelerator())
+    if is_accepted:
+        return run(x, axes[0], gamma, beta)
+    moved = move_channels_last(x, axes)
+    y, statistics = run(moved, moved.shape.rank - 1, _flatten(gamma), _flatten(beta))
+    return move_channels_back(y, x, axes), statistics
 
 
 class _Fused:
-    """The transform in TensorFlow's fused kernels, called once per ghost batch."""
+    """The transform in TensorFlow's fused kernels, called once per ghost batch.
 
-    def __init__(self, epsilon: float, num_ghosts: int) -> None:
+    Gamma, beta and statistics are [C]. The channels are the last axis or, on an accelerator, any
+    one axis.
+    """
+
+    def __init__(
+        self, x: tf.Tensor, axis: int, epsilon: float, virtual_batch_size: int | None
+    ) -> None:
+        self._axis = axis
         self._epsilon = epsilon
-        self._num_ghosts = num_ghosts
+        self._has_ghosts = virtual_batch_size is not None
+        self._num_ghosts = _static_num_ghosts(x, virtual_batch_size)
+        self._data_format = "NHWC" if axis == x.shape.rank - 1 else "NCHW"
 
     def forward(
         self, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor
     ) -> tuple[tf.Tensor, Moments, _Backward]:
-        ys, moments, residuals = self._run_training(self._split(x), gamma, beta)
-        return _restore(_concat(ys), x), moments, functools.partial(self._backward, residuals)
+        ghosts = self._split(x)
+        ys, moments, reserved = self._train(ghosts, gamma, beta)
+        backward = functools.partial(self._backward, x, ghosts, gamma, reserved)
+        return self._join(ys, x), moments, backward
 
-    def _run_training(
+    def forward_and_average(
+        self, moving: MovingStatistics, x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor
+    ) -> tuple[tf.Tensor, tuple[tf.Tensor, tf.Tensor], _Backward]:
+        """Like forward, but returns the moving statistics after this batch."""
+        (images,) = self._split(x)
+        size, old = _size(images), moving
+        if not moving.unbiased:
+            # The kernel averages Bessel-corrected variances, m / (m - 1) times the biased ones. To
+            # average biased ones, the moving variance is multiplied by the same factor meanwhile.
+            factor = _bessel(size, self._num_channels(images))
+            old = moving._replace(variance=moving.variance * factor)
+        y, mean, variance, *reserved = self._run_training_kernel(images, size, gamma, beta, old)
+        if not moving.unbiased:
+            variance /= factor
+        if not (isinstance(size, float) and size):
+            # The kernel returns NaN for an empty batch.
+            has_values = tf.cast(size, tf.bool)
+            mean = tf.where(has_values, mean, moving.mean)
+            variance = tf.where(has_values, variance, moving.variance)
+        backward = functools.partial(self._backward, x, [images], gamma, [reserved])
+        return self._join([y], x), (mean, variance), backward
+
+    def _train(
         self, ghosts: Sequence[tf.Tensor], gamma: tf.Tensor, beta: tf.Tensor
     ) -> tuple[Sequence[tf.Tensor], Moments, Sequence[Sequence[tf.Tensor]]]:
-        """Returns y of each ghost batch, the moments, and the residuals of each ghost batch."""
-        count = _product(_dims(ghosts[0])[:-1])
-        results = [_run_training_kernel(g, count, gamma, beta, self._epsilon) for g in ghosts]
-        ys, means, variances, residuals = zip(*results, strict=True)
-        counts = _constant(count, [self._num_ghosts, 1], gamma.dtype)
-        return ys, Moments(counts, tf.stack(means), tf.stack(variances)), residuals
+        """Returns y of each ghost batch, the moments, and each ghost batch's reserve spaces."""
+        size = _size(ghosts[0])
+        results = [self._run_training_kernel(g, size, gamma, beta) for g in ghosts]
+        ys, means, variances, *reserved = zip(*results, strict=True)
+        count = size / self._num_channels(ghosts[0])
+        means, variances = zip(
+            *(_remove_bessel(*t, count) for t in zip(means, variances, strict=True)), strict=True
+        )
+        if self._has_ghosts:
+            count = tf.fill([self._num_ghosts, 1], count)
+        moments = Moments(count, self._stack(means), self._stack(variances))
+        return ys, moments, list(zip(*reserved, strict=True))
 
     def _backward(
         self,
-        residuals: Sequence[Sequence[tf.Tensor]],
-        dy: tf.Tensor,
         x: tf.Tensor,
+        ghosts: Sequence[tf.Tensor],
         gamma: tf.Tensor,
+        reserved: Sequence[Sequence[tf.Tensor]],
+        dy: tf.Tensor,
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         gradients = [
-            _run_gradient_kernel(dy, images, gamma, reserved, self._epsilon, is_training=True)
-            for dy, (images, *reserved) in zip(self._split(dy), residuals, strict=True)
+            self._run_gradient_kernel(dy, images, gamma, spaces, is_training=True)
+            for dy, images, spaces in zip(self._split(dy), ghosts, reserved, strict=True)
         ]
         dxs, dgammas, dbetas = zip(*gradients, strict=True)
-        return _restore(_concat(dxs), x), tf.add_n(dgammas), tf.add_n(dbetas)
+        return self._join(dxs, x), _add(dgammas), _add(dbetas)
+
+    def _stack(self, ghosts: Sequence[tf.Tensor]) -> tf.Tensor:
+        return tf.stack(ghosts) if self._has_ghosts else ghosts[0]
 
     def _split(self, x: tf.Tensor) -> list[tf.Tensor]:
-        """Returns the ghost batches as images [N, H, W, C]."""
-        images = _as_images(x)
+        """Returns the ghost batches as images: [N, H, W, C], or [N, C, H, W] on an accelerator."""
+        images = self._as_images(x)
         return [images] if self._num_ghosts == 1 else tf.split(images, self._num_ghosts)
 
-    def _zip_ghosts(self, *parts: tf.Tensor | Sequence[tf.Tensor]) -> Iterable[tuple]:
-        """Zips over the ghost batches, which are the first axis of a tensor."""
-        unstacked = [
-            tf.unstack(p, self._num_ghosts) if isinstance(p, tf.Tensor) else p for p in parts
-        ]
-        return zip(*unstacked, strict=True)
+    def _join(self, ghosts: Sequence[tf.Tensor], x: tf.Tensor) -> tf.Tensor:
+        """Returns the ghost batches as one tensor in the shape of x."""
+        images = ghosts[0] if len(ghosts) == 1 else tf.concat(ghosts, axis=0)
+        return images if self._is_image(x) else tf.reshape(images, _reshape_dims(x))
+
+    def _is_image(self, x: tf.Tensor) -> bool:
+        return x.shape.rank == 4 and self._axis in (1, 3)
+
+    def _as_images(self, x: tf.Tensor) -> tf.Tensor:
+        if self._is_image(x):
+            return x
+        dims = _reshape_dims(x)
+        before, channels, after = dims[: self._axis], dims[self._axis], dims[self._axis + 1 :]
+        if self._data_format == "NCHW":
+            return tf.reshape(x, [_product(before), channels, _product(after), 1])
+        return tf.reshape(x, [before[0], _product(before[1:]), 1, channels])
+
+    def _run_training_kernel(
+        self,
+        images: tf.Tensor,
+        size: Count,
+        gamma: tf.Tensor,
+        beta: tf.Tensor,
+        moving: MovingStatistics | None = None,
+    ) -> Sequence[tf.Tensor]:
+        """Returns y, mean, variance and three reserve spaces.
+
+        Mean and variance are those of the batch, the variance with Bessel's correction, or, with
+        `moving`, the moving statistics after this batch.
+        """
+        # The kernel takes no old averages if it is to keep nothing of them.
+        keeps = moving is not None and moving.momentum > 0
+        old = (moving.mean, moving.variance) if keeps else (tf.zeros([0]),) * 2
+        factor = 1 - moving.momentum if keeps else 1.0
+        outputs = tf.raw_ops.FusedBatchNormV3(
+            x=images,
+            scale=gamma,
+            offset=beta,
+            mean=old[0],
+            variance=old[1],
+            epsilon=self._epsilon,
+            exponential_avg_factor=factor,
+            data_format=self._data_format,
+        )
+        is_small = isinstance(size, float) and size <= _MAX_UNCHECKED_COUNT * images.shape[-1]
+        if is_small or _is_on_accelerator():
+            return outputs
+        return _correct_if_lost(images, size, (gamma, beta, *old), outputs, self._epsilon, factor)
+
+    def _num_channels(self, images: tf.Tensor) -> int:
+        return images.shape[1 if self._data_format == "NCHW" else 3]
+
+    def _run_gradient_kernel(
+        self,
+        dy: tf.Tensor,
+        images: tf.Tensor,
+        gamma: tf.Tensor,
+        reserved: Sequence[tf.Tensor],
+        is_training: bool,
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        dx, dgamma, dbeta, *_ = tf.raw_ops.FusedBatchNormGradV3(
+            y_backprop=dy,
+            x=images,
+            scale=gamma,
+            reserve_space_1=reserved[0],
+            reserve_space_2=reserved[1],
+            reserve_space_3=reserved[2],
+            epsilon=self._epsilon,
+            data_format=self._data_format,
+            is_training=is_training,
+        )
+        return dx, dgamma, dbeta
 
 
 class _SynchronizedFused(_Fused):
-    """The transform in fused kernels, with statistics shared by several replicas."""
+    """The transform in fused kernels, with statistics shared by several replicas. On CPUs only."""
 
-    def __init__(self, epsilon: float, num_ghosts: int, gather: Gather) -> None:
-        super().__init__(epsilon, num_ghosts)
+    def __init__(
+        self,
+        x: tf.Tensor,
+        axis: int,
+        epsilon: float,
+        virtual_batch_size: int | None,
+        gather: Gather,
+    ) -> None:
+        super().__init__(x, axis, epsilon, virtual_batch_size)
         self._gather = gather
 
     def forward(
@@ -342,33 +738,35 @@ class _SynchronizedFused(_Fused):
     ) -> tuple[tf.Tensor, Moments, _Backward]:
         ghosts = self._split(x)
         # The training kernel only provides this replica's moments; its y is discarded.
-        _, local, _ = self._run_training(ghosts, gamma, beta)
+        _, local, _ = self._train(ghosts, gamma, beta)
         moments = _merge_moments(self._gather, local)
         ys = [
             _run_inference_kernel(images, mean, variance, gamma, beta, self._epsilon)
             for images, mean, variance in self._zip_ghosts(ghosts, *moments[1:])
         ]
-        backward = functools.partial(self._synchronized_backward, moments)
-        return _restore(_concat(ys), x), moments, backward
+        backward = functools.partial(self._synchronized_backward, x, ghosts, gamma, moments)
+        return self._join(ys, x), moments, backward
 
     def _synchronized_backward(
-        self, moments: Moments, dy: tf.Tensor, x: tf.Tensor, gamma: tf.Tensor
+        self,
+        x: tf.Tensor,
+        ghosts: Sequence[tf.Tensor],
+        gamma: tf.Tensor,
+        moments: Moments,
+        dy: tf.Tensor,
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        ghosts = self._split(x)
         # With is_training=False the kernel treats the statistics as constants. It returns
         # gamma / sigma * dy and both sums of this replica in one call.
         gradients = [
-            _run_gradient_kernel(
-                dy, images, gamma, (mean, variance, []), self._epsilon, is_training=False
-            )
+            self._run_gradient_kernel(dy, images, gamma, (mean, variance, []), is_training=False)
             for dy, images, mean, variance in self._zip_ghosts(
                 self._split(dy), ghosts, *moments[1:]
             )
         ]
         direct, dgammas, dbetas = zip(*gradients, strict=True)
-        dy_means = _compute_dy_means(
-            self._gather, tf.stack(dbetas), tf.stack(dgammas), moments.count
-        )
+        stacked = [self._stack(t) for t in (dbetas, dgammas)]
+        sums = [tf.reduce_sum(t, axis=0) for t in _gather_packed(self._gather, stacked)]
+        dy_means = [_divide(t, moments.count) for t in sums]
         scales = -gamma * tf.math.rsqrt(moments.variance + self._epsilon)
         # The gradient through the moments, scale * (mean_dy + x_hat * mean_dy_x_hat), is affine in
         # x_hat, so the inference kernel computes it.
@@ -381,93 +779,112 @@ class _SynchronizedFused(_Fused):
                 direct, ghosts, *moments[1:], scales, *dy_means
             )
         ]
-        return _restore(_concat(dxs), x), tf.add_n(dgammas), tf.add_n(dbetas)
+        return self._join(dxs, x), _add(dgammas), _add(dbetas)
+
+    def _zip_ghosts(self, *parts: tf.Tensor | Sequence[tf.Tensor]) -> Iterable[tuple]:
+        """Zips over the ghost batches, which are the first axis of a statistic."""
+
+        def unstack(part: tf.Tensor | Sequence[tf.Tensor]) -> Sequence[tf.Tensor]:
+            if not isinstance(part, tf.Tensor):
+                return part
+            return tf.unstack(part, self._num_ghosts) if self._has_ghosts else [part]
+
+        return zip(*map(unstack, parts), strict=True)
 
 
-# --- Merging the statistics of replicas.
+def _correct_if_lost(
+    images: tf.Tensor,
+    size: Count,
+    parameters: Sequence[tf.Tensor],
+    outputs: Sequence[tf.Tensor],
+    epsilon: float,
+    factor: float,
+) -> Sequence[tf.Tensor]:
+    """Computes the outputs of the training kernel again if they have lost the deviations.
 
-
-def _merge_moments(gather: Gather | None, moments: Moments) -> Moments:
-    """Merges the replicas' moments by the law of total variance, which is exact at any mean."""
-    if gather is None:
-        return moments
-    count, mean, variance = _gather_packed(gather, moments)
-    total = tf.reduce_sum(count, axis=0)
-    share = tf.math.divide_no_nan(count, total)
-    rough = tf.reduce_sum(share * mean, axis=0)
-    # Differences from a rough mean are small, and so are their rounding errors.
-    merged = rough + tf.reduce_sum(share * (mean - rough), axis=0)
-    within = tf.reduce_sum(share * variance, axis=0)
-    between = tf.reduce_sum(share * tf.square(mean - merged), axis=0)
-    return Moments(total, merged, within + between)
-
-
-def _compute_dy_means(
-    gather: Gather | None, sum_dy: tf.Tensor, sum_dy_x_hat: tf.Tensor, count: tf.Tensor
-) -> list[tf.Tensor]:
-    """Computes the means of dy and dy * x_hat over all replicas that share statistics."""
-    sums = [sum_dy, sum_dy_x_hat]
-    if gather is not None:
-        sums = [tf.reduce_sum(s, axis=0) for s in _gather_packed(gather, sums)]
-    return [tf.math.divide_no_nan(s, count) for s in sums]
-
-
-def _gather_packed(gather: Gather, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-    """Returns each tensor stacked over the replicas, [R, ...], by a single collective."""
-    packed = gather(tf.concat(tensors, axis=-1))
-    return tf.split(packed, [t.shape[-1] for t in tensors], axis=-1)
-
-
-# --- TensorFlow's fused kernels.
-
-
-def _run_training_kernel(
-    images: tf.Tensor, count: int | tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, Sequence[tf.Tensor]]:
-    """Returns y, mean, biased variance, and the residuals: images and three reserve spaces.
+    On the CPU the kernel adds values one by one in float32. Once the spacing of the sum exceeds the
+    deviations, they are lost (400,000 values: at a mean of about 300 standard deviations).
 
     Args:
       images: [N, H, W, C].
-      count: number of values per channel.
-      gamma, beta: [C].
-      epsilon: added under the root, > 0.
+      size: number of elements of images.
+      parameters: gamma, beta, and the moving mean and variance before this batch.
+      outputs: outputs of the kernel.
+      epsilon: added under the root.
+      factor: exponential_avg_factor of the kernel.
     """
-    y, mean, variance, *reserved = tf.raw_ops.FusedBatchNormV3(
-        x=images, scale=gamma, offset=beta, mean=[], variance=[], epsilon=epsilon
+    *checked, last = outputs
+    mean, variance = outputs[3:5]
+    spacing = size * (2.0**-25 / images.shape[-1])
+    is_lost = tf.reduce_any(tf.square(mean * spacing) > variance)
+    if tf.executing_eagerly():
+        return [*_recompute(*parameters, images, epsilon, factor), last] if is_lost else outputs
+    recompute, keep = _branches(images.dtype, epsilon, factor)
+    chosen = tf.raw_ops.StatelessIf(
+        cond=is_lost,
+        input=[*checked, *parameters, images],
+        Tout=[t.dtype for t in checked],
+        then_branch=recompute,
+        else_branch=keep,
+        output_shapes=[t.shape for t in checked],
     )
-    is_static = isinstance(count, int)
-    num_values = float(count) if isinstance(count, int) else tf.cast(count, tf.float32)
-    # The kernel applies Bessel's correction, with m - 1 at least 1, to the variance that it returns
-    # (not to the one that it normalizes by). Undo it, and the NaN returned for an empty batch.
-    if is_static and num_values:
-        variance *= max(num_values - 1, 1) / num_values
-    else:
-        inverse = tf.math.divide_no_nan(tf.maximum(num_values - 1.0, 1.0), num_values)
-        variance = tf.math.multiply_no_nan(variance, inverse)
-        mean = tf.math.multiply_no_nan(mean, tf.minimum(num_values, 1.0))
-    outputs = y, mean, variance, images, *reserved
-    if not _has_accelerator() and not (is_static and num_values <= _MAX_UNCHECKED_COUNT):
-        # On the CPU the kernel adds values one by one in float32. Once the spacing of the sum
-        # exceeds the deviations, they are lost (400,000 values: at a mean of about 300 standard
-        # deviations). Subtracting one value of the batch first leaves a small mean.
-        is_lost = tf.reduce_any(tf.square(mean * (num_values * 2.0**-25)) > variance + epsilon)
-        outputs = tf.cond(
-            is_lost, lambda: _train_shifted(images, gamma, beta, epsilon), lambda: outputs
+    return [*chosen, last]
+
+
+@functools.cache
+def _branches(
+    dtype: tf.DType, epsilon: float, factor: float
+) -> tuple[tf.types.experimental.ConcreteFunction, tf.types.experimental.ConcreteFunction]:
+    """Returns the branches of _correct_if_lost, traced once for all layers."""
+    images = tf.TensorSpec([None] * 4, dtype)
+    vector = tf.TensorSpec([None])
+    checked, parameters = [images] + [vector] * 4, [vector] * 4
+
+    def recompute(*tensors: tf.Tensor) -> Sequence[tf.Tensor]:
+        return _recompute(*tensors[5:], epsilon, factor)
+
+    def keep(*tensors: tf.Tensor) -> Sequence[tf.Tensor]:
+        return tensors[:5]
+
+    with tf.init_scope():
+        return tuple(
+            tf.function(f, autograph=False).get_concrete_function(*checked, *parameters, images)
+            for f in (recompute, keep)
         )
-    y, mean, variance, *residuals = outputs
-    return y, mean, variance, residuals
 
 
-def _train_shifted(
-    images: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float
-) -> tuple[tf.Tensor, ...]:
-    """Returns y, mean, variance and residuals, computed after subtracting the first value."""
-    shift = images[0, 0, 0]
-    shifted = images - shift
-    mean, variance = tf.nn.moments(tf.cast(shifted, tf.float32), [0, 1, 2])
-    y = _run_inference_kernel(shifted, mean, variance, gamma, beta, epsilon)
-    reserved = mean, variance, tf.zeros([0])
-    return y, tf.cast(shift, tf.float32) + mean, variance, shifted, *reserved
+def _recompute(
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+    old_mean: tf.Tensor,
+    old_variance: tf.Tensor,
+    images: tf.Tensor,
+    epsilon: float,
+    factor: float,
+) -> Sequence[tf.Tensor]:
+    """Returns the first five outputs of the training kernel for images with a large mean.
+
+    The kernel gets the deviations from the exact mean, whose sum loses nothing.
+    """
+    axes, exact = [0, 1, 2], tf.cast(images, tf.float64)
+    exact_mean = tf.reduce_mean(exact, axes)
+    deviation, shift = exact - exact_mean, tf.cast(exact_mean, tf.float32)
+    y, mean, variance, _, biased, _ = tf.raw_ops.FusedBatchNormV3(
+        x=tf.cast(deviation, tf.float32),
+        scale=gamma,
+        offset=beta,
+        mean=old_mean if factor == 1 else old_mean - shift,
+        variance=old_variance,
+        epsilon=epsilon,
+        exponential_avg_factor=factor,
+    )
+    if factor == 1:
+        # Near a large mean float32 has few values. The kernel's rounding of the squares, the same
+        # for equal values, then adds up.
+        kernel, biased = biased, tf.cast(tf.reduce_mean(tf.square(deviation), axes), tf.float32)
+        variance *= tf.math.divide_no_nan(biased, kernel)
+    # The mean of the deviations, which is no more than a rounding error, is left out.
+    return tf.cast(y, images.dtype), mean + shift, variance, shift, biased
 
 
 def _run_inference_kernel(
@@ -489,63 +906,63 @@ def _run_inference_kernel(
     )[0]
 
 
-def _run_gradient_kernel(
-    dy: tf.Tensor,
-    images: tf.Tensor,
-    gamma: tf.Tensor,
-    reserved: Sequence[tf.Tensor],
-    epsilon: float,
-    is_training: bool,
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    dx, dgamma, dbeta, *_ = tf.raw_ops.FusedBatchNormGradV3(
-        y_backprop=dy,
-        x=images,
-        scale=gamma,
-        reserve_space_1=reserved[0],
-        reserve_space_2=reserved[1],
-        reserve_space_3=reserved[2],
-        epsilon=epsilon,
-        is_training=is_training,
-    )
-    return dx, dgamma, dbeta
+# --- Arithmetic with counts.
 
 
-def _should_fuse(x: tf.Tensor, min_size: int) -> bool:
-    if x.dtype not in _FUSED_DTYPES or _is_compiled_by_xla():
-        return False
-    if _has_accelerator():
-        return True
-    if _num_kernel_threads() == 1:
-        # Waking other threads, most of the cost of a small call, is not needed.
-        min_size //= 16
-    size = x.shape.num_elements()
-    return size is None or size >= min_size
+def _size(x: tf.Tensor) -> Count:
+    """Returns the number of elements."""
+    if x.shape.is_fully_defined():
+        return float(x.shape.num_elements())
+    return tf.cast(tf.size(x), tf.float32)
 
 
-def _num_kernel_threads() -> int:
-    # All cores of the machine, even if the process may use only some of them: this choice affects
-    # rounding, and a network trained in parallel with others must equal one trained alone.
-    return tf.config.threading.get_intra_op_parallelism_threads() or os.cpu_count() or 1
+def _divide(t: tf.Tensor, count: Count) -> tf.Tensor:
+    """Divides by a count. An empty sum divided by 0 is 0."""
+    if isinstance(count, float):
+        return t / max(count, 1.0)
+    return tf.math.divide_no_nan(t, tf.cast(count, t.dtype))
 
 
-def _has_tangents(*tensors: tf.Tensor) -> bool:
-    """Returns whether a tf.autodiff.ForwardAccumulator follows any of the tensors."""
-    return bool(forwardprop_util.pack_tangents(tensors).tangents)
+def unbias(variance: tf.Tensor, count: Count) -> tf.Tensor:
+    """Applies Bessel's correction. The variance of a single value stays 0."""
+    if isinstance(count, float):
+        return variance * _bessel(count)
+    return tf.math.divide_no_nan(variance * count, count - 1)
 
 
-def _is_compiled_by_xla() -> bool:
-    """Returns whether XLA compiles the graph being traced, for a jitted function or for a TPU."""
-    if tf.executing_eagerly():
-        return False
-    graph = tf.compat.v1.get_default_graph()
-    return control_flow_util.GraphOrParentsInXlaContext(graph)
+def _bessel(count: Count, unit: float = 1.0) -> Count:
+    """Returns Bessel's correction as the kernels compute it, with m - 1 at least 1.
+
+    Args:
+      count: number m of values, times `unit`.
+      unit: number that each value counts as.
+    """
+    if isinstance(count, float):
+        return count / max(count - unit, unit)
+    unit = tf.constant(unit, count.dtype)
+    return count / tf.maximum(count - unit, unit)
 
 
-def _has_accelerator() -> bool:
-    return any(d.device_type != "CPU" for d in tf.config.list_logical_devices())
+def _remove_bessel(mean: tf.Tensor, variance: tf.Tensor, count: Count) -> tuple[tf.Tensor, ...]:
+    """Undoes Bessel's correction, and the NaN that the kernel returns for an empty batch."""
+    if isinstance(count, float):
+        if not count:
+            return tf.zeros_like(mean), tf.zeros_like(variance)
+        return mean, variance / _bessel(count)
+    inverse = tf.math.divide_no_nan(tf.maximum(count - 1, 1), count)
+    mean = tf.math.multiply_no_nan(mean, tf.minimum(count, 1))
+    return mean, tf.math.multiply_no_nan(variance, inverse)
 
 
 # --- Shapes. A dimension is an int where it is static, else a scalar tensor.
+
+
+def _with_default_axes(axes: Sequence[int] | None, x: tf.Tensor) -> Sequence[int]:
+    return [x.shape.rank - 1] if axes is None else axes
+
+
+def _are_last(axes: Sequence[int], rank: int) -> bool:
+    return list(axes) == list(range(rank - len(axes), rank))
 
 
 def move_channels_last(x: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
@@ -586,51 +1003,35 @@ def _dims(x: tf.Tensor) -> list[int | tf.Tensor]:
     return [a if d is None else d for a, d in zip(dynamic, x.shape, strict=True)]
 
 
+def _reshape_dims(x: tf.Tensor) -> list[int | tf.Tensor]:
+    """Returns the dimensions for a reshape, which adds least to a graph with -1 for an unknown."""
+    if list(x.shape).count(None) > 1:
+        return _dims(x)
+    return [-1 if d is None else d for d in x.shape]
+
+
 def _product(dims: Sequence[int | tf.Tensor]) -> int | tf.Tensor:
-    product = math.prod(d for d in dims if isinstance(d, int))
+    """Returns the product, or -1 if a dimension is -1."""
+    static = [d for d in dims if isinstance(d, int)]
+    product = -1 if -1 in static else math.prod(static)
     for d in dims:
         if not isinstance(d, int):
             product = product * d
     return product
 
 
-def _constant(
-    value: int | tf.Tensor, dims: Sequence[int | tf.Tensor], dtype: tf.DType
-) -> tf.Tensor:
-    if all(isinstance(v, int) for v in (value, *dims)):
-        # A single node, whose value tf.get_static_value can read.
-        return tf.constant(value, dtype, dims)
-    return tf.fill(dims, tf.cast(value, dtype))
-
-
-def _as_images(x: tf.Tensor) -> tf.Tensor:
-    """Reshapes [N, ..., C] to [N, H, W, C], the only layout that the kernels accept."""
-    rank = x.shape.rank
-    if rank == 4:
-        return x
-    if rank < 4:
-        return tf.reshape(x, [-1] + [1] * (4 - rank) + _dims(x)[1:])
-    dims = _dims(x)
-    return tf.reshape(x, [-1, _product(dims[1:-2]), dims[-2], dims[-1]])
-
-
-def _squeeze_statistic(statistic: tf.Tensor) -> tf.Tensor:
-    """Reshapes [G, 1, ..., 1, C] to [G, C]. A constant stays a constant."""
-    ones = tuple(range(1, statistic.shape.rank - 1))
-    static = tf.get_static_value(statistic)
-    if static is not None:
-        return tf.constant(static.squeeze(ones))
-    return tf.squeeze(statistic, ones) if ones else statistic
-
-
 def _restore(y: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
     """Returns y with the shape and dtype of x."""
     y = tf.cast(y, x.dtype)
-    return y if y.shape.rank == x.shape.rank else tf.reshape(y, tf.shape(x))
+    return y if y.shape.rank == x.shape.rank else tf.reshape(y, _reshape_dims(x))
 
 
-def _concat(ghosts: Sequence[tf.Tensor]) -> tf.Tensor:
-    return ghosts[0] if len(ghosts) == 1 else tf.concat(ghosts, axis=0)
+def _flatten(parameter: tf.Tensor) -> tf.Tensor:
+    return parameter if parameter.shape.rank == 1 else tf.reshape(parameter, [-1])
+
+
+def _add(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+    return tensors[0] if len(tensors) == 1 else tf.add_n(tensors)
 
 
 def _static_num_ghosts(x: tf.Tensor, virtual_batch_size: int | None) -> int:
@@ -640,11 +1041,19 @@ def _static_num_ghosts(x: tf.Tensor, virtual_batch_size: int | None) -> int:
     return (x.shape[0] or 0) // virtual_batch_size
 
 
-def _with_defaults(
-    gamma: tf.Tensor | None, beta: tf.Tensor | None, x: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor]:
-    dtype, channels = statistics_dtype(x.dtype), x.shape[-1]
-    gamma = tf.ones([channels], dtype) if gamma is None else tf.cast(gamma, dtype)
-    beta = tf.zeros([channels], dtype) if beta is None else tf.cast(beta, dtype)
+def _to_statistics_dtype(parameter: tf.Tensor | None, x: tf.Tensor) -> tf.Tensor | None:
+    if parameter is None:
+        return None
     # tf.cast returns a variable that has the dtype already as it is.
-    return tf.convert_to_tensor(gamma), tf.convert_to_tensor(beta)
+    return tf.convert_to_tensor(tf.cast(parameter, statistics_dtype(x.dtype)))
+
+
+def _with_defaults(
+    gamma: tf.Tensor | None, beta: tf.Tensor | None, x: tf.Tensor, axes: Sequence[int]
+) -> tuple[tf.Tensor, tf.Tensor]:
+    shape = [x.shape[a] for a in axes]
+    dtype = statistics_dtype(x.dtype)
+    return (
+        tf.ones(shape, dtype) if gamma is None else gamma,
+        tf.zeros(shape, dtype) if beta is None else beta,
+    )

@@ -283,12 +283,15 @@ class _MomentSums:
         self._sums.assign(tf.zeros_like(self._sums))
 
     def add(self, moments: ops.Moments, training: bool | tf.Tensor = True) -> None:
-        """Adds the G mini-batches of one call, if `training`.
+        """Adds the mini-batches of one call, if `training`.
 
         Synchronized replicas add the same values, which scales all four sums alike.
         """
         self.is_used = True
         count, mean, variance = (tf.cast(t, tf.float64) for t in moments)
+        if mean.shape.rank == 1:
+            # A batch without ghost batches is a single mini-batch.
+            mean, variance = mean[tf.newaxis], variance[tf.newaxis]
         count = tf.broadcast_to(count * tf.cast(training, tf.float64), tf.shape(mean))
         several = tf.where(count > 1, count, 0)
         # Bessel's correction enters here.
@@ -348,7 +351,7 @@ def _add_keras_moments(
         count = tf.reduce_sum(counted, axis=reduction_axes)
     # For an empty batch Keras returns NaN.
     finite = [tf.where(count > 0, tf.reshape(t, [-1]), 0) for t in (mean, variance)]
-    add(ops.Moments(*(t[tf.newaxis] for t in (count, *finite))))
+    add(ops.Moments(count, *finite))
 
 
 def distribute_dataset(dataset: Iterable, strategy: tf.distribute.Strategy) -> Iterable:
