@@ -162,6 +162,8 @@ class _Plan:
     """
 
     def __init__(self, model: keras.Model) -> None:
+        if not isinstance(model, keras.Model):
+            raise UsageError(f"model={model!r} is invalid: expected a keras.Model")
         if not isinstance(model, keras.Sequential | keras.Function):
             raise UsageError(
                 f"model {model.name!r} is a subclassed {type(model).__name__}, whose layers are"

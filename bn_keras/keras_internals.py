@@ -175,8 +175,8 @@ _Tracker = type(keras.layers.Identity()._tracker)
 def empty_like(container: Any) -> Any:
     """Returns an empty list, set or dict of the same class, with the same default_factory.
 
-    Keras wraps the containers of a layer, and so does TensorFlow. Without its tracker, Keras' class
-    does not check that the layer may get new variables.
+    Keras wraps the containers of a layer, and so does TensorFlow. Keras' classes have a tracker,
+    which checks that the layer may get new variables; set it when the container is filled.
     """
     if isinstance(container, collections.defaultdict):
         return type(container)(container.default_factory)
@@ -186,6 +186,15 @@ def empty_like(container: Any) -> Any:
 def clone_tf_function(function: Any, python_function: Callable) -> Any:
     """Returns a tf.function of another Python function with the same options."""
     return function._clone(python_function)
+
+
+# Their variables or entries can change. AutoTrackable includes what tf.saved_model.load returns.
+_CHANGEABLE_IN_TENSORFLOW = (
+    tf.__internal__.tracking.AutoTrackable,
+    tf.types.experimental.ConcreteFunction,
+    tf.lookup.experimental.DenseHashTable,
+    tf.queue.QueueBase,
+)
 
 
 def is_of_tensorflow(value: Any) -> bool:
@@ -217,8 +226,8 @@ def copy_tensorflow_object(value: Any) -> Any:
         table.insert(*value.export())
         return table
     if isinstance(value, tf.random.Generator):
-        return tf.random.Generator.from_state(value.state, value.algorithm)
-    if isinstance(value, tf.lookup.experimental.DenseHashTable | tf.queue.QueueBase):
+        return tf.random.Generator.from_state(tf.convert_to_tensor(value.state), value.algorithm)
+    if isinstance(value, _CHANGEABLE_IN_TENSORFLOW):
         raise TypeError(f"TensorFlow cannot copy a {type(value).__name__}")
     return value
 

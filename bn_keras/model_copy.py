@@ -121,7 +121,7 @@ class ModelCopier:
         # Attributes that the layer's user has added.
         for name, value in vars(old).items():
             if not name.startswith("_") and not hasattr(new, name):
-                setattr(new, name, self.copy(value))
+                vars(new)[name] = self.copy(value)
         return new
 
     # --- Methods to override.
@@ -217,7 +217,9 @@ class ModelCopier:
             values = self._copy_items(old)
             if len(values) < len(old):
                 return REMOVED
-            return type(old)(*values) if hasattr(old, "_fields") else type(old)(values)
+            # Not type(old), which is a wrapper if a layer contains a named tuple.
+            kind = old.__class__
+            return kind(*values) if hasattr(kind, "_fields") else kind(values)
         if isinstance(old, frozenset):
             return type(old)(self._copy_items(old))
         # Recorded before it is filled, because it may contain itself.
@@ -229,6 +231,8 @@ class ModelCopier:
         else:
             items = [self.copy(item) for item in old.items()]
             new.update(dict(item for item in items if item is not REMOVED))
+        if hasattr(old, "tracker"):
+            new.tracker = self.copy(old.tracker)
         return new
 
     def _copy_items(self, values: Iterable[Any]) -> list[Any]:
@@ -237,9 +241,16 @@ class ModelCopier:
     def _copy_function(self, old: Any) -> Any:
         """Returns a function with copies of the layers and variables that it captures."""
         if isinstance(old, types.MethodType):
-            return types.MethodType(old.__func__, self.copy(old.__self__))
+            owner = old.__self__
+            return (
+                types.MethodType(old.__func__, self.copy(owner)) if self._has_state(owner) else old
+            )
         if isinstance(old, functools.partial):
-            return type(old)(self.copy(old.func), *self.copy(old.args), **self.copy(old.keywords))
+            parts = (old.func, old.args, old.keywords)
+            if not self._has_state(parts):
+                return old
+            function, args, keywords = self.copy(parts)
+            return type(old)(function, *args, **keywords)
         self.record(old, old)  # The function may capture itself.
         cells, defaults = old.__closure__ or (), (old.__defaults__, old.__kwdefaults__)
         if not any(map(self._has_state, [*map(_cell_contents, cells), *defaults])):
@@ -263,9 +274,7 @@ class ModelCopier:
         if isinstance(value, _CONTAINERS):
             values = value.values() if isinstance(value, dict) else value
             return any(map(self._has_state, values))
-        if isinstance(value, types.MethodType):
-            return self._has_state(value.__self__)
-        if isinstance(value, types.FunctionType):
+        if isinstance(value, _FUNCTIONS) or id(value) in self._copies:
             return self.copy(value) is not value
         return isinstance(value, _WITH_STATE)
 

@@ -121,6 +121,8 @@ def test_keras_applications_compute_the_same(name):
 def test_an_unbuilt_model_is_rejected():
     with pytest.raises(UsageError, match="is not built"):
         replace_batch_norm(keras.Sequential([KERAS_BN()]))
+    with pytest.raises(UsageError, match="expected a keras.Model"):
+        replace_batch_norm(KERAS_BN())
 
 
 def test_layers_that_a_subclassed_model_creates_are_replaced():
@@ -138,6 +140,21 @@ def test_layers_that_a_subclassed_model_creates_are_replaced():
         replaced = replace_batch_norm(model)
         assert len(_norms(replaced, BatchNormalization)) == 1 and not _norms(replaced, KERAS_BN)
         np.testing.assert_allclose(replaced(x), model(x))
+
+
+def test_code_that_freezes_the_keras_layer_freezes_ours():
+    replaced = replace_batch_norm(_functional())
+    norms = [layer for layer in all_layers(replaced) if isinstance(layer, KERAS_BN)]
+    assert norms == _norms(replaced, BatchNormalization) and len(norms) == 4
+    for layer in norms:
+        layer.trainable = False
+    replaced.compile("sgd", "mse", run_eagerly=True)
+    kept = [layer.get_weights() for layer in norms]
+    x = np.random.default_rng(0).normal(size=(4, 6, 6, 4))
+    replaced.fit(x, [np.zeros((4, 6, 6, 8)), x], verbose=0)
+    for layer, weights in zip(norms, kept, strict=True):
+        for a, b in zip(layer.get_weights(), weights, strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_subclasses_of_the_keras_layer_are_copied():

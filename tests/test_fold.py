@@ -487,6 +487,7 @@ def _integers():
     "make, inputs, message",
     [
         (Subclassed, None, "is a subclassed Subclassed"),
+        (lambda: KERAS_BN(name="bn"), None, "expected a keras.Model"),
         (lambda: keras.Sequential([L.Dense(3), KERAS_BN()]), None, "is not built"),
         (lambda: chain((4,), L.Dense(3)), None, "has no BatchNormalization to fold"),
         (_not_finite, None, "'bn' has no finite scale"),

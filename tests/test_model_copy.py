@@ -423,6 +423,23 @@ def test_attributes_refer_to_the_copy():
     assert copied.fit(x, random(6, 2), verbose=0).history["function"] == [2.0]
 
 
+def test_attributes_that_contain_the_model_contain_its_copy():
+    model = chain((4,), L.Dense(3), KERAS_BN())
+    for layer in model.layers[1:]:
+        vars(layer)["parents"] = [model]
+    for copied in (replace_batch_norm(model), fold_batch_norm(model)[0]):
+        assert all(layer.parents == [copied] for layer in copied.layers[1:])
+
+
+def test_lists_of_layers_stay_tracked():
+    model = Functional(3, None)
+    model.more = [L.Dense(2)]
+    copied = replace_batch_norm(model)
+    copied.more.append(L.Dense(2, name="new"))
+    assert "new" in [layer.name for layer in all_layers(copied)]
+    assert "new" not in [layer.name for layer in all_layers(model)]
+
+
 def test_a_function_that_refers_to_the_model_refers_to_its_copy():
     model = chain((4,), L.Dense(3), KERAS_BN())
     model.compile("sgd", lambda y, p: tf.reduce_sum(model.layers[1].kernel), run_eagerly=True)
@@ -440,14 +457,16 @@ def test_adapting_the_given_model_again_leaves_its_copy_alone():
     assert list(copied.layers[1].get_vocabulary()) == ["[UNK]", "c", "b", "a"]
 
 
-def test_a_mutable_table_is_copied():
+def test_changeable_objects_of_tensorflow_are_copied():
     layer = L.Identity()
+    layer.generator = tf.random.Generator.from_seed(1)
     layer.table = tf.lookup.experimental.MutableHashTable(tf.string, tf.int64, -1)
     layer.table.insert(["a"], [3])
     model = chain((4,), layer, KERAS_BN())
-    table = replace_batch_norm(model).layers[1].table
+    copied = replace_batch_norm(model).layers[1]
     layer.table.insert(["a"], [5])
-    assert table.lookup(tf.constant(["a", "b"])).numpy().tolist() == [3, -1]
+    assert copied.table.lookup(tf.constant(["a", "b"])).numpy().tolist() == [3, -1]
+    np.testing.assert_array_equal(copied.generator.normal([2]), layer.generator.normal([2]))
 
 
 @pytest.mark.parametrize(
@@ -459,8 +478,13 @@ def test_a_mutable_table_is_copied():
             tf.lookup.experimental.DenseHashTable(tf.int64, tf.int64, -1, -1, -2),
             "TensorFlow cannot copy a DenseHashTable",
         ),
+        (
+            tf.function(lambda: tf.zeros([])).get_concrete_function(),
+            "TensorFlow cannot copy a ConcreteFunction",
+        ),
+        (tf.__internal__.tracking.AutoTrackable(), "TensorFlow cannot copy a AutoTrackable"),
     ],
-    ids=["lock", "generator", "table"],
+    ids=["lock", "generator", "table", "function", "loaded"],
 )
 @pytest.mark.parametrize("convert", [replace_batch_norm, fold_batch_norm])
 def test_what_cannot_be_copied_is_named(convert, value, message):

@@ -30,6 +30,8 @@ def replace_batch_norm(model: keras.Model) -> keras.Model:
       UsageError: the model is not built, or contains an object that cannot be copied, such as a
         lock.
     """
+    if not isinstance(model, keras.Model):
+        raise UsageError(f"model={model!r} is invalid: expected a keras.Model")
     if not model.built:
         raise UsageError(
             f"model {model.name!r} is not built: call it, or start it with a keras.Input"
