@@ -21,6 +21,7 @@ COMMANDS = {
     "prepare": "prepare ImageNet from its official archives",
     "reproduce": "run the paper's experiments and write their report",
     "search": "search initializers and learning rates",
+    "slurm": "train with Slurm",
     "tpu": "train on a Cloud TPU",
 }
 

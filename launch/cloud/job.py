@@ -6,12 +6,12 @@ Nothing here runs a command; `control` does.
 import dataclasses
 import datetime
 import json
-import math
 import pathlib
 import re
 import shlex
 from collections.abc import Mapping
 
+from .. import training_command
 from ..command_error import CommandError, did_you_mean
 
 _LAUNCH = pathlib.Path(__file__).resolve().parents[1]
@@ -191,15 +191,8 @@ def training_arguments(
       CommandError: a config from elsewhere, or a distribution that is not for TPUs.
     """
     on_tpu = {"distribution.strategy": "tpu", "distribution.replicas": 0}
-    settings = on_tpu | dict(overrides)
-    for key, value in on_tpu.items():
-        if settings[key] != value:
-            raise CommandError(
-                f"{key}={settings[key]!r} is invalid on a TPU: expected {value!r}, which is set for"
-                " you"
-            )
-    values = (f"--config.{key}={value}" for key, value in settings.items())
-    return (f"--config={_config_name(config)}", *values, f"--workdir={workdir}")
+    name = _config_name(config)
+    return training_command.training_arguments(name, overrides, workdir, on_tpu, "on a TPU")
 
 
 def _config_name(config: str) -> str:
@@ -248,13 +241,7 @@ def check_batch_size(key: str, size: int, micro_batches: int, accelerator_type: 
     generation, _, cores = accelerator_type.rpartition("-")
     # These types count cores, of which two form one replica.
     replicas = int(cores) // (2 if generation in ("v4", "v5p") else 1)
-    unit = replicas * micro_batches
-    if size % unit:
-        times = f" times {micro_batches} micro-batches" if micro_batches > 1 else ""
-        raise CommandError(
-            f"{key}={size} is invalid: expected a multiple of the {replicas} replicas of a"
-            f" {accelerator_type}{times}, such as --config.{key}={math.ceil(size / unit) * unit}"
-        )
+    training_command.check_batch_size(key, size, micro_batches, replicas, f"a {accelerator_type}")
 
 
 def check_workdir(workdir: str) -> None:
