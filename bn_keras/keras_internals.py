@@ -183,11 +183,6 @@ def empty_like(container: Any) -> Any:
     return type(container)([]) if isinstance(container, list) else type(container)()
 
 
-def clone_tf_function(function: Any, python_function: Callable) -> Any:
-    """Returns a tf.function of another Python function with the same options."""
-    return function._clone(python_function)
-
-
 # Their variables or entries can change. AutoTrackable includes what tf.saved_model.load returns.
 _CHANGEABLE_IN_TENSORFLOW = (
     tf.__internal__.tracking.AutoTrackable,
@@ -203,16 +198,23 @@ def is_of_tensorflow(value: Any) -> bool:
     return package == "tensorflow" and not isinstance(value, tf.Module | keras.Variable)
 
 
-def copy_tensorflow_object(value: Any) -> Any:
-    """Returns a copy of an object that can change, in the current strategy, or the object itself.
+def copy_tensorflow_object(value: Any, copy: Callable[[Any], Any]) -> Any:
+    """Returns a copy of an object that can change, or the object itself.
 
-    Tensors, static tables, datasets and strategies do not change.
+    Tensors, static tables, datasets and strategies do not change. Variables are created in the
+    current strategy.
+
+    Args:
+      value: object of a class that TensorFlow defines.
+      copy: copies the Python function of a tf.function.
 
     Raises:
       TypeError: the object can change, and TensorFlow has no way to copy it.
     """
+    if isinstance(value, tf.types.experimental.PolymorphicFunction):
+        return value._clone(copy(value.python_function))
     if isinstance(value, tf.Variable):
-        return tf.Variable(
+        variable = tf.Variable(
             tf.convert_to_tensor(value),
             trainable=value.trainable,
             name=value.name.partition(":")[0],
@@ -221,6 +223,10 @@ def copy_tensorflow_object(value: Any) -> Any:
             aggregation=value.aggregation,
             shape=value.shape,
         )
+        if value.synchronization == tf.VariableSynchronization.ON_READ:
+            # The initial value is that of each replica. A sum over replicas is not.
+            variable.assign(tf.convert_to_tensor(value))
+        return variable
     if isinstance(value, tf.lookup.experimental.MutableHashTable):
         table = type(value)(value.key_dtype, value.value_dtype, value._default_value)
         table.insert(*value.export())

@@ -1,5 +1,6 @@
 """Copies a Keras model object by object, which preserves everything that the model contains."""
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -56,12 +57,15 @@ class ModelCopier:
         self._copied_calls: set[int] = set()
 
     def copy_model(self, model: keras.Model) -> keras.Model:
-        """Returns the copy of a model.
+        """Returns the copy of a model, in the same strategy.
 
         Raises:
           UsageError: the model contains an object that cannot be copied.
         """
-        new = self.copy(model)
+        strategy = model.distribute_strategy
+        is_current = strategy is tf.distribute.get_strategy()
+        with contextlib.nullcontext() if is_current else strategy.scope():
+            new = self.copy(model)
         for original in self._originals:
             # Again, for objects that contain each other.
             internals.refresh_identities(self._copies[id(original)])
@@ -81,11 +85,8 @@ class ModelCopier:
             return self._copy_container(value)
         if isinstance(value, _FUNCTIONS):
             return self._copy_function(value)
-        if isinstance(value, tf.types.experimental.PolymorphicFunction):
-            function = self.copy(value.python_function)
-            return self.record(value, internals.clone_tf_function(value, function))
         if internals.is_of_tensorflow(value):
-            return self.record(value, internals.copy_tensorflow_object(value))
+            return self.record(value, internals.copy_tensorflow_object(value, self.copy))
         if _consists_of_attributes(value):
             return self._copy_attributes(value)
         return self.record(value, copy.deepcopy(value, self._copies))
@@ -109,7 +110,7 @@ class ModelCopier:
         names = set(inspect.signature(type(old).__init__).parameters) - {"self", "kwargs"}
         names |= {"name", "trainable", "activity_regularizer", "autocast"}
         arguments = {name: self.copy(getattr(old, name)) for name in names}
-        new = layer_class(dtype=old.dtype_policy, **arguments | changes)
+        new = layer_class(dtype=self.copy(old.dtype_policy), **arguments | changes)
         self.record(old, new)
         if old.built:
             internals.build_like(old, new)
@@ -241,22 +242,21 @@ class ModelCopier:
     def _copy_function(self, old: Any) -> Any:
         """Returns a function with copies of the layers and variables that it captures."""
         if isinstance(old, types.MethodType):
-            owner = old.__self__
-            return (
-                types.MethodType(old.__func__, self.copy(owner)) if self._has_state(owner) else old
-            )
+            if not self._has_state(old.__self__):
+                return old
+            return types.MethodType(old.__func__, self._copy_captured(old.__self__))
         if isinstance(old, functools.partial):
             parts = (old.func, old.args, old.keywords)
             if not self._has_state(parts):
                 return old
-            function, args, keywords = self.copy(parts)
+            function, args, keywords = self._copy_captured(parts)
             return type(old)(function, *args, **keywords)
         self.record(old, old)  # The function may capture itself.
         cells, defaults = old.__closure__ or (), (old.__defaults__, old.__kwdefaults__)
         if not any(map(self._has_state, [*map(_cell_contents, cells), *defaults])):
             return old
         new_cells = (
-            types.CellType(self.copy(_cell_contents(cell)))
+            types.CellType(self._copy_captured(_cell_contents(cell)))
             if self._has_state(_cell_contents(cell))
             else cell
             for cell in cells
@@ -265,8 +265,14 @@ class ModelCopier:
         self.record(old, new)
         functools.update_wrapper(new, old, updated=())
         del vars(new)["__wrapped__"]
-        new.__defaults__, new.__kwdefaults__ = (self.copy(value) for value in defaults)
+        new.__defaults__, new.__kwdefaults__ = map(self._copy_captured, defaults)
         vars(new).update({name: self.copy(value) for name, value in vars(old).items()})
+        return new
+
+    def _copy_captured(self, value: Any) -> Any:
+        new = self.copy(value)
+        if new is REMOVED:
+            raise TypeError("it is a function that uses a removed layer")
         return new
 
     def _has_state(self, value: Any) -> bool:

@@ -646,14 +646,26 @@ def test_a_compiled_subclassed_model_trains_as_the_given_model_would():
 def test_models_of_several_replicas_are_copied_in_their_strategy(two_replicas):
     x, y = random(8, 4), random(8, 3)
     with two_replicas.scope():
-        model = chain((4,), L.Dense(3), KERAS_BN(synchronized=True))
+        model = chain((4,), BatchNormalization(), L.Dense(3), KERAS_BN(synchronized=True))
         model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
-        model.fit(x, y, verbose=0)
-        copied = replace_batch_norm(model)
-    first, second = (
-        m.fit(x, y, epochs=2, shuffle=False, verbose=0).history for m in (copied, model)
-    )
-    np.testing.assert_allclose(first["loss"], second["loss"], rtol=1e-4)
+    model.fit(x, y, verbose=0)
+    with two_replicas.scope():
+        copies = [replace_batch_norm(model)]
+    copies.append(replace_batch_norm(model))
+    for copied in copies:
+        count, expected = (m.layers[1].values_since_merge for m in (copied, model))
+        assert float(tf.convert_to_tensor(count)) == float(tf.convert_to_tensor(expected)) == 8
+    expected = model.fit(x, y, shuffle=False, verbose=0).history["loss"]
+    for copied in copies:
+        losses = copied.fit(x, y, shuffle=False, verbose=0).history["loss"]
+        np.testing.assert_allclose(losses, expected, rtol=1e-4)
+
+
+def test_a_function_that_uses_a_folded_layer_is_named():
+    norm = KERAS_BN()
+    odd = L.Lambda(lambda t: t + norm.gamma, output_shape=(3,), name="odd")
+    with pytest.raises(UsageError, match=r"'function' of Lambda 'odd' .* uses a removed layer"):
+        fold_batch_norm(chain((4,), L.Dense(3), norm, odd))
 
 
 def test_a_copy_can_be_saved(tmp_path):
