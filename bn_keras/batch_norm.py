@@ -1,6 +1,5 @@
 """The Keras layer: its variables, its modes, its moving statistics, and how replicas share them."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Self, TypeAlias
 
@@ -205,16 +204,16 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self, x: tf.Tensor, mask: tf.Tensor | None, training: bool | tf.Tensor = True
     ) -> tf.Tensor:
         """Normalizes by batch statistics, and updates the moving statistics if `training`."""
-        x = self._check_batch(x)
-        if self._kernel_averages(x, mask, training):
-            return self._train_in_kernel(x)
+        x, parameters = self._check_batch(x), self._parameters()
+        if self._is_plain(mask, training) and ops.kernel_averages(x, *parameters):
+            return self._train_in_kernel(x, *parameters)
         dtype = x.dtype
         if self.renorm:
             # Half precision would round x_hat before its correction.
             x = tf.cast(x, ops.statistics_dtype(x.dtype))
         y, moments = ops.batch_normalize(
             x,
-            *((None, None) if self.renorm else self._parameters()),
+            *((None, None) if self.renorm else parameters),
             self.epsilon,
             axes=self._axes,
             mask=mask,
@@ -222,18 +221,17 @@ class BatchNormalization(keras.layers.BatchNormalization):
             gather=self._gather if self._is_synchronized() else None,
         )
         if self.renorm:
-            y = tf.cast(self._renormalize(y, moments), dtype)
+            y = tf.cast(self._renormalize(y, moments, *parameters), dtype)
         self.update_moving_statistics(moments, training)
         return y
 
-    def _kernel_averages(
-        self, x: tf.Tensor, mask: tf.Tensor | None, training: bool | tf.Tensor
-    ) -> bool:
-        """Returns whether the fused kernel updates the moving statistics, as it does fastest.
+    def _is_plain(self, mask: tf.Tensor | None, training: bool | tf.Tensor) -> bool:
+        """Returns whether the kernel can update the moving statistics, as it does fastest.
 
-        It does not if update_moving_statistics would do anything else.
+        It cannot if update_moving_statistics does anything else.
         """
-        is_standard = (
+        update = getattr(self.update_moving_statistics, "__func__", None)
+        return (
             training is True
             and mask is None
             and self.momentum is not None
@@ -241,12 +239,12 @@ class BatchNormalization(keras.layers.BatchNormalization):
             and self.values_since_merge is None
             and not self.renorm
             and not self._is_synchronized()
+            and update is BatchNormalization.update_moving_statistics
         )
-        update = getattr(self.update_moving_statistics, "__func__", None)
-        is_overridden = update is not BatchNormalization.update_moving_statistics
-        return is_standard and not is_overridden and ops.should_fuse_training(x)
 
-    def _train_in_kernel(self, x: tf.Tensor) -> tf.Tensor:
+    def _train_in_kernel(
+        self, x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None
+    ) -> tf.Tensor:
         moving = ops.MovingStatistics(
             _flatten(self.moving_mean),
             _flatten(self.moving_variance),
@@ -254,13 +252,19 @@ class BatchNormalization(keras.layers.BatchNormalization):
             self.unbiased,
         )
         y, (mean, variance) = ops.batch_normalize_and_average(
-            x, *self._parameters(), self.epsilon, moving, self._axes
+            x, gamma, beta, self.epsilon, moving, self._axes
         )
         self.moving_mean.assign(self._unflatten(mean))
         self.moving_variance.assign(self._unflatten(variance))
         return y
 
-    def _renormalize(self, x_hat: tf.Tensor, moments: ops.Moments) -> tf.Tensor:
+    def _renormalize(
+        self,
+        x_hat: tf.Tensor,
+        moments: ops.Moments,
+        gamma: tf.Tensor | None,
+        beta: tf.Tensor | None,
+    ) -> tf.Tensor:
         """Computes gamma * (r * x_hat + d) + beta, which normalizes by the renorm statistics.
 
         Clipping r and d limits this correction.
@@ -269,7 +273,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         """
         mean, stddev, gamma, beta = (
             p if p is None else self._broadcast(tf.cast(p, x_hat.dtype))
-            for p in (self.renorm_mean, self.renorm_stddev, *self._parameters())
+            for p in (self.renorm_mean, self.renorm_stddev, gamma, beta)
         )
         # Constants: no gradient flows through r and d.
         batch_mean, variance = (
@@ -315,63 +319,59 @@ class BatchNormalization(keras.layers.BatchNormalization):
             share = tf.math.divide_no_nan(count, total)
             mean, variance = (tf.reduce_sum(share * t, axis=0) for t in (mean, variance))
             count = total
-        momentum = self.momentum
-        if momentum is None:
-            momentum = self._count_update(count, training)
-        average = functools.partial(self._average, count=count, training=training)
-        average(self.moving_mean, mean, momentum)
+        weight = self._compute_weight(count, training)
+        self._average(self.moving_mean, mean, weight, training)
         if not self.renorm:
-            average(self.moving_variance, variance, momentum)
+            self._average(self.moving_variance, variance, weight, training)
         else:
             # As in the Keras layer, standard deviations are averaged and the moving variance
             # follows from them.
-            stddev = average(self.moving_stddev, tf.sqrt(variance + self.epsilon), momentum)
+            stddev = tf.sqrt(variance + self.epsilon)
+            stddev = self._average(self.moving_stddev, stddev, weight, training)
             moving_variance = tf.nn.relu(tf.square(stddev) - self.epsilon)
             self.moving_variance.assign(self._unflatten(moving_variance))
-            average(self.renorm_mean, mean, self.renorm_momentum)
-            average(self.renorm_stddev, tf.sqrt(biased + self.epsilon), self.renorm_momentum)
+            weight = _weight_where_counted(1 - self.renorm_momentum, count)
+            self._average(self.renorm_mean, mean, weight, training)
+            stddev = tf.sqrt(biased + self.epsilon)
+            self._average(self.renorm_stddev, stddev, weight, training)
         if self.values_since_merge is not None:
             num_values = tf.cast(tf.reduce_mean(count), tf.float32)
             self.values_since_merge.assign_add(tf.where(training, num_values, 0.0))
 
-    def _count_update(self, count: ops.Count, training: bool | tf.Tensor) -> tf.Tensor:
-        """Counts an update, and returns the momentum of the equal-weight average, float64."""
+    def _compute_weight(self, count: ops.Count, training: bool | tf.Tensor) -> ops.Count:
+        """Computes the weight of a batch in the moving statistics, 1 - momentum.
+
+        With momentum=None, this also counts the update.
+        """
+        if self.momentum is not None:
+            return _weight_where_counted(1 - self.momentum, count)
         is_update = tf.logical_and(tf.reduce_any(count > 0), training)
         num_updates = self.num_updates.value + tf.cast(is_update, tf.int64)
         self.num_updates.assign(num_updates)
-        return 1 - 1 / tf.cast(tf.maximum(num_updates, 1), tf.float64)
+        weight = 1 / tf.cast(tf.maximum(num_updates, 1), self._weight_dtype)
+        return _weight_where_counted(weight, count)
 
     def _average(
         self,
         variable: keras.Variable,
         value: tf.Tensor,
-        momentum: float | tf.Tensor,
-        count: ops.Count,
+        weight: ops.Count,
         training: bool | tf.Tensor,
     ) -> tf.Tensor:
-        """Sets a moving average to momentum * average + (1 - momentum) * value.
+        """Sets a moving average to (1 - weight) * average + weight * value.
 
         Args:
           variable: moving average, with the shape of the weights.
           value: [C].
-          momentum: fraction of the average that is kept.
-          count: number of values that entered `value`, scalar, [1] or [C]; where it is 0, the
-            average stays as it is.
+          weight: in [0, 1]; scalar, [1] or [C].
           training: whether to update.
 
         Returns:
           The average after the update, [C].
         """
         old = _flatten(variable)
-        new, weight = tf.cast(value, old.dtype), 1 - momentum
-        if isinstance(weight, tf.Tensor):
-            weight = tf.cast(weight, old.dtype)
-        if not isinstance(count, float):
-            # Counts are integers, so the minimum is 0 or the weight.
-            weight = tf.minimum(tf.cast(count, old.dtype), weight)
-        elif not count:
-            return old
-        if isinstance(momentum, float) and momentum > 0:
+        new = tf.cast(value, old.dtype)
+        if self.momentum and self.renorm_momentum:
             new = old - (old - new) * weight
         else:
             # With a weight of 1, the difference above would lose the digits of a small new value.
@@ -600,6 +600,14 @@ def canonical_axes(axis: int | Sequence[int], shape: Sequence[int | None]) -> li
             " to compute statistics over"
         )
     return axes
+
+
+def _weight_where_counted(weight: ops.Count, count: ops.Count) -> ops.Count:
+    """Returns the weight, or 0 where no value was counted."""
+    if isinstance(count, float):
+        return weight if count else 0.0
+    # Counts are integers, so the minimum is 0 or the weight.
+    return tf.minimum(count, weight if isinstance(weight, float) else tf.cast(weight, count.dtype))
 
 
 def _static_value(training: bool | tf.Tensor | None) -> bool | tf.Tensor | None:

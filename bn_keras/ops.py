@@ -60,7 +60,7 @@ class Moments(NamedTuple):
       variance: like mean; biased: divided by count, as in Algorithm 1, without Bessel's correction.
     """
 
-    count: Count
+    count: Count  # type: ignore[assignment]  # a tuple has a method of this name
     mean: tf.Tensor
     variance: tf.Tensor
 
@@ -70,13 +70,13 @@ class MovingStatistics(NamedTuple):
 
     Attributes:
       mean, variance: [C], float32.
-      momentum: fraction that is kept, in [0, 1].
+      momentum: fraction that is kept, in [0, 1]. Not None, which the kernels cannot do.
       unbiased: whether the variance averages unbiased (Bessel-corrected) batch variances.
     """
 
     mean: tf.Tensor
     variance: tf.Tensor
-    momentum: float
+    momentum: float | None
     unbiased: bool
 
 
@@ -182,7 +182,7 @@ def batch_normalize(
         return y, moments
     # The kernels run once per ghost batch, so the number of ghost batches must be static.
     has_kernel = mask is None and _static_num_ghosts(x, virtual_batch_size) > 0
-    if not has_kernel or not should_fuse_training(x, is_synchronized=gather is not None):
+    if not has_kernel or not _should_fuse_training(x, is_synchronized=gather is not None):
         return _differentiable(unfused, x, gamma, beta)
 
     def run(x, axis, gamma, beta):  # noqa: ANN001
@@ -204,7 +204,7 @@ def batch_normalize_and_average(
 ) -> tuple[tf.Tensor, tuple[tf.Tensor, tf.Tensor]]:
     """Like batch_normalize, and averages the moments into moving statistics.
 
-    The fused kernel does both in one call; use this function where should_fuse_training returns
+    The fused kernel does both in one call; call this function only where kernel_averages returns
     True. An empty batch leaves the moving statistics unchanged.
 
     Args:
@@ -227,13 +227,12 @@ def batch_normalize_and_average(
     return _run_fused(run, x, axes, gamma, beta)
 
 
-def should_fuse_training(x: tf.Tensor, is_synchronized: bool = False) -> bool:
-    """Returns whether batch_normalize calls the fused kernels for x if there is no mask.
+def kernel_averages(x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None) -> bool:
+    """Returns whether batch_normalize_and_average accepts these tensors: the kernels are used."""
+    return _should_fuse_training(x) and not _has_tangents(x, gamma, beta)
 
-    Args:
-      x: activations.
-      is_synchronized: whether replicas share statistics.
-    """
+
+def _should_fuse_training(x: tf.Tensor, is_synchronized: bool = False) -> bool:
     if x.dtype not in _FUSED_DTYPES or _is_compiled_by_xla():
         return False
     if _is_on_accelerator():
@@ -247,7 +246,7 @@ def _should_fuse_inference(x: tf.Tensor, axes: Sequence[int]) -> bool:
     # Only images with channels last, the layout in which converters recognize the kernel.
     if x.dtype not in _FUSED_DTYPES or x.shape.rank != 4 or list(axes) != [3]:
         return False
-    # On GPUs the kernel's gradient has no fixed order (see should_fuse_training), and cuDNN limits
+    # On GPUs the kernel's gradient has no fixed order (see _should_fuse_training), and cuDNN limits
     # the batch size.
     if _is_compiled_by_xla() or _is_on_accelerator():
         return False
@@ -267,9 +266,10 @@ def _scale_by_threads(min_size: int) -> int:
     return min_size // 16 if threads == 1 else min_size
 
 
-def _has_tangents(*tensors: tf.Tensor) -> bool:
+def _has_tangents(*tensors: tf.Tensor | None) -> bool:
     """Returns whether a tf.autodiff.ForwardAccumulator follows any of the tensors."""
-    return bool(forwardprop_util.pack_tangents(tensors).tangents)
+    given = [t for t in tensors if t is not None]
+    return bool(forwardprop_util.pack_tangents(given).tangents)
 
 
 def _is_compiled_by_xla() -> bool:
@@ -473,6 +473,9 @@ class _Unfused:
         return x if self._mask is None else tf.where(self._mask, x, 0.0)
 
     def _sum(self, x: tf.Tensor) -> tf.Tensor:
+        if len(self._shape) == 1 and self._shape != [1] and not _is_compiled_by_xla():
+            # The same sum without a constant for the axes. For one channel it is less accurate.
+            return tf.raw_ops.BiasAddGrad(out_backprop=x)
         return tf.reduce_sum(x, self._reduced, keepdims=self._keepdims)
 
     def _sum_ghosts(self, gradient: tf.Tensor) -> tf.Tensor:
@@ -675,10 +678,11 @@ class _Fused:
         Mean and variance are those of the batch, the variance with Bessel's correction, or, with
         `moving`, the moving statistics after this batch.
         """
-        # The kernel takes no old averages if it is to keep nothing of them.
-        keeps = moving is not None and moving.momentum > 0
-        old = (moving.mean, moving.variance) if keeps else (tf.zeros([0]),) * 2
-        factor = 1 - moving.momentum if keeps else 1.0
+        if moving is not None and moving.momentum:
+            old, factor = [moving.mean, moving.variance], 1 - moving.momentum
+        else:
+            # The kernel takes no old averages if it keeps nothing of them.
+            old, factor = [tf.zeros([0])] * 2, 1.0
         outputs = tf.raw_ops.FusedBatchNormV3(
             x=images,
             scale=gamma,
@@ -692,7 +696,7 @@ class _Fused:
         is_small = isinstance(size, float) and size <= _MAX_UNCHECKED_COUNT * images.shape[-1]
         if is_small or _is_on_accelerator():
             return outputs
-        return _correct_if_lost(images, size, (gamma, beta, *old), outputs, self._epsilon, factor)
+        return _correct_if_lost(images, size, [gamma, beta, *old], outputs, self._epsilon, factor)
 
     def _num_channels(self, images: tf.Tensor) -> int:
         return images.shape[1 if self._data_format == "NCHW" else 3]
@@ -818,7 +822,9 @@ def _correct_if_lost(
     spacing = size * (2.0**-25 / images.shape[-1])
     is_lost = tf.reduce_any(tf.square(mean * spacing) > variance)
     if tf.executing_eagerly():
-        return [*_recompute(*parameters, images, epsilon, factor), last] if is_lost else outputs
+        if not is_lost:
+            return outputs
+        return [*_recompute(images, parameters, epsilon, factor), last]
     recompute, keep = _branches(images.dtype, epsilon, factor)
     chosen = tf.raw_ops.StatelessIf(
         cond=is_lost,
@@ -841,7 +847,8 @@ def _branches(
     checked, parameters = [images] + [vector] * 4, [vector] * 4
 
     def recompute(*tensors: tf.Tensor) -> Sequence[tf.Tensor]:
-        return _recompute(*tensors[5:], epsilon, factor)
+        *parameters, images = tensors[5:]
+        return _recompute(images, parameters, epsilon, factor)
 
     def keep(*tensors: tf.Tensor) -> Sequence[tf.Tensor]:
         return tensors[:5]
@@ -854,18 +861,13 @@ def _branches(
 
 
 def _recompute(
-    gamma: tf.Tensor,
-    beta: tf.Tensor,
-    old_mean: tf.Tensor,
-    old_variance: tf.Tensor,
-    images: tf.Tensor,
-    epsilon: float,
-    factor: float,
+    images: tf.Tensor, parameters: Sequence[tf.Tensor], epsilon: float, factor: float
 ) -> Sequence[tf.Tensor]:
     """Returns the first five outputs of the training kernel for images with a large mean.
 
     The kernel gets the deviations from the exact mean, whose sum loses nothing.
     """
+    gamma, beta, old_mean, old_variance = parameters
     axes, exact = [0, 1, 2], tf.cast(images, tf.float64)
     exact_mean = tf.reduce_mean(exact, axes)
     deviation, shift = exact - exact_mean, tf.cast(exact_mean, tf.float32)

@@ -1,0 +1,368 @@
+"""The layer's laws wherever Keras runs it: eager, graph and XLA, known and unknown batch, dtypes.
+
+Every case compares outputs, gradients and moving statistics with the paper in float64.
+"""
+
+import collections
+import itertools
+
+import keras
+import numpy as np
+import pytest
+import reference
+import tensorflow as tf
+
+from bn_keras import BatchNormalization, ops
+from bn_keras.errors import UsageError
+
+EPSILON = 1e-3
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "mixed_float16": 4e-3, "mixed_bfloat16": 3e-2}
+KERAS_BN = keras.layers.BatchNormalization
+
+
+@pytest.fixture
+def implementation(request, monkeypatch):
+    """Selects ordinary operations, the kernels for CPUs, or what the layer calls on a GPU.
+
+    The kernels that run are always those for CPUs.
+    """
+    is_ordinary = request.param == "ordinary"
+    monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_TRAINING", 2**60 if is_ordinary else 0)
+    monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_INFERENCE", 2**60 if is_ordinary else 0)
+    if request.param == "accelerator":
+        monkeypatch.setattr(ops, "_is_on_accelerator", lambda: True)
+    return request.param
+
+
+def _compile(function, mode, is_known, *inputs):
+    """Returns the function for tensors like `inputs`, or for a batch of unknown size."""
+    if mode == "eager":
+        assert is_known
+        return function
+    specs = [
+        tf.TensorSpec([d if is_known or a else None for a, d in enumerate(t.shape)], t.dtype)
+        for t in inputs
+    ]
+    return tf.function(function, input_signature=specs, jit_compile=mode == "XLA")
+
+
+def _training_step(layer, mask=None):
+    def step(x, dy):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, training=True, mask=mask)
+        return y, tape.gradient(y, [x, layer.gamma.value, layer.beta.value], tf.cast(dy, y.dtype))
+
+    return step
+
+
+def _built(shape, axis=-1, seed=0, **arguments):
+    layer = BatchNormalization(axis=axis, epsilon=EPSILON, **arguments)
+    layer.build((None, *shape[1:]))
+    rng = np.random.default_rng(seed)
+    layer.gamma.assign(rng.uniform(0.5, 2, layer.gamma.shape))
+    layer.beta.assign(rng.normal(size=layer.beta.shape))
+    return layer
+
+
+def _assert_close(actual, expected, tolerance):
+    actual = np.asarray(tf.cast(actual, tf.float64))
+    scale = max(np.abs(expected).max(initial=0), 1e-6)
+    np.testing.assert_allclose(actual / scale, expected / scale, rtol=0, atol=tolerance)
+
+
+# --- Values, gradients and moving statistics.
+
+CASES = {
+    "plain": ((6, 4, 4, 3), {}),
+    "rank 2": ((8, 3), {}),
+    "rank 5": ((4, 2, 3, 2, 3), {}),
+    "channels first": ((6, 3, 4, 4), {"axis": 1}),
+    "channels first, rank 3": ((6, 3, 5), {"axis": 1}),
+    "per activation": ((6, 2, 2, 3), {"axis": [1, 2, 3]}),
+    "axes apart": ((6, 2, 4, 3), {"axis": [1, 3]}),
+    "masked": ((6, 4, 3), {}),
+    "biased": ((6, 4, 4, 3), {"unbiased": False}),
+    "no momentum": ((6, 4, 4, 3), {"momentum": None}),
+    "momentum of 0": ((6, 4, 4, 3), {"momentum": 0.0}),
+    "momentum of 1": ((6, 4, 4, 3), {"momentum": 1.0}),
+}
+
+
+# Eager tensors have a known size. XLA compiles ordinary operations only.
+SETTINGS = [
+    (implementation, mode, is_known)
+    for implementation in ("ordinary", "kernels", "accelerator")
+    for mode, is_known in itertools.product(("eager", "graph", "XLA"), (True, False))
+    if (mode != "eager" or is_known) and (mode != "XLA" or implementation == "ordinary")
+]
+
+
+@pytest.mark.parametrize("implementation, mode, is_known", SETTINGS, indirect=["implementation"])
+@pytest.mark.parametrize(
+    "case, dtype",
+    [(case, "float32") for case in CASES]
+    + [(c, d) for c in ("plain", "channels first", "masked") for d in TOLERANCE if d != "float32"],
+)
+def test_a_training_step_equals_the_paper(case, dtype, implementation, mode, is_known):
+    shape, arguments = CASES[case]
+    rng = np.random.default_rng(1)
+    x, dy = (tf.cast(rng.normal(1, 2, shape), tf.as_dtype(_compute(dtype))) for _ in range(2))
+    layer = _built(shape, dtype=dtype, **arguments)
+    axis, momentum = arguments.get("axis", -1), arguments.get("momentum", 0.99)
+    mask = None
+    if case == "masked":
+        mask = tf.constant(rng.random(shape[:-1]) < 0.6)
+    step = _compile(_training_step(layer, mask), mode, is_known, x, dy)
+    exact_x, exact_dy = (np.asarray(tf.cast(t, tf.float64)) for t in (x, dy))
+    gamma, beta = (np.asarray(p, np.float64) for p in (layer.gamma, layer.beta))
+    moving = [np.asarray(v, np.float64) for v in (layer.moving_mean, layer.moving_variance)]
+    for number in (1, 2):
+        y, gradients = step(x, dy)
+        weights = None if mask is None else mask.numpy()[..., None]
+        expected, mean, variance, count = reference.batch_normalize(
+            exact_x, gamma, beta, EPSILON, axis, weights
+        )
+        if arguments.get("unbiased", True):
+            variance = reference.unbiased(variance, count)
+        kept = 1 - 1 / number if momentum is None else momentum
+        moving = [
+            reference.update_average(m, b, kept)
+            for m, b in zip(moving, (mean, variance), strict=True)
+        ]
+    exact = reference.gradients(exact_dy, exact_x, gamma, EPSILON, axis, weights)
+    tolerance = TOLERANCE[dtype]
+    assert y.dtype == _compute(dtype)
+    _assert_close(y, expected, tolerance)
+    for actual, wanted in zip(gradients, exact, strict=True):
+        _assert_close(actual, wanted, 10 * tolerance)
+    # Statistics are at least float32, whatever the dtype of the activations.
+    statistics_tolerance = min(tolerance, 1e-5)
+    _assert_close(layer.moving_mean, moving[0], statistics_tolerance)
+    _assert_close(layer.moving_variance, moving[1], statistics_tolerance)
+
+
+def _compute(dtype):
+    return keras.DTypePolicy(dtype).compute_dtype
+
+
+@pytest.mark.parametrize("implementation, mode, is_known", SETTINGS, indirect=["implementation"])
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_large_means_lose_nothing(unbiased, implementation, mode, is_known):
+    """400,000 values near 1e4: float32 sums one by one are off by many deviations."""
+    if implementation == "accelerator":
+        pytest.skip("the kernels for GPUs, which do not run here, add in another order")
+    rng = np.random.default_rng(2)
+    x = (1e4 + rng.normal(size=(32, 112, 112, 1))).astype(np.float32)
+    dy = rng.normal(size=x.shape).astype(np.float32)
+    layer = BatchNormalization(momentum=0.5, epsilon=EPSILON, unbiased=unbiased)
+    layer.build((None, *x.shape[1:]))
+    y, gradients = _compile(_training_step(layer), mode, is_known, x, dy)(
+        tf.constant(x), tf.constant(dy)
+    )
+    expected, mean, variance, count = reference.batch_normalize(x, 1.0, 0.0, EPSILON)
+    exact = reference.gradients(dy, x, np.ones(1), EPSILON)
+    spacing = 1e4 * 2**-24
+    np.testing.assert_allclose(y, expected, atol=2 * spacing)
+    np.testing.assert_allclose(gradients[0], exact[0], atol=2 * spacing)
+    np.testing.assert_allclose(layer.moving_mean[0], 0.5 * mean, rtol=1e-6)
+    if unbiased:
+        variance = reference.unbiased(variance, count)
+    np.testing.assert_allclose(layer.moving_variance[0], 0.5 + 0.5 * variance, rtol=1e-3)
+
+
+@pytest.mark.parametrize("implementation, mode, is_known", SETTINGS, indirect=["implementation"])
+@pytest.mark.parametrize("momentum", [0.9, 0.0, None])
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_an_empty_batch_changes_nothing(unbiased, momentum, implementation, mode, is_known):
+    layer = _built((4, 2, 2, 3), momentum=momentum, unbiased=unbiased)
+    empty = tf.zeros([0, 2, 2, 3])
+    step = _compile(_training_step(layer), mode, is_known, empty, empty)
+    before = [v.numpy() for v in layer.weights]
+    y, gradients = step(empty, empty)
+    assert y.shape == empty.shape and all(np.isfinite(g).all() for g in gradients)
+    for variable, value in zip(layer.weights, before, strict=True):
+        np.testing.assert_array_equal(variable, value)
+
+
+@pytest.mark.parametrize("implementation, mode, is_known", SETTINGS, indirect=["implementation"])
+def test_a_single_value_has_a_variance_of_0(implementation, mode, is_known):
+    layer = _built((1, 1, 1, 3), momentum=0.5)
+    x = tf.constant([[[[1.0, 2.0, 3.0]]]])
+    y, _ = _compile(_training_step(layer), mode, is_known, x, x)(x, x)
+    np.testing.assert_allclose(y, layer.beta[None, None, None], atol=1e-6)
+    np.testing.assert_allclose(layer.moving_mean, [0.5, 1, 1.5])
+    np.testing.assert_allclose(layer.moving_variance, [0.5] * 3)
+
+
+@pytest.mark.parametrize("implementation, mode, is_known", SETTINGS, indirect=["implementation"])
+@pytest.mark.parametrize("options", [{}, {"renorm": True}, {"virtual_batch_size": 3}])
+def test_every_mode_trains_like_eager_mode(options, implementation, mode, is_known):
+    """Ghost batches and batch renormalization; a network of two layers, three steps."""
+    rng = np.random.default_rng(3)
+    x, dy = (rng.normal(size=(6, 4, 3)).astype(np.float32) for _ in range(2))
+
+    def train(mode, is_known):
+        keras.utils.set_random_seed(0)
+        layers = [_built(x.shape, **options), _built(x.shape, seed=1, **options)]
+
+        def step(x, dy):
+            with tf.GradientTape() as tape:
+                y = layers[1](tf.tanh(layers[0](x, training=True)), training=True)
+            parameters = [v for layer in layers for v in layer.trainable_variables]
+            gradients = tape.gradient(y, [p.value for p in parameters], dy)
+            for p, g in zip(parameters, gradients, strict=True):
+                p.assign(p - 0.1 * g)
+
+        step = _compile(step, mode, is_known, x, dy)
+        for _ in range(3):
+            step(tf.constant(x), tf.constant(dy))
+        return [v for layer in layers for v in layer.weights]
+
+    for actual, expected in zip(train(mode, is_known), train("eager", True), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("implementation, mode, is_known", SETTINGS, indirect=["implementation"])
+def test_second_derivatives_equal_those_of_float64(implementation, mode, is_known):
+    rng = np.random.default_rng(4)
+    x, dy = (rng.normal(size=(5, 2, 2, 3)) for _ in range(2))
+
+    def second(dtype):
+        layer = _built(x.shape, dtype=dtype)
+
+        def gradient(x, dy):
+            with tf.GradientTape() as outer:
+                outer.watch(x)
+                with tf.GradientTape() as inner:
+                    inner.watch(x)
+                    loss = tf.reduce_sum(tf.sin(layer(x, training=True)) * dy)
+                first = inner.gradient(loss, x)
+            return outer.gradient(first, x, dy)
+
+        tensors = [tf.constant(t, dtype) for t in (x, dy)]
+        return _compile(gradient, mode, is_known, *tensors)(*tensors)
+
+    _assert_close(second("float32"), second("float64").numpy(), 1e-4)
+
+
+# --- Arguments of a call.
+
+
+@pytest.mark.parametrize("make", [tf.constant, tf.Variable, np.bool_])
+def test_a_constant_mode_equals_the_bool(make):
+    """The other mode is not even computed: a static batch of incomplete ghost batches is accepted
+    at inference, and training adds nothing to the graph of inference."""
+    layer = BatchNormalization(virtual_batch_size=4)
+    x = tf.ones([6, 3])
+    np.testing.assert_array_equal(layer(x, training=make(False)), layer(x, training=False))
+    assert float(layer.moving_mean[0]) == 0
+
+    def operations(training):
+        graph = tf.function(lambda x: layer(x, training=training())).get_concrete_function(x).graph
+        return collections.Counter(op.type for op in graph.get_operations())
+
+    if make is tf.constant:
+        difference = operations(lambda: tf.constant(False)) - operations(lambda: False)
+        assert not difference - collections.Counter(["Const"])
+
+
+@pytest.mark.parametrize("kind", ["RaggedTensor", "SparseTensor"])
+def test_an_input_that_is_not_dense_raises(kind):
+    ragged = tf.ragged.constant([[[1.0, 2.0]], [[3.0, 4.0], [5.0, 6.0]]], ragged_rank=1)
+    x = ragged if kind == "RaggedTensor" else ragged.to_sparse()
+    layer = BatchNormalization()
+    layer.build((None, None, 2))
+    with pytest.raises(UsageError, match=f"{kind}.*to_tensor.*mask"):
+        layer.call(x, training=True)
+
+
+def test_a_replaced_update_gets_the_moments():
+    """The kernel does not average behind the back of a method that does something else."""
+    seen = []
+    layer = BatchNormalization()
+    x = np.random.default_rng(5).normal(size=(32, 16, 16, 16)).astype(np.float32)
+    layer(x, training=True)
+    before = layer.moving_mean.numpy()
+    layer.update_moving_statistics = lambda moments, training=True: seen.append(moments)
+    layer(x, training=True)
+    np.testing.assert_array_equal(layer.moving_mean, before)
+    np.testing.assert_allclose(seen[0].mean, x.mean((0, 1, 2)), atol=1e-5)
+    np.testing.assert_allclose(seen[0].variance, x.var((0, 1, 2)), rtol=1e-4)
+
+    class Subclass(BatchNormalization):
+        def update_moving_statistics(self, moments, training=True):
+            seen.append(moments)
+
+    Subclass()(x, training=True)
+    assert len(seen) == 2
+
+
+def test_code_that_freezes_the_keras_layer_finds_this_layer():
+    layer = BatchNormalization(axis=[1, 2], momentum=None)
+    assert isinstance(layer, keras.layers.BatchNormalization)
+    assert layer.axis == [1, 2] and layer.momentum is None
+
+
+# --- Graphs.
+
+
+def _training_graph(layer, shape):
+    spec = tf.TensorSpec(shape)
+    layer.build(shape)
+    return tf.function(_training_step(layer)).get_concrete_function(spec, spec).graph
+
+
+def _nodes(graph):
+    definition = graph.as_graph_def()
+    functions = definition.library.function
+    return [*definition.node, *(n for f in functions for n in f.node_def)]
+
+
+@pytest.mark.parametrize(
+    "shape, largest_share",
+    [
+        ((32, 28, 28, 256), 0.4),
+        ((None, 28, 28, 256), 0.62),
+        ((32, 112, 112, 64), 0.63),
+        ((None, 100), 0.66),
+        ((16, 8, 8, 16), 0.7),
+    ],
+)
+def test_the_graph_is_lighter_than_that_of_the_keras_layer(shape, largest_share):
+    ours, theirs = (
+        len(_nodes(_training_graph(c(), shape))) for c in (BatchNormalization, KERAS_BN)
+    )
+    assert ours <= largest_share * theirs
+
+
+@pytest.mark.parametrize("implementation", ["accelerator"], indirect=True)
+def test_graphs_for_accelerators(implementation):
+    """Channels stay where cuDNN takes them, and no gradient adds in an undefined order."""
+    first = _nodes(_training_graph(BatchNormalization(axis=1), (None, 3, 8, 8)))
+    assert "Transpose" not in {n.op for n in first}
+    (kernel,) = (n for n in first if n.op == "FusedBatchNormV3")
+    assert kernel.attr["data_format"].s == b"NCHW"
+    for shape in ((None, 8, 8, 3), (None, 3)):
+        frozen = BatchNormalization(trainable=False)
+        # The frozen layer and inference consist of ordinary operations.
+        assert "FusedBatchNormV3" not in {n.op for n in _nodes(_training_graph(frozen, shape))}
+
+
+@pytest.mark.parametrize("scope, is_on_accelerator", [(None, True), ("CPU:0", False)])
+@pytest.mark.parametrize("is_graph", [False, True])
+def test_the_device_of_the_layer_decides(scope, is_on_accelerator, is_graph, monkeypatch):
+    """A layer on the CPU of a machine with a GPU keeps the check of the mean."""
+    gpu = tf.config.LogicalDevice("/device:GPU:0", "GPU")
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda *_: [gpu])
+
+    def ask():
+        with tf.device(scope):
+            return ops._is_on_accelerator()
+
+    if is_graph:
+        found = []
+        tf.function(lambda: found.append(ask())).get_concrete_function()
+    else:
+        found = [ask()]
+    assert found == [is_on_accelerator]
