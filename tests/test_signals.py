@@ -59,6 +59,16 @@ def test_a_thread_receives_no_requests_and_changes_no_handlers():
     assert found == [False, before]
 
 
+def test_sigterm_twice_at_once_is_one_request():
+    """Slurm sends it so when it preempts a job; the training must still be saved."""
+    with stop_requests() as request:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_for(request)
+        time.sleep(0.1)
+        assert request.signum == signal.SIGTERM
+
+
 @BOTH
 def test_a_second_signal_ends_a_process_inside_a_kernel(number):
     """Python calls no handler there; a hash that takes minutes stands for the kernel."""
@@ -77,5 +87,7 @@ with signals.stop_requests() as request:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
         assert f"{number.name}: stopping after this loop" in process.stderr.readline()
+        if number == signal.SIGTERM:
+            time.sleep(stop_signals._SECONDS_OF_ONE_REQUEST)
         process.send_signal(number)
         assert process.wait(timeout=30) == 128 + number

@@ -5,11 +5,14 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 
 from absl import logging
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# When Slurm preempts a job, it sends SIGTERM twice within milliseconds.
+_SECONDS_OF_ONE_REQUEST = 1.0
 
 
 class StopRequest:
@@ -35,7 +38,8 @@ class StopRequest:
 def stop_requests() -> Iterator[StopRequest]:
     """Turns SIGTERM and SIGINT into a request until the block ends.
 
-    A second signal ends the process at once, with status 128 plus its number. A thread listens for
+    A second signal ends the process at once, with status 128 plus its number; SIGTERM only if it
+    comes more than a second after the first signal. A thread listens for
     signals: Python's own handlers run in the main thread, which may be inside a kernel for minutes.
     Signals can only be caught in the main thread; in any other, the request is never made.
     """
@@ -61,12 +65,17 @@ def stop_requests() -> Iterator[StopRequest]:
 
 
 def _listen(receiving: socket.socket, request: StopRequest) -> None:
+    requested_at = 0.0
     while received := receiving.recv(1):
         number = received[0]
         if number not in _SIGNALS:
             continue
         if request:
+            repeated = time.monotonic() - requested_at < _SECONDS_OF_ONE_REQUEST
+            if number == signal.SIGTERM and repeated:
+                continue
             os._exit(128 + number)
+        requested_at = time.monotonic()
         request.signum = number
         logging.warning(
             "%s: stopping after this loop of steps, then saving; a second signal stops at once",
