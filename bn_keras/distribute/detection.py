@@ -24,9 +24,9 @@ _EXAMPLE = (
     '{"cluster": {"worker": ["HOST1:2222", "HOST2:2222"]}, "task": {"type": "worker", "index": 0}}'
 )
 # The ports of Slurm's jobs: below the range from which Linux takes the ports of clients, and a
-# different block for each of 1,250 consecutive jobs, since jobs may share a node.
+# different block for each of 625 consecutive jobs, since jobs may share a node.
 _SLURM_PORTS = range(10_000, 30_000)
-_PORTS_PER_SLURM_JOB = 16
+_PORTS_PER_SLURM_JOB = 32
 _SKYPILOT_PORT = 2222
 
 
@@ -226,13 +226,13 @@ def _from_slurm() -> Cluster:
         )
     first = _PORTS_PER_SLURM_JOB * _integer("SLURM_JOB_ID") % len(_SLURM_PORTS)
     # Steps of one job that run at the same time use different ports of its block.
-    first += _integer("SLURM_STEP_ID") * max(tasks) % _PORTS_PER_SLURM_JOB
-    addresses = [
+    first += _integer("SLURM_STEP_ID") * sum(tasks) % _PORTS_PER_SLURM_JOB
+    task_hosts = [host for host, n in zip(hosts, tasks, strict=True) for _ in range(n)]
+    addresses = tuple(
         f"{host}:{_SLURM_PORTS[(first + i) % len(_SLURM_PORTS)]}"
-        for host, count in zip(hosts, tasks, strict=True)
-        for i in range(count)
-    ]
-    return Cluster(tuple(addresses), sum(tasks[:node]) + local, "Slurm")
+        for i, host in enumerate(task_hosts)
+    )
+    return Cluster(addresses, sum(tasks[:node]) + local, "Slurm")
 
 
 def expand_host_list(text: str) -> list[str]:

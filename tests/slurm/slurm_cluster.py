@@ -135,9 +135,7 @@ def running_cluster(folder):
         for command in daemons:
             with open(slurm.folder / f"{command[0]}.out", "a") as output:
                 processes.append(
-                    subprocess.Popen(
-                        command, env=slurm.environment, stdout=output, stderr=output
-                    )
+                    subprocess.Popen(command, env=slurm.environment, stdout=output, stderr=output)
                 )
             if command[0] == "munged":
                 deadline = time.monotonic() + 20

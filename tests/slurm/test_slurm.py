@@ -57,7 +57,9 @@ def test_flags_become_options(script):
     ]
     assert "\nmodule load cuda\n" in script
     training = next(line for line in script.splitlines() if line.startswith("srun "))
-    assert f"{sys.executable} -m launch.train --config=mnist_bn" in training
+    assert training.startswith(
+        f"srun --wait=120 {sys.executable} -m launch.train --config=mnist_bn"
+    )
     assert "--config.distribution.strategy=multi_worker" in training
     assert f"--workdir={ROOT}/runs/one" in training
     # Slurm reads options up to the first line of code only.
@@ -114,7 +116,9 @@ def submit(slurm, script, training, *options):
 def test_each_task_finds_its_cluster(layout, slurm):
     program = "from bn_keras.distribute.detection import find_cluster; print(find_cluster())"
     lines = slurm.run("srun", *layout, sys.executable, "-c", program).splitlines()
-    workers = [re.fullmatch(r"worker (\d) of (\d) \(Slurm: (.*)\)", line).groups() for line in lines]
+    workers = [
+        re.fullmatch(r"worker (\d) of (\d) \(Slurm: (.*)\)", line).groups() for line in lines
+    ]
     assert len({addresses for *_, addresses in workers}) == 1
     assert sorted(index for index, *_ in workers) == [str(i) for i in range(len(lines))]
     assert {size for _, size, _ in workers} == {str(len(lines))} == {layout[1][-1]}
@@ -131,9 +135,7 @@ def test_each_task_finds_its_cluster(layout, slurm):
         ("bash -c '((${SLURM_RESTART_COUNT:-0})) || kill -9 $$'", "COMPLETED", 1),
     ],
 )
-def test_the_job_is_requeued_unless_the_error_would_recur(
-    training, state, restarts, slurm, script
-):
+def test_the_job_is_requeued_unless_the_error_would_recur(training, state, restarts, slurm, script):
     job = submit(slurm, script, training)
     fields = slurm.wait_for(job, lambda f: f["JobState"] in ("COMPLETED", "FAILED"), 90)
     assert (fields["JobState"], int(fields["Restarts"])) == (state, restarts)
@@ -178,10 +180,12 @@ class Training:
         self.slurm.wait_for(self.job, lambda _: self.last_step() > step, 120)
 
     def wait_for_requeue(self):
-        """Waits until the job has returned to the queue, and returns what it has logged since."""
+        """Waits until the job has left its nodes and returned to the queue."""
         self.restarts += 1
         fields = self.slurm.wait_for(
-            self.job, lambda f: int(f["Restarts"]) == self.restarts, 120
+            self.job,
+            lambda f: int(f["Restarts"]) == self.restarts and f["JobState"] != "COMPLETING",
+            120,
         )
         assert fields["JobState"] in ("PENDING", "RUNNING"), (fields, self.log()[-3000:])
 
@@ -224,12 +228,13 @@ def test_a_job_survives_everything_and_ends_with_the_same_bits(slurm, tmp_path):
     training.wait_for_progress()
     slurm.run("sbatch", "--partition=high", "--nodes=2", "--output=/dev/null", "--wrap=true")
     training.wait_for_requeue()
+    assert training.log().count("error: stopped by SIGTERM at step") == 4
 
     training.wait_for_progress()
     slurm.run("scontrol", "update", f"JobId={training.job}", "TimeLimit=1")
     training.wait_for_requeue()
     slurm.run("scontrol", "update", f"JobId={training.job}", "TimeLimit=UNLIMITED")
-    assert training.log().count("error: stopped by SIGTERM at step") >= 4
+    assert training.log().count("error: stopped by SIGTERM at step") == 6
 
     slurm.wait_for(training.job, lambda f: f["JobState"] == "COMPLETED", 300)
     print(training.log())
@@ -237,7 +242,7 @@ def test_a_job_survives_everything_and_ends_with_the_same_bits(slurm, tmp_path):
     subprocess.run(
         [
             *(sys.executable, "-m", "launch.train", *flags, f"--workdir={reference}"),
-            "--config.distribution.replicas=2",
+            *("--config.distribution.strategy=mirrored", "--config.distribution.replicas=2"),
         ],
         cwd=ROOT,
         check=True,
