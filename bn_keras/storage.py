@@ -208,6 +208,26 @@ def _walk(folder: str) -> set[str]:
 
 
 @contextlib.contextmanager
+def unfinished_folder(target: Path) -> Iterator[pathlib.Path]:
+    """Creates a local folder for files that are then moved to a folder; removes it at the end.
+
+    Its name is always the same, so that the next call removes what an interrupted one has left.
+    """
+    if not is_local(target):
+        with tempfile.TemporaryDirectory(prefix="bn_keras_") as name:
+            yield pathlib.Path(name)
+        return
+    # In the folder itself: a file can be renamed only within its file system.
+    folder = pathlib.Path(target) / "unfinished"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def local_copy(path: Path) -> Iterator[pathlib.Path]:
     """Yields a local path of a file: its own, or that of a temporary copy of a file in a bucket.
 

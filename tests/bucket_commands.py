@@ -28,6 +28,7 @@ def start(arguments, output):
     try:
         if arguments[0].endswith(".py"):
             runpy.run_path(arguments[0], run_name="__main__")
+            status = 0
         else:
             runpy.run_module(f"launch.{arguments[0]}", run_name="__main__", alter_sys=True)
     except SystemExit as end:

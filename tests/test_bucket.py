@@ -7,9 +7,12 @@ import json
 import os
 import random
 import signal
+import threading
 
+import numpy as np
 import pytest
-from bucket import Bucket, Commands
+import tensorflow as tf
+from bucket import TESTS, Bucket, Commands
 from usable_runs import check_usable, without_times
 
 from bn_keras.runs.workdir import Workdir
@@ -142,3 +145,145 @@ def test_every_state_of_a_bucket_is_usable(bucket, commands, train, local, tmp_p
         (60, 40),
         (60, 60),
     }
+
+
+def png(seed=0):
+    """Returns a file with an image of noise, 8x8."""
+    pixels = np.random.default_rng(seed).integers(256, size=(8, 8, 1), dtype=np.uint8)
+    return tf.io.encode_png(pixels).numpy()
+
+
+def test_every_command_reads_and_writes_a_bucket(bucket, commands, train, trained, local, folder):
+    def run(*arguments):
+        result = commands.run(*arguments)
+        assert result.status == 0, result.errors
+        return result.output
+
+    config, workdir, out = train[1], f"--workdir={trained}", "--output=gs://outputs"
+    accuracy = local.read_metrics()[-1]["validation/accuracy"]
+    bucket.put("images/one.png", png())
+    assert json.loads(run("evaluate", workdir, "--json"))["accuracy"] == accuracy
+    assert "gs://images/one.png" in run("predict", workdir, "gs://images/one.png")
+    run("check", workdir, "--batches=2")
+    run("export", workdir, f"{out}/net.keras")
+    run("export", workdir, f"{out}/net/1", "--format=saved_model")
+    for model in ("net.keras", "net/1"):
+        found = json.loads(run("evaluate", config, f"--model=gs://outputs/{model}", "--json"))
+        assert found["accuracy"] == pytest.approx(accuracy)
+    run("preview", config, f"{out}/preview.png", "--examples=2")
+    run("crops", f"{out}/crops.png", "--crops=10", "--size=8", "gs://images/one.png")
+    for name in ("preview.png", "crops.png"):
+        assert bucket.read(f"outputs/{name}").startswith(b"\x89PNG")
+    run("reproduce", "figure1", "--steps=20", "--parallel=1", "--workdir=gs://report/digits")
+    assert b"Figure 1" in bucket.read("report/digits/report.html")
+    choices = ["--initializers=he_normal", "--base_rates=0.1", "--seeds=0", "--parallel=1"]
+    run("search", config, *choices, "--config.train.steps=10", "--workdir=gs://search/runs")
+    assert bucket.read("search/runs/he_normal_0.1_seed_0/metrics.jsonl")
+    # Nothing of a bucket's path becomes a folder of this machine.
+    assert not (folder / "gs:").exists()
+
+
+def test_an_existing_output_in_a_bucket_is_kept_or_replaced(bucket, commands, trained):
+    bucket.put("old/net.keras", b"old")
+    export = ["export", f"--workdir={trained}", "--output=gs://old/net.keras"]
+    result = commands.run(*export)
+    assert result.status == 2 and "output gs://old/net.keras exists" in result.last_line
+    assert bucket.read("old/net.keras") == b"old"
+    assert commands.run(*export, "--overwrite").status == 0
+    assert bucket.read("old/net.keras").startswith(b"PK")
+
+
+def test_training_data_in_a_bucket(bucket, commands, train):
+    for seed in range(8):
+        bucket.put(f"set/{('train', 'test')[seed % 2]}/{'ab'[seed // 2 % 2]}/{seed}.png", png(seed))
+    settings = ["name=folder", "data_dir=gs://set", "image_size=8", "validation_split=test"]
+    result = commands.run(
+        *train,
+        *(f"--config.data.{setting}" for setting in settings),
+        *("--config.train.steps=4", "--config.train.global_batch_size=2"),
+        *("--config.evaluation.global_batch_size=2", "--workdir=gs://on_set/run"),
+    )
+    assert result.status == 0, result.errors
+    assert lines_in(bucket, "gs://on_set/run")[-1]["step"] == 4
+    # An image that cannot be read for an outage is not replaced by another one. The config is that
+    # of the run in the bucket.
+    bucket.before_read = lambda name, _: bucket.begin_outage(60) if "set/train" in name else None
+    result = commands.run("train", "--config=gs://on_set/run", "--workdir=gs://on_set/out")
+    assert result.status == 75, result.errors
+    assert "does not answer" in result.last_line
+
+
+def test_an_outage_ends_with_a_status_that_is_retried(bucket, commands, train, local):
+    """The bucket stops answering during the training, and answers again later."""
+    arguments = [*train, "--workdir=gs://outage/run"]
+    at_change(bucket, 15, lambda: bucket.begin_outage(600))
+    result = commands.run(*arguments)
+    assert result.status == 75, result.errors
+    assert "the bucket does not answer" in result.last_line
+    assert result.errors.count("error: ") == 1
+    result = commands.run(*arguments)
+    assert result.status == 75 and "gs://outage/run" in result.last_line
+    bucket.end_outage()
+    # A checkpoint that cannot be read for an outage is not damaged.
+    bucket.before_read = lambda name, _: bucket.begin_outage(600) if "step-" in name else None
+    result = commands.run(*arguments)
+    assert result.status == 75 and "damaged" not in result.errors
+    bucket.reset_faults()
+    result = commands.run(*arguments)
+    assert result.status == 0, result.errors
+    assert lines_in(bucket, "gs://outage/run") == without_times(local.read_metrics())
+
+
+@pytest.mark.parametrize("name, reason", [("missing", "404"), ("forbidden", "403")])
+def test_a_bucket_that_cannot_be_used_ends_with_status_2(name, reason, bucket, commands, train):
+    result = commands.run(*train, f"--workdir=gs://{name}/run")
+    assert result.status == 2, result.errors
+    assert reason in result.last_line and result.errors.count("error: ") == 1
+
+
+def test_two_trainers_never_share_a_run(bucket, commands, train, local):
+    arguments = [*train, "--workdir=gs://shared/run"]
+    stopped = threading.Event()
+
+    def stop():
+        os.kill(first, signal.SIGSTOP)
+        stopped.set()
+
+    at_change(bucket, 12, stop)
+    first = commands.start(*arguments)
+    assert stopped.wait(60)
+    other = commands.run(*arguments)
+    os.kill(first, signal.SIGCONT)
+    result = commands.wait(first)
+    assert other.status == 2, other.errors
+    assert f"gs://shared/run is in use: process {first} on" in other.last_line
+    assert result.status == 0, result.errors
+    assert lines_in(bucket, "gs://shared/run") == without_times(local.read_metrics())
+
+
+def test_a_trainer_that_was_replaced_writes_nothing_more(bucket, commands, train):
+    """Another process replaces a trainer without a sign of life by deleting its claim."""
+    begin = len(bucket.requests)
+
+    def replace():
+        (claim,) = (name for name in bucket.names("replaced/run/lock/") if "claim" in name)
+        bucket.delete(claim)
+        bucket.put("replaced/run/lock/other.claim", b"{}")
+
+    at_change(bucket, 14, replace)
+    result = commands.run(*train, "--workdir=gs://replaced/run")
+    assert result.status == 2, result.errors
+    assert "another process has taken over workdir gs://replaced/run" in result.last_line
+    changes = bucket.changes(begin)
+    assert [kind for kind, name in changes if name.endswith(".claim")] == ["write"]
+    # Data without an index is no checkpoint.
+    assert all(name.startswith("step-") and ".data-" in name for _, name in changes[14:])
+    assert "other.claim" in {name.rpartition("/")[2] for name in bucket.names("replaced/run/lock/")}
+
+
+@pytest.mark.parametrize(
+    "scenario", ["dead_holder", "living_holder", "ended_wait", "damaged_claim", "rush"]
+)
+def test_a_lock_in_a_bucket_has_one_holder(scenario, bucket, commands):
+    result = commands.run(TESTS / "bucket_locks.py", scenario)
+    assert result.status == 0, result.errors

@@ -131,7 +131,7 @@ def test_tflite_of_mixed_precision_is_float32(workdir, tmp_path):
         ("net.onnx", "onnx", ["unknown format 'onnx'", "keras, saved_model, tflite"]),
         ("net.h5", "keras", ["net.h5", "ends in .keras"]),
         ("net", "tflite", ["ends in .tflite"]),
-        ("gs://bucket/net.keras", "keras", ["local path"]),
+        ("gs://bucket/net.h5", "keras", ["net.h5 is invalid", "ends in .keras"]),
         ("a_file/net.keras", "keras", ["net.keras is invalid", "a_file is not a folder"]),
         ("net.keras", "keras", ["net.keras exists", "--overwrite"]),
         ("a_folder", "saved_model", ["a_folder exists"]),

@@ -15,7 +15,7 @@ from bn_keras.report import published
 from bn_keras.report.sections import Section, markdown_table
 from bn_keras.runs.history import Spread
 from bn_keras.runs.workdir import Workdir
-from bn_keras.storage import write_atomically, writing
+from bn_keras.storage import make_folder, read, write_atomically, writing
 
 # The training's crops that show whole images, unlike ImageNet's, by config.data.crop.
 _WHOLE_IMAGES = {"none": "whole images", "shift": "whole images, at most shifted"}
@@ -65,7 +65,7 @@ def evaluate_ensemble(
     crop = Workdir(finished[0]).read_config().data.crop
     rows: list[EnsembleRow] = [{**row, "cut": cut, "trained_on": crop} for row in evaluated]
     with writing(f"{file}"):
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         text = json.dumps({"made_of": made_of, "rows": rows}, indent=2) + "\n"
         write_atomically(file, text)
     return rows
@@ -73,8 +73,8 @@ def evaluate_ensemble(
 
 def _read(file: epath.Path) -> dict[str, Any]:
     try:
-        saved = json.loads(file.read_text())
-    except (OSError, ValueError):
+        saved = json.loads(read(file) or b"")
+    except ValueError:
         return {}
     return saved if isinstance(saved, dict) and "rows" in saved else {}
 

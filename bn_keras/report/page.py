@@ -1,7 +1,6 @@
 """Writes a report as Markdown and as one self-contained HTML file."""
 
 import base64
-import contextlib
 import html
 import io
 import os
@@ -17,7 +16,7 @@ from markdown.treeprocessors import Treeprocessor
 from bn_keras.report.provenance import describe_provenance
 from bn_keras.report.sections import Section, escape
 from bn_keras.runs.history import Results
-from bn_keras.storage import move, writing
+from bn_keras.storage import move, unfinished_folder, writing
 
 # A plot's name is used in a link without escaping.
 _PLOT_NAME = re.compile(r"\w[\w-]*\.png", re.ASCII)
@@ -116,14 +115,12 @@ def _to_html(title: str, text: str, plots: Mapping[str, bytes]) -> str:
 
 
 def _write(files: Mapping[str, bytes], folder: epath.Path) -> None:
-    unfinished = {name: folder / f"{name}.unfinished" for name in files}
-    with contextlib.ExitStack() as cleanup, writing(f"the report in {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
+    """Writes all files before the first of them replaces that of an earlier report."""
+    with writing(f"the report in {folder}"), unfinished_folder(folder) as unfinished:
         for name, content in files.items():
-            cleanup.callback(unfinished[name].unlink, missing_ok=True)
-            unfinished[name].write_bytes(content)
+            (unfinished / name).write_bytes(content)
         for name in files:
-            move(unfinished[name], folder / name)
+            move(unfinished / name, folder / name)
 
 
 _PAGE = """<!DOCTYPE html>

@@ -169,7 +169,7 @@ class Checkpoints:
             part: {name: v.value for name, v in variables.items()}
             for part, variables in self._parts.items()
         }
-        with self._unfinished_folder() as unfinished:
+        with storage.unfinished_folder(self._folder) as unfinished:
             tf.train.Checkpoint(**values).write(os.fspath(unfinished / f"step-{step}"))
             names = sorted(file.name for file in unfinished.glob("step-*.*"))
             # The index is last in sorted order.
@@ -178,22 +178,6 @@ class Checkpoints:
                     self._verify_owner()
                 storage.move(unfinished / name, self._folder / name)
         return names
-
-    @contextlib.contextmanager
-    def _unfinished_folder(self) -> Iterator[epath.Path]:
-        """Creates an empty folder on this machine until the block ends."""
-        if not is_local(self._folder):
-            with tempfile.TemporaryDirectory(prefix="bn_keras_") as name:
-                yield epath.Path(name)
-            return
-        # In the folder itself: a file can be renamed only within its file system.
-        folder = self._folder / "unfinished"
-        folder.rmtree(missing_ok=True)
-        folder.mkdir(parents=True)
-        try:
-            yield folder
-        finally:
-            folder.rmtree(missing_ok=True)
 
     def _write_state(self, step: int) -> None:
         text = f'model_checkpoint_path: "step-{step}"\n'
