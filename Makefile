@@ -10,14 +10,18 @@ TPU := .venv-tpu/ready
 COMMA := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers tpu-check docker-check data-imagenet lint format bench
+.PHONY: help demo test test-peers gpu-check tpu-check slurm-check docker-check data-imagenet lint \
+  format bench
 
 help:
 	@echo "make demo        train the paper's five networks in miniature and report them"
 	@echo "make test        run the tests"
 	@echo "make test-peers  compare layer and network with PyTorch's and TF-Slim's"
+	@echo "make gpu-check   check what only GPUs can show, without data; prints a table"
+	@echo "                 (EXTRA=gpu installs TensorFlow for GPUs)"
 	@echo "make tpu-check   lower the training steps of all ImageNet networks for TPU"
 	@echo "                 (no TPU needed)"
+	@echo "make slurm-check train in a Slurm cluster on this machine (needs slurm-wlm and root)"
 	@echo "make docker-check"
 	@echo "                 run the Dockerfile's commands without Docker (installs TensorFlow)"
 	@echo "make data-imagenet MANUAL_DIR=... [DATA_DIR=...]"
@@ -76,6 +80,13 @@ $(TPU): setup.cfg
 # Without TPU_SKIP_MDS_QUERY, TensorFlow searches for a TPU for minutes.
 tpu-check: $(TPU)
 	@TPU_SKIP_MDS_QUERY=1 .venv-tpu/bin/python -m pytest -n 2 tests/tpu
+
+# The checks import from these folders.
+gpu-check: $(READY)
+	@PYTHONPATH=tests:benchmarks $(PY) tests/gpu/gpu_check.py
+
+slurm-check: $(READY)
+	@SLURM_CHECK=1 $(PY) -m pytest tests/slurm
 
 docker-check: $(READY)
 	@DOCKER_CHECK=$(DOCKER_EXTRA) $(PY) -m pytest -s tests/test_docker.py
