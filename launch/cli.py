@@ -6,9 +6,9 @@ Exit statuses:
   2: the request cannot be carried out.
   3: the training diverged.
   4: a cloud job failed.
-  5: another worker was lost.
   75: a bucket does not answer; try again.
   130, 143, 141: ended by SIGINT (Ctrl-C), by SIGTERM, by a broken pipe.
+  138: another worker was lost; restart all of them.
 """
 
 import contextlib

@@ -3,7 +3,9 @@
 import gc
 import os
 import signal
+import uuid
 from collections.abc import Iterator
+from typing import IO, Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -12,7 +14,10 @@ os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 import keras
 import pytest
 import tensorflow as tf
+from etils import epath
+from etils.epath import gpath, register
 
+from bn_keras import storage
 from bn_keras.distribute import make_strategy
 
 NUM_REPLICAS = 2
@@ -48,3 +53,25 @@ def seeded() -> Iterator[None]:
 def two_replicas() -> tf.distribute.Strategy:
     """Returns a MirroredStrategy over two CPU replicas."""
     return make_strategy("mirrored", NUM_REPLICAS)
+
+
+@pytest.fixture
+def memory_bucket(monkeypatch: pytest.MonkeyPatch) -> epath.Path:
+    """Returns TensorFlow's file system in memory, which Python cannot open, like a bucket."""
+    monkeypatch.setattr(gpath, "_URI_PREFIXES", (*gpath._URI_PREFIXES, "ram://"))
+    monkeypatch.setattr(gpath, "_URI_SCHEMES", frozenset({*gpath._URI_SCHEMES, "ram"}))
+    monkeypatch.setitem(gpath._URI_MAP_ROOT, "ram://", "/ram/")
+    monkeypatch.setitem(register._URI_PREFIXES_TO_CLS, "ram://", gpath.PosixGPath)
+    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "ram", gpath.backend_lib.tf_backend)
+    opened = storage._open
+
+    def open_empty(path: str | os.PathLike, mode: str) -> IO[Any]:
+        # This file system appends to a file that exists.
+        if mode == "wb" and not storage.is_local(path):
+            storage.remove(path)
+        return opened(path, mode)
+
+    monkeypatch.setattr(storage, "_open", open_empty)
+    folder = epath.Path(f"ram://{uuid.uuid4().hex}")
+    folder.mkdir()
+    return folder

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from etils import epath
-from etils.epath import gpath, register
 from full_disk import files_of_at_most
 
 from bn_keras.errors import StorageError, UsageError
@@ -406,21 +405,8 @@ def test_a_save_can_be_killed_at_any_moment(folder):
     assert len(list(folder.iterdir())) == 3
 
 
-@pytest.fixture
-def bucket(monkeypatch):
-    """TensorFlow's file system in memory, which Python cannot open, like a bucket."""
-    monkeypatch.setattr(gpath, "_URI_PREFIXES", (*gpath._URI_PREFIXES, "ram://"))
-    monkeypatch.setattr(gpath, "_URI_SCHEMES", frozenset({*gpath._URI_SCHEMES, "ram"}))
-    monkeypatch.setitem(gpath._URI_MAP_ROOT, "ram://", "/ram/")
-    monkeypatch.setitem(register._URI_PREFIXES_TO_CLS, "ram://", gpath.PosixGPath)
-    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "ram", gpath.backend_lib.tf_backend)
-    bucket = epath.Path("ram://bucket")
-    bucket.mkdir()
-    return bucket
-
-
-def test_checkpoints_work_in_a_bucket(bucket, warnings):
-    folder = bucket / "run" / "checkpoints"
+def test_checkpoints_work_in_a_bucket(memory_bucket, warnings):
+    folder = memory_bucket / "run" / "checkpoints"
     assert os.fspath(folder).startswith("ram://")
     assert Checkpoints(folder, make_parts()).restore() == 0
     save(folder, 10, 20, 30, keep=2)

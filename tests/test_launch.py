@@ -16,6 +16,8 @@ from absl import logging as absl_logging
 from parse_commands import parse_all
 
 from bn_keras.errors import (
+    BucketUnavailableError,
+    StorageError,
     TrainingDivergedError,
     TrainingStoppedError,
     UsageError,
@@ -429,6 +431,9 @@ def unfiltered():
         (TrainingStoppedError("no", signal.SIGINT), 130),
         (tf.errors.ResourceExhaustedError(None, None, "no"), 2),
         (tf.errors.FailedPreconditionError(None, None, "no\n gs://bucket/x"), 2),
+        (tf.errors.AbortedError(None, None, "no\n gs://bucket/x"), 75),
+        (BucketUnavailableError("no"), 75),
+        (StorageError("no"), 2),
     ],
 )
 def test_an_error_that_ends_a_command_has_its_status(error, status, unfiltered):

@@ -915,6 +915,15 @@ def test_the_script_tries_three_times_after_other_failures(cloud):
 
 
 @needs_flock
+def test_the_script_waits_for_a_bucket_that_does_not_answer(cloud):
+    """An outage does not count among the three tries of other failures."""
+    vm = Vm(cloud, [[75, "error: the bucket does not answer\n"]] * 5 + [[1, ""], [75, ""], [0, ""]])
+    vm.boot()
+    assert vm.files == {"logs", "DONE"} and len(vm.docker("run")) == 8
+    assert (cloud.folder / "sleeps").read_text().splitlines().count("60") >= 7
+
+
+@needs_flock
 def test_without_an_image_the_vm_builds_one(cloud):
     vm = Vm(cloud, [[0, ""]], image="")
     (cloud.folder / "docker_refusals.json").write_text('["build", "build"]')

@@ -10,7 +10,9 @@ import socket
 import pytest
 from full_disk import files_of_at_most
 
+from bn_keras import storage
 from bn_keras.errors import StorageError, UsageError
+from bn_keras.runs import metrics as metrics_module
 from bn_keras.runs.metrics import MetricsWriter
 from bn_keras.runs.workdir import Workdir
 from bn_keras.training.build import build_data, build_model
@@ -18,6 +20,50 @@ from bn_keras.training.config import default_config
 from configs import mnist_bn
 
 INTERFACE = ((8, 8, 1), ("cat", "dog"))
+
+
+@pytest.mark.parametrize("bytes_per_line, most", [(100, 34), (2_000, 25)])
+def test_metrics_are_uploaded_to_a_bucket_from_time_to_time(
+    bytes_per_line, most, memory_bucket, monkeypatch
+):
+    """Each second brings a line, for 1,000 seconds. A larger file is uploaded less often."""
+    now, sizes = 0.0, []
+    copy = metrics_module.storage.copy
+
+    def counted_copy(source, target):
+        if target == run.metrics:
+            sizes.append(os.path.getsize(source))
+        return copy(source, target)
+
+    run = Workdir(memory_bucket / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics_module.time, "monotonic", lambda: now)
+        patch.setattr(metrics_module.storage, "copy", counted_copy)
+        with MetricsWriter(run, 32) as metrics:
+            for step in range(1000):
+                now += 1
+                metrics.write(step, {"text": "x" * bytes_per_line})
+            uploaded = Workdir(run.path).read_metrics()
+            # A save makes the latest lines durable; a second one has nothing to upload.
+            metrics.sync()
+            assert Workdir(run.path).last_step() == 999
+            count = len(sizes)
+            metrics.sync()
+            assert len(sizes) == count <= most
+    assert 0 < len(uploaded) < 1000
+    assert sum(sizes[:-1]) <= 20_000 * 1000
+    assert [line["step"] for line in run.read_metrics()] == list(range(1000))
+
+
+def test_a_resumed_run_appends_to_its_metrics_in_a_bucket(memory_bucket):
+    run = Workdir(memory_bucket / "run")
+    for steps in ((1, 2, 3), (3, 4)):
+        run.drop_metrics_after(2)
+        with MetricsWriter(run, 32) as metrics:
+            for step in steps:
+                metrics.write(step, {})
+    assert [line["step"] for line in run.read_metrics()] == [1, 2, 3, 4]
+    assert len([name for name in storage.list_folder(run.path) if name.startswith("events")]) == 2
 
 
 def test_config_and_interface_are_read_as_they_were_written(tmp_path):

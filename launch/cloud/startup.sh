@@ -57,14 +57,20 @@ for pause in 10 60 300 end; do
   sleep "$pause"
 done
 
-# Statuses 2 (invalid request) and 3 (divergence) would recur. After any other error the training
-# resumes from its last checkpoint, twice at most. The pause outlasts a VM that is being preempted.
-for pause in 60 60 end; do
+train() {
   # A container can outlive an earlier run of this script.
   docker rm --force bn_keras >/dev/null 2>&1 || true
   status=0
   docker run --rm --init --name bn_keras --privileged --network=host --shm-size=16G \
     "${image:-bn_keras}" train "${arguments[@]}" 9>&- || status=$?
+}
+
+# Statuses 2 (invalid request) and 3 (divergence) would recur. After status 75 the training resumes
+# as often as necessary: the bucket does not answer, and could not store FAILED either. After any
+# other error it resumes from its last checkpoint, twice at most. The pause outlasts a VM that is
+# being preempted.
+for pause in 60 60 end; do
+  while train && [[ $status = 75 ]]; do sleep 60; done
   case $status in
     0) finish DONE "the training is done" ;;
     2 | 3) break ;;
