@@ -34,8 +34,8 @@ _WORKDIR = cli.define_workdir(
     "Folder of the run, gs://BUCKET/FOLDER; the job's files are beside it.", required=False
 )
 _NAME = flags.DEFINE_string("name", "", "Name of the job.")
-_ZONE = flags.DEFINE_string("zone", "", "Zone of the TPU, such as us-east5-b.")
-_TYPE = flags.DEFINE_string("accelerator_type", "", "Single-host TPU type, such as v6e-8.")
+_ZONE = flags.DEFINE_string("zone", "", "Zone of the TPU, such as us-central1-a.")
+_TYPE = flags.DEFINE_string("accelerator_type", "", "Single-host TPU type, such as v5litepod-8.")
 _CONFIG = cli.define_config(required=False)
 _IMAGE = flags.DEFINE_string(
     "image", "", "Container image; without it, the VM builds one from this checkout."
@@ -89,10 +89,10 @@ def _submit(cloud: Cloud) -> None:
     Set up the account and the bucket first: see docs/launching.md.
 
     Example:
-      bn-keras tpu submit --name=bn-x30 --zone=us-east5-b --spot \
-        --accelerator_type=v6e-8 --workdir=gs://my-bucket/runs/bn_x30 \
+      bn-keras tpu submit --name=bn-x30 --zone=us-central1-a --spot \
+        --accelerator_type=v5litepod-8 --workdir=gs://my-bucket/runs/bn_x30 \
         --config=bn_x30 --config.data.data_dir=gs://my-bucket/data \
-        --max_hours=12 --price_per_hour=2.50 --dry_run
+        --max_hours=12 --price_per_hour=9.60 --dry_run
     """
     job = _make_job(cloud.now())
     cloud.echo(f"{job}\n{_describe_cost()}")

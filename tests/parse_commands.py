@@ -129,7 +129,10 @@ def completed(argv, module):
             config_flag.find_setting(default_config(), name.removeprefix("config."))
         elif name not in flags.FLAGS:
             raise CommandError(f"unknown flag --{name}")
-    required = {f.name for f in flags.FLAGS.get_key_flags_for_module(argv[0]) if is_required(f)}
+    # absl files the flags of a script under its name, those of a package under the package's.
+    modules = (argv[0], module["__package__"])
+    own = [flag for name in modules for flag in flags.FLAGS.get_key_flags_for_module(name)]
+    required = {flag.name for flag in own if is_required(flag)}
     if len(given) > 1 and given[1] in (subcommands := module.get("_SUBCOMMANDS", {})):
         required |= set(subcommands[given[1]].required)
     if any(re.match(r"(no)?config\.", name) for name in names):

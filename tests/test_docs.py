@@ -47,7 +47,7 @@ INDENTED = re.compile(r"(?<=\n\n)(?: {4}.*\n)(?:(?: {4}.*)?\n)*")
 INLINE = re.compile(r"`([^`]+)`")
 PYTHON = re.compile(r"(\S+/)?python")
 BN_KERAS = re.compile(r"(\S+/)?bn-keras")
-UNCHECKED = ("gcloud", "tensorboard", "source", "export", "for", "wait")
+UNCHECKED = ("gcloud", "kubectl", "sky", "srun", "tensorboard", "source", "export", "for", "wait")
 DOCKER_FLAGS = {"--gpus", "--privileged", "--network"}
 IMAGE = "bn_keras"
 FILES_OF_A_RUN = ("config.json",)

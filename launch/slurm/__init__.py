@@ -7,7 +7,7 @@ Python environment must be on storage that all nodes share.
 Examples:
   bn-keras slurm --nodes=2 --gpus_per_node=8 --time=24:00:00 \
     --config=bn_x30 --config.data.data_dir=/data --workdir=/shared/runs/bn_x30
-  bn-keras slurm --config=mnist_bn --workdir=runs/mnist_bn --sbatch=--partition=cpu --submit
+  bn-keras slurm --config=mnist_bn --workdir=runs/mnist_bn --submit
 """
 
 import os
