@@ -111,6 +111,7 @@ class Command:
     def run(self) -> None:
         """Parses the flags, runs the command and exits with its status."""
         _begin_logging()
+        _accept_sigterm()
         # Flags are accepted after positional arguments, too.
         flags.FLAGS.set_gnu_getopt(True)
         with exit_statuses():
@@ -253,6 +254,12 @@ def _begin_logging() -> None:
     logging.get_absl_handler().setFormatter(
         std_logging.Formatter("%(levelname).1s %(asctime)s %(message)s", "%m-%d %H:%M:%S")
     )
+
+
+def _accept_sigterm() -> None:
+    """Lets SIGTERM end the first process of a container, which ignores it by default."""
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def _drop_foreign_logs() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +25,8 @@ from bn_keras.distribute.detection import (
 )
 from bn_keras.distribute.waiting import waiting_for
 from bn_keras.errors import UsageError, WorkerLostError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -582,3 +585,60 @@ def test_a_cluster_of_one_trains_alone(servers):
         check=True,
     )
     assert done.stdout == "1 True [7]\n"
+
+
+# Commands.
+
+TRAIN = ["--config=mnist_bn", "--config.data.name=digits"]
+
+
+def run_command(name, *arguments, variables=None, prefix=()):
+    return subprocess.run(
+        [*prefix, sys.executable, "-m", f"launch.{name}", *arguments],
+        cwd=ROOT,
+        env=os.environ | (variables or {}),
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("name, flags", [("train", TRAIN), ("evaluate", [])])
+def test_an_evaluator_has_nothing_to_do(name, flags, tmp_path):
+    variables = config({"worker": TFJOB}, "evaluator", 0, environment="cloud")
+    done = run_command(name, *flags, f"--workdir={tmp_path}/run", variables=variables)
+    assert done.returncode == 0, done.stderr
+    assert "nothing to do: the evaluator of TF_CONFIG is not needed" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, variables, message",
+    [
+        (["--workers=a:1,b:1"], {}, "--worker is missing: --workers and --worker belong together"),
+        (["--worker=0"], {}, "--workers is missing: --workers and --worker belong together"),
+        (["--worker=0", "--workers=a:1,b:1"], {}, "one_device is invalid for one of 2 processes"),
+        (
+            [],
+            config({"worker": TFJOB}, "worker", 0),
+            "one_device is invalid for one of 2 processes",
+        ),
+    ],
+)
+def test_a_command_explains_an_invalid_cluster(flags, variables, message, tmp_path):
+    done = run_command("train", *TRAIN, f"--workdir={tmp_path}/run", *flags, variables=variables)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: ") and message in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_sigterm_ends_the_first_process_of_a_container():
+    """By default the kernel drops a signal that this process does not handle."""
+    unshare = ["unshare", "--pid", "--fork", "--kill-child"]
+    if not shutil.which("unshare") or subprocess.run([*unshare, "true"]).returncode:
+        pytest.skip("no permission for a process namespace")
+    program = (
+        "import os, signal, time; from launch import cli; cli._accept_sigterm();"
+        " os.kill(1, signal.SIGTERM); time.sleep(60)"
+    )
+    done = subprocess.run([*unshare, sys.executable, "-c", program], cwd=ROOT)
+    assert done.returncode == 143
