@@ -25,12 +25,15 @@ from tensorflow.python.ops import control_flow_util
 # Dtypes that the fused kernels accept. They compute in float32 for all three.
 _FUSED_DTYPES = (tf.float16, tf.bfloat16, tf.float32)
 
-# Smallest number of elements for which the kernels are faster than ordinary operations on a CPU.
-_MIN_SIZE_TO_FUSE_TRAINING = 2**16
+# Smallest numbers of elements and channels for which the kernels are faster on a CPU than ordinary
+# operations.
+_MIN_SIZE_TO_FUSE_TRAINING = 2**17
 _MIN_SIZE_TO_FUSE_INFERENCE = 2**18
+_MIN_CHANNELS_TO_FUSE = 4
 
-# Batch size assumed where it is unknown while a graph is built.
-_TYPICAL_BATCH_SIZE = 32
+# Batch sizes assumed where they are unknown while a graph is built.
+_TRAINING_BATCH_SIZE = 32
+_INFERENCE_BATCH_SIZE = 1
 
 # Largest number of values per channel whose float32 sum needs no check: at a mean of 1,000 standard
 # deviations the computed mean is still accurate to a hundredth of a standard deviation.
@@ -182,7 +185,7 @@ def batch_normalize(
         return y, moments
     # The kernels run once per ghost batch, so the number of ghost batches must be static.
     has_kernel = mask is None and _static_num_ghosts(x, virtual_batch_size) > 0
-    if not has_kernel or not _should_fuse_training(x, is_synchronized=gather is not None):
+    if not has_kernel or not _should_fuse_training(x, axes, gather is not None):
         return _differentiable(unfused, x, gamma, beta)
 
     def run(x, axis, gamma, beta):  # noqa: ANN001
@@ -227,19 +230,25 @@ def batch_normalize_and_average(
     return _run_fused(run, x, axes, gamma, beta)
 
 
-def kernel_averages(x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None) -> bool:
+def kernel_averages(
+    x: tf.Tensor,
+    gamma: tf.Tensor | None,
+    beta: tf.Tensor | None,
+    axes: Sequence[int] | None = None,
+) -> bool:
     """Returns whether batch_normalize_and_average accepts these tensors: the kernels are used."""
-    return _should_fuse_training(x) and not _has_tangents(x, gamma, beta)
+    axes = _with_default_axes(axes, x)
+    return _should_fuse_training(x, axes) and not _has_tangents(x, gamma, beta)
 
 
-def _should_fuse_training(x: tf.Tensor, is_synchronized: bool = False) -> bool:
+def _should_fuse_training(x: tf.Tensor, axes: Sequence[int], is_synchronized: bool = False) -> bool:
     if x.dtype not in _FUSED_DTYPES or _is_compiled_by_xla():
         return False
     if _is_on_accelerator():
         # The synchronized gradient needs the kernel's gradient of inference, which on GPUs adds in
         # no fixed order and is refused by tf.config.experimental.enable_op_determinism.
         return not is_synchronized
-    return _estimate_size(x) >= _scale_by_threads(_MIN_SIZE_TO_FUSE_TRAINING)
+    return _is_large(x, axes, _TRAINING_BATCH_SIZE, _MIN_SIZE_TO_FUSE_TRAINING)
 
 
 def _should_fuse_inference(x: tf.Tensor, axes: Sequence[int]) -> bool:
@@ -250,20 +259,19 @@ def _should_fuse_inference(x: tf.Tensor, axes: Sequence[int]) -> bool:
     # the batch size.
     if _is_compiled_by_xla() or _is_on_accelerator():
         return False
-    return _estimate_size(x) >= _scale_by_threads(_MIN_SIZE_TO_FUSE_INFERENCE)
+    return _is_large(x, axes, _INFERENCE_BATCH_SIZE, _MIN_SIZE_TO_FUSE_INFERENCE)
 
 
-def _estimate_size(x: tf.Tensor) -> int:
-    sizes = [_TYPICAL_BATCH_SIZE if d is None else d for d in x.shape]
-    return math.prod(sizes)
-
-
-def _scale_by_threads(min_size: int) -> int:
+def _is_large(x: tf.Tensor, axes: Sequence[int], batch_size: int, min_size: int) -> bool:
     # All cores of the machine, even if the process may use only some of them: this choice affects
     # rounding, and a network trained in parallel with others must equal one trained alone.
     threads = tf.config.threading.get_intra_op_parallelism_threads() or os.cpu_count() or 1
-    # Waking other threads, most of the cost of a small call, is not needed with a single one.
-    return min_size // 16 if threads == 1 else min_size
+    if threads == 1:
+        # Waking other threads, most of the cost of a small call, is not needed.
+        min_size //= 16
+    size = math.prod(batch_size if d is None else d for d in x.shape)
+    channels = math.prod(x.shape[a] for a in axes)
+    return size >= min_size and channels >= _MIN_CHANNELS_TO_FUSE
 
 
 def _has_tangents(*tensors: tf.Tensor | None) -> bool:
@@ -398,20 +406,20 @@ class _Unfused:
             count, mean, variance = map(self._expand, moments)
             deviation = x - mean
         inverse_stddev = tf.math.rsqrt(variance + self._epsilon)
-        x_hat = deviation * inverse_stddev
         scale, offset = map(self._broadcast, (gamma, beta))
-        y = x_hat if scale is None else x_hat * scale
+        slope = inverse_stddev if scale is None else inverse_stddev * scale
+        y = deviation * slope
         y = y if offset is None else y + offset
 
         def backward(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            dy = self._split_and_cast(dy)
-            # A masked value may be NaN; where its dy is 0 it must not reach any sum.
-            finite = x_hat if self._mask is None else tf.where(self._mask | (dy != 0), x_hat, 0.0)
-            dgamma, dbeta = self._sum(dy * finite), self._sum(dy)
+            dy, finite = self._split_and_cast(dy), deviation
+            if self._mask is not None:
+                # A masked value may be NaN; where its dy is 0 it must not reach any sum.
+                finite = tf.where(self._mask | (dy != 0), deviation, 0.0)
+            dgamma, dbeta = self._sum(dy * finite) * inverse_stddev, self._sum(dy)
             mean_dy, mean_dy_x_hat = (_divide(t, count) for t in self._over_replicas(dbeta, dgamma))
-            through_moments = self._apply_mask(mean_dy + finite * mean_dy_x_hat)
-            slope = inverse_stddev if scale is None else inverse_stddev * scale
-            dx = (dy - through_moments) * slope
+            through_moments = mean_dy + finite * (mean_dy_x_hat * inverse_stddev)
+            dx = (dy - self._apply_mask(through_moments)) * slope
             return _restore(dx, original), self._sum_ghosts(dgamma), self._sum_ghosts(dbeta)
 
         return _restore(y, original), moments, backward

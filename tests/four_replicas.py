@@ -14,7 +14,9 @@ from bn_keras.merge import merge_moving_statistics  # noqa: E402
 
 
 def main():
-    ops._MIN_SIZE_TO_FUSE_TRAINING = 0  # Runs the kernels on small inputs too.
+    # Runs the kernels on small inputs too.
+    ops._MIN_SIZE_TO_FUSE_TRAINING = 0
+    ops._MIN_CHANNELS_TO_FUSE = 1
     strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(4)])
     rng = np.random.default_rng(0)
     x = (10 * np.arange(8)[:, None] + rng.normal(size=(8, 3))).astype(np.float32)

@@ -64,7 +64,11 @@ STRATEGY_CLASSES = {
 # Methods of NamedTuple are public; os._exit is documented.
 PUBLIC_DESPITE_UNDERSCORE = {"_asdict", "_exit", "_fields", "_make", "_replace"}
 # TensorFlow has no public API to configure the per-device datasets of MirroredStrategy's iterators.
-PRIVATE_OF_TENSORFLOW = {("bn_keras/distribute/strategy.py", "_create_device_dataset")}
+PRIVATE_OF_TENSORFLOW = {
+    ("bn_keras/distribute/strategy.py", "_create_device_dataset"),
+    ("bn_keras/ops.py", "_FakeOperation"),
+    ("bn_keras/ops.py", "_apply_device_functions"),
+}
 
 
 class Import(NamedTuple):

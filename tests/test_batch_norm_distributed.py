@@ -29,6 +29,7 @@ def fuse_small_inputs(monkeypatch):
     """Makes small inputs use the fused kernels, which by default only large ones do."""
     monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_TRAINING", 0)
     monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_INFERENCE", 0)
+    monkeypatch.setattr(ops, "_MIN_CHANNELS_TO_FUSE", 1)
 
 
 def _data(*shape, mean=0.0, seed=0):
