@@ -11,8 +11,13 @@ import runpy
 import sys
 import traceback
 
-from bn_keras.experiments import run_all  # noqa: F401  (slow, therefore imported before the forks)
+# Slow, therefore imported before the forks.
+import sklearn.datasets  # noqa: F401
+
+from bn_keras import report  # noqa: F401
+from bn_keras.experiments import paper, run_all  # noqa: F401
 from bn_keras.inference import evaluation, exporter, prediction, run_check  # noqa: F401
+from bn_keras.pictures import augmented_input, crop_sheet  # noqa: F401
 
 
 def start(arguments, output):

@@ -13,9 +13,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from bucket import TESTS, Bucket, Commands
+from small import small_mlp
 from usable_runs import check_usable, without_times
 
+from bn_keras.data.unreadable import UnreadableExamples
+from bn_keras.errors import BucketUnavailableError
 from bn_keras.runs.workdir import Workdir
+from bn_keras.training.build import build_data
 
 
 @pytest.fixture(scope="module")
@@ -205,12 +209,26 @@ def test_training_data_in_a_bucket(bucket, commands, train):
     )
     assert result.status == 0, result.errors
     assert lines_in(bucket, "gs://on_set/run")[-1]["step"] == 4
-    # An image that cannot be read for an outage is not replaced by another one. The config is that
-    # of the run in the bucket.
-    bucket.before_read = lambda name, _: bucket.begin_outage(60) if "set/train" in name else None
-    result = commands.run("train", "--config=gs://on_set/run", "--workdir=gs://on_set/out")
-    assert result.status == 75, result.errors
-    assert "does not answer" in result.last_line
+
+
+def test_an_image_that_an_outage_hides_is_not_replaced_by_another_one():
+    """Nor does it count as unreadable: the run would go on, but not exactly."""
+    outage = tf.errors.AbortedError(None, None, "All 10 retry attempts failed. The last failure: x")
+    unreadable = UnreadableExamples(limit=9)
+    for _ in range(2):
+        with pytest.raises(BucketUnavailableError, match="gs://set/a.png cannot be read: the buck"):
+            unreadable.add("gs://set/a.png", outage)
+    assert unreadable.count == 0
+
+
+def test_an_outage_of_the_records_is_reported():
+    data = build_data(small_mlp())
+    message = "All 10 retry attempts failed. The last failure: x when reading gs://set/records"
+    with pytest.raises(BucketUnavailableError, match="the data cannot be read: the bucket"):
+        with data.reporting_errors():
+            raise tf.errors.AbortedError(None, None, message)
+    with pytest.raises(tf.errors.AbortedError), data.reporting_errors():
+        raise tf.errors.AbortedError(None, None, "Collective ops is aborted")
 
 
 def test_an_outage_ends_with_a_status_that_is_retried(bucket, commands, train, local):
@@ -287,3 +305,68 @@ def test_a_trainer_that_was_replaced_writes_nothing_more(bucket, commands, train
 def test_a_lock_in_a_bucket_has_one_holder(scenario, bucket, commands):
     result = commands.run(TESTS / "bucket_locks.py", scenario)
     assert result.status == 0, result.errors
+
+
+def test_a_save_takes_few_requests(bucket, trained):
+    """With the metrics before it, and the removal of an old checkpoint after it."""
+    requests = [request for request in bucket.requests if request.name.startswith("trained/run")]
+    # Later tests read the run.
+    requests = requests[: [r.name for r in requests].index("trained/run/finished/")]
+    names = [(request.kind, request.name.rpartition("/")[2]) for request in requests]
+    checkpoint = [
+        number for number, request in enumerate(requests) if "/checkpoints/step-60." in request.name
+    ]
+    first = max(n for n in range(checkpoint[0]) if requests[n].name.endswith("/lock/"))
+    removed = names.index(("delete", "step-0.data-00000-of-00001"))
+    assert removed > checkpoint[-1]
+    assert removed - first < 16
+    # Each save replaces the metrics once; they are created empty, and end with the run.
+    assert names.count(("write", "metrics.jsonl")) == 1 + len(["step-25", "step-50", "step-60"]) + 1
+
+
+def test_another_process_has_written_a_file_since(bucket, commands, folder):
+    """TensorFlow caches the size of a file for seconds."""
+    bucket.put("fresh/file", b"short")
+    bucket.before_read = lambda name, _: bucket.put(name, b"as it is now, and longer")
+    script = folder / "read.py"
+    script.write_text(
+        "import tensorflow as tf\nfrom bn_keras import storage\n\n"
+        "assert tf.io.gfile.stat('gs://fresh/file').length == 5\n"
+        "print(storage.read('gs://fresh/file').decode())\n"
+    )
+    result = commands.run(script)
+    assert result.status == 0, result.errors
+    assert result.output == "as it is now, and longer\n"
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read(bucket, commands, trained):
+    """The training saves a better network while the best one is loaded."""
+    bucket.copy_folder("trained/run/", "moving/run/")
+
+    def replace(name, _):
+        if "moving/run/best/step-60" in name:
+            bucket.before_read = lambda name, _: None
+            for old in bucket.names("moving/run/best/step-60"):
+                bucket.put(old.replace("step-60", "step-61"), bucket.read(old))
+                bucket.delete(old)
+
+    bucket.before_read = replace
+    result = commands.run("evaluate", "--workdir=gs://moving/run", "--best", "--json")
+    assert result.status == 0, result.errors
+    assert json.loads(result.output)["step"] == 61
+    assert "damaged" not in result.errors
+
+
+def test_writes_beyond_one_per_second_and_object_are_repeated(bucket, commands, folder):
+    bucket.limits_writes = True
+    script = folder / "write.py"
+    script.write_text(
+        "from bn_keras import storage\n\n"
+        "for number in range(3):\n"
+        "    storage.write_atomically('gs://fast/file', str(number))\n"
+    )
+    begin = len(bucket.requests)
+    result = commands.run(script)
+    assert result.status == 0, result.errors
+    assert bucket.read("fast/file") == b"2"
+    assert 429 in {request.status for request in bucket.requests[begin:]}
