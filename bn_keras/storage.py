@@ -61,6 +61,13 @@ def writing(what: str, advice: str = "") -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def reading(what: Path) -> Iterator[None]:
+    """Turns file errors into StorageError: "WHAT cannot be read: REASON"; see `writing`."""
+    with _reporting(f"{what} cannot be read"):
+        yield
+
+
+@contextlib.contextmanager
 def _reporting(failure: str, advice: str = "") -> Iterator[None]:
     try:
         yield
@@ -90,7 +97,7 @@ def read(path: Path) -> bytes | None:
     Raises:
       StorageError: the file cannot be read.
     """
-    with _reporting(f"{path} cannot be read"):
+    with reading(path):
         try:
             with _open(path, "rb") as file:
                 # TensorFlow's read of a whole object ends at a size that it caches for seconds;
@@ -104,9 +111,9 @@ def copy(source: Path, target: Path) -> bool:
     """Copies a file to or from a bucket; returns whether the source exists.
 
     Raises:
-      StorageError: the source cannot be read, or the target cannot be written.
+      OSError, tf.errors.OpError: the source cannot be read, or the target cannot be written.
     """
-    with _reporting(f"{source} cannot be copied to {target}"), contextlib.ExitStack() as opened:
+    with contextlib.ExitStack() as opened:
         try:
             file = opened.enter_context(_open(source, "rb"))
             pieces = _pieces(file)
@@ -241,7 +248,8 @@ def local_copy(path: Path) -> Iterator[pathlib.Path]:
         return
     with tempfile.TemporaryDirectory(prefix="bn_keras_") as folder:
         copied = pathlib.Path(folder) / os.path.basename(os.fspath(path))
-        copy(path, copied)
+        with reading(path):
+            copy(path, copied)
         yield copied
 
 

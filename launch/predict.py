@@ -27,7 +27,7 @@ _JSON = flags.DEFINE_bool("json", False, "Print each image as a line of JSON.")
 def main(images: list[str]) -> None:
     """Prints the predictions for all images."""
     from bn_keras.data.multi_crop import Crops
-    from bn_keras.errors import StorageError, UsageError
+    from bn_keras.errors import BucketUnavailableError, StorageError, UsageError
     from bn_keras.inference.prediction import make_predictor
 
     cli.log_lines({"networks": ", ".join(_WORKDIRS.value), "crops": _CROPS.value})
@@ -36,6 +36,9 @@ def main(images: list[str]) -> None:
     for image in images:
         try:
             predictions = predict(image)
+        except BucketUnavailableError:
+            # Each further image would take minutes.
+            raise
         except (UsageError, StorageError) as error:
             print(f"error: {error}", file=sys.stderr)
             failed = True

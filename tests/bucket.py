@@ -223,7 +223,9 @@ class Bucket:
         url = urllib.parse.urlsplit(target)
         query = {key: values[0] for key, values in urllib.parse.parse_qs(url.query).items()}
         if host.startswith("storage."):
-            return self._read(urllib.parse.unquote(url.path[1:]), headers)
+            name = urllib.parse.unquote(url.path[1:])
+            refused = REFUSED.get(name.partition("/")[0])
+            return ("refused", name, refused, {}, b"") if refused else self._read(name, headers)
         found = re.fullmatch(
             r"(/upload)?/storage/v1/b/([^/]+)(?:/(o|storageLayout)(/.*)?)?", url.path
         )

@@ -259,6 +259,38 @@ def test_a_bucket_that_cannot_be_used_ends_with_status_2(name, reason, bucket, c
     assert reason in result.last_line and result.errors.count("error: ") == 1
 
 
+@pytest.mark.parametrize(
+    "arguments, status, message",
+    [
+        (
+            ["evaluate", "--workdir=gs://forbidden/run"],
+            2,
+            "gs://forbidden/run/config.json cannot be",
+        ),
+        (["train", "--config=gs://none/run"], 2, "no run in 'gs://none/run'"),
+        (["crops", "--output=gs://missing/x.png"], 2, "gs://missing/x.png cannot be written: "),
+        (["crops", "--output=gs://forbidden/x.png"], 2, "gs://forbidden/x.png cannot be written: "),
+        (
+            ["crops", "--output=gs://outputs/x.png"],
+            75,
+            "gs://images/one.png cannot be read: the buc",
+        ),
+    ],
+    ids=["run", "config", "missing output", "forbidden output", "image in an outage"],
+)
+def test_what_cannot_be_read_or_written_is_named(arguments, status, message, bucket, commands):
+    bucket.put("images/one.png", png())
+    if status == 75:
+        bucket.begin_outage(600)
+    if arguments[0] == "crops":
+        arguments = [*arguments, "--crops=10", "--size=8", "gs://images/one.png"]
+    if arguments[0] == "train":
+        arguments = [*arguments, "--workdir=gs://none/other"]
+    result = commands.run(*arguments)
+    assert result.status == status, result.errors
+    assert message in result.last_line and result.errors.count("error: ") == 1
+
+
 def test_two_trainers_never_share_a_run(bucket, commands, train, local):
     arguments = [*train, "--workdir=gs://shared/run"]
     stopped = threading.Event()

@@ -6,7 +6,8 @@ import tensorflow as tf
 from etils import epath
 
 from bn_keras.data import transforms
-from bn_keras.errors import UsageError
+from bn_keras.errors import BucketUnavailableError, UsageError
+from bn_keras.storage import is_temporary, reason_of
 from bn_keras.text import first_line
 
 # Largest ratio of the longer side to the shorter. Images are resized by the shorter side, and the
@@ -30,10 +31,15 @@ def read_image(path: str | os.PathLike, channels: int = 3) -> tuple[tf.Tensor, t
     Raises:
       UsageError: the file does not exist, is not a complete image in one of these formats, or has
         an extreme aspect ratio.
+      BucketUnavailableError: it is in a bucket that does not answer.
     """
     try:
         encoded = tf.constant(epath.Path(path).read_bytes())
     except (OSError, tf.errors.OpError) as error:
+        if is_temporary(error):
+            raise BucketUnavailableError(
+                f"image {path} cannot be read: {reason_of(error)}"
+            ) from None
         raise UsageError(f"image {path} cannot be read: {first_line(error)}") from None
     try:
         image = transforms.decode(encoded, channels)

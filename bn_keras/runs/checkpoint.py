@@ -14,7 +14,7 @@ from absl import logging
 from etils import epath
 
 from bn_keras import storage
-from bn_keras.errors import StorageError, UsageError
+from bn_keras.errors import UsageError
 from bn_keras.storage import is_local, reason_of, writing
 
 _FILE = re.compile(r"step-(\d+)\.(?:index|data-\d{5}-of-\d{5})")
@@ -203,20 +203,17 @@ class Checkpoints:
         if is_local(self._folder):
             for file in files:
                 # A missing permission is not damage.
-                try:
+                with storage.reading(file), contextlib.suppress(FileNotFoundError):
                     with file.open("rb") as opened:
                         opened.read(1)
-                except FileNotFoundError:
-                    continue
-                except OSError as error:
-                    raise StorageError(f"{file} cannot be read: {reason_of(error)}") from None
             yield self._path(step)
             return
         with tempfile.TemporaryDirectory(prefix="bn_keras_") as name:
             folder = epath.Path(name)
-            storage.in_parallel(
-                functools.partial(storage.copy, file, folder / file.name) for file in files
-            )
+            with storage.reading(self._path(step)):
+                storage.in_parallel(
+                    functools.partial(storage.copy, file, folder / file.name) for file in files
+                )
             yield os.fspath(folder / f"step-{step}")
 
     def _assign(self, values: Mapping[str, np.ndarray], path: str) -> None:

@@ -17,6 +17,7 @@ import bn_keras
 from bn_keras.errors import UsageError
 from bn_keras.runs.saved_config import flatten
 from bn_keras.runs.workdir import Workdir
+from bn_keras.storage import is_local
 from bn_keras.text import first_line, first_of
 from bn_keras.training.config import default_config
 
@@ -49,6 +50,8 @@ def load_config(source: str) -> ConfigDict:
         return _load_from_run(path.parent)
     if source not in config_names() and (path / "config.json").exists():
         return _load_from_run(path)
+    if not is_local(path):
+        raise UsageError(f"no run in {source!r}: expected the folder of a run or its config.json")
     name, colon, argument = source.partition(":")
     get_config = getattr(_import_file(_find(name)), "get_config", None)
     if get_config is None:
