@@ -389,6 +389,15 @@ def test_converted_weights_load_in_the_builder(cadene, tmp_path):
     assert list(written.parent.iterdir()) == [written]
 
 
+def test_weights_are_converted_in_a_bucket(cadene, tmp_path, memory_bucket):
+    np.savez(tmp_path / "weights.npz", **cadene[0])
+    weights, written = (str(memory_bucket / n) for n in ("weights.npz", "new/out.weights.h5"))
+    tf.io.gfile.copy(str(tmp_path / "weights.npz"), weights)
+    convert.convert_weights(weights, written)
+    model = BNInception("bn_x5", CLASSES, (64, 96, 3), preset="caffe", weights=written)
+    _assert_computes(model, cadene[1])
+
+
 def test_an_unwritable_output_is_rejected_and_unchanged(cadene, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="expected a path ending in .keras or .weights.h5"):
         convert.convert_weights("weights.npz", tmp_path / "out.h5")
