@@ -36,9 +36,7 @@ def training_arguments(
     return (f"--config={config}", *values, f"--workdir={workdir}")
 
 
-def check_batch_size(
-    key: str, size: int, micro_batches: int, replicas: int, of: str
-) -> None:
+def check_batch_size(key: str, size: int, micro_batches: int, replicas: int, of: str) -> None:
     """Raises CommandError if the replicas of a job do not divide a batch.
 
     Args:

@@ -1,4 +1,4 @@
-"""The Kubernetes manifests follow the published schemas and our commands; they have not been run."""
+"""The Kubernetes manifests follow the published schemas and our commands; none has run."""
 
 import pathlib
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 
 import keras
 import pytest
@@ -40,7 +41,9 @@ def test_the_description_says_how_far_the_run_is(tmp_path):
     workdir = tmp_path / "a" / "run"
     described = describe_training(config, workdir)
     assert described["data"] == "digits: part of scikit-learn"
-    assert described["devices"] == "one_device: 1 CPU replica(s)"
+    assert re.fullmatch(
+        r"one_device: 1 CPU replica: CPU \(\d+ cores?, [\d.]+ GiB\)", described["devices"]
+    )
     assert described["workdir"] == f"{workdir}: new, to step 60"
     assert not list(tmp_path.iterdir())
 

@@ -168,9 +168,9 @@ def default_config() -> ConfigDict:
     config.checkpoint.keep = 3
 
     config.distribution = ConfigDict()
-    # "one_device", "mirrored", "multi_worker" (one process per host, which Slurm, SkyPilot, TF_CONFIG
-    # or --workers lists), or "tpu" (all cores of a single-host TPU). docs/distribution.md has a table
-    # of settings by device.
+    # "one_device", "mirrored", "multi_worker" (one process per host, listed by Slurm, SkyPilot,
+    # TF_CONFIG or --workers), or "tpu" (all cores of a single-host TPU). docs/distribution.md has
+    # a table of settings by device.
     config.distribution.strategy = "mirrored"
     # Replicas of "mirrored": 0 uses every GPU, or one CPU replica where there is none. Leave it at
     # 0 for the other strategies.
