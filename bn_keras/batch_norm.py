@@ -570,9 +570,6 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
 _NOT_IN_KERAS = ("unbiased", "sync_group_size", "virtual_batch_size")
 
-# The layers that folding, population statistics, health checks and cost estimates support.
-BATCH_NORMS = (BatchNormalization, keras.layers.BatchNormalization)
-
 
 def canonical_axes(axis: int | Sequence[int], shape: Sequence[int | None]) -> list[int]:
     """Returns the axes as non-negative numbers in ascending order.

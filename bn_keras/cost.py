@@ -9,14 +9,17 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from bn_keras.batch_norm import BATCH_NORMS
 from bn_keras.errors import UsageError
 from bn_keras.keras_internals import graph_calls
 from bn_keras.layer_kinds import DEPTHWISE, SEPARABLE, TRANSPOSED, WITH_KERNEL
 from bn_keras.text import table
 
 # Layers whose weights multiply their inputs elementwise or not at all.
-_NOT_MULTIPLYING = (*BATCH_NORMS, keras.layers.Embedding, keras.layers.PReLU)
+_NOT_MULTIPLYING = (
+    keras.layers.BatchNormalization,
+    keras.layers.Embedding,
+    keras.layers.PReLU,
+)
 # Layers whose gradients read only shapes.
 _SAVING_NOTHING = (
     keras.layers.InputLayer,
@@ -228,7 +231,7 @@ class _LayerCall:
         saves_output = _function_name(layer) in _SAVING_OUTPUT
         if isinstance(layer, WITH_KERNEL):
             return [*self.inputs, *self.hidden, *(self.outputs if saves_output else ())]
-        if isinstance(layer, BATCH_NORMS):
+        if isinstance(layer, keras.layers.BatchNormalization):
             return list(self.inputs)
         if isinstance(layer, _NONLINEARITIES):
             return list(self.outputs if saves_output else self.inputs)

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from bn_keras.batch_norm import BATCH_NORMS, canonical_axes
+from bn_keras.batch_norm import canonical_axes
 from bn_keras.errors import UsageError
 from bn_keras.keras_internals import (
     Call,
@@ -188,7 +188,8 @@ class _Plan:
         self.batch_norms = [
             layer
             for layer in all_layers(model)
-            if isinstance(layer, BATCH_NORMS) and (layer in self._calls or layer in self.inside)
+            if isinstance(layer, keras.layers.BatchNormalization)
+            and (layer in self._calls or layer in self.inside)
         ]
         if not self.batch_norms:
             raise UsageError(f"model {model.name!r} has no BatchNormalization to fold")
@@ -225,7 +226,9 @@ class _Plan:
         contained = all_layers(layer, include_self=False)
         if _is_training(call):
             self.always_training.update(
-                x for x in (layer, *contained) if isinstance(x, BATCH_NORMS) and x.trainable
+                x
+                for x in (layer, *contained)
+                if isinstance(x, keras.layers.BatchNormalization) and x.trainable
             )
         if not is_new:
             return

@@ -11,7 +11,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from bn_keras.batch_norm import BATCH_NORMS
 from bn_keras.errors import UsageError
 from bn_keras.fold import to_float64, unfoldable_layers
 from bn_keras.keras_internals import all_layers, replaced_method
@@ -179,7 +178,8 @@ def check_batch_norm(
 
 
 def _batch_norm_layers(model: keras.Model) -> list[keras.Layer]:
-    return [layer for layer in all_layers(model) if isinstance(layer, BATCH_NORMS)]
+    layers = all_layers(model)
+    return [v for v in layers if isinstance(v, keras.layers.BatchNormalization)]
 
 
 def _check_weights(model: keras.Model, layers: Sequence[keras.Layer]) -> list[Finding]:

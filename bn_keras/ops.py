@@ -671,6 +671,9 @@ class _Fused:
         before, channels, after = dims[: self._axis], dims[self._axis], dims[self._axis + 1 :]
         if self._data_format == "NCHW":
             return tf.reshape(x, [_product(before), channels, _product(after), 1])
+        if len(before) == 1 and not self._has_ghosts:
+            # cuDNN limits the size of the first axis.
+            return tf.reshape(x, [1, before[0], 1, channels])
         return tf.reshape(x, [before[0], _product(before[1:]), 1, channels])
 
     def _run_training_kernel(

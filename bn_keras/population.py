@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from bn_keras import ops
-from bn_keras.batch_norm import BATCH_NORMS, BatchNormalization
+from bn_keras.batch_norm import BatchNormalization
 from bn_keras.errors import UsageError
 from bn_keras.keras_internals import all_layers, observed_moments, replaced_method
 from bn_keras.merge import merge_moving_statistics
@@ -157,7 +157,8 @@ class PopulationEstimator:
     def __init__(self, model: keras.Model, strategy: tf.distribute.Strategy | None = None) -> None:
         self._model = model
         self._strategy = strategy = strategy or model.distribute_strategy
-        found = [layer for layer in all_layers(model) if isinstance(layer, BATCH_NORMS)]
+        layers = all_layers(model)
+        found = [v for v in layers if isinstance(v, keras.layers.BatchNormalization)]
         layers = [layer for layer in found if layer.built and layer.trainable]
         if not layers:
             raise UsageError(

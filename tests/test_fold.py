@@ -12,7 +12,6 @@ from bn_keras.fold import unfoldable_layers
 from bn_keras.keras_internals import all_layers
 
 KERAS_BN = keras.layers.BatchNormalization
-BATCH_NORMS = (BatchNormalization, KERAS_BN)
 L = keras.layers
 
 
@@ -36,7 +35,7 @@ def trained(model, seed=0):
 
 
 def batch_norms(model):
-    return [layer for layer in all_layers(model) if isinstance(layer, BATCH_NORMS)]
+    return [layer for layer in all_layers(model) if isinstance(layer, KERAS_BN)]
 
 
 def example(model, batch=3):

@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator
 from typing import cast
 
-from bn_keras.batch_norm import BATCH_NORMS
 from bn_keras.data.pipeline import Data
 from bn_keras.errors import UsageError
 from bn_keras.keras_internals import all_layers
@@ -68,7 +67,9 @@ class Validation:
         )
         self.accuracy = 0.0
         self.best_accuracy = run.best_accuracy(step)
-        has_batch_norm = any(isinstance(layer, BATCH_NORMS) for layer in all_layers(model))
+        has_batch_norm = any(
+            isinstance(layer, keras.layers.BatchNormalization) for layer in all_layers(model)
+        )
         if trainer.averages and has_batch_norm and population == "never":
             raise UsageError(
                 "train.ema is set, but the moving statistics of BN are not those of the averaged"
