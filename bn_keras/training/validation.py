@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterator
 from typing import cast
 
+import keras
+
 from bn_keras.data.pipeline import Data
 from bn_keras.errors import UsageError
 from bn_keras.keras_internals import all_layers
