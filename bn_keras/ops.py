@@ -99,9 +99,8 @@ def normalize(
 ) -> tf.Tensor:
     """Computes gamma * (x - mean) / sqrt(variance + epsilon) + beta for given statistics.
 
-    Computed in float32 (float64 for float64) whatever the dtype of x. No gradient flows to mean
-    and variance. Small inputs are computed as x * scale + offset, which converters merge with a
-    convolution or a dense layer before it.
+    Computed in float32 (float64 for float64) whatever the dtype of x. Small inputs are computed as
+    x * scale + offset, which converters merge with a convolution or a dense layer before it.
 
     Args:
       x: activations of any shape.
@@ -120,7 +119,7 @@ def normalize(
     x = tf.convert_to_tensor(x)
     axes = _with_default_axes(axes, x)
     dtype = statistics_dtype(x.dtype)
-    mean, variance = (tf.stop_gradient(tf.cast(t, dtype)) for t in (mean, variance))
+    mean, variance = (tf.cast(t, dtype) for t in (mean, variance))
     gamma, beta = (_to_statistics_dtype(p, x) for p in (gamma, beta))
     if _should_fuse_inference(x, axes):
         gamma, beta = _with_defaults(gamma, beta, x, axes)

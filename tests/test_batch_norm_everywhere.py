@@ -367,3 +367,48 @@ def test_the_device_of_the_layer_decides(scope, is_on_accelerator, is_graph, mon
     else:
         found = [ask()]
     assert found == [is_on_accelerator]
+
+
+# --- Exports.
+
+
+def _exported(layer, kind):
+    """Returns a network around the layer, with moving statistics as after training."""
+    keras.utils.set_random_seed(0)
+    before = {
+        "dense": [keras.Input((10,)), keras.layers.Dense(8)],
+        "images": [keras.Input((128, 128, 3)), keras.layers.Conv2D(32, 3)],
+        "sequences": [keras.Input((16, 3)), keras.layers.Conv1D(8, 3)],
+        "channels first": [keras.Input((8, 6, 6))],
+    }
+    model = keras.Sequential([*before[kind], layer, keras.layers.ReLU()])
+    rng, shape = np.random.default_rng(0), layer.gamma.shape
+    layer.set_weights([rng.uniform(0.5, 2, shape) for _ in range(4)])
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
+@pytest.mark.parametrize("kind", ["dense", "images", "sequences", "channels first"])
+def test_tflite_folds_this_layer_like_that_of_keras(kind, tmp_path):
+    """The converter merges the affine map with the operation before it; int8 is as accurate."""
+    x = np.random.default_rng(1).normal(size=(8, *_exported(KERAS_BN(), kind).input_shape[1:]))
+    found = []
+    for number, cls in enumerate((BatchNormalization, KERAS_BN)):
+        model = _exported(cls(axis=1 if kind == "channels first" else -1), kind)
+        model.export(tmp_path / str(number), verbose=False)
+        for is_quantized in (False, True):
+            converter = tf.lite.TFLiteConverter.from_saved_model(str(tmp_path / str(number)))
+            if is_quantized:
+                converter.optimizations = [tf.lite.Optimize.DEFAULT]
+                converter.representative_dataset = lambda: ([t[None].astype("float32")] for t in x)
+            interpreter = tf.lite.Interpreter(model_content=converter.convert())
+            interpreter.allocate_tensors()
+            names = [d["op_name"] for d in interpreter._get_ops_details()]
+            operations = collections.Counter(n for n in names if n != "DELEGATE")
+            interpreter.set_tensor(interpreter.get_input_details()[0]["index"], x[:1].astype("f4"))
+            interpreter.invoke()
+            output = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+            found.append((operations, output))
+    for ours, theirs in zip(found[:2], found[2:], strict=True):
+        assert ours[0] == theirs[0]
+        np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-5, atol=1e-5)
