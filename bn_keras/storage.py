@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import tensorflow as tf
 
-from bn_keras.errors import BucketUnavailableError, StorageError
+from bn_keras.errors import BucketUnavailableError, StorageError, UsageError
 from bn_keras.text import first_line
 
 Path = str | os.PathLike
@@ -30,6 +30,8 @@ _TEMPORARY_ERRORS = (
 # The client does not retry a name that cannot be resolved, nor an object that became shorter while
 # it was read.
 _TEMPORARY_REASONS = ("Couldn't resolve host", "File contents are inconsistent")
+# Characters that make TensorFlow search for files of other names, and bytes that are not UTF-8.
+_PATTERN = re.compile(r"[*?\[\]\\\ud800-\udfff]")
 
 
 def is_local(path: Path) -> bool:
@@ -251,6 +253,35 @@ def local_copy(path: Path) -> Iterator[pathlib.Path]:
         with reading(path):
             copy(path, copied)
         yield copied
+
+
+@contextlib.contextmanager
+def literal_path(folder: Path) -> Iterator[pathlib.Path]:
+    """Yields a path of a local folder that TensorFlow does not take for a pattern.
+
+    TensorFlow's readers and writers of checkpoints and SavedModels look for files that match a
+    path: "run[1]" finds "run1", but not itself. Such a folder gets a symbolic link of another name
+    until the block ends.
+
+    Args:
+      folder: folder on this machine; its files are found below the path that is yielded.
+
+    Raises:
+      UsageError: the folder for temporary files has such a path, too.
+      OSError: the link cannot be created.
+    """
+    if not _PATTERN.search(os.fspath(folder)):
+        yield pathlib.Path(folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="bn_keras_") as parent:
+        if _PATTERN.search(parent):
+            raise UsageError(
+                f"TensorFlow cannot use {os.fspath(folder)!r}, nor the folder of temporary files"
+                f" {parent!r}: set TMPDIR to a path without * ? [ ] and backslashes"
+            )
+        link = pathlib.Path(parent) / "folder"
+        link.symlink_to(os.path.abspath(folder), target_is_directory=True)
+        yield link
 
 
 def make_folder(path: Path) -> None:

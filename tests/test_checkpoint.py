@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 import keras
 import numpy as np
@@ -52,7 +53,7 @@ def save(folder, *steps, keep=9):
 
 
 def steps_in(folder):
-    return sorted(int(p.stem.split("-")[1]) for p in folder.glob("*.index"))
+    return sorted(int(n[5:-6]) for n in os.listdir(folder) if n.endswith(".index"))
 
 
 @pytest.fixture
@@ -89,6 +90,53 @@ def test_only_the_latest_checkpoints_are_kept(folder):
     }
     # TensorFlow's own lookup finds the checkpoint, too.
     assert tf.train.latest_checkpoint(folder) == str(folder / "step-9")
+
+
+# Characters that TensorFlow takes for patterns, quotes, spaces, and bytes that are not UTF-8.
+@pytest.mark.parametrize(
+    "name",
+    ["run[1]", "[!x]*?", "a\\b", "run[", "{a,b}", "new\nline", " é\"' ", "caf\udce9"],
+    ids=repr,
+)
+def test_no_character_of_a_path_loses_a_checkpoint(tmp_path, name):
+    folder = epath.Path(tmp_path) / name / "checkpoints"
+    # TensorFlow would take its files for those of "run[1]".
+    save(epath.Path(tmp_path) / "run1" / "checkpoints", 9)
+    save(folder, 3)
+    save(folder, 5, keep=1)
+    assert steps_in(folder) == [5]
+    parts = make_parts()
+    assert Checkpoints(folder, parts).restore() == 5
+    assert_are(parts, 5)
+
+
+def test_a_temporary_folder_with_a_pattern_in_its_path_is_reported(tmp_path, monkeypatch):
+    folder = tmp_path / "tmp[1]"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with pytest.raises(UsageError, match="set TMPDIR"):
+        save(epath.Path(tmp_path) / "run[1]", 1)
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("damaged", [DATA, INDEX])
+def test_an_incomplete_save_does_not_replace_the_one_before_it(folder, monkeypatch, damaged):
+    checkpoints = save(folder, 3, keep=1)
+    write = tf.train.Checkpoint.write
+
+    def write_incompletely(self, path):
+        write(self, path)
+        file = pathlib.Path(f"{path}.{damaged}")
+        if damaged == DATA:
+            os.truncate(file, file.stat().st_size // 2)
+        else:
+            file.unlink()
+
+    monkeypatch.setattr(tf.train.Checkpoint, "write", write_incompletely)
+    with pytest.raises(StorageError, match="step 4.*that of step 3 is intact"):
+        checkpoints.save(4)
+    parts = make_parts()
+    assert steps_in(folder) == [3] and Checkpoints(folder, parts).restore() == 3
 
 
 def test_a_single_part_can_be_restored(folder):

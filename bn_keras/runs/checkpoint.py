@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import os
 import re
 import tempfile
@@ -18,6 +19,8 @@ from bn_keras.errors import UsageError
 from bn_keras.storage import is_local, reason_of, writing
 
 _FILE = re.compile(r"step-(\d+)\.(?:index|data-\d{5}-of-\d{5})")
+# Entry of TensorFlow's own in each checkpoint.
+_OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 # Errors of reading a damaged file: a wrong checksum, an early end, or a damaged length, which
 # requests more memory than there is.
 _DAMAGE_ERRORS = (tf.errors.OpError, ValueError, IndexError, MemoryError)
@@ -33,6 +36,7 @@ class Checkpoints:
         Its index is moved last, and makes it count. Only then an older checkpoint is removed, the
         index before the data. An interrupted save leaves the earlier checkpoints intact; the next
         save removes its files.
+      - A checkpoint counts only after its index lists all variables and its data has their size.
       - A checkpoint in a bucket is copied to this machine before it is read: what is damaged can
         then be told from a bucket that does not answer.
       - TensorFlow stores a checksum of each tensor and each block of the index, and compares it
@@ -152,6 +156,16 @@ class Checkpoints:
             )
         return 0
 
+    @property
+    def _variables(self) -> dict[str, keras.Variable]:
+        """The variables by their names in a checkpoint."""
+        return {
+            # TensorFlow doubles the dots of a name.
+            f"{part}/{name.replace('.', '..')}/.ATTRIBUTES/VARIABLE_VALUE": variable
+            for part, named in self._parts.items()
+            for name, variable in named.items()
+        }
+
     def _path(self, step: int) -> str:
         return os.fspath(self._folder / f"step-{step}")
 
@@ -170,7 +184,10 @@ class Checkpoints:
             for part, variables in self._parts.items()
         }
         with storage.unfinished_folder(self._folder) as unfinished:
-            tf.train.Checkpoint(**values).write(os.fspath(unfinished / f"step-{step}"))
+            with storage.literal_path(unfinished) as folder:
+                path = os.fspath(folder / f"step-{step}")
+                tf.train.Checkpoint(**values).write(path)
+                self._verify(path)
             names = sorted(file.name for file in unfinished.glob("step-*.*"))
             # The index is last in sorted order.
             for name in names:
@@ -178,6 +195,30 @@ class Checkpoints:
                     self._verify_owner()
                 storage.move(unfinished / name, self._folder / name)
         return names
+
+    def _verify(self, path: str) -> None:
+        """Raises OSError unless all variables are in the files just written.
+
+        The values themselves are not read: their checksums are compared when they are restored.
+        """
+        reader = tf.compat.v1.train.NewCheckpointReader(path)
+        saved = {
+            name: (tuple(shape), reader.get_variable_to_dtype_map()[name].name)
+            for name, shape in reader.get_variable_to_shape_map().items()
+            if name != _OBJECT_GRAPH
+        }
+        folder, prefix = os.path.split(path)
+        files = [os.path.join(folder, name) for name in os.listdir(folder)]
+        num_bytes = sum(os.path.getsize(f) for f in files if f.startswith(f"{path}.data-"))
+        expected = {key: _signature(v) for key, v in self._variables.items()}
+        values_bytes = sum(
+            math.prod(shape) * tf.as_dtype(dtype).size for shape, dtype in expected.values()
+        )
+        if saved != expected or num_bytes < values_bytes:
+            raise OSError(
+                f"{prefix} is incomplete: {len(saved)} of {len(expected)} variables and"
+                f" {num_bytes:,} of {values_bytes:,} bytes were written"
+            )
 
     def _write_state(self, step: int) -> None:
         text = f'model_checkpoint_path: "step-{step}"\n'
@@ -206,7 +247,8 @@ class Checkpoints:
                 with storage.reading(file), contextlib.suppress(FileNotFoundError):
                     with file.open("rb") as opened:
                         opened.read(1)
-            yield self._path(step)
+            with storage.literal_path(self._folder) as folder:
+                yield os.fspath(folder / f"step-{step}")
             return
         with tempfile.TemporaryDirectory(prefix="bn_keras_") as name:
             folder = epath.Path(name)
@@ -217,14 +259,9 @@ class Checkpoints:
             yield os.fspath(folder / f"step-{step}")
 
     def _assign(self, values: Mapping[str, np.ndarray], path: str) -> None:
-        variables = {
-            # TensorFlow doubles the dots of a name.
-            f"{part}/{name.replace('.', '..')}/.ATTRIBUTES/VARIABLE_VALUE": variable
-            for part, named in self._parts.items()
-            for name, variable in named.items()
-        }
+        variables = self._variables
         values = {k: v for k, v in values.items() if k.partition("/")[0] in self._parts}
-        expected = {k: (tuple(v.shape), v.dtype) for k, v in variables.items()}
+        expected = {k: _signature(v) for k, v in variables.items()}
         saved = {k: (v.shape, v.dtype.name) for k, v in values.items()}
         if expected != saved:
             raise UsageError(
@@ -233,6 +270,11 @@ class Checkpoints:
             )
         for key, variable in variables.items():
             variable.assign(values[key])
+
+
+def _signature(variable: keras.Variable) -> tuple[tuple[int, ...], str]:
+    """Returns the shape and the name of the dtype of a variable."""
+    return tuple(variable.shape), variable.dtype
 
 
 def _remove(files: Sequence[epath.Path]) -> None:
