@@ -31,6 +31,7 @@ _MODELS = flags.DEFINE_multi_string(
 )
 _CROPS = flags.DEFINE_list("crops", ["1"], "Crops per image; commas separate alternatives.")
 _BEST = flags.DEFINE_bool("best", False, "Use each run's network of highest validation accuracy.")
+_PER_CLASS = flags.DEFINE_bool("per_class", False, "Add the accuracy of each class.")
 _JSON = flags.DEFINE_bool("json", False, "Print each row of the table as a line of JSON.")
 cluster_flags.define_cluster()
 
@@ -58,7 +59,7 @@ def main() -> None:
         | (describe_input(config) if config else {})
         | {"crops": ", ".join(_CROPS.value)}
     )
-    rows = evaluate_networks(workdirs, config, crops, models, _BEST.value)
+    rows = evaluate_networks(workdirs, config, crops, models, _BEST.value, _PER_CLASS.value)
     print("\n".join(map(json.dumps, rows)) if _JSON.value else format_errors(rows))
 
 

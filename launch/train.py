@@ -72,7 +72,7 @@ def _train() -> None:
     workdir = _WORKDIR.value
     last = train_and_evaluate(_CONFIG.value, workdir, profile_steps=_PROFILE_STEPS.value)
     run = Workdir(workdir)
-    files = (run.metrics, run.checkpoints, run.best, run.finished)
+    files = (run.metrics, run.checkpoints, run.best, run.finished, run.classes)
     accuracy, loss = (f"{last[f'validation/{name}']:.4f}" for name in ("accuracy", "loss"))
     cli.log_lines(
         {

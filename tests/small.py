@@ -12,6 +12,7 @@ def small_mlp(**overrides):
     config.train.steps_per_loop = 10
     config.evaluation.every_steps = 20
     config.evaluation.global_batch_size = 100
+    config.evaluation.per_class = False
     config.checkpoint.every_steps = 25
     config.batch_norm.momentum = 0.9
     config.schedule.base_rate = 0.5

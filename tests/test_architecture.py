@@ -41,9 +41,9 @@ TRAINER = {
     "data": "",
     "distribute": "",
     "runs": "",
-    "training": "data distribute runs",
-    "inference": "data distribute runs training",
     "pictures": "data runs",
+    "training": "data distribute pictures runs",
+    "inference": "data distribute runs training",
     "experiments": "runs training",
     "report": "data experiments inference runs training",
 }

@@ -15,7 +15,7 @@ from bn_keras.inference.evaluation import evaluate_networks, format_errors
 from bn_keras.inference.exporter import export_workdir
 from bn_keras.inference.loading import load_exported, load_trained
 from bn_keras.runs.workdir import Workdir
-from bn_keras.training.evaluator import Evaluator, make_evaluator, make_scorer
+from bn_keras.training.evaluator import Evaluator, make_scorer
 from bn_keras.training.loop import train_and_evaluate
 
 ONE_DEVICE = tf.distribute.get_strategy()
@@ -120,7 +120,7 @@ def test_a_model_call_has_at_most_the_batch_size():
 
 def test_a_lost_image_raises(monkeypatch):
     data, _ = small_data()
-    evaluate = make_evaluator(small_network(0), data, ONE_DEVICE, 8)
+    evaluate = Evaluator([small_network(0)], data, ONE_DEVICE, 8)
     evaluate()
     monkeypatch.setattr(data, "num_validation_examples", IMAGES + 1)
     with pytest.raises(AssertionError, match="23 of 24 validation examples were counted"):

@@ -26,8 +26,9 @@ from bn_keras.inference.loading import load_trained
 from bn_keras.models import SigmoidMLP, bn_inception
 from bn_keras.population import estimate_population_statistics
 from bn_keras.runs.workdir import Workdir
-from bn_keras.training import loop, resume_check, validation
+from bn_keras.training import loop, resume_check
 from bn_keras.training.config import default_config
+from bn_keras.training.evaluator import Evaluator
 from bn_keras.training.loop import train_and_evaluate
 from bn_keras.training.step import Trainer
 from configs import digits_bn_x5, digits_inception
@@ -423,19 +424,14 @@ def test_a_signal_ends_the_loop_and_saves(number, tmp_path, monkeypatch):
 
 
 def test_a_signal_during_an_evaluation_stops_before_the_next_loop(tmp_path, monkeypatch):
-    make_evaluator = validation.make_evaluator
+    evaluate = Evaluator.__call__
 
-    def signalled(*arguments):
-        evaluate = make_evaluator(*arguments)
+    def kill_and_evaluate(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+        return evaluate(self)
 
-        def kill_and_evaluate():
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.2)
-            return evaluate()
-
-        return kill_and_evaluate
-
-    monkeypatch.setattr(validation, "make_evaluator", signalled)
+    monkeypatch.setattr(Evaluator, "__call__", kill_and_evaluate)
     with pytest.raises(TrainingStoppedError, match="at step 20 of 60"):
         train_and_evaluate(small_mlp(), tmp_path)
     assert (tmp_path / "checkpoints" / "step-20.index").exists()
@@ -446,13 +442,12 @@ def test_a_signal_during_an_evaluation_stops_before_the_next_loop(tmp_path, monk
 
 def test_the_best_network_is_that_of_the_best_evaluation(tmp_path, monkeypatch):
     accuracies = iter([0.5, 0.9, 0.7])
-    make_evaluator = validation.make_evaluator
+    evaluate = Evaluator.__call__
 
-    def with_accuracies(*arguments):
-        evaluate = make_evaluator(*arguments)
-        return lambda: evaluate() | {"accuracy": next(accuracies)}
+    def with_accuracy(self):
+        return [evaluate(self)[0] | {"accuracy": next(accuracies)}]
 
-    monkeypatch.setattr(validation, "make_evaluator", with_accuracies)
+    monkeypatch.setattr(Evaluator, "__call__", with_accuracy)
     train_and_evaluate(small_mlp(), tmp_path)
     monkeypatch.undo()
     lines = Workdir(tmp_path).read_metrics()

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Collection, Iterator
 
+import numpy as np
 import tensorflow as tf
 
 from bn_keras.data.array_batches import ArrayBatches
@@ -149,6 +150,33 @@ class Data:
 
         dataset = strategy.distribute_datasets_from_function(open_rows)
         return dataset, math.ceil(self.num_validation_examples / global_batch_size)
+
+    def read_validation_example(self, index: int) -> tuple[str, np.ndarray]:
+        """Reads one validation example.
+
+        Args:
+          index: position in the split.
+
+        Returns:
+          A name by which a user can find the example, and the network's input, float32 [H, W, C].
+
+        Raises:
+          tf.errors.OpError: it cannot be read.
+        """
+        split = self._source.validation
+        if isinstance(split, Arrays):
+            entry = index % len(split.labels)
+            image = split.images[entry : entry + 1]
+            batch = self.preprocessing.process_batch(
+                tf.constant(image), tf.constant([0]), None, split.white
+            )
+            return f"example {index}", batch[0].numpy()
+        ends = np.cumsum(split.lengths)
+        shard = int(np.searchsorted(ends, index, "right"))
+        name, record = split.read_one(shard, int(index - ends[shard] + split.lengths[shard]))
+        encoded, _ = split.parse(tf.constant(record))
+        channels = split.image_shape[-1]
+        return name, self.preprocessing.process_encoded(encoded, None, channels).numpy()
 
     def check_counted(self, num_examples: float) -> None:
         """Raises AssertionError unless a validation pass counted every readable example.

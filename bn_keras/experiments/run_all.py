@@ -12,6 +12,7 @@ from bn_keras.errors import TrainingDivergedError
 from bn_keras.experiments.parallel import Task, divide_machine, run_tasks
 from bn_keras.runs.history import Run
 from bn_keras.runs.workdir import Workdir
+from bn_keras.training.length import finished_because
 from bn_keras.training.loop import train_and_evaluate
 from bn_keras.training.plan import describe_progress
 
@@ -44,7 +45,7 @@ def train_all(
     workdirs = {title: epath.Path(folder) / folder_name(title) for title in configs}
     due = [title for title in configs if _is_due(Workdir(workdirs[title]), configs[title])]
     for title, workdir in workdirs.items():
-        progress = describe_progress(Workdir(workdir), configs[title].train.steps)
+        progress = describe_progress(Workdir(workdir), configs[title])
         logging.info("%s in %s: %s", title, workdir, progress)
     sections = [configs[title].distribution for title in due]
     distributions = [(section.strategy, section.replicas) for section in sections]
@@ -72,7 +73,7 @@ def _is_due(run: Workdir, config: ConfigDict) -> bool:
     run.check(config)
     if run.has_diverged() and run.num_retries() >= config.train.retries:
         return False
-    return not run.is_finished()
+    return not finished_because(run, config)
 
 
 def _train(config: ConfigDict, workdir: epath.Path, title: str) -> None:

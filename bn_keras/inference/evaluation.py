@@ -16,6 +16,7 @@ from bn_keras.population import estimate_population_statistics
 from bn_keras.runs.workdir import Workdir
 from bn_keras.text import counted, table
 from bn_keras.training.build import build_data
+from bn_keras.training.class_report import ClassReport, ClassRow, format_classes
 from bn_keras.training.evaluator import EvaluationMetrics, Evaluator
 
 
@@ -32,12 +33,14 @@ class EvaluationRow(_Subject, EvaluationMetrics):
     """The evaluation of one network, or of the ensemble, with one choice of crops.
 
     "model" is the path of the network, or "ensemble"; "models" and "crops" are their numbers. Only
-    the network of a run has a "step" and "statistics" ("moving" or "population").
+    the network of a run has a "step" and "statistics" ("moving" or "population"). "per_class" is
+    present on request.
     """
 
     crops: int
     top1_error: float
     top5_error: float
+    per_class: NotRequired[list[ClassRow]]
 
 
 def evaluate_networks(
@@ -46,6 +49,7 @@ def evaluate_networks(
     crops: Sequence[Crops] = (SINGLE_CROP,),
     exported: Sequence[str | os.PathLike] = (),
     best: bool = False,
+    per_class: bool = False,
 ) -> list[EvaluationRow]:
     """Evaluates the networks of runs, exported networks and, of several networks, the ensemble.
 
@@ -60,6 +64,7 @@ def evaluate_networks(
       exported: paths of .keras files and SavedModels; see `load_exported`. Their input is
         preprocessed as the config says.
       best: whether to use the network of each run's best evaluation; see `load_trained`.
+      per_class: whether to add the result for each class.
 
     Returns:
       For each choice of crops: one row per network and, for several networks, one for the ensemble.
@@ -105,7 +110,11 @@ def evaluate_networks(
                 choice,
             )
             results = evaluate(label=counted(choice.count, "crop"))
-            rows += [_row(*pair, choice) for pair in zip(subjects, results, strict=True)]
+            new_rows = [_row(*pair, choice) for pair in zip(subjects, results, strict=True)]
+            if per_class:
+                for row, found in zip(new_rows, evaluate.predictions, strict=True):
+                    row["per_class"] = ClassReport(data.class_names, found).rows()
+            rows += new_rows
     return rows
 
 
@@ -162,6 +171,8 @@ def _with_population_statistics(
     """Estimates the population statistics of a run's network that has moving statistics only."""
     if not isinstance(network, TrainedNetwork) or network.statistics == "population":
         return network
+    if network.is_frozen:
+        return network
     batches = open_mini_batches(data, strategy, global_batch_size, micro_batches)
     estimate_population_statistics(network.model, batches, num_batches, strategy)
     return network._replace(statistics="population")
@@ -203,7 +214,10 @@ def _row(subject: _Subject, metrics: EvaluationMetrics, crops: Crops) -> Evaluat
 
 
 def format_errors(rows: Sequence[EvaluationRow]) -> str:
-    """Formats the rows of `evaluate_networks` as a table like the paper's Figure 4."""
+    """Formats the rows of `evaluate_networks` as a table like the paper's Figure 4.
+
+    The results for each class, if there are any, follow in tables of their own.
+    """
     header = ["model", "crops", "models", "top-1 error", "top-5 error"]
     cells = [
         [
@@ -216,4 +230,10 @@ def format_errors(rows: Sequence[EvaluationRow]) -> str:
         for row in rows
     ]
     count = f"{rows[0]['examples']:,} images, each counted exactly once"
-    return "\n".join([*table([header, *cells]), count])
+    classes = [
+        f"\n{row['model']}, {counted(row['crops'], 'crop')}: balanced accuracy"
+        f" {row['balanced_accuracy']:.2%}\n{format_classes(row['per_class'])}"
+        for row in rows
+        if "per_class" in row
+    ]
+    return "\n".join([*table([header, *cells]), count, *classes])

@@ -1,7 +1,6 @@
 """Loads trained and exported networks."""
 
 import os
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import keras
@@ -15,7 +14,7 @@ from bn_keras.runs.checkpoint import Checkpoints
 from bn_keras.runs.workdir import Workdir
 from bn_keras.storage import local_copy
 from bn_keras.text import first_line
-from bn_keras.training.build import build_model
+from bn_keras.training.restoring import restore_network
 
 
 class TrainedNetwork(NamedTuple):
@@ -45,6 +44,12 @@ class TrainedNetwork(NamedTuple):
         """Number of logits."""
         return len(self.class_names)
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether all of its BatchNormalization layers are frozen, and keep their statistics."""
+        layers = [v for v in self.model.layers if isinstance(v, keras.layers.BatchNormalization)]
+        return bool(layers) and not any(layer.trainable for layer in layers)
+
 
 def load_trained(
     workdir: str | os.PathLike,
@@ -65,20 +70,15 @@ def load_trained(
       StorageError: a checkpoint cannot be read.
     """
     run = Workdir(workdir)
-    config = run.read_config()
-    input_shape, class_names = run.read_interface()
-    strategy = strategy or tf.distribute.get_strategy()
-    with strategy.scope():
-        model = build_model(config, input_shape, len(class_names))
-    folders = [run.best] if best else [run.finished, run.checkpoints]
-    step, folder = _restore_first(model, folders)
-    if not step:  # The checkpoint of step 0 contains the initial weights.
+    network = restore_network(run, _best if best else _finished_or_latest, strategy)
+    if network is None:
         raise UsageError(
             f"the run in {run.path} has no {'best ' if best else ''}checkpoint of a trained network"
             " yet, or none that can be read: continue its training"
         )
+    config, step, input_shape = network.config, network.step, network.input_shape
     statistics = "moving"
-    if folder != run.checkpoints:
+    if network.folder != run.checkpoints:
         statistics = _evaluated_statistics(run, step, best, config.population.when)
     preprocessing = Preprocessing(
         input_shape[:2],
@@ -88,21 +88,20 @@ def load_trained(
         binary=config.data.binary,
         random_augment=config.data.random_augment,
     )
-    return TrainedNetwork(model, config, step, statistics, input_shape, class_names, preprocessing)
+    return TrainedNetwork(
+        network.model, config, step, statistics, input_shape, network.class_names, preprocessing
+    )
 
 
-def _restore_first(
-    model: keras.Model, folders: Sequence[epath.Path]
-) -> tuple[int, epath.Path | None]:
-    """Restores a model from the first folder with a checkpoint.
+def _best(run: Workdir) -> list[epath.Path]:
+    return [run.best]
 
-    Returns:
-      The step and the folder; 0 and None without a checkpoint.
-    """
-    for folder in folders:
-        if step := Checkpoints(folder, {"model": model.variables}).restore():
-            return step, folder
-    return 0, None
+
+def _finished_or_latest(run: Workdir) -> list[epath.Path]:
+    """Returns the folders of the finished and of the latest network, the later one first."""
+    # A run that is being extended has later checkpoints than its finished network.
+    folders = [run.finished, run.checkpoints]
+    return sorted(folders, key=lambda folder: -Checkpoints(folder, {}).latest_step)
 
 
 def _evaluated_statistics(run: Workdir, step: int, best: bool, population_when: str) -> str:

@@ -12,7 +12,7 @@ import tensorflow as tf
 from bn_keras.batch_norm import BatchNormalization
 from bn_keras.errors import UsageError
 from bn_keras.models.dropout import Dropout
-from bn_keras.models.weights_file import load_weights
+from bn_keras.models.weights_file import HEAD, load_weights
 
 
 class Row(NamedTuple):
@@ -352,7 +352,7 @@ def BNInception(
     outputs = [x, *auxiliary_logits] if auxiliary_logits else x
     model = keras.Model(images, outputs, name=name or variant)
     if weights is not None:
-        load_weights(model, weights, optional=("logits", "auxiliary_"))
+        load_weights(model, weights, optional=HEAD)
     return model
 
 

@@ -15,6 +15,9 @@ import tensorflow as tf
 from bn_keras.errors import UsageError
 from bn_keras.text import counted, first_of
 
+# Prefixes of the names of the head's layers: the classifier and the auxiliary classifier.
+HEAD = ("logits", "auxiliary_")
+
 _Shape = TypeVar("_Shape")
 
 
@@ -34,16 +37,34 @@ def load_weights(model: keras.Model, path: str | os.PathLike, optional: Sequence
         are missing, extra or of the wrong shape.
     """
     name = os.fspath(path)
-    try:
-        given = _read_layers(name)
-    # HDF5 raises many kinds of errors for a damaged file.
-    except Exception as error:
-        raise UsageError(
-            f"weights {name!r} cannot be read: expected a .weights.h5 or .keras file"
-        ) from error
-    layers = {layer.name: layer for layer in model.layers if layer.weights}
+    assign_layers(layers_with_weights(model), read_layers(name), f"weights {name!r} do", optional)
+
+
+def layers_with_weights(model: keras.Model) -> dict[str, keras.Layer]:
+    """Returns the layers of a model that have weights, by name, in the model's order."""
+    return {layer.name: layer for layer in model.layers if layer.weights}
+
+
+def assign_layers(
+    layers: Mapping[str, keras.Layer],
+    given: Mapping[str, Sequence[np.ndarray]],
+    subject: str,
+    optional: Sequence[str] = (),
+) -> None:
+    """Assigns weights to layers by name. If any do not fit, no layer is changed.
+
+    Args:
+      layers: layers that are assigned, by name.
+      given: weights by layer name.
+      subject: beginning of the error message, such as "weights 'a.keras' do".
+      optional: prefixes of names that may be in `given` although they are not in `layers`.
+
+    Raises:
+      UsageError: the weights do not fit. The message lists the first layers that are missing,
+        extra or of the wrong shape.
+    """
     check_shapes(
-        f"weights {name!r} do not fit the {counted(len(layers), 'layer')} of this network",
+        f"{subject} not fit the {counted(len(layers), 'layer')} of this network",
         {name: _shapes(layer.weights) for name, layer in layers.items()},
         {
             name: _shapes(weights)
@@ -88,8 +109,31 @@ def check_shapes(
         raise UsageError(f"{mismatch}: {', '.join(found)}")
 
 
+def read_layers(path: str) -> dict[str, list[np.ndarray]]:
+    """Reads the weights of each layer that has any, by layer name.
+
+    Args:
+      path: path of a .weights.h5 or .keras file of Keras 3, local or in a bucket.
+
+    Raises:
+      UsageError: the file cannot be read.
+    """
+    if path == "imagenet":
+        raise UsageError(
+            "weights 'imagenet' do not exist: the package includes no trained weights; train them"
+            " with `bn-keras train --config=bn_x5`, or convert those of another project with"
+            " `bn-keras convert`, and pass the path of the file"
+        )
+    try:
+        return _read_layers(path)
+    # HDF5 raises many kinds of errors for a damaged file.
+    except Exception as error:
+        raise UsageError(
+            f"weights {path!r} cannot be read: expected a .weights.h5 or .keras file"
+        ) from error
+
+
 def _read_layers(path: str) -> dict[str, list[np.ndarray]]:
-    """Reads the weights of each layer that has any, by layer name."""
     layers = {}
 
     def add(place: str, group: h5py.Group | h5py.Dataset) -> None:

@@ -1,6 +1,7 @@
 """Saves figures as picture files."""
 
 import os
+import warnings
 
 from matplotlib.figure import Figure
 
@@ -29,5 +30,11 @@ def save_picture(figure: Figure, path: str | os.PathLike) -> None:
         make_folder(os.path.dirname(os.path.abspath(path)) if is_local(path) else path)
     except (FileExistsError, NotADirectoryError) as error:
         raise UsageError(f"picture {path} cannot be written: {first_line(error)}") from None
-    with replacing(path) as unfinished, writing(f"picture {path}"):
+    with (
+        replacing(path) as unfinished,
+        writing(f"picture {path}"),
+        warnings.catch_warnings(),
+    ):
+        # Characters without a glyph, such as those of Chinese names, are drawn as boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(unfinished, dpi=120)

@@ -28,8 +28,20 @@ Metrics = dict[str, float | str | None]
 
 # Sections that every config has.
 _SECTIONS = ("model", "batch_norm", "data", "train")
-# Settings that may differ between two starts of a run: they only locate the data.
-_LOCATIONS = ("data.data_dir",)
+# Settings that may differ between two starts of a run. They locate the data, say how long the run
+# is, choose the devices, or do not change what is trained.
+_LOCATION = "data.data_dir"
+_CHANGEABLE = (
+    _LOCATION,
+    "data.max_bad_examples",
+    "schedule.cosine_steps",
+    "train.epochs",
+    "train.patience",
+    "train.steps",
+    "train.steps_per_loop",
+    "train.until_accuracy",
+)
+_CHANGEABLE_SECTIONS = ("checkpoint.", "distribution.", "evaluation.", "record.")
 
 
 class Workdir:
@@ -48,6 +60,7 @@ class Workdir:
       finished: folder of the network as evaluated at the end, if that differs from the last
         checkpoint.
       best: folder of the network of the evaluation with the highest accuracy, as evaluated.
+      classes: folder of the last evaluation's report on the classes.
       metrics: path of metrics.jsonl.
     """
 
@@ -64,6 +77,7 @@ class Workdir:
         self.checkpoints = self.path / "checkpoints"
         self.finished = self.path / "finished"
         self.best = self.path / "best"
+        self.classes = self.path / "classes"
         self.metrics = self.path / "metrics.jsonl"
         self._config = self.path / "config.json"
         self._interface = self.path / "interface.json"
@@ -72,10 +86,14 @@ class Workdir:
         self._acquire_on_create: Callable[[], None] | None = None
 
     def check(self, config: ConfigDict) -> None:
-        """Raises UsageError if the path is a file, or the folder of a run of another config."""
+        """Raises UsageError if the path is a file, or the folder of a run of another config.
+
+        Settings that do not change what is trained may differ, and so may the length of the run;
+        docs/training.md lists them.
+        """
         if is_local(self.path) and self.path.exists() and not self.path.is_dir():
             raise UsageError(f"workdir {self.path} is a file: expected a folder")
-        if not self._exists():
+        if not self.exists():
             return
         self.read_metrics()
         saved, now = flatten(self.read_config()), flatten(config)
@@ -85,13 +103,38 @@ class Workdir:
         differing = [
             f"{key}={saved[key]!r} (now {now.get(key)!r})"
             for key in sorted(saved)
-            if saved[key] != now.get(key) and key not in _LOCATIONS
+            if saved[key] != now.get(key) and not _may_change(key)
         ]
         if differing:
             raise UsageError(
                 f"workdir {self.path} holds a run of another config, with {', '.join(differing)}:"
                 " use another workdir, or the same config to resume that run"
             )
+        # The steps of a number of epochs are known once the data is open.
+        if not config.train.epochs:
+            self.check_length(config.train.steps)
+
+    def check_length(self, steps: int) -> None:
+        """Raises UsageError if the run has already trained more than a number of steps."""
+        if steps < (last := self.last_step()):
+            raise UsageError(
+                f"train.steps={steps} is less than the {last} steps that the run in {self.path} has"
+                " trained: raise it, or use another workdir"
+            )
+
+    def changes(self, config: ConfigDict) -> dict[str, tuple[Any, Any]]:
+        """Returns the saved and the new value of each setting that differs from the run's config.
+
+        The location of the data is left out. A new run has no changes.
+        """
+        if not self.exists():
+            return {}
+        saved, now = flatten(self.read_config()), flatten(config)
+        return {
+            key: (saved[key], now[key])
+            for key in sorted(saved.keys() & now.keys())
+            if saved[key] != now[key] and key != _LOCATION
+        }
 
     @contextlib.contextmanager
     def locked(self, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
@@ -110,7 +153,7 @@ class Workdir:
         def acquire() -> None:
             self._lock.acquire(on_wait)
 
-        exists = self._exists()
+        exists = self.exists()
         self._acquire_on_create = None if exists or not self.writes else acquire
         try:
             if self.writes and exists:
@@ -137,8 +180,8 @@ class Workdir:
     ) -> None:
         """Creates the folder and the files that describe the run; keeps those that exist.
 
-        A relative data.data_dir is saved as an absolute path, so that the run can be evaluated
-        from any folder.
+        Only settings that have changed are replaced in an existing config. A relative data.data_dir
+        is saved as an absolute path, so that the run can be evaluated from any folder.
 
         Args:
           config: config of the run.
@@ -157,7 +200,11 @@ class Workdir:
             "class_names": list(class_names),
             "num_train_examples": num_train_examples,
         }
-        contents: dict[epath.Path, dict[str, Any]] = {self._config: _with_absolute_paths(config)}
+        settings = _with_absolute_paths(config)
+        changed = self.changes(config)
+        if changed:
+            settings["data"]["data_dir"] = self.read_config().data.data_dir
+        contents: dict[epath.Path, dict[str, Any]] = {self._config: settings}
         if not self._has_interface(interface):
             contents[self._interface] = interface
         if not self.writes:
@@ -167,7 +214,7 @@ class Workdir:
             if self._acquire_on_create:
                 self._acquire_on_create()
                 self._acquire_on_create = None
-                if self._exists():
+                if self.exists():
                     raise UsageError(
                         f"another process has started a run in {self.path} meanwhile: start again"
                         " to resume it, or use another workdir"
@@ -175,10 +222,10 @@ class Workdir:
             if read(self.metrics) is None:
                 self._write(self.metrics, "")
             for file, content in contents.items():
-                if file == self._interface or read(file) is None:
+                if file == self._interface or changed or read(file) is None:
                     self._write(file, json.dumps(content, indent=2) + "\n")
 
-    def _exists(self) -> bool:
+    def exists(self) -> bool:
         """Returns whether there is a run in the folder."""
         return read(self._config) is not None
 
@@ -329,6 +376,15 @@ class Workdir:
         lines = [line for line in self.read_metrics() if line["step"] <= step]
         return max((line.get("validation/accuracy", 0.0) for line in lines), default=0.0)
 
+    def evaluations_since_best(self, step: int) -> int:
+        """Returns how many evaluations up to a step follow the first one of highest accuracy."""
+        accuracies: dict[int, float] = {}
+        for line in self.read_metrics():
+            if line["step"] <= step and "validation/accuracy" in line:
+                accuracies.setdefault(line["step"], line["validation/accuracy"])
+        values = list(accuracies.values())
+        return len(values) - 1 - values.index(max(values)) if values else 0
+
     def evaluations(self, step: int) -> list[dict[str, Any]]:
         """Returns the lines of the evaluations at a step; the last step may have two."""
         return [
@@ -346,6 +402,10 @@ class Workdir:
         if kept.encode() != read(self.metrics):
             with writing(f"{self.metrics}", "it is unchanged"):
                 self._write(self.metrics, kept)
+
+
+def _may_change(key: str) -> bool:
+    return key in _CHANGEABLE or key.startswith(_CHANGEABLE_SECTIONS)
 
 
 def _with_absolute_paths(config: ConfigDict) -> dict[str, Any]:

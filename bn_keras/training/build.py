@@ -12,6 +12,8 @@ from bn_keras.data.pipeline import Data, open_data
 from bn_keras.data.splits import Source
 from bn_keras.errors import UsageError
 from bn_keras.models import BNInception, SigmoidMLP
+from bn_keras.training.fine_tuning import freeze
+from bn_keras.training.length import num_steps
 from bn_keras.training.schedule import ExamplesSchedule
 from bn_keras.training.step import Trainer
 
@@ -38,6 +40,8 @@ def build_model(
     config: ConfigDict, input_shape: Sequence[int], classes: int, training: bool = False
 ) -> keras.Model:
     """Builds the network of config.model and config.batch_norm, in config.train.precision.
+
+    The layers up to config.model.freeze are not trainable.
 
     Args:
       config: see `default_config`.
@@ -67,7 +71,7 @@ def build_model(
     previous_policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy(config.train.precision)
     try:
-        return builder(
+        model = builder(
             config.model,
             training,
             variant=config.model.variant,
@@ -80,6 +84,9 @@ def build_model(
         )
     finally:
         keras.config.set_dtype_policy(previous_policy)
+    # Runs of versions without the setting can still be evaluated.
+    freeze(model, config.model.get("freeze", "none"))
+    return model
 
 
 def build_schedule(
@@ -87,6 +94,7 @@ def build_schedule(
 ) -> ExamplesSchedule:
     """Builds the schedule of config.schedule, with epochs converted to examples."""
     schedule = config.schedule
+    cosine_steps = schedule.cosine_steps or num_steps(config, num_train_examples)
     return ExamplesSchedule(
         schedule.base_rate * rate_factor,
         config.train.global_batch_size,
@@ -95,7 +103,7 @@ def build_schedule(
         decay_factor=schedule.decay_factor,
         decay_examples=max(1, round(schedule.decay_epochs * num_train_examples)),
         warmup_examples=round(schedule.warmup_epochs * num_train_examples),
-        total_examples=config.train.steps * config.train.global_batch_size,
+        total_examples=cosine_steps * config.train.global_batch_size,
     )
 
 
@@ -137,6 +145,7 @@ def build_trainer(
         micro_batches=config.train.micro_batches,
         ema=config.train.ema,
         loss_scaling=config.train.precision == "mixed_float16",
+        head_factor=config.schedule.head_factor,
     )
 
 

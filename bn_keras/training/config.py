@@ -89,6 +89,14 @@ def default_config() -> ConfigDict:
     # Weight of the loss of an auxiliary classifier on module 4d, built for training only; 0 leaves
     # it out. Inception-v3 uses 0.4.
     config.model.auxiliary_weight = 0.0
+    # Fine-tuning: initial weights from the workdir of another run (its best network), or from a
+    # .keras or .weights.h5 file, such as the output of `bn-keras convert`. The head is new where
+    # its classes differ. "" draws all weights from the seed.
+    config.model.init_from = ""
+    # Layers that keep their initial weights, with their BN in inference mode: "none"; all layers up
+    # to "stem", to a module such as "4e", or to a hidden layer of the mlp such as "2"; or
+    # "all_but_head".
+    config.model.freeze = "none"
 
     config.batch_norm = ConfigDict()
     # Fraction of the moving statistics kept at each step (TF-Slim's value).
@@ -100,6 +108,8 @@ def default_config() -> ConfigDict:
 
     config.train = ConfigDict()
     config.train.steps = 31_000_000
+    # Length in epochs instead, rounded up to whole steps; 0 uses train.steps.
+    config.train.epochs = 0.0
     config.train.global_batch_size = 32
     # Momentum of SGD (GoogLeNet).
     config.train.momentum = 0.9
@@ -115,6 +125,9 @@ def default_config() -> ConfigDict:
     config.train.ema = 0.0
     # Stop at the first evaluation that reaches this accuracy, a fraction; 0 trains for all steps.
     config.train.until_accuracy = 0.0
+    # Early stopping: stop after this many evaluations without a higher accuracy than before; 0
+    # trains for all steps.
+    config.train.patience = 0
     # How many times a diverged run is rolled back to its last checkpoint. Each rollback multiplies
     # the learning rate by retry_factor.
     config.train.retries = 0
@@ -129,10 +142,15 @@ def default_config() -> ConfigDict:
     # Learning rate at reference_batch_size; it scales linearly with train.global_batch_size.
     config.schedule.base_rate = 0.0015
     config.schedule.reference_batch_size = 32
+    # Factor on the learning rate of the head: of the classifier and the auxiliary classifier.
+    config.schedule.head_factor = 1.0
     # Linear warm-up from 0 over these epochs.
     config.schedule.warmup_epochs = 0.0
-    # "steps", or "cosine": from the end of the warm-up to 0 at train.steps.
+    # "steps", or "cosine": from the end of the warm-up to 0 at cosine_steps.
     config.schedule.decay = "steps"
+    # Step at which the cosine reaches 0; 0 is the last step of the run. A run that is extended then
+    # follows the cosine of its new length, and its rate rises; another value keeps the cosine.
+    config.schedule.cosine_steps = 0
     # Multiply the rate by decay_factor every decay_epochs (GoogLeNet); 1 keeps it constant.
     config.schedule.decay_factor = 0.96
     config.schedule.decay_epochs = 8.0
@@ -141,6 +159,9 @@ def default_config() -> ConfigDict:
     # Steps between evaluations on the validation images; one more follows the last step.
     config.evaluation.every_steps = 20_000
     config.evaluation.global_batch_size = 32
+    # Whether the last evaluation writes classes/: accuracy by class, the confusion matrix, and the
+    # most confident mistakes.
+    config.evaluation.per_class = True
 
     config.population = ConfigDict()
     # When population statistics (Algorithm 2) replace the moving statistics: "never"; "end": in
@@ -196,6 +217,7 @@ _POSITIVE = (
     "train.retry_factor",
     "schedule.reference_batch_size",
     "schedule.base_rate",
+    "schedule.head_factor",
     "schedule.decay_factor",
     "schedule.decay_epochs",
     "model.width",
@@ -203,7 +225,10 @@ _POSITIVE = (
 )
 _NOT_NEGATIVE = (
     "train.l2",
+    "train.epochs",
+    "train.patience",
     "train.retries",
+    "schedule.cosine_steps",
     "schedule.warmup_epochs",
     "model.auxiliary_weight",
 )
@@ -227,6 +252,11 @@ def check_config(config: ConfigDict) -> None:
             f" train.global_batch_size={train.global_batch_size}"
         )
     check_strategy(config.distribution.strategy)
+    if config.model.freeze != "none" and not config.model.init_from:
+        raise UsageError(
+            f"model.freeze={config.model.freeze!r} would keep random weights: set model.init_from,"
+            " or model.freeze='none'"
+        )
     if config.population.when not in ("never", "end", "evaluations"):
         raise UsageError(
             f"unknown population.when {config.population.when!r}: expected never, end or"

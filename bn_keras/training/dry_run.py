@@ -10,6 +10,8 @@ from bn_keras.data import pipeline, sources
 from bn_keras.distribute import make_strategy
 from bn_keras.training.build import build_data, build_schedule, build_trainer
 from bn_keras.training.config import check_config
+from bn_keras.training.length import num_steps
+from bn_keras.training.restoring import initialize_trainer
 
 
 def dry_run(config: ConfigDict) -> Iterator[str]:
@@ -39,10 +41,14 @@ def dry_run(config: ConfigDict) -> Iterator[str]:
     )
     cost = count_cost(trainer.model)
     yield str(cost)
+    if initialization := initialize_trainer(config, trainer, data.class_names):
+        # The synthetic classes have no names: the other lines could be wrong about the head.
+        yield initialization.describe()[0]
 
     num_examples = description.num_train_examples
     if num_examples:
-        yield build_schedule(config, num_examples).describe(config.train.steps, num_examples)
+        steps = num_steps(config, num_examples)
+        yield build_schedule(config, num_examples).describe(steps, num_examples)
     else:
         yield f"the steps per epoch are known once {config.data.name} is prepared"
 

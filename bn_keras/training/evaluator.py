@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TypedDict
 
 import keras
+import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
@@ -14,6 +15,7 @@ from bn_keras.data import pipeline
 from bn_keras.data.multi_crop import SINGLE_CROP, CropPreprocessing, Crops
 from bn_keras.merge import merge_moving_statistics
 from bn_keras.replicas import per_replica_sum
+from bn_keras.training.class_report import Predictions
 
 # The progress bar of a long evaluation moves this many times.
 _PROGRESS_UPDATES = 100
@@ -22,24 +24,15 @@ _PROGRESS_UPDATES = 100
 class EvaluationMetrics(TypedDict):
     """The number of examples, and means over them.
 
-    The loss is the softmax cross-entropy in nats; the accuracies are fractions.
+    The loss is the softmax cross-entropy in nats; the accuracies are fractions. The balanced
+    accuracy is the mean of the accuracies of all classes that have examples.
     """
 
     examples: int
     loss: float
     accuracy: float
     top5_accuracy: float
-
-
-def make_evaluator(
-    model: keras.Model,
-    data: pipeline.Data,
-    strategy: tf.distribute.Strategy,
-    global_batch_size: int,
-) -> Callable[[], EvaluationMetrics]:
-    """Returns a function that evaluates a model on single crops, traced once; see `Evaluator`."""
-    evaluate = Evaluator([model], data, strategy, global_batch_size)
-    return lambda: evaluate()[0]
+    balanced_accuracy: float
 
 
 class Evaluator:
@@ -56,7 +49,12 @@ class Evaluator:
         last step is padded. A replica's part of it limits the batch of a model call: see
         `make_scorer`.
       crops: crops of each image.
+
+    Attributes:
+      predictions: predictions of the last evaluation, for each of its results.
     """
+
+    predictions: list[Predictions]
 
     def __init__(
         self,
@@ -78,9 +76,13 @@ class Evaluator:
             strategy, self._images_per_step, preprocessing
         )
         self._score = make_scorer(models, preprocessing, per_replica_batch_size)
+        num_rows = len(models) + (len(models) > 1)
         with strategy.scope():
             # A row for each model and one for the ensemble: examples, loss, hits, top-5 hits.
-            self._sums = per_replica_sum([len(models) + (len(models) > 1), 4])
+            self._sums = per_replica_sum([num_rows, 4])
+            # Each replica fills in its examples: 1, or 0 for padding; label; predicted class; its
+            # probability.
+            self._table = per_replica_sum([self._num_steps * self._images_per_step, num_rows, 4])
 
     def __call__(self, label: str = "") -> list[EvaluationMetrics]:
         """Evaluates all models.
@@ -94,18 +96,23 @@ class Evaluator:
         for model in self._models:
             merge_moving_statistics(model, self._strategy)
         self._sums.assign(tf.zeros_like(self._sums))
+        self._table.assign(tf.zeros_like(self._table))
         self._run_all_steps(label)
         rows = self._sums.read_value().numpy().tolist()
         for num_examples, *_ in rows:
             self._data.check_counted(num_examples)
+        self.predictions = _read_table(self._table.read_value().numpy())
         return [
             EvaluationMetrics(
                 examples=int(examples),
                 loss=loss / examples,
                 accuracy=hits / examples,
                 top5_accuracy=top5_hits / examples,
+                balanced_accuracy=predictions.balanced_accuracy(),
             )
-            for examples, loss, hits, top5_hits in rows
+            for (examples, loss, hits, top5_hits), predictions in zip(
+                rows, self.predictions, strict=True
+            )
         ]
 
     def _run_all_steps(self, label: str) -> None:
@@ -115,25 +122,63 @@ class Evaluator:
         with _progress_bar(label, total) as bar, self._data.reporting_errors():
             for start in range(0, self._num_steps, steps_per_update):
                 steps = min(steps_per_update, self._num_steps - start)
-                self._run_steps(iterator, tf.constant(steps))
+                self._run_steps(iterator, tf.constant(start), tf.constant(steps))
                 bar.update(min(steps * self._images_per_step, total - bar.n))
 
     @tf.function
-    def _run_steps(self, iterator: tf.distribute.DistributedIterator, steps: tf.Tensor) -> None:
-        for _ in tf.range(steps):
-            self._strategy.run(self._add_batch, args=next(iterator))
+    def _run_steps(
+        self, iterator: tf.distribute.DistributedIterator, start: tf.Tensor, steps: tf.Tensor
+    ) -> None:
+        for step in tf.range(start, start + steps):
+            self._strategy.run(self._add_batch, args=(*next(iterator), step))
 
-    def _add_batch(self, images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> None:
+    def _add_batch(
+        self, images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor, step: tf.Tensor
+    ) -> None:
         """Adds a replica's part of a batch to the sums; weights are 1, or 0 for padding."""
         scores = self._score(images)
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
             tf.broadcast_to(labels, scores.shape[:2]), scores
         )
         # Unlike tf.math.in_top_k, top_k ranks classes with equal scores: not all of them are hits.
-        _, best = tf.nn.top_k(scores, k=min(5, scores.shape[-1]))
+        values, best = tf.nn.top_k(scores, k=min(5, scores.shape[-1]))
         hits = tf.cast(best == labels[:, tf.newaxis], tf.float32)
         per_example = [tf.ones_like(losses), losses, hits[..., 0], tf.reduce_sum(hits, axis=-1)]
         self._sums.assign_add(tf.linalg.matvec(tf.stack(per_example, axis=1), weights))
+        self._fill_in_table(labels, weights, best[..., 0], tf.exp(values[..., 0]), step)
+
+    def _fill_in_table(
+        self,
+        labels: tf.Tensor,
+        weights: tf.Tensor,
+        classes: tf.Tensor,
+        probabilities: tf.Tensor,
+        step: tf.Tensor,
+    ) -> None:
+        """Adds a replica's predictions at the positions of its examples in the split."""
+        size = labels.shape[0]
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        positions = step * self._images_per_step + replica * size + tf.range(size)
+        columns = [tf.ones_like(probabilities), labels, classes, probabilities]
+        values = tf.stack(
+            [tf.broadcast_to(tf.cast(c, tf.float32), classes.shape) for c in columns], axis=-1
+        )
+        values = tf.where(
+            weights[:, tf.newaxis, tf.newaxis] > 0, tf.transpose(values, [1, 0, 2]), 0
+        )
+        self._table.assign_add(
+            tf.scatter_nd(positions[:, tf.newaxis], values, self._table.shape.as_list())
+        )
+
+
+def _read_table(table: np.ndarray) -> list[Predictions]:
+    """Returns the predictions in each row of an evaluator's table, without the padding."""
+    [indices] = np.nonzero(table[:, 0, 0])
+    columns = np.moveaxis(table[indices], 0, -1)
+    return [
+        Predictions(indices, labels.astype(np.int64), classes.astype(np.int64), probabilities)
+        for _, labels, classes, probabilities in columns
+    ]
 
 
 def make_scorer(

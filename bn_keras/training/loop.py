@@ -6,6 +6,8 @@ import gc
 import os
 import signal
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import tensorflow as tf
 from absl import logging
@@ -25,11 +27,17 @@ from bn_keras.runs import environment
 from bn_keras.runs.checkpoint import Checkpoints
 from bn_keras.runs.metrics import Metrics, MetricsWriter
 from bn_keras.runs.workdir import Workdir
+from bn_keras.text import counted
 from bn_keras.training import divergence
 from bn_keras.training.build import build_data, build_schedule, build_trainer
 from bn_keras.training.config import check_config
+from bn_keras.training.fine_tuning import Initialization
+from bn_keras.training.length import early_stop, finished_because, with_steps
+from bn_keras.training.networks import replaced
+from bn_keras.training.pitfalls import find_pitfalls
 from bn_keras.training.progress import Progress
 from bn_keras.training.recorder import Recorder, open_recorder
+from bn_keras.training.restoring import initialize_trainer
 from bn_keras.training.step import Trainer
 from bn_keras.training.stop_signals import StopRequest, stop_requests
 from bn_keras.training.timetable import Timetable
@@ -40,12 +48,13 @@ from bn_keras.training.workers import check_same_command, check_same_state, sign
 def train_and_evaluate(
     config: ConfigDict, workdir: str | os.PathLike, label: str = "", profile_steps: int = 0
 ) -> Metrics:
-    """Trains to config.train.steps, from the last checkpoint if there is one.
+    """Trains to the last step of the config, from the last checkpoint if there is one.
 
     Decisions:
-      - A workdir with a run of the same config is resumed bit-exactly. Lines of metrics.jsonl
-        after the checkpoint are dropped and written again; TensorBoard's events cannot be truncated
-        and show those steps twice.
+      - A workdir with a run of the same config is resumed bit-exactly. Settings that do not change
+        what is trained may differ. A finished run is extended by more steps or epochs. Lines of
+        metrics.jsonl after the checkpoint are dropped and written again; TensorBoard's events
+        cannot be truncated and show those steps twice.
       - SIGTERM and SIGINT end the training after the current loop of steps, and save. A second
         signal ends the process at once.
       - A diverged run is rolled back to its last checkpoint up to config.train.retries times, each
@@ -77,11 +86,13 @@ def train_and_evaluate(
     check_config(config)
     run = Workdir(workdir)
     run.check(config)
-    if run.is_finished():
+    if finished_because(run, config):
         return run.read_metrics()[-1]
     strategy = make_strategy(**config.distribution)
     run.writes = is_chief(strategy)
     data = build_data(config)
+    config = with_steps(config, data.num_train_examples)
+    run.check_length(config.train.steps)
     label = label or run.path.name
     with (
         stop_requests() as stop_request,
@@ -142,6 +153,8 @@ def _train(
     training = _build(config, run, strategy, data, stop_request, rate_factor, profile_steps)
     check_same_state(strategy, run, training.step, retries, training.validation.best_accuracy)
 
+    changes = run.changes(config)
+    changed = _describe_changes(changes, config, data.num_train_examples, training.step)
     is_new = not run.read_metrics()
     run.create(config, data.input_shape, data.class_names, data.num_train_examples)
     run.drop_metrics_after(training.step)
@@ -150,11 +163,22 @@ def _train(
     schedule = build_schedule(config, data.num_train_examples, rate_factor)
     description = schedule.describe(config.train.steps, data.num_train_examples)
     cost = count_cost(training.trainer.inference_model).summary()
-    for line in (cost, *description.splitlines()):
+    start: dict[str, Any] = dict(environment.describe())
+    start["replicas"] = strategy.num_replicas_in_sync
+    if changes:
+        start["changed"] = {key: new for key, (_, new) in changes.items()}
+    changed += _describe_replicas(run, config, strategy.num_replicas_in_sync)
+    initialized = []
+    if training.initialization:
+        initialized = training.initialization.describe()
+        start["init_from"] = training.initialization.to_record()
+    for line in (*changed, cost, *initialized, *description.splitlines()):
         logging.info("%s: %s", label, line)
+    for line in find_pitfalls(config, schedule, training.trainer.inference_model):
+        logging.warning("%s: %s", label, line)
 
     with (
-        run.recording_start(training.step, environment.describe()),
+        run.recording_start(training.step, start),
         MetricsWriter(run, training.trainer.global_batch_size) as training.metrics,
         Progress(label, training.step, config.train.steps) as training.progress,
         data.reporting_errors(),
@@ -167,6 +191,48 @@ def _train(
     # No worker reads the workdir before the chief has closed its files.
     from_all_workers(strategy, training.step)
     return last
+
+
+def _describe_changes(
+    changes: Mapping[str, tuple[Any, Any]],
+    config: ConfigDict,
+    num_train_examples: int,
+    step: int,
+) -> list[str]:
+    """Returns lines about settings that differ from the last start, and the rate that follows."""
+    if not changes:
+        return []
+    values = ", ".join(f"{key}={new!r} (was {old!r})" for key, (old, new) in changes.items())
+    before = replaced(config, {key: old for key, (old, _) in changes.items()})
+    old_rate, new_rate = (
+        float(build_schedule(c, num_train_examples)(step)) for c in (before, config)
+    )
+    lines = [f"changed since the last start: {values}"]
+    if old_rate != new_rate:
+        lines.append(
+            f"the cosine has another length: the learning rate at step {step:,} is {new_rate:.2g}"
+            f" (was {old_rate:.2g}); schedule.cosine_steps="
+            f"{before.schedule.cosine_steps or before.train.steps} keeps the earlier cosine"
+        )
+    return lines
+
+
+def _describe_replicas(run: Workdir, config: ConfigDict, replicas: int) -> list[str]:
+    """Returns a line about BN if the run was trained by another number of replicas before."""
+    before = next(
+        (s["replicas"] for s in run.read_environment()[::-1] if "replicas" in s), replicas
+    )
+    if before == replicas:
+        return []
+    size = config.train.global_batch_size // config.train.micro_batches
+    if config.batch_norm.synchronized:
+        effect = "synchronized BN computes the same numbers, up to rounding"
+    else:
+        effect = (
+            f"BN now normalizes {size // replicas} examples per replica instead of"
+            f" {size // before}; batch_norm.synchronized=True would make it independent of that"
+        )
+    return [f"{counted(replicas, 'replica')} instead of {before}: {effect}"]
 
 
 def _build(
@@ -188,6 +254,9 @@ def _build(
         run.checkpoints, trainer.parts, config.checkpoint.keep, run.writes, run.verify_owner
     )
     step = checkpoints.restore()
+    initialization = None
+    if not checkpoints.latest:
+        initialization = initialize_trainer(config, trainer, data.class_names)
     validation = Validation(
         trainer,
         data,
@@ -196,7 +265,7 @@ def _build(
         global_batch_size=config.evaluation.global_batch_size,
         population=config.population.when,
         population_batches=config.population.num_batches,
-        target_accuracy=config.train.until_accuracy,
+        per_class=config.evaluation.per_class,
     )
     recorder = open_recorder(
         trainer,
@@ -222,11 +291,13 @@ def _build(
     return _Training(
         run=run,
         data=data,
+        config=config,
         trainer=trainer,
         batches=trainer.open_batches(data, step),
         checkpoints=checkpoints,
         validation=validation,
         recorder=recorder,
+        initialization=initialization,
         timetable=timetable,
         stop_request=stop_request,
         step=step,
@@ -239,6 +310,7 @@ class _Training:
     """A run in progress.
 
     Attributes:
+      initialization: weights that this start has loaded from a trained network; None without.
       step: last step trained.
       profile_from: step after which the profiler starts; None if it does not run.
       rate: learning rate at the start of the last loop of steps.
@@ -248,11 +320,13 @@ class _Training:
 
     run: Workdir
     data: Data
+    config: ConfigDict
     trainer: Trainer
     batches: tf.distribute.DistributedIterator
     checkpoints: Checkpoints
     validation: Validation
     recorder: Recorder | None
+    initialization: Initialization | None
     timetable: Timetable
     stop_request: StopRequest
     step: int
@@ -288,9 +362,15 @@ class _Training:
 
     @property
     def is_over(self) -> bool:
-        """Whether the last step, the target accuracy or a signal ends the training."""
+        """Whether the last step, an early stop or a signal ends the training."""
         is_last_step = self.step >= self.timetable.steps
-        return is_last_step or self.validation.has_reached_target or bool(self.signum)
+        return is_last_step or bool(self.early_stop) or bool(self.signum)
+
+    @property
+    def early_stop(self) -> str:
+        """Reason to end the training before its last step; "" for none."""
+        validation = self.validation
+        return early_stop(validation.best_accuracy, validation.evaluations_since_best, self.config)
 
     def check_for_signal(self) -> None:
         """Sets signum if any worker has received a signal."""
@@ -355,6 +435,8 @@ class _Training:
 
     def finish(self) -> Metrics:
         """Runs the last evaluation and writes the line that marks the run as finished."""
+        if self.step < self.timetable.steps:
+            logging.info("stopped at step %d: %s", self.step, self.early_stop)
         metrics = self.validation(self.step, is_last=True)
         return self.metrics.write(self.step, metrics | {Workdir.FINISHED: self.trainer.hash()})
 

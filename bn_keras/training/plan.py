@@ -13,6 +13,7 @@ from bn_keras.runs.checkpoint import Checkpoints
 from bn_keras.runs.workdir import Workdir
 from bn_keras.storage import is_local
 from bn_keras.training.config import check_config
+from bn_keras.training.length import finished_because
 
 
 def describe_training(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, str]:
@@ -33,7 +34,7 @@ def describe_training(config: ConfigDict, workdir: str | os.PathLike) -> dict[st
     run = Workdir(workdir)
     run.check(config)
     _check_writable(run.path)
-    progress = describe_progress(run, config.train.steps)
+    progress = describe_progress(run, config)
     return describe_input(config) | {"workdir": f"{run.path}: {progress}"}
 
 
@@ -50,12 +51,17 @@ def describe_input(config: ConfigDict) -> dict[str, str]:
     }
 
 
-def describe_progress(run: Workdir, steps: int) -> str:
-    """Describes how far a run is, and from which step training it to `steps` would start."""
-    if run.is_finished():
-        return f"finished at step {run.last_step():,}, nothing to do"
+def describe_progress(run: Workdir, config: ConfigDict) -> str:
+    """Describes how far a run is, and from which step this config would train it."""
+    if reason := finished_because(run, config):
+        return f"{reason}, nothing to do"
+    train = config.train
+    end = f"{train.epochs:g} epochs" if train.epochs else f"step {train.steps:,}"
     step = Checkpoints(run.checkpoints, {}).latest_step
-    return f"resuming from step {step:,} to {steps:,}" if step else f"new, to step {steps:,}"
+    if not step:
+        return f"new, to {end}"
+    extending = "extending" if run.is_finished() else "resuming"
+    return f"{extending} from step {step:,} to {end.removeprefix('step ')}"
 
 
 def _check_writable(path: epath.Path) -> None:

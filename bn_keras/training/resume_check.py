@@ -12,6 +12,7 @@ from bn_keras.merge import merge_moving_statistics
 from bn_keras.runs.checkpoint import Checkpoints
 from bn_keras.training.build import build_data, build_trainer
 from bn_keras.training.config import check_config
+from bn_keras.training.restoring import initialize_trainer
 from bn_keras.training.step import Trainer
 
 
@@ -48,6 +49,7 @@ def verify_resume(config: ConfigDict, steps: int = 4) -> str:
     half = steps // 2
     with tempfile.TemporaryDirectory() as folder, data.reporting_errors():
         uninterrupted = build()
+        initialize_trainer(config, uninterrupted, data.class_names)
         batches = uninterrupted.open_batches(data, 0)
         train(uninterrupted, batches, half)
         Checkpoints(epath.Path(folder), uninterrupted.parts).save(half)

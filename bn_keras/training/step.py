@@ -10,6 +10,7 @@ import tensorflow as tf
 from bn_keras import models
 from bn_keras.data.pipeline import Data
 from bn_keras.distribute import from_all_workers
+from bn_keras.models.weights_file import HEAD
 from bn_keras.replicas import per_replica_sum
 
 # Dynamic loss scaling: the first scale, and the steps without overflow after which it doubles
@@ -44,6 +45,8 @@ class Trainer:
         halved; after 2,000 steps without overflow it doubles. At a scale of 1 an overflowing step
         is not skipped, and the next loss is not finite. (Keras' own scaling checks the first
         replica only.)
+      head_factor: factor on the learning rate of the head: of the layers whose names begin with
+        one of weights_file.HEAD.
 
     Attributes:
       model, optimizer, strategy, global_batch_size, micro_batches: as passed.
@@ -66,6 +69,7 @@ class Trainer:
         micro_batches: int = 1,
         ema: float = 0.0,
         loss_scaling: bool = False,
+        head_factor: float = 1.0,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -78,6 +82,13 @@ class Trainer:
         self._label_smoothing = label_smoothing
         self._ema = ema
         self._loss_scaling = loss_scaling
+        self._head_factor = head_factor
+        self._head = {
+            id(v)
+            for layer in model.layers
+            if layer.name.startswith(HEAD)
+            for v in layer.trainable_variables
+        }
         with strategy.scope():
             self.inference_model = models.without_auxiliary(model)
             optimizer.build(model.trainable_variables)
@@ -149,6 +160,12 @@ class Trainer:
         for variable, value in zip(self.variables, snapshot, strict=True):
             variable.assign(value)
 
+    def restart_averages(self) -> None:
+        """Assigns the weights to their EMA, after weights were loaded."""
+        weights = self.inference_model.trainable_variables
+        for average, weight in zip(self.averages, weights, strict=bool(self.averages)):
+            average.assign(tf.convert_to_tensor(weight.value))
+
     def assign_averages(self) -> None:
         """Assigns the EMA of the weights to the weights."""
         weights = self.inference_model.trainable_variables
@@ -209,6 +226,12 @@ class Trainer:
         if self._l2_per_replica:
             gradients = [
                 g + self._l2_per_replica * v.value if v.name.endswith("kernel") else g
+                for g, v in zip(gradients, variables, strict=True)
+            ]
+        if self._head_factor != 1:
+            # SGD with momentum is linear in the gradient: this is a factor on the learning rate.
+            gradients = [
+                g * self._head_factor if id(v) in self._head else g
                 for g, v in zip(gradients, variables, strict=True)
             ]
         self.optimizer.apply(gradients, variables)

@@ -1,11 +1,11 @@
 """Evaluation during training, and the networks that it saves."""
 
 import contextlib
-import math
 from collections.abc import Iterator
 from typing import cast
 
 import keras
+from absl import logging
 
 from bn_keras.data.pipeline import Data
 from bn_keras.errors import UsageError
@@ -14,7 +14,8 @@ from bn_keras.population import PopulationEstimator, preserved_state
 from bn_keras.runs.checkpoint import Checkpoints
 from bn_keras.runs.metrics import Metrics
 from bn_keras.runs.workdir import Workdir
-from bn_keras.training.evaluator import make_evaluator
+from bn_keras.training.class_report import ClassReport, write_class_report
+from bn_keras.training.evaluator import Evaluator
 from bn_keras.training.step import Trainer
 
 
@@ -33,11 +34,12 @@ class Validation:
       population: when population statistics replace the moving ones: "never", "end" or
         "evaluations".
       population_batches: training batches that population statistics are computed from.
-      target_accuracy: accuracy that ends the training, a fraction; 0 for none.
+      per_class: whether the last evaluation writes a report on the classes.
 
     Attributes:
       accuracy, best_accuracy: accuracy of the last evaluation, and the highest so far; 0 without an
         evaluation.
+      evaluations_since_best: evaluations after the first one with the highest accuracy.
 
     Raises:
       UsageError: population statistics of a network without BN, or an EMA of the weights of a
@@ -54,14 +56,16 @@ class Validation:
         global_batch_size: int,
         population: str = "never",
         population_batches: int = 100,
-        target_accuracy: float = 0.0,
+        per_class: bool = False,
     ) -> None:
         self._trainer = trainer
         self._model = model = trainer.inference_model
         self._population = population
         self._population_batches = population_batches
-        self._target = target_accuracy or math.inf
-        self._evaluate = make_evaluator(model, data, trainer.strategy, global_batch_size)
+        self._evaluate = Evaluator([model], data, trainer.strategy, global_batch_size)
+        self._data = data
+        self._run = run
+        self._per_class = per_class
         parts = {"model": model.variables}
         self._best, self._finished = (
             Checkpoints(folder, parts, writes=run.writes, verify_owner=run.verify_owner)
@@ -69,10 +73,13 @@ class Validation:
         )
         self.accuracy = 0.0
         self.best_accuracy = run.best_accuracy(step)
-        has_batch_norm = any(
-            isinstance(layer, keras.layers.BatchNormalization) for layer in all_layers(model)
-        )
-        if trainer.averages and has_batch_norm and population == "never":
+        self.evaluations_since_best = run.evaluations_since_best(step)
+        layers = [v for v in all_layers(model) if isinstance(v, keras.layers.BatchNormalization)]
+        # Frozen BN keeps its moving statistics.
+        if layers and not any(layer.trainable for layer in layers):
+            self._population = population = "never"
+            layers = []
+        if trainer.averages and layers and population == "never":
             raise UsageError(
                 "train.ema is set, but the moving statistics of BN are not those of the averaged"
                 " weights: set population.when to 'end' or 'evaluations'"
@@ -82,28 +89,37 @@ class Validation:
             # Always the same batches, so that evaluations differ only in the network.
             self._batches = data.train_batches(trainer.strategy, trainer.global_micro_batch_size)
 
-    @property
-    def has_reached_target(self) -> bool:
-        """Whether an evaluation has reached the target accuracy."""
-        return self.best_accuracy >= self._target
-
     def __call__(self, step: int, is_last: bool = False) -> Metrics:
         """Evaluates the network after a step and returns the metrics under "validation/"."""
         by_population = self._population == "evaluations" or (self._population == "end" and is_last)
         by_ema = bool(self._trainer.averages) and (by_population or self._population == "never")
         with self._evaluation_state(by_population, by_ema):
-            found = self._evaluate()
+            [found] = self._evaluate()
             self.accuracy = found["accuracy"]
+            self.evaluations_since_best += 1
             if self.accuracy > self.best_accuracy:
                 self.best_accuracy = self.accuracy
+                self.evaluations_since_best = 0
                 self._best.save(step)
             if is_last and (by_population or by_ema):
                 self._finished.save(step)
+        if is_last and self._per_class:
+            self._report_classes()
         metrics = cast(Metrics, dict(found))
         metrics["statistics"] = "population" if by_population else "moving"
         if self._trainer.averages:
             metrics["weights"] = "averaged" if by_ema else "trained"
         return {f"validation/{name}": value for name, value in metrics.items()}
+
+    def _report_classes(self) -> None:
+        """Writes the report on the classes into the run's folder, and logs what limits it."""
+        if not self._run.writes:
+            return
+        report = ClassReport(self._data.class_names, self._evaluate.predictions[0])
+        self._run.verify_owner()
+        write_class_report(self._run.classes, report, self._data)
+        for line in report.find_pitfalls():
+            logging.warning("%s", line)
 
     @contextlib.contextmanager
     def _evaluation_state(self, by_population: bool, by_ema: bool) -> Iterator[None]:

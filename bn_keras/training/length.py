@@ -1,0 +1,66 @@
+"""How long a run trains: its number of steps, and the reasons to stop earlier."""
+
+import math
+
+from ml_collections import ConfigDict
+
+from bn_keras.runs.workdir import Workdir
+from bn_keras.text import counted
+from bn_keras.training.networks import replaced
+
+
+def num_steps(config: ConfigDict, num_train_examples: int) -> int:
+    """Returns the last step of a training: train.epochs in steps, rounded up, or train.steps."""
+    if not config.train.epochs:
+        return config.train.steps
+    steps = config.train.epochs * num_train_examples / config.train.global_batch_size
+    # 3 epochs of 0.1 * 10 examples must not be one step longer because of rounding.
+    return max(1, math.ceil(steps - 1e-6))
+
+
+def with_steps(config: ConfigDict, num_train_examples: int) -> ConfigDict:
+    """Returns a config whose train.steps has the value that follows from train.epochs."""
+    if not config.train.epochs:
+        return config
+    return replaced(config, {"train.steps": num_steps(config, num_train_examples)})
+
+
+def early_stop(best_accuracy: float, evaluations_since_best: int, config: ConfigDict) -> str:
+    """Returns why a training ends before its last step; "" if it goes on.
+
+    Args:
+      best_accuracy: highest validation accuracy so far, a fraction.
+      evaluations_since_best: evaluations after the first one with that accuracy.
+      config: config of the run.
+    """
+    target, patience = config.train.until_accuracy, config.train.patience
+    if target and best_accuracy >= target:
+        return f"an accuracy of {best_accuracy:.4f} reached train.until_accuracy={target:g}"
+    if patience and evaluations_since_best >= patience:
+        evaluations = counted(evaluations_since_best, "evaluation")
+        return f"no accuracy above {best_accuracy:.4f} in {evaluations} (train.patience={patience})"
+    return ""
+
+
+def finished_because(run: Workdir, config: ConfigDict) -> str:
+    """Returns why nothing is left to train in a run; "" if there is.
+
+    A finished run is extended by a larger train.steps or train.epochs, or by other settings of the
+    early stop.
+
+    Args:
+      run: folder of the run; its config may differ in such settings.
+      config: config of this start.
+    """
+    if not run.is_finished():
+        return ""
+    step, saved = run.last_step(), run.read_config()
+    if config.train.epochs:
+        steps = saved.train.steps
+        has_last_step = config.train.epochs == saved.train.epochs and step >= steps
+    else:
+        has_last_step = step >= config.train.steps
+    if has_last_step:
+        return f"finished at step {step:,}"
+    reason = early_stop(run.best_accuracy(step), run.evaluations_since_best(step), config)
+    return f"finished at step {step:,}: {reason}" if reason else ""
