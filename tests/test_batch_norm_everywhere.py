@@ -247,6 +247,141 @@ def test_second_derivatives_equal_those_of_float64(implementation, mode, is_know
     _assert_close(second("float32"), second("float64").numpy(), 1e-4)
 
 
+# --- Other transformations of TensorFlow.
+
+IMPLEMENTATIONS = pytest.mark.parametrize(
+    "implementation", ["ordinary", "kernels"], indirect=["implementation"]
+)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("shape", [(5, 2, 2, 3), (None, 2, 2, 3)])
+def test_jacobians_equal_those_of_float64(shape, implementation):
+    def jacobian(dtype):
+        layer = _built((5, 2, 2, 3), dtype=dtype)
+
+        @tf.function(input_signature=[tf.TensorSpec(shape, dtype)])
+        def compute(x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = layer(x, training=True)
+            return tape.jacobian(y, x)
+
+        return compute(tf.cast(np.random.default_rng(6).normal(size=(5, 2, 2, 3)), dtype))
+
+    _assert_close(jacobian("float32"), jacobian("float64").numpy(), 1e-5)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("is_graph", [False, True])
+def test_third_derivatives_equal_those_of_float64(is_graph, implementation):
+    def third(dtype):
+        layer = _built((5, 2, 2, 3), dtype=dtype)
+
+        def squared_norm_of_gradient(function):
+            def norm(x):
+                with tf.GradientTape() as tape:
+                    tape.watch(x)
+                    value = function(x)
+                return tf.reduce_sum(tape.gradient(value, x) ** 2)
+
+            return norm
+
+        def loss(x):
+            return tf.reduce_sum(tf.sin(layer(x, training=True)) * x**2)
+
+        function = squared_norm_of_gradient(squared_norm_of_gradient(loss))
+
+        def derivative(x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                value = function(x)
+            return tape.gradient(value, x)
+
+        x = tf.cast(np.random.default_rng(7).normal(size=(5, 2, 2, 3)), dtype)
+        return (tf.function(derivative) if is_graph else derivative)(x)
+
+    _assert_close(third("float32"), third("float64").numpy(), 1e-4)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("transformation", [tf.map_fn, tf.vectorized_map])
+def test_mapped_calls_equal_single_ones(transformation, implementation):
+    xs = tf.cast(np.random.default_rng(8).normal(size=(4, 5, 2, 2, 3)), tf.float32)
+
+    @tf.function
+    def mapped(xs, layer):
+        with tf.GradientTape() as tape:
+            tape.watch(xs)
+            ys = transformation(lambda x: layer(x, training=True), xs)
+            loss = tf.reduce_sum(ys**3)
+        return ys, tape.gradient(loss, xs)
+
+    ys, gradients = mapped(xs, _built(xs.shape[1:]))
+    for x, y, gradient in zip(xs, ys, gradients, strict=True):
+        layer = _built(x.shape)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            expected = layer(x, training=True)
+            loss = tf.reduce_sum(expected**3)
+        _assert_close(y, expected.numpy(), 1e-5)
+        _assert_close(gradient, tape.gradient(loss, x).numpy(), 1e-4)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("shape", [(5, 2, 2, 3), (None, 2, 2, 3)])
+def test_a_while_loop_equals_a_python_loop(shape, implementation):
+    x = tf.cast(np.random.default_rng(9).normal(size=(5, 2, 2, 3)), tf.float32)
+
+    def gradient(repeat, x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tf.reduce_sum(repeat(_step, x) ** 3)
+        return tape.gradient(loss, x)
+
+    def python_loop(step, y):
+        for _ in range(3):
+            y = step(y)
+        return y
+
+    def while_loop(step, y):
+        return tf.while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, step(y)), (0, y))[1]
+
+    found = []
+    for repeat in (python_loop, while_loop):
+        layer = _built(x.shape)
+
+        def _step(y, layer=layer):
+            return layer(tf.sin(y), training=True)
+
+        compute = tf.function(
+            lambda x, repeat=repeat: gradient(repeat, x), input_signature=[tf.TensorSpec(shape)]
+        )
+        found.append((compute(x), layer.moving_mean.numpy()))
+    (expected, mean), (actual, other_mean) = found
+    _assert_close(actual, expected.numpy(), 1e-5)
+    np.testing.assert_allclose(other_mean, mean, rtol=1e-5)
+
+
+@IMPLEMENTATIONS
+def test_a_saved_training_step_returns_the_same(implementation, tmp_path):
+    module = tf.Module()
+    module.layer = _built((5, 2, 2, 3))
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 2, 2, 3])])
+    def step(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tf.reduce_sum(module.layer(x, training=True) ** 3)
+        return tape.gradient(loss, x)
+
+    module.step = step
+    tf.saved_model.save(module, tmp_path)
+    x = tf.cast(np.random.default_rng(10).normal(size=(5, 2, 2, 3)), tf.float32)
+    loaded = tf.saved_model.load(tmp_path)
+    np.testing.assert_array_equal(loaded.step(x), step(x))
+
+
 # --- Arguments of a call.
 
 
