@@ -92,10 +92,12 @@ def print_rows(rows):
 
 def requested_threads():
     """Returns the number of threads that measure_with_threads asks for, or None."""
-    argument = sys.argv[1] if sys.argv[1:] else ""
-    if not argument.startswith("threads-"):
+    if not sys.argv[1:]:
         return None
-    return int(argument.removeprefix("threads-"))
+    kind, _, threads = sys.argv[1].partition("-")
+    if kind != "threads" or not threads.isdecimal():
+        sys.exit(f"unknown argument {sys.argv[1]!r}: expected none")
+    return int(threads)
 
 
 def set_threads(threads):
