@@ -14,6 +14,7 @@ import tensorflow as tf
 from etils import epath
 from full_disk import files_of_at_most
 
+from bn_keras import storage
 from bn_keras.errors import StorageError, UsageError
 from bn_keras.runs.checkpoint import Checkpoints
 
@@ -53,7 +54,7 @@ def save(folder, *steps, keep=9):
 
 
 def steps_in(folder):
-    return sorted(int(n[5:-6]) for n in os.listdir(folder) if n.endswith(".index"))
+    return sorted(int(n[5:-6]) for n in storage.list_folder(folder) if n.endswith(".index"))
 
 
 @pytest.fixture
