@@ -432,9 +432,7 @@ class _Unfused:
             shift = self._some_value(x)
             mean = shift + _divide(self._sum(self._apply_mask(x - shift)), count)
         else:
-            # TensorFlow also adds one by one. A sum in float64 is exact enough at any mean.
-            total = self._sum(tf.cast(self._apply_mask(x), tf.float64))
-            mean = tf.cast(_divide(total, count), x.dtype)
+            mean = tf.cast(_divide(self._sum_exactly(self._apply_mask(x)), count), x.dtype)
         deviation = x - mean
         variance = _divide(self._sum(tf.square(self._apply_mask(deviation))), count)
         return count, mean, variance, deviation
@@ -484,6 +482,18 @@ class _Unfused:
             # The same sum without a constant for the axes. For one channel it is less accurate.
             return tf.raw_ops.BiasAddGrad(out_backprop=x)
         return tf.reduce_sum(x, self._reduced, keepdims=self._keepdims)
+
+    def _sum_exactly(self, x: tf.Tensor) -> tf.Tensor:
+        """Sums in float64: TensorFlow adds float32 values one by one, which loses large means.
+
+        Except along the last axes, where it adds sums of pairs: these come first, in float32.
+        """
+        inner = list(self._reduced)
+        while inner and inner != list(range(inner[0], x.shape.rank)):
+            inner = inner[1:]
+        if inner:
+            x = tf.reduce_sum(x, inner, keepdims=True)
+        return self._sum(tf.cast(x, tf.float64))
 
     def _sum_ghosts(self, gradient: tf.Tensor) -> tf.Tensor:
         """Sums a parameter's gradient over the ghost batches, in the shape of the parameter."""
