@@ -1,4 +1,4 @@
-"""BN-x5 at half the width, for a few thousand images of your own, 128 pixels square.
+"""BN-x5 at half the width, for a hundred to some thousand images of your own, 128 pixels square.
 
     bn-keras train --config=folder_bn_x5 --config.data.data_dir=pictures --workdir=runs/pictures
 
@@ -27,12 +27,13 @@ def get_config() -> ConfigDict:
     config.data.max_bad_examples = 20
     # Enough for a few thousand images, and fast enough for a CPU.
     config.model.width = 0.5
-    # An average over a hundred steps, for a short run.
-    config.batch_norm.momentum = 0.99
-    config.train.steps = 4_000
-    config.train.steps_per_loop = 100
-    # Down to about a thirtieth in 4,000 steps on 3,000 images.
-    config.schedule.decay_epochs = 0.5
-    config.evaluation.every_steps = 500
+    # An average over 20 steps: with 96 images, the run has 120.
+    config.batch_norm.momentum = 0.95
+    # Counted in epochs: the rate falls to 0 at the end, however many images there are.
+    config.train.epochs = 40.0
+    config.train.steps_per_loop = 20
+    config.schedule.decay = "cosine"
+    config.schedule.warmup_epochs = 2.0
+    config.evaluation.every_steps = 100
     config.checkpoint.every_steps = 500
     return config.lock()

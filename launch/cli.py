@@ -137,6 +137,9 @@ class Command:
         if overrides and "config" not in flags.FLAGS:
             raise CommandError(f"unknown flag {overrides[0]}: this command has no --config")
         source = "config" in flags.FLAGS and flags.FLAGS["config"].value
+        if overrides and not source and "workdir" in flags.FLAGS:
+            # Of a command that evaluates runs, they change the config of the first run.
+            source = _config_of_first_run()
         if source:
             with _reported_errors():
                 config_flag.CONFIG.load(source, overrides)
@@ -291,6 +294,14 @@ def _silenced_stderr() -> Iterator[None]:
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
+
+
+def _config_of_first_run() -> str:
+    """Returns the path of the config of the first --workdir; "" without one."""
+    workdirs = flags.FLAGS["workdir"].value
+    return (
+        f"{workdirs[0].rstrip('/')}/config.json" if isinstance(workdirs, list) and workdirs else ""
+    )
 
 
 def _expand_home(argument: str) -> str:

@@ -5,6 +5,9 @@ network with the highest validation accuracy. --model loads a .keras file or a S
 `bn-keras export`. --config defaults to the config of the first run. The errors are printed as a
 table like the paper's Figure 4.
 
+Without --config, --config.KEY=VALUE overrides settings of the first run: any split of any data can
+be evaluated, without training images. Classes are matched by name.
+
 --crops: 1 is the centre crop, 10 the corners and the centre with their mirror images, 144 the crops
 of GoogLeNet. Other choices are written as scales x squares x windows x mirrors: 10 is 1x1x5x2, and
 144 is 4x3x6x2.
@@ -12,6 +15,7 @@ of GoogLeNet. Other choices are written as scales x squares x windows x mirrors:
 Examples:
   bn-keras evaluate --workdir=runs/mnist_bn
   bn-keras evaluate --workdir=runs/a --workdir=runs/b --crops=1,144
+  bn-keras evaluate --workdir=runs/pictures --per_class --config.data.data_dir=new_pictures
   bn-keras evaluate --config=bn_x30 --model=bn_x30.keras
 """
 

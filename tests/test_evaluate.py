@@ -1,10 +1,13 @@
 """Evaluation counts every image once, for any batch, replicas, crops and ensemble."""
 
+import shutil
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from small import small_mlp
+from test_launch import launch
 
 from bn_keras.data import pipeline
 from bn_keras.data.multi_crop import SINGLE_CROP, CropPreprocessing, Crops
@@ -15,6 +18,7 @@ from bn_keras.inference.evaluation import evaluate_networks, format_errors
 from bn_keras.inference.exporter import export_workdir
 from bn_keras.inference.loading import load_exported, load_trained
 from bn_keras.runs.workdir import Workdir
+from bn_keras.training.config_files import load_config
 from bn_keras.training.evaluator import Evaluator, make_scorer
 from bn_keras.training.loop import train_and_evaluate
 
@@ -211,9 +215,60 @@ def test_members_with_other_classes_are_rejected(runs, tmp_path):
     assert load_trained(tmp_path).class_names == tuple("0123456789")
     interface = tmp_path / "interface.json"
     interface.write_text(interface.read_text().replace('"9"', '"nine"'))
-    with pytest.raises(UsageError, match="digits has 10 classes .* other names") as caught:
+    with pytest.raises(UsageError, match="were trained on different classes") as caught:
         evaluate_networks([runs[0], tmp_path])
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+@pytest.fixture
+def folder_run(tmp_path):
+    """A run on a folder with the classes a, b and c, and the folder."""
+    colours = {"a": 10, "b": 120, "c": 240}
+    for split in ("train", "validation"):
+        for name, colour in colours.items():
+            (tmp_path / "pictures" / split / name).mkdir(parents=True)
+            for i in range(4):
+                image = np.full((9, 9, 3), colour + i, np.uint8)
+                path = tmp_path / "pictures" / split / name / f"{i}.png"
+                path.write_bytes(tf.io.encode_png(image).numpy())
+    config = small_mlp(
+        **{"data.name": "folder", "data.data_dir": str(tmp_path / "pictures")},
+        **{"data.image_size": 8, "train.steps": 20, "data.binary": False},
+    )
+    train_and_evaluate(config, tmp_path / "run")
+    return tmp_path / "run", tmp_path / "pictures"
+
+
+def test_any_split_is_evaluated_with_classes_matched_by_name(folder_run, caplog):
+    workdir, pictures = folder_run
+    [expected] = evaluate_networks([workdir], per_class=True)
+    # Training images are not needed.
+    shutil.rmtree(pictures / "train")
+    assert evaluate_networks([workdir], per_class=True) == [expected]
+    # Without the first class, the numbers of the others must not move up.
+    shutil.rmtree(pictures / "validation" / "a")
+    (pictures / "validation").rename(pictures / "other")
+    config = load_config(str(workdir / "config.json"))
+    config.data.validation_split = "other"
+    [found] = evaluate_networks([workdir], config, per_class=True)
+    assert "classes without images in the data: 'a'" in caplog.text
+    assert found["examples"] == 8
+    assert found["per_class"][1:] == expected["per_class"][1:]
+    assert found["per_class"][0] == {"label": "a", "images": 0, "accuracy": None}
+    (pictures / "other" / "b").rename(pictures / "other" / "B")
+    with pytest.raises(UsageError, match="does not know: 'B'; the data lacks 'a', 'b'"):
+        evaluate_networks([workdir], config)
+
+
+def test_the_command_overrides_the_config_of_the_run(folder_run):
+    workdir, pictures = folder_run
+    (pictures / "validation").rename(pictures / "other")
+    shutil.rmtree(pictures / "train")
+    done = launch(
+        "evaluate", f"--workdir={workdir}", "--per_class", "--config.data.validation_split=other"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "12 images" in done.stdout and "most often taken for" in done.stdout
 
 
 def test_members_with_other_preprocessing_are_rejected(runs, tmp_path):
@@ -246,7 +301,7 @@ def test_exported_networks_are_evaluated_like_runs(runs, tmp_path):
         evaluate_networks(exported=[keras_file])
     other = small_mlp(**{"data.name": "synthetic", "data.image_size": 8})
     other.unlock()
-    with pytest.raises(UsageError, match="but the network in .*a.keras was trained on 10 classes"):
+    with pytest.raises(UsageError, match="but the network in .*a.keras was trained on images of"):
         evaluate_networks([], other, exported=[keras_file])
 
 

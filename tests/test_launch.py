@@ -163,7 +163,7 @@ def test_an_invalid_config_creates_no_workdir(arguments, part, tmp_path):
 @pytest.mark.parametrize(
     "command, part",
     [
-        ("evaluate", "--config.seed=1 is invalid without --config"),
+        ("evaluate", "holds no run: it has no config.json"),
         ("check", "unknown flag --config.seed=1: this command has no --config"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import logging
 
+import absl.logging
 import pytest
 from small import small_mlp
 
@@ -205,3 +206,25 @@ def test_a_vanishing_rate_and_a_long_average_are_warned_of(tmp_path, caplog):
     caplog.clear()
     train_and_evaluate(short(**{"batch_norm.momentum": 0.2}), tmp_path / "other")
     assert "below 1%" not in caplog.text and "initial values" not in caplog.text
+
+
+@pytest.mark.parametrize("has_log", [False, True])
+def test_a_training_from_python_shows_its_progress_and_returns_its_files(
+    has_log, tmp_path, capsys, caplog
+):
+    verbosity = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.INFO if has_log else absl.logging.WARNING)
+    try:
+        result = train_and_evaluate(short(), tmp_path / "run")
+    finally:
+        absl.logging.set_verbosity(verbosity)
+    printed = capsys.readouterr().err
+    assert ("run: step 4/4" in printed) == (not has_log)
+    assert ("run: step 4/4" in caplog.text) == has_log
+    assert result == Workdir(tmp_path / "run").read_metrics()[-1]
+    best = load_trained(result.workdir, best=True)
+    assert result.best_network.name == f"step-{best.step}"
+    assert result.best_network.with_name(f"step-{best.step}.index").exists()
+    assert result.best_accuracy >= result["validation/accuracy"]
+    again = train_and_evaluate(short(), tmp_path / "run")
+    assert again == result and again.best_network == result.best_network

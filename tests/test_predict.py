@@ -1,5 +1,6 @@
 """Predictions for image files, and one-line errors for unreadable ones."""
 
+import csv
 import io
 import json
 
@@ -14,7 +15,7 @@ from bn_keras.data.multi_crop import SINGLE_CROP, CropPreprocessing, Crops
 from bn_keras.data.single_image import read_image
 from bn_keras.errors import UsageError
 from bn_keras.inference.loading import load_trained
-from bn_keras.inference.prediction import make_predictor
+from bn_keras.inference.prediction import find_images, make_predictor
 from bn_keras.training.loop import train_and_evaluate
 
 
@@ -144,9 +145,78 @@ def test_the_command_processes_the_images_after_an_unreadable_one(runs, tmp_path
     ten = make_predictor([runs[0]], Crops.parse("10"))(images[1])
     read = json.loads(done.stdout)
     assert read["image"] == str(images[1])
-    assert [p["class"] for p in read["top5"]] == [p.class_name for p in ten]
+    assert [p["class"] for p in read["predictions"]] == [p.class_name for p in ten]
 
 
 def test_the_command_requires_an_image():
     done = launch("predict", "--workdir=w")
     assert (done.returncode, done.stderr) == (2, "error: IMAGE is missing: see --help\n")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with three images, one of them damaged, a link to itself, and other files."""
+    folder = tmp_path / "pictures"
+    (folder / "a" / "b").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    for name in ("a/b/1.png", "2.PNG", ".hidden/3.png"):
+        (folder / name).write_bytes(as_file(photograph(), "PNG"))
+    (folder / "a" / 'bad,"name.jpg').write_bytes(BAD["text.jpg"][0])
+    (folder / "notes.txt").write_text("no image")
+    (folder / "a" / "loop").symlink_to(folder)
+    return folder
+
+
+def test_images_are_found_below_folders_and_in_lists(folder, tmp_path):
+    names = ["2.PNG", "a/b/1.png", 'a/bad,"name.jpg']
+    assert find_images([folder]) == [str(folder / name) for name in names]
+    (tmp_path / "list.txt").write_text("x.png\r\n\n  b c.jpg \n", encoding="utf-8-sig")
+    assert find_images(["y.gif"], [tmp_path / "list.txt"]) == ["y.gif", "x.png", "b c.jpg"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="empty has no images: expected files ending in .jpg"):
+        find_images([tmp_path / "empty"])
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [("none.txt", None, "does not exist"), ("latin.txt", b"caf\xe9.png", "is not UTF-8")],
+)
+def test_an_unusable_list_is_refused(name, content, message, tmp_path):
+    if content:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        find_images([], [tmp_path / name])
+
+
+@pytest.mark.parametrize("crops", ["1", "144"])
+def test_many_images_are_predicted_in_batches_as_alone(crops, runs, folder):
+    predict = make_predictor(runs, Crops.parse(crops), top_k=0)
+    found = list(predict.predict_all(find_images([folder]) * 15))
+    assert len(found) == 45
+    alone = predict(folder / "2.PNG")
+    assert len(alone) == 10 and sum(p.probability for p in alone) == pytest.approx(1, abs=1e-5)
+    for image in found:
+        if image.path.endswith("name.jpg"):
+            assert "cannot be decoded" in image.error and not image.classes
+        else:
+            assert [p.class_name for p in image.classes] == [p.class_name for p in alone]
+            np.testing.assert_allclose(
+                [p.probability for p in image.classes], [p.probability for p in alone], rtol=1e-4
+            )
+
+
+def test_the_command_writes_a_table(runs, folder, tmp_path):
+    for arguments, columns in (["--top_k=2"], 6), (["--top_k=0"], 12):
+        output = tmp_path / "found.csv"
+        done = launch("predict", f"--workdir={runs[0]}", folder, f"--output={output}", *arguments)
+        assert done.returncode == 2 and "error: 1 of 3 images are unreadable" in done.stderr
+        header, *rows = csv.reader(io.StringIO(output.read_text(), newline=""))
+        assert len(header) == columns and [row[0] for row in rows] == find_images([folder])
+        assert "cannot be decoded" in rows[2][1] and not rows[0][1]
+    numbers = [float(value) for value in rows[0][2:]]
+    assert sum(numbers) == pytest.approx(1, abs=1e-5) and header[2:] == list("0123456789")
+
+
+def test_an_unknown_kind_of_table_is_refused():
+    done = launch("predict", "--workdir=w", "x.png", "--output=x.xlsx")
+    assert done.returncode == 2 and "expected FILE.csv or FILE.jsonl" in done.stderr

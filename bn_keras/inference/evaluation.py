@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NotRequired, TypedDict
 
 import tensorflow as tf
+from absl import logging
 from ml_collections import ConfigDict
 
 from bn_keras.data import pipeline
@@ -14,7 +15,7 @@ from bn_keras.errors import UsageError
 from bn_keras.inference.loading import ExportedNetwork, TrainedNetwork, load_exported, load_trained
 from bn_keras.population import estimate_population_statistics
 from bn_keras.runs.workdir import Workdir
-from bn_keras.text import counted, table
+from bn_keras.text import counted, first_of, table
 from bn_keras.training.build import build_data
 from bn_keras.training.class_report import ClassReport, ClassRow, format_classes
 from bn_keras.training.evaluator import EvaluationMetrics, Evaluator
@@ -70,8 +71,8 @@ def evaluate_networks(
       For each choice of crops: one row per network and, for several networks, one for the ensemble.
 
     Raises:
-      UsageError: no network at a path, a config of another network, data with other classes than a
-        network's, or crops that the network's input does not allow.
+      UsageError: no network at a path, a config of another network, data with a class that a
+        network does not have, or crops that the network's input does not allow.
       WorkerLostError: another worker has ended or does not answer.
     """
     config = _choose_config(config, workdirs, best)
@@ -81,9 +82,14 @@ def evaluate_networks(
         *(load_exported(path, strategy) for path in exported),
     ]
     paths = [os.fspath(path) for path in (*workdirs, *exported)]
-    data = build_data(config)
+    needs_training_images = config.population.when != "never" and any(
+        isinstance(n, TrainedNetwork) and n.statistics != "population" and not n.is_frozen
+        for n in networks
+    )
+    data = build_data(config, validation_only=not needs_training_images)
     for path, network in zip(paths, networks, strict=True):
         _check_fits(network, path, data, config.data.name)
+    class_names = _match_classes(networks, paths, data)
     with reporting_lost_workers(strategy):
         if config.population.when != "never":
             networks = [
@@ -108,12 +114,13 @@ def evaluate_networks(
                 strategy,
                 config.evaluation.global_batch_size,
                 choice,
+                class_names,
             )
             results = evaluate(label=counted(choice.count, "crop"))
             new_rows = [_row(*pair, choice) for pair in zip(subjects, results, strict=True)]
             if per_class:
                 for row, found in zip(new_rows, evaluate.predictions, strict=True):
-                    row["per_class"] = ClassReport(data.class_names, found).rows()
+                    row["per_class"] = ClassReport(class_names, found).rows()
             rows += new_rows
     return rows
 
@@ -137,19 +144,56 @@ def _choose_config(
     return config
 
 
+def _match_classes(
+    networks: Sequence[TrainedNetwork | ExportedNetwork], paths: Sequence[str], data: pipeline.Data
+) -> tuple[str, ...]:
+    """Returns the classes of the networks' outputs, which contain those of the data.
+
+    Raises:
+      UsageError: the networks differ in their classes, or the data has a class that they lack.
+    """
+    path, count = paths[0], networks[0].num_classes
+    # A .keras file does not record its class names.
+    first = next((n.class_names for n in networks if n.class_names is not None), None)
+    if first is None and count == data.num_classes:
+        first = data.class_names
+    for network, other in zip(networks, paths, strict=True):
+        if network.num_classes != count or network.class_names not in (None, first):
+            raise UsageError(
+                f"the networks in {path} and {other} were trained on different classes: evaluate"
+                " each one alone"
+            )
+    if first is None:
+        raise UsageError(
+            f"the network in {path} has {count} classes without names, but the"
+            f" data has {data.num_classes}: evaluate it on data with its classes"
+        )
+    unknown = [name for name in data.class_names if name not in first]
+    absent = [name for name in first if name not in data.class_names]
+    if unknown:
+        missing = f"; the data lacks {_quote(absent)}" if absent else ""
+        raise UsageError(
+            f"the data has classes that the network in {path} does not know: {_quote(unknown)}"
+            f"{missing}: rename their folders to the network's classes, or leave them out"
+        )
+    if absent:
+        logging.warning("classes without images in the data: %s", _quote(absent))
+    return first
+
+
+def _quote(names: Sequence[str]) -> str:
+    return first_of([repr(name) for name in names], limit=10)
+
+
 def _check_fits(
     network: TrainedNetwork | ExportedNetwork, path: str, data: pipeline.Data, data_name: str
 ) -> None:
     """Raises UsageError if the data differs from what the network was trained on."""
-    names = network.class_names
-    if names is None and network.num_classes == data.num_classes:
-        names = data.class_names
-    if (data.class_names, data.input_shape) != (names, network.input_shape):
+    if data.input_shape != network.input_shape:
         raise UsageError(
-            f"{data_name} has {data.num_classes} classes and images of shape {data.input_shape},"
-            f" but the network in {path} was trained on {network.num_classes} classes, possibly"
-            f" with other names, and images of shape {network.input_shape}: evaluate it on the data"
-            " that it was trained on"
+            f"{data_name} has images of shape {data.input_shape}, but the network in {path} was"
+            f" trained on images of shape {network.input_shape}: set data.image_size="
+            f"{network.input_shape[0]}, or evaluate it on data with as many channels"
         )
     binary = data.preprocessing.binary
     if isinstance(network, TrainedNetwork) and network.preprocessing.binary != binary:

@@ -1,20 +1,26 @@
-"""Predicts the classes of single images."""
+"""Predicts the classes of image files: one at a time, or many in batches."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import tensorflow as tf
 from absl import logging
 
+from bn_keras.cores import usable_cores
+from bn_keras.data.folder import EXTENSIONS
 from bn_keras.data.multi_crop import SINGLE_CROP, CropPreprocessing, Crops
 from bn_keras.data.single_image import read_image
-from bn_keras.errors import UsageError
+from bn_keras.errors import BucketUnavailableError, StorageError, UsageError
 from bn_keras.inference.loading import load_trained
+from bn_keras.storage import read
 from bn_keras.training.evaluator import make_scorer
 
 # Largest number of crops that a network is called with.
 _MAX_BATCH_SIZE = 36
+
+Path = str | os.PathLike
 
 
 class Prediction(NamedTuple):
@@ -24,12 +30,109 @@ class Prediction(NamedTuple):
     probability: float
 
 
+class ImagePrediction(NamedTuple):
+    """The predictions for one image.
+
+    Attributes:
+      path: path of the image, as given.
+      classes: the most probable classes in descending order; empty if the image is unreadable.
+      error: why the image is unreadable; "" if it is not.
+    """
+
+    path: str
+    classes: list[Prediction]
+    error: str = ""
+
+
+class Predictor:
+    """Predicts the classes of images; built by `make_predictor`."""
+
+    def __init__(
+        self,
+        class_names: Sequence[str],
+        channels: int,
+        preprocessing: CropPreprocessing,
+        score: Callable[[tf.Tensor | tuple[tf.Tensor, ...]], tf.Tensor],
+        top_k: int,
+    ) -> None:
+        self.class_names = tuple(class_names)
+        self._channels = channels
+        self._preprocessing = preprocessing
+        self._batch_size = max(1, _MAX_BATCH_SIZE // preprocessing.crops.count)
+        self._read = tf.function(
+            lambda encoded: preprocessing.process_encoded(encoded, None, channels),
+            input_signature=[tf.TensorSpec([], tf.string)],
+        )
+        top_k = min(top_k or len(class_names), len(class_names))
+
+        @tf.function
+        def most_probable(images: list[tf.Tensor | tuple[tf.Tensor, ...]]) -> tuple[tf.Tensor, ...]:
+            batch = tf.nest.map_structure(lambda *each: tf.stack(each), *images)
+            # The last row belongs to the ensemble or to the only network.
+            return tf.nn.top_k(tf.exp(score(batch)[-1]), top_k)
+
+        self._most_probable = most_probable
+
+    def __call__(self, path: Path) -> list[Prediction]:
+        """Returns the most probable classes of an image; raises what `read_image` raises."""
+        return self._predict([self._open(path)])[0]
+
+    def predict_all(self, paths: Iterable[Path]) -> Iterator[ImagePrediction]:
+        """Yields the predictions for images, in order; an unreadable image does not end them.
+
+        Images are read in parallel and predicted in batches.
+
+        Args:
+          paths: paths of the images, local or in a bucket.
+
+        Raises:
+          BucketUnavailableError: an image is in a bucket that does not answer.
+        """
+        names = [os.fspath(path) for path in paths]
+        with ThreadPoolExecutor(len(usable_cores())) as pool:
+            for start in range(0, len(names), self._batch_size):
+                chunk = names[start : start + self._batch_size]
+                opened = list(pool.map(self._try_open, chunk))
+                images = [image for image, error in opened if not error]
+                # Always the same batch size, so that the graph is built once.
+                padded = images + images[-1:] * (self._batch_size - len(images))
+                predicted = iter(self._predict(padded) if images else [])
+                for path, (_, error) in zip(chunk, opened, strict=True):
+                    yield ImagePrediction(path, [] if error else next(predicted), error)
+
+    def _open(self, path: Path) -> tf.Tensor | tuple[tf.Tensor, ...]:
+        encoded, _ = read_image(path, self._channels)
+        return self._read(encoded)
+
+    def _try_open(self, path: str) -> tuple[tf.Tensor | tuple[tf.Tensor, ...] | None, str]:
+        """Returns the network's input, or None and the reason why the image is unreadable."""
+        try:
+            return self._open(path), ""
+        except BucketUnavailableError:
+            # Each further image would take minutes.
+            raise
+        except (UsageError, StorageError) as error:
+            return None, str(error)
+
+    def _predict(
+        self, images: Sequence[tf.Tensor | tuple[tf.Tensor, ...]]
+    ) -> list[list[Prediction]]:
+        probabilities, classes = self._most_probable(list(images))
+        return [
+            [
+                Prediction(self.class_names[number], float(probability))
+                for probability, number in zip(*row, strict=True)
+            ]
+            for row in zip(probabilities.numpy(), classes.numpy(), strict=True)
+        ]
+
+
 def make_predictor(
     workdirs: Sequence[str | os.PathLike],
     crops: Crops = SINGLE_CROP,
     top_k: int = 5,
     best: bool = False,
-) -> Callable[[str | os.PathLike], list[Prediction]]:
+) -> Predictor:
     """Builds a function that predicts the class of an image.
 
     Its probabilities are the mean over all networks and crops.
@@ -37,17 +140,18 @@ def make_predictor(
     Args:
       workdirs: folders of the runs whose networks predict; see `load_trained`.
       crops: crops of each image.
-      top_k: number of most probable classes to return, or all if there are fewer.
+      top_k: number of most probable classes to return, or all if there are fewer; 0 for all.
       best: whether to use the network of each run's best evaluation; see `load_trained`.
 
     Returns:
-      A function from the path of an image to its most probable classes, in descending order. It
-      raises what `read_image` raises.
+      A function from the path of an image to its most probable classes, in descending order.
 
     Raises:
       UsageError: no network in a workdir, networks with different classes or preprocessing, or
         crops that the network's input does not allow.
     """
+    if top_k < 0:
+        raise UsageError(f"top_k={top_k} is invalid: expected a positive integer, or 0 for all")
     networks = [load_trained(workdir, best=best) for workdir in workdirs]
     first = networks[0]
     for workdir, network in zip(workdirs, networks, strict=True):
@@ -60,22 +164,61 @@ def make_predictor(
             )
     preprocessing = CropPreprocessing(first.preprocessing, crops)
     score = make_scorer([network.model for network in networks], preprocessing, _MAX_BATCH_SIZE)
+    return Predictor(first.class_names, first.input_shape[-1], preprocessing, score, top_k)
 
-    @tf.function
-    def most_probable(image: tf.Tensor | tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, tf.Tensor]:
-        # The last row belongs to the ensemble or to the only network.
-        logs = score(tf.nest.map_structure(lambda tensor: tensor[tf.newaxis], image))[-1, 0]
-        return tf.nn.top_k(tf.exp(logs), min(top_k, len(first.class_names)))
 
-    def predict(path: str | os.PathLike) -> list[Prediction]:
-        channels = first.input_shape[-1]
-        encoded, _ = read_image(path, channels)
-        probabilities, classes = most_probable(
-            preprocessing.process_encoded(encoded, None, channels)
-        )
-        return [
-            Prediction(first.class_names[number], float(probability))
-            for probability, number in zip(probabilities, classes.numpy(), strict=True)
-        ]
+def find_images(paths: Iterable[Path], lists: Iterable[Path] = ()) -> list[str]:
+    """Returns the paths of images: files, the images below folders, and the lines of lists.
 
-    return predict
+    Args:
+      paths: files and folders, local or in a bucket. Of a folder, all visible files with an image's
+        extension are returned, in sorted order; each folder is visited once.
+      lists: text files with one path a line, relative to the current folder.
+
+    Raises:
+      UsageError: a folder without images, or a list that does not exist or is not UTF-8.
+      StorageError: a list cannot be read.
+    """
+    found: list[str] = []
+    for path in [os.fspath(path) for path in paths]:
+        if not tf.io.gfile.isdir(path):
+            found.append(path)
+            continue
+        images = _walk(path)
+        if not images:
+            raise UsageError(
+                f"folder {path} has no images: expected files ending in {', '.join(EXTENSIONS)}"
+            )
+        found += images
+    for path in [os.fspath(path) for path in lists]:
+        content = read(path)
+        if content is None:
+            raise UsageError(f"list {path} does not exist: expected a file with one path a line")
+        try:
+            lines = content.decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise UsageError(f"list {path} is not UTF-8: convert it") from None
+        found += [line.strip() for line in lines if line.strip()]
+    return found
+
+
+def _walk(folder: str) -> list[str]:
+    images: list[str] = []
+    visited: set[str] = set()
+    folders = [folder]
+    while folders:
+        parent = folders.pop()
+        # A link to a folder above would be followed forever.
+        real = os.path.realpath(parent) if "://" not in parent else parent
+        if real in visited:
+            continue
+        visited.add(real)
+        for name in tf.io.gfile.listdir(parent):
+            path = os.path.join(parent, name.rstrip("/"))
+            if name.startswith("."):
+                continue
+            if os.path.splitext(path)[1].lower() in EXTENSIONS and not tf.io.gfile.isdir(path):
+                images.append(path)
+            elif tf.io.gfile.isdir(path):
+                folders.append(path)
+    return sorted(images)

@@ -21,18 +21,24 @@ _PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 _DATA_SETTINGS = inspect.signature(open_data).parameters.keys() - {"seed", "source"}
 
 
-def build_data(config: ConfigDict, source: Source | None = None) -> Data:
+def build_data(
+    config: ConfigDict, source: Source | None = None, validation_only: bool = False
+) -> Data:
     """Opens the data of config.data; config.seed determines the order of its examples.
 
     Args:
       config: see `default_config`.
       source: replaces the source that the config names.
+      validation_only: whether the training examples are not needed, and need not exist; those of
+        the validation split take their place.
 
     Raises:
       UsageError: an invalid setting, or data that is not available.
     """
     # By attribute: the error of a SavedConfig then names the file and the missing key.
     settings = {name: getattr(config.data, name) for name in sorted(_DATA_SETTINGS)}
+    if validation_only:
+        settings["train_split"] = settings["validation_split"]
     return open_data(**settings, seed=config.seed, source=source)
 
 

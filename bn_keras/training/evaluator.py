@@ -49,6 +49,8 @@ class Evaluator:
         last step is padded. A replica's part of it limits the batch of a model call: see
         `make_scorer`.
       crops: crops of each image.
+      class_names: classes of the models' outputs, in order, which contain those of the data; None:
+        the classes of the data.
 
     Attributes:
       predictions: predictions of the last evaluation, for each of its results.
@@ -63,10 +65,14 @@ class Evaluator:
         strategy: tf.distribute.Strategy,
         global_batch_size: int,
         crops: Crops = SINGLE_CROP,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         pipeline.check_divides(strategy, global_batch_size)
         self._models = models
         self._data = data
+        names = data.class_names if class_names is None else class_names
+        # The output of each class of the data.
+        self._outputs = [names.index(name) for name in data.class_names]
         self._strategy = strategy
         replicas = strategy.num_replicas_in_sync
         per_replica_batch_size = global_batch_size // replicas
@@ -119,7 +125,7 @@ class Evaluator:
         iterator = iter(self._batches)
         steps_per_update = math.ceil(self._num_steps / (_PROGRESS_UPDATES if label else 1))
         total = self._data.num_validation_examples
-        with _progress_bar(label, total) as bar, self._data.reporting_errors():
+        with progress_bar(label, total) as bar, self._data.reporting_errors():
             for start in range(0, self._num_steps, steps_per_update):
                 steps = min(steps_per_update, self._num_steps - start)
                 self._run_steps(iterator, tf.constant(start), tf.constant(steps))
@@ -137,6 +143,7 @@ class Evaluator:
     ) -> None:
         """Adds a replica's part of a batch to the sums; weights are 1, or 0 for padding."""
         scores = self._score(images)
+        labels = tf.gather(self._outputs, labels)
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
             tf.broadcast_to(labels, scores.shape[:2]), scores
         )
@@ -242,7 +249,8 @@ def _log_mean(logs: tf.Tensor, axis: int) -> tf.Tensor:
     return tf.reduce_logsumexp(logs, axis) - tf.math.log(float(logs.shape[axis]))
 
 
-def _progress_bar(label: str, total: int) -> tqdm:
+def progress_bar(label: str, total: int) -> tqdm:
+    """Returns a bar that counts images; it is shown on a terminal only, and not without a label."""
     return tqdm(
         desc=label,
         total=total,

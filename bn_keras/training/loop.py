@@ -11,6 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 from absl import logging
+from etils import epath
 from ml_collections import ConfigDict
 
 from bn_keras.cost import count_cost
@@ -35,7 +36,7 @@ from bn_keras.training.fine_tuning import Initialization
 from bn_keras.training.length import early_stop, finished_because, with_steps
 from bn_keras.training.networks import replaced
 from bn_keras.training.pitfalls import find_pitfalls
-from bn_keras.training.progress import Progress
+from bn_keras.training.progress import Progress, log
 from bn_keras.training.recorder import Recorder, open_recorder
 from bn_keras.training.restoring import initialize_trainer
 from bn_keras.training.step import Trainer
@@ -45,9 +46,39 @@ from bn_keras.training.validation import Validation
 from bn_keras.training.workers import check_same_command, check_same_state, signal_of_any_worker
 
 
+class TrainingResult(dict[str, float | str | None]):
+    """The last line of metrics.jsonl, such as result["validation/accuracy"], and the run's files.
+
+    Attributes:
+      workdir: folder of the run, which `load_trained`, `evaluate_networks` and `export_workdir`
+        accept.
+    """
+
+    def __init__(self, metrics: Metrics, workdir: epath.Path) -> None:
+        super().__init__(metrics)
+        self.workdir = workdir
+
+    @property
+    def best_network(self) -> epath.Path | None:
+        """Checkpoint of the evaluation with the highest accuracy, without file extension.
+
+        None if no evaluation had an accuracy above 0.
+        `load_trained(result.workdir, best=True).model` is the network.
+        """
+        best = Workdir(self.workdir).best
+        latest = Checkpoints(best, {}).latest
+        return epath.Path(latest) if latest else None
+
+    @property
+    def best_accuracy(self) -> float:
+        """Highest validation accuracy, a fraction."""
+        run = Workdir(self.workdir)
+        return run.best_accuracy(run.last_step())
+
+
 def train_and_evaluate(
     config: ConfigDict, workdir: str | os.PathLike, label: str = "", profile_steps: int = 0
-) -> Metrics:
+) -> TrainingResult:
     """Trains to the last step of the config, from the last checkpoint if there is one.
 
     Decisions:
@@ -72,7 +103,9 @@ def train_and_evaluate(
       profile_steps: number of steps to profile for TensorBoard: the last ones of the first loop.
 
     Returns:
-      The last line of metrics.jsonl: "step", "examples", "validation/accuracy" and others.
+      The last line of metrics.jsonl, "step", "examples", "validation/accuracy" and others, with
+      the paths of the run's files. The progress is shown as a bar on a terminal, and as lines in a
+      log or on stderr.
 
     Raises:
       UsageError: an invalid value in the config, or a workdir with another run.
@@ -87,7 +120,7 @@ def train_and_evaluate(
     run = Workdir(workdir)
     run.check(config)
     if finished_because(run, config):
-        return run.read_metrics()[-1]
+        return TrainingResult(run.read_metrics()[-1], run.path)
     strategy = make_strategy(**config.distribution)
     run.writes = is_chief(strategy)
     data = build_data(config)
@@ -101,7 +134,8 @@ def train_and_evaluate(
         while True:
             try:
                 with reporting_lost_workers(strategy):
-                    return _train(config, run, strategy, data, stop_request, label, profile_steps)
+                    last = _train(config, run, strategy, data, stop_request, label, profile_steps)
+                    return TrainingResult(last, run.path)
             except TrainingDivergedError as error:
                 _check_retry(run, error, config.train.retries, config.train.retry_factor, label)
             # Frees the diverged network, whose parts refer to each other, before the next is built.
@@ -156,7 +190,9 @@ def _train(
     changes = run.changes(config)
     changed = _describe_changes(changes, config, data.num_train_examples, training.step)
     is_new = not run.read_metrics()
-    run.create(config, data.input_shape, data.class_names, data.num_train_examples)
+    run.create(
+        config, data.input_shape, data.class_names, data.num_train_examples, data.fingerprint
+    )
     run.drop_metrics_after(training.step)
     if not training.checkpoints.latest:
         training.checkpoints.save(training.step)
@@ -173,7 +209,7 @@ def _train(
         initialized = training.initialization.describe()
         start["init_from"] = training.initialization.to_record()
     for line in (*changed, cost, *initialized, *description.splitlines()):
-        logging.info("%s: %s", label, line)
+        log(f"{label}: {line}")
     for line in find_pitfalls(config, schedule, training.trainer.inference_model):
         logging.warning("%s: %s", label, line)
 
@@ -436,7 +472,7 @@ class _Training:
     def finish(self) -> Metrics:
         """Runs the last evaluation and writes the line that marks the run as finished."""
         if self.step < self.timetable.steps:
-            logging.info("stopped at step %d: %s", self.step, self.early_stop)
+            log(f"stopped at step {self.step:,}: {self.early_stop}")
         metrics = self.validation(self.step, is_last=True)
         return self.metrics.write(self.step, metrics | {Workdir.FINISHED: self.trainer.hash()})
 

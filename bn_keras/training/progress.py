@@ -11,6 +11,17 @@ from tqdm import tqdm
 _SECONDS_BETWEEN_LINES = 10.0
 
 
+def log(line: str) -> None:
+    """Logs a line about a training, or prints it where absl's log is silent.
+
+    In a notebook or a script, nobody has set the level of the log.
+    """
+    if logging.get_verbosity() >= logging.INFO:
+        logging.info("%s", line)
+    else:
+        print(line, file=sys.stderr, flush=True)
+
+
 class Progress:
     """A bar with step, loss, accuracy, images/s and time left; without a terminal, log lines.
 
@@ -42,7 +53,7 @@ class Progress:
         """Shows that the graph is being built."""
         self._bar.set_postfix_str("building the graph")
         if not self._on_terminal:
-            logging.info("%s: building the graph", self._label)
+            log(f"{self._label}: building the graph")
 
     def start(self) -> None:
         """Starts the clock that the time left is estimated from."""
@@ -72,7 +83,7 @@ class Progress:
         self._last_line = now
         seconds_per_step = (now - self._began) / max(1, step - self._first_step)
         left = tqdm.format_interval(seconds_per_step * (self._steps - step))
-        logging.info("%s: step %d/%d, %s left, %s", self._label, step, self._steps, left, text)
+        log(f"{self._label}: step {step}/{self._steps}, {left} left, {text}")
 
     def __enter__(self) -> "Progress":
         return self
