@@ -2,7 +2,9 @@
 
 import io
 import logging
+import os
 import pathlib
+import unicodedata
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from test_data import ONE, Pipelines, assert_same, labels_of, train_batches
 from bn_keras.data import pipeline, shard_batches
 from bn_keras.data.unreadable import UnreadableExamples
 from bn_keras.errors import UsageError
+from bn_keras.runs.workdir import Workdir
 from bn_keras.training.config import default_config
 from bn_keras.training.loop import train_and_evaluate
 
@@ -178,9 +181,182 @@ def test_other_files_are_ignored_with_a_warning(root, caplog):
     assert "ignoring 1 file in" in caplog.text and "notes.txt" in caplog.text
 
 
+def test_each_real_folder_is_visited_once_and_in_its_own_class(root, caplog):
+    plain = open_folder(root)
+    (root / "train" / "cat" / "up").symlink_to("../..")
+    (root / "train" / "cat" / "neighbour").symlink_to("../zèbre")
+    (root / "train" / "cat" / "again").symlink_to("älter")
+    data = open_folder(root)
+    assert data.num_train_examples == 30 and data.fingerprint == plain.fingerprint
+    assert "ignoring 3 links" in caplog.text
+    elsewhere = root.parent / "elsewhere"
+    write(elsewhere / "new.png", encoded(np.zeros((9, 9, 3), np.uint8)))
+    (root / "train" / "cat" / "linked").symlink_to(elsewhere)
+    assert open_folder(root).num_train_examples == 31
+    (root / "train" / "cow").symlink_to("cat")
+    with pytest.raises(UsageError, match="cow' is a link to another class folder"):
+        open_folder(root)
+
+
+def test_hidden_folders_and_those_of_runs_are_not_entered(root, caplog):
+    content = encoded(np.zeros((9, 9, 3), np.uint8))
+    for name in (".ipynb_checkpoints", "@eaDir", "a/.thumbnails", "a/run/plots"):
+        write(root / "train" / "cat" / name / "x.png", content)
+    for folder in (root / "train" / "cat" / "a" / "run", root / "train" / "my run"):
+        for name in ("config.json", "metrics.jsonl", "plot.png"):
+            write(folder / name, content)
+    data = open_folder(root)
+    assert data.class_names == CLASSES and data.num_train_examples == 30
+    assert "ignoring 2 folders" in caplog.text and "my run" in caplog.text
+
+
+def test_splits_are_not_taken_for_classes(root):
+    with pytest.raises(UsageError, match="holds the splits 'train', 'validation', not class"):
+        open_folder(root, train_split=".[:90%]", validation_split=".[90%:]")
+    # A class of vehicles may have this name.
+    for split in ("train", "validation"):
+        write(root / split / "train" / "old" / "x.png", encoded(np.zeros((9, 9, 3), np.uint8)))
+    assert open_folder(root).class_names == (CLASSES[0], CLASSES[1], "train", CLASSES[2])
+
+
+@pytest.mark.parametrize("kind", ["part", "link"])
+def test_images_in_both_splits_are_named_in_a_warning(root, caplog, kind):
+    open_folder(root)
+    assert "also in" not in caplog.text
+    if kind == "part":
+        open_folder(root, validation_split="train[50%:]")
+        assert "15 images of 'train[50%:]' are also in 'train'" in caplog.text
+    else:
+        link = root / "validation" / "cat" / "link.png"
+        link.symlink_to(root / "train" / "cat" / "älter" / "bild 0.png")
+        open_folder(root)
+        assert "1 image of 'validation' is also in 'train'" in caplog.text
+
+
+def test_unicode_spellings_of_a_class_name_are_one(root):
+    decomposed = unicodedata.normalize("NFD", CLASSES[1])
+    (root / "validation" / CLASSES[1]).rename(root / "validation" / decomposed)
+    assert open_folder(root).class_names == CLASSES
+    write(root / "validation" / CLASSES[1] / "x.png", b"")
+    with pytest.raises(UsageError, match="two class folders called 'dög 2'"):
+        open_folder(root)
+
+
+def test_names_that_are_not_utf8(root):
+    folder = root / "train" / "cat"
+    data = os.fsencode(folder / "caf") + b"\xe9.png"
+    (folder / "bild 1.JPG").rename(os.fsdecode(data))
+    assert len(train_batches(open_folder(root), STEPS)) == STEPS
+    pathlib.Path(os.fsdecode(data)).write_bytes(b"?")
+    with pytest.raises(UsageError, match=r"caf\\xe9.png") as caught:
+        unreadable = open_folder(root)
+        with unreadable.reporting_errors():
+            train_batches(unreadable, STEPS)
+    str(caught.value).encode()
+    folder.rename(os.fsdecode(os.fsencode(root / "train" / "caf") + b"\xe9"))
+    with pytest.raises(UsageError, match="class folder .* is not UTF-8: rename it") as caught:
+        open_folder(root)
+    str(caught.value).encode()
+
+
+def test_an_empty_class_folder_is_treated_as_a_missing_one(root, caplog):
+    folder = root / "validation" / "cat"
+    remove(folder)
+    folder.mkdir()
+    with pytest.raises(UsageError, match="no validation image in class folder 'cat'"):
+        open_folder(root)
+    # A percentage of few images may be none.
+    splits = {"train_split": "train[:99%]", "validation_split": "train[99%:]"}
+    write(root / "train" / "zèbre" / "x.png", b"")
+    for i in range(60):
+        write(root / "train" / "zèbre" / f"{i}.png", b"")
+    open_folder(root, **splits)
+    assert "leaves no validation image for 'cat', 'dög 2'" in caplog.text
+
+
+def test_swapped_class_folders_have_another_fingerprint(root):
+    before = open_folder(root).fingerprint
+    assert before == open_folder(root).fingerprint and len(before) == 2
+    cat, zebra, other = (root / "train" / name for name in ("cat", "zèbre", "other"))
+    cat.rename(other), zebra.rename(cat), other.rename(zebra)
+    swapped = open_folder(root).fingerprint
+    assert swapped["file_names"] == before["file_names"] and swapped != before
+    moved = root.parent / "moved"
+    root.rename(moved)
+    assert open_folder(moved).fingerprint == swapped
+
+
+def test_a_run_does_not_resume_on_other_files(root, tmp_path):
+    config = small_mlp(
+        **{"data." + key: value for key, value in settings(root).items()},
+        **{"train.steps": 2, "train.steps_per_loop": 2},
+    )
+    data = open_folder(root)
+    run = Workdir(tmp_path / "run")
+    arguments = (config, data.input_shape, data.class_names, data.num_train_examples)
+    # A run of an older version has no fingerprint; the next start adds it.
+    run.create(*arguments)
+    run.create(*arguments, data.fingerprint)
+    run.create(*arguments, {"file_names": data.fingerprint["file_names"]})
+    with pytest.raises(UsageError, match="started on data with other file_sizes: use that data"):
+        run.create(*arguments, data.fingerprint | {"file_sizes": "0"})
+    with pytest.raises(UsageError, match="with other class_names"):
+        run.create(config, data.input_shape, ("a", "b", "c"), data.num_train_examples, {"new": "1"})
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_labels_are_read_from_a_csv_file(root, delimiter):
+    rows = [
+        f'"train/{name}/{file.relative_to(root / "train" / name)}"{delimiter}{name}'
+        for name in CLASSES
+        for file in (root / "train" / name).rglob("*.*")
+    ]
+    text = "\r\n".join([f"path{delimiter}label", *rows, ""])
+    write(root / "labels.csv", text.encode("utf-8-sig"))
+    splits = {"train_split": "labels.csv[:70%]", "validation_split": "labels.csv[70%:]"}
+    data = open_folder(root, **splits)
+    assert data.class_names == CLASSES
+    assert (data.num_train_examples, data.num_validation_examples) == (21, 9)
+    images, labels, _ = validate(data)
+    assert all(level // 60 == c for c, level in zip(labels, levels(images), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("path,label\n", "is empty"),
+        ("validation/cat/bild 1.JPG", "line 1 .* expected a path and a label"),
+        ("validation/cat/bild 1.JPG,a\nvalidation/cat/bild 1.JPG,b", "has the labels 'a' and 'b'"),
+        ("missing.png,a", "1 of the images .* do not exist .*'missing.png'"),
+        ("caf\udce9.png,a", "is not UTF-8"),
+    ],
+)
+def test_an_invalid_labels_file_is_reported_on_one_line(root, text, message):
+    write(root / "labels.csv", text.encode(errors="surrogateescape"))
+    with pytest.raises(UsageError, match=message) as caught:
+        open_folder(root, train_split="labels.csv", validation_split="labels.csv")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_split_without_a_readable_image_is_an_error(root):
+    for split in ("train", "validation"):
+        for file in (root / split).rglob("*.*"):
+            file.write_bytes(b"?")
+    data = open_folder(root, max_bad_examples=100)
+    with pytest.raises(UsageError, match="none of 30 training images is readable"):
+        with data.reporting_errors():
+            train_batches(data, 1)
+    assert validate(data)[2].sum() == 0
+    with pytest.raises(UsageError, match="none of the 12 validation images is readable"):
+        data.check_counted(0)
+
+
 PHOTOGRAPH = (
     np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8).repeat(8, 0).repeat(8, 1)
 )
+TRANSPARENT = Image.fromarray(PHOTOGRAPH).convert("RGBA")
+TRANSPARENT.putalpha(128)
 
 
 @pytest.mark.parametrize(
@@ -195,23 +371,29 @@ PHOTOGRAPH = (
         (encoded(Image.fromarray(PHOTOGRAPH).convert("RGBA")), PHOTOGRAPH),
         (encoded(PHOTOGRAPH, "BMP"), PHOTOGRAPH),
         (encoded(PHOTOGRAPH[:1, :1]), PHOTOGRAPH[:1, :1]),
+        (encoded(Image.fromarray(PHOTOGRAPH).quantize(64), "BMP"), PHOTOGRAPH),
+        (encoded(Image.fromarray(PHOTOGRAPH[..., 0]), "BMP"), PHOTOGRAPH[..., :1].repeat(3, -1)),
+        (encoded(PHOTOGRAPH, "WEBP", lossless=True), PHOTOGRAPH),
+        (encoded(TRANSPARENT, "WEBP", lossless=True, exact=True), PHOTOGRAPH),
+        (encoded(Image.fromarray(PHOTOGRAPH).quantize(64), "GIF"), PHOTOGRAPH),
     ],
-    ids="cmyk progressive grey-jpeg grey-png 16-bit palette alpha bmp one-pixel".split(),
+    ids="cmyk progressive grey-jpeg grey-png 16-bit palette alpha bmp one-pixel palette-bmp"
+    " grey-bmp webp transparent-webp gif".split(),
 )
 def test_all_formats_are_decoded_correctly(tmp_path, content, expected):
     for split in ("train", "validation"):
         write(tmp_path / split / "one" / "image.jpg", content)
     images, _, _ = validate(open_folder(tmp_path, image_size=48), global_batch_size=1)
-    height, width, _ = expected.shape
-    if width > height:
-        left = (width - height) // 2
-        expected = expected[:, left : left + height]
+    # crop="none": the whole image.
     expected = tf.image.resize(expected, (48, 48)) / 127.5 - 1
     # JPEG blurs edges between colours, but not on average.
     assert np.abs(images[0] - expected).mean() < 0.08
 
 
 UNREADABLE = {
+    "animated-webp": encoded(
+        PHOTOGRAPH, "WEBP", save_all=True, append_images=[Image.fromarray(255 - PHOTOGRAPH)]
+    ),
     "zero-byte": b"",
     "text": b"no image at all",
     "truncated-jpeg": encoded(PHOTOGRAPH, "JPEG")[:300],

@@ -1,59 +1,73 @@
-"""A user's own images, in one folder per split and class."""
+"""A user's own images: one folder per split and class, or a CSV file of paths and labels."""
 
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 
 import tensorflow as tf
 from absl import logging
 
+from bn_keras import storage
+from bn_keras.data.folder_walk import EXTENSIONS, Image, is_hidden, walk_classes
+from bn_keras.data.labels_file import read_labels
 from bn_keras.data.splits import Files, Source
 from bn_keras.errors import UsageError
+from bn_keras.storage import is_local
 from bn_keras.text import counted, first_of
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
-
 _SPLIT = re.compile(r"(?P<folder>[^\[\]]+)(\[((?P<begin>\d+)%)?:((?P<end>\d+)%)?\])?")
+# Names of folders that hold class folders.
+_SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing", "eval")
+
+# The images of each class.
+Classes = dict[str, list[Image]]
 
 
 def open_folder(root: str, train_split: str, validation_split: str) -> Source:
-    """Lists the images in ROOT/SPLIT/CLASS and the folders below it.
+    """Lists the images in ROOT/SPLIT/CLASS and the folders below it, or those of a CSV file.
 
     Decisions:
       - The classes are the sorted names of the class folders, which must be equal in both splits.
+        Different Unicode spellings of a name are one name.
       - A split is the name of a folder in ROOT, or a percentage of it: "train[:90%]". Percentages
         apply to each class separately, in an order that depends only on the file names. "." is
         ROOT itself, so that ".[:90%]" and ".[90%:]" split ROOT/CLASS.
-      - Files with an extension that is not in EXTENSIONS are ignored with a warning, hidden files
-        without one.
+      - A split may also be a CSV file in ROOT, "labels.csv" or "labels.csv[:90%]"; see
+        `read_labels`.
+      - Files with an extension that is not in EXTENSIONS are ignored with a warning, as are links
+        to folders that are listed anyway and folders of runs; hidden files and folders without one.
 
     Args:
       root: folder in any file system that TensorFlow supports.
       train_split, validation_split: see above.
 
     Returns:
-      The classes and the two splits.
+      The classes, the two splits and the fingerprint of their files.
 
     Raises:
-      UsageError: a split is invalid, its folder is missing or has no classes, a class has no
-        training images, the validation split is empty, or the splits differ in their classes.
+      UsageError: a split is invalid, its folder is missing or has no classes, a class folder has no
+        images, the validation split is empty, the splits differ in their classes, or a class name
+        is not UTF-8 or has two spellings.
+      StorageError: a folder cannot be listed.
     """
-    if not root or not tf.io.gfile.isdir(root):
+    if not root or not (os.path.isdir(root) if is_local(root) else tf.io.gfile.isdir(root)):
         raise UsageError(
             f"data.data_dir={root!r} is not a folder: expected one that holds images as"
             f" {train_split}/CLASS/IMAGE and {validation_split}/CLASS/IMAGE"
         )
-    train, validation = (_list_images(root, split) for split in (train_split, validation_split))
+    with storage.reading(root):
+        train, validation = (_list_images(root, s) for s in (train_split, validation_split))
     if train.keys() != validation.keys():
         only_train, only_validation = (
             _quote(sorted(a.keys() - b)) for a, b in ((train, validation), (validation, train))
         )
         raise UsageError(
-            f"the class folders of {train_split!r} and {validation_split!r} in {root} differ: only"
+            f"the classes of {train_split!r} and {validation_split!r} in {root} differ: only"
             f" the first has {only_train}; only the second has {only_validation}"
         )
-    empty = [name for name, paths in train.items() if not paths]
+    empty = [name for name, images in train.items() if not images]
     if empty:
         raise UsageError(
             f"no training image in class folder {_quote(empty)} of {train_split!r} in {root}: add"
@@ -63,83 +77,194 @@ def open_folder(root: str, train_split: str, validation_split: str) -> Source:
         raise UsageError(
             f"{validation_split!r} in {root} has no image: add images, or choose a larger part"
         )
-    return Source(tuple(train), _label_files(train), _label_files(validation))
+    _check_validation(root, validation_split, validation)
+    _warn_of_overlap(train_split, train, validation_split, validation)
+    fingerprint = _fingerprint(root, (train, validation))
+    return Source(tuple(train), _label_files(train), _label_files(validation), fingerprint)
 
 
-def _label_files(images: dict[str, list[str]]) -> Files:
-    labelled = [(path, label) for label, paths in enumerate(images.values()) for path in paths]
+def _check_validation(root: str, split: str, validation: Classes) -> None:
+    """Warns of classes without validation images, or raises UsageError for an empty folder."""
+    absent = [name for name, images in validation.items() if not images]
+    if not absent:
+        return
+    if _parse_split(root, split)["begin"] or _parse_split(root, split)["end"]:
+        logging.warning(
+            "%s leaves no validation image for %s: their accuracy is not measured",
+            split,
+            _quote(absent),
+        )
+        return
+    raise UsageError(
+        f"no validation image in class folder {_quote(absent)} of {split!r} in {root}: add images,"
+        " or remove the folder from both splits"
+    )
+
+
+def _warn_of_overlap(
+    train_split: str, train: Classes, validation_split: str, validation: Classes
+) -> None:
+    """Warns of files that are in both splits, or in two classes."""
+    trained = {image.real_path for images in train.values() for image in images}
+    common = [i.path for images in validation.values() for i in images if i.real_path in trained]
+    if common:
+        logging.warning(
+            "%s of %r %s also in %r, such as %r: the accuracy overstates that on new images",
+            counted(len(common), "image"),
+            validation_split,
+            "is" if len(common) == 1 else "are",
+            train_split,
+            common[0],
+        )
+    repeated = sum(map(len, train.values())) - len(trained)
+    if repeated:
+        logging.warning("%r lists %s twice or more", train_split, counted(repeated, "image"))
+
+
+def _fingerprint(root: str, splits: Sequence[Classes]) -> dict[str, str]:
+    """Returns hashes of the names and the sizes of all files, in order and by class.
+
+    The sizes tell folders apart whose files have equal names. In a bucket they are unknown.
+    """
+    names, sizes = hashlib.sha256(), hashlib.sha256()
+    are_known = True
+    for split in splits:
+        for label, images in enumerate(split.values()):
+            for image in images:
+                name = os.fsencode(os.path.relpath(image.path, root))
+                names.update(b"%d %s\0" % (label, name))
+                sizes.update(b"%d\0" % image.size)
+                are_known &= image.size >= 0
+        names.update(b"\0")
+    known = {"file_names": names.hexdigest()}
+    return known | {"file_sizes": sizes.hexdigest()} if are_known else known
+
+
+def _label_files(classes: Classes) -> Files:
+    labelled = [
+        (os.fsencode(image.path), label)
+        for label, images in enumerate(classes.values())
+        for image in images
+    ]
     return Files(*zip(*labelled, strict=True))
 
 
-def _list_images(root: str, split: str) -> dict[str, list[str]]:
-    """Returns the sorted paths of a split's images for each class."""
+def _parse_split(root: str, split: str) -> re.Match[str]:
     match = _SPLIT.fullmatch(split)
     if not match:
         raise UsageError(
             f"split {split!r} is invalid: expected the name of a folder in {root}, or a percentage"
             " of it, such as 'train[:90%]'"
         )
+    return match
+
+
+def _list_images(root: str, split: str) -> Classes:
+    """Returns the sorted images of a split for each class, in the order of the class names."""
+    match = _parse_split(root, split)
     folder = os.path.join(root, match["folder"])
-    if not tf.io.gfile.isdir(folder):
+    if folder.lower().endswith(".csv"):
+        classes = read_labels(root, folder)
+    else:
+        classes = _list_classes(root, split, folder)
+    return {
+        name: _select_part(classes[name], match["begin"], match["end"]) for name in sorted(classes)
+    }
+
+
+def _list_classes(root: str, split: str, folder: str) -> Classes:
+    if not (os.path.isdir(folder) if is_local(folder) else tf.io.gfile.isdir(folder)):
         folders = _list_folders(root)
+        name = os.path.relpath(folder, root)
         raise UsageError(
-            f"no folder {match['folder']!r} in {root}, which has"
+            f"no folder {name!r} in {root}, which has"
             f" {_quote(folders) if folders else 'no folders'}:"
-            f" expected images as {match['folder']}/CLASS/IMAGE; if {root} holds the class folders"
+            f" expected images as {name}/CLASS/IMAGE; if {root} holds the class folders"
             " themselves, set data.train_split='.[:90%]' and data.validation_split='.[90%:]'"
         )
     names = _list_folders(folder)
     if not names:
         raise UsageError(f"{folder} has no class folders: expected images as CLASS/IMAGE in it")
-    images: dict[str, list[str]] = {}
-    others: list[str] = []
-    for name in names:
-        paths, other_paths = _walk(os.path.join(folder, name))
-        others += other_paths
-        images[name] = _select_part(paths, match["begin"], match["end"])
-    if others:
-        logging.warning(
-            "ignoring %s in %s with extensions other than %s: %s",
-            counted(len(others), "file"),
-            folder,
-            ", ".join(EXTENSIONS),
-            _quote(others),
+    found = walk_classes(folder, names)
+    classes: Classes = {}
+    for name, contents in found.items():
+        if contents.images or not contents.runs:
+            spelling = _normalize(name, folder)
+            if spelling in classes:
+                raise UsageError(
+                    f"{folder} has two class folders called {spelling!r} in different Unicode"
+                    " spellings (NFC and NFD): merge them"
+                )
+            classes[spelling] = contents.images
+    _check_no_splits(split, folder, classes, names)
+    _log_ignored(folder, [p for c in found.values() for p in c.others], "file", "other extensions")
+    _log_ignored(folder, [p for c in found.values() for p in c.runs], "folder", "runs")
+    repeated = [path for contents in found.values() for path in contents.repeated]
+    _log_ignored(folder, repeated, "link", "folders listed elsewhere")
+    same = [path for path in repeated if os.path.dirname(path) == folder.rstrip("/")]
+    if same:
+        raise UsageError(
+            f"class folder {same[0]!r} is a link to another class folder or to a folder that"
+            " contains it: remove the link"
         )
-    return images
+    return classes
+
+
+def _check_no_splits(split: str, folder: str, classes: Iterable[str], names: Sequence[str]) -> None:
+    """Raises UsageError if the class folders are splits: train, validation."""
+    splits = [name for name in classes if name.lower() in _SPLIT_NAMES]
+    if not splits or (len(splits) < 2 and len(names) > 1):
+        return
+    if all(_list_folders(os.path.join(folder, name)) for name in splits):
+        raise UsageError(
+            f"{folder} holds the splits {_quote(splits)}, not class folders, so {split!r} would"
+            " make them the classes: set data.train_split and data.validation_split to their names"
+        )
+
+
+def _normalize(name: str, folder: str) -> str:
+    """Returns the one spelling of a class name; raises UsageError if it is not UTF-8."""
+    try:
+        return unicodedata.normalize("NFC", os.fsencode(name).decode())
+    except UnicodeDecodeError:
+        raise UsageError(
+            f"the name of class folder {name!r} in {folder} is not UTF-8: rename it"
+        ) from None
+
+
+def _log_ignored(folder: str, paths: Sequence[str], noun: str, reason: str) -> None:
+    if paths:
+        what = f"with extensions other than {', '.join(EXTENSIONS)}"
+        what = what if noun == "file" else f"({reason})"
+        logging.warning(
+            "ignoring %s in %s %s: %s", counted(len(paths), noun), folder, what, _quote(paths)
+        )
 
 
 def _list_folders(folder: str) -> list[str]:
     """Returns the sorted names of the visible folders in a folder."""
+    if is_local(folder):
+        with os.scandir(folder) as entries:
+            return sorted(e.name for e in entries if e.is_dir() and not is_hidden(e.name))
     names = (name.rstrip("/") for name in tf.io.gfile.listdir(folder))
     return sorted(
         name
         for name in names
-        if not name.startswith(".") and tf.io.gfile.isdir(os.path.join(folder, name))
+        if not is_hidden(name) and tf.io.gfile.isdir(os.path.join(folder, name))
     )
 
 
-def _walk(folder: str) -> tuple[list[str], list[str]]:
-    """Returns the sorted paths of all images below a folder, and of all other visible files."""
-    images: list[str] = []
-    others: list[str] = []
-    for parent, _, names in tf.io.gfile.walk(folder):
-        for name in names:
-            if not name.startswith("."):
-                is_image = os.path.splitext(name)[1].lower() in EXTENSIONS
-                (images if is_image else others).append(os.path.join(parent, name))
-    return sorted(images), sorted(others)
-
-
-def _select_part(paths: list[str], begin: str | None, end: str | None) -> list[str]:
+def _select_part(images: list[Image], begin: str | None, end: str | None) -> list[Image]:
     """Returns the part of a class between two percentages, sorted.
 
     The percentages refer to the order of the file names' hashes, so that a part does not consist of
     neighbouring names.
     """
     shuffled = sorted(
-        paths, key=lambda path: hashlib.sha256(os.path.basename(path).encode()).digest()
+        images,
+        key=lambda image: hashlib.sha256(os.fsencode(os.path.basename(image.path))).digest(),
     )
-    first, last = (round(len(paths) * int(percent) / 100) for percent in (begin or 0, end or 100))
+    first, last = (round(len(images) * int(percent) / 100) for percent in (begin or 0, end or 100))
     return sorted(shuffled[first:last])
 
 

@@ -41,6 +41,7 @@ class Data:
 
     Attributes:
       class_names: names of the classes, in the order of the labels.
+      fingerprint: see `Source`.
       num_classes: number of classes.
       input_shape: (H, W, C) of the network's input.
       num_train_examples, num_validation_examples: sizes of the splits.
@@ -57,6 +58,7 @@ class Data:
         mixing: Mixing | None = None,
     ) -> None:
         self.class_names = source.class_names
+        self.fingerprint = source.fingerprint
         self.num_classes = len(source.class_names)
         self.num_train_examples = source.train.num_examples
         self.num_validation_examples = source.validation.num_examples
@@ -181,9 +183,16 @@ class Data:
     def check_counted(self, num_examples: float) -> None:
         """Raises AssertionError unless a validation pass counted every readable example.
 
+        If none is readable, raises UsageError.
+
         A process that reads only some of the examples does not know how many of the others are
         unreadable, and accepts a smaller count.
         """
+        if not num_examples:
+            raise UsageError(
+                f"none of the {self.num_validation_examples:,} validation images is readable: check"
+                " the files and the permission to read them"
+            )
         missing = self.num_validation_examples - num_examples
         unreadable = self._unreadable_validation.count
         if missing != unreadable and (self._reads_all or missing < unreadable):

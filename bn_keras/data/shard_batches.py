@@ -239,7 +239,10 @@ class ShardBatches:
                 self._unreadable.add(name, error)
             if self._random is None:
                 return blank
-        raise AssertionError("no example of a group is readable")
+        raise self._unreadable.fail(
+            f"none of {ends[-1]:,} training images is readable, the last one {name}: check the"
+            " files and the permission to read them"
+        )
 
 
 def _merge_pieces(*pieces: tf.Tensor | tuple[tf.Tensor, ...]) -> tuple:

@@ -1,7 +1,7 @@
 """The splits of a data set: in memory, in TFRecord files or in single image files."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -127,7 +127,7 @@ class Files:
     anywhere without reading a file.
 
     Args:
-      paths: path of each file.
+      paths: path of each file, in the encoding of the file system.
       labels: label of each file.
     """
 
@@ -135,7 +135,7 @@ class Files:
     # Approximate size of a record.
     example_bytes = 32
 
-    def __init__(self, paths: Sequence[str], labels: Sequence[int]) -> None:
+    def __init__(self, paths: Sequence[bytes], labels: Sequence[int]) -> None:
         self.lengths = (len(paths),)
         self.num_examples = len(paths)
         # Kept as tensors, because a million paths would not fit into a graph as constants.
@@ -151,7 +151,7 @@ class Files:
     def read_one(self, shard: int, index: int) -> tuple[str, bytes]:
         """Reads one record; see `Shards.read_one`."""
         del shard
-        return self._paths[index].numpy().decode(), str(index).encode()
+        return self._paths[index].numpy().decode(errors="backslashreplace"), str(index).encode()
 
     def parse(self, record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Reads the file of a record; see `Shards.parse`."""
@@ -164,11 +164,18 @@ Split = Arrays | Shards | Files
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The classes of a data set and its two splits, both of the same kind."""
+    """The classes of a data set and its two splits, both of the same kind.
+
+    Attributes:
+      class_names: names of the classes, in the order of the labels.
+      train, validation: the splits.
+      fingerprint: hashes that tell whether a run resumes on the same files; empty if unknown.
+    """
 
     class_names: tuple[str, ...]
     train: Split
     validation: Split
+    fingerprint: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

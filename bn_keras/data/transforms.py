@@ -7,12 +7,12 @@ only on the image and on its place in the order of examples.
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
 
-from bn_keras.data import augment, exif
+from bn_keras.data import augment, exif, formats
+from bn_keras.data.formats import outlined
 
 # Columns of an image's row of uniform random numbers.
 CROP_COLUMNS = slice(0, 4)
@@ -114,11 +114,11 @@ class Preprocessing:
     ) -> tf.Tensor:
         """Decodes and preprocesses one image; of a JPEG only the crop is decoded.
 
-        JPEGs are rotated upright. In training they are decoded with the fast integer DCT and plain
-        chroma upsampling.
+        Whether a damaged file can be decoded does not depend on the crop. JPEGs are rotated
+        upright. In training they are decoded with the fast integer DCT and plain chroma upsampling.
 
         Args:
-          encoded: scalar string, a JPEG, PNG, BMP or GIF file.
+          encoded: scalar string, a JPEG, PNG, BMP, GIF or WebP file.
           uniforms: one row as in `process_batch`, or None for evaluation.
           channels: channels of the result, 1 or 3.
 
@@ -152,10 +152,16 @@ class Preprocessing:
             return exif.rotate_upright(decode_window(window), orientation)
 
         def decode_jpeg() -> tf.Tensor:
-            return tf.cond(exif.has_exif(encoded), _outlined(decode_rotated_crop), decode_crop)
+            check = tf.cond(
+                formats.any_crop_decides(encoded),
+                lambda: encoded,
+                outlined(lambda: formats.check_whole_jpeg(encoded)),
+            )
+            with tf.control_dependencies([check]):
+                return tf.cond(exif.has_exif(encoded), outlined(decode_rotated_crop), decode_crop)
 
         def decode_other() -> tf.Tensor:
-            image = tf.io.decode_image(encoded, channels=channels, expand_animations=False)
+            image = formats.decode_other(encoded, channels)
             shape = tf.shape(image)
             top, left, height, width = tf.unstack(choose_window(shape[0], shape[1]))
             return image[top : top + height, left : left + width]
@@ -173,6 +179,8 @@ class Preprocessing:
 
     def _centre_window(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Returns the evaluation crop: top, left, height and width."""
+        if self.crop == "none":
+            return 0, 0, height, width
         fraction = EVALUATION_FRACTION if self.crop == "inception" else (1, 1)
         return centre_window(height, width, self.size, fraction)
 
@@ -200,22 +208,11 @@ class Preprocessing:
         return pixels * (2 / white) - 1
 
 
-def _outlined(branch: Callable[[], tf.Tensor]) -> Callable[[], tf.Tensor]:
-    """Wraps a rare branch in a function that is not inlined.
-
-    TensorFlow visits each operation of an inlined branch even if the branch is not taken, at a cost
-    of 10 microseconds.
-    """
-    if tf.executing_eagerly():
-        return branch
-    return tf.function(branch, experimental_attributes={"_noinline": True})
-
-
 def decode(encoded: tf.Tensor, channels: int) -> tf.Tensor:
     """Decodes a whole image; JPEGs with the accurate DCT, rotated upright.
 
     Args:
-      encoded: scalar string, a JPEG, PNG, BMP or GIF file; of a GIF the first frame is decoded.
+      encoded: scalar string, a JPEG, PNG, BMP, GIF or WebP file; see `formats.decode_other`.
       channels: channels of the result, 1 or 3.
 
     Returns:
@@ -233,7 +230,7 @@ def decode(encoded: tf.Tensor, channels: int) -> tf.Tensor:
     pixels = tf.cond(
         tf.io.is_jpeg(encoded),
         decode_jpeg,
-        lambda: tf.io.decode_image(encoded, channels=channels, expand_animations=False),
+        lambda: formats.decode_other(encoded, channels),
     )
     return tf.ensure_shape(pixels, [None, None, channels])
 

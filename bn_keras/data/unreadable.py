@@ -53,8 +53,15 @@ class UnreadableExamples:
             text = f"unreadable example {name}: {first_line(reason)}"
             if self.count > self._limit:
                 self.error = UsageError(
-                    f"{text}; data.max_bad_examples={self._limit} accepts no more: repair or"
-                    " remove it, or raise the limit"
+                    f"{text}; data.max_bad_examples={self._limit} accepts no more: raise the"
+                    " limit, also to resume this run, or repair or remove the example and train"
+                    " in a new workdir"
                 )
                 raise self.error
             logging.warning("%s (%d of at most %d)", text, self.count, self._limit)
+
+    def fail(self, reason: str) -> UsageError:
+        """Records an error that no limit accepts, and returns it."""
+        with self._lock:
+            self.error = self.error or UsageError(reason)
+            return UsageError(reason)

@@ -43,6 +43,9 @@ _CHANGEABLE = (
 )
 _CHANGEABLE_SECTIONS = ("checkpoint.", "distribution.", "evaluation.", "record.")
 
+# Values of interface.json that fit into an error.
+_SHORT_VALUES = ("input_shape", "num_train_examples")
+
 
 class Workdir:
     """The folder of one run, new or existing.
@@ -177,6 +180,7 @@ class Workdir:
         input_shape: Sequence[int],
         class_names: Sequence[str],
         num_train_examples: int = 0,
+        fingerprint: Mapping[str, str] | None = None,
     ) -> None:
         """Creates the folder and the files that describe the run; keeps those that exist.
 
@@ -188,6 +192,8 @@ class Workdir:
           input_shape: (height, width, channels) of the network's input.
           class_names: one per logit, in order.
           num_train_examples: examples per epoch, which order and schedule depend on.
+          fingerprint: hashes of the data's files by name; those that were unknown before, or are
+            unknown now, are not compared.
 
         Raises:
           UsageError: the run was started on other data, or another process has started a run in
@@ -199,6 +205,7 @@ class Workdir:
             "input_shape": list(input_shape),
             "class_names": list(class_names),
             "num_train_examples": num_train_examples,
+            **(fingerprint or {}),
         }
         settings = _with_absolute_paths(config)
         changed = self.changes(config)
@@ -237,17 +244,19 @@ class Workdir:
         """Returns whether interface.json is intact; raises UsageError if its values differ."""
         try:
             before = json.loads(read(self._interface) or b"")
-            differing = [key for key in interface if before[key] != interface[key]]
-        except (ValueError, KeyError, TypeError):
+            known = interface.keys() & before.keys()
+        except (ValueError, AttributeError):
             return False
+        differing = [key for key in interface if key in known and before[key] != interface[key]]
         if differing:
             key = differing[0]
-            values = f" ({before[key]}, now {interface[key]})" if key != "class_names" else ""
+            values = f" ({before[key]}, now {interface[key]})" if key in _SHORT_VALUES else ""
             raise UsageError(
                 f"the run in {self.path} was started on data with other {key}{values}: use that"
                 " data, or a new workdir"
             )
-        return True
+        # A file of an older version lacks keys, and gets them; none is dropped.
+        return len(known) == len(interface)
 
     def read_config(self) -> SavedConfig:
         """Reads the config of the run, locked.

@@ -1,0 +1,84 @@
+"""Labels of images from a CSV file."""
+
+import csv
+import os
+import unicodedata
+
+import tensorflow as tf
+
+from bn_keras import storage
+from bn_keras.data.folder_walk import Image
+from bn_keras.errors import UsageError
+from bn_keras.storage import is_local
+from bn_keras.text import first_of
+
+_DELIMITERS = ",;\t"
+# First row of a file that names its columns.
+_HEADERS = (
+    ("path", "file", "filename", "file_name", "image"),
+    ("label", "class", "category", "target"),
+)
+
+
+def read_labels(root: str, file: str) -> dict[str, list[Image]]:
+    """Reads the images of each class from a CSV file with rows PATH,LABEL.
+
+    The columns are separated by commas, semicolons or tabs; a first row such as "path,label" is
+    skipped. Labels are names, also if they are numbers.
+
+    Args:
+      root: folder that relative paths start from.
+      file: path of the CSV file, in UTF-8.
+
+    Returns:
+      The images by label, each list sorted by path.
+
+    Raises:
+      UsageError: the file is missing, is not UTF-8, or has a row that is not a path and a label, or
+        an image that does not exist or has two labels.
+    """
+    content = storage.read(file)
+    if content is None:
+        raise UsageError(f"no labels file {file}: expected a CSV file with rows PATH,LABEL")
+    try:
+        lines = content.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UsageError(f"labels file {file} is not UTF-8: save it in that encoding") from None
+    delimiter = max(_DELIMITERS, key=lines[0].count) if lines else ","
+    classes: dict[str, list[Image]] = {}
+    labels: dict[str, str] = {}
+    missing: list[str] = []
+    for number, row in enumerate(csv.reader(lines, delimiter=delimiter), start=1):
+        cells = [cell.strip() for cell in row]
+        if not any(cells) or (number == 1 and _is_header(cells)):
+            continue
+        if len(cells) != 2 or not all(cells):
+            raise UsageError(
+                f"line {number} of {file} is invalid ({delimiter.join(row)!r}): expected a path and"
+                " a label"
+            )
+        path, label = os.path.join(root, cells[0]), unicodedata.normalize("NFC", cells[1])
+        if labels.setdefault(path, label) != label:
+            raise UsageError(
+                f"{cells[0]!r} has the labels {labels[path]!r} and {label!r} in {file}"
+            )
+        if not (os.path.isfile(path) if is_local(path) else tf.io.gfile.exists(path)):
+            missing.append(repr(cells[0]))
+            continue
+        real_path, size = path, -1
+        if is_local(path):
+            real_path, size = os.path.realpath(path), os.path.getsize(path)
+        classes.setdefault(label, []).append(Image(path, real_path, size))
+    if missing:
+        raise UsageError(
+            f"{len(missing):,} of the images in {file} do not exist below {root}:"
+            f" {first_of(missing)}"
+        )
+    if not classes:
+        raise UsageError(f"labels file {file} is empty: expected rows PATH,LABEL")
+    return {label: sorted(images) for label, images in classes.items()}
+
+
+def _is_header(cells: list[str]) -> bool:
+    names = [cell.lower() for cell in cells]
+    return len(names) == 2 and all(n in known for n, known in zip(names, _HEADERS, strict=True))
