@@ -82,8 +82,8 @@ def draw_mistakes(mistakes: Sequence[Mistake], binary: bool) -> Figure:
         pixels = mistake.image if binary else (mistake.image + 1) / 2
         cell.imshow(np.clip(pixels, 0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)
         cell.set_title(
-            f"{_shorten(os.path.basename(mistake.name))}\nis {_shorten(mistake.label)}\n"
-            f"not {_shorten(mistake.predicted)} ({mistake.probability:.0%})",
+            f"{_shorten(os.path.basename(mistake.name))}\ntrue: {_shorten(mistake.label)}\n"
+            f"predicted: {_shorten(mistake.predicted)} ({mistake.probability:.0%})",
             fontsize=7,
             parse_math=False,
         )
