@@ -78,7 +78,9 @@ def open_folder(root: str, train_split: str, validation_split: str) -> Source:
             f"{validation_split!r} in {root} has no image: add images, or choose a larger part"
         )
     _check_validation(root, validation_split, validation)
-    _warn_of_overlap(train_split, train, validation_split, validation)
+    # Where only validation images are needed, they take the place of the training images.
+    if train_split != validation_split:
+        _warn_of_overlap(train_split, train, validation_split, validation)
     fingerprint = _fingerprint(root, (train, validation))
     return Source(tuple(train), _label_files(train), _label_files(validation), fingerprint)
 

@@ -9,12 +9,12 @@ import tensorflow as tf
 from absl import logging
 
 from bn_keras.cores import usable_cores
-from bn_keras.data.folder import EXTENSIONS
+from bn_keras.data.folder_walk import EXTENSIONS, walk_classes
 from bn_keras.data.multi_crop import SINGLE_CROP, CropPreprocessing, Crops
 from bn_keras.data.single_image import read_image
 from bn_keras.errors import BucketUnavailableError, StorageError, UsageError
 from bn_keras.inference.loading import load_trained
-from bn_keras.storage import read
+from bn_keras.storage import is_local, read, reading
 from bn_keras.training.evaluator import make_scorer
 
 # Largest number of crops that a network is called with.
@@ -177,14 +177,14 @@ def find_images(paths: Iterable[Path], lists: Iterable[Path] = ()) -> list[str]:
 
     Raises:
       UsageError: a folder without images, or a list that does not exist or is not UTF-8.
-      StorageError: a list cannot be read.
+      StorageError: a list or a folder cannot be read.
     """
     found: list[str] = []
     for path in [os.fspath(path) for path in paths]:
         if not tf.io.gfile.isdir(path):
             found.append(path)
             continue
-        images = _walk(path)
+        images = _images_below(path)
         if not images:
             raise UsageError(
                 f"folder {path} has no images: expected files ending in {', '.join(EXTENSIONS)}"
@@ -202,23 +202,10 @@ def find_images(paths: Iterable[Path], lists: Iterable[Path] = ()) -> list[str]:
     return found
 
 
-def _walk(folder: str) -> list[str]:
-    images: list[str] = []
-    visited: set[str] = set()
-    folders = [folder]
-    while folders:
-        parent = folders.pop()
-        # A link to a folder above would be followed forever.
-        real = os.path.realpath(parent) if "://" not in parent else parent
-        if real in visited:
-            continue
-        visited.add(real)
-        for name in tf.io.gfile.listdir(parent):
-            path = os.path.join(parent, name.rstrip("/"))
-            if name.startswith("."):
-                continue
-            if os.path.splitext(path)[1].lower() in EXTENSIONS and not tf.io.gfile.isdir(path):
-                images.append(path)
-            elif tf.io.gfile.isdir(path):
-                folders.append(path)
-    return sorted(images)
+def _images_below(folder: str) -> list[str]:
+    """Returns the paths of the images below a folder, in sorted order."""
+    top = os.path.abspath(folder) if is_local(folder) else folder.rstrip("/")
+    parent, name = os.path.split(top)
+    with reading(folder):
+        images = walk_classes(parent, [name])[name].images
+    return [os.path.join(folder, os.path.relpath(image.path, top)) for image in images]

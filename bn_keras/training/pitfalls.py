@@ -16,6 +16,11 @@ def find_pitfalls(config: ConfigDict, schedule: ExamplesSchedule, model: keras.M
       model: network of the config.
     """
     lines = []
+    if config.data.train_split == config.data.validation_split:
+        lines.append(
+            f"data.train_split and data.validation_split are both {config.data.train_split!r}:"
+            " validation accuracy does not show how well the network generalizes"
+        )
     steps = config.train.steps
     # In the second half, a low rate is the purpose of a decay.
     low_from = schedule.vanishes_at(steps)
