@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import io
 import logging as std_logging
 import multiprocessing
 import os
@@ -110,6 +111,7 @@ class Command:
 
     def run(self) -> None:
         """Parses the flags, runs the command and exits with its status."""
+        _escape_unknown_characters()
         _begin_logging()
         _accept_sigterm()
         # Flags are accepted after positional arguments, too.
@@ -183,6 +185,7 @@ def import_quietly() -> None:
 
 def begin_child_process() -> None:
     """Sets up logging in a child process, which trains one of several runs."""
+    _escape_unknown_characters()
     flags.FLAGS.mark_as_parsed()
     _begin_logging()
     _drop_foreign_logs()
@@ -249,6 +252,13 @@ def _reported_errors() -> Iterator[None]:
             f"the bucket cannot be used ({error.message}): check that it exists, and log in with"
             " `gcloud auth application-default login`"
         ) from None
+
+
+def _escape_unknown_characters() -> None:
+    """Lets names be printed that the terminal's encoding, such as ASCII, lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _begin_logging() -> None:

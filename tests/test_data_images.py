@@ -170,6 +170,28 @@ def test_a_crop_inside_the_decoder_equals_a_crop_of_the_decoded_image(training):
         np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.parametrize("damage", ["truncated", "marker"])
+def test_every_crop_of_a_damaged_jpeg_is_judged_like_the_whole_image(damage):
+    intact = jpeg(photograph())
+    decode = tf.function(
+        lambda encoded, uniforms: make_preprocessing(crop="inception").process_encoded(
+            encoded, uniforms, 3
+        )
+    )
+    for place in (0.7, 0.97):
+        place = int(len(intact) * place)
+        content = intact[:place] if damage == "truncated" else bytearray(intact)
+        if damage == "marker":
+            content[place : place + 2] = b"\xff\xc0"
+            content = bytes(content)
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            tf.io.decode_jpeg(content)
+        # The smallest crop at the top, which ends long before the damage.
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            decode(tf.constant(content), tf.zeros([NUM_UNIFORMS]))
+    decode(tf.constant(intact), tf.zeros([NUM_UNIFORMS]))
+
+
 def jpeg(pixels, block=None):
     """Encodes a JPEG with the content of an EXIF block; Pillow writes a JFIF block first."""
     stream = io.BytesIO()

@@ -9,12 +9,6 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-# Bytes that may follow a byte 0xFF inside a scan of a JPEG.
-_FILL, _ESCAPED, _RESTARTS = 0xFF, 0x00, (0xD0, 0xD7)
-_SOS, _EOI, _SOF_PROGRESSIVE = 0xDA, 0xD9, 0xC2
-# Length of the header of a progressive frame with one or three components, then its bits.
-_PROGRESSIVE_HEADERS = ([0, 11, 8], [0, 17, 8])
-
 # Offset of the flags in an extended WebP, and one of them.
 _WEBP_FLAGS, _WEBP_ANIMATION = 20, 2
 _WEBP_HEAD = 21
@@ -28,42 +22,21 @@ _BMP_UNCOMPRESSED, _BMP_BITFIELDS = 0, 3
 _BMP_MAX_SIDE = 2**16
 
 
-def any_crop_decides(encoded: tf.Tensor) -> tf.Tensor:
-    """Returns whether any crop of a JPEG can be decoded if the whole image can, and vice versa.
+def check_whole_jpeg(encoded: tf.Tensor) -> tf.Operation | None:
+    """Fails if a JPEG cannot be decoded to its end.
 
-    A decoder that cuts a crop stops below it, and does not notice damage after that. There is none
-    to notice if the file ends with one uninterrupted scan, as intact photographs do. A progressive
-    file is always read to its end.
+    A decoder that cuts a crop stops below it and does not notice damage after that. Decoding the
+    whole image at an eighth of its size meets all damage, in a sixth of the time of decoding it.
 
     Args:
-      encoded: scalar string, a JPEG.
+      encoded: scalar string.
 
     Returns:
-      A scalar bool; takes about 100 microseconds for a photograph of 100 kB.
+      An operation for tf.control_dependencies; None if executed eagerly.
     """
-    content = tf.io.decode_raw(encoded, tf.uint8)
-    places = tf.where(tf.equal(content[:-1], _FILL))[:, 0]
-    codes = tf.cast(tf.gather(content, places + 1), tf.int32)
-    is_marker = (
-        (codes != _FILL) & (codes != _ESCAPED) & ((codes < _RESTARTS[0]) | (codes > _RESTARTS[1]))
-    )
-    places, codes = places[is_marker], codes[is_marker]
-    ends_with_scan = tf.reduce_all(tf.equal(tf.concat([[0, 0], codes], 0)[-2:], [_SOS, _EOI]))
-    is_at_end = tf.equal(tf.reduce_max(places), tf.size(content, tf.int64) - 2)
-    frames = tf.boolean_mask(places, tf.equal(codes, _SOF_PROGRESSIVE))
-    padded = tf.concat([content, tf.zeros([5], tf.uint8)], axis=0)
-    headers = tf.gather(padded, frames[:, tf.newaxis] + [2, 3, 4])
-    is_progressive = [tf.reduce_all(tf.equal(headers, h), axis=1) for h in _PROGRESSIVE_HEADERS]
-    return (ends_with_scan & is_at_end) | tf.reduce_any(is_progressive)
-
-
-def check_whole_jpeg(encoded: tf.Tensor) -> tf.Tensor:
-    """Returns a JPEG unchanged; fails if it cannot be decoded to its end.
-
-    Decodes at an eighth of the size, which takes about half the time.
-    """
-    with tf.control_dependencies([tf.io.decode_jpeg(encoded, channels=3, ratio=8)]):
-        return tf.identity(encoded)
+    thumbnail = tf.io.decode_jpeg(encoded, channels=3, ratio=8)
+    # TensorFlow drops an operation whose result is not used.
+    return tf.debugging.Assert(tf.size(thumbnail) > 0, ["an empty JPEG"])
 
 
 def decode_other(encoded: tf.Tensor, channels: int) -> tf.Tensor:

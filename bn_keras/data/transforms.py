@@ -152,11 +152,7 @@ class Preprocessing:
             return exif.rotate_upright(decode_window(window), orientation)
 
         def decode_jpeg() -> tf.Tensor:
-            check = tf.cond(
-                formats.any_crop_decides(encoded),
-                lambda: encoded,
-                outlined(lambda: formats.check_whole_jpeg(encoded)),
-            )
+            check = formats.check_whole_jpeg(encoded)
             with tf.control_dependencies([check]):
                 return tf.cond(exif.has_exif(encoded), outlined(decode_rotated_crop), decode_crop)
 
