@@ -9,10 +9,12 @@ from small import small_mlp
 
 from bn_keras.errors import UsageError
 from bn_keras.inference.loading import load_trained
+from bn_keras.models import SigmoidMLP
 from bn_keras.runs.workdir import Workdir
 from bn_keras.training import plan
 from bn_keras.training.length import early_stop, finished_because, num_steps
 from bn_keras.training.loop import train_and_evaluate
+from bn_keras.training.pitfalls import find_pitfalls
 from bn_keras.training.schedule import ExamplesSchedule
 
 SHORT = {"train.steps": 4, "train.steps_per_loop": 2, "evaluation.every_steps": 2}
@@ -228,3 +230,11 @@ def test_a_training_from_python_shows_its_progress_and_returns_its_files(
     assert result.best_accuracy >= result["validation/accuracy"]
     again = train_and_evaluate(short(), tmp_path / "run")
     assert again == result and again.best_network == result.best_network
+
+
+def test_equal_splits_are_warned_of():
+    schedule, model = ExamplesSchedule(0.1, 60), SigmoidMLP("baseline")
+    for split, count in (("train", 1), ("validation", 0)):
+        config = short(**{"data.train_split": "train", "data.validation_split": split})
+        lines = find_pitfalls(config, schedule, model)
+        assert len([line for line in lines if "are both 'train'" in line]) == count
