@@ -296,6 +296,11 @@ def test_a_config_in_any_folder_imports_those_of_the_package(tmp_path, monkeypat
         ("import nowhere", "cannot be loaded: ModuleNotFoundError: No module named 'nowhere'"),
         ("def get_config(:", "cannot be loaded: SyntaxError: "),
         (
+            "from ml_collections import ConfigDict\ndef get_config():\n"
+            "  ConfigDict().data.name = 'x'",
+            "cannot be loaded: AttributeError: ",
+        ),
+        (
             "def get_config():\n  return 3",
             r"get_config\(\) of .* does not return a ConfigDict",
         ),

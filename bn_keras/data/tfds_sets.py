@@ -54,10 +54,10 @@ def open_tfds(name: str, data_dir: str, train_split: str, validation_split: str)
     if 0 < decoded_bytes <= MEMORY_LIMIT_BYTES:
         # Fails for an undecodable image; if read during training, it is named and replaced.
         with contextlib.suppress(tf.errors.InvalidArgumentError):
-            return Source(
-                class_names, *(_read_arrays(builder, split, image, label) for split in splits)
-            )
-    return Source(class_names, *(_list_shards(builder, split, image, label) for split in splits))
+            arrays = [_read_arrays(builder, split, image, label) for split in splits]
+            return Source(class_names, arrays[0], arrays[1])
+    shards = [_list_shards(builder, split, image, label) for split in splits]
+    return Source(class_names, shards[0], shards[1])
 
 
 def describe_tfds(name: str, data_dir: str, train_split: str, validation_split: str) -> Description:

@@ -65,7 +65,10 @@ def load_config(source: str) -> ConfigDict:
         else:
             reason = f"config {name!r} needs an argument: expected {name}:ARGUMENT"
         raise UsageError(reason) from None
-    config = get_config(*arguments)
+    try:
+        config = get_config(*arguments)
+    except (AttributeError, KeyError, TypeError, NameError, ValueError) as error:
+        raise _load_error(pathlib.Path(name), error) from error
     if not isinstance(config, ConfigDict):
         raise UsageError(f"get_config() of config {name!r} does not return a ConfigDict")
     return _apply_to_schema(config, source)
