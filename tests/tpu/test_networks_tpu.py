@@ -125,7 +125,8 @@ def test_an_evaluation_step_lowers(on_a_core, monkeypatch, crops):
     ((step, args),) = recorder.runs.values()
     hlo, assigned = lowering.lower(step, args, constants=model.variables)
     lowering.check_runs_on_a_core(hlo)
-    assert len(assigned) == 1
+    # The sums, and the predictions of each example.
+    assert len(assigned) == 2
     counts = lowering.opcodes(hlo)
     assert_no_fused_batch_norm(counts)
     assert counts["while"] == (crops == "144")
