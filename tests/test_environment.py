@@ -74,7 +74,7 @@ def test_an_unwritable_folder_is_reported(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bn_keras.runs.workdir.write_atomically", full)
+    monkeypatch.setattr("bn_keras.storage.write_atomically", full)
     with (
         pytest.raises(StorageError, match="No space left"),
         Workdir(tmp_path).recording_start(0, {}),

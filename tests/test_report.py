@@ -547,7 +547,7 @@ def test_a_failed_report_leaves_the_previous_one(tmp_path, monkeypatch):
         path.write_text("")
 
     with monkeypatch.context() as patched:
-        patched.setattr("etils.epath.gpath.PosixGPath.write_bytes", no_space)
+        patched.setattr("pathlib.Path.write_bytes", no_space)
         with pytest.raises(StorageError, match="cannot be written: No space left on device"):
             write_report("second", [small_section(3)], runs, tmp_path, "c")
     assert read_all(tmp_path) == first
