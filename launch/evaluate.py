@@ -15,7 +15,7 @@ of GoogLeNet. Other choices are written as scales x squares x windows x mirrors:
 Examples:
   bn-keras evaluate --workdir=runs/mnist_bn
   bn-keras evaluate --workdir=runs/a --workdir=runs/b --crops=1,144
-  bn-keras evaluate --workdir=runs/pictures --per_class --config.data.data_dir=new_pictures
+  bn-keras evaluate --workdir=runs/pets --per_class --config.data.data_dir=new
   bn-keras evaluate --config=bn_x30 --model=bn_x30.keras
 """
 

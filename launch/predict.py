@@ -11,7 +11,7 @@ appears when all images are predicted.
 Examples:
   bn-keras predict --workdir=runs/bn_x30 photograph.jpg
   bn-keras predict --workdir=runs/a --workdir=runs/b --crops=144 *.jpg
-  bn-keras predict --workdir=runs/pictures --output=predictions.csv --top_k=0 new_pictures
+  bn-keras predict --workdir=runs/pets --output=classes.csv --top_k=0 pictures
 """
 
 import contextlib

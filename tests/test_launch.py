@@ -109,7 +109,7 @@ CONFIG_ERRORS = [
     ([*DIGITS, "--config.record.percentiles=x"], "expected values separated by commas"),
     ([*DIGITS, "--config.model.dropout=x"], "model.dropout=x is invalid: expected a number"),
     ([*DIGITS, "--noconfig.train.steps"], "--noconfig.train.steps is invalid: only boolean settin"),
-    ([*DIGITS, "--config.train=3"], "--config.train is a section: override one of ema, global_bat"),
+    ([*DIGITS, "--config.train=3"], "--config.train is a section: override one of ema, epochs"),
 ]
 
 
@@ -543,7 +543,7 @@ def test_a_training_logs_its_plan_and_its_results(trained):
     assert re.fullmatch(r"finished  step 60: validation accuracy 0\.\d+, loss \d\.\d+", lines[-5])
     best = r"best validation accuracy \d+\.\d\d% at step 60 \(112 steps of 32\)"
     assert re.fullmatch(rf"result    {best}", lines[-4])
-    assert lines[-3] == f"written   {workdir}: metrics.jsonl, checkpoints, best"
+    assert lines[-3] == f"written   {workdir}: metrics.jsonl, checkpoints, best, classes"
     assert lines[-2] == f"curves    tensorboard '--logdir={workdir}'"
     assert lines[-1] == f"evaluate  python -m launch.evaluate '--workdir={workdir}'"
 
