@@ -74,6 +74,7 @@ def metrics_of(probabilities, labels):
         "loss": -np.mean(np.log(probabilities[np.arange(len(labels)), labels])),
         "accuracy": hits[:, 0].mean(),
         "top5_accuracy": hits[:, :5].any(axis=1).mean(),
+        "balanced_accuracy": np.mean([hits[labels == c, 0].mean() for c in np.unique(labels)]),
     }
 
 

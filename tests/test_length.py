@@ -20,6 +20,15 @@ from bn_keras.training.schedule import ExamplesSchedule
 SHORT = {"train.steps": 4, "train.steps_per_loop": 2, "evaluation.every_steps": 2}
 
 
+@pytest.fixture(autouse=True)
+def log_everything():
+    """Lets absl pass on INFO lines, whatever an earlier test has set."""
+    verbosity = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.INFO)
+    yield
+    absl.logging.set_verbosity(verbosity)
+
+
 def short(**overrides):
     return small_mlp(**SHORT | overrides)
 
