@@ -140,7 +140,7 @@ class Command:
             raise CommandError(f"unknown flag {overrides[0]}: this command has no --config")
         source = "config" in flags.FLAGS and flags.FLAGS["config"].value
         if overrides and not source and "workdir" in flags.FLAGS:
-            # Of a command that evaluates runs, they change the config of the first run.
+            # A command that evaluates runs applies the overrides to the config of the first run.
             source = _config_of_first_run()
         if source:
             with _reported_errors():

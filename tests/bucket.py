@@ -71,7 +71,7 @@ class Request:
 
     @property
     def is_change(self):
-        """Whether the request changed an object."""
+        """Returns whether the request changed an object."""
         return self.kind in ("write", "delete", "copy", "compose") and self.status < 300
 
 
@@ -152,7 +152,7 @@ class Bucket:
 
     @property
     def is_out(self):
-        """Whether connections are dropped at present."""
+        """Returns whether connections are dropped at present."""
         is_dead = self.changes_left is not None and self.changes_left <= 0
         return is_dead or time.monotonic() < self._outage_ends
 

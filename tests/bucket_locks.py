@@ -87,7 +87,7 @@ def damaged_claim():
 
 
 def rush():
-    """Of processes that start at the same moment, at most one trains at any time."""
+    """Processes start at the same moment; at most one of them trains at any time."""
     held, most, acquired = [], [], []
 
     def take():

@@ -102,7 +102,7 @@ def kill_at_change(bucket, commands, arguments, number, signum):
 
 
 def test_a_run_killed_at_random_changes_equals_a_local_one(bucket, commands, train, local):
-    """With writes that the service limits to one per second and object, errors and latency."""
+    """The service limits writes to one per second and object, is slow, and returns errors."""
     bucket.latency, bucket.limits_writes = 0.002, True
     workdir = "gs://killed/run"
     numbers = random.Random(0).sample(range(1, 18), 3)
@@ -340,7 +340,7 @@ def test_a_lock_in_a_bucket_has_one_holder(scenario, bucket, commands):
 
 
 def test_a_save_takes_few_requests(bucket, trained):
-    """With the metrics before it, and the removal of an old checkpoint after it."""
+    """The requests include those of the metrics and of the removal of an old checkpoint."""
     requests = [request for request in bucket.requests if request.name.startswith("trained/run")]
     # Later tests read the run.
     requests = requests[: [r.name for r in requests].index("trained/run/finished/")]

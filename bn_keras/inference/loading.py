@@ -46,7 +46,7 @@ class TrainedNetwork(NamedTuple):
 
     @property
     def is_frozen(self) -> bool:
-        """Whether all of its BatchNormalization layers are frozen, and keep their statistics."""
+        """Returns whether all BatchNormalization layers are frozen and keep their statistics."""
         layers = [v for v in self.model.layers if isinstance(v, keras.layers.BatchNormalization)]
         return bool(layers) and not any(layer.trainable for layer in layers)
 

@@ -26,7 +26,7 @@ SIGN_SECONDS = 30.0
 # Without a sign of life for this long, a holder is dead. TensorFlow's retries take three minutes.
 DEAD_SECONDS = 300.0
 _POLL_SECONDS = 5.0
-# How often a process claims that meets another one at the same moment.
+# Number of claims by a process that meets another one at the same moment.
 _ATTEMPTS = 5
 _CLAIM, _SIGN = ".claim", ".alive"
 

@@ -1,4 +1,4 @@
-"""What a network gets right and wrong, class by class."""
+"""Accuracy by class, the confusion matrix, and the most confident mistakes of a network."""
 
 import csv
 import functools

@@ -43,7 +43,7 @@ class PretrainedWeights(NamedTuple):
 
 
 class Initialization(NamedTuple):
-    """Which layers of a network were initialized from a trained one.
+    """Layers that were initialized from a trained network, and those that were not.
 
     Attributes:
       weights: the trained network.

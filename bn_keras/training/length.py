@@ -1,4 +1,4 @@
-"""How long a run trains: its number of steps, and the reasons to stop earlier."""
+"""Length of a run: its number of steps, and the reasons to stop earlier."""
 
 import math
 
