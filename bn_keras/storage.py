@@ -109,6 +109,26 @@ def read(path: Path) -> bytes | None:
             return None
 
 
+def read_lines(path: Path, what: str, expected: str) -> list[str]:
+    """Returns the lines of a text file in UTF-8, with or without a byte order mark.
+
+    Args:
+      path: path of the file.
+      what: name of such a file, for errors.
+      expected: content of such a file, for errors.
+
+    Raises:
+      UsageError: the file does not exist or is not UTF-8.
+    """
+    content = read(path)
+    if content is None:
+        raise UsageError(f"{what} {path} does not exist: expected {expected}")
+    try:
+        return content.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UsageError(f"{what} {path} is not UTF-8: save it in that encoding") from None
+
+
 def copy(source: Path, target: Path) -> bool:
     """Copies a file to or from a bucket; returns whether the source exists.
 

@@ -7,12 +7,11 @@ the answer is a line of JSON.
 
 import json
 import os
-import runpy
 import sys
-import traceback
 
 # Slow, therefore imported before the forks.
 import sklearn.datasets  # noqa: F401
+from forked_command import run_and_exit
 
 from bn_keras import report  # noqa: F401
 from bn_keras.experiments import paper, run_all  # noqa: F401
@@ -28,22 +27,7 @@ def start(arguments, output):
     for stream, ending in ((sys.stdout, "out"), (sys.stderr, "err")):
         os.dup2(os.open(f"{output}.{ending}", os.O_WRONLY | os.O_CREAT), stream.fileno())
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.argv = arguments
-    status = 1
-    try:
-        if arguments[0].endswith(".py"):
-            runpy.run_path(arguments[0], run_name="__main__")
-            status = 0
-        else:
-            runpy.run_module(f"launch.{arguments[0]}", run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        status = end.code or 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    run_and_exit(arguments)
 
 
 def main():

@@ -10,10 +10,11 @@ import itertools
 import json
 import os
 import random
-import runpy
 import signal
 import sys
 import threading
+
+from forked_command import run_and_exit
 
 from bn_keras.inference import evaluation  # noqa: F401
 from bn_keras.models import bn_inception
@@ -29,16 +30,8 @@ def launch(command, *arguments, output=os.devnull, before=lambda: None):
     child = os.fork()
     if not child:
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), sys.stdout.fileno())
-        sys.argv = [command, *arguments]
-        status = 1
-        try:
-            before()
-            runpy.run_module(f"launch.{command}", run_name="__main__", alter_sys=True)
-        except SystemExit as end:
-            status = end.code or 0
-        finally:
-            sys.stdout.flush()
-            os._exit(status)
+        before()
+        run_and_exit([command, *arguments])
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

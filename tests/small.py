@@ -1,5 +1,11 @@
-"""A config whose run takes a second, for tests of everything around the training."""
+"""A config whose run takes a second, and an interruption, for tests around the training."""
 
+import contextlib
+import itertools
+
+import pytest
+
+from bn_keras.training.step import Trainer
 from configs import mnist_bn
 
 
@@ -19,3 +25,18 @@ def small_mlp(**overrides):
     config.record.layer = ""
     config.update_from_flattened_dict(overrides)
     return config
+
+
+@contextlib.contextmanager
+def killed_after_a_loop(monkeypatch):
+    """Ends the training in the block without a save, when its second loop of steps begins."""
+    loops, train = itertools.count(), Trainer.train
+
+    def train_once(self, batches, num_steps):
+        if next(loops):
+            raise KeyboardInterrupt
+        return train(self, batches, num_steps)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "train", train_once)
+        yield

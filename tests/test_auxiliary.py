@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from small import killed_after_a_loop
 
 from bn_keras.inference.loading import load_trained
 from bn_keras.models import BNInception, without_auxiliary
@@ -42,17 +43,7 @@ def test_auxiliary_classifier_is_saved_and_resumed_but_not_loaded(tmp_path, monk
     # One module is enough and saves time, since the test traces three graphs.
     shorten_figure_5(monkeypatch, "4d")
     unbroken = train_and_evaluate(small_config(), tmp_path / "unbroken")
-    take_steps = Trainer.train
-    taken = []
-
-    def killed(self, batches, num_steps):
-        if taken:
-            raise KeyboardInterrupt
-        taken.append(num_steps)
-        return take_steps(self, batches, num_steps)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "train", killed)
+    with killed_after_a_loop(monkeypatch):
         train_and_evaluate(small_config(), tmp_path / "resumed")
     assert Workdir(tmp_path / "resumed").last_step() == 2
     resumed = train_and_evaluate(small_config(), tmp_path / "resumed")

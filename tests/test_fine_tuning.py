@@ -5,7 +5,7 @@ import json
 import keras
 import numpy as np
 import pytest
-from small import small_mlp
+from small import killed_after_a_loop, small_mlp
 
 from bn_keras.errors import UsageError
 from bn_keras.inference.evaluation import evaluate_networks
@@ -16,7 +16,6 @@ from bn_keras.training import resume_check
 from bn_keras.training.dry_run import dry_run
 from bn_keras.training.fine_tuning import PretrainedWeights, freeze, initialize
 from bn_keras.training.loop import train_and_evaluate
-from bn_keras.training.step import Trainer
 
 
 def tuned(source, **overrides):
@@ -151,18 +150,8 @@ def test_a_resumed_run_needs_its_source_no_more_and_is_exact(pretrained, tmp_pat
         ).copy_and_resolve_references()
         config.train.steps_per_loop = config.checkpoint.every_steps = 2
         expected = train_and_evaluate(config, tmp_path / "uninterrupted")
-        train, calls = Trainer.train, []
-
-        def killed(self, batches, num_steps):
-            calls.append(num_steps)
-            if len(calls) > 1:
-                raise KeyboardInterrupt
-            return train(self, batches, num_steps)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "train", killed)
-            with pytest.raises(KeyboardInterrupt):
-                train_and_evaluate(config, tmp_path / "killed")
+        with killed_after_a_loop(monkeypatch):
+            train_and_evaluate(config, tmp_path / "killed")
     finally:
         source.rename(pretrained)
     resumed = train_and_evaluate(config, tmp_path / "killed")

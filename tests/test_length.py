@@ -5,7 +5,7 @@ import logging
 
 import absl.logging
 import pytest
-from small import small_mlp
+from small import killed_after_a_loop, small_mlp
 
 from bn_keras.errors import UsageError
 from bn_keras.inference.loading import load_trained
@@ -87,18 +87,7 @@ def test_an_extended_run_that_was_stopped_is_loaded_at_its_latest_step(tmp_path,
     averaged = {"population.when": "end", "population.num_batches": 1, "checkpoint.every_steps": 2}
     train_and_evaluate(short(**averaged), tmp_path)
     assert load_trained(tmp_path).step == 4
-    from bn_keras.training.step import Trainer
-
-    train, calls = Trainer.train, []
-
-    def killed(self, batches, num_steps):
-        calls.append(num_steps)
-        if len(calls) > 1:
-            raise KeyboardInterrupt
-        return train(self, batches, num_steps)
-
-    monkeypatch.setattr(Trainer, "train", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_after_a_loop(monkeypatch):
         train_and_evaluate(short(**averaged | {"train.steps": 8}), tmp_path)
     network = load_trained(tmp_path)
     assert (network.step, network.statistics) == (6, "moving")

@@ -6,14 +6,13 @@ TensorFlow allows a fork before its first operation.
 
 import json
 import os
-import runpy
 import signal
 import socket
 import sys
 import time
-import traceback
 
 import tensorflow as tf
+from forked_command import run_and_exit
 
 import bn_keras.training.loop  # noqa: F401  (slow, therefore imported before the forks)
 from bn_keras.training.step import Trainer
@@ -57,7 +56,7 @@ def run_pair(command, arguments, disturbed=1, signum=0, at_step=0, spoiled_step=
             signal.alarm(SECONDS_TO_END)
             if index == disturbed:
                 disturb(signum, at_step, spoiled_step)
-            run_command(command, own_arguments)
+            run_and_exit([command, *own_arguments])
         os.close(writer)
         workers[child] = reader
     ends = {}
@@ -73,22 +72,6 @@ def run_pair(command, arguments, disturbed=1, signum=0, at_step=0, spoiled_step=
         }
         for child, reader in workers.items()
     ]
-
-
-def run_command(command, arguments):
-    """Does the same as `python -m launch.COMMAND`, and exits."""
-    sys.argv = [command, *arguments]
-    status = 1
-    try:
-        runpy.run_module(f"launch.{command}", run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        status = end.code or 0
-    except Exception:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
 
 
 def disturb(signum, at_step, spoiled_step):

@@ -37,13 +37,7 @@ def read_labels(root: str, file: str) -> dict[str, list[Image]]:
       UsageError: the file is missing, is not UTF-8, or has a row that is not a path and a label, or
         an image that does not exist or has two labels.
     """
-    content = storage.read(file)
-    if content is None:
-        raise UsageError(f"no labels file {file}: expected a CSV file with rows PATH,LABEL")
-    try:
-        lines = content.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise UsageError(f"labels file {file} is not UTF-8: save it in that encoding") from None
+    lines = storage.read_lines(file, "labels file", "a CSV file with rows PATH,LABEL")
     delimiter = max(_DELIMITERS, key=lines[0].count) if lines else ","
     classes: dict[str, list[Image]] = {}
     labels: dict[str, str] = {}

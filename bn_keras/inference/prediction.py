@@ -14,7 +14,7 @@ from bn_keras.data.multi_crop import SINGLE_CROP, CropPreprocessing, Crops
 from bn_keras.data.single_image import read_image
 from bn_keras.errors import BucketUnavailableError, StorageError, UsageError
 from bn_keras.inference.loading import load_trained
-from bn_keras.storage import is_local, read, reading
+from bn_keras.storage import is_local, read_lines, reading
 from bn_keras.training.evaluator import make_scorer
 
 # Largest number of crops that a network is called with.
@@ -191,13 +191,7 @@ def find_images(paths: Iterable[Path], lists: Iterable[Path] = ()) -> list[str]:
             )
         found += images
     for path in [os.fspath(path) for path in lists]:
-        content = read(path)
-        if content is None:
-            raise UsageError(f"list {path} does not exist: expected a file with one path a line")
-        try:
-            lines = content.decode("utf-8-sig").splitlines()
-        except UnicodeDecodeError:
-            raise UsageError(f"list {path} is not UTF-8: convert it") from None
+        lines = read_lines(path, "list", "a file with one path a line")
         found += [line.strip() for line in lines if line.strip()]
     return found
 
