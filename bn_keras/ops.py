@@ -478,15 +478,18 @@ class _Unfused:
         return x if self._mask is None else tf.where(self._mask, x, 0.0)
 
     def _sum(self, x: tf.Tensor) -> tf.Tensor:
-        if len(self._shape) == 1 and self._shape != [1] and not _is_compiled_by_xla():
-            # The same sum without a constant for the axes. For one channel it is less accurate.
+        is_plain = len(self._shape) == 1 and self._shape != [1]
+        if is_plain and not _is_compiled_by_xla() and not _is_on_accelerator():
+            # The same sum without a constant for the axes. For one channel it is less accurate, and
+            # on GPUs it adds in no fixed order.
             return tf.raw_ops.BiasAddGrad(out_backprop=x)
         return tf.reduce_sum(x, self._reduced, keepdims=self._keepdims)
 
     def _sum_exactly(self, x: tf.Tensor) -> tf.Tensor:
-        """Sums in float64: TensorFlow adds float32 values one by one, which loses large means.
+        """Sums without losing large means, in float64.
 
-        Except along the last axes, where it adds sums of pairs: these come first, in float32.
+        TensorFlow adds float32 values one by one. Only along the last axes it adds sums of pairs,
+        so that float32 is accurate enough there.
         """
         inner = list(self._reduced)
         while inner and inner != list(range(inner[0], x.shape.rank)):
