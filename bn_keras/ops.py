@@ -426,7 +426,7 @@ class _Unfused:
     def _compute_moments(self, x: tf.Tensor) -> tuple[Count, tf.Tensor, tf.Tensor, tf.Tensor]:
         """Returns count, mean, variance, and the deviations from the mean."""
         count = self._count_values(x)
-        if _is_compiled_by_xla():
+        if self._is_compiled_by_xla:
             # XLA adds values one by one in float32, so a large mean would lose the deviations.
             # Subtracting one value of the batch first leaves a small mean.
             shift = self._some_value(x)
@@ -478,12 +478,20 @@ class _Unfused:
         return x if self._mask is None else tf.where(self._mask, x, 0.0)
 
     def _sum(self, x: tf.Tensor) -> tf.Tensor:
-        is_plain = len(self._shape) == 1 and self._shape != [1]
-        if is_plain and not _is_compiled_by_xla() and not _is_on_accelerator():
-            # The same sum without a constant for the axes. For one channel it is less accurate, and
-            # on GPUs it adds in no fixed order.
+        if self._sums_like_bias_gradient:
+            # The same sum without a constant for the axes.
             return tf.raw_ops.BiasAddGrad(out_backprop=x)
         return tf.reduce_sum(x, self._reduced, keepdims=self._keepdims)
+
+    @functools.cached_property
+    def _sums_like_bias_gradient(self) -> bool:
+        # For one channel that sum is less accurate, and on GPUs it adds in no fixed order.
+        is_last = len(self._shape) == 1 and self._shape != [1]
+        return is_last and not self._is_compiled_by_xla and not _is_on_accelerator()
+
+    @functools.cached_property
+    def _is_compiled_by_xla(self) -> bool:
+        return _is_compiled_by_xla()
 
     def _sum_exactly(self, x: tf.Tensor) -> tf.Tensor:
         """Sums without losing large means, in float64.
