@@ -202,8 +202,10 @@ class Checkpoints:
         The values themselves are not read: their checksums are compared when they are restored.
         """
         reader = tf.compat.v1.train.NewCheckpointReader(path)
+        # Each call converts all dtypes: 0.2 s of CPU time for every 500 variables.
+        dtypes = reader.get_variable_to_dtype_map()
         saved = {
-            name: (tuple(shape), reader.get_variable_to_dtype_map()[name].name)
+            name: (tuple(shape), dtypes[name].name)
             for name, shape in reader.get_variable_to_shape_map().items()
             if name != _OBJECT_GRAPH
         }
