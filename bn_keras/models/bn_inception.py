@@ -227,6 +227,7 @@ def BNInception(
     momentum: float = 0.9997,
     epsilon: float | None = None,
     synchronized: bool = False,
+    virtual_batch_size: int | None = None,
     name: str | None = None,
 ) -> keras.Model:
     """Builds the network of Figure 5 in one of the variants of sections 4.2.2 and 4.2.3.
@@ -281,6 +282,8 @@ def BNInception(
       momentum: fraction of BN's moving statistics kept at each step; the default is TF-Slim's.
       epsilon: added to BN's variance under the root. None uses the preset's value.
       synchronized: whether BN computes its batch statistics over all replicas.
+      virtual_batch_size: number of examples per ghost batch, each normalized by its own statistics.
+        None means the whole batch.
       name: model name. None uses the variant's name.
 
     Returns:
@@ -328,6 +331,7 @@ def BNInception(
         keras.initializers.get(kernel_initializer),
         momentum,
         synchronized,
+        virtual_batch_size,
     )
     images = keras.Input(tuple(input_shape), name="images")
     x = _build_stem(build, images, stem_settings)
@@ -381,6 +385,7 @@ class _LayerBuilder:
     initializer: keras.initializers.Initializer
     momentum: float
     synchronized: bool
+    virtual_batch_size: int | None
     bn_axis: int | list[int] = -1
 
     def conv(
@@ -454,6 +459,7 @@ class _LayerBuilder:
             epsilon=self.preset.epsilon,
             scale=self.preset.gamma,
             synchronized=self.synchronized,
+            virtual_batch_size=self.virtual_batch_size,
             name=name,
         )
 

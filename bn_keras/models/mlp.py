@@ -20,6 +20,7 @@ def SigmoidMLP(
     momentum: float = 0.99,
     epsilon: float = 1e-3,
     synchronized: bool = False,
+    virtual_batch_size: int | None = None,
     name: str | None = None,
 ) -> keras.Model:
     """Builds fully connected sigmoid layers and a linear classifier, with or without BN.
@@ -37,6 +38,8 @@ def SigmoidMLP(
       momentum: fraction of BN's moving statistics kept at each step.
       epsilon: added to BN's variance under the root.
       synchronized: whether BN computes its batch statistics over all replicas.
+      virtual_batch_size: number of examples per ghost batch, each normalized by its own statistics.
+        None means the whole batch.
       name: model name. None uses "mlp_" followed by the variant.
 
     Returns:
@@ -65,7 +68,11 @@ def SigmoidMLP(
         )(x)
         if variant == "bn":
             x = BatchNormalization(
-                momentum=momentum, epsilon=epsilon, synchronized=synchronized, name=f"bn_{i}"
+                momentum=momentum,
+                epsilon=epsilon,
+                synchronized=synchronized,
+                virtual_batch_size=virtual_batch_size,
+                name=f"bn_{i}",
             )(x)
         x = keras.layers.Activation("sigmoid", name=f"sigmoid_{i}")(x)
     logits = keras.layers.Dense(

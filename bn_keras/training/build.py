@@ -70,7 +70,10 @@ def build_model(
             f" {', '.join(_PRECISIONS)}"
         )
     batch_norm = dict(
-        momentum=config.batch_norm.momentum, synchronized=config.batch_norm.synchronized
+        momentum=config.batch_norm.momentum,
+        synchronized=config.batch_norm.synchronized,
+        # Runs of versions without the setting can still be evaluated.
+        virtual_batch_size=config.batch_norm.get("virtual_batch_size", 0) or None,
     )
     if config.batch_norm.epsilon:
         batch_norm["epsilon"] = config.batch_norm.epsilon

@@ -105,6 +105,9 @@ def default_config() -> ConfigDict:
     config.batch_norm.epsilon = 0.0
     # Compute batch statistics over all replicas instead of per replica.
     config.batch_norm.synchronized = False
+    # Examples per ghost batch, each normalized by its own statistics; a divisor of each replica's
+    # batch size. 0 normalizes a replica's whole batch.
+    config.batch_norm.virtual_batch_size = 0
 
     config.train = ConfigDict()
     config.train.steps = 31_000_000
@@ -224,6 +227,7 @@ _POSITIVE = (
     "model.initializer_stddev",
 )
 _NOT_NEGATIVE = (
+    "batch_norm.virtual_batch_size",
     "train.l2",
     "train.epochs",
     "train.patience",
