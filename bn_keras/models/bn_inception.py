@@ -209,6 +209,7 @@ def BNInception(
     width: float = 1.0,
     stem: str = "imagenet",
     *,
+    modules: Sequence[str] | None = None,
     preset: str = "paper",
     pool_projection: int | None = None,
     separable_stem: bool | None = None,
@@ -252,6 +253,8 @@ def BNInception(
         least 1.
       stem: "imagenet", as in the paper; "cifar", a 3x3 convolution of stride 2 instead of the 7x7
         convolution, without pools; "digits", the same with stride 1.
+      modules: names of the modules to build, in the order of Figure 5, such as ("3a", "3c", "5b"): a
+        smaller network for quick trials. None builds all ten.
       preset: "paper"; "slim", TF-Slim's inception_v2, whose BN has no gamma and whose separable
         convolution has a bias instead of BN; "caffe", the PyTorch ports (pytorchcv, Cadene) of the
         Caffe model, with biases before BN, a plain stem, epsilon 1e-5 and Caffe's padding.
@@ -323,6 +326,7 @@ def BNInception(
     _check_numbers(classes, width, variant_settings, preset_settings)
     _check_input_shape(input_shape, stem)
     _check_top(include_top, pooling, classifier_activation, auxiliary)
+    rows = _select_modules(modules, auxiliary, variant_settings.per_activation_bn)
 
     build = _LayerBuilder(
         variant_settings,
@@ -336,7 +340,7 @@ def BNInception(
     images = keras.Input(tuple(input_shape), name="images")
     x = _build_stem(build, images, stem_settings)
     auxiliary_logits = []
-    for row in FIGURE_5:
+    for row in rows:
         x = _build_module(build, x, row)
         # The paper does not describe the auxiliary classifier. As in Inception-v3, it follows the
         # last map before a module of stride 2.
@@ -552,6 +556,26 @@ def _check_numbers(classes: int, width: float, variant: Variant, preset: Preset)
             raise UsageError(f"{name}={factor} is invalid: expected a positive number")
     if not 0 <= variant.dropout < 1:
         raise UsageError(f"dropout={variant.dropout} is invalid: expected a number in [0, 1)")
+
+
+def _select_modules(
+    modules: Sequence[str] | None, auxiliary: bool, per_activation_bn: bool
+) -> list[Row]:
+    """Returns the rows of Figure 5 to build."""
+    if modules is None:
+        return list(FIGURE_5)
+    rows = [row for row in FIGURE_5 if row.name in modules]
+    names = [row.name for row in rows]
+    if not names or names != list(modules):
+        raise UsageError(
+            f"modules={modules!r} is invalid: expected names in this order, each once:"
+            f" {', '.join(row.name for row in FIGURE_5)}"
+        )
+    for name, needed in (("4d", auxiliary), ("5b", per_activation_bn)):
+        if needed and name not in names:
+            what = "auxiliary=True" if name == "4d" else "per_activation_bn=True"
+            raise UsageError(f"{what} needs module {name}, which modules={modules!r} leaves out")
+    return rows
 
 
 def _check_input_shape(input_shape: Sequence[int | None], stem: str) -> None:

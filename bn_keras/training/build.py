@@ -165,6 +165,8 @@ def _build_inception(model: ConfigDict, training: bool, **options: Any) -> keras
         pool_projection=model.pool_projection or None,
         width=model.width,
         stem=model.stem,
+        # Runs of versions without the setting can still be evaluated.
+        modules=model.get("modules", ()) or None,
         initializer_scale=model.initializer_scale,
         dropout=model.dropout,
         local_response_normalization=model.local_response_normalization,

@@ -73,6 +73,8 @@ def default_config() -> ConfigDict:
     # "imagenet": 7x7 separable with stride 2, pool, 3x3, pool. "cifar": 3x3 with stride 2, no
     # pools. "digits": 3x3 with stride 1, no pools.
     config.model.stem = "imagenet"
+    # Modules of Figure 5 that are built, such as ("3a", "3c", "5b"); () builds all ten.
+    config.model.modules = ()
     # Keras initializer of all kernels, or "normal" with initializer_stddev.
     config.model.initializer = "he_normal"
     config.model.initializer_stddev = 0.01
