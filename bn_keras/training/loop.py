@@ -19,7 +19,6 @@ from bn_keras.data.pipeline import Data
 from bn_keras.distribute import (
     from_all_workers,
     is_chief,
-    make_strategy,
     reporting_lost_workers,
 )
 from bn_keras.errors import TrainingDivergedError, TrainingStoppedError, UsageError
@@ -33,6 +32,7 @@ from bn_keras.training import divergence
 from bn_keras.training.build import build_data, build_schedule, build_trainer
 from bn_keras.training.config import check_config
 from bn_keras.training.fine_tuning import Initialization
+from bn_keras.training.graphs import Graphs
 from bn_keras.training.length import early_stop, finished_because, with_steps
 from bn_keras.training.networks import replaced
 from bn_keras.training.pitfalls import find_pitfalls
@@ -77,7 +77,11 @@ class TrainingResult(dict[str, float | str | None]):
 
 
 def train_and_evaluate(
-    config: ConfigDict, workdir: str | os.PathLike, label: str = "", profile_steps: int = 0
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    label: str = "",
+    profile_steps: int = 0,
+    graphs: Graphs | None = None,
 ) -> TrainingResult:
     """Trains to the last step of the config, from the last checkpoint if there is one.
 
@@ -101,6 +105,8 @@ def train_and_evaluate(
         best network and the finished one.
       label: name of the run in the log and the progress bar; the folder's name by default.
       profile_steps: number of steps to profile for TensorBoard: the last ones of the first loop.
+      graphs: graphs of an earlier run in this process, used if the configs differ in the seed
+        alone, and replaced by those of this run.
 
     Returns:
       The last line of metrics.jsonl, "step", "examples", "validation/accuracy" and others, with
@@ -121,7 +127,8 @@ def train_and_evaluate(
     run.check(config)
     if finished_because(run, config):
         return TrainingResult(run.read_metrics()[-1], run.path)
-    strategy = make_strategy(**config.distribution)
+    graphs = graphs or Graphs()
+    strategy = graphs.make_strategy(config)
     run.writes = is_chief(strategy)
     data = build_data(config)
     config = with_steps(config, data.num_train_examples)
@@ -134,9 +141,12 @@ def train_and_evaluate(
         while True:
             try:
                 with reporting_lost_workers(strategy):
-                    last = _train(config, run, strategy, data, stop_request, label, profile_steps)
+                    last = _train(
+                        config, run, strategy, data, stop_request, label, profile_steps, graphs
+                    )
                     return TrainingResult(last, run.path)
             except TrainingDivergedError as error:
+                graphs.clear()
                 _check_retry(run, error, config.train.retries, config.train.retry_factor, label)
             # Frees the diverged network, whose parts refer to each other, before the next is built.
             gc.collect()
@@ -177,6 +187,7 @@ def _train(
     stop_request: StopRequest,
     label: str,
     profile_steps: int,
+    graphs: Graphs,
 ) -> Metrics:
     """Builds a run, or restores it from its last checkpoint, and trains it to its end."""
     check_same_command(strategy, config, profile_steps)
@@ -184,7 +195,7 @@ def _train(
     is_rollback = run.has_diverged() and retries < config.train.retries
     retries += is_rollback
     rate_factor = config.train.retry_factor**retries
-    training = _build(config, run, strategy, data, stop_request, rate_factor, profile_steps)
+    training = _build(config, run, strategy, data, stop_request, rate_factor, profile_steps, graphs)
     check_same_state(strategy, run, training.step, retries, training.validation.best_accuracy)
 
     changes = run.changes(config)
@@ -226,6 +237,7 @@ def _train(
         last = training.train()
     # No worker reads the workdir before the chief has closed its files.
     from_all_workers(strategy, training.step)
+    graphs.keep(config, rate_factor, training.trainer, training.validation.evaluator)
     return last
 
 
@@ -279,6 +291,7 @@ def _build(
     stop_request: StopRequest,
     rate_factor: float,
     profile_steps: int,
+    graphs: Graphs,
 ) -> "_Training":
     """Builds everything that the config describes and restores the last checkpoint.
 
@@ -286,6 +299,7 @@ def _build(
     """
     shape, classes, examples = data.input_shape, data.num_classes, data.num_train_examples
     trainer = build_trainer(config, strategy, shape, classes, examples, rate_factor)
+    trainer = graphs.reuse(config, rate_factor, trainer)
     checkpoints = Checkpoints(
         run.checkpoints, trainer.parts, config.checkpoint.keep, run.writes, run.verify_owner
     )
@@ -302,6 +316,7 @@ def _build(
         population=config.population.when,
         population_batches=config.population.num_batches,
         per_class=config.evaluation.per_class,
+        evaluator=graphs.evaluator,
     )
     recorder = open_recorder(
         trainer,

@@ -35,8 +35,10 @@ class Validation:
         "evaluations".
       population_batches: training batches that population statistics are computed from.
       per_class: whether the last evaluation writes a report on the classes.
+      evaluator: evaluator of the trainer's network, already traced; None makes a new one.
 
     Attributes:
+      evaluator: as passed, or the new one.
       accuracy, best_accuracy: accuracy of the last evaluation, and the highest so far; 0 without an
         evaluation.
       evaluations_since_best: evaluations after the first one with the highest accuracy.
@@ -57,12 +59,15 @@ class Validation:
         population: str = "never",
         population_batches: int = 100,
         per_class: bool = False,
+        evaluator: Evaluator | None = None,
     ) -> None:
         self._trainer = trainer
         self._model = model = trainer.inference_model
         self._population = population
         self._population_batches = population_batches
-        self._evaluate = Evaluator([model], data, trainer.strategy, global_batch_size)
+        self.evaluator = evaluator or Evaluator(
+            [model], data, trainer.strategy, global_batch_size
+        )
         self._data = data
         self._run = run
         self._per_class = per_class
@@ -94,7 +99,7 @@ class Validation:
         by_population = self._population == "evaluations" or (self._population == "end" and is_last)
         by_ema = bool(self._trainer.averages) and (by_population or self._population == "never")
         with self._evaluation_state(by_population, by_ema):
-            [found] = self._evaluate()
+            [found] = self.evaluator()
             self.accuracy = found["accuracy"]
             self.evaluations_since_best += 1
             if self.accuracy > self.best_accuracy:
@@ -115,7 +120,7 @@ class Validation:
         """Writes the report on the classes into the run's folder, and logs what limits it."""
         if not self._run.writes:
             return
-        report = ClassReport(self._data.class_names, self._evaluate.predictions[0])
+        report = ClassReport(self._data.class_names, self.evaluator.predictions[0])
         self._run.verify_owner()
         write_class_report(self._run.classes, report, self._data)
         for line in report.find_pitfalls():
