@@ -1,7 +1,7 @@
 """Predicts the most probable classes of images.
 
-Accepts JPEG, PNG, BMP and GIF files, folders, which are searched recursively, and with --list files
-with one path a line. An unreadable image is reported on one line, or is a row with the reason in
+Accepts JPEG, PNG, BMP, GIF and WebP files, folders, which are searched recursively, and with --list
+files with one path a line. An unreadable image is reported on one line, or is a row with the reason in
 --output; the remaining images are still processed, and the exit status is 2. Classes are named as
 in the data set: TFDS's imagenet2012 uses WordNet ids, such as n01440764 for the tench.
 

@@ -151,9 +151,9 @@ def remove(path):
         (
             lambda r: (r / "train" / "new").mkdir(),
             {},
-            "only the first has 'new'; only .* has none",
+            "'train' and 'validation' in .* differ: only 'train' has 'new'$",
         ),
-        (lambda r: remove(r / "validation" / "cat"), {}, "differ: only the first has 'cat'"),
+        (lambda r: remove(r / "validation" / "cat"), {}, "differ: only 'train' has 'cat'$"),
         (
             lambda r: [(r / split / "none").mkdir() for split in ("train", "validation")],
             {},

@@ -4,6 +4,7 @@ import math
 
 import tensorflow as tf
 
+from bn_keras.data.balance import BalancedOrder
 from bn_keras.data.batching import PREFETCH, Rows, without_autotuning
 from bn_keras.data.multi_crop import CropPreprocessing
 from bn_keras.data.random_numbers import RandomNumbers
@@ -19,14 +20,14 @@ MAX_CHUNK_STEPS = 16
 class ArrayBatches:
     """Batches of a split in memory; preprocesses several batches at once.
 
-    The split counts as one shard. In training, shuffle "examples" permutes the examples anew in
-    each epoch; "shards" keeps the stored order in every epoch.
+    The split counts as one shard. In training, order "examples" permutes the examples anew in each
+    epoch; "shards" keeps the stored order in every epoch; "balanced" is `BalancedOrder`.
 
     Args:
       arrays: the split.
       preprocessing: preprocessing of its images.
       random: random numbers for training; None for evaluation, in stored order.
-      shuffle: "examples" or "shards"; ignored in evaluation.
+      order: "examples", "shards" or "balanced"; ignored in evaluation.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class ArrayBatches:
         arrays: Arrays,
         preprocessing: Preprocessing | CropPreprocessing,
         random: RandomNumbers | None,
-        shuffle: str,
+        order: str,
     ) -> None:
         with tf.device("CPU:0"):
             self._images = tf.constant(arrays.images)
@@ -43,7 +44,11 @@ class ArrayBatches:
         self._num_examples = arrays.num_examples
         self._preprocessing = preprocessing
         self._random = random
-        self._is_permuted = shuffle == "examples"
+        self._is_permuted = order == "examples"
+        self._balanced: BalancedOrder | None = None
+        if random is not None and order == "balanced":
+            with tf.device("CPU:0"):
+                self._balanced = BalancedOrder(self._labels)
 
     def dataset(self, rows: Rows, start_step: int) -> tf.data.Dataset:
         """Returns endless batches, one per replica and step, ordered by step, then by replica."""
@@ -71,7 +76,9 @@ class ArrayBatches:
         else:
             positions = tf.reshape(step * rows.global_batch_size + row, [-1])
             epochs, examples = positions // self._num_examples, positions % self._num_examples
-            if self._is_permuted:
+            if self._balanced:
+                examples = self._balanced.find_examples(positions, self._random)
+            elif self._is_permuted:
                 examples = self._random.permute_examples(examples, self._num_examples, epochs)
             weights = []
             # Drawn for the global batch, whatever rows this pipeline keeps.

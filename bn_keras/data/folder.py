@@ -60,12 +60,17 @@ def open_folder(root: str, train_split: str, validation_split: str) -> Source:
     with storage.reading(root):
         train, validation = (_list_images(root, s) for s in (train_split, validation_split))
     if train.keys() != validation.keys():
-        only_train, only_validation = (
-            _quote(sorted(a.keys() - b)) for a, b in ((train, validation), (validation, train))
-        )
+        extra = [
+            f"only {split!r} has {_quote(sorted(own.keys() - others.keys()))}"
+            for split, own, others in (
+                (train_split, train, validation),
+                (validation_split, validation, train),
+            )
+            if own.keys() - others.keys()
+        ]
         raise UsageError(
-            f"the classes of {train_split!r} and {validation_split!r} in {root} differ: only"
-            f" the first has {only_train}; only the second has {only_validation}"
+            f"the classes of {train_split!r} and {validation_split!r} in {root} differ:"
+            f" {'; '.join(extra)}"
         )
     empty = [name for name, images in train.items() if not images]
     if empty:
@@ -271,4 +276,4 @@ def _select_part(images: list[Image], begin: str | None, end: str | None) -> lis
 
 
 def _quote(names: Sequence[str]) -> str:
-    return first_of([repr(name) for name in names], limit=5) or "none"
+    return first_of([repr(name) for name in names], limit=5)

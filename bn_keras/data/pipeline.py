@@ -7,21 +7,24 @@ number of replicas.
 """
 
 import contextlib
+import functools
 import math
 import re
 from collections.abc import Collection, Iterator
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from bn_keras.data.array_batches import ArrayBatches
 from bn_keras.data.augment import Mixing
+from bn_keras.data.balance import BALANCES, class_weights
 from bn_keras.data.batching import PREFETCH, Rows
 from bn_keras.data.multi_crop import CropPreprocessing
 from bn_keras.data.random_numbers import RandomNumbers
 from bn_keras.data.shard_batches import ShardBatches
 from bn_keras.data.sources import open_source
-from bn_keras.data.splits import TOO_FEW_RECORDS, Arrays, Files, Source, Split
+from bn_keras.data.splits import TOO_FEW_RECORDS, Arrays, Files, Shards, Source, Split
 from bn_keras.data.transforms import CROP_MODES, Preprocessing
 from bn_keras.data.unreadable import UnreadableExamples
 from bn_keras.errors import BucketUnavailableError, UsageError
@@ -38,6 +41,7 @@ class Data:
       shuffle: "examples" or "shards"; see bn_keras/training/config.py.
       max_bad_examples: unreadable examples accepted per split and process.
       mixing: MixUp and CutMix for training; None for neither.
+      balance: "none", "weights" or "sampling"; see bn_keras/training/config.py.
 
     Attributes:
       class_names: names of the classes, in the order of the labels.
@@ -45,7 +49,7 @@ class Data:
       num_classes: number of classes.
       input_shape: (H, W, C) of the network's input.
       num_train_examples, num_validation_examples: sizes of the splits.
-      preprocessing, mixing: see Args.
+      preprocessing, mixing, balance: see Args.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class Data:
         shuffle: str,
         max_bad_examples: int = 0,
         mixing: Mixing | None = None,
+        balance: str = "none",
     ) -> None:
         self.class_names = source.class_names
         self.fingerprint = source.fingerprint
@@ -65,6 +70,7 @@ class Data:
         self.input_shape = (*preprocessing.size, source.train.image_shape[-1])
         self.preprocessing = preprocessing
         self.mixing = mixing
+        self.balance = balance
         self._source = source
         self._shuffle = shuffle
         self._seed = seed
@@ -72,6 +78,33 @@ class Data:
         self._unreadable_validation = UnreadableExamples(max_bad_examples)
         self._reads_all = True
         self._train = self._open_train(preprocessing)
+
+    @functools.cached_property
+    def class_counts(self) -> np.ndarray | None:
+        """Number of training examples of each class, int64 [classes].
+
+        The labels of a set that is read from TFRecord files are known only after reading all of
+        them: they are read if the loss needs the counts for its weights, and are None otherwise.
+        """
+        split = self._source.train
+        if isinstance(split, Shards):
+            if self.balance != "weights":
+                return None
+            logging.info("counting the classes of %s records", f"{split.num_examples:,}")
+        with self.reporting_errors():
+            return split.count_classes(self.num_classes)
+
+    @property
+    def class_weights(self) -> np.ndarray | None:
+        """Weight of each class in the loss, float64 [classes]; None without balance "weights"."""
+        if self.balance != "weights" or self.class_counts is None:
+            return None
+        return class_weights(self.class_counts)
+
+    @property
+    def num_balanced_groups(self) -> int:
+        """Number of groups per epoch within which balanced sampling draws; 1 is the whole set."""
+        return self._train.num_groups if isinstance(self._train, ShardBatches) else 1
 
     def train_batches(
         self,
@@ -236,11 +269,13 @@ class Data:
         random: RandomNumbers | None,
         unreadable: UnreadableExamples,
     ) -> ArrayBatches | ShardBatches:
+        order = "balanced" if self.balance == "sampling" else self._shuffle
         if isinstance(split, Arrays):
-            return ArrayBatches(split, preprocessing, random, self._shuffle)
-        # All files form one shard: permuting shards would leave them in stored order.
-        shuffle = "examples" if isinstance(split, Files) else self._shuffle
-        return ShardBatches(split, preprocessing, random, shuffle, unreadable)
+            return ArrayBatches(split, preprocessing, random, order)
+        if isinstance(split, Files) and order == "shards":
+            # All files form one shard: permuting shards would leave them in stored order.
+            order = "examples"
+        return ShardBatches(split, preprocessing, random, order, unreadable)
 
     def _mix(
         self, dataset: tf.data.Dataset, mixing: Mixing, rows: Rows, start_step: int
@@ -277,6 +312,7 @@ def open_data(
     binary: bool,
     shuffle: str,
     max_bad_examples: int,
+    balance: str,
     seed: int,
     source: Source | None = None,
 ) -> Data:
@@ -284,8 +320,8 @@ def open_data(
 
     Args:
       name, data_dir, train_split, validation_split, image_size, crop, mirror, distortion,
-        random_augment, mixup, cutmix, binary, shuffle, max_bad_examples: the section `data` of the
-        config; see bn_keras/training/config.py.
+        random_augment, mixup, cutmix, binary, shuffle, max_bad_examples, balance: the section
+        `data` of the config; see bn_keras/training/config.py.
       seed: seed of the order and the augmentation of the training examples.
       source: replaces the source called `name`.
 
@@ -295,6 +331,7 @@ def open_data(
     """
     _check_choice("data.crop", crop, CROP_MODES)
     _check_choice("data.shuffle", shuffle, ("examples", "shards"))
+    _check_choice("data.balance", balance, BALANCES)
     if image_size < 0:
         raise UsageError(f"data.image_size={image_size} is invalid: expected a side in pixels or 0")
     _check_range("data.distortion", distortion, 0, 1)
@@ -303,6 +340,11 @@ def open_data(
     _check_range("data.cutmix", cutmix, 0)
     _check_range("data.max_bad_examples", max_bad_examples, 0)
     source = source or open_source(name, data_dir, train_split, validation_split, image_size)
+    if balance == "sampling" and shuffle == "shards" and not isinstance(source.train, Files):
+        raise UsageError(
+            "data.balance='sampling' draws examples in random order, but data.shuffle='shards'"
+            " keeps their stored order: set data.shuffle='examples', or data.balance='weights'"
+        )
     height, width, _ = source.train.image_shape
     if image_size:
         height = width = image_size
@@ -320,7 +362,7 @@ def open_data(
         random_augment=random_augment,
     )
     mixing = Mixing(mixup, cutmix, len(source.class_names)) if mixup or cutmix else None
-    return Data(source, preprocessing, seed, shuffle, max_bad_examples, mixing)
+    return Data(source, preprocessing, seed, shuffle, max_bad_examples, mixing, balance)
 
 
 def check_divides(strategy: tf.distribute.Strategy, global_batch_size: int) -> None:

@@ -11,6 +11,8 @@ from bn_keras.data.transforms import NUM_UNIFORMS
 # Streams of permutations and of uniform numbers. Each use has its own, so that switching one on
 # does not change the others.
 _EXAMPLES, _SHARDS = 0, 1
+# Beyond the range of twice a seed, which the streams are added to.
+_CLASSES, _MEMBERS = 2**33, 2**33 + 1
 _DISTORTIONS, _RAND_AUGMENT, _MIXING = 0, 1, 2
 
 
@@ -37,6 +39,18 @@ class RandomNumbers:
     ) -> tf.Tensor:
         """Permutes shards; see `_permute`."""
         return _permute(indices, count, self.seed, _SHARDS, counter)
+
+    def permute_classes(
+        self, indices: tf.Tensor, count: int | tf.Tensor, counter: tf.Tensor
+    ) -> tf.Tensor:
+        """Permutes draws of classes; see `_permute`."""
+        return _permute(indices, count, self.seed, _CLASSES, counter)
+
+    def permute_members(
+        self, indices: tf.Tensor, count: int | tf.Tensor, counter: tf.Tensor
+    ) -> tf.Tensor:
+        """Permutes the examples of classes; see `_permute`."""
+        return _permute(indices, count, self.seed, _MEMBERS, counter)
 
     def draw_for_images(self, counter: tf.Tensor, shape: Sequence[int | tf.Tensor]) -> tf.Tensor:
         """Draws uniform numbers in [0, 1) for preprocessing, a row for each image.
@@ -78,7 +92,7 @@ def _permute(
 
     Args:
       indices: int64 [n] in [0, count).
-      count: number of items.
+      count: number of items: a scalar or int64 [n], one for each index.
       seed, stream, counter: determine the permutation. The counter, such as the epoch, is int64: a
         scalar or [n], one for each index.
 
@@ -89,8 +103,10 @@ def _permute(
     words = tf.broadcast_to(_scramble(key), tf.shape(indices))[:, None] + tf.constant(
         [1, 2, 3], tf.uint64
     )
+    # A scalar would be an error for no indices: a pipeline may have no row in a small group.
+    last = tf.broadcast_to(tf.cast(count, tf.int64) - 1, tf.shape(indices))
     return tf.raw_ops.RandomIndexShuffle(
-        index=indices, seed=_scramble(words), max_index=tf.cast(count, tf.int64) - 1, rounds=8
+        index=indices, seed=_scramble(words), max_index=last, rounds=8
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
+from bn_keras.data.balance import BalancedOrder
 from bn_keras.data.batching import PREFETCH, Rows, without_autotuning
 from bn_keras.data.multi_crop import CropPreprocessing
 from bn_keras.data.random_numbers import RandomNumbers
@@ -22,11 +23,11 @@ GROUP_BYTES = 2**29
 class ShardBatches:
     """Batches of a split that is read from its files.
 
-    Order: in training the shards are permuted anew in each epoch and cut into groups. With shuffle
-    "examples" a whole group is read into memory and its records are permuted; with "shards" each
-    shard is a group in stored order. The position of an example depends only on (seed, epoch), and
-    starting anywhere reads only one group. Every input pipeline reads all records but decodes only
-    its own rows.
+    Order: in training the shards are permuted anew in each epoch and cut into groups. With order
+    "examples" a whole group is read into memory and its records are permuted; with "balanced" they
+    are drawn by `BalancedOrder`; with "shards" each shard is a group in stored order. The position
+    of an example depends only on (seed, epoch), and starting anywhere reads only one group. Every
+    input pipeline reads all records but decodes only its own rows.
 
     Unreadable examples: in training, each is replaced by the next readable example of the group,
     with the same random numbers; in evaluation, by a blank image of weight 0.
@@ -35,8 +36,11 @@ class ShardBatches:
       shards: the split.
       preprocessing: preprocessing of its images.
       random: random numbers for training; None for evaluation, in stored order.
-      shuffle: "examples" or "shards"; ignored in evaluation.
+      order: "examples", "balanced" or "shards"; ignored in evaluation.
       unreadable: where unreadable examples are recorded.
+
+    Attributes:
+      num_groups: number of groups per epoch.
     """
 
     def __init__(
@@ -44,18 +48,20 @@ class ShardBatches:
         shards: Shards | Files,
         preprocessing: Preprocessing | CropPreprocessing,
         random: RandomNumbers | None,
-        shuffle: str,
+        order: str,
         unreadable: UnreadableExamples,
     ) -> None:
         self._shards = shards
         self._preprocessing = preprocessing
         self._random = random
         self._unreadable = unreadable
-        self._permutes_examples = random is not None and shuffle == "examples"
+        self._permutes_examples = random is not None and order == "examples"
+        self._balances = random is not None and order == "balanced"
         num_shards = len(shards.lengths)
         fitting = GROUP_BYTES * num_shards // (shards.num_examples * shards.example_bytes)
-        self._shards_per_group = max(1, min(fitting, num_shards)) if self._permutes_examples else 1
-        self._num_groups = math.ceil(num_shards / self._shards_per_group)
+        draws_from_groups = self._permutes_examples or self._balances
+        self._shards_per_group = max(1, min(fitting, num_shards)) if draws_from_groups else 1
+        self.num_groups = math.ceil(num_shards / self._shards_per_group)
 
     def dataset(self, rows: Rows, start_step: int) -> tf.data.Dataset:
         """Returns endless batches, one per replica and step, ordered by step, then by replica."""
@@ -74,7 +80,7 @@ class ShardBatches:
             return tf.data.Dataset.from_tensor_slices(each).map(lambda *one: (records, *one))
 
         epoch, position = divmod(start, num_examples + padding)
-        first = epoch * self._num_groups + self._find_group(epoch, position)
+        first = epoch * self.num_groups + self._find_group(epoch, position)
         groups = tf.data.Dataset.counter(first).map(read_group).prefetch(1)
         examples = groups.flat_map(split_group)
         batch_size = rows.per_replica_batch_size
@@ -105,12 +111,12 @@ class ShardBatches:
           index of its record, int64 [n]; its group and its position in the group, int64 [n, 2]; and
           in training a row of random numbers, in evaluation its weight, float32 [n].
         """
-        epoch, number = group // self._num_groups, group % self._num_groups
+        epoch, number = group // self.num_groups, group % self.num_groups
         shards, begin = self._shards_of(group)
         count = tf.reduce_sum(tf.gather(_int64(self._shards.lengths), shards))
         records = self._shards.read(shards)
 
-        is_last = tf.cast(tf.equal(number, self._num_groups - 1), tf.int64)
+        is_last = tf.cast(tf.equal(number, self.num_groups - 1), tf.int64)
         index = tf.range(count + is_last * padding)
         position = epoch * (self._shards.num_examples + padding) + begin + index
         row = position % rows.global_batch_size
@@ -124,25 +130,33 @@ class ShardBatches:
             drawn = self._random.draw_for_images(group, [count])
             extra = tf.gather(drawn, index)
         where = tf.stack([tf.broadcast_to(group, tf.shape(index)), index], axis=1)
-        return records, self._record_indices(group, index, count), where, extra
+        labels = self._shards.read_labels(records) if self._balances else None
+        return records, self._record_indices(group, index, count, labels), where, extra
 
-    def _record_indices(self, group: tf.Tensor, index: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
-        """Maps positions in a group to indices of its records."""
-        if self._random is None or not self._permutes_examples:
-            return index
-        return self._random.permute_examples(index, count, group)
+    def _record_indices(
+        self, group: tf.Tensor, index: tf.Tensor, count: tf.Tensor, labels: tf.Tensor | None
+    ) -> tf.Tensor:
+        """Maps positions in a group to indices of its records, which have the given labels."""
+        if self._random is not None and labels is not None:
+            # Of a single group, these are the positions counted over all epochs.
+            return BalancedOrder(labels).find_examples(group * count + index, self._random)
+        if self._random is not None and self._permutes_examples:
+            return self._random.permute_examples(index, count, group)
+        return index
 
     def _shards_of(self, group: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the shards of a group and the group's first position in the epoch."""
-        order, begins = self._shard_order(group // self._num_groups)
-        first = group % self._num_groups * self._shards_per_group
+        order, begins = self._shard_order(group // self.num_groups)
+        first = group % self.num_groups * self._shards_per_group
         return order[first:][: self._shards_per_group], begins[first]
 
     def _shard_order(self, epoch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the shards in the order of an epoch, and the first position of each."""
         num_shards = len(self._shards.lengths)
         order = tf.range(num_shards, dtype=tf.int64)
-        if self._random is not None:
+        # The passes of `BalancedOrder` through a class go on from one epoch to the next.
+        is_fixed = self._balances and self.num_groups == 1
+        if self._random is not None and not is_fixed:
             order = self._random.permute_shards(order, num_shards, epoch)
         return order, tf.cumsum(tf.gather(_int64(self._shards.lengths), order), exclusive=True)
 
@@ -224,10 +238,13 @@ class ShardBatches:
         """Returns the replacement of an unreadable example; runs eagerly, and rarely."""
         group, index = where
         shards, _ = self._shards_of(group)
+        labels = self._shards.read_labels(self._shards.read(shards)) if self._balances else None
         ends = np.cumsum(np.array(self._shards.lengths)[shards])
         for offset in range(ends[-1]):
             position = (index + offset) % ends[-1]
-            record_index = int(self._record_indices(group, position[None], _int64(ends[-1]))[0])
+            record_index = int(
+                self._record_indices(group, position[None], _int64(ends[-1]), labels)[0]
+            )
             number = int(np.searchsorted(ends, record_index, "right"))
             shard, end = int(shards[number]), ends[number]
             name, record = self._shards.read_one(

@@ -16,7 +16,7 @@ MAX_ASPECT = 100
 
 
 def read_image(path: str | os.PathLike, channels: int = 3) -> tuple[tf.Tensor, tf.Tensor]:
-    """Reads and decodes an image file: JPEG, PNG, BMP, or the first frame of a GIF.
+    """Reads and decodes an image file: JPEG, PNG, BMP, WebP, or the first frame of a GIF.
 
     Grey images and colour images are converted to the requested channels, CMYK to RGB, and 16 bits
     per channel to 8; transparency is dropped.
@@ -46,7 +46,7 @@ def read_image(path: str | os.PathLike, channels: int = 3) -> tuple[tf.Tensor, t
     except tf.errors.OpError:
         # TensorFlow's own message adds only the name of its kernel.
         raise UsageError(
-            f"image {path} cannot be decoded: expected a complete JPEG, PNG, BMP or GIF file"
+            f"image {path} cannot be decoded: expected a complete JPEG, PNG, BMP, GIF or WebP file"
         ) from None
     height, width, _ = image.shape
     if max(height, width) > MAX_ASPECT * min(height, width):

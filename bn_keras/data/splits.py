@@ -41,6 +41,12 @@ class Arrays:
         height, width, channels = self.images.shape[1:]
         return height, width, channels
 
+    def count_classes(self, num_classes: int) -> np.ndarray:
+        """Returns the number of examples of each class, int64 [num_classes]."""
+        repeats, rest = divmod(self.num_examples, len(self.labels))
+        counts = repeats * np.bincount(self.labels, minlength=num_classes)
+        return counts + np.bincount(self.labels[:rest], minlength=num_classes)
+
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
@@ -56,6 +62,8 @@ class Shards:
       image_shape: (H, W, C); H and W are None if they differ between images.
       parse: TensorFlow function from a record, a string tensor, to (encoded image, label); fails
         for a label that is not a class.
+      read_labels: TensorFlow function from records, string [n], to their labels, integers [n]; -1
+        for a label that is not a class.
     """
 
     paths: tuple[str, ...]
@@ -64,6 +72,7 @@ class Shards:
     example_bytes: int
     image_shape: tuple[int | None, int | None, int]
     parse: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+    read_labels: Callable[[tf.Tensor], tf.Tensor]
 
     @property
     def num_examples(self) -> int:
@@ -103,6 +112,17 @@ class Shards:
         # Without this order, gathering a missing record could fail first, with an unhelpful error.
         with tf.control_dependencies([check]):
             return tf.identity(records)
+
+    def count_classes(self, num_classes: int) -> np.ndarray:
+        """Reads all records, and returns the number of examples of each class."""
+        shards = tf.data.Dataset.range(len(self.lengths)).map(
+            lambda shard: self.read_labels(self.read(shard[tf.newaxis])),
+            num_parallel_calls=tf.data.AUTOTUNE,
+        )
+        counts = np.zeros(num_classes, np.int64)
+        for labels in shards.as_numpy_iterator():
+            counts += np.bincount(labels[labels >= 0], minlength=num_classes)
+        return counts
 
     def read_one(self, shard: int, index: int) -> tuple[str, bytes]:
         """Reads one record of a shard.
@@ -147,6 +167,14 @@ class Files:
         """Reads whole shards; see `Shards.read`."""
         del shards  # There is only shard 0.
         return tf.as_string(tf.range(self.num_examples))
+
+    def read_labels(self, records: tf.Tensor) -> tf.Tensor:
+        """Returns the labels of records; see `Shards`."""
+        return tf.gather(self._labels, tf.strings.to_number(records, tf.int32))
+
+    def count_classes(self, num_classes: int) -> np.ndarray:
+        """Returns the number of examples of each class, int64 [num_classes]."""
+        return np.bincount(self._labels.numpy(), minlength=num_classes)
 
     def read_one(self, shard: int, index: int) -> tuple[str, bytes]:
         """Reads one record; see `Shards.read_one`."""

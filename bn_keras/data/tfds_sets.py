@@ -197,6 +197,11 @@ def _list_shards(
         # On the CPU, gather fails for a label that is not a class.
         return example[image], tf.gather(classes, example[label])
 
+    def read_labels(records: tf.Tensor) -> tf.Tensor:
+        feature = tf.io.FixedLenFeature([], tf.int64)
+        labels = tf.io.parse_example(records, {label: feature})[label]
+        return tf.where((labels >= 0) & (labels < len(classes)), labels, -1)
+
     files = split.file_instructions
     num_records = sum(whole.num_examples for whole in builder.info.splits.values())
     return Shards(
@@ -206,6 +211,7 @@ def _list_shards(
         example_bytes=builder.info.dataset_size // num_records,
         image_shape=builder.info.features[image].shape,
         parse=parse,
+        read_labels=read_labels,
     )
 
 

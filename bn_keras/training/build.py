@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
@@ -18,7 +19,7 @@ from bn_keras.training.schedule import ExamplesSchedule
 from bn_keras.training.step import Trainer
 
 _PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
-_DATA_SETTINGS = inspect.signature(open_data).parameters.keys() - {"seed", "source"}
+_DATA_SETTINGS = inspect.signature(open_data).parameters.keys() - {"balance", "seed", "source"}
 
 
 def build_data(
@@ -37,6 +38,8 @@ def build_data(
     """
     # By attribute: the error of a SavedConfig then names the file and the missing key.
     settings = {name: getattr(config.data, name) for name in sorted(_DATA_SETTINGS)}
+    # Runs of versions without the setting can still be evaluated.
+    settings["balance"] = config.data.get("balance", "none")
     if validation_only:
         settings["train_split"] = settings["validation_split"]
     return open_data(**settings, seed=config.seed, source=source)
@@ -123,6 +126,7 @@ def build_trainer(
     num_classes: int,
     num_train_examples: int,
     rate_factor: float = 1.0,
+    class_weights: Sequence[float] | np.ndarray | None = None,
 ) -> Trainer:
     """Builds the trainer that a config describes, with initial weights drawn from its seed.
 
@@ -133,6 +137,7 @@ def build_trainer(
       num_classes: number of logits.
       num_train_examples: examples per epoch of the schedule.
       rate_factor: factor on the learning rate.
+      class_weights: weight of each class in the loss; None weighs all equally.
 
     Raises:
       UsageError: a value that the network or the schedule does not accept.
@@ -155,6 +160,7 @@ def build_trainer(
         ema=config.train.ema,
         loss_scaling=config.train.precision == "mixed_float16",
         head_factor=config.schedule.head_factor,
+        class_weights=class_weights,
     )
 
 

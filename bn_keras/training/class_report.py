@@ -93,21 +93,31 @@ class ClassReport:
     def find_pitfalls(self) -> list[str]:
         """Returns lines that name the classes with no or few images."""
         counts = self.confusion.sum(axis=1)
-        absent = [n for n, count in zip(self.class_names, counts, strict=True) if count == 0]
-        few = [
-            f"{n} ({count})"
-            for n, count in zip(self.class_names, counts, strict=True)
-            if 0 < count < _FEW_IMAGES
-        ]
-        lines = []
-        if absent:
-            lines.append(f"no validation image of: {first_of(absent, limit=10)}")
-        if few:
-            lines.append(
-                f"fewer than {_FEW_IMAGES} validation images, too few for an accuracy:"
-                f" {first_of(few, limit=10)}"
-            )
-        return lines
+        return name_rare_classes(self.class_names, counts, "validation", "to measure an accuracy")
+
+
+def name_rare_classes(
+    class_names: Sequence[str], counts: Sequence[int], split: str, purpose: str
+) -> list[str]:
+    """Returns lines that name the classes with no or few images.
+
+    Args:
+      class_names: name of each class, in order.
+      counts: number of images of each class.
+      split: "training" or "validation".
+      purpose: what few images do not suffice for, such as "to measure an accuracy".
+    """
+    sizes = list(zip(class_names, counts, strict=True))
+    absent = [name for name, count in sizes if count == 0]
+    few = [f"{name} ({count})" for name, count in sizes if 0 < count < _FEW_IMAGES]
+    lines = []
+    if absent:
+        lines.append(f"no {split} image of: {first_of(absent, limit=10)}")
+    if few:
+        lines.append(
+            f"fewer than {_FEW_IMAGES} {split} images, too few {purpose}: {first_of(few, limit=10)}"
+        )
+    return lines
 
 
 def format_classes(rows: Sequence[ClassRow]) -> str:

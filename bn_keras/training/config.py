@@ -13,6 +13,8 @@ from ml_collections.config_dict import placeholder
 
 from bn_keras.distribute import check_strategy
 from bn_keras.errors import UsageError
+from bn_keras.runs.saved_config import flatten
+from bn_keras.text import first_of
 
 
 def default_config() -> ConfigDict:
@@ -56,6 +58,9 @@ def default_config() -> ConfigDict:
     # Unreadable images accepted per split and process. Each is named in the log; training replaces
     # it, evaluation leaves it out.
     config.data.max_bad_examples = 0
+    # Classes of unequal size: "weights" in the loss, inverse to the number of training images of
+    # each class; "sampling" draws all classes equally often; "none".
+    config.data.balance = "none"
 
     config.model = ConfigDict()
     # "inception" (Figure 5) or "mlp" (section 4.1).
@@ -242,10 +247,11 @@ _FRACTIONS = ("train.momentum", "train.label_smoothing", "train.ema", "train.unt
 
 
 def check_config(config: ConfigDict) -> None:
-    """Raises UsageError if a number is outside its range, or the name of a mode is unknown.
+    """Raises UsageError if a setting is missing, a number outside its range, or a mode unknown.
 
     Other names, such as those of models and data sets, are checked where they are looked up.
     """
+    check_keys(config, "the config")
     _check_range(config, _POSITIVE_INTEGERS, lambda value: value > 0, "a positive integer")
     _check_range(config, _POSITIVE, lambda value: 0 < value < math.inf, "a positive number")
     _check_range(config, _NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "0 or more")
@@ -277,6 +283,28 @@ def check_config(config: ConfigDict) -> None:
         )
     if not 0 <= config.seed < 2**32:
         raise UsageError(f"seed={config.seed} is invalid: expected 0 to {2**32 - 1}")
+
+
+def check_keys(config: ConfigDict, origin: str) -> None:
+    """Raises UsageError unless a config has exactly the keys of the schema.
+
+    Args:
+      config: config to check.
+      origin: the config in words, such as "config bn_x5".
+    """
+    if not isinstance(config, ConfigDict):
+        raise UsageError(
+            f"{origin} is a {type(config).__name__}: expected a ConfigDict, such as that of"
+            " bn_keras.training.config_files.load_config('digits_bn_x5')"
+        )
+    accepted, given = flatten(default_config()).keys(), flatten(config).keys()
+    if missing := sorted(accepted - given):
+        raise UsageError(
+            f"{origin} has no {first_of(missing)}: expected all keys of"
+            " bn_keras.training.config.default_config()"
+        )
+    if unknown := sorted(given - accepted):
+        raise UsageError(f"{origin} has unknown keys: {first_of(unknown)}")
 
 
 def _check_range(

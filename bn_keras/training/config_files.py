@@ -18,8 +18,8 @@ from bn_keras.errors import UsageError
 from bn_keras.runs.saved_config import flatten
 from bn_keras.runs.workdir import Workdir
 from bn_keras.storage import is_local
-from bn_keras.text import first_line, first_of
-from bn_keras.training.config import default_config
+from bn_keras.text import first_line
+from bn_keras.training.config import check_keys, default_config
 
 # Name of the package of configs, installed or in a checkout.
 PACKAGE = "bn_keras_configs"
@@ -83,17 +83,9 @@ def _apply_to_schema(config: ConfigDict, origin: str) -> ConfigDict:
 
     Only the schema knows the type of a setting that is None or was read from JSON.
     """
-    settings = flatten(config)
+    check_keys(config, f"config {origin}")
     typed = default_config()
-    accepted = flatten(typed).keys()
-    if missing := sorted(accepted - settings.keys()):
-        raise UsageError(
-            f"config {origin} has no {first_of(missing)}: expected all keys of"
-            " bn_keras.training.config.default_config()"
-        )
-    if unknown := sorted(settings.keys() - accepted):
-        raise UsageError(f"config {origin} has unknown keys: {first_of(unknown)}")
-    for key, value in settings.items():
+    for key, value in flatten(config).items():
         try:
             typed.update_from_flattened_dict({key: value})
         except TypeError:

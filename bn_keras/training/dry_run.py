@@ -37,7 +37,12 @@ def dry_run(config: ConfigDict) -> Iterator[str]:
     data = build_data(config, source)
     pipeline.check_divides(strategy, config.evaluation.global_batch_size)
     trainer = build_trainer(
-        config, strategy, data.input_shape, data.num_classes, data.num_train_examples
+        config,
+        strategy,
+        data.input_shape,
+        data.num_classes,
+        data.num_train_examples,
+        class_weights=data.class_weights,
     )
     cost = count_cost(trainer.model)
     yield str(cost)

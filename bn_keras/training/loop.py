@@ -35,7 +35,7 @@ from bn_keras.training.fine_tuning import Initialization
 from bn_keras.training.graphs import Graphs
 from bn_keras.training.length import early_stop, finished_because, with_steps
 from bn_keras.training.networks import replaced
-from bn_keras.training.pitfalls import find_pitfalls
+from bn_keras.training.pitfalls import describe_balance, find_class_pitfalls, find_pitfalls
 from bn_keras.training.progress import Progress, log
 from bn_keras.training.recorder import Recorder, open_recorder
 from bn_keras.training.restoring import initialize_trainer
@@ -219,9 +219,11 @@ def _train(
     if training.initialization:
         initialized = training.initialization.describe()
         start["init_from"] = training.initialization.to_record()
-    for line in (*changed, cost, *initialized, *description.splitlines()):
+    balance = describe_balance(data)
+    for line in (*changed, cost, *initialized, *description.splitlines(), *balance):
         log(f"{label}: {line}")
-    for line in find_pitfalls(config, schedule, training.trainer.inference_model):
+    pitfalls = find_pitfalls(config, schedule, training.trainer.inference_model)
+    for line in (*pitfalls, *find_class_pitfalls(data)):
         logging.warning("%s: %s", label, line)
 
     with (
@@ -298,7 +300,9 @@ def _build(
     Writes nothing, and raises UsageError for anything that is invalid.
     """
     shape, classes, examples = data.input_shape, data.num_classes, data.num_train_examples
-    trainer = build_trainer(config, strategy, shape, classes, examples, rate_factor)
+    trainer = build_trainer(
+        config, strategy, shape, classes, examples, rate_factor, data.class_weights
+    )
     trainer = graphs.reuse(config, rate_factor, trainer)
     checkpoints = Checkpoints(
         run.checkpoints, trainer.parts, config.checkpoint.keep, run.writes, run.verify_owner

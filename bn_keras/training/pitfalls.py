@@ -1,10 +1,16 @@
-"""Settings that are valid, but hardly meant: a vanishing rate, too long an average of BN."""
+"""Settings and data that are valid, but hardly meant: a vanishing rate, classes without images."""
 
 import keras
 from ml_collections import ConfigDict
 
+from bn_keras.data.pipeline import Data
 from bn_keras.keras_internals import all_layers
+from bn_keras.training.class_report import name_rare_classes
 from bn_keras.training.schedule import ExamplesSchedule
+
+
+# Ratio of the largest to the smallest class from which the trainer suggests to balance them.
+_UNEQUAL = 10
 
 
 def find_pitfalls(config: ConfigDict, schedule: ExamplesSchedule, model: keras.Model) -> list[str]:
@@ -41,3 +47,39 @@ def find_pitfalls(config: ConfigDict, schedule: ExamplesSchedule, model: keras.M
                 f" {0.01 ** (1 / steps):.2g}), or set population.when='end'"
             )
     return lines
+
+
+def find_class_pitfalls(data: Data) -> list[str]:
+    """Returns lines about classes that have no or few training images, or very unequal numbers.
+
+    Nothing is known about the classes of a set that is read from TFRecord files.
+    """
+    if data.class_counts is None:
+        return []
+    lines = name_rare_classes(data.class_names, data.class_counts, "training", "to learn from")
+    sizes = data.class_counts[data.class_counts > 0]
+    if data.balance == "none" and sizes.max() >= _UNEQUAL * sizes.min():
+        lines.append(
+            f"the classes have from {sizes.min():,} to {sizes.max():,} training images, and the"
+            " network favours the large ones: data.balance='weights' or 'sampling' treats all"
+            " alike, in a new workdir"
+        )
+    return lines
+
+
+def describe_balance(data: Data) -> list[str]:
+    """Returns lines about what data.balance does to the classes."""
+    if data.balance == "weights" and data.class_weights is not None:
+        weights = data.class_weights[data.class_weights > 0]
+        return [
+            f"the loss weighs each class by the inverse of its size: from {weights.min():.3g} to"
+            f" {weights.max():.3g}; the reported loss and accuracy are unweighted"
+        ]
+    if data.balance == "sampling":
+        groups = data.num_balanced_groups
+        within = f", within each of {groups:,} groups of shards" if groups > 1 else ""
+        return [
+            f"all classes are drawn equally often{within}; an epoch has"
+            f" {data.num_train_examples:,} draws"
+        ]
+    return []

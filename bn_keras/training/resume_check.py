@@ -39,7 +39,12 @@ def verify_resume(config: ConfigDict, steps: int = 4) -> str:
 
     def build() -> Trainer:
         return build_trainer(
-            config, strategy, data.input_shape, data.num_classes, data.num_train_examples
+            config,
+            strategy,
+            data.input_shape,
+            data.num_classes,
+            data.num_train_examples,
+            class_weights=data.class_weights,
         )
 
     def train(trainer: Trainer, batches: tf.distribute.DistributedIterator, steps: int) -> None:

@@ -23,8 +23,11 @@ class Trainer:
     """A model with its optimizer, and the training step that changes them.
 
     The reported loss is the mean softmax cross-entropy over the global batch. The minimized
-    objective adds what the reported loss leaves out: label smoothing, the auxiliary classifier's
-    loss, and L2, which enters the gradients of kernels as l2 * w, the gradient of l2/2 * |w|^2.
+    objective adds what the reported loss leaves out: class weights, label smoothing, the auxiliary
+    classifier's loss, and L2, which enters the gradients of kernels as l2 * w, the gradient of
+    l2/2 * |w|^2. The class weights multiply each example's part of the objective, except L2; of a
+    mixed example, each label's share has the weight of its class. The sum is divided by the number
+    of examples, not by the sum of their weights, and so does not depend on the other examples.
     Each replica computes the gradients of its share of the global mean; the optimizer sums them
     over the replicas.
 
@@ -47,6 +50,7 @@ class Trainer:
         replica only.)
       head_factor: factor on the learning rate of the head: of the layers whose names begin with
         one of weights_file.HEAD.
+      class_weights: weight of each class in the objective; None weighs all equally.
 
     Attributes:
       model, optimizer, strategy, global_batch_size, micro_batches: as passed.
@@ -70,6 +74,7 @@ class Trainer:
         ema: float = 0.0,
         loss_scaling: bool = False,
         head_factor: float = 1.0,
+        class_weights: Sequence[float] | np.ndarray | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -83,6 +88,7 @@ class Trainer:
         self._ema = ema
         self._loss_scaling = loss_scaling
         self._head_factor = head_factor
+        self._class_weights = None if class_weights is None else np.float32(class_weights)
         self._head = {
             id(v)
             for layer in model.layers
@@ -211,11 +217,25 @@ class Trainer:
         return loss, tf.reduce_sum(tf.cast(hits, tf.float32)), gradients
 
     def _objective(self, labels: tf.Tensor, logits: tf.Tensor, loss: tf.Tensor) -> tf.Tensor:
+        weights = None
+        if self._class_weights is not None:
+            weights, loss = self._weigh(labels, logits)
         if not self._label_smoothing:
             return loss
         # Cross-entropy with the uniform distribution over the classes.
-        uniform = self._mean(tf.reduce_logsumexp(logits, -1) - tf.reduce_mean(logits, -1))
+        uniform = tf.reduce_logsumexp(logits, -1) - tf.reduce_mean(logits, -1)
+        uniform = self._mean(uniform if weights is None else weights * uniform)
         return (1 - self._label_smoothing) * loss + self._label_smoothing * uniform
+
+    def _weigh(self, labels: tf.Tensor, logits: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the weight of each example, float32 [N], and the weighted mean loss."""
+        if labels.shape.rank == 1:
+            weights = tf.gather(self._class_weights, labels)
+            return weights, self._mean(weights * _cross_entropy(labels, logits))
+        # The operation for the cross-entropy of soft labels is wrong if they do not add up to 1.
+        weighted = labels * self._class_weights
+        losses = -tf.reduce_sum(weighted * tf.nn.log_softmax(logits), -1)
+        return tf.reduce_sum(weighted, -1), self._mean(losses)
 
     def _mean(self, losses: tf.Tensor) -> tf.Tensor:
         """Returns the share of these losses in the mean over the global batch."""

@@ -65,9 +65,7 @@ class Validation:
         self._model = model = trainer.inference_model
         self._population = population
         self._population_batches = population_batches
-        self.evaluator = evaluator or Evaluator(
-            [model], data, trainer.strategy, global_batch_size
-        )
+        self.evaluator = evaluator or Evaluator([model], data, trainer.strategy, global_batch_size)
         self._data = data
         self._run = run
         self._per_class = per_class
