@@ -2,13 +2,18 @@
 
 Exit statuses:
   0: success.
-  1: a bug, with its traceback; or `check` found a fault.
-  2: the request cannot be carried out.
+  1: a bug, with its traceback; or `bn-keras check` found a fault in the network.
+  2: the request cannot be carried out; one line says what was given, what is accepted and what to
+    do.
   3: the training diverged.
-  4: a cloud job failed.
-  75: a bucket does not answer; try again.
-  130, 143, 141: ended by SIGINT (Ctrl-C), by SIGTERM, by a broken pipe.
-  138: another worker was lost; restart all of them.
+  4: a cloud job failed, or `bn-keras tpu watch` gave up on it.
+  75: a bucket does not answer, even after TensorFlow's own retries of about three minutes per
+    request; the same command resumes later (EX_TEMPFAIL of `sysexits.h`).
+  130, 143: ended by SIGINT (Ctrl-C) or SIGTERM; a training saves first, and the same command
+    resumes it.
+  138: another worker was lost in a training on several machines; start all of them again to
+    resume.
+  141: broken pipe, as in `... | head`.
 """
 
 import contextlib
@@ -24,6 +29,7 @@ import pathlib
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn, TypeVar
 
@@ -116,7 +122,7 @@ class Command:
         _accept_sigterm()
         # Flags are accepted after positional arguments, too.
         flags.FLAGS.set_gnu_getopt(True)
-        with exit_statuses():
+        with _ending_process(), exit_statuses():
             app.run(self._run_main, flags_parser=self._parse)
 
     @property
@@ -209,6 +215,35 @@ def exit_statuses() -> Iterator[None]:
         # Python flushes standard output once more at exit, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+
+
+@contextlib.contextmanager
+def _ending_process() -> Iterator[None]:
+    """Ends the process of a command that fails, also if its threads or child processes go on.
+
+    Python's own exit waits for them, and for TensorFlow's iterators and collectives, which may wait
+    for each other: the process would hang and keep its devices.
+    """
+    try:
+        yield
+        return
+    except SystemExit as end:
+        if not end.code:
+            raise
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+        status = 1
+    for child in multiprocessing.active_children():
+        # A run that is killed resumes from its last checkpoint.
+        child.kill()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def _fail(reason: object, status: int) -> NoReturn:

@@ -8,7 +8,6 @@ from bn_keras.keras_internals import all_layers
 from bn_keras.training.class_report import name_rare_classes
 from bn_keras.training.schedule import ExamplesSchedule
 
-
 # Ratio of the largest to the smallest class from which the trainer suggests to balance them.
 _UNEQUAL = 10
 

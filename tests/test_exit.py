@@ -1,0 +1,52 @@
+"""A command that fails ends its process, whatever its threads and child processes do."""
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import multiprocessing, sys, threading, time
+from launch import cli
+from launch.command_error import CommandError
+
+def go_on(name):
+    print(name, "runs", flush=True)
+    time.sleep({seconds})
+    print(name, "went on", flush=True)
+
+def main():
+    threading.Thread(target=go_on, args=["thread"]).start()
+    child = multiprocessing.get_context("fork").Process(target=go_on, args=["child"])
+    child.start()
+    time.sleep(0.5)
+    {failure}
+
+print("unflushed", end=" ")
+cli.Command(__name__, main, needs_tensorflow=False).run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "message"),
+    [
+        ("raise RuntimeError('planted')", 1, "RuntimeError: planted"),
+        ("raise CommandError('refused', 3)", 3, "error: refused"),
+        ("raise KeyboardInterrupt", 130, "error: interrupted"),
+        ("sys.exit('by hand')", 1, "by hand"),
+    ],
+)
+def test_a_failed_command_ends_at_once_with_its_status(failure, status, message):
+    script = SCRIPT.format(failure=failure, seconds=2)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == status
+    assert message in done.stderr
+    # The output of both is complete only after both have ended.
+    assert "unflushed thread runs" in done.stdout and "went on" not in done.stdout
+
+
+def test_a_command_that_succeeds_waits_for_its_threads():
+    script = SCRIPT.format(failure="", seconds=1)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "thread went on" in done.stdout and "child went on" in done.stdout
