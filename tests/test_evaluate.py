@@ -15,8 +15,9 @@ from bn_keras.data.splits import Arrays, Source
 from bn_keras.data.transforms import Preprocessing
 from bn_keras.errors import UsageError
 from bn_keras.inference.evaluation import evaluate_networks, format_errors
+from bn_keras.inference.exported import load_exported
 from bn_keras.inference.exporter import export_workdir
-from bn_keras.inference.loading import load_exported, load_trained
+from bn_keras.inference.loading import load_trained
 from bn_keras.runs.workdir import Workdir
 from bn_keras.training.config_files import load_config
 from bn_keras.training.evaluator import Evaluator, make_scorer
@@ -311,7 +312,7 @@ def test_exported_networks_are_evaluated_like_runs(runs, tmp_path):
     [
         (
             lambda path: None,
-            "is not an exported network: expected a .keras file or the folder of a",
+            "is not an exported network: expected a .keras, .tflite, .onnx file or the folder of a",
         ),
         (lambda path: path.mkdir(), "is not an exported network"),
         (lambda path: path.write_bytes(b"PK\3\4 and no more"), "cannot be read as a network: "),

@@ -1,11 +1,14 @@
-"""An export computes what the network computes, and is complete or absent."""
+"""An export computes what the network computes, describes it, and is complete or absent."""
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
 
+import flatbuffers
 import keras
 import numpy as np
 import pytest
@@ -13,10 +16,16 @@ import tensorflow as tf
 from small import small_mlp
 from test_launch import assert_fails_on_one_line, launch
 
+from bn_keras.data.transforms import Preprocessing
 from bn_keras.errors import StorageError, UsageError
 from bn_keras.inference import exporter
+from bn_keras.inference.evaluation import evaluate_networks
+from bn_keras.inference.exported import load_exported
 from bn_keras.inference.exporter import export_workdir
 from bn_keras.inference.loading import load_trained
+from bn_keras.inference.network_description import NetworkDescription
+from bn_keras.inference.quantization import check_quantized, read_training_images
+from bn_keras.inference.tflite_metadata import add_metadata, read_description
 from bn_keras.training.loop import train_and_evaluate
 
 FORMATS = {"keras": "net.keras", "saved_model": "net", "tflite": "net.tflite"}
@@ -39,22 +48,24 @@ def logits_of(workdir):
 
 
 def read(path, file_format):
-    """Runs an export with the software that loads it."""
+    """Returns the probabilities of an export, run with the software that loads it."""
     if file_format == "keras":
-        return keras.saving.load_model(path)(images())
+        return tf.nn.softmax(keras.saving.load_model(path)(images()))
     if file_format == "saved_model":
-        return tf.saved_model.load(path).signatures["images"](images=images())["logits"]
+        served = tf.saved_model.load(path).signatures["images"]
+        return tf.nn.softmax(served(images=images())["logits"])
     interpreter = tf.lite.Interpreter(str(path))
-    return interpreter.get_signature_runner("serving_default")(images=images())["logits"]
+    return interpreter.get_signature_runner("serving_default")(images=images())["probabilities"]
 
 
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
 @pytest.mark.parametrize("fold", [False, True], ids=["", "folded"])
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_an_export_computes_the_logits_of_the_network(file_format, fold, workdir, tmp_path):
+def test_an_export_computes_the_probabilities_of_the_network(file_format, fold, workdir, tmp_path):
     output = tmp_path / "new" / FORMATS[file_format]
     report = export_workdir(workdir, output, file_format, fold=fold)
-    np.testing.assert_allclose(read(output, file_format), logits_of(workdir), rtol=1e-4, atol=1e-5)
+    expected = tf.nn.softmax(logits_of(workdir))
+    np.testing.assert_allclose(read(output, file_format), expected, rtol=1e-4, atol=1e-6)
     assert os.listdir(output.parent) == [output.name]
     assert report.step == 60 and report.statistics == "moving"
     assert report.largest_difference < 1e-4 < report.largest_output
@@ -128,7 +139,7 @@ def test_tflite_of_mixed_precision_is_float32(workdir, tmp_path):
 @pytest.mark.parametrize(
     "output, file_format, parts",
     [
-        ("net.onnx", "onnx", ["unknown format 'onnx'", "keras, saved_model, tflite"]),
+        ("net.pb", "graph", ["unknown format 'graph'", "keras, saved_model, tflite, onnx"]),
         ("net.h5", "keras", ["net.h5", "ends in .keras"]),
         ("net", "tflite", ["ends in .tflite"]),
         ("gs://bucket/net.h5", "keras", ["net.h5 is invalid", "ends in .keras"]),
@@ -189,14 +200,12 @@ def test_an_existing_output_of_another_kind_is_never_replaced(tmp_path):
 def test_an_export_that_computes_something_else_is_removed(
     file_format, workdir, tmp_path, monkeypatch
 ):
-    correct = exporter._FORMATS[file_format]
+    def load_wrongly(path):
+        network = load_exported(path)
+        return network._replace(model=lambda x, training: 2 * network.model(x) + 1)
 
-    def read_wrongly(path):
-        network = correct.read(path)
-        return lambda x: network(x) + 1
-
-    monkeypatch.setitem(exporter._FORMATS, file_format, correct._replace(read=read_wrongly))
-    with pytest.raises(ArithmeticError, match=f"the exported {FORMATS[file_format]} .* by up to 1"):
+    monkeypatch.setattr(exporter, "load_exported", load_wrongly)
+    with pytest.raises(ArithmeticError, match=f"the exported {FORMATS[file_format]} .* differ by"):
         export_workdir(workdir, tmp_path / FORMATS[file_format], file_format)
     assert not os.listdir(tmp_path)
 
@@ -221,11 +230,200 @@ def test_a_failed_export_keeps_the_previous_output(error, workdir, tmp_path, mon
 def test_the_command_exports_and_rejects_invalid_flags(workdir, tmp_path):
     output = tmp_path / "net.tflite"
     arguments = [f"--workdir={workdir}", f"--output={output}", "--format=tflite", "--fold"]
+    arguments += ["--quantize=int8", "--num_examples=20"]
     done = launch("export", *arguments)
     assert done.returncode == 0, done.stderr
     assert all(line.startswith("I ") for line in done.stderr.splitlines()), done.stderr
     assert done.stdout.splitlines()[-1].startswith(f"{output}: step 60")
     assert_fails_on_one_line(launch("export", *arguments), 2, "exists", "--overwrite")
-    done = launch("export", f"--workdir={workdir}", f"--output={output}", "--format=onnx")
-    assert_fails_on_one_line(done, 2, "--format=onnx", "keras, saved_model, tflite")
+    done = launch("export", f"--workdir={workdir}", f"--output={output}", "--format=pb")
+    assert_fails_on_one_line(done, 2, "--format=pb", "keras, saved_model, tflite, onnx")
     assert_fails_on_one_line(launch("export", f"--workdir={workdir}"), 2, "--output is missing")
+
+
+def describe(names=CLASSES, shape=(8, 8, 1), binary=True, crop="none"):
+    preprocessing = Preprocessing(shape[:2], crop, mirror=False, distortion=0, binary=binary)
+    return NetworkDescription(tuple(names), shape, preprocessing, 60, "moving")
+
+
+ODD_NAMES = ["\N{DOG FACE} dog", "two\nlines", "", 'commas, "quotes"', "\udc80bytes"]
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_paths_and_class_names_of_any_characters(file_format, workdir, tmp_path):
+    """TensorFlow's reader and writer of SavedModels search for files that match their path."""
+    run = tmp_path / "run [1]" / "a*?"
+    shutil.copytree(workdir, run)
+    interface = json.loads((run / "interface.json").read_text())
+    names = interface["class_names"] = [*ODD_NAMES[:-1], *CLASSES[len(ODD_NAMES) - 1 :]]
+    (run / "interface.json").write_text(json.dumps(interface))
+    # A pattern "out [1]" would find this folder.
+    decoy = tmp_path / "out 1" / "m"
+    decoy.mkdir(parents=True)
+    output = tmp_path / "out [1]" / f"m*{FORMATS[file_format]}"
+    export_workdir(run, output, file_format)
+    assert os.listdir(output.parent) == [output.name] and not os.listdir(decoy)
+
+    network = load_exported(output)
+    assert network.class_names == tuple(names) and network.input_shape == (8, 8, 1)
+    assert network.preprocessing.binary and network.preprocessing.crop == "none"
+    files = [tf.io.encode_png(255 * x.astype(np.uint8)).numpy() for x in images()]
+    expected = tf.nn.softmax(logits_of(workdir)).numpy()
+    np.testing.assert_allclose(network.predict(files), expected, rtol=1e-4, atol=1e-6)
+    assert network.predict([]).shape == (0, 10)
+    with pytest.raises(UsageError, match="image 1 cannot be decoded"):
+        network.predict([files[0], files[1][:40]])
+
+
+@pytest.mark.parametrize("names", [ODD_NAMES, ["only"], [f"n{i:08}" for i in range(1000)]])
+def test_a_description_keeps_any_class_names(names):
+    description = describe(names, (224, 200, 3), binary=False, crop="inception")
+    assert NetworkDescription.from_json(description.to_json()) == description
+    assert description.to_json().isascii()
+
+
+def read_table(table, slots):
+    """Reads fields of a FlatBuffer's table by number; each is read by its function."""
+    found = {}
+    for slot, read_field in slots.items():
+        offset = table.Offset(4 + 2 * slot)
+        found[slot] = read_field(table, offset + table.Pos) if offset else None
+    return found
+
+
+def read_string(table, position):
+    return table.String(position).decode()
+
+
+def read_floats(table, position):
+    begin = position + table.Get(flatbuffers.number_types.UOffsetTFlags, position)
+    count = table.Get(flatbuffers.number_types.UOffsetTFlags, begin)
+    return np.frombuffer(table.Bytes, np.float32, count, begin + 4).tolist()
+
+
+def read_byte(table, position):
+    return table.Get(flatbuffers.number_types.Uint8Flags, position)
+
+
+def table_of(slots):
+    return lambda table, position: read_table(
+        flatbuffers.table.Table(table.Bytes, table.Indirect(position)), slots
+    )
+
+
+def tables_of(slots):
+    def read_tables(table, position):
+        begin = position + table.Get(flatbuffers.number_types.UOffsetTFlags, position)
+        count = table.Get(flatbuffers.number_types.UOffsetTFlags, begin)
+        return [table_of(slots)(table, begin + 4 + 4 * i) for i in range(count)]
+
+    return read_tables
+
+
+def test_tflite_metadata_has_the_standard_fields():
+    """The numbers are those of metadata_schema.fbs; tests/peers reads it with MediaPipe."""
+    from tensorflow.lite.tools import flatbuffer_utils
+
+    description = describe(ODD_NAMES, (224, 200, 3), binary=False, crop="inception")
+    function = tf.function(lambda x: x + 1, input_signature=[tf.TensorSpec([1])])
+    model = tf.lite.TFLiteConverter.from_concrete_functions(
+        [function.get_concrete_function()], function
+    ).convert()
+    content = add_metadata(model, description)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        assert archive.namelist() == ["labels.txt", "bn_keras.json"]
+        assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
+        labels = archive.read("labels.txt").decode()
+    assert labels == '\N{DOG FACE} dog\ntwo lines\n\ncommas, "quotes"\n\\udc80bytes\n'
+    assert read_description(content) == description and read_description(model) is None
+
+    parsed = flatbuffer_utils.convert_bytearray_to_object(content)
+    [entry] = [m for m in parsed.metadata if m.name == b"TFLITE_METADATA"]
+    buffer = bytes(parsed.buffers[entry.buffer].data)
+    assert buffer[4:8] == b"M001"
+    files = tables_of({0: read_string, 2: read_byte})
+    options = table_of({0: read_floats, 1: read_floats})
+    size = table_of({0: read_byte, 1: read_byte})
+    tensor = {
+        0: read_string,
+        1: read_string,
+        3: table_of({0: read_byte, 1: table_of({0: read_byte, 1: size})}),
+        4: tables_of({0: read_byte, 1: options}),
+        5: options,
+        6: files,
+    }
+    subgraph = tables_of({2: tables_of(tensor), 3: tables_of(tensor)})
+    root = flatbuffers.table.Table(buffer, int.from_bytes(buffer[:4], "little"))
+    found = read_table(root, {0: read_string, 3: subgraph, 6: files, 7: read_string})
+    assert found[6] == [{0: "bn_keras.json", 2: None}] and found[7] == "1.0.0"
+    [[inputs], [outputs]] = found[3][0].values()
+    assert inputs[0] == "images" and "7/8 of the sides" in inputs[1]
+    # Image properties: RGB, width and height. Normalization: mean and standard deviation.
+    assert inputs[3] == {0: 2, 1: {0: 1, 1: {0: 200, 1: 224}}}
+    assert inputs[4] == [{0: 1, 1: {0: [127.5] * 3, 1: [127.5] * 3}}]
+    assert inputs[5] == {0: [1.0] * 3, 1: [-1.0] * 3}
+    assert outputs[0] == "probabilities" and outputs[5] == {0: [1.0], 1: [0.0]}
+    assert outputs[6] == [{0: "labels.txt", 2: 2}]
+
+
+def test_int8_stays_close_to_the_network(workdir, tmp_path):
+    output = tmp_path / "net.tflite"
+    report = export_workdir(workdir, output, "tflite", quantize="int8", num_examples=50)
+    found = report.quantization
+    [row] = evaluate_networks([workdir])
+    assert found.num_examples == 50 and found.num_validation_examples == row["examples"]
+    assert found.accuracy_before == pytest.approx(row["accuracy"])
+    assert found.same_class > 0.95 and abs(found.accuracy_after - row["accuracy"]) < 0.05
+    assert "quantized to int8 with 50 training images" in str(report)
+    [row] = evaluate_networks([], load_trained(workdir).config, exported=[output])
+    assert row["accuracy"] == pytest.approx(found.accuracy_after)
+
+    with pytest.warns(UserWarning, match="deprecated"):
+        interpreter = tf.lite.Interpreter(str(output))
+    tensors = interpreter.get_tensor_details()
+    assert {t["dtype"] for t in tensors} <= {np.uint8, np.int8, np.int32}
+    # The input is the value of the pixel, for images that are 0 or 1 here.
+    [images_in] = interpreter.get_input_details()
+    assert images_in["quantization"] == pytest.approx((1 / 255, 0))
+    runner = interpreter.get_signature_runner("serving_default")
+    levels = runner(images=(255 * images()).astype(np.uint8))["probabilities"]
+    expected = tf.nn.softmax(logits_of(workdir))
+    np.testing.assert_allclose(levels / 256, expected, atol=0.1)
+
+
+def test_a_quantization_that_does_not_distinguish_images_is_refused():
+    generator = np.random.default_rng(0)
+    expected = generator.dirichlet(np.ones(5), 100)
+    check_quantized(expected, expected + 0.01, "net")
+    for outputs in (generator.permutation(expected), expected * np.nan):
+        with pytest.raises(ArithmeticError, match="net has a root mean square error of"):
+            check_quantized(expected, outputs, "net")
+
+
+def test_training_images_are_drawn_by_the_seed():
+    config = small_mlp()
+    first = read_training_images(config, 30)
+    assert first.shape == (30, 8, 8, 1)
+    np.testing.assert_array_equal(first, read_training_images(config, 30))
+    config.seed += 1
+    assert np.any(first != read_training_images(config, 30))
+
+
+@pytest.mark.parametrize(
+    "options, parts",
+    [
+        ({"file_format": "keras", "quantize": "int8"}, ["keras is not quantized", "tflite"]),
+        ({"file_format": "tflite", "quantize": "int4"}, ["quantize='int4'", "none, int8"]),
+        ({"file_format": "tflite", "num_examples": 0}, ["num_examples=0", "positive"]),
+    ],
+)
+def test_invalid_quantizations_are_rejected(options, parts, tmp_path):
+    with pytest.raises(UsageError) as caught:
+        export_workdir(tmp_path / "no run", tmp_path / "net.tflite", **options)
+    assert all(part in str(caught.value) for part in parts)
+
+
+def test_onnx_without_its_packages_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"install bn_keras\[onnx\].*tf2onnx"):
+        export_workdir(tmp_path / "no run", tmp_path / "net.onnx", "onnx")

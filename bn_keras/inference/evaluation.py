@@ -12,7 +12,8 @@ from bn_keras.data import pipeline
 from bn_keras.data.multi_crop import SINGLE_CROP, Crops
 from bn_keras.distribute import make_strategy, reporting_lost_workers
 from bn_keras.errors import UsageError
-from bn_keras.inference.loading import ExportedNetwork, TrainedNetwork, load_exported, load_trained
+from bn_keras.inference.exported import ExportedNetwork, load_exported
+from bn_keras.inference.loading import TrainedNetwork, load_trained
 from bn_keras.population import estimate_population_statistics
 from bn_keras.runs.workdir import Workdir
 from bn_keras.text import counted, first_of, table
@@ -62,7 +63,7 @@ def evaluate_networks(
       config: config of the evaluation; None uses that of the first run. If there are runs, its
         model must be that of one of them; the location of the data and the devices may differ.
       crops: each network is evaluated with each of these.
-      exported: paths of .keras files and SavedModels; see `load_exported`. Their input is
+      exported: paths of exported networks; see `load_exported`. Their input is
         preprocessed as the config says.
       best: whether to use the network of each run's best evaluation; see `load_trained`.
       per_class: whether to add the result for each class.
@@ -153,7 +154,7 @@ def _match_classes(
       UsageError: the networks differ in their classes, or the data has a class that they lack.
     """
     path, count = paths[0], networks[0].num_classes
-    # A .keras file does not record its class names.
+    # A Keras model that `export_workdir` did not write has no class names.
     first = next((n.class_names for n in networks if n.class_names is not None), None)
     if first is None and count == data.num_classes:
         first = data.class_names
@@ -196,7 +197,7 @@ def _check_fits(
             f"{network.input_shape[0]}, or evaluate it on data with as many channels"
         )
     binary = data.preprocessing.binary
-    if isinstance(network, TrainedNetwork) and network.preprocessing.binary != binary:
+    if network.preprocessing is not None and network.preprocessing.binary != binary:
         raise UsageError(
             f"data.binary is {binary}, but the network in {path} was trained with"
             f" data.binary={not binary}: evaluate it alone"

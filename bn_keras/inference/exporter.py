@@ -1,27 +1,38 @@
-"""Export of a run's network as a .keras file, a SavedModel or a TFLite file."""
+"""Export of a run's network: a .keras file, a SavedModel, a TFLite file or an ONNX file."""
 
 import dataclasses
 import os
 import pathlib
-import tempfile
-import warnings
+import zipfile
 from collections.abc import Callable
 from typing import NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
+from ml_collections import ConfigDict
 
 from bn_keras.data.transforms import Preprocessing
 from bn_keras.errors import StorageError, UsageError
 from bn_keras.fold import FoldReport, check_agreement, fold_batch_norm
+from bn_keras.inference.exported import EXTRA_ASSETS, ExportedNetwork, load_exported
 from bn_keras.inference.loading import TrainedNetwork, load_trained
+from bn_keras.inference.network_description import FILE_NAME, NetworkDescription
+from bn_keras.inference.onnx_export import ONNXNetwork, check_onnx, write_onnx
+from bn_keras.inference.quantization import (
+    QuantizationReport,
+    check_quantized,
+    compare_accuracy,
+    read_training_images,
+)
+from bn_keras.inference.tflite_export import write_tflite
 from bn_keras.keras_internals import all_layers
-from bn_keras.storage import is_local, replacing, writing
-from bn_keras.training.build import build_model
+from bn_keras.storage import is_local, literal_path, replacing, writing
+from bn_keras.training.build import build_data, build_model
 
 # Images on which the network is compared with its export.
-_NUM_EXAMPLES = 4
+_NUM_IMAGES = 4
+_QUANTIZATIONS = ("none", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +47,7 @@ class ExportReport:
       largest_output: largest absolute value of these outputs.
       reader: software that loads the export.
       fold: report of the folding; None if nothing was folded.
+      quantization: accuracy before and after; None if the export is not quantized.
     """
 
     output: str
@@ -46,9 +58,10 @@ class ExportReport:
     largest_output: float
     reader: str
     fold: FoldReport | None
+    quantization: QuantizationReport | None
 
     def __str__(self) -> str:
-        lines = [] if self.fold is None else [str(self.fold)]
+        lines = [str(part) for part in (self.fold, self.quantization) if part is not None]
         lines += [
             f"round trip verified: largest difference {self.largest_difference:.2g} in outputs of"
             f" up to {self.largest_output:.3g}",
@@ -66,48 +79,92 @@ def export_workdir(
     fold: bool = False,
     overwrite: bool = False,
     best: bool = False,
+    quantize: str = "none",
+    num_examples: int = 200,
+    data_dir: str = "",
+    validation_split: str = "",
 ) -> ExportReport:
     """Exports the network of a run for inference.
 
     The export is read back and compared with the network before it is moved to `output`. After any
-    failure, `output` is as it was.
+    failure, `output` is as it was. Every format contains the class names and a description of the
+    preprocessing, which `load_exported` reads.
 
     Formats:
-      - "keras": the network from images [N, *input_shape], preprocessed, to logits. Loading it
+      - "keras": the network from preprocessed images [N, *input_shape] to logits. Loading it
         needs `import bn_keras`; a folded network usually needs Keras alone.
       - "saved_model": needs TensorFlow alone and includes the preprocessing. Signature
-        "serving_default": `encoded`, string [N], JPEG, PNG, BMP or GIF files of any size, to
+        "serving_default": `encoded`, string [N], JPEG, PNG, BMP, GIF or WebP files of any size, to
         `probabilities`, float32 [N, classes], and `class_name`, string [N], the most probable
         class. Signature "images": preprocessed `images` to `logits`. Signature "class_names": no
         input, to the names, string [classes].
-      - "tflite": signature "serving_default": preprocessed `images` to `logits`. The weights of a
-        network in mixed precision are stored in float32.
+      - "tflite": signature "serving_default": preprocessed `images` to `probabilities`, with TFLite
+        model metadata.
+      - "onnx": preprocessed `images` to `logits` and `probabilities`. Needs the extra "onnx".
+
+    TFLite and ONNX files of a network in mixed precision have weights in float32.
 
     Args:
       workdir: folder of the run.
-      output: path, local or in a bucket, of a file that ends in .keras or .tflite, or of the folder
-        of a SavedModel.
-      file_format: "keras", "saved_model" or "tflite".
+      output: path, local or in a bucket, of a file that ends in .keras, .tflite or .onnx, or of the
+        folder of a SavedModel.
+      file_format: "keras", "saved_model", "tflite" or "onnx".
       fold: whether batch normalization is folded first; see `fold_batch_norm`.
       overwrite: whether an existing export is replaced.
       best: whether to export the network of the run's best evaluation; see `load_trained`.
+      quantize: "none", or "int8" for a TFLite file whose weights, activations, input and output
+        have 8 bits. Needs the run's data. The input is then uint8, the values of the pixels.
+      num_examples: number of training images that the quantization finds the ranges of the
+        activations from.
+      data_dir: replaces the run's data.data_dir; "" keeps it.
+      validation_split: replaces the split that the quantized network is evaluated on; "" keeps it.
 
     Raises:
-      UsageError: an unknown format, no run in the workdir, or an invalid output.
+      UsageError: an unknown format, no run in the workdir, an invalid output, or data that is not
+        available.
       StorageError: the output cannot be written.
       ArithmeticError: the export does not compute what the network computes.
     """
     path = os.fspath(output).rstrip("/")
+    _check_quantization(file_format, quantize, num_examples)
     _check_output(path, file_format, overwrite)
     trained = load_trained(workdir, best=best)
-    model = _in_float32(trained) if file_format == "tflite" else trained.model
+    description = NetworkDescription(
+        trained.class_names,
+        trained.input_shape,
+        trained.preprocessing,
+        trained.step,
+        trained.statistics,
+    )
+    examples, validation = None, None
+    if quantize == "int8":
+        config = _with_data(trained.config, data_dir, validation_split)
+        examples = read_training_images(config, num_examples)
+        validation = build_data(config, validation_only=True)
+    model = _in_float32(trained) if file_format in ("tflite", "onnx") else trained.model
     fold_report = None
     if fold:
         model, fold_report = fold_batch_norm(model)
     with replacing(path) as unfinished:
         with writing(f"output {path}"):
-            _FORMATS[file_format].write(model, trained, unfinished)
-        largest_difference, largest_output = _verify(model, trained, unfinished, file_format)
+            if examples is None:
+                _FORMATS[file_format].write(model, description, unfinished)
+            else:
+                write_tflite(model, description, unfinished, examples)
+        exported = load_exported(unfinished)
+        largest_difference, largest_output = _verify(
+            model, description, exported, unfinished, examples
+        )
+        quantization = None
+        if examples is not None and validation is not None:
+            quantization = compare_accuracy(
+                model,
+                exported.model,
+                validation,
+                trained.class_names,
+                trained.config.evaluation.global_batch_size,
+                len(examples),
+            )
         num_bytes = _size(unfinished)
     return ExportReport(
         output=path,
@@ -118,13 +175,27 @@ def export_workdir(
         largest_output=largest_output,
         reader=_reader(model, file_format),
         fold=fold_report,
+        quantization=quantization,
     )
+
+
+def _check_quantization(file_format: str, quantize: str, num_examples: int) -> None:
+    if quantize not in _QUANTIZATIONS:
+        raise UsageError(
+            f"unknown quantize={quantize!r}: expected one of {', '.join(_QUANTIZATIONS)}"
+        )
+    if quantize != "none" and file_format != "tflite":
+        raise UsageError(f"the format {file_format} is not quantized: choose tflite, or omit it")
+    if num_examples < 1:
+        raise UsageError(f"num_examples={num_examples} is invalid: expected a positive integer")
 
 
 def _check_output(output: str, file_format: str, overwrite: bool) -> None:
     """Raises an error for an output that cannot be written, before any time is spent."""
     if file_format not in _FORMATS:
         raise UsageError(f"unknown format {file_format!r}: expected one of {', '.join(_FORMATS)}")
+    if file_format == "onnx":
+        check_onnx()
     suffix = _FORMATS[file_format].suffix
     if not os.path.basename(output).endswith(suffix):
         raise UsageError(
@@ -151,8 +222,16 @@ def _check_output(output: str, file_format: str, overwrite: bool) -> None:
             raise StorageError(f"output {output} cannot be written: {parent} is not writable")
 
 
+def _with_data(config: ConfigDict, data_dir: str, validation_split: str) -> ConfigDict:
+    """Returns a copy of a config with other data; "" keeps a setting."""
+    config = config.copy_and_resolve_references()
+    config.data.data_dir = data_dir or config.data.data_dir
+    config.data.validation_split = validation_split or config.data.validation_split
+    return config
+
+
 def _in_float32(trained: TrainedNetwork) -> keras.Model:
-    """Returns the network without mixed precision, for which TFLite has no kernels."""
+    """Returns the network without mixed precision, for which TFLite and ONNX lack kernels."""
     config = trained.config.copy_and_resolve_references()
     config.train.precision = "float32"
     model = build_model(config, trained.input_shape, trained.num_classes)
@@ -160,44 +239,38 @@ def _in_float32(trained: TrainedNetwork) -> keras.Model:
     return model
 
 
-def _write_keras(model: keras.Model, trained: TrainedNetwork, path: pathlib.Path) -> None:
+def _write_keras(model: keras.Model, description: NetworkDescription, path: pathlib.Path) -> None:
     model.save(path)
+    # Keras ignores further files in the archive.
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(FILE_NAME, description.to_json())
 
 
-def _write_saved_model(model: keras.Model, trained: TrainedNetwork, path: pathlib.Path) -> None:
+def _write_saved_model(
+    model: keras.Model, description: NetworkDescription, path: pathlib.Path
+) -> None:
     def predict(encoded: tf.Tensor) -> dict[str, tf.Tensor]:
-        probabilities = _probabilities(model, trained.preprocessing, encoded)
+        probabilities = _probabilities(model, description.preprocessing, encoded)
         best = tf.argmax(probabilities, axis=1)
         return {"probabilities": probabilities, "class_name": tf.gather(class_names(), best)}
 
     def class_names() -> tf.Tensor:
-        return tf.constant(trained.class_names)
+        return tf.constant(description.class_names)
+
+    def logits(images: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"logits": model(images, training=False)}
 
     archive = keras.export.ExportArchive()
     archive.track(model)
     files = tf.TensorSpec([None], tf.string, "encoded")
+    images = tf.TensorSpec(model.input.shape, tf.float32, "images")
     archive.add_endpoint("serving_default", predict, [files])
-    _add_network(archive, "images", model)
+    archive.add_endpoint("images", logits, [images])
     archive.add_endpoint("class_names", lambda: {"class_names": class_names()}, [])
-    archive.write_out(path, verbose=False)
-
-
-def _write_tflite(model: keras.Model, trained: TrainedNetwork, path: pathlib.Path) -> None:
-    archive = keras.export.ExportArchive()
-    archive.track(model)
-    _add_network(archive, "serving_default", model)
-    with tempfile.TemporaryDirectory() as folder:
-        archive.write_out(folder, verbose=False)
-        path.write_bytes(tf.lite.TFLiteConverter.from_saved_model(folder).convert())
-
-
-def _add_network(archive: keras.export.ExportArchive, name: str, model: keras.Model) -> None:
-    """Adds a signature from images to logits."""
-    archive.add_endpoint(
-        name,
-        lambda images: {"logits": model(images, training=False)},
-        [tf.TensorSpec(model.input.shape, tf.float32, "images")],
-    )
+    (path / EXTRA_ASSETS).mkdir(parents=True)
+    (path / EXTRA_ASSETS / FILE_NAME).write_text(description.to_json())
+    with literal_path(path) as folder:
+        archive.write_out(os.fspath(folder), verbose=False)
 
 
 def _probabilities(
@@ -213,85 +286,92 @@ def _probabilities(
     return tf.nn.softmax(model(images, training=False))
 
 
-def _read_keras(path: pathlib.Path) -> Callable[[np.ndarray], tf.Tensor]:
-    model = keras.saving.load_model(path, compile=False)
-    return lambda images: model(images, training=False)
-
-
-def _read_saved_model(path: pathlib.Path) -> Callable[[np.ndarray], tf.Tensor]:
-    network = tf.saved_model.load(path).signatures["images"]
-    return lambda images: network(images=images)["logits"]
-
-
-def _read_tflite(path: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
-    with warnings.catch_warnings():
-        # The interpreter warns that it will move to another package.
-        warnings.filterwarnings("ignore", message=".*tf.lite.Interpreter is deprecated")
-        # The default delegate logs to standard error.
-        resolver = tf.lite.experimental.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-        interpreter = tf.lite.Interpreter(os.fspath(path), experimental_op_resolver_type=resolver)
-    network = interpreter.get_signature_runner("serving_default")
-    return lambda images: network(images=images)["logits"]
-
-
 class _Format(NamedTuple):
     """An export format.
 
     Attributes:
       suffix: end of the file's name; "" for a folder.
-      write: writes a network to a path.
-      read: loads an export as a function from images to logits.
+      reader: software that loads it.
+      write: writes a network and its description to a path.
     """
 
     suffix: str
-    write: Callable[[keras.Model, TrainedNetwork, pathlib.Path], None]
-    read: Callable[[pathlib.Path], Callable[[np.ndarray], tf.Tensor | np.ndarray]]
+    reader: str
+    write: Callable[[keras.Model, NetworkDescription, pathlib.Path], None]
 
 
 _FORMATS = {
-    "keras": _Format(".keras", _write_keras, _read_keras),
-    "saved_model": _Format("", _write_saved_model, _read_saved_model),
-    "tflite": _Format(".tflite", _write_tflite, _read_tflite),
+    "keras": _Format(".keras", "Keras", _write_keras),
+    "saved_model": _Format("", "TensorFlow", _write_saved_model),
+    "tflite": _Format(".tflite", "TFLite", write_tflite),
+    "onnx": _Format(".onnx", "ONNX Runtime", write_onnx),
 }
 
 
 def _verify(
-    model: keras.Model, trained: TrainedNetwork, path: pathlib.Path, file_format: str
+    model: keras.Model,
+    description: NetworkDescription,
+    exported: ExportedNetwork,
+    path: pathlib.Path,
+    examples: np.ndarray | None,
 ) -> tuple[float, float]:
-    """Compares the outputs of an export with those of its network.
+    """Compares an export with its network.
+
+    Args:
+      model, description: the network.
+      exported: the export, read back.
+      path: its path.
+      examples: images that it was quantized with; None if it is not quantized.
 
     Returns:
       The largest difference and the largest absolute output.
 
     Raises:
-      ArithmeticError: the outputs differ by more than rounding.
+      ArithmeticError: the outputs differ by more than rounding or quantization, or the classes
+        differ.
     """
-    images = _random_images(trained.input_shape)
-    expected = [model(images, training=False)]
-    outputs = [_FORMATS[file_format].read(path)(images)]
-    if file_format == "saved_model":
-        encoded = _random_files(trained.input_shape)
-        expected.append(_probabilities(model, trained.preprocessing, encoded))
-        served = tf.saved_model.load(path).signatures["serving_default"](encoded=encoded)
-        outputs.append(served["probabilities"])
+    source = f"the exported {path.name}"
+    if exported.class_names != description.class_names:
+        raise ArithmeticError(f"{source} has other class names: this is a bug; please report it")
+    if examples is not None:
+        expected, found = (
+            np.asarray(tf.nn.softmax(network.predict(examples, verbose=0)))
+            for network in (model, exported.model)
+        )
+        return check_quantized(expected, found, source)
+    images = _random_images(description.input_shape)
+    logits, outputs = model(images, training=False), exported.model(images, training=False)
+    probabilities = tf.nn.softmax(logits)
+    pairs = [(logits, outputs)]
+    if path.suffix == ".tflite":
+        # The logits of probabilities differ by a constant from those that they were computed from.
+        pairs = [(probabilities, tf.nn.softmax(outputs))]
+    elif path.suffix == ".onnx":
+        pairs.append((probabilities, ONNXNetwork(path.read_bytes())(images)[1]))
+    elif path.is_dir():
+        encoded = _random_files(description.input_shape)
+        with literal_path(path) as folder:
+            served = tf.saved_model.load(os.fspath(folder)).signatures["serving_default"]
+            found = served(encoded=encoded)["probabilities"]
+        pairs.append((_probabilities(model, description.preprocessing, encoded), found))
     return check_agreement(
         model,
-        [np.asarray(tensor, np.float64) for tensor in expected],
-        [np.asarray(tensor, np.float64) for tensor in outputs],
-        f"the exported {path.name}",
+        [np.asarray(expected, np.float64) for expected, _ in pairs],
+        [np.asarray(found, np.float64) for _, found in pairs],
+        source,
     )
 
 
 def _random_images(shape: tuple[int, int, int]) -> np.ndarray:
     generator = np.random.default_rng(0)
-    return generator.uniform(-1, 1, size=(_NUM_EXAMPLES, *shape)).astype(np.float32)
+    return generator.uniform(-1, 1, size=(_NUM_IMAGES, *shape)).astype(np.float32)
 
 
 def _random_files(shape: tuple[int, int, int]) -> tf.Tensor:
     """Returns JPEG files of noise in different sizes, string [N]."""
     generator = np.random.default_rng(0)
     height, width, channels = shape
-    sizes = [(height + 3 * i, 2 * width + i, channels) for i in range(_NUM_EXAMPLES)]
+    sizes = [(height + 3 * i, 2 * width + i, channels) for i in range(_NUM_IMAGES)]
     noise = [generator.integers(256, size=size, dtype=np.uint8) for size in sizes]
     return tf.stack([tf.io.encode_jpeg(image) for image in noise])
 
@@ -303,8 +383,9 @@ def _size(path: pathlib.Path) -> int:
 
 def _reader(model: keras.Model, file_format: str) -> str:
     """Returns the software that loads an export."""
+    reader = _FORMATS[file_format].reader
     if file_format != "keras":
-        return {"saved_model": "TensorFlow", "tflite": "TFLite"}[file_format]
+        return reader
     types = {type(layer) for layer in all_layers(model)}
     ours = sorted(t.__name__ for t in types if t.__module__.startswith("bn_keras"))
-    return f"Keras after import bn_keras (for {', '.join(ours)})" if ours else "Keras alone"
+    return f"{reader} after import bn_keras (for {', '.join(ours)})" if ours else f"{reader} alone"

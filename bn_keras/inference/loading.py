@@ -1,4 +1,4 @@
-"""Loads trained and exported networks."""
+"""Loads the networks of runs; `exported` loads those that were exported."""
 
 import os
 from typing import NamedTuple
@@ -12,8 +12,6 @@ from bn_keras.data.transforms import Preprocessing
 from bn_keras.errors import UsageError
 from bn_keras.runs.checkpoint import Checkpoints
 from bn_keras.runs.workdir import Workdir
-from bn_keras.storage import local_copy
-from bn_keras.text import first_line
 from bn_keras.training.restoring import restore_network
 
 
@@ -114,70 +112,3 @@ def _evaluated_statistics(run: Workdir, step: int, best: bool, population_when: 
     # Resuming from an earlier checkpoint drops the later lines, but keeps the networks.
     with_population = ("evaluations",) if best else ("end", "evaluations")
     return "population" if population_when in with_population else "moving"
-
-
-class ExportedNetwork(NamedTuple):
-    """A network exported by `export_workdir`, or any other Keras model for images.
-
-    Attributes:
-      model: network from images float32 [N, *input_shape] to logits or probabilities [N, classes].
-      input_shape: (height, width, channels).
-      num_classes: size of its output.
-      class_names: name of each class, in order; None for a .keras file, which has none.
-    """
-
-    model: keras.Model
-    input_shape: tuple[int, int, int]
-    num_classes: int
-    class_names: tuple[str, ...] | None
-
-
-def load_exported(
-    path: str | os.PathLike, strategy: tf.distribute.Strategy | None = None
-) -> ExportedNetwork:
-    """Loads a .keras file or a SavedModel from `export_workdir`.
-
-    Args:
-      path: path of the file, or of the SavedModel's folder, local or in a bucket.
-      strategy: as in `load_trained`.
-
-    Raises:
-      UsageError: no such file, a damaged one, or a network that does not map images to classes.
-    """
-    path = os.fspath(path)
-    is_saved_model = tf.io.gfile.exists(os.path.join(path, "saved_model.pb"))
-    is_keras = path.endswith(".keras") and not tf.io.gfile.isdir(path)
-    if not (is_saved_model or (is_keras and tf.io.gfile.exists(path))):
-        raise UsageError(
-            f"{path} is not an exported network: expected a .keras file or the folder of a"
-            " SavedModel"
-        )
-    strategy = strategy or tf.distribute.get_strategy()
-    try:
-        with strategy.scope():
-            model, names = _read_saved_model(path) if is_saved_model else _read_keras(path)
-    # Keras and TensorFlow raise errors of many types for a damaged or foreign file.
-    except Exception as error:
-        raise UsageError(f"{path} cannot be read as a network: {first_line(error)}") from error
-    shapes = [tensor.shape for tensor in (*model.inputs, *model.outputs)]
-    if [len(shape) for shape in shapes] != [4, 2] or None in shapes[0][1:]:
-        raise UsageError(
-            f"{path} is a network with the shapes {', '.join(map(str, shapes))}: expected images"
-            " [N, height, width, channels] of one size and one output [N, classes]"
-        )
-    images, outputs = shapes
-    return ExportedNetwork(model, tuple(images[1:]), outputs[1], names)
-
-
-def _read_keras(path: str) -> tuple[keras.Model, tuple[str, ...] | None]:
-    with local_copy(path) as copied:
-        return keras.saving.load_model(copied, compile=False), None
-
-
-def _read_saved_model(path: str) -> tuple[keras.Model, tuple[str, ...] | None]:
-    signatures = tf.saved_model.load(path).signatures
-    names = signatures["class_names"]()["class_names"].numpy()
-    _, arguments = signatures["images"].structured_input_signature
-    images = keras.Input(arguments["images"].shape[1:])
-    network = keras.layers.TFSMLayer(path, call_endpoint="images")
-    return keras.Model(images, network(images)["logits"]), tuple(name.decode() for name in names)

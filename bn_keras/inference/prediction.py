@@ -11,7 +11,7 @@ from absl import logging
 from bn_keras.cores import usable_cores
 from bn_keras.data.folder_walk import EXTENSIONS, walk_classes
 from bn_keras.data.multi_crop import SINGLE_CROP, CropPreprocessing, Crops
-from bn_keras.data.single_image import read_image
+from bn_keras.data.single_image import read_encoded, read_image, reporting_undecodable
 from bn_keras.errors import BucketUnavailableError, StorageError, UsageError
 from bn_keras.inference.loading import load_trained
 from bn_keras.storage import is_local, read_lines, reading
@@ -101,8 +101,14 @@ class Predictor:
                     yield ImagePrediction(path, [] if error else next(predicted), error)
 
     def _open(self, path: Path) -> tf.Tensor | tuple[tf.Tensor, ...]:
-        encoded, _ = read_image(path, self._channels)
-        return self._read(encoded)
+        if self._preprocessing.crops.count > 1:
+            # Several crops are cut from the image resized by its shorter side: this limits its
+            # aspect ratio.
+            encoded, _ = read_image(path, self._channels)
+            return self._read(encoded)
+        encoded = read_encoded(path)
+        with reporting_undecodable(path, encoded):
+            return self._read(encoded)
 
     def _try_open(self, path: str) -> tuple[tf.Tensor | tuple[tf.Tensor, ...] | None, str]:
         """Returns the network's input, or None and the reason why the image is unreadable."""
