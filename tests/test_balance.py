@@ -19,6 +19,7 @@ from bn_keras.data.splits import Arrays, Source
 from bn_keras.errors import UsageError
 from bn_keras.training.config import default_config
 from bn_keras.training.loop import train_and_evaluate
+from bn_keras.training.pitfalls import describe_balance, find_class_pitfalls
 
 # Class 1 has no examples; the grey level of an image identifies it.
 SIZES = (9, 0, 2, 4)
@@ -308,3 +309,23 @@ def test_an_interrupted_balanced_run_ends_like_an_uninterrupted_one(balance, tmp
         train_and_evaluate(config, tmp_path / "run")
     resumed = train_and_evaluate(config, tmp_path / "run")
     assert resumed["variables_sha256"] == expected["variables_sha256"]
+
+
+def test_unequal_absent_and_rare_classes_are_named():
+    data = pipeline.open_data(**settings(balance="none"), seed=0, source=make_arrays())
+    lines = "\n".join(find_class_pitfalls(data))
+    assert "no training image of: 1" in lines
+    assert "fewer than 10 training images, too few to learn from: 0 (9), 2 (2), 3 (4)" in lines
+    assert "data.balance" not in lines
+    data.class_counts = np.array([300, 0, 25, 90])
+    assert "from 25 to 300 training images" in find_class_pitfalls(data)[-1]
+    data.balance = "sampling"
+    assert len(find_class_pitfalls(data)) == 1
+    data.class_counts = np.array([0, 0, 25, 0])
+    assert "all training images have the class '2'" in find_class_pitfalls(data)[-1]
+
+
+def test_the_log_says_what_balances_the_classes():
+    for balance, text in (("weights", "from 0.556 to 2.5"), ("sampling", "an epoch has 15 draws")):
+        data = pipeline.open_data(**settings(balance=balance), seed=0, source=make_arrays())
+        assert text in " ".join(describe_balance(data))

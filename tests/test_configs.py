@@ -3,12 +3,13 @@
 import pathlib
 
 import pytest
+from ml_collections import ConfigDict
 
 from bn_keras.errors import UsageError
 from bn_keras.models import BNInception, bn_inception
 from bn_keras.training import networks
 from bn_keras.training.build import build_model
-from bn_keras.training.config import default_config
+from bn_keras.training.config import check_config, default_config
 from bn_keras.training.config_files import load_config
 from configs import (
     bn_x30_ensemble,
@@ -106,12 +107,28 @@ def test_mnist_is_section_4_1():
     assert bn.to_dict() == baseline.to_dict()
 
 
+# A third of the length, and the paper's crops, which fit an evaluation with many crops.
+CIFAR10_MEMBER = {
+    "data.crop": "inception",
+    "train.steps": 31_250 // 3,
+    "schedule.decay_epochs": pytest.approx(1.0676 / 6 / 3, rel=1e-4),
+}
+
+
 @pytest.mark.parametrize(
-    "module", [bn_x30_ensemble, cifar10_bn_x30_ensemble, digits_bn_x30_ensemble]
+    "module, common",
+    [
+        (bn_x30_ensemble, {}),
+        (cifar10_bn_x30_ensemble, CIFAR10_MEMBER),
+        (digits_bn_x30_ensemble, {}),
+    ],
 )
-def test_members_of_the_ensemble_are_bn_x30_except_for_their_changes(module):
+def test_members_of_the_ensemble_are_bn_x30_except_for_their_changes(module, common):
     name = module.__name__.rpartition(".")[2].removesuffix("_ensemble")
     base = load(name).to_dict()
+    for key, value in common.items():
+        section, setting = key.split(".")
+        base[section][setting] = value
     members = [module.get_config(str(i)) for i in range(1, 7)]
     keys = ("initializer_scale", "dropout", "per_activation_bn")
     own = {key: networks.value_of(load(name), f"model.{key}") for key in keys}
@@ -155,6 +172,7 @@ MINIATURE = dict(input_shape=(8, 8, 1), classes=10)
 @pytest.mark.parametrize("variant", bn_inception.VARIANTS)
 def test_the_network_of_a_config_is_the_variant(variant, short_figure_5):
     config = networks.derive(digits_inception.get_config(), variant)
+    config.model.modules = ()
     by_config = build_model(config, **MINIATURE)
     by_name = BNInception(variant, **MINIATURE, width=0.125, stem="digits", momentum=0.9)
     assert by_config.get_config() == by_name.get_config()
@@ -162,7 +180,7 @@ def test_the_network_of_a_config_is_the_variant(variant, short_figure_5):
 
 def test_the_settings_of_a_config_reach_the_network(short_figure_5):
     config = networks.derive(digits_inception.get_config(), "bn_x5")
-    config.model.update(preset="caffe", pool_projection=64, auxiliary_weight=0.4)
+    config.model.update(preset="caffe", pool_projection=64, auxiliary_weight=0.4, modules=())
     assert len(build_model(config, **MINIATURE).outputs) == 1
     by_config = build_model(config, **MINIATURE, training=True)
     options = dict(width=0.125, stem="digits", momentum=0.9)
@@ -182,12 +200,30 @@ def dropout_of(config):
 
 @pytest.mark.parametrize("variant, dropout", [("bn_x30_ensemble_2", 0.05), ("bn_x30", 0)])
 def test_a_variant_brings_its_own_settings(variant, dropout, short_figure_5):
-    config = networks.replaced(load("digits_bn_x30"), {"model.variant": variant})
+    config = networks.replaced(
+        load("digits_bn_x30"), {"model.variant": variant, "model.modules": ()}
+    )
     assert dropout_of(config) == networks.value_of(config, "model.dropout") == dropout
 
 
 def test_a_setting_takes_precedence_over_the_variant(short_figure_5):
     for variant, dropout in (("bn_x30_ensemble_2", 0.2), ("inception", 0.0)):
-        values = {"model.variant": variant, "model.dropout": dropout}
+        values = {"model.variant": variant, "model.dropout": dropout, "model.modules": ()}
         config = networks.replaced(load("digits_bn_x30"), values)
         assert dropout_of(config) == networks.value_of(config, "model.dropout") == dropout
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ConfigDict(), "the config has no batch_norm.epsilon, .* more: expected all keys of"),
+        (ConfigDict({"data": 3}), "the config has no batch_norm.epsilon"),
+        ({"data": {}}, "the config is a dict: expected a ConfigDict"),
+        (None, "the config is a NoneType: expected a ConfigDict"),
+    ],
+    ids=str,
+)
+def test_a_config_that_lacks_settings_is_reported_on_one_line(config, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        check_config(config)
+    assert "\n" not in str(caught.value)

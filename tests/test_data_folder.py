@@ -233,6 +233,24 @@ def test_images_in_both_splits_are_named_in_a_warning(root, caplog, kind):
         assert "1 image of 'validation' is also in 'train'" in caplog.text
 
 
+def test_copies_of_training_images_are_named_in_a_warning(root, caplog):
+    # All 12 validation images are; one more has another class.
+    original = root / "train" / "cat" / "älter" / "bild 8.bmp"
+    write(root / "validation" / "zèbre" / original.name, original.read_bytes())
+    # Another content of the same size.
+    write(root / "validation" / "cat" / "bild 7.JPG", b"?")
+    write(root / "train" / "cat" / "bild 7.JPG", b"!")
+    open_folder(root)
+    assert "13 of 14 files with equal names and sizes in 'train' and 'validation'" in caplog.text
+
+
+def test_odd_names_are_names_like_any_other(root):
+    content = encoded(np.full((9, 9, 3), 255, np.uint8))
+    for name in ("-rf.png", "new\nline.png", " spaces .PNG", "MIXED.JpEg", "x.jpg/inner.png"):
+        write(root / "train" / "cat" / name, content)
+    assert open_folder(root).num_train_examples == 35
+
+
 def test_unicode_spellings_of_a_class_name_are_one(root):
     decomposed = unicodedata.normalize("NFD", CLASSES[1])
     (root / "validation" / CLASSES[1]).rename(root / "validation" / decomposed)
@@ -330,6 +348,7 @@ def test_labels_are_read_from_a_csv_file(root, delimiter):
         ("validation/cat/bild 1.JPG,a\nvalidation/cat/bild 1.JPG,b", "has the labels 'a' and 'b'"),
         ("missing.png,a", "1 of the images .* do not exist .*'missing.png'"),
         ("caf\udce9.png,a", "is not UTF-8"),
+        ('validation/cat/bild 1.JPG,"a\nvalidation/cat/x.png,b', "line 2 .* quotation marks"),
     ],
 )
 def test_an_invalid_labels_file_is_reported_on_one_line(root, text, message):

@@ -96,14 +96,14 @@ def half(encoded):
 
 BAD = {
     "missing": (None, "cannot be read: No such file or directory"),
-    "empty": (b"", "cannot be decoded"),
-    "text.jpg": (b"not an image", "cannot be decoded"),
-    "cut.jpg": (half(as_file(photograph(), "JPEG")), "cannot be decoded"),
+    "empty": (b"", "an empty file"),
+    "text.jpg": (b"not an image", "cannot be decoded: not an image: expected a JPEG"),
+    "cut.jpg": (half(as_file(photograph(), "JPEG")), "a damaged or incomplete JPEG file"),
     "cut_at_the_end.jpg": (as_file(photograph(), "JPEG")[:-40], "cannot be decoded"),
-    "cut.png": (half(as_file(photograph(), "PNG")), "cannot be decoded"),
-    "cut.gif": (half(as_file(photograph(), "GIF")), "cannot be decoded"),
-    "cut.bmp": (half(as_file(photograph(), "BMP")), "cannot be decoded"),
-    "x.tiff": (as_file(photograph(), "TIFF"), "cannot be decoded"),
+    "cut.png": (half(as_file(photograph(), "PNG")), "a damaged or incomplete PNG file"),
+    "cut.gif": (half(as_file(photograph(), "GIF")), "a damaged or incomplete GIF file"),
+    "cut.bmp": (half(as_file(photograph(), "BMP")), "a damaged or incomplete BMP file"),
+    "x.tiff": (as_file(photograph(), "TIFF"), "a TIFF or raw file: convert it"),
     "long.png": (as_file(photograph(2, 300), "PNG"), "2 pixels high and 300 wide"),
 }
 

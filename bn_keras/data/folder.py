@@ -1,6 +1,8 @@
 """A user's own images: one folder per split and class, or a CSV file of paths and labels."""
 
+import filecmp
 import hashlib
+import itertools
 import os
 import re
 import unicodedata
@@ -20,6 +22,11 @@ from bn_keras.text import counted, first_of
 _SPLIT = re.compile(r"(?P<folder>[^\[\]]+)(\[((?P<begin>\d+)%)?:((?P<end>\d+)%)?\])?")
 # Names of folders that hold class folders.
 _SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing", "eval")
+
+# Files of equal name and size in both splits that are compared byte by byte, at most.
+_MAX_COMPARED = 100
+# Training images that one of them is compared with, at most.
+_MAX_NAMESAKES = 10
 
 # The images of each class.
 Classes = dict[str, list[Image]]
@@ -123,9 +130,53 @@ def _warn_of_overlap(
             train_split,
             common[0],
         )
+    else:
+        _warn_of_copies(train_split, train, validation_split, validation)
     repeated = sum(map(len, train.values())) - len(trained)
     if repeated:
         logging.warning("%r lists %s twice or more", train_split, counted(repeated, "image"))
+
+
+def _warn_of_copies(
+    train_split: str, train: Classes, validation_split: str, validation: Classes
+) -> None:
+    """Warns of validation images that are copies of training images.
+
+    Only files of equal name and size are compared, and not more than some: copying a part of the
+    training images is the usual mistake, and a comparison of all files would read all of them.
+    """
+    by_name: dict[tuple[str, int], list[Image]] = {}
+    for image in itertools.chain(*train.values()):
+        by_name.setdefault((os.path.basename(image.path), image.size), []).append(image)
+    candidates = (
+        (image, by_name[key])
+        for image in itertools.chain(*validation.values())
+        if image.size > 0 and (key := (os.path.basename(image.path), image.size)) in by_name
+    )
+    compared = list(itertools.islice(candidates, _MAX_COMPARED))
+    copies = [
+        image.path
+        for image, others in compared
+        if any(_have_equal_content(image, other) for other in others[:_MAX_NAMESAKES])
+    ]
+    if copies:
+        logging.warning(
+            "%d of %s with equal names and sizes in %r and %r are copies, such as %r: the accuracy"
+            " overstates that on new images",
+            len(copies),
+            counted(len(compared), "file"),
+            train_split,
+            validation_split,
+            copies[0],
+        )
+
+
+def _have_equal_content(image: Image, other: Image) -> bool:
+    try:
+        return filecmp.cmp(image.path, other.path, shallow=False)
+    except OSError:
+        # Reported when the image is used.
+        return False
 
 
 def _fingerprint(root: str, splits: Sequence[Classes]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import csv
 import os
 import unicodedata
+from collections.abc import Iterator
 
 import tensorflow as tf
 
@@ -42,7 +43,7 @@ def read_labels(root: str, file: str) -> dict[str, list[Image]]:
     classes: dict[str, list[Image]] = {}
     labels: dict[str, str] = {}
     missing: list[str] = []
-    for number, row in enumerate(csv.reader(lines, delimiter=delimiter), start=1):
+    for number, row in _read_rows(lines, delimiter, file):
         cells = [cell.strip() for cell in row]
         if not any(cells) or (number == 1 and _is_header(cells)):
             continue
@@ -71,6 +72,19 @@ def read_labels(root: str, file: str) -> dict[str, list[Image]]:
     if not classes:
         raise UsageError(f"labels file {file} is empty: expected rows PATH,LABEL")
     return {label: sorted(images) for label, images in classes.items()}
+
+
+def _read_rows(lines: list[str], delimiter: str, file: str) -> Iterator[tuple[int, list[str]]]:
+    """Yields the number of a line and its cells."""
+    # By default, a quotation mark that is never closed swallows all further lines.
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise UsageError(
+            f"line {reader.line_num} of {file} is invalid ({error}): check its quotation marks"
+        ) from None
 
 
 def _is_header(cells: list[str]) -> bool:

@@ -12,7 +12,9 @@ from bn_keras.data.multi_crop import CropPreprocessing
 from bn_keras.data.random_numbers import RandomNumbers
 from bn_keras.data.splits import Files, Shards
 from bn_keras.data.transforms import Preprocessing
+from bn_keras.data.undecodable import explain
 from bn_keras.data.unreadable import UnreadableExamples
+from bn_keras.errors import UsageError
 
 # Largest number of examples that one thread decodes in sequence.
 MAX_PIECE = 32
@@ -193,7 +195,11 @@ class ShardBatches:
         return tf.nest.map_structure(lambda t: tf.ensure_shape(t, [size, *t.shape[1:]]), batch)
 
     def _decode_example(self, record: tf.Tensor, extra: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        encoded, label = self._shards.parse(record)
+        return self._process(*self._shards.parse(record), extra)
+
+    def _process(
+        self, encoded: tf.Tensor, label: tf.Tensor, extra: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
         channels = self._shards.image_shape[-1]
         if self._random is None:
             return self._preprocessing.process_encoded(encoded, None, channels), label, extra
@@ -250,10 +256,14 @@ class ShardBatches:
             name, record = self._shards.read_one(
                 shard, int(record_index - end + self._shards.lengths[shard])
             )
+            encoded = None
             try:
-                return tf.nest.flatten(self._decode_example(tf.constant(record), extra))
+                encoded, label = self._shards.parse(tf.constant(record))
+                return tf.nest.flatten(self._process(encoded, label, extra))
             except tf.errors.OpError as error:
-                self._unreadable.add(name, error)
+                is_read = encoded is not None
+                reason = UsageError(explain(encoded.numpy(), error)) if is_read else error
+                self._unreadable.add(name, reason)
             if self._random is None:
                 return blank
         raise self._unreadable.fail(

@@ -1,11 +1,14 @@
 """Reads single image files."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import tensorflow as tf
 from etils import epath
 
 from bn_keras.data import transforms
+from bn_keras.data.undecodable import explain
 from bn_keras.errors import BucketUnavailableError, UsageError
 from bn_keras.storage import is_temporary, reason_of
 from bn_keras.text import first_line
@@ -33,21 +36,9 @@ def read_image(path: str | os.PathLike, channels: int = 3) -> tuple[tf.Tensor, t
         an extreme aspect ratio.
       BucketUnavailableError: it is in a bucket that does not answer.
     """
-    try:
-        encoded = tf.constant(epath.Path(path).read_bytes())
-    except (OSError, tf.errors.OpError) as error:
-        if is_temporary(error):
-            raise BucketUnavailableError(
-                f"image {path} cannot be read: {reason_of(error)}"
-            ) from None
-        raise UsageError(f"image {path} cannot be read: {first_line(error)}") from None
-    try:
+    encoded = read_encoded(path)
+    with reporting_undecodable(path, encoded):
         image = transforms.decode(encoded, channels)
-    except tf.errors.OpError:
-        # TensorFlow's own message adds only the name of its kernel.
-        raise UsageError(
-            f"image {path} cannot be decoded: expected a complete JPEG, PNG, BMP, GIF or WebP file"
-        ) from None
     height, width, _ = image.shape
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise UsageError(
@@ -55,3 +46,25 @@ def read_image(path: str | os.PathLike, channels: int = 3) -> tuple[tf.Tensor, t
             f" at most {MAX_ASPECT}"
         )
     return encoded, image
+
+
+def read_encoded(path: str | os.PathLike) -> tf.Tensor:
+    """Reads a file into a scalar string; raises like `read_image`."""
+    try:
+        return tf.constant(epath.Path(path).read_bytes())
+    except (OSError, tf.errors.OpError) as error:
+        if is_temporary(error):
+            raise BucketUnavailableError(
+                f"image {path} cannot be read: {reason_of(error)}"
+            ) from None
+        raise UsageError(f"image {path} cannot be read: {first_line(error)}") from None
+
+
+@contextlib.contextmanager
+def reporting_undecodable(path: str | os.PathLike, encoded: tf.Tensor) -> Iterator[None]:
+    """Wraps the decoding of a file; raises UsageError if it cannot be decoded."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        reason = explain(encoded.numpy(), error)
+        raise UsageError(f"image {path} cannot be decoded: {reason}") from None

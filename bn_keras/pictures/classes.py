@@ -1,11 +1,14 @@
 """Pictures of a confusion matrix and of the most confident mistakes."""
 
+import functools
 import math
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib import font_manager
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 # More classes have no room for their names and numbers.
@@ -14,6 +17,21 @@ _MAX_NUMBERED_CLASSES = 20
 _COLUMNS = 6
 _CELL_INCHES = 1.9
 _MAX_NAME_LENGTH = 22
+# In the gallery, a line has about 32 characters.
+_MAX_GALLERY_LENGTH = 18
+# Installed on some machines; matplotlib's own font has neither Chinese, Japanese and Korean
+# characters nor emoji.
+_OTHER_FONTS = (
+    "Noto Sans CJK JP",
+    "Noto Sans CJK SC",
+    "WenQuanYi Zen Hei",
+    "Hiragino Sans",
+    "Microsoft YaHei",
+    "Malgun Gothic",
+    "Arial Unicode MS",
+    "Noto Emoji",
+    "Segoe UI Emoji",
+)
 
 
 class Mistake(NamedTuple):
@@ -36,6 +54,8 @@ class Mistake(NamedTuple):
 def draw_confusion(class_names: Sequence[str], confusion: np.ndarray) -> Figure:
     """Draws a confusion matrix; colours show the shares of each true class.
 
+    The colours are proportional to the root of the share, so that rare confusions are visible.
+
     Args:
       class_names: name of each class, in order.
       confusion: int64 [classes, classes], images by true class (row) and predicted class (column).
@@ -45,18 +65,21 @@ def draw_confusion(class_names: Sequence[str], confusion: np.ndarray) -> Figure:
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     axes = figure.subplots()
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    drawn = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    norm = PowerNorm(0.5, vmin=0, vmax=1)
+    drawn = axes.imshow(shares, cmap="Blues", norm=norm)
     figure.colorbar(drawn, ax=axes, label="share of the true class", shrink=0.8)
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
+    numbers = "" if count <= _MAX_NAMED_CLASSES else " (row of confusion.csv, from 0)"
+    axes.set_xlabel(f"predicted class{numbers}")
+    axes.set_ylabel(f"true class{numbers}")
     if count <= _MAX_NAMED_CLASSES:
-        names = [_shorten(name) for name in class_names]
-        axes.set_xticks(range(count), names, rotation=90, fontsize=8, parse_math=False)
-        axes.set_yticks(range(count), names, fontsize=8, parse_math=False)
+        names = [_shorten(name, _MAX_NAME_LENGTH) for name in class_names]
+        style = dict(fontsize=8, fontfamily=_fonts(), parse_math=False)
+        axes.set_xticks(range(count), names, rotation=90, **style)
+        axes.set_yticks(range(count), names, **style)
     if count <= _MAX_NUMBERED_CLASSES:
         for (row, column), number in np.ndenumerate(confusion):
             if number:
-                colour = "white" if shares[row, column] > 0.5 else "black"
+                colour = "white" if norm(shares[row, column]) > 0.6 else "black"
                 axes.text(column, row, number, ha="center", va="center", color=colour, fontsize=7)
     return figure
 
@@ -68,29 +91,53 @@ def draw_mistakes(mistakes: Sequence[Mistake], binary: bool) -> Figure:
       mistakes: mistakes to draw.
       binary: whether pixels are 0 and 1 instead of in [-1, 1].
     """
-    rows = max(1, math.ceil(len(mistakes) / _COLUMNS))
+    columns = max(2, min(_COLUMNS, len(mistakes)))
+    rows = max(1, math.ceil(len(mistakes) / columns))
     figure = Figure(
-        figsize=(_CELL_INCHES * _COLUMNS, (_CELL_INCHES + 0.5) * rows), layout="constrained"
+        figsize=(_CELL_INCHES * columns, (_CELL_INCHES + 0.5) * rows), layout="constrained"
     )
     if not mistakes:
         figure.text(0.5, 0.5, "no mistakes", ha="center")
         return figure
-    cells = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
+    cells = figure.subplots(rows, columns, squeeze=False).ravel()
     for cell in cells:
         cell.axis("off")
     for cell, mistake in zip(cells, mistakes, strict=False):
         pixels = mistake.image if binary else (mistake.image + 1) / 2
         cell.imshow(np.clip(pixels, 0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)
+        label, predicted = (
+            _shorten(name, _MAX_GALLERY_LENGTH) for name in (mistake.label, mistake.predicted)
+        )
         cell.set_title(
-            f"{_shorten(os.path.basename(mistake.name))}\ntrue: {_shorten(mistake.label)}\n"
-            f"predicted: {_shorten(mistake.predicted)} ({mistake.probability:.0%})",
+            f"{_shorten(os.path.basename(mistake.name), _MAX_NAME_LENGTH)}\ntrue: {label}\n"
+            f"predicted {mistake.probability:.0%}: {predicted}",
             fontsize=7,
+            fontfamily=_fonts(),
             parse_math=False,
         )
     return figure
 
 
-def _shorten(name: str) -> str:
+def _shorten(name: str, max_length: int) -> str:
+    """Returns a name that can be drawn; a long one keeps its begin and its end."""
     # A name that is not UTF-8 contains surrogates, which cannot be drawn.
     name = name.encode(errors="backslashreplace").decode().replace("\n", " ")
-    return name if len(name) <= _MAX_NAME_LENGTH else f"{name[: _MAX_NAME_LENGTH - 1]}…"
+    name = "".join(c if ord(c) in _glyphs() else f"U+{ord(c):04X} " for c in name).strip()
+    if len(name) <= max_length:
+        return name
+    end = max_length // 3
+    return f"{name[: max_length - end - 1]}…{name[-end:]}"
+
+
+@functools.cache
+def _fonts() -> list[str]:
+    """Returns the fonts to draw names with, in order of preference."""
+    installed = set(font_manager.get_font_names())
+    return ["DejaVu Sans", *(name for name in _OTHER_FONTS if name in installed)]
+
+
+@functools.cache
+def _glyphs() -> frozenset[int]:
+    """Returns the code points of the characters that the fonts have."""
+    files = (font_manager.findfont(name) for name in _fonts())
+    return frozenset().union(*(font_manager.get_font(file).get_charmap() for file in files))

@@ -1,6 +1,7 @@
 """Settings and data that are valid, but hardly meant: a vanishing rate, classes without images."""
 
 import keras
+import numpy as np
 from ml_collections import ConfigDict
 
 from bn_keras.data.pipeline import Data
@@ -57,6 +58,12 @@ def find_class_pitfalls(data: Data) -> list[str]:
         return []
     lines = name_rare_classes(data.class_names, data.class_counts, "training", "to learn from")
     sizes = data.class_counts[data.class_counts > 0]
+    if len(sizes) == 1:
+        [only] = np.flatnonzero(data.class_counts)
+        lines.append(
+            f"all training images have the class {data.class_names[only]!r}:"
+            " there is nothing to tell apart; is data.data_dir the right folder?"
+        )
     if data.balance == "none" and sizes.max() >= _UNEQUAL * sizes.min():
         lines.append(
             f"the classes have from {sizes.min():,} to {sizes.max():,} training images, and the"
