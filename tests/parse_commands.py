@@ -25,7 +25,7 @@ from absl import app, flags
 import bn_keras.experiments.paper  # noqa: F401
 import launch.cloud.control  # noqa: F401
 from bn_keras.training.config import default_config
-from launch import config_flag
+from launch import cli, config_flag
 from launch.command_error import CommandError
 from launch.help import is_required
 from launch.main import COMMANDS
@@ -95,6 +95,8 @@ def in_fork(function):
 def parse_here(command, arguments):
     sys.argv = [command, *(ANY_CONFIG if a == "--config=..." else a for a in arguments)]
     app.run = parse_only
+    # Otherwise a command that fails ends this process before the result is written.
+    cli._ending_process = contextlib.nullcontext
     status = 0
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
         try:
