@@ -23,6 +23,7 @@ COMMANDS = {
     "search": "search initializers and learning rates",
     "slurm": "train with Slurm",
     "tpu": "train on a Cloud TPU",
+    "info": "print versions, devices and config, for an issue",
 }
 
 
