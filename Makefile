@@ -7,15 +7,17 @@ PY := .venv/bin/python
 READY := .venv/ready-$(EXTRA)
 PEERS := .venv-peers/ready
 TPU := .venv-tpu/ready
+DOCS := .venv-docs/ready
 COMMA := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers gpu-check tpu-check slurm-check docker-check data-imagenet lint \
-  format bench
+.PHONY: help demo test coverage test-peers gpu-check tpu-check slurm-check docker-check \
+  data-imagenet lint format bench docs docs-serve tour
 
 help:
 	@echo "make demo        train the paper's five networks in miniature and report them"
 	@echo "make test        run the tests"
+	@echo "make coverage    run the tests, and list the lines that none of them runs"
 	@echo "make test-peers  compare layer and network with PyTorch's and TF-Slim's"
 	@echo "make gpu-check   check what only GPUs can show, without data; prints a table"
 	@echo "                 (EXTRA=gpu installs TensorFlow for GPUs)"
@@ -29,6 +31,9 @@ help:
 	@echo "make lint        check style and types"
 	@echo "make format      auto-fix style"
 	@echo "make bench       run the benchmarks (on an otherwise idle machine)"
+	@echo "make docs        build the documentation site in site/, and fail on a broken link"
+	@echo "make docs-serve  show the site at http://localhost:8000, and reload it on changes"
+	@echo "make tour        run the notebook examples/tour.ipynb again, from its script"
 
 # Finds the first Python from 3.11 to 3.13 that starts.
 find_python = for python in "$$PYTHON" python3 python3.13 python3.12 python3.11; do \
@@ -55,6 +60,9 @@ demo: $(READY)
 
 test: $(READY)
 	@$(PY) -m pytest -n 2 tests
+
+coverage: $(READY)
+	@$(PY) -m pytest -n 2 --cov --cov-report=term-missing:skip-covered tests
 
 # PyTorch has an environment of its own, since nothing else needs it. On Linux its default wheel
 # includes CUDA; PIP_INDEX_URL or PIP_EXTRA_INDEX_URL can select PyTorch's CPU wheels.
@@ -105,3 +113,24 @@ format: $(READY)
 
 bench: $(READY)
 	@for benchmark in benchmarks/[a-z]*.py; do echo "== $$benchmark"; $(PY) "$$benchmark" || exit 1; done
+
+# The reference needs the package; the rest of the site's packages is of no use elsewhere.
+$(DOCS): setup.cfg
+	@set -e; $(find_python); \
+	echo "Setting up .venv-docs with $$("$$found" --version) and MkDocs; this takes a minute or two."; \
+	"$$found" -m venv --clear .venv-docs; \
+	$(call install,.venv-docs,cpu$(COMMA)train$(COMMA)docs); \
+	touch $(DOCS)
+
+# The variables turn off messages of TensorFlow and of MkDocs' theme.
+mkdocs = TF_CPP_MIN_LOG_LEVEL=3 NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs
+
+docs: $(DOCS)
+	@$(mkdocs) build --quiet
+	@echo "written to site/index.html"
+
+docs-serve: $(DOCS)
+	@$(mkdocs) serve --watch bn_keras --watch launch
+
+tour: $(DOCS)
+	@.venv-docs/bin/jupytext --to ipynb --execute examples/tour.py

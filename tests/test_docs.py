@@ -57,7 +57,7 @@ SETUP.read(ROOT / "setup.cfg")
 MAKEFILE = (ROOT / "Makefile").read_text()
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 BENCHMARKS = "".join(file.read_text() for file in (ROOT / "benchmarks").glob("*.py"))
-FOLDERS = ("bn_keras", "launch", "configs", "tests", "benchmarks", "docs")
+FOLDERS = ("bn_keras", "launch", "configs", "tests", "benchmarks", "docs", "examples")
 
 
 @EACH_PAGE
