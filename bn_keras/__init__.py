@@ -8,7 +8,7 @@ and h5py. The trainer is in the subpackages `data`, `distribute`, `experiments`,
 import importlib.util
 import os
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if importlib.util.find_spec("tensorflow") is None:
     raise ImportError(
