@@ -49,7 +49,7 @@ class BalancedOrder:
         return tf.gather(self._examples, tf.gather(self._begins, number) + member)
 
 
-def class_weights(counts: Sequence[int]) -> np.ndarray:
+def class_weights(counts: Sequence[int] | np.ndarray) -> np.ndarray:
     """Returns weights by which all classes contribute equally to the mean loss of an epoch.
 
     The weight of a class is n / (K * its number of examples), for n examples in K classes that have

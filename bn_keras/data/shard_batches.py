@@ -256,13 +256,13 @@ class ShardBatches:
             name, record = self._shards.read_one(
                 shard, int(record_index - end + self._shards.lengths[shard])
             )
-            encoded = None
+            encoded: tf.Tensor | None = None
             try:
                 encoded, label = self._shards.parse(tf.constant(record))
                 return tf.nest.flatten(self._process(encoded, label, extra))
             except tf.errors.OpError as error:
-                is_read = encoded is not None
-                reason = UsageError(explain(encoded.numpy(), error)) if is_read else error
+                # Without content, the file cannot be read, or the label is not a class.
+                reason = error if encoded is None else UsageError(explain(encoded.numpy(), error))
                 self._unreadable.add(name, reason)
             if self._random is None:
                 return blank

@@ -4,7 +4,7 @@ import functools
 import math
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import font_manager
@@ -73,7 +73,7 @@ def draw_confusion(class_names: Sequence[str], confusion: np.ndarray) -> Figure:
     axes.set_ylabel(f"true class{numbers}")
     if count <= _MAX_NAMED_CLASSES:
         names = [_shorten(name, _MAX_NAME_LENGTH) for name in class_names]
-        style = dict(fontsize=8, fontfamily=_fonts(), parse_math=False)
+        style: dict[str, Any] = dict(fontsize=8, fontfamily=_fonts(), parse_math=False)
         axes.set_xticks(range(count), names, rotation=90, **style)
         axes.set_yticks(range(count), names, **style)
     if count <= _MAX_NUMBERED_CLASSES:

@@ -97,7 +97,7 @@ class ClassReport:
 
 
 def name_rare_classes(
-    class_names: Sequence[str], counts: Sequence[int], split: str, purpose: str
+    class_names: Sequence[str], counts: Sequence[int] | np.ndarray, split: str, purpose: str
 ) -> list[str]:
     """Returns lines that name the classes with no or few images.
 

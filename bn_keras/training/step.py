@@ -88,7 +88,9 @@ class Trainer:
         self._ema = ema
         self._loss_scaling = loss_scaling
         self._head_factor = head_factor
-        self._class_weights = None if class_weights is None else np.float32(class_weights)
+        self._class_weights = (
+            None if class_weights is None else np.asarray(class_weights, np.float32)
+        )
         self._head = {
             id(v)
             for layer in model.layers
