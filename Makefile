@@ -56,7 +56,7 @@ $(READY): setup.cfg
 	touch $(READY)
 
 demo: $(READY)
-	@.venv/bin/bn-keras reproduce --scale=digits --workdir=runs/digits
+	@.venv/bin/bn-keras reproduce --scale=digits --seeds=3 --workdir=runs/digits
 
 test: $(READY)
 	@$(PY) -m pytest -n 2 tests
@@ -68,9 +68,9 @@ coverage: $(READY)
 # includes CUDA; PIP_INDEX_URL or PIP_EXTRA_INDEX_URL can select PyTorch's CPU wheels.
 # The one network used of pytorchcv and of tf-slim needs none of their dependencies.
 $(PEERS): $(READY) Makefile
-	@set -e; echo "Setting up .venv-peers with PyTorch and TF-Slim."; \
+	@set -e; echo "Setting up .venv-peers with PyTorch, TF-Slim and ONNX."; \
 	$(PY) -m venv --clear .venv-peers; \
-	$(call install,.venv-peers,$(EXTRA)$(COMMA)train$(COMMA)dev,torch==2.13.0); \
+	$(call install,.venv-peers,$(EXTRA)$(COMMA)train$(COMMA)dev$(COMMA)onnx,torch==2.13.0); \
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps pytorchcv==0.0.74 tf-slim==1.1.0; \
 	touch $(PEERS)
 

@@ -263,7 +263,7 @@ def _write_saved_model(
     archive = keras.export.ExportArchive()
     archive.track(model)
     files = tf.TensorSpec([None], tf.string, "encoded")
-    images = tf.TensorSpec(model.input.shape, tf.float32, "images")
+    images = tf.TensorSpec(model.inputs[0].shape, tf.float32, "images")
     archive.add_endpoint("serving_default", predict, [files])
     archive.add_endpoint("images", logits, [images])
     archive.add_endpoint("class_names", lambda: {"class_names": class_names()}, [])
@@ -277,7 +277,7 @@ def _probabilities(
     model: keras.Model, preprocessing: Preprocessing, encoded: tf.Tensor
 ) -> tf.Tensor:
     """Computes the probabilities, float32 [N, classes], of encoded images, string [N]."""
-    shape = model.input.shape[1:]
+    shape = model.inputs[0].shape[1:]
     images = tf.map_fn(
         lambda image: preprocessing.process_encoded(image, None, channels=shape[-1]),
         encoded,

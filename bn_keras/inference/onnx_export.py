@@ -39,7 +39,7 @@ def write_onnx(model: keras.Model, description: NetworkDescription, path: pathli
     import onnx
     import tf2onnx
 
-    @tf.function(input_signature=[tf.TensorSpec(model.input.shape, tf.float32, "images")])
+    @tf.function(input_signature=[tf.TensorSpec(model.inputs[0].shape, tf.float32, "images")])
     def predict(images: tf.Tensor) -> dict[str, tf.Tensor]:
         logits = model(images, training=False)
         return {"logits": logits, "probabilities": tf.nn.softmax(logits)}

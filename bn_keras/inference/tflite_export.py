@@ -46,7 +46,7 @@ def write_tflite(
 
     archive = keras.export.ExportArchive()
     archive.track(model)
-    images = tf.TensorSpec(model.input.shape, tf.float32, "images")
+    images = tf.TensorSpec(model.inputs[0].shape, tf.float32, "images")
     archive.add_endpoint(_SIGNATURE, predict, [images])
     # Variables of the model do not reach a converter that starts from the function.
     with tempfile.TemporaryDirectory(prefix="bn_keras_") as folder, _silenced_stderr():
