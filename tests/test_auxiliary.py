@@ -30,6 +30,7 @@ def short_figure_5(monkeypatch):
 def small_config():
     config = digits_bn_x5.get_config().copy_and_resolve_references()
     config.model.width = DIGITS["width"]
+    config.model.modules = ()
     config.model.auxiliary_weight = 0.4
     config.train.steps = 4
     config.train.steps_per_loop = 2

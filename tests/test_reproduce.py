@@ -8,7 +8,13 @@ import sys
 
 import pytest
 
-from bn_keras.experiments.paper import EXPERIMENTS, SCALES, Trial, get_trials
+from bn_keras.experiments.paper import (
+    EXPERIMENTS,
+    SCALES,
+    Trial,
+    estimate_core_hours,
+    get_trials,
+)
 from bn_keras.training.config import check_config
 from configs import bn_x30, cifar10_inception, inception, mnist_bn
 
@@ -41,7 +47,7 @@ def test_the_imagenet_scale_is_the_papers():
     assert list(runs.values())[3] == bn_x30.get_config()
     for scale in ("cifar10", "imagenet"):
         figure_1 = get_trials(["figure1"], scale, seeds=3)
-        assert [str(trial) for trial in figure_1][:2] == ["with BN seed 0", "with BN seed 1"]
+        assert [str(trial) for trial in figure_1][:2] == ["with BN seed 0", "without BN seed 0"]
         config = figure_1[Trial("with BN", 2)].copy_and_resolve_references()
         config.seed = 0
         assert config == mnist_bn.get_config()
@@ -53,6 +59,21 @@ def test_experiments_share_common_runs():
     with_claims = get_trials(["figure2", "figure3", "claims"], "cifar10", seeds=3)
     assert with_claims.items() > five.items()
     assert five[Trial("Inception", 0)] == cifar10_inception.get_config()
+
+
+def test_long_runs_are_ordered_by_seed_and_short_ones_share_their_graph():
+    by_seed = [trial.seed for trial in get_trials(["figure3"], "cifar10", seeds=2)]
+    assert by_seed == [0] * 5 + [1] * 5
+    by_title = [trial.seed for trial in get_trials(["figure3"], "digits", seeds=2)]
+    assert by_title == [0, 1] * 5
+
+
+def test_core_hours_are_estimated_where_a_rate_was_measured():
+    config = cifar10_inception.get_config()
+    # A million images at 270 a second.
+    assert estimate_core_hours(config) == pytest.approx(1.03, abs=0.01)
+    assert estimate_core_hours(mnist_bn.get_config()) < 0.1
+    assert estimate_core_hours(inception.get_config()) is None
 
 
 def test_ensemble_members_have_fixed_seeds():

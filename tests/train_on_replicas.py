@@ -19,6 +19,7 @@ def main():
     inception.FIGURE_5 = [inception.FIGURE_5[0]._replace(conv1x1=0, projection=0)]
     config = digits_bn_x5_sigmoid.get_config()
     config.data.crop, config.data.mirror, config.data.distortion = "shift", True, 1.0
+    config.model.modules = ()
     config.model.width, config.model.dropout = 0.03, 0.3
     config.batch_norm.synchronized, config.batch_norm.momentum = True, 0.9
     config.train.global_batch_size = 8

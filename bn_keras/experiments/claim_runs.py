@@ -9,50 +9,56 @@ from bn_keras.training.config_files import load_config
 from bn_keras.training.networks import CHANGES, accelerate, derive, replaced, value_of
 
 
+def accelerated_steps(inception: ConfigDict) -> int:
+    """Returns the length of the accelerated networks' runs at a scale.
+
+    On ImageNet, they do not need Inception's 31 million steps.
+    """
+    return min(inception.train.steps, load_config("bn_x5").train.steps)
+
+
 def get_claim_configs(inception: ConfigDict) -> dict[str, ConfigDict]:
     """Returns the configs by title, derived from Inception's config at some scale.
 
     No run is longer than those of the accelerated networks. Where the start of training decides, a
-    run has a third of that length: step for step, it equals the first third of a full run, and it
-    is compared with the other networks at its own last step. A run equal to its reference is left
-    out, such as full distortions at a scale without distortions.
+    run ends with the last evaluation of the first fifth: step for step, it equals the beginning of
+    a full run, and it is compared with the other networks at its own last step. A run equal to its
+    reference is left out, such as full distortions at a scale without distortions.
     """
-    full = min(inception.train.steps, load_config("bn_x5").train.steps)
-    third = full // 3
+    full = accelerated_steps(inception)
+    period = inception.evaluation.every_steps
+    start = full // 5 // period * period
     baseline, x5 = derive(inception, "bn_baseline"), derive(inception, "bn_x5")
     sigmoid = derive(inception, "inception_sigmoid")
     rate = "schedule.base_rate"
     inception_rate = inception.schedule.base_rate
-    # By title: the config that is changed, the number of steps, and the changes.
-    runs: dict[str, tuple[ConfigDict, int, dict[str, Any]]] = {
-        titles.INCEPTION_X5: (inception, full, {rate: 5 * inception_rate}),
-        titles.INCEPTION_X30: (inception, third, {rate: 30 * inception_rate}),
-        titles.SIGMOID: (inception, full, {"model.variant": sigmoid.model.variant}),
-        titles.SIGMOID_X5: (sigmoid, third, {rate: 5 * inception_rate}),
-        titles.X5_AT_RATE_1: (x5, third, {rate: inception_rate}),
-    }
     accelerated = accelerate(inception)
     after = {key: value_of(accelerated, key) for key, _ in CHANGES.values()}
-    runs[titles.CONTROL] = (inception, full, after)
     # The paper's Inception shuffles by shards, even at a scale that shuffles its examples too.
     before = {key: value_of(inception, key) for key, _ in CHANGES.values()}
     before[CHANGES["shuffling"].key] = "shards"
+    # By title, in the order of training: the config that is changed, the number of steps, and the
+    # changes.
+    runs: dict[str, tuple[ConfigDict, int, dict[str, Any]]] = {
+        titles.INCEPTION_X5: (inception, start, {rate: 5 * inception_rate}),
+        titles.INCEPTION_X30: (inception, start, {rate: 30 * inception_rate}),
+    }
     for name, title in titles.ABLATIONS.items():
         key = CHANGES[name].key
         runs[title] = (x5, full, {key: before[key]})
-    decay = CHANGES["decay"].key
-    for variant, title in (
-        ("bn_x30", titles.X30_DECAY),
-        ("bn_x5_sigmoid", titles.X5_SIGMOID_DECAY),
-    ):
-        runs[title] = (derive(inception, variant), full, {decay: before[decay]})
+    runs |= {
+        titles.CONTROL: (inception, full, after),
+        titles.X5_AT_RATE_1: (x5, start, {rate: inception_rate}),
+        titles.SIGMOID: (inception, start, {"model.variant": sigmoid.model.variant}),
+        titles.SIGMOID_X5: (sigmoid, start, {rate: 5 * inception_rate}),
+        titles.POPULATION: (x5, start, {"population.when": "evaluations"}),
+        # TF-Slim's momentum, meant for the paper's many steps.
+        titles.LONG_MEMORY: (x5, start, {"batch_norm.momentum": 0.9997}),
+    }
     for network, reference in ((titles.INCEPTION, inception), (titles.BASELINE, baseline)):
         for factor in titles.WEIGHT_FACTORS:
             values = {"model.initializer_scale": factor}
-            runs[titles.with_weight_factor(network, factor)] = (reference, third, values)
-    # TF-Slim's momentum, meant for the paper's many steps.
-    runs[titles.LONG_MEMORY] = (x5, third, {"batch_norm.momentum": 0.9997})
-    runs[titles.POPULATION] = (x5, third, {"population.when": "evaluations"})
+            runs[titles.with_weight_factor(network, factor)] = (reference, start, values)
     return {
         title: replaced(reference, values | {"train.steps": steps})
         for title, (reference, steps, values) in runs.items()

@@ -1,8 +1,10 @@
 """Trains the networks of several configs, one after another or in parallel."""
 
+import itertools
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from absl import logging
 from etils import epath
@@ -10,11 +12,17 @@ from ml_collections import ConfigDict
 
 from bn_keras.errors import TrainingDivergedError
 from bn_keras.experiments.parallel import Task, divide_machine, run_tasks
+from bn_keras.runs.checkpoint import Checkpoints
 from bn_keras.runs.history import Run
 from bn_keras.runs.workdir import Workdir
+from bn_keras.training.graphs import Graphs
 from bn_keras.training.length import finished_because
 from bn_keras.training.loop import train_and_evaluate
+from bn_keras.training.networks import replaced
 from bn_keras.training.plan import describe_progress
+
+# A value for the seeds of configs that are compared without them.
+_SEED = {"seed": 0}
 
 
 def train_all(
@@ -50,18 +58,60 @@ def train_all(
     sections = [configs[title].distribution for title in due]
     distributions = [(section.strategy, section.replicas) for section in sections]
     shares = divide_machine(distributions, max_parallel)
+    trainings = [_Training(title, configs[title], workdirs[title]) for title in due]
     # TensorFlow fixes its devices when it starts, so one process cannot change the distribution.
     if len(shares) > 1 or len(set(distributions)) > 1:
         logging.info("training %d of %d runs at a time", len(shares), len(due))
         tasks = [
-            Task(title, _train_in_process, (configs[title], workdirs[title], title, setup_process))
-            for title in due
+            Task(group[0].title, _train_in_process, (group, setup_process))
+            for group in _group(trainings, len(shares))
         ]
         run_tasks(tasks, shares)
     else:
-        for title in due:
-            _train(configs[title], workdirs[title], title)
+        _train(trainings)
     return {title: Run.read(title, workdirs[title]) for title in configs}
+
+
+class Plan(NamedTuple):
+    """What is left to train of a run.
+
+    Attributes:
+      title: title of the run.
+      steps: steps that are left.
+      progress: description of what is done and what is left.
+    """
+
+    title: str
+    steps: int
+    progress: str
+
+
+def plan_all(configs: Mapping[str, ConfigDict], folder: str | os.PathLike) -> list[Plan]:
+    """Returns what `train_all` would do with the same arguments; raises the same UsageErrors."""
+    plans = []
+    for title, config in configs.items():
+        run = Workdir(epath.Path(folder) / folder_name(title))
+        steps = 0
+        if _is_due(run, config):
+            steps = config.train.steps - Checkpoints(run.checkpoints, {}).latest_step
+        plans.append(Plan(title, steps, describe_progress(run, config)))
+    return plans
+
+
+def read_ended(configs: Mapping[str, ConfigDict], folder: str | os.PathLike) -> dict[str, Run]:
+    """Returns the runs of `train_all` that have finished or diverged, by title.
+
+    Nothing is written, so that another process may train the other runs meanwhile.
+
+    Raises:
+      UsageError: a workdir holds a run of another config.
+    """
+    workdirs = {title: Workdir(epath.Path(folder) / folder_name(title)) for title in configs}
+    return {
+        title: Run.read(title, run.path)
+        for title, run in workdirs.items()
+        if not _is_due(run, configs[title])
+    }
 
 
 def folder_name(title: str) -> str:
@@ -76,16 +126,42 @@ def _is_due(run: Workdir, config: ConfigDict) -> bool:
     return not finished_because(run, config)
 
 
-def _train(config: ConfigDict, workdir: epath.Path, title: str) -> None:
-    try:
-        train_and_evaluate(config, workdir, label=title)
-    except TrainingDivergedError as error:
-        logging.warning("%s: %s", title, error)
+class _Training(NamedTuple):
+    """A run that is due."""
+
+    title: str
+    config: ConfigDict
+    workdir: epath.Path
+
+
+def _group(trainings: Sequence[_Training], num_shares: int) -> list[list[_Training]]:
+    """Divides trainings into the tasks of processes, in their order.
+
+    Consecutive trainings that differ in the seed alone are one task, in which they share their
+    graphs. Where that would leave a process without work in the last round, tasks are divided.
+    """
+    consecutive = itertools.groupby(trainings, lambda t: replaced(t.config, _SEED))
+    groups = [list(group) for _, group in consecutive]
+    last = len(groups) % num_shares
+    if not last:
+        return groups
+    parts = num_shares // last
+    divided = [group[i::parts] for group in groups[-last:] for i in range(parts) if group[i:]]
+    return groups[:-last] + divided
+
+
+def _train(trainings: Iterable[_Training]) -> None:
+    graphs = Graphs()
+    for title, config, workdir in trainings:
+        try:
+            train_and_evaluate(config, workdir, label=title, graphs=graphs)
+        except TrainingDivergedError as error:
+            logging.warning("%s: %s", title, error)
 
 
 def _train_in_process(
-    config: ConfigDict, workdir: epath.Path, title: str, setup_process: Callable[[], None] | None
+    trainings: Iterable[_Training], setup_process: Callable[[], None] | None
 ) -> None:
     if setup_process:
         setup_process()
-    _train(config, workdir, title)
+    _train(trainings)

@@ -14,15 +14,12 @@ X5_AT_RATE_1 = "BN-x5 at Inception's rate"
 # BN-x5 with one change of section 4.2.1 undone, by change.
 ABLATIONS = {
     "dropout": "BN-x5 with 40% dropout",
-    "l2": "BN-x5 with Inception's L2",
     "decay": "BN-x5 with Inception's decay",
-    "lrn": "BN-x5 with local response normalization",
-    "shuffling": "BN-x5 shuffled by shards only",
     "distortions": "BN-x5 with full distortions",
+    "shuffling": "BN-x5 shuffled by shards only",
+    "l2": "BN-x5 with Inception's L2",
+    "lrn": "BN-x5 with local response normalization",
 }
-# The ablation of the decay, for the other two accelerated networks.
-X30_DECAY = "BN-x30 with Inception's decay"
-X5_SIGMOID_DECAY = "BN-x5-Sigmoid with Inception's decay"
 LONG_MEMORY = "BN-x5 with BN momentum 0.9997"
 POPULATION = "BN-x5 with population statistics"
 # Factors on the initial weights of the convolutions, besides 1.
@@ -32,3 +29,8 @@ WEIGHT_FACTORS = (0.25, 0.5, 2.0, 4.0)
 def with_weight_factor(title: str, factor: float) -> str:
     """Returns the title of a network's run with a factor on its initial weights."""
     return f"{title}, initial weights times {factor:g}"
+
+
+def with_statistical_batch(size: int) -> str:
+    """Returns the title of the run of BN-x5 whose statistics come from this many examples."""
+    return f"BN-x5 normalized by {size} examples"

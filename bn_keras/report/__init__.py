@@ -1,5 +1,6 @@
 """Reports on runs: measurements beside the paper's own results."""
 
+from bn_keras.report.batch_size import build_batch_size, evaluate_batch_sizes
 from bn_keras.report.claims import build_claims
 from bn_keras.report.figure_1 import build_figure_1
 from bn_keras.report.figure_2 import build_figure_2
@@ -14,6 +15,7 @@ __all__ = [
     "Run",
     "Section",
     "Spread",
+    "build_batch_size",
     "build_claims",
     "build_figure_1",
     "build_figure_2",
@@ -21,6 +23,7 @@ __all__ = [
     "build_figure_4",
     "describe_accuracy",
     "escape",
+    "evaluate_batch_sizes",
     "evaluate_ensemble",
     "markdown_table",
     "write_report",

@@ -11,10 +11,11 @@ from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from bn_keras.errors import UsageError
 from bn_keras.experiments.titles import WITH_BN, WITHOUT_BN
-from bn_keras.report.plots import STYLES, draw_bands, replace_frame_by_grid
+from bn_keras.report.margins import reaches_sooner
+from bn_keras.report.plots import FIGURE_WIDTH, STYLES, draw_bands, replace_frame_by_grid
 from bn_keras.report.published import CITATION
 from bn_keras.report.sections import Section, describe_divergence, escape, markdown_table
-from bn_keras.report.verdicts import tabulate_verdicts
+from bn_keras.report.verdicts import Outcome, exceeds, tabulate_verdicts
 from bn_keras.runs.history import ACCURACY, Results, Run, Spread, over_seeds
 
 _PERCENTILES = (15, 50, 85)
@@ -51,7 +52,7 @@ def build_figure_1(results: Results) -> Section:
     body = [
         _describe_setup(runs[WITH_BN]),
         "![Test accuracy against training steps, and percentiles of a sigmoid's input without and"
-        " with BN](figure_1.png)",
+        " with BN](figure_1.svg)",
         _explain_panels(runs[WITH_BN]),
         "### Accuracy",
         _compare_accuracy(runs),
@@ -67,7 +68,10 @@ def build_figure_1(results: Results) -> Section:
         *describe_divergence(runs),
     ]
     return Section(
-        "Figure 1: activations over time", "\n\n".join(body), {"figure_1.png": _draw(runs)}
+        "Figure 1: activations over time",
+        "\n\n".join(body),
+        {"figure_1.svg": _draw(runs)},
+        _summarize(runs),
     )
 
 
@@ -121,12 +125,27 @@ class _RecordedInput(NamedTuple):
         return self.largest_spread - self.smallest_spread
 
 
+def _summarize(runs: Results) -> str:
+    """Compares the accuracies early and late in training in a sentence; "" if there are none."""
+    bands = {title: over_seeds(seeds, ACCURACY) for title, seeds in runs.items()}
+    steps = sorted(set.intersection(*map(set, bands.values())))
+    if not steps:
+        return ""
+    early, last = next(s for s in steps if s >= _TABLE_FRACTIONS[0] * steps[-1]), steps[-1]
+    at = [
+        f"{bands[WITH_BN][step].mean:.1%} with BN and {bands[WITHOUT_BN][step].mean:.1%} without"
+        f" after {step:,} steps"
+        for step in dict.fromkeys((early, last))
+    ]
+    return f"The network of section 4.1 has an accuracy of {', and '.join(at)}."
+
+
 # --- Plot.
 
 
 def _draw(runs: Results) -> Figure:
-    figure = Figure(figsize=(10, 3.7), layout="constrained")
-    accuracy, without, with_ = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
+    figure = Figure(figsize=(FIGURE_WIDTH, 5.6), layout="constrained")
+    accuracy, without, with_ = figure.subplot_mosaic("aa;bc").values()
     _draw_accuracy(accuracy, runs)
     _draw_input(without, runs[WITHOUT_BN][0], WITHOUT_BN, f"(b) {WITHOUT_BN}")
     _draw_input(with_, runs[WITH_BN][0], WITH_BN, f"(c) {WITH_BN}")
@@ -324,25 +343,29 @@ def _measure(run: Run, measure: _Measure, later: bool) -> float | None:
 
 # --- Statements.
 
-# Returns whether a statement holds for two runs of the same seed, with and without BN; None if they
-# lack the data.
-_Test = Callable[[Run, Run], bool | None]
+# Returns the outcome of a statement for two runs of the same seed, with and without BN, in a list;
+# an empty list if they lack the data.
+_Test = Callable[[Run, Run], list[Outcome]]
 
 
-def _is_faster(with_bn: Run, without: Run) -> bool | None:
-    return with_bn.is_faster(without, without.best_accuracy) if without.best_accuracy else None
+def _is_faster(with_bn: Run, without: Run) -> list[Outcome]:
+    if not without.best_accuracy:
+        return []
+    return [reaches_sooner(with_bn, without, without.best_accuracy)]
 
 
-def _is_better(with_bn: Run, without: Run) -> bool | None:
-    if not (with_bn.best_accuracy and without.best_accuracy):
-        return None
-    return with_bn.best_accuracy > without.best_accuracy
+def _is_better(with_bn: Run, without: Run) -> list[Outcome]:
+    own, other = with_bn.best_accuracy, without.best_accuracy
+    if not (own and other):
+        return []
+    margin = max(with_bn.standard_error(own), without.standard_error(other))
+    return [exceeds(own - other, margin)]
 
 
 def _is_steadier(measure: _Measure, later: bool = False) -> _Test:
-    def test(with_bn: Run, without: Run) -> bool | None:
+    def test(with_bn: Run, without: Run) -> list[Outcome]:
         own, other = (_measure(run, measure, later) for run in (with_bn, without))
-        return None if own is None or other is None else own < other
+        return [] if own is None or other is None else [exceeds(other - own)]
 
     return test
 
@@ -366,7 +389,7 @@ def _test_statements(runs: Results) -> list[str]:
     by_seed = {run.config.seed: run for run in runs[WITHOUT_BN]}
     pairs = [(r, by_seed[r.config.seed]) for r in runs[WITH_BN] if r.config.seed in by_seed]
     outcomes = {
-        statement: [holds for pair in pairs if (holds := test(*pair)) is not None]
+        statement: [outcome for pair in pairs for outcome in test(*pair)]
         for statement, test in _STATEMENTS.items()
     }
     table = tabulate_verdicts(outcomes)

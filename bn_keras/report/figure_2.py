@@ -1,30 +1,22 @@
 """Figure 2 of the paper: accuracy of its five networks against training steps."""
 
 import math
-from collections.abc import Mapping
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import (
-    EngFormatter,
-    LogLocator,
-    NullFormatter,
-    PercentFormatter,
-    StrMethodFormatter,
-)
+from matplotlib.ticker import PercentFormatter
 
 from bn_keras.experiments.titles import INCEPTION, X30
 from bn_keras.report import published
 from bn_keras.report.five_networks import FiveNetworks
-from bn_keras.report.plots import STYLES, draw_bands, replace_frame_by_grid
-from bn_keras.report.sections import Section, describe_divergence, escape
-from bn_keras.runs.history import LOSS, Results, Run, Spread, over_seeds
-from bn_keras.training.networks import value_of
+from bn_keras.report.plots import FIGURE_WIDTH, STYLES, draw_curves, label_ends
+from bn_keras.report.sections import Section, describe_divergence, escape, join_words
+from bn_keras.runs.history import Results, Run
 from bn_keras.training.schedule import PAPER_BATCH_SIZE
 
 
 def build_figure_2(results: Results) -> Section:
-    """Draws validation accuracy, as in the paper, and training loss against steps.
+    """Draws validation accuracy against steps.
 
     A diamond marks where the mean over a network's seeds reaches the highest mean of Inception.
 
@@ -38,68 +30,32 @@ def build_figure_2(results: Results) -> Section:
     """
     networks = FiveNetworks.select(results)
     results = networks.results
-    accuracy = Figure(figsize=(6.6, 4.3), layout="constrained")
-    _draw_accuracy(accuracy.subplots(), networks)
-    loss = Figure(figsize=(6.6, 3.4), layout="constrained")
-    _draw_loss(loss.subplots(), results)
+    figure = Figure(figsize=(FIGURE_WIDTH, 3.6), layout="constrained")
+    _draw_accuracy(figure.subplots(), networks)
     body = [
-        _describe_setup(results[INCEPTION][0]),
-        f"![Validation accuracy of {len(results)} networks against training steps](figure_2.png)",
+        f"![Validation accuracy of {len(results)} networks against training steps](figure_2.svg)",
         f"{_explain_lines(results)} A diamond marks the first evaluation at which a network's line"
         " reaches Inception's highest point (thin grey line)."
         f"{_explain_published_points(results[INCEPTION][0])}",
-        "![Training loss of the same networks against steps](figure_2_loss.png)",
-        "Training loss of the same runs. Each point is a mean over the steps since the previous"
-        f" point.{_mention_dropout(results)}",
+        _describe_setup(results[INCEPTION][0]),
         *describe_divergence(results),
     ]
-    plots = {"figure_2.png": accuracy, "figure_2_loss.png": loss}
-    return Section("Figure 2: accuracy against steps", "\n\n".join(body), plots)
+    return Section("Figure 2: accuracy against steps", "\n\n".join(body), {"figure_2.svg": figure})
 
 
 # --- Plots.
 
 
 def _draw_accuracy(axes: Axes, networks: FiveNetworks) -> None:
-    _draw_curves(axes, networks.bands)
+    draw_curves(axes, networks.bands)
     if math.isfinite(networks.target):
         axes.axhline(networks.target, color="0.6", linewidth=0.8, zorder=0)
         _mark_target(axes, networks)
-        axes.set_ylim(_lowest_shown(networks), min(axes.get_ylim()[1], 1.0))
     if published.is_comparable(networks.results[INCEPTION][0]):
         _draw_published(axes, networks)
-    axes.set(xlabel="training steps", ylabel="validation accuracy")
+    axes.set(xlabel="training steps", ylabel="validation accuracy", ylim=(0, 1))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    _label_ends(axes, networks.bands)
-
-
-def _lowest_shown(networks: FiveNetworks) -> float:
-    """Returns the lower limit of the accuracy axis.
-
-    The axis shows errors up to five times Inception's lowest, and every network's best accuracy.
-    """
-    best = [networks.best(title) for title in networks.bands]
-    worst = min(spread.mean if spread else 0.0 for spread in best)
-    return max(0.0, min(1 - 5 * (1 - networks.target), worst - 0.05))
-
-
-def _draw_loss(axes: Axes, results: Results) -> None:
-    bands = {title: over_seeds(runs, LOSS) for title, runs in results.items()}
-    _draw_curves(axes, bands)
-    axes.set(xlabel="training steps", ylabel="training loss")
-    if any(bands.values()):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    _label_ends(axes, bands)
-
-
-def _draw_curves(axes: Axes, bands: Mapping[str, Mapping[int, Spread]]) -> None:
-    draw_bands(axes, bands)
-    axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    replace_frame_by_grid(axes)
+    label_ends(axes, networks.bands)
 
 
 def _mark_target(axes: Axes, networks: FiveNetworks) -> None:
@@ -144,49 +100,16 @@ def _draw_published(axes: Axes, networks: FiveNetworks) -> None:
         _draw_diamond(axes, title, our_steps, accuracy, hollow=True)
 
 
-def _label_ends(axes: Axes, bands: Mapping[str, Mapping[int, Spread]]) -> None:
-    """Writes each line's title beside its end, stacked so that the titles do not overlap."""
-    axes.figure.canvas.draw()
-    to_axes = axes.transData + axes.transAxes.inverted()
-    ends = []
-    for title, band in bands.items():
-        if band:
-            end = max(band), band[max(band)].mean
-            ends.append((*to_axes.transform(end), end, title))
-    ends.sort(key=lambda end: end[1])
-    # Height of a title, and its distance from the line's end, as fractions of the axes.
-    height, distance = 0.065, 0.09
-    level = -height
-    for number, (x, y, end, title) in enumerate(ends, start=1):
-        still_above = (len(ends) - number) * height
-        level = max(min(max(y, 0.0), 1 - still_above), level + height)
-        axes.annotate(
-            title,
-            end,
-            xytext=(x + distance, level),
-            textcoords="axes fraction",
-            verticalalignment="center",
-            annotation_clip=False,
-            bbox=dict(facecolor="white", edgecolor="none", alpha=0.75, pad=1),
-            arrowprops=dict(
-                arrowstyle="-",
-                color=STYLES[title].color,
-                linewidth=1,
-                shrinkA=0,
-                shrinkB=1,
-                relpos=(0, 0.5),
-            ),
-        )
-
-
 # --- Text.
 
 
 def _describe_setup(inception: Run) -> str:
     config = inception.config
+    modules = config.model.get("modules")
+    which = f"modules {join_words(modules)} of the paper's" if modules else "the paper's"
     width = "" if config.model.width == 1 else f" at {config.model.width:g} times the width"
     return (
-        f"Data: {escape(config.data.name)}. Networks: the paper's Figure 5{width}, with the"
+        f"Data: {escape(config.data.name)}. Networks: {which} Figure 5{width}, with the"
         f" *{escape(config.model.stem)}* stem. Training: {_describe_length(inception)} Inception's"
         f" base learning rate is {config.schedule.base_rate:g}; the other networks use the paper's"
         f" multiples of it. Validation: split *{escape(config.data.validation_split)}*, with"
@@ -244,10 +167,3 @@ def _explain_published_points(run: Run) -> str:
         f" {published.INCEPTION_ACCURACY:.1%}, the best accuracy of its Inception, and where BN-x30"
         f" is best ({published.CITATION}, Figures 2 and 3, section 4.2.2)."
     )
-
-
-def _mention_dropout(results: Results) -> str:
-    titles = [t for t, runs in results.items() if value_of(runs[0].config, "model.dropout")]
-    if not titles or len(titles) == len(results):
-        return ""
-    return f" Dropout raises the training loss of these networks: {', '.join(titles)}."

@@ -3,12 +3,31 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
 from bn_keras.experiments.titles import BASELINE, INCEPTION, X5, X5_SIGMOID, X30
 from bn_keras.report import published
 from bn_keras.report.five_networks import FiveNetworks
-from bn_keras.report.sections import Section, describe_divergence, markdown_table
-from bn_keras.report.verdicts import count_verdicts, judge, tabulate_verdicts
-from bn_keras.runs.history import Results, Run, Spread
+from bn_keras.report.margins import reaches_sooner
+from bn_keras.report.plots import FIGURE_WIDTH, draw_curves, label_ends
+from bn_keras.report.sections import (
+    Section,
+    describe_divergence,
+    join_words,
+    markdown_table,
+)
+from bn_keras.report.verdicts import (
+    TOO_CLOSE,
+    Outcome,
+    count_verdicts,
+    exceeds,
+    judge,
+    tabulate_verdicts,
+)
+from bn_keras.runs.history import LOSS, Results, Run, Spread, over_seeds
+from bn_keras.training.networks import value_of
 from bn_keras.training.schedule import PAPER_BATCH_SIZE
 
 
@@ -28,17 +47,27 @@ def build_figure_3(results: Results) -> Section:
     """
     networks = FiveNetworks.select(results)
     outcomes = _test_statements(networks)
+    figure = Figure(figsize=(FIGURE_WIDTH, 3.2), layout="constrained")
+    _draw_loss(figure.subplots(), networks.results)
     body = [
-        _summarize(networks, outcomes),
-        "### Steps and accuracy",
         _compare_numbers(networks),
         *_explain_terms(networks),
-        *(["### The paper's statements", tabulate_verdicts(outcomes)] if outcomes else []),
+        "### The paper's statements",
+        tabulate_verdicts(outcomes) if outcomes else _name_missing(networks),
+        *([_EXPLAIN_VERDICTS] if outcomes else []),
         "### Training of each network",
         _describe_training(networks.results),
+        "![Training loss of the networks against steps](figure_3_loss.svg)",
+        "Training loss. Each point is a mean over the steps since the previous point."
+        f"{_mention_dropout(networks.results)}",
         *describe_divergence(networks.results),
     ]
-    return Section("Figure 3: steps and best accuracy", "\n\n".join(body))
+    return Section(
+        "Figure 3: steps and best accuracy",
+        "\n\n".join(body),
+        {"figure_3_loss.svg": figure},
+        _summarize(networks, outcomes),
+    )
 
 
 def describe_accuracy(run: Run) -> str:
@@ -180,27 +209,53 @@ def _describe_training(results: Results) -> str:
     return markdown_table(header, rows)
 
 
+def _mention_dropout(results: Results) -> str:
+    titles = [t for t, runs in results.items() if value_of(runs[0].config, "model.dropout")]
+    if not titles or len(titles) == len(results):
+        return ""
+    return f" Dropout raises the training loss of these networks: {', '.join(titles)}."
+
+
+def _draw_loss(axes: Axes, results: Results) -> None:
+    bands = {title: over_seeds(runs, LOSS) for title, runs in results.items()}
+    draw_curves(axes, bands)
+    axes.set(xlabel="training steps", ylabel="training loss")
+    if any(bands.values()):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    label_ends(axes, bands)
+
+
 # --- Statements.
 
-# Returns whether a statement holds for one seed's runs by title, and the target accuracy.
-_Test = Callable[[Mapping[str, Run], float], bool]
+# Returns the outcome of a statement for one seed's runs by title, and the target accuracy.
+_Test = Callable[[Mapping[str, Run], float], Outcome]
 
 
 def _is_faster(first: str, second: str) -> _Test:
-    return lambda runs, target: runs[first].is_faster(runs[second], target)
+    return lambda runs, target: reaches_sooner(runs[first], runs[second], target)
 
 
-def _x30_is_best(runs: Mapping[str, Run], target: float) -> bool:
-    others = (runs[title].best_accuracy for title in published.FIGURE_3 if title != X30)
-    return runs[X30].best_accuracy > max(others)
+def _x30_is_best(runs: Mapping[str, Run], target: float) -> Outcome:
+    others = [runs[title] for title in published.FIGURE_3 if title != X30]
+    best = max(others, key=lambda run: run.best_accuracy)
+    return _is_above(runs[X30].best_accuracy, best.best_accuracy, runs[X30], best)
 
 
-def _sigmoid_misses_target(runs: Mapping[str, Run], target: float) -> bool:
-    return runs[X5_SIGMOID].steps_to_accuracy(target) is None
+def _sigmoid_misses_target(runs: Mapping[str, Run], target: float) -> Outcome:
+    return _is_above(target, runs[X5_SIGMOID].best_accuracy, runs[X5_SIGMOID])
 
 
-def _sigmoid_is_close(runs: Mapping[str, Run], target: float) -> bool:
-    return runs[X5_SIGMOID].best_accuracy > 0.9 * target
+def _sigmoid_is_close(runs: Mapping[str, Run], target: float) -> Outcome:
+    return _is_above(runs[X5_SIGMOID].best_accuracy, 0.9 * target, runs[X5_SIGMOID])
+
+
+def _is_above(accuracy: float, other: float, *runs: Run) -> Outcome:
+    """Compares two accuracies; they tie within the highest standard error of the runs' best."""
+    margin = max(run.standard_error(run.best_accuracy) for run in runs)
+    return exceeds(accuracy - other, margin)
 
 
 _STATEMENTS: Mapping[str, _Test] = {
@@ -216,7 +271,7 @@ _STATEMENTS: Mapping[str, _Test] = {
 }
 
 
-def _test_statements(networks: FiveNetworks) -> dict[str, list[bool]]:
+def _test_statements(networks: FiveNetworks) -> dict[str, list[Outcome]]:
     """Tests each statement seed by seed; returns no outcomes if one of the five is missing."""
     if published.FIGURE_3.keys() - networks.results.keys():
         return {}
@@ -226,9 +281,62 @@ def _test_statements(networks: FiveNetworks) -> dict[str, list[bool]]:
     }
 
 
-def _summarize(networks: FiveNetworks, outcomes: Mapping[str, Sequence[bool]]) -> str:
-    if not outcomes:
-        missing = [title for title in published.FIGURE_3 if title not in networks.results]
-        return f"**The paper's statements are not tested:** no run of {', '.join(missing)}."
-    counts = count_verdicts(map(judge, outcomes.values()))
-    return f"**{len(outcomes)} statements of the paper's Figure 3: {counts}.**"
+def _name_missing(networks: FiveNetworks) -> str:
+    missing = [title for title in published.FIGURE_3 if title not in networks.results]
+    return f"The paper's statements are not tested: no run of {', '.join(missing)}."
+
+
+_EXPLAIN_VERDICTS = (
+    "A statement holds if it holds in every seed. A tie is a difference below the resolution: equal"
+    " numbers of steps, or accuracies within one standard error. With ties, or if seeds disagree,"
+    f" the statement is {TOO_CLOSE}."
+)
+
+
+# --- Summary.
+
+
+def _summarize(networks: FiveNetworks, outcomes: Mapping[str, Sequence[Outcome]]) -> str:
+    """Summarizes the results in up to three sentences."""
+    parts = [*_describe_fastest(networks), *_describe_best(networks)]
+    if outcomes:
+        counts = count_verdicts(map(judge, outcomes.values()))
+        parts.append(f"Of {len(outcomes)} statements of the paper's Figure 3, {counts}.")
+    return " ".join(parts)
+
+
+def _describe_fastest(networks: FiveNetworks) -> list[str]:
+    """Compares the networks that first reach Inception's best accuracy with Inception."""
+    steps = {t: s for t in networks.results if (s := networks.steps_to_target(t)) is not None}
+    if len(steps) < 2:
+        return []
+    fewest = min(steps.values())
+    fastest = [title for title in steps if steps[title] == fewest]
+    if INCEPTION in fastest:
+        return ["No network with BN reaches Inception's best accuracy sooner than Inception."]
+    verb = "reaches" if len(fastest) == 1 else "reach"
+    speedup = _format_speedup(steps[INCEPTION], fewest)
+    paper = [published.FIGURE_3[title].steps for title in fastest]
+    speedups = [f"{published.INCEPTION_STEPS / s:.1f} times" if s else "never" for s in paper]
+    return [
+        f"{join_words(fastest)} {verb} Inception's best accuracy, {networks.target:.1%}, in"
+        f" {fewest:,} steps instead of {steps[INCEPTION]:,}, {speedup} times as fast (paper:"
+        f" {join_words(speedups)})."
+    ]
+
+
+def _describe_best(networks: FiveNetworks) -> list[str]:
+    """Compares the most accurate network with Inception."""
+    best = {t: spread.mean for t in networks.results if (spread := networks.best(t))}
+    if len(best) < 2:
+        return []
+    paper = {title: result.best_accuracy for title, result in published.FIGURE_3.items()}
+    ours, theirs = (_compare_with_inception(accuracies) for accuracies in (best, paper))
+    return [f"Best accuracies: {ours} (paper: {theirs})."]
+
+
+def _compare_with_inception(accuracies: Mapping[str, float]) -> str:
+    """Names the highest accuracy, and Inception's if it is another."""
+    first = max(accuracies, key=lambda title: accuracies[title])
+    titles = dict.fromkeys((first, INCEPTION))
+    return join_words(f"{title} with {accuracies[title]:.1%}" for title in titles)

@@ -1,10 +1,8 @@
 """Figure 4 of the paper: single networks and an ensemble, evaluated with one crop and with many."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
-from typing import Any
 
 from etils import epath
 
@@ -12,10 +10,10 @@ from bn_keras.data.multi_crop import SINGLE_CROP, Crops
 from bn_keras.inference.evaluation import EvaluationRow, evaluate_networks
 from bn_keras.models.bn_inception import ENSEMBLE
 from bn_keras.report import published
+from bn_keras.report.saved_evaluation import evaluate_once
 from bn_keras.report.sections import Section, markdown_table
 from bn_keras.runs.history import Spread
 from bn_keras.runs.workdir import Workdir
-from bn_keras.storage import make_folder, read, write_atomically, writing
 
 # The training's crops that show whole images, unlike ImageNet's, by config.data.crop.
 _WHOLE_IMAGES = {"none": "whole images", "shift": "whole images, at most shifted"}
@@ -57,38 +55,31 @@ def evaluate_ensemble(
     crops = crops or suitable_crops(finished[0])
     cut = list(dataclasses.astuple(crops))
     made_of = {"runs": [Workdir(path).read_metrics()[-1] for path in finished], "cut": cut}
-    file = epath.Path(folder) / "figure_4.json"
-    saved = _read(file)
-    if saved.get("made_of") == made_of:
-        return saved["rows"]
-    evaluated = evaluate_networks(finished, crops=[SINGLE_CROP, crops])
     crop = Workdir(finished[0]).read_config().data.crop
-    rows: list[EnsembleRow] = [{**row, "cut": cut, "trained_on": crop} for row in evaluated]
-    with writing(f"{file}"):
-        make_folder(file.parent)
-        text = json.dumps({"made_of": made_of, "rows": rows}, indent=2) + "\n"
-        write_atomically(file, text)
-    return rows
 
+    def evaluate() -> list[EnsembleRow]:
+        evaluated = evaluate_networks(finished, crops=[SINGLE_CROP, crops])
+        return [{**row, "cut": cut, "trained_on": crop} for row in evaluated]
 
-def _read(file: epath.Path) -> dict[str, Any]:
-    try:
-        saved = json.loads(read(file) or b"")
-    except ValueError:
-        return {}
-    return saved if isinstance(saved, dict) and "rows" in saved else {}
+    return evaluate_once(epath.Path(folder) / "figure_4.json", made_of, evaluate)
 
 
 def suitable_crops(workdir: str | os.PathLike) -> Crops:
     """Returns the paper's 144 crops, without those that do not suit a run's network.
 
     The three squares along the longer side are identical for square images of a fixed size, so only
-    one is used. Mirrored crops are left out if the training does not mirror.
+    one is used. Mirrored crops are left out if the training does not mirror, and all but the
+    smallest scale if it shows whole images only.
     """
     run = Workdir(workdir)
     config, (input_shape, _) = run.read_config(), run.read_interface()
     is_square = not config.data.image_size and input_shape[0] == input_shape[1]
-    return Crops(scales=4, squares=1 if is_square else 3, windows=6, mirrors=1 + config.data.mirror)
+    return Crops(
+        scales=1 if config.data.crop in _WHOLE_IMAGES else 4,
+        squares=1 if is_square else 3,
+        windows=6,
+        mirrors=1 + config.data.mirror,
+    )
 
 
 def build_figure_4(rows: Sequence[EnsembleRow]) -> Section:
@@ -104,7 +95,6 @@ def build_figure_4(rows: Sequence[EnsembleRow]) -> Section:
         return Section(title, "No member of the ensemble has finished training.")
     googlenet = published.GOOGLENET_ENSEMBLE
     body = [
-        _summarize(rows),
         _compare_errors(rows),
         _explain_terms(rows),
         f"*Paper*: {published.CITATION}, Figure 4 and section 4.2.3, on 50,000 validation images of"
@@ -112,29 +102,26 @@ def build_figure_4(rows: Sequence[EnsembleRow]) -> Section:
         f" {published.ENSEMBLE_TOP5_ON_TEST:.2%}. On the validation images, the"
         f" {googlenet.model} of {googlenet.models} networks has {googlenet.top5:.2%}.",
     ]
-    return Section(title, "\n\n".join(body))
+    return Section(title, "\n\n".join(body), summary=_summarize(rows))
 
 
 def _summarize(rows: Sequence[EnsembleRow]) -> str:
+    """Summarizes the effect of the crops and of the ensemble in a sentence."""
     many = max(row["crops"] for row in rows)
-    single_crop, multi_crop = (
-        {row["model"]: row["top1_error"] for row in rows if row["crops"] == crops}
+    single, multi = (
+        [row["top1_error"] for row in rows if (row["models"], row["crops"]) == (1, crops)]
         for crops in (1, many)
     )
-    ensemble = next((row["model"] for row in rows if row["models"] > 1), None)
-    members = [model for model in single_crop if model != ensemble]
-    helped = sum(multi_crop[model] < single_crop[model] for model in members)
+    networks = "BN-x30 networks" if len(single) > 1 else "BN-x30 network"
     text = (
-        f"**{many} crops instead of one lower the top-1 error of {helped} of the {len(members)}"
-        " networks"
+        f"{len(single)} {networks} have a mean top-1 error of {Spread.of(single).mean:.1%} with one"
+        f" crop and {Spread.of(multi).mean:.1%} with {many}"
     )
+    ensemble = [r["top1_error"] for r in rows if r["models"] > 1 and r["crops"] == many]
     if ensemble:
-        beaten = sum(multi_crop[ensemble] < multi_crop[model] for model in members)
-        text += (
-            f"; with {many} crops, the error of the ensemble is lower than that of {beaten} of its"
-            f" {len(members)} members"
-        )
-    return f"{text}.** In the paper, the crops lower the error and the ensemble lowers it further."
+        text += f"; their ensemble has {ensemble[0]:.1%} with {many}"
+    _, one, crops, six = (rates.top1 for rates in published.FIGURE_4)
+    return f"{text} (paper: {one:.1%}, {crops:.1%} and {six:.1%})."
 
 
 def _compare_errors(rows: Sequence[EnsembleRow]) -> str:
@@ -189,11 +176,14 @@ def _explain_terms(rows: Sequence[EnsembleRow]) -> str:
     reasons = []
     if squares == 1:
         reasons.append("the three squares of a square image are identical, so one is enough")
+    if scales == 1:
+        reasons.append(
+            f"the networks were trained on {_WHOLE_IMAGES[members[0]['trained_on']]}, so only the"
+            " scale that enlarges least is used"
+        )
     if mirrors == 1:
         reasons.append("the networks were trained without mirror images")
     text += f" ({'; '.join(reasons)})." if reasons else "."
-    if shown := _WHOLE_IMAGES.get(members[0]["trained_on"]):
-        text += f" The networks were trained on {shown}, never on enlarged parts like these crops."
     if len(members) < len(ENSEMBLE):
         unfinished = len(ENSEMBLE) - len(members)
         text += f" Training is unfinished for {unfinished} of the {len(ENSEMBLE)} networks."

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from bn_keras.report.sections import escape
-from bn_keras.report.verdicts import FAILS, HOLDS, NO_VERDICT, TOO_CLOSE
+from bn_keras.report.verdicts import FAILS, HOLDS, NO_VERDICT, TOO_CLOSE, Outcome
 from bn_keras.runs.history import ACCURACY, Results, Run, Spread
 
 
@@ -45,6 +45,17 @@ def accuracy_at(run: Run, step: int) -> float:
     if step not in accuracies:
         raise NotRunError(f"{escape(run.title)}: no evaluation at step {step:,}")
     return accuracies[step]
+
+
+def reaches_sooner(run: Run, other: Run, accuracy: float) -> Outcome:
+    """Returns whether a run reaches an accuracy in fewer steps than another.
+
+    Equal numbers of steps are a tie, since evaluations are that far apart.
+    """
+    steps = run.steps_to_accuracy(accuracy)
+    if steps is not None and steps == other.steps_to_accuracy(accuracy):
+        return None
+    return run.is_faster(other, accuracy)
 
 
 def _has_diverged(run: Run, step: int) -> bool:

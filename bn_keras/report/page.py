@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from xml.etree import ElementTree
 
 import markdown
+import matplotlib
 from etils import epath
 from markdown.extensions.toc import slugify_unicode
 from markdown.treeprocessors import Treeprocessor
@@ -19,7 +20,15 @@ from bn_keras.runs.history import Results
 from bn_keras.storage import move, unfinished_folder, writing
 
 # A plot's name is used in a link without escaping.
-_PLOT_NAME = re.compile(r"\w[\w-]*\.png", re.ASCII)
+_PLOT_NAME = re.compile(r"\w[\w-]*\.svg", re.ASCII)
+
+# A table with more columns than this is narrow enough for no phone.
+_MAX_COLUMNS_ON_A_PHONE = 3
+
+_PAPER = (
+    "Measurements beside the results of Ioffe & Szegedy, [*Batch Normalization: Accelerating Deep"
+    " Network Training by Reducing Internal Covariate Shift*](https://arxiv.org/abs/1502.03167)."
+)
 
 
 def write_report(
@@ -30,6 +39,8 @@ def write_report(
     command: str,
 ) -> None:
     """Writes report.md with its plots, and report.html, which contains the plots.
+
+    The summaries of the sections precede the sections.
 
     The whole report is composed before any file is written. If that fails, or if the disk is full,
     the previous report remains as it was.
@@ -48,13 +59,14 @@ def write_report(
     sections = [*sections, describe_provenance(results, command)]
     plots = _render_plots(sections)
     contents = "\n".join(f"- [{escape(s.title)}](#{_anchor(s.title)})" for s in sections)
-    parts = [f"# {escape(title)}", contents]
+    summary = [s.summary for s in sections if s.summary]
+    parts = [f"# {escape(title)}", _PAPER, *summary, contents]
     for section in sections:
         parts += [f"## {escape(section.title)}", section.body.strip("\n")]
     text = "\n\n".join(parts) + "\n"
     files = plots | {
         "report.md": text.encode(),
-        "report.html": _to_html(title, text, plots).encode(),
+        "report.html": _to_html(title, text, plots, len(summary)).encode(),
     }
     _write(files, epath.Path(folder))
 
@@ -64,7 +76,7 @@ def _anchor(title: str) -> str:
 
 
 def _render_plots(sections: Sequence[Section]) -> dict[str, bytes]:
-    """Returns the plots as PNG files, by name."""
+    """Returns the plots as SVG files, by name."""
     plots: dict[str, bytes] = {}
     for section in sections:
         shown = set(re.findall(r"!\[[^]]*\]\(([^)]*)\)", section.body))
@@ -73,44 +85,76 @@ def _render_plots(sections: Sequence[Section]) -> dict[str, bytes]:
             raise ValueError(
                 f"section {section.title!r} shows the plots {sorted(shown)} and has"
                 f" {sorted(section.plots)}: expected each plot to be shown once, under a name such"
-                " as a_b.png that is unique in the report"
+                " as a_b.svg that is unique in the report"
             )
         for name, plot in section.plots.items():
             image = io.BytesIO()
-            # Without matplotlib's version, the same plot is always the same file.
-            plot.savefig(image, format="png", dpi=160, metadata={"Software": None})
+            # The same plot is always the same file, without version and date, and with a fixed salt
+            # of the names inside. Text is drawn as shapes, which look the same everywhere.
+            with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "bn_keras"}):
+                plot.savefig(image, format="svg", metadata={"Creator": None, "Date": None})
             plots[name] = image.getvalue()
     return plots
 
 
 class _Layout(Treeprocessor):
-    """Embeds the plots in the page, and makes wide tables scroll sideways."""
+    """Embeds the plots in the page, frames the summary, and prepares wide tables for a phone.
 
-    def __init__(self, images: Mapping[str, bytes]) -> None:
+    Args:
+      images: plots by name.
+      num_summaries: number of paragraphs of the summary, after the heading and a first paragraph.
+    """
+
+    def __init__(self, images: Mapping[str, bytes], num_summaries: int) -> None:
         super().__init__()
         self._images = images
+        self._num_summaries = num_summaries
 
     def run(self, root: ElementTree.Element) -> None:
-        for parent in list(root.iter()):
-            for index, child in enumerate(parent):
-                if child.tag == "img":
-                    image = base64.b64encode(self._images[child.attrib["src"]]).decode()
-                    child.set("src", f"data:image/png;base64,{image}")
-                elif child.tag == "table":
-                    # The tab stop makes the table scroll by keyboard.
-                    box = ElementTree.Element("div", {"class": "wide", "tabindex": "0"})
-                    box.append(child)
-                    box.tail, child.tail = child.tail, None
-                    parent[index] = box
+        for image in root.iter("img"):
+            encoded = base64.b64encode(self._images[image.attrib["src"]]).decode()
+            image.set("src", f"data:image/svg+xml;base64,{encoded}")
+        for table in root.iter("table"):
+            _label_cells(table)
+        first = 2
+        _wrap(root, first + self._num_summaries, 1, "nav", {})
+        if self._num_summaries:
+            _wrap(root, first, self._num_summaries, "div", {"class": "summary"})
 
 
-def _to_html(title: str, text: str, plots: Mapping[str, bytes]) -> str:
+def _wrap(
+    root: ElementTree.Element, first: int, count: int, tag: str, attributes: dict[str, str]
+) -> None:
+    """Puts some children of the root into a new element."""
+    box = ElementTree.Element(tag, attributes)
+    box.extend(root[first : first + count])
+    root[first : first + count] = [box]
+
+
+def _label_cells(table: ElementTree.Element) -> None:
+    """Adds the column's name to each cell of a wide table, whose rows a phone shows as blocks."""
+    names = ["".join(cell.itertext()) for cell in table.iter("th")]
+    if len(names) <= _MAX_COLUMNS_ON_A_PHONE:
+        return
+    table.set("class", "wide")
+    for row in table.iterfind("tbody/tr"):
+        for name, cell in zip(names, row, strict=True):
+            cell.set("data-label", name)
+            # One element, so that a line of the block has two parts: the name and the content.
+            content = ElementTree.Element("span")
+            content.text, cell.text = cell.text, None
+            content.extend(list(cell))
+            cell[:] = [content]
+
+
+def _to_html(title: str, text: str, plots: Mapping[str, bytes], num_summaries: int) -> str:
     converter = markdown.Markdown(extensions=["tables", "toc", "sane_lists"])
     # HTML in the Markdown is shown as text.
     converter.preprocessors.deregister("html_block")
     converter.inlinePatterns.deregister("html")
     # Priority below 20: runs after inline Markdown has been turned into elements.
-    converter.treeprocessors.register(_Layout(plots), "layout", priority=10)
+    layout = _Layout(plots, num_summaries)
+    converter.treeprocessors.register(layout, "layout", priority=10)
     return _PAGE.format(title=html.escape(title), style=_STYLE, body=converter.convert(text))
 
 
@@ -139,31 +183,49 @@ _PAGE = """<!DOCTYPE html>
 
 _STYLE = """
 :root { color-scheme: light; }
-body { max-width: 60rem; margin: 2.5rem auto 4rem; padding: 0 1.25rem; background: #fff;
+* { box-sizing: border-box; }
+body { max-width: 62rem; margin: 2.5rem auto 4rem; padding: 0 1.25rem; background: #fff;
   color: #1a1a1a; font: 1.0625rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto,
   "Liberation Sans", "DejaVu Sans", sans-serif; overflow-wrap: break-word; }
-h1, h2, h3 { line-height: 1.25; max-width: 44rem; }
-h1 { font-size: 1.9rem; }
+h1, h2, h3 { line-height: 1.25; text-wrap: balance; }
+h1 { font-size: 1.9rem; margin-bottom: .75rem; }
 h2 { font-size: 1.4rem; margin-top: 3rem; padding-top: .75rem; border-top: 1px solid #ccc; }
 h3 { font-size: 1.1rem; margin-top: 2rem; }
-p, ul, ol { max-width: 44rem; }
+.summary { padding: .25rem 1.25rem; background: #f2f6fa; border-left: 4px solid #0072b2;
+  font-size: 1.125rem; }
+nav ul { margin: 1rem 0; padding: 0; list-style: none; font-size: .95rem; }
+nav li { display: inline-block; margin: .15rem 1.25rem .15rem 0; }
 li { margin: .25rem 0; }
 a { color: #0b5394; }
-img { display: block; max-width: min(100%, 46rem); height: auto; margin: 1.25rem 0; }
-.wide { overflow-x: auto; margin: 1.25rem 0; }
-table { border-collapse: collapse; font-size: .9rem; line-height: 1.4;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .75rem; border-bottom: 1px solid #ddd; text-align: left;
-  vertical-align: top; }
+img { display: block; width: 100%; max-width: 44rem; height: auto; margin: 1.25rem auto; }
+table { width: 100%; margin: 1.25rem 0; border-collapse: collapse; font-size: .9rem;
+  line-height: 1.4; font-variant-numeric: tabular-nums; }
+th, td { padding: .4rem .6rem; border-bottom: 1px solid #ddd; text-align: left;
+  vertical-align: top; overflow-wrap: normal; }
 th { border-bottom: 2px solid #888; vertical-align: bottom; }
 th:first-child, td:first-child { padding-left: 0; min-width: 8rem; }
-td[style*="right"] { white-space: nowrap; }
 code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono",
   "DejaVu Sans Mono", monospace; font-size: .88em; overflow-wrap: anywhere; }
 pre { overflow-x: auto; padding: .75rem 1rem; background: #f5f5f5; border-radius: 4px;
   line-height: 1.4; }
-pre code { overflow-wrap: normal; }
-@media (max-width: 40rem) { table:has(th:nth-child(4)) { min-width: 38rem; } }
+pre code { overflow-wrap: normal; white-space: pre-wrap; }
+@media screen and (max-width: 40rem) {
+  body { margin-top: 1.25rem; font-size: 1rem; }
+  h1 { font-size: 1.5rem; }
+  .summary { padding: .1rem 1rem; font-size: 1rem; }
+  nav li { display: block; }
+  /* Each row of a wide table becomes a block, each cell a line with its column's name. */
+  table.wide thead { display: none; }
+  table.wide, table.wide tbody { display: block; }
+  table.wide tr { display: block; padding: .5rem 0; border-bottom: 1px solid #bbb; }
+  table.wide td { display: flex; justify-content: space-between; gap: 1rem; padding: .1rem 0;
+    border: 0; }
+  table.wide td:not(:first-child)[style] { text-align: right !important; }
+  table.wide td:first-child { font-weight: 600; }
+  table.wide td:not(:first-child)::before { content: attr(data-label); flex: 0 1 45%; color: #555;
+    text-align: left; }
+  table.wide td > span { flex: 1 1 auto; min-width: 0; overflow-wrap: anywhere; }
+}
 @media print {
   @page { margin: 16mm; }
   body { max-width: none; margin: 0; padding: 0; font-size: 10pt; }
@@ -171,9 +233,11 @@ pre code { overflow-wrap: normal; }
   h1, h2, h3 { break-after: avoid; }
   table { font-size: 8pt; }
   th, td { padding: .25rem .4rem; }
+  th:first-child, td:first-child { min-width: 0; }
+  .summary { font-size: 10.5pt; background: none; }
   tr, img { break-inside: avoid; }
-  .wide { overflow: visible; }
-  pre { background: none; border: 1px solid #ccc; white-space: pre-wrap; }
+  img { max-width: 32rem; }
+  pre { background: none; border: 1px solid #ccc; }
   a { color: inherit; text-decoration: none; }
 }
 """

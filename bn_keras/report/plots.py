@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter
 
 from bn_keras.experiments.titles import (
     BASELINE,
@@ -15,6 +16,10 @@ from bn_keras.experiments.titles import (
     X30,
 )
 from bn_keras.runs.history import Spread
+
+# Width in inches. On a phone, the page shrinks a plot to about three quarters, and 10 pt stay
+# readable.
+FIGURE_WIDTH = 5.2
 
 _Dashes = tuple[float, tuple[float, ...]]
 
@@ -56,3 +61,46 @@ def replace_frame_by_grid(axes: Axes) -> None:
     """Draws a faint grid and removes the top and right edges of the frame."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_curves(axes: Axes, bands: Mapping[str, Mapping[int, Spread]]) -> None:
+    """Draws bands as `draw_bands` does, on an axis of training steps that begins at 0."""
+    draw_bands(axes, bands)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    replace_frame_by_grid(axes)
+
+
+def label_ends(axes: Axes, bands: Mapping[str, Mapping[int, Spread]]) -> None:
+    """Writes each line's title beside its end, stacked so that the titles do not overlap."""
+    axes.figure.canvas.draw()
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ends = []
+    for title, band in bands.items():
+        if band:
+            end = max(band), band[max(band)].mean
+            ends.append((*to_axes.transform(end), end, title))
+    ends.sort(key=lambda end: end[1])
+    # Height of a title, and its distance from the line's end, as fractions of the axes.
+    height, distance = 0.065, 0.09
+    level = -height
+    for number, (x, y, end, title) in enumerate(ends, start=1):
+        still_above = (len(ends) - number) * height
+        level = max(min(max(y, 0.0), 1 - still_above), level + height)
+        axes.annotate(
+            title,
+            end,
+            xytext=(x + distance, level),
+            textcoords="axes fraction",
+            verticalalignment="center",
+            annotation_clip=False,
+            bbox=dict(facecolor="white", edgecolor="none", alpha=0.75, pad=1),
+            arrowprops=dict(
+                arrowstyle="-",
+                color=STYLES[title].color,
+                linewidth=1,
+                shrinkA=0,
+                shrinkB=1,
+                relpos=(0, 0.5),
+            ),
+        )

@@ -21,6 +21,7 @@ _INCEPTION_ONLY = {
         "pool_projection",
         "width",
         "stem",
+        "modules",
         "initializer_scale",
         "dropout",
         "local_response_normalization",

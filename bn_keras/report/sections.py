@@ -20,17 +20,25 @@ class Section:
       body: Markdown; HTML in it is shown as text. A plot appears as an image,
         ![description](name.png). Names chosen by a user are passed through `escape`.
       plots: figures by file name, each shown once in the body.
+      summary: the results in one or two sentences, for the beginning of the report; Markdown.
     """
 
     title: str
     body: str
     plots: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
+    summary: str = ""
 
 
 def escape(text: str) -> str:
     """Returns Markdown that shows a text literally and on one line, even in a table cell."""
     text = re.sub(r"([\\`*_\[\]|])", r"\\\1", " ".join(text.split()))
     return html.escape(text, quote=False)
+
+
+def join_words(words: Iterable[str]) -> str:
+    """Returns an enumeration, such as "a, b and c"."""
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from bn_keras.report.sections import markdown_table
+from bn_keras.report.sections import join_words, markdown_table
 from bn_keras.text import counted
 
 HOLDS = "holds"
@@ -11,45 +11,68 @@ TOO_CLOSE = "too close to call"
 NO_VERDICT = "no verdict"
 NOT_RUN = "not run"
 
-_PLURALS = {HOLDS: "hold", FAILS: "do not hold"}
+# Each verdict as the predicate of a sentence about one statement, and about several.
+_PREDICATES = {
+    HOLDS: ("holds", "hold"),
+    FAILS: ("does not hold", "do not hold"),
+    TOO_CLOSE: ("is too close to call", "are too close to call"),
+    NO_VERDICT: ("has no verdict", "have no verdict"),
+    NOT_RUN: ("was not run", "were not run"),
+}
 
 
-def judge(outcomes: Sequence[bool]) -> str:
+# Whether a statement holds in one seed; None for a tie, a difference within the margin.
+Outcome = bool | None
+
+
+def exceeds(difference: float, margin: float = 0.0) -> Outcome:
+    """Returns whether a difference supports a statement; None within the margin on either side."""
+    if abs(difference) <= margin:
+        return None
+    return difference > 0
+
+
+def judge(outcomes: Sequence[Outcome]) -> str:
     """Returns the verdict on a statement.
 
+    Ties, and seeds that disagree, leave it open.
+
     Args:
-      outcomes: whether it holds, seed by seed; none if it could not be tested.
+      outcomes: one per seed; none if it could not be tested.
     """
     if not outcomes:
         return NO_VERDICT
     if all(outcomes):
         return HOLDS
-    return TOO_CLOSE if any(outcomes) else FAILS
+    return FAILS if all(outcome is False for outcome in outcomes) else TOO_CLOSE
 
 
 def count_verdicts(verdicts: Iterable[str]) -> str:
-    """Returns how often each verdict occurs, such as "13 hold, 5 do not hold"."""
+    """Returns how often each verdict occurs, such as "13 hold and 5 do not hold"."""
     verdicts = list(verdicts)
-    counts = {kind: verdicts.count(kind) for kind in (HOLDS, FAILS, TOO_CLOSE, NO_VERDICT, NOT_RUN)}
-    return ", ".join(
-        f"{count} {kind if count == 1 else _PLURALS.get(kind, kind)}"
-        for kind, count in counts.items()
-        if count
+    return join_words(
+        f"{count} {predicates[count > 1]}"
+        for kind, predicates in _PREDICATES.items()
+        if (count := verdicts.count(kind))
     )
 
 
-def tabulate_verdicts(outcomes: Mapping[str, Sequence[bool]]) -> str:
+def tabulate_verdicts(outcomes: Mapping[str, Sequence[Outcome]]) -> str:
     """Returns a table of verdicts.
 
     Args:
-      outcomes: whether each statement holds, seed by seed.
+      outcomes: outcomes of each statement, seed by seed.
     """
     rows = [
-        (
-            statement,
-            f"**{judge(by_seed)}**",
-            f"{sum(by_seed)} of {counted(len(by_seed), 'seed')}" if by_seed else "-",
-        )
+        (statement, f"**{judge(by_seed)}**", _count_seeds(by_seed))
         for statement, by_seed in outcomes.items()
     ]
-    return markdown_table(("statement", "verdict", "holds in"), rows, left=2)
+    return markdown_table(("statement", "verdict", "holds in"), rows, left=3)
+
+
+def _count_seeds(outcomes: Sequence[Outcome]) -> str:
+    if not outcomes:
+        return "-"
+    text = f"{outcomes.count(True)} of {counted(len(outcomes), 'seed')}"
+    ties = outcomes.count(None)
+    return f"{text}, {counted(ties, 'tie')}" if ties else text

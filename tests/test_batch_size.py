@@ -1,0 +1,93 @@
+"""Ghost batches of the trainer, and the study of accuracy against the statistical batch size."""
+
+import os
+
+import pytest
+from small import small_mlp
+
+from bn_keras.errors import UsageError
+from bn_keras.experiments.batch_size_runs import SIZES, get_batch_size_configs
+from bn_keras.experiments.titles import with_statistical_batch
+from bn_keras.report import Run, build_batch_size, evaluate_batch_sizes
+from bn_keras.training import networks
+from bn_keras.training.build import build_model
+from bn_keras.training.config import check_config
+from bn_keras.training.loop import train_and_evaluate
+from configs import cifar10_inception, digits_inception, inception
+
+
+@pytest.mark.parametrize("module, steps", [(cifar10_inception, 31_250), (inception, 6_000_000)])
+def test_only_the_statistical_batch_size_differs(module, steps):
+    base = module.get_config()
+    configs = get_batch_size_configs(base)
+    assert list(configs) == [with_statistical_batch(size) for size in SIZES]
+    x5 = networks.derive(base, "bn_x5")
+    for size, config in zip(SIZES, configs.values(), strict=True):
+        check_config(config)
+        assert config.train.global_batch_size == 128
+        assert config.train.steps == steps // 4
+        assert (config.batch_norm.virtual_batch_size or 128) == size
+        rest = networks.replaced(config, {"batch_norm.virtual_batch_size": 0})
+        assert rest == configs[with_statistical_batch(128)]
+        assert config.schedule == x5.schedule and config.model == x5.model
+
+
+def test_the_networks_have_ghost_batches():
+    config = networks.replaced(
+        networks.derive(digits_inception.get_config(), "bn_x5"),
+        {"batch_norm.virtual_batch_size": 4, "model.modules": ("3a",)},
+    )
+    layer = build_model(config, (8, 8, 1), 10).get_layer("3a_1x1_bn")
+    assert layer.virtual_batch_size == 4
+    mlp = build_model(small_mlp(**{"batch_norm.virtual_batch_size": 4}), (8, 8, 1), 10)
+    assert mlp.get_layer("bn_1").virtual_batch_size == 4
+    assert build_model(small_mlp(), (8, 8, 1), 10).get_layer("bn_1").virtual_batch_size is None
+
+
+@pytest.fixture(scope="module")
+def workdirs(tmp_path_factory):
+    """Two finished runs with statistics of 4 and of all 32 examples."""
+    folder = tmp_path_factory.mktemp("batch_size")
+    paths = {}
+    for size, virtual in ((4, 4), (32, 0)):
+        few = {"train.steps": 40, "train.global_batch_size": 32, "population.num_batches": 5}
+        config = small_mlp(**few, **{"batch_norm.virtual_batch_size": virtual})
+        paths[with_statistical_batch(size)] = folder / f"{size}"
+        train_and_evaluate(config, folder / f"{size}")
+    return paths
+
+
+def read(workdirs):
+    return {title: [Run.read(title, path)] for title, path in workdirs.items()}
+
+
+def test_both_kinds_of_statistics_are_compared(workdirs, tmp_path, monkeypatch):
+    rows = evaluate_batch_sizes(workdirs, tmp_path)
+    assert [row["title"] for row in rows] == list(workdirs)
+    results = read(workdirs)
+    section = build_batch_size(results, rows)
+    moving = {title: runs[0].metrics[-1]["validation/accuracy"] for title, runs in results.items()}
+    for size, row in zip((4, 32), rows, strict=True):
+        cells = f"{size} | {moving[row['title']]:.1%} | {row['accuracy']:.1%} |"
+        assert cells in " ".join(section.body.split())
+    (axes,) = section.plots["batch_size.svg"].axes
+    lines = [container.lines[0].get_xydata().tolist() for container in axes.containers]
+    assert lines[0] == [[4, moving[rows[0]["title"]]], [32, moving[rows[1]["title"]]]]
+    assert lines[1] == [[4, rows[0]["accuracy"]], [32, rows[1]["accuracy"]]]
+    assert moving != {row["title"]: row["accuracy"] for row in rows}
+    assert f"with 4 it reaches {moving[rows[0]['title']]:.1%}" in section.summary
+
+    monkeypatch.setattr("bn_keras.report.batch_size.evaluate_networks", None)
+    assert evaluate_batch_sizes(workdirs, tmp_path) == rows
+
+
+def test_unfinished_runs_are_left_out(workdirs, tmp_path):
+    title, path = next(iter(workdirs.items()))
+    results = {title: read(workdirs)[title]}
+    assert evaluate_batch_sizes({title: os.fspath(tmp_path / "none")}, tmp_path) == []
+    section = build_batch_size(results, [])
+    assert " - |" in section.body and "population" not in section.summary
+    assert section.summary.startswith("BN-x5 is best with statistics of 4 examples, ")
+    assert "it reaches" not in section.summary
+    with pytest.raises(UsageError, match="no run of the statistical batch sizes has finished"):
+        build_batch_size({}, [])
