@@ -56,7 +56,7 @@ $(READY): setup.cfg
 	touch $(READY)
 
 demo: $(READY)
-	@.venv/bin/bn-keras reproduce --scale=digits --workdir=runs/digits
+	@.venv/bin/bn-keras reproduce --scale=digits --seeds=3 --workdir=runs/digits
 
 test: $(READY)
 	@$(PY) -m pytest -n 2 tests
