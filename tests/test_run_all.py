@@ -1,5 +1,6 @@
 """Several configs: each network is trained once, and divergence stops no other network."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -32,6 +33,16 @@ def test_each_network_is_trained_once_and_divergence_is_a_result(tmp_path, monke
     assert train_all(configs, tmp_path) == first
     assert [plan.steps for plan in plan_all(configs, tmp_path)] == [0, 0, 0]
     assert read_ended(configs, tmp_path) == first
+    # A run of a version without some setting is reported, but not one with another value.
+    saved = tmp_path / "bad" / "config.json"
+    older = json.loads(saved.read_text())
+    del older["batch_norm"]["virtual_batch_size"]
+    saved.write_text(json.dumps(older))
+    assert list(read_ended(configs, tmp_path)) == list(first)
+    with pytest.raises(UsageError, match="has no batch_norm.virtual_batch_size"):
+        train_all(configs, tmp_path)
+    with pytest.raises(UsageError, match="another config, with train.l2=0.0"):
+        read_ended({"bad": small_mlp(**{"train.l2": 0.1})}, tmp_path)
     # Longer and new runs are due, and not reported.
     due = {"Good One": small_mlp(**{"train.steps": 6}), "new": small_mlp(**FEW, seed=2)}
     assert [tuple(plan) for plan in plan_all(due, tmp_path)] == [

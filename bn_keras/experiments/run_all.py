@@ -14,6 +14,7 @@ from bn_keras.errors import TrainingDivergedError
 from bn_keras.experiments.parallel import Task, divide_machine, run_tasks
 from bn_keras.runs.checkpoint import Checkpoints
 from bn_keras.runs.history import Run
+from bn_keras.runs.saved_config import flatten
 from bn_keras.runs.workdir import Workdir
 from bn_keras.training.graphs import Graphs
 from bn_keras.training.length import finished_because
@@ -101,17 +102,31 @@ def plan_all(configs: Mapping[str, ConfigDict], folder: str | os.PathLike) -> li
 def read_ended(configs: Mapping[str, ConfigDict], folder: str | os.PathLike) -> dict[str, Run]:
     """Returns the runs of `train_all` that have finished or diverged, by title.
 
-    Nothing is written, so that another process may train the other runs meanwhile.
+    Nothing is written, so that another process may train the other runs meanwhile. Older versions
+    of bn_keras may have trained them: only the settings that they knew are compared.
 
     Raises:
       UsageError: a workdir holds a run of another config.
     """
-    workdirs = {title: Workdir(epath.Path(folder) / folder_name(title)) for title in configs}
-    return {
-        title: Run.read(title, run.path)
-        for title, run in workdirs.items()
-        if not _is_due(run, configs[title])
-    }
+    runs = {}
+    for title, config in configs.items():
+        run = Workdir(epath.Path(folder) / folder_name(title))
+        if run.exists() and not _is_due(run, _restricted(config, run.read_config())):
+            runs[title] = Run.read(title, run.path)
+    return runs
+
+
+def _restricted(config: ConfigDict, saved: ConfigDict) -> ConfigDict:
+    """Returns a config without the settings that a saved one lacks."""
+    known = flatten(saved)
+    return ConfigDict(
+        {
+            name: {key: v for key, v in value.items() if f"{name}.{key}" in known}
+            if isinstance(value, ConfigDict)
+            else value
+            for name, value in config.items()
+        }
+    )
 
 
 def folder_name(title: str) -> str:

@@ -209,6 +209,7 @@ code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono",
 pre { overflow-x: auto; padding: .75rem 1rem; background: #f5f5f5; border-radius: 4px;
   line-height: 1.4; }
 pre code { overflow-wrap: normal; white-space: pre-wrap; }
+@media screen and (min-width: 60rem) { td[style*="right"] { white-space: nowrap; } }
 @media screen and (max-width: 40rem) {
   body { margin-top: 1.25rem; font-size: 1rem; }
   h1 { font-size: 1.5rem; }
@@ -222,8 +223,8 @@ pre code { overflow-wrap: normal; white-space: pre-wrap; }
     border: 0; }
   table.wide td:not(:first-child)[style] { text-align: right !important; }
   table.wide td:first-child { font-weight: 600; }
-  table.wide td:not(:first-child)::before { content: attr(data-label); flex: 0 1 45%; color: #555;
-    text-align: left; }
+  table.wide td:not(:first-child)::before { content: attr(data-label); flex: 0 0 auto;
+    max-width: 50%; color: #555; text-align: left; }
   table.wide td > span { flex: 1 1 auto; min-width: 0; overflow-wrap: anywhere; }
 }
 @media print {
