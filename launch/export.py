@@ -1,12 +1,10 @@
 """Exports the network of a run as a .keras, TFLite or ONNX file, or as a SavedModel.
 
-The export is read back and compared with the network before it is moved to --output. Every format
-contains the class names and describes the preprocessing; a SavedModel does it, too.
-
-  keras        preprocessed images to logits
-  saved_model  JPEG, PNG, BMP, GIF or WebP files to probabilities and the best class
-  tflite       preprocessed images to probabilities, with TFLite metadata
-  onnx         preprocessed images to logits and probabilities; needs the extra "onnx"
+The export is read back and compared with the network before it is moved to --output. It contains
+the class names and describes the preprocessing. A .keras file maps preprocessed images to logits. A
+SavedModel also maps JPEG, PNG, BMP, GIF or WebP files to probabilities and the most probable class.
+TFLite maps preprocessed images to probabilities, with TFLite metadata. ONNX maps them to logits and
+probabilities, and needs the extra "onnx".
 
 --quantize=int8 makes a TFLite file of 8-bit integers. It needs the run's data: training images to
 find the ranges of the activations, and validation images to report the accuracy before and after.
