@@ -85,6 +85,7 @@ def default_config() -> ConfigDict:
     config.model.initializer_stddev = 0.01
     # The next four are None by default, which means the variant's own value. A value given here
     # takes precedence over the variant.
+
     # Factor on the initial weights of the convolutions.
     config.model.initializer_scale = placeholder(float)
     # Fraction of the activations dropped before the classifier in training.
@@ -117,9 +118,11 @@ def default_config() -> ConfigDict:
     config.batch_norm.virtual_batch_size = 0
 
     config.train = ConfigDict()
+    # Length in steps: 774 epochs.
     config.train.steps = 31_000_000
     # Length in epochs instead, rounded up to whole steps; 0 uses train.steps.
     config.train.epochs = 0.0
+    # Training examples per step, over all replicas.
     config.train.global_batch_size = 32
     # Momentum of SGD (GoogLeNet).
     config.train.momentum = 0.9
@@ -168,6 +171,7 @@ def default_config() -> ConfigDict:
     config.evaluation = ConfigDict()
     # Steps between evaluations on the validation images; one more follows the last step.
     config.evaluation.every_steps = 20_000
+    # Validation examples per batch, over all replicas; does not change the results.
     config.evaluation.global_batch_size = 32
     # Whether the last evaluation writes classes/: accuracy by class, the confusion matrix, and the
     # most confident mistakes.
@@ -186,6 +190,7 @@ def default_config() -> ConfigDict:
     config.record.layer = ""
     # Index into the input's last axis: a unit, or a feature map with all of its locations.
     config.record.unit = 0
+    # Numbers from 0 to 100.
     config.record.percentiles = (15, 50, 85)
     # Steps between recordings; the first one precedes the first step.
     config.record.every_steps = 250
@@ -194,6 +199,7 @@ def default_config() -> ConfigDict:
     config.record.num_examples = 1_000
 
     config.checkpoint = ConfigDict()
+    # Steps between checkpoints; one more follows the last step, and a signal.
     config.checkpoint.every_steps = 5_000
     # Checkpoints kept, the latest ones.
     config.checkpoint.keep = 3
