@@ -346,6 +346,7 @@ def test_labels_are_read_from_a_csv_file(root, delimiter):
         ("path,label\n", "is empty"),
         ("validation/cat/bild 1.JPG", "line 1 .* expected a path and a label"),
         ("validation/cat/bild 1.JPG,a\nvalidation/cat/bild 1.JPG,b", "has the labels 'a' and 'b'"),
+        ("validation/cat/bild 1.JPG,a\n./validation/cat/bild 1.JPG,b", "has the labels 'a' and"),
         ("missing.png,a", "1 of the images .* do not exist .*'missing.png'"),
         ("caf\udce9.png,a", "is not UTF-8"),
         ('validation/cat/bild 1.JPG,"a\nvalidation/cat/x.png,b', "line 2 .* quotation marks"),

@@ -53,6 +53,9 @@ def read_labels(root: str, file: str) -> dict[str, list[Image]]:
                 " a label"
             )
         path, label = os.path.join(root, cells[0]), unicodedata.normalize("NFC", cells[1])
+        if is_local(path):
+            # "./a.png" is the same file as "a.png".
+            path = os.path.normpath(path)
         if labels.setdefault(path, label) != label:
             raise UsageError(
                 f"{cells[0]!r} has the labels {labels[path]!r} and {label!r} in {file}"

@@ -17,8 +17,8 @@ _MAX_NUMBERED_CLASSES = 20
 _COLUMNS = 6
 _CELL_INCHES = 1.9
 _MAX_NAME_LENGTH = 22
-# In the gallery, a line has about 32 characters.
-_MAX_GALLERY_LENGTH = 18
+# In the gallery, a line has about 30 characters.
+_MAX_GALLERY_LENGTH = 16
 # Installed on some machines; matplotlib's own font has neither Chinese, Japanese and Korean
 # characters nor emoji.
 _OTHER_FONTS = (
