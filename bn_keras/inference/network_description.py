@@ -3,7 +3,7 @@
 import json
 from typing import NamedTuple
 
-from bn_keras import __version__
+import bn_keras
 from bn_keras.data.transforms import EVALUATION_FRACTION, Preprocessing
 
 # Name of the description in the archive or the folder of an export.
@@ -60,7 +60,7 @@ class NetworkDescription(NamedTuple):
                 "preprocessing": self.describe_preprocessing(),
                 "step": self.step,
                 "statistics": self.statistics,
-                "bn_keras": __version__,
+                "bn_keras": bn_keras.__version__,
             },
             indent=1,
         )
