@@ -253,8 +253,8 @@ def BNInception(
         least 1.
       stem: "imagenet", as in the paper; "cifar", a 3x3 convolution of stride 2 instead of the 7x7
         convolution, without pools; "digits", the same with stride 1.
-      modules: names of the modules to build, in the order of Figure 5, such as ("3a", "3c", "5b"): a
-        smaller network for quick trials. None builds all ten.
+      modules: names of the modules to build, in the order of Figure 5, such as ("3a", "3c", "5b"),
+        for a smaller network. None builds all ten.
       preset: "paper"; "slim", TF-Slim's inception_v2, whose BN has no gamma and whose separable
         convolution has a bias instead of BN; "caffe", the PyTorch ports (pytorchcv, Cadene) of the
         Caffe model, with biases before BN, a plain stem, epsilon 1e-5 and Caffe's padding.

@@ -132,7 +132,7 @@ def _tabulate(points: Mapping[int, _Point]) -> str:
         )
         for size, point in points.items()
     ]
-    return markdown_table((*header, "lowest training loss"), rows, left=0)
+    return markdown_table((*header, "lowest training loss"), rows)
 
 
 def _draw(points: Mapping[int, _Point]) -> Figure:
