@@ -8,6 +8,7 @@ from small import small_mlp
 from bn_keras.errors import UsageError
 from bn_keras.experiments.batch_size_runs import SIZES, get_batch_size_configs
 from bn_keras.experiments.titles import with_statistical_batch
+from bn_keras.models import BNInception
 from bn_keras.report import Run, build_batch_size, evaluate_batch_sizes
 from bn_keras.training import networks
 from bn_keras.training.build import build_model
@@ -79,6 +80,19 @@ def test_both_kinds_of_statistics_are_compared(workdirs, tmp_path, monkeypatch):
 
     monkeypatch.setattr("bn_keras.report.batch_size.evaluate_networks", None)
     assert evaluate_batch_sizes(workdirs, tmp_path) == rows
+
+
+def test_unknown_modules_are_refused():
+    def build(modules, **options):
+        return BNInception("bn_x5", 10, (8, 8, 1), 0.1, "digits", modules=modules, **options)
+
+    for modules in (("3c", "3a"), ("3a", "3a"), ("9z",), "3a", ()):
+        with pytest.raises(UsageError, match="modules=.* is invalid: expected names in this order"):
+            build(modules)
+    with pytest.raises(UsageError, match="auxiliary=True needs module 4d"):
+        build(("3a",), auxiliary=True)
+    with pytest.raises(UsageError, match="per_activation_bn=True needs module 5b"):
+        build(("3a",), per_activation_bn=True)
 
 
 def test_unfinished_runs_are_left_out(workdirs, tmp_path):
