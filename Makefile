@@ -133,4 +133,4 @@ docs-serve: $(DOCS)
 	@$(mkdocs) serve --watch bn_keras --watch launch
 
 tour: $(DOCS)
-	@.venv-docs/bin/jupytext --to ipynb --execute examples/tour.py
+	@.venv-docs/bin/python docs/generate/notebook.py examples/tour.py
