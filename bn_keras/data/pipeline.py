@@ -277,6 +277,8 @@ class Data:
             order = "examples"
         return ShardBatches(split, preprocessing, random, order, unreadable)
 
+    # AutoGraph, which there is nothing to convert for, would take a second at every start.
+    @tf.autograph.experimental.do_not_convert
     def _mix(
         self, dataset: tf.data.Dataset, mixing: Mixing, rows: Rows, start_step: int
     ) -> tf.data.Dataset:

@@ -61,11 +61,12 @@ class Predictor:
         self._batch_size = max(1, _MAX_BATCH_SIZE // preprocessing.crops.count)
         self._read = tf.function(
             lambda encoded: preprocessing.process_encoded(encoded, None, channels),
+            autograph=False,
             input_signature=[tf.TensorSpec([], tf.string)],
         )
         top_k = min(top_k or len(class_names), len(class_names))
 
-        @tf.function
+        @tf.function(autograph=False)
         def most_probable(images: list[tf.Tensor | tuple[tf.Tensor, ...]]) -> tuple[tf.Tensor, ...]:
             batch = tf.nest.map_structure(lambda *each: tf.stack(each), *images)
             # The last row belongs to the ensemble or to the only network.

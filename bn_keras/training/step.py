@@ -264,15 +264,19 @@ class Trainer:
             for average, weight in zip(self.averages, weights, strict=True):
                 average.assign(average.value + rate * (weight.value - average.value))
 
+    # AutoGraph, which there is nothing to convert for, would take a second at every start.
+    @tf.autograph.experimental.do_not_convert
     def _train_whole_batch(self, images: tf.Tensor, labels: tf.Tensor) -> None:
         self._add_to_sums(*self.step(images, labels))
 
+    @tf.autograph.experimental.do_not_convert
     def _accumulate_micro_batch(self, images: tf.Tensor, labels: tf.Tensor) -> None:
         loss, hits, gradients = self.compute_gradients(images, labels)
         for total, gradient in zip(self._gradient_sums, gradients, strict=True):
             total.assign_add(gradient)
         self._add_to_sums(loss, hits)
 
+    @tf.autograph.experimental.do_not_convert
     def _apply_accumulated(self) -> None:
         gradients = [total.read_value() for total in self._gradient_sums]
         if self._loss_scaling:
