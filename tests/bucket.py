@@ -17,7 +17,6 @@ import socket
 import socketserver
 import ssl
 import subprocess
-import sys
 import threading
 import time
 import urllib.parse
@@ -321,73 +320,6 @@ class Bucket:
         content = b"".join(self.read(f"{bucket}/{source['name']}") for source in sources)
         self.put(name, content)
         return "compose", name, 200, {}, b"{}"
-
-
-@dataclass(frozen=True)
-class Result:
-    """The end of a command: its exit status, output and errors."""
-
-    status: int
-    output: str
-    errors: str
-
-    @property
-    def last_line(self):
-        """The last line of the errors, where a command reports why it has failed."""
-        return self.errors.strip().rpartition("\n")[2]
-
-
-class Commands:
-    """Runs commands in processes that use a bucket; see bucket_commands.py.
-
-    Args:
-      bucket: the bucket.
-      folder: folder for the output of the commands.
-    """
-
-    def __init__(self, bucket, folder):
-        self._folder = folder
-        self._outputs = {}
-        self._process = subprocess.Popen(
-            [sys.executable, str(TESTS / "bucket_commands.py")],
-            env=os.environ
-            | bucket.environment
-            | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])},
-            cwd=folder,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self._process.stdout.readline() == "ready\n"
-
-    def close(self):
-        """Ends the process in which the commands start."""
-        self._process.communicate()
-
-    def start(self, *arguments):
-        """Starts a command; returns its process number."""
-        output = os.path.join(self._folder, f"output_{len(self._outputs)}")
-        number = self._ask(arguments=list(map(str, arguments)), output=output)
-        self._outputs[number] = output
-        return number
-
-    def wait(self, number):
-        """Waits for the end of a command and returns its result."""
-        status = self._ask(wait=number)
-        output, errors = (
-            pathlib.Path(f"{self._outputs[number]}.{ending}").read_text()
-            for ending in ("out", "err")
-        )
-        return Result(status, output, errors)
-
-    def run(self, *arguments):
-        """Runs a command to its end and returns its result."""
-        return self.wait(self.start(*arguments))
-
-    def _ask(self, **request):
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
 
 
 class _Server(socketserver.ThreadingTCPServer):

@@ -4,9 +4,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 import tensorflow as tf
+from commands import launch
 from full_disk import files_of_at_most
 from matplotlib.figure import Figure
-from test_launch import assert_fails_on_one_line, launch
+from test_launch import assert_fails_on_one_line
 
 from bn_keras.data.pipeline import open_data
 from bn_keras.errors import StorageError, UsageError

@@ -12,7 +12,8 @@ import threading
 import numpy as np
 import pytest
 import tensorflow as tf
-from bucket import TESTS, Bucket, Commands
+from bucket import TESTS, Bucket
+from commands import Commands
 from small import small_mlp
 from usable_runs import check_usable, without_times
 
@@ -43,7 +44,7 @@ def bucket(service):
 
 @pytest.fixture(scope="module")
 def commands(service, folder):
-    commands = Commands(service, folder)
+    commands = Commands(folder, service.environment)
     yield commands
     commands.close()
 

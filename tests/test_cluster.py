@@ -12,6 +12,7 @@ import textwrap
 import threading
 
 import pytest
+from commands import ROOT, launch
 
 from bn_keras.distribute import cluster, detection
 from bn_keras.distribute.cluster import Cluster
@@ -25,8 +26,6 @@ from bn_keras.distribute.detection import (
 )
 from bn_keras.distribute.waiting import waiting_for
 from bn_keras.errors import UsageError, WorkerLostError
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -592,20 +591,10 @@ def test_a_cluster_of_one_trains_alone(servers):
 TRAIN = ["--config=mnist_bn", "--config.data.name=digits"]
 
 
-def run_command(name, *arguments, variables=None, prefix=()):
-    return subprocess.run(
-        [*prefix, sys.executable, "-m", f"launch.{name}", *arguments],
-        cwd=ROOT,
-        env=os.environ | (variables or {}),
-        capture_output=True,
-        text=True,
-    )
-
-
 @pytest.mark.parametrize("name, flags", [("train", TRAIN), ("evaluate", [])])
 def test_an_evaluator_has_nothing_to_do(name, flags, tmp_path):
     variables = config({"worker": TFJOB}, "evaluator", 0, environment="cloud")
-    done = run_command(name, *flags, f"--workdir={tmp_path}/run", variables=variables)
+    done = launch(name, *flags, f"--workdir={tmp_path}/run", **variables)
     assert done.returncode == 0, done.stderr
     assert "nothing to do: the evaluator of TF_CONFIG is not needed" in done.stderr
     assert not (tmp_path / "run").exists()
@@ -625,7 +614,7 @@ def test_an_evaluator_has_nothing_to_do(name, flags, tmp_path):
     ],
 )
 def test_a_command_explains_an_invalid_cluster(flags, variables, message, tmp_path):
-    done = run_command("train", *TRAIN, f"--workdir={tmp_path}/run", *flags, variables=variables)
+    done = launch("train", *TRAIN, f"--workdir={tmp_path}/run", *flags, **variables)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: ") and message in done.stderr
     assert not (tmp_path / "run").exists()

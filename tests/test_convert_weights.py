@@ -15,7 +15,8 @@ import tensorflow as tf
 from bn_keras import BNInception, convert
 from bn_keras.errors import StorageError, UsageError
 from bn_keras.models.bn_inception import FIGURE_5
-from tests.test_launch import assert_fails_on_one_line, launch
+from tests.commands import launch
+from tests.test_launch import assert_fails_on_one_line
 
 CLASSES = 7
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from commands import launch
 from test_crops import googlenet_crops
-from test_launch import assert_fails_on_one_line, launch
+from test_launch import assert_fails_on_one_line
 
 from bn_keras.data import pipeline
 from bn_keras.data.imagenet import ARCHIVES, prepare_imagenet

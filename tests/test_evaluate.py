@@ -6,8 +6,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from commands import launch
 from small import small_mlp
-from test_launch import launch
 
 from bn_keras.data import pipeline
 from bn_keras.data.multi_crop import SINGLE_CROP, CropPreprocessing, Crops

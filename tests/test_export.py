@@ -13,8 +13,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from commands import launch
 from small import small_mlp
-from test_launch import assert_fails_on_one_line, launch
+from test_launch import assert_fails_on_one_line
 
 from bn_keras.data.transforms import Preprocessing
 from bn_keras.errors import StorageError, UsageError

@@ -3,7 +3,6 @@
 import functools
 import json
 import logging
-import os
 import pathlib
 import re
 import signal
@@ -13,6 +12,7 @@ import sys
 import pytest
 import tensorflow as tf
 from absl import logging as absl_logging
+from commands import ROOT, launch
 from parse_commands import parse_all
 
 from bn_keras.errors import (
@@ -29,23 +29,12 @@ from launch.command_error import CommandError
 from launch.config_flag import ConfigFlag, split_overrides
 from launch.main import COMMANDS
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 DIGITS = (
     "--config=mnist_bn",
     "--config.data.name=digits",
     "--config.data.validation_split=validation",
     "--config.evaluation.global_batch_size=100",
 )
-
-
-def launch(command, *arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", f"launch.{command}", *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-    )
 
 
 # `python -m launch.main` is `bn-keras`.

@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 import tensorflow as tf
+from commands import launch
 from PIL import Image
 from small import small_mlp
-from test_launch import launch
 
 from bn_keras.data.multi_crop import SINGLE_CROP, CropPreprocessing, Crops
 from bn_keras.data.single_image import read_image

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 
+import commands
 import pytest
 from parse_commands import parse_all
 
@@ -611,12 +613,7 @@ def test_a_job_lost_after_its_time_limit_is_not_created_again(cloud):
 # The command line.
 
 
-def launch(*arguments):
-    command = [sys.executable, "-m", "launch.tpu", *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
-
+launch = functools.partial(commands.launch, "tpu")
 
 SUBMIT = (
     *("submit", "--name=one", "--zone=us-east5-b", "--accelerator_type=v6e-8"),

@@ -16,24 +16,14 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
+from commands import ROOT, launch  # noqa: E402
 from slurm_cluster import missing, running_cluster  # noqa: E402
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 needs_slurm = pytest.mark.skipif(bool(missing()), reason=missing())
 
 
-def command(*arguments, env=None):
-    return subprocess.run(
-        [sys.executable, "-m", "launch.slurm", *map(str, arguments)],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-
-
 def make_script(*arguments):
-    done = command(*arguments)
+    done = launch("slurm", *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -86,9 +76,7 @@ def test_the_script_has_no_faults(script, tmp_path):
     ],
 )
 def test_invalid_flags_are_rejected(arguments, message, tmp_path):
-    done = command(
-        "--config=mnist_bn", "--workdir=runs/one", *arguments, env=os.environ | {"PATH": ""}
-    )
+    done = launch("slurm", "--config=mnist_bn", "--workdir=runs/one", *arguments, PATH="")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: ") and message in done.stderr
 

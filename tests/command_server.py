@@ -1,4 +1,4 @@
-"""Runs commands and scripts with gs:// paths in forked processes; see test_bucket.
+"""Starts commands and scripts in forked processes; see commands.py.
 
 A forked process starts in milliseconds, because TensorFlow is already imported. TensorFlow allows a
 fork before its first operation. Each line of standard input starts a command or waits for its end;
@@ -19,7 +19,7 @@ from bn_keras.inference import evaluation, exporter, prediction, run_check  # no
 from bn_keras.pictures import augmented_input, crop_sheet  # noqa: F401
 
 
-def start(arguments, output):
+def start(arguments, output, environment):
     """Starts a command with its output in OUTPUT.out and OUTPUT.err; returns its process number."""
     child = os.fork()
     if child:
@@ -27,6 +27,8 @@ def start(arguments, output):
     for stream, ending in ((sys.stdout, "out"), (sys.stderr, "err")):
         os.dup2(os.open(f"{output}.{ending}", os.O_WRONLY | os.O_CREAT), stream.fileno())
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.clear()
+    os.environ.update(environment)
     run_and_exit(arguments)
 
 
@@ -38,7 +40,7 @@ def main():
         if "wait" in request:
             answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
         else:
-            answer = start(request["arguments"], request["output"])
+            answer = start(**request)
         print(json.dumps(answer), flush=True)
 
 
