@@ -1,4 +1,4 @@
-"""Exports the network of a run as a .keras, TFLite or ONNX file, or as a SavedModel.
+r"""Exports the network of a run as a .keras, TFLite or ONNX file, or as a SavedModel.
 
 The export is read back and compared with the network before it is moved to --output. It contains
 the class names and describes the preprocessing. A .keras file maps preprocessed images to logits. A
@@ -12,7 +12,8 @@ find the ranges of the activations, and validation images to report the accuracy
 Examples:
   bn-keras export --workdir=runs/bn_x30 --output=bn_x30.keras --fold
   bn-keras export --workdir=runs/a --output=net/1 --format=saved_model
-  bn-keras export --workdir=runs/a --output=net.tflite --format=tflite --quantize=int8
+  bn-keras export --workdir=runs/a --output=a.tflite --format=tflite \
+      --quantize=int8
 """
 
 from absl import flags

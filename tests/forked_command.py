@@ -17,9 +17,9 @@ def run_and_exit(arguments):
     try:
         if arguments[0].endswith(".py"):
             runpy.run_path(arguments[0], run_name="__main__")
-            status = 0
         else:
             runpy.run_module(f"launch.{arguments[0]}", run_name="__main__", alter_sys=True)
+        status = 0
     except SystemExit as end:
         status = end.code or 0
     except BaseException:

@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import os
 import pathlib
 import re
 import signal
@@ -125,11 +126,13 @@ def test_an_invalid_flag_is_reported_on_one_line(line, part, errors):
 @pytest.mark.parametrize("line, part", FLAG_ERRORS[1:6])
 def test_a_missing_or_unknown_flag_does_not_import_tensorflow(line, part):
     code = """
-import runpy, sys
-try:
-    runpy.run_module("launch.train", run_name="__main__", alter_sys=True)
-finally:
-    print({"tensorflow", "keras", "numpy"} & set(sys.modules))"""
+import os, runpy, sys
+end = os._exit
+def print_and_end(status):
+    print({"tensorflow", "keras", "numpy"} & set(sys.modules), flush=True)
+    end(status)
+os._exit = print_and_end
+runpy.run_module("launch.train", run_name="__main__", alter_sys=True)"""
     command = [sys.executable, "-c", code, *line]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert_fails_on_one_line(done, 2, part)
@@ -482,7 +485,9 @@ def test_divergence_has_its_own_status(tmp_path):
 
 
 def test_another_backend_is_reported_on_one_line(tmp_path):
-    done = launch("evaluate", f"--workdir={tmp_path}", KERAS_BACKEND="jax")
+    command = [sys.executable, "-m", "launch.evaluate", f"--workdir={tmp_path}"]
+    environment = os.environ | {"KERAS_BACKEND": "jax"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert_fails_on_one_line(done, 2, "KERAS_BACKEND is 'jax'", "KERAS_BACKEND=tensorflow")
 
 
