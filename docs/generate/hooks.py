@@ -25,7 +25,7 @@ GENERATORS: dict[str, Callable[[], str]] = {
     "changelog": reference.changelog,
 }
 
-_FLAG = re.compile(r"<code>(--[^ <]{1,40})</code>")
+_FLAG = re.compile(r"<code>(--[^ <]{1,34})</code>")
 _MARKER = re.compile(r"<!-- generate: (\w+) -->")
 
 
