@@ -16,6 +16,7 @@ _MAX_NAMED_CLASSES = 40
 _MAX_NUMBERED_CLASSES = 20
 _COLUMNS = 6
 _CELL_INCHES = 1.9
+_TEXT_INCHES = 0.5
 _MAX_NAME_LENGTH = 22
 # In the gallery, a line has about 30 characters.
 _MAX_GALLERY_LENGTH = 16
@@ -93,24 +94,31 @@ def draw_mistakes(mistakes: Sequence[Mistake], binary: bool) -> Figure:
     """
     columns = max(2, min(_COLUMNS, len(mistakes)))
     rows = max(1, math.ceil(len(mistakes) / columns))
-    figure = Figure(
-        figsize=(_CELL_INCHES * columns, (_CELL_INCHES + 0.5) * rows), layout="constrained"
-    )
+    height = _CELL_INCHES + _TEXT_INCHES
+    figure = Figure(figsize=(_CELL_INCHES * columns, height * rows))
     if not mistakes:
         figure.text(0.5, 0.5, "no mistakes", ha="center")
         return figure
-    cells = figure.subplots(rows, columns, squeeze=False).ravel()
-    for cell in cells:
-        cell.axis("off")
-    for cell, mistake in zip(cells, mistakes, strict=False):
+    image_size = (0.94 / columns, 0.94 * _CELL_INCHES / height / rows)
+    for index, mistake in enumerate(mistakes):
+        row, column = divmod(index, columns)
+        # A layout engine and titles would take most of the time.
+        axes = figure.add_axes(
+            ((column + 0.03) / columns, 1 - (row + 0.98) / rows, *image_size), frame_on=False
+        )
+        axes.set_axis_off()
         pixels = mistake.image if binary else (mistake.image + 1) / 2
-        cell.imshow(np.clip(pixels, 0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)
+        axes.imshow(np.clip(pixels, 0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)
         label, predicted = (
             _shorten(name, _MAX_GALLERY_LENGTH) for name in (mistake.label, mistake.predicted)
         )
-        cell.set_title(
+        figure.text(
+            (column + 0.5) / columns,
+            1 - (row + 0.03) / rows,
             f"{_shorten(os.path.basename(mistake.name), _MAX_NAME_LENGTH)}\ntrue: {label}\n"
             f"predicted {mistake.probability:.0%}: {predicted}",
+            ha="center",
+            va="top",
             fontsize=7,
             fontfamily=_fonts(),
             parse_math=False,
