@@ -1,7 +1,7 @@
 """Errors that the package raises on purpose. Anything else is a bug.
 
 Each message is one line. The commands print it without a traceback and exit with `status`, which
-docs/launching.md documents.
+docs/commands.md documents.
 """
 
 from typing import Any, ClassVar
