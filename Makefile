@@ -59,7 +59,7 @@ demo: $(READY)
 	@.venv/bin/bn-keras reproduce --scale=digits --seeds=3 --workdir=runs/digits
 
 test: $(READY)
-	@$(PY) -m pytest -n 2 tests
+	@$(PY) -m pytest -n 3 --dist worksteal tests
 
 coverage: $(READY)
 	@$(PY) -m pytest -n 2 --cov --cov-report=term-missing:skip-covered tests

@@ -126,7 +126,10 @@ def _override(config: ConfigDict, argument: str) -> tuple[str, Any]:
     elif no:
         raise CommandError(f"{argument} is invalid: only boolean settings have a --noconfig form")
     try:
-        section[name] = parse_value(kind, text)
+        value = parse_value(kind, text)
+        if kind is tuple and _are_numbers(section[name]) > _are_numbers(value):
+            raise ValueError("numbers separated by commas")
+        section[name] = value
     except ValueError as error:
         raise CommandError(f"{argument} is invalid: expected {error}") from None
     return key, section[name]
@@ -149,8 +152,16 @@ def find_setting(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
 
 
 def _parse_tuple(text: str) -> tuple:
-    value = ast.literal_eval(text)
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        # Names without quotation marks.
+        return tuple(part.strip() for part in text.split(","))
     return value if isinstance(value, tuple) else (value,)
+
+
+def _are_numbers(values: tuple) -> bool:
+    return bool(values) and all(isinstance(v, int | float) for v in values)
 
 
 _PARSERS: dict[type, tuple[Callable[[str], Any], str]] = {

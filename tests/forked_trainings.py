@@ -17,12 +17,7 @@ import threading
 from forked_command import run_and_exit
 
 from bn_keras.inference import evaluation  # noqa: F401
-from bn_keras.models import bn_inception
 from bn_keras.training.step import Trainer
-
-# Without modules the graph, which takes most of a short run, is small. The stem and the classifier
-# have BN and dropout.
-bn_inception.FIGURE_5 = []
 
 
 def launch(command, *arguments, output=os.devnull, before=lambda: None):

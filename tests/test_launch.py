@@ -96,7 +96,7 @@ CONFIG_ERRORS = [
     ([*DIGITS, "--config.train.steps"], "--config.train.steps is invalid: expected an integer"),
     ([*DIGITS, "--config.train.l2=low"], "--config.train.l2=low is invalid: expected a number"),
     ([*DIGITS, "--config.data.mirror=maybe"], "mirror=maybe is invalid: expected true or false"),
-    ([*DIGITS, "--config.record.percentiles=x"], "expected values separated by commas"),
+    ([*DIGITS, "--config.record.percentiles=x"], "expected numbers separated by commas"),
     ([*DIGITS, "--config.model.dropout=x"], "model.dropout=x is invalid: expected a number"),
     ([*DIGITS, "--noconfig.train.steps"], "--noconfig.train.steps is invalid: only boolean settin"),
     ([*DIGITS, "--config.train=3"], "--config.train is a section: override one of ema, epochs"),
@@ -197,6 +197,8 @@ def load(source, *arguments):
         (["--config.record.percentiles=1,2"], "record.percentiles", (1, 2)),
         (["--config.record.percentiles=(1, 2)"], "record.percentiles", (1, 2)),
         (["--config.record.percentiles=1"], "record.percentiles", (1,)),
+        (["--config.model.modules=3a"], "model.modules", ("3a",)),
+        (["--config.model.modules=3a,3c"], "model.modules", ("3a", "3c")),
         # The default of the next two is None.
         (["--config.model.dropout=0.1"], "model.dropout", 0.1),
         (["--config.model.per_activation_bn=true"], "model.per_activation_bn", True),

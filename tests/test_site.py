@@ -39,10 +39,10 @@ def generate():
     """Imports docs/generate as MkDocs does, with its folder on the path."""
     sys.path.insert(0, str(DOCS / "generate"))
     import diagrams
-    import reference
+    import reference_pages
 
     sys.path.remove(str(DOCS / "generate"))
-    return {"diagrams": diagrams, "reference": reference}
+    return {"diagrams": diagrams, "reference": reference_pages}
 
 
 def test_pages_use_every_generated_part():
@@ -72,10 +72,10 @@ def test_the_reference_has_every_setting_with_a_meaning_of_its_own(generate):
 
 
 def test_the_exit_statuses_are_those_of_the_code(generate):
-    reference = generate["reference"]
-    listed = [status for statuses, _ in reference.read_statuses() for status in statuses]
+    reference_pages = generate["reference"]
+    listed = [status for statuses, _ in reference_pages.read_statuses() for status in statuses]
     assert len(listed) == len(set(listed))
-    of_errors = set(reference._statuses_of_errors().values())
+    of_errors = set(reference_pages._statuses_of_errors().values())
     of_signals = {128 + s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)}
     # 1: a traceback, or faults found by `check`; 4: launch/cloud.
     assert set(listed) == {0, 1, 4} | of_errors | of_signals

@@ -11,7 +11,7 @@ from typing import Any
 
 import diagrams
 import formulas
-import reference
+import reference_pages
 
 GENERATORS: dict[str, Callable[[], str]] = {
     "figure_5": diagrams.figure_5,
@@ -19,10 +19,10 @@ GENERATORS: dict[str, Callable[[], str]] = {
     "replicas": diagrams.replicas,
     "modules": diagrams.modules,
     "training": diagrams.training,
-    "settings": reference.settings,
-    "commands": reference.commands,
-    "exit_statuses": reference.exit_statuses,
-    "changelog": reference.changelog,
+    "settings": reference_pages.settings,
+    "commands": reference_pages.commands,
+    "exit_statuses": reference_pages.exit_statuses,
+    "changelog": reference_pages.changelog,
 }
 
 _FLAG = re.compile(r"<code>(--[^ <]{1,34})</code>")
