@@ -142,7 +142,7 @@ class ShardBatches:
     ) -> tf.Tensor:
         """Maps positions in a group to indices of its records, which have the given labels."""
         if self._random is not None and labels is not None:
-            # Of a single group, these are the positions counted over all epochs.
+            # With a single group, these are the positions counted over all epochs.
             return BalancedOrder(labels).find_examples(group * count + index, self._random)
         if self._random is not None and self._permutes_examples:
             return self._random.permute_examples(index, count, group)

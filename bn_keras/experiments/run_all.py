@@ -74,7 +74,7 @@ def train_all(
 
 
 class Plan(NamedTuple):
-    """What is left to train of a run.
+    """The remaining part of a run.
 
     Attributes:
       title: title of the run.

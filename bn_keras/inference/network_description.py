@@ -11,7 +11,7 @@ FILE_NAME = "bn_keras.json"
 
 
 class NetworkDescription(NamedTuple):
-    """What a server needs beside the weights of a network.
+    """Class names, preprocessing and origin of an exported network.
 
     Attributes:
       class_names: name of each output, in order.
