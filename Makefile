@@ -11,13 +11,14 @@ DOCS := .venv-docs/ready
 COMMA := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage test-peers gpu-check tpu-check slurm-check docker-check \
+.PHONY: help demo test test-jobs peers coverage test-peers gpu-check tpu-check slurm-check docker-check \
   data-imagenet lint format bench docs docs-serve tour
 
 help:
 	@echo "make demo        train the paper's five networks in miniature and report them"
 	@echo "make test        run the tests"
 	@echo "make coverage    run the tests, and list the lines that none of them runs"
+	@echo "make test-jobs   run the tests that train in several processes, or for long"
 	@echo "make test-peers  compare layer and network with PyTorch's and TF-Slim's"
 	@echo "make gpu-check   check what only GPUs can show, without data; prints a table"
 	@echo "                 (EXTRA=gpu installs TensorFlow for GPUs)"
@@ -62,7 +63,10 @@ test: $(READY)
 	@$(PY) -m pytest -n 3 --dist worksteal tests
 
 coverage: $(READY)
-	@$(PY) -m pytest -n 2 --cov --cov-report=term-missing:skip-covered tests
+	@$(PY) -m pytest -n 2 -m "" --cov --cov-report=term-missing:skip-covered tests
+
+test-jobs: $(READY)
+	@$(PY) -m pytest -n 2 --dist worksteal -m job tests
 
 # PyTorch has an environment of its own, since nothing else needs it. On Linux its default wheel
 # includes CUDA; PIP_INDEX_URL or PIP_EXTRA_INDEX_URL can select PyTorch's CPU wheels.
@@ -73,6 +77,8 @@ $(PEERS): $(READY) Makefile
 	$(call install,.venv-peers,$(EXTRA)$(COMMA)train$(COMMA)dev$(COMMA)onnx,torch==2.13.0); \
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps pytorchcv==0.0.74 tf-slim==1.1.0; \
 	touch $(PEERS)
+
+peers: $(PEERS)
 
 test-peers: $(PEERS)
 	@.venv-peers/bin/python -m pytest tests/peers

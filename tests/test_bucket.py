@@ -102,6 +102,7 @@ def kill_at_change(bucket, commands, arguments, number, signum):
     return commands.wait(started[0])
 
 
+@pytest.mark.job
 def test_a_run_killed_at_random_changes_equals_a_local_one(bucket, commands, train, local):
     """The service limits writes to one per second and object, is slow, and returns errors."""
     bucket.latency, bucket.limits_writes = 0.002, True

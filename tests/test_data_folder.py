@@ -567,8 +567,10 @@ def damaged(tmp_path):
     return str(tmp_path), change
 
 
-@pytest.mark.parametrize("shuffle", ["examples", "shards"])
-@pytest.mark.parametrize("features", [{"image": b""}, {"label": 3}, {"label": -1}], ids=str)
+@pytest.mark.parametrize(
+    "shuffle, features",
+    [("examples", {"image": b""}), ("shards", {"label": 3}), ("shards", {"label": -1})],
+)
 def test_an_unreadable_record_is_named_by_its_file_name_and_place(damaged, shuffle, features):
     data_dir, change = damaged
     name = change(2, **features)

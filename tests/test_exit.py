@@ -11,9 +11,9 @@ from launch import cli
 from launch.command_error import CommandError
 
 def go_on(name):
-    print(name, "runs", flush=True)
+    print(name + " runs\\n", end="", flush=True)
     time.sleep({seconds})
-    print(name, "went on", flush=True)
+    print(name + " went on\\n", end="", flush=True)
 
 def main():
     threading.Thread(target=go_on, args=["thread"]).start()
@@ -42,7 +42,8 @@ def test_a_failed_command_ends_at_once_with_its_status(failure, status, message)
     assert done.returncode == status
     assert message in done.stderr
     # The output of both is complete only after both have ended.
-    assert "unflushed thread runs" in done.stdout and "went on" not in done.stdout
+    assert "unflushed " in done.stdout and "thread runs\n" in done.stdout
+    assert "went on" not in done.stdout
 
 
 def test_a_command_that_succeeds_waits_for_its_threads():

@@ -18,6 +18,7 @@ from bn_keras.training import workers
 from bn_keras.training.loop import train_and_evaluate
 
 CONFIG = {"population.when": "evaluations", "population.num_batches": 2}
+pytestmark = pytest.mark.job
 TESTS = pathlib.Path(__file__).parent
 
 

@@ -30,7 +30,7 @@ def test_a_run_killed_by_every_signal_equals_an_uninterrupted_one(tmp_path):
             *(sys.executable, TESTS / "forked_trainings.py", tmp_path, SEED),
             "--config=configs/digits_bn_x5.py",
             # Building the graph takes most of a short run.
-            "--config.model.modules=5b",
+            "--config.model.modules=3a",
             "--config.model.width=0.03",
             "--config.model.dropout=0.3",
             "--config.data.distortion=0.5",

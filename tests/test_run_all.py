@@ -72,6 +72,7 @@ def test_a_parallel_run_equals_a_run_alone(tmp_path):
         assert max(cores) < len(os.sched_getaffinity(0))
 
 
+@pytest.mark.job
 def test_networks_with_different_replicas_are_trained_in_one_call(tmp_path):
     """Runs in a new process with one CPU device; TensorFlow fixes its devices when it starts."""
     code = f"""

@@ -126,13 +126,12 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
     )
 
 
-@pytest.mark.parametrize("devices", [{}, TWO_REPLICAS], ids=["one device", "two replicas"])
-def test_population_statistics_do_not_affect_training(devices, tmp_path):
+def test_population_statistics_do_not_affect_training(tmp_path):
     """With a momentum of 0.99 the moving statistics lag far behind after 60 steps."""
     lines, hashes = {}, set()
     for when in ("never", "end", "evaluations"):
         config = small_mlp(
-            **devices,
+            **TWO_REPLICAS,
             **{"population.when": when, "population.num_batches": 10, "batch_norm.momentum": 0.99},
         )
         last = train_and_evaluate(config, tmp_path / when)
@@ -317,6 +316,7 @@ def test_a_diverged_run_is_rolled_back_with_a_lower_rate(tmp_path, monkeypatch):
     assert last["step"] == 60 and "variables_sha256" in last
 
 
+@pytest.mark.job
 def test_inception_diverges_at_five_times_its_rate_and_bn_does_not(tmp_path):
     """As in section 4.2.2. After a rollback with a lower rate, Inception learns, too.
 
@@ -365,9 +365,8 @@ def test_training_stops_at_the_target_accuracy(tmp_path, monkeypatch):
     assert train_and_evaluate(config, tmp_path / "resumed") == uninterrupted
 
 
-@pytest.mark.parametrize("devices", [{}, TWO_REPLICAS], ids=["one device", "two replicas"])
-def test_the_ema_is_evaluated_and_does_not_affect_training(devices, tmp_path):
-    settings = {**devices, **BY_POPULATION, "train.steps": 20}
+def test_the_ema_is_evaluated_and_does_not_affect_training(tmp_path):
+    settings = {**TWO_REPLICAS, **BY_POPULATION, "train.steps": 20}
     plain, averaged = (
         train_and_evaluate(small_mlp(**settings, **{"train.ema": ema}), tmp_path / str(ema))
         for ema in (0.0, 0.95)
@@ -396,14 +395,13 @@ def test_the_ema_of_a_network_without_bn_needs_no_population_statistics(tmp_path
     assert found["loss"] == pytest.approx(last["validation/loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_loop_and_saves(number, tmp_path, monkeypatch):
+def test_a_signal_ends_the_loop_and_saves(tmp_path, monkeypatch):
     uninterrupted = train_and_evaluate(small_mlp(**TWO_REPLICAS), tmp_path / "uninterrupted")
     train = Trainer.train
 
     def signalled(self, batches, num_steps):
         if self.optimizer.iterations.numpy() == 30:
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGTERM)
         result = train(self, batches, num_steps)
         # Lets the listening thread run.
         time.sleep(0.2)
@@ -412,8 +410,8 @@ def test_a_signal_ends_the_loop_and_saves(number, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(TrainingStoppedError) as caught:
         patch.setattr(Trainer, "train", signalled)
         train_and_evaluate(small_mlp(**TWO_REPLICAS), tmp_path / "resumed")
-    assert caught.value.signum == number
-    assert f"stopped by {number.name} at step 40 of 60" in str(caught.value)
+    assert caught.value.signum == signal.SIGTERM
+    assert f"stopped by {signal.SIGTERM.name} at step 40 of 60" in str(caught.value)
     assert (tmp_path / "resumed" / "checkpoints" / "step-40.index").exists()
     resumed = train_and_evaluate(small_mlp(**TWO_REPLICAS), tmp_path / "resumed")
     assert resumed == uninterrupted
