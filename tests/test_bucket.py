@@ -233,6 +233,7 @@ def test_an_outage_of_the_records_is_reported():
         raise tf.errors.AbortedError(None, None, "Collective ops is aborted")
 
 
+@pytest.mark.job
 def test_an_outage_ends_with_a_status_that_is_retried(bucket, commands, train, local):
     """The bucket stops answering during the training, and answers again later."""
     arguments = [*train, "--workdir=gs://outage/run"]

@@ -521,6 +521,7 @@ def test_replicas_must_divide_the_global_batch(two_replicas, global_batch_size):
             open_batches(two_replicas, global_batch_size)
 
 
+@pytest.mark.job
 def test_dropping_an_iterator_that_reads_ahead_does_not_crash():
     """Runs in a separate process, which a crash of TensorFlow's multi-device iterator would end."""
     program = """

@@ -60,6 +60,7 @@ def wait_for_signal(path):
         time.sleep(0.01)
 
 
+@pytest.mark.job
 def test_an_error_ends_all_tasks(tmp_path):
     files = [str(tmp_path / name) for name in ("bad", "waits", "never")]
     functions = [fail, wait_for_signal, write]
@@ -70,6 +71,7 @@ def test_an_error_ends_all_tasks(tmp_path):
     assert not pathlib.Path(files[2]).exists()
 
 
+@pytest.mark.job
 def test_a_signal_reaches_each_task_once(tmp_path):
     files = [tmp_path / name for name in ("one", "two", "three")]
 

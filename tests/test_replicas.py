@@ -41,6 +41,7 @@ def variables_of(runs, replicas):
 
 
 @pytest.mark.parametrize("replicas", [2, 4])
+@pytest.mark.job
 def test_the_number_of_replicas_changes_only_rounding(runs, replicas):
     """Trains for eight steps on the same global batches with synchronized BN and dropout.
 

@@ -23,6 +23,7 @@ def lines_without_times(workdir):
     return [{k: v for k, v in line.items() if k != "train/images_per_second"} for line in lines]
 
 
+@pytest.mark.job
 def test_a_run_killed_by_every_signal_equals_an_uninterrupted_one(tmp_path):
     """With dropout, distortions and, on two replicas, unsynchronized BN."""
     done = subprocess.run(

@@ -463,6 +463,7 @@ def test_a_profile_is_written_and_changes_nothing(tmp_path):
     assert steps == [6, 10, 20, 20]
 
 
+@pytest.mark.job
 def test_verify_resume_detects_a_resume_that_is_not_exact(monkeypatch):
     config = small_mlp(**TWO_REPLICAS)
     assert resume_check.verify_resume(config) == resume_check.verify_resume(config)

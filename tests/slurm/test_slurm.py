@@ -101,6 +101,7 @@ def submit(slurm, script, training, *options):
 
 @needs_slurm
 @pytest.mark.parametrize("layout", [["--nodes=2", "--ntasks=2"], ["--nodes=1", "--ntasks=1"]])
+@pytest.mark.job
 def test_each_task_finds_its_cluster(layout, slurm):
     program = "from bn_keras.distribute.detection import find_cluster; print(find_cluster())"
     lines = slurm.run("srun", *layout, sys.executable, "-c", program).splitlines()
@@ -123,6 +124,7 @@ def test_each_task_finds_its_cluster(layout, slurm):
         ("bash -c '((${SLURM_RESTART_COUNT:-0})) || kill -9 $$'", "COMPLETED", 1),
     ],
 )
+@pytest.mark.job
 def test_the_job_is_requeued_unless_the_error_would_recur(training, state, restarts, slurm, script):
     job = submit(slurm, script, training)
     fields = slurm.wait_for(job, lambda f: f["JobState"] in ("COMPLETED", "FAILED"), 90)
