@@ -173,7 +173,8 @@ def test_every_command_reads_and_writes_a_bucket(bucket, commands, train, traine
     run("check", workdir, "--batches=2")
     run("export", workdir, f"{out}/net.keras")
     run("export", workdir, f"{out}/net/1", "--format=saved_model")
-    for model in ("net.keras", "net/1"):
+    run("export", workdir, f"{out}/net.tflite", "--format=tflite")
+    for model in ("net.keras", "net/1", "net.tflite"):
         found = json.loads(run("evaluate", config, f"--model=gs://outputs/{model}", "--json"))
         assert found["accuracy"] == pytest.approx(accuracy)
     run("preview", config, f"{out}/preview.png", "--examples=2")
