@@ -50,7 +50,7 @@ class ArrayBatches:
             with tf.device("CPU:0"):
                 self._balanced = BalancedOrder(self._labels)
 
-    # AutoGraph, which there is nothing to convert for, would take a second at every start.
+    # AutoGraph would take a second at every start, and has nothing to convert here.
     @tf.autograph.experimental.do_not_convert
     def dataset(self, rows: Rows, start_step: int) -> tf.data.Dataset:
         """Returns endless batches, one per replica and step, ordered by step, then by replica."""

@@ -277,7 +277,7 @@ class Data:
             order = "examples"
         return ShardBatches(split, preprocessing, random, order, unreadable)
 
-    # AutoGraph, which there is nothing to convert for, would take a second at every start.
+    # AutoGraph would take a second at every start, and has nothing to convert here.
     @tf.autograph.experimental.do_not_convert
     def _mix(
         self, dataset: tf.data.Dataset, mixing: Mixing, rows: Rows, start_step: int

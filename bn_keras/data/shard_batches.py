@@ -65,7 +65,7 @@ class ShardBatches:
         self._shards_per_group = max(1, min(fitting, num_shards)) if draws_from_groups else 1
         self.num_groups = math.ceil(num_shards / self._shards_per_group)
 
-    # AutoGraph, which there is nothing to convert for, would take a second at every start.
+    # AutoGraph would take a second at every start, and has nothing to convert here.
     @tf.autograph.experimental.do_not_convert
     def dataset(self, rows: Rows, start_step: int) -> tf.data.Dataset:
         """Returns endless batches, one per replica and step, ordered by step, then by replica."""

@@ -164,6 +164,21 @@ def build_trainer(
     )
 
 
+def build_trainer_for(
+    config: ConfigDict, strategy: tf.distribute.Strategy, data: Data, rate_factor: float = 1.0
+) -> Trainer:
+    """Builds the trainer of a config for the examples and classes of `data`; see build_trainer."""
+    return build_trainer(
+        config,
+        strategy,
+        data.input_shape,
+        data.num_classes,
+        data.num_train_examples,
+        rate_factor,
+        data.class_weights,
+    )
+
+
 def _build_inception(model: ConfigDict, training: bool, **options: Any) -> keras.Model:
     return BNInception(
         **options,

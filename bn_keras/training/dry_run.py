@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from bn_keras.cost import count_cost
 from bn_keras.data import pipeline, sources
 from bn_keras.distribute import make_strategy
-from bn_keras.training.build import build_data, build_schedule, build_trainer
+from bn_keras.training.build import build_data, build_schedule, build_trainer_for
 from bn_keras.training.config import check_config
 from bn_keras.training.length import num_steps
 from bn_keras.training.restoring import initialize_trainer
@@ -36,14 +36,7 @@ def dry_run(config: ConfigDict) -> Iterator[str]:
     source = sources.synthesize(description, config.data.image_size)
     data = build_data(config, source)
     pipeline.check_divides(strategy, config.evaluation.global_batch_size)
-    trainer = build_trainer(
-        config,
-        strategy,
-        data.input_shape,
-        data.num_classes,
-        data.num_train_examples,
-        class_weights=data.class_weights,
-    )
+    trainer = build_trainer_for(config, strategy, data)
     cost = count_cost(trainer.model)
     yield str(cost)
     if initialization := initialize_trainer(config, trainer, data.class_names):

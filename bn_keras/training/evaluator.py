@@ -138,7 +138,7 @@ class Evaluator:
         for step in tf.range(start, start + steps):
             self._strategy.run(self._add_batch, args=(*next(iterator), step))
 
-    # AutoGraph, which there is nothing to convert for, would take a second at every start.
+    # AutoGraph would take a second at every start, and has nothing to convert here.
     @tf.autograph.experimental.do_not_convert
     def _add_batch(
         self, images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor, step: tf.Tensor

@@ -29,7 +29,7 @@ from bn_keras.runs.metrics import Metrics, MetricsWriter
 from bn_keras.runs.workdir import Workdir
 from bn_keras.text import counted
 from bn_keras.training import divergence
-from bn_keras.training.build import build_data, build_schedule, build_trainer
+from bn_keras.training.build import build_data, build_schedule, build_trainer_for
 from bn_keras.training.config import check_config
 from bn_keras.training.fine_tuning import Initialization
 from bn_keras.training.graphs import Graphs
@@ -299,10 +299,7 @@ def _build(
 
     Writes nothing, and raises UsageError for anything that is invalid.
     """
-    shape, classes, examples = data.input_shape, data.num_classes, data.num_train_examples
-    trainer = build_trainer(
-        config, strategy, shape, classes, examples, rate_factor, data.class_weights
-    )
+    trainer = build_trainer_for(config, strategy, data, rate_factor)
     trainer = graphs.reuse(config, rate_factor, trainer)
     checkpoints = Checkpoints(
         run.checkpoints, trainer.parts, config.checkpoint.keep, run.writes, run.verify_owner

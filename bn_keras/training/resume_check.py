@@ -10,7 +10,7 @@ from bn_keras.distribute import make_strategy
 from bn_keras.errors import ResumeError
 from bn_keras.merge import merge_moving_statistics
 from bn_keras.runs.checkpoint import Checkpoints
-from bn_keras.training.build import build_data, build_trainer
+from bn_keras.training.build import build_data, build_trainer_for
 from bn_keras.training.config import check_config
 from bn_keras.training.restoring import initialize_trainer
 from bn_keras.training.step import Trainer
@@ -38,14 +38,7 @@ def verify_resume(config: ConfigDict, steps: int = 4) -> str:
     data = build_data(config)
 
     def build() -> Trainer:
-        return build_trainer(
-            config,
-            strategy,
-            data.input_shape,
-            data.num_classes,
-            data.num_train_examples,
-            class_weights=data.class_weights,
-        )
+        return build_trainer_for(config, strategy, data)
 
     def train(trainer: Trainer, batches: tf.distribute.DistributedIterator, steps: int) -> None:
         trainer.train(batches, steps)

@@ -264,7 +264,7 @@ class Trainer:
             for average, weight in zip(self.averages, weights, strict=True):
                 average.assign(average.value + rate * (weight.value - average.value))
 
-    # AutoGraph, which there is nothing to convert for, would take a second at every start.
+    # AutoGraph would take a second at every start, and has nothing to convert here.
     @tf.autograph.experimental.do_not_convert
     def _train_whole_batch(self, images: tf.Tensor, labels: tf.Tensor) -> None:
         self._add_to_sums(*self.step(images, labels))
