@@ -17,7 +17,6 @@ from bn_keras import ops
 from bn_keras.batch_norm import BatchNormalization
 from bn_keras.errors import UsageError
 from bn_keras.keras_internals import all_layers, observed_moments, replaced_method
-from bn_keras.merge import merge_moving_statistics
 from bn_keras.replicas import per_replica_sum
 from bn_keras.text import align
 
@@ -191,20 +190,6 @@ class PopulationEstimator:
             for statistics in estimated:
                 _assign(*statistics, self._strategy)
         return PopulationReport(num_batches, tuple(rows))
-
-    @contextlib.contextmanager
-    def applied(self, dataset: Iterable, num_batches: int) -> Iterator[PopulationReport]:
-        """Assigns population statistics inside a `with` block.
-
-        The replicas' moving statistics are merged first, as before an evaluation that uses them,
-        and restored at exit.
-
-        Args:
-          dataset, num_batches: see estimate_population_statistics.
-        """
-        merge_moving_statistics(self._model, self._strategy)
-        with preserved_state(self._model, self._strategy):
-            yield self.estimate(dataset, num_batches)
 
     def _sum_moments(self, batches: Iterable, num_batches: int) -> None:
         """Runs the model on batches and sums their moments; may change the model's state."""

@@ -26,7 +26,7 @@ LAYER_LIBRARY = {
     "replicas": "errors",
     "batch_norm": "errors ops replicas",
     "merge": "batch_norm keras_internals replicas",
-    "population": "batch_norm errors keras_internals merge ops replicas text",
+    "population": "batch_norm errors keras_internals ops replicas text",
     "cost": "batch_norm errors keras_internals layer_kinds text",
     "model_copy": "errors keras_internals text",
     "fold": "batch_norm errors keras_internals layer_kinds model_copy text",
