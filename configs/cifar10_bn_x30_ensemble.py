@@ -19,11 +19,4 @@ from . import cifar10_inception
 
 def get_config(number: str = "1") -> ConfigDict:
     config = networks.derive_member(cifar10_inception.get_config(), number)
-    return networks.replaced(
-        config,
-        {
-            "data.crop": "inception",
-            "train.steps": config.train.steps // 3,
-            "schedule.decay_epochs": config.schedule.decay_epochs / 3,
-        },
-    )
+    return networks.shortened(networks.replaced(config, {"data.crop": "inception"}), 3)

@@ -81,6 +81,15 @@ def test_ensemble_members_have_fixed_seeds():
     assert [trial.seed for trial in members] == [1, 2, 3, 4, 5, 6]
 
 
+def test_the_statistical_batch_sizes_are_compared_after_5_epochs_of_cifar10():
+    configs = get_trials(["batch_size"], "cifar10", seeds=3).values()
+    full = cifar10_inception.get_config()
+    for config in configs:
+        assert config.train.steps * config.train.global_batch_size == pytest.approx(250e3, rel=1e-3)
+        assert config.schedule.decay_epochs == pytest.approx(full.schedule.decay_epochs / 4 / 6)
+    assert len(configs) == 5
+
+
 def test_the_command_lists_all_scales_without_importing_the_package():
     code = """
 import json, sys
