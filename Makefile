@@ -81,7 +81,7 @@ $(PEERS): $(READY) Makefile
 peers: $(PEERS)
 
 test-peers: $(PEERS)
-	@.venv-peers/bin/python -m pytest tests/peers
+	@.venv-peers/bin/python -m pytest -n 2 --dist worksteal tests/peers
 
 # TensorFlow for TPU is an older release in a wheel of its own.
 $(TPU): setup.cfg

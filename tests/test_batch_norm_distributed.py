@@ -406,10 +406,12 @@ def _wait_for(processes):
     return outputs
 
 
+@pytest.mark.job
 def test_groups_of_two_of_four_replicas_share_statistics():
     _wait_for([_start_script("four_replicas.py", {})])
 
 
+@pytest.mark.job
 def test_two_processes_equal_one_with_the_joined_batch(tmp_path):
     with socket.socket() as a, socket.socket() as b:
         for s in (a, b):

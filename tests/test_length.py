@@ -163,6 +163,7 @@ def test_a_run_stops_early_and_more_patience_extends_it(tmp_path, caplog):
     assert train_and_evaluate(patient, tmp_path)["step"] == 10
 
 
+@pytest.mark.job
 def test_other_devices_continue_a_run(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     synchronized = {"batch_norm.synchronized": True}

@@ -53,6 +53,7 @@ def test_each_network_is_trained_once_and_divergence_is_a_result(tmp_path, monke
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.job
 def test_a_parallel_run_equals_a_run_alone(tmp_path):
     bad = small_mlp(**FEW, **{"model.variant": "baseline", "schedule.base_rate": 1e38})
     configs = {"good": small_mlp(**FEW), "bad": bad}

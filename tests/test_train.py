@@ -126,6 +126,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
     )
 
 
+@pytest.mark.job
 def test_population_statistics_do_not_affect_training(tmp_path):
     """With a momentum of 0.99 the moving statistics lag far behind after 60 steps."""
     lines, hashes = {}, set()
