@@ -31,9 +31,10 @@ def default_config() -> ConfigDict:
     # Folder of prepared TFDS sets; "" is TFDS's default, ~/tensorflow_datasets. For "folder", the
     # folder with SPLIT/CLASS/IMAGE. A relative path is saved as an absolute one.
     config.data.data_dir = ""
-    # TFDS syntax, such as "train[:90%]". "folder" accepts percentages, taken of each class, and
-    # ".[:90%]" and ".[90%:]" where data_dir holds CLASS/IMAGE.
+    # Training examples, in TFDS syntax, such as "train[:90%]". "folder" accepts percentages, taken
+    # of each class, and ".[:90%]" where data_dir holds CLASS/IMAGE.
     config.data.train_split = "train"
+    # Validation examples, in the same syntax, such as "train[90%:]" or ".[90%:]".
     config.data.validation_split = "validation"
     # Side of the network's square input, in pixels; 0 keeps the size of the images.
     config.data.image_size = 224
@@ -46,9 +47,11 @@ def default_config() -> ConfigDict:
     config.data.distortion = 1.0
     # Magnitude of RandAugment (keras-cv), from 0 (none) to 1. Not in the paper.
     config.data.random_augment = 0.0
-    # MixUp and CutMix: alpha of the Beta distribution of the shares; 0 turns it off. With both on,
-    # they alternate by batch. Images are mixed in pairs: each replica needs an even number.
+    # MixUp: alpha of the Beta distribution of the shares; 0 turns it off. Images are mixed in
+    # pairs: each replica needs an even number.
     config.data.mixup = 0.0
+    # CutMix: alpha of the Beta distribution of the areas; 0 turns it off. Pairs as for MixUp; with
+    # both on, they alternate by batch.
     config.data.cutmix = 0.0
     # Threshold pixels at one half to 0 and 1 (section 4.1) instead of scaling them to [-1, 1].
     config.data.binary = False
@@ -82,6 +85,7 @@ def default_config() -> ConfigDict:
     config.model.modules = ()
     # Keras initializer of all kernels, or "normal" with initializer_stddev.
     config.model.initializer = "he_normal"
+    # Standard deviation of the kernels with initializer "normal"; other initializers ignore it.
     config.model.initializer_stddev = 0.01
     # The next four are None by default, which means the variant's own value. A value given here
     # takes precedence over the variant.
@@ -141,9 +145,10 @@ def default_config() -> ConfigDict:
     # Early stopping: stop after this many evaluations without a higher accuracy than before; 0
     # trains for all steps.
     config.train.patience = 0
-    # How many times a diverged run is rolled back to its last checkpoint. Each rollback multiplies
-    # the learning rate by retry_factor.
+    # How many times a diverged run is rolled back to its last checkpoint, each time with a lower
+    # learning rate.
     config.train.retries = 0
+    # Factor on the learning rate at each rollback of a diverged run.
     config.train.retry_factor = 0.5
     # Keras dtype policy: "float32", "mixed_bfloat16", or "mixed_float16" with dynamic loss scaling.
     config.train.precision = "float32"
@@ -154,6 +159,7 @@ def default_config() -> ConfigDict:
     config.schedule = ConfigDict()
     # Learning rate at reference_batch_size; it scales linearly with train.global_batch_size.
     config.schedule.base_rate = 0.0015
+    # The train.global_batch_size at which the learning rate is base_rate.
     config.schedule.reference_batch_size = 32
     # Factor on the learning rate of the head: of the classifier and the auxiliary classifier.
     config.schedule.head_factor = 1.0
@@ -164,8 +170,9 @@ def default_config() -> ConfigDict:
     # Step at which the cosine reaches 0; 0 is the last step of the run. A run that is extended then
     # follows the cosine of its new length, and its rate rises; another value keeps the cosine.
     config.schedule.cosine_steps = 0
-    # Multiply the rate by decay_factor every decay_epochs (GoogLeNet); 1 keeps it constant.
+    # decay="steps" multiplies the rate by this every decay_epochs (GoogLeNet); 1 keeps it constant.
     config.schedule.decay_factor = 0.96
+    # Epochs between two multiplications of the rate by decay_factor.
     config.schedule.decay_epochs = 8.0
 
     config.evaluation = ConfigDict()

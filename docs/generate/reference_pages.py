@@ -49,20 +49,17 @@ def settings() -> str:
 def read_settings() -> Iterator[Setting]:
     """Yields all settings in the order of the schema.
 
-    A setting without a comment of its own belongs to the comment of the setting above it. A comment
-    that is followed by an empty line belongs to no setting.
+    The comment of a setting is in the lines right above it.
     """
     config = schema.default_config()
-    comment, is_complete = "", True
+    comment: list[str] = []
     for line in inspect.getsource(schema.default_config).splitlines():
         if (text := line.strip()).startswith("#"):
-            comment = text[1:].strip() if is_complete else f"{comment} {text[1:].strip()}"
-            is_complete = False
-        elif not text:
-            comment, is_complete = "", True
-        elif (found := _ASSIGNMENT.match(line)) and found[2] != "ConfigDict()":
-            yield Setting(found[1], _value(config, found[1]), comment)
-            is_complete = True
+            comment.append(text[1:].strip())
+            continue
+        if (found := _ASSIGNMENT.match(line)) and found[2] != "ConfigDict()":
+            yield Setting(found[1], _value(config, found[1]), " ".join(comment))
+        comment = []
 
 
 def commands() -> str:
