@@ -120,6 +120,21 @@ def test_panels_show_means_over_seeds_and_percentiles_of_the_first_seed():
 DIVERGED = make_run(WITHOUT_BN, 0, (), (), [{"step": 7, "train/loss": None, "diverged": True}])
 
 
+@pytest.mark.parametrize("start", [0.92, 0.3], ids=["with an inset", "without"])
+def test_the_titles_of_the_lines_are_inside_the_figure_and_not_above_the_axes(start):
+    runs = results([([start, 0.97, 0.985],)], [([start - 0.05, 0.95, 0.98],)])
+    figure = build_figure_1(runs).plots["figure_1.svg"]
+    figure.draw_without_rendering()
+    accuracy = figure.axes[0]
+    boxes = {t.get_text(): t.get_bbox_patch().get_window_extent() for t in accuracy.texts}
+    assert boxes.keys() == {WITH_BN, WITHOUT_BN}
+    assert not boxes[WITH_BN].overlaps(boxes[WITHOUT_BN])
+    for box in boxes.values():
+        assert 0 <= box.x0 and box.x1 <= figure.bbox.x1
+        # A title is centred on its line, at most half its height above the axes.
+        assert (box.y0 + box.y1) / 2 <= accuracy.bbox.y1
+
+
 @pytest.mark.parametrize(
     "runs, expected",
     [

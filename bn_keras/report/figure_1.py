@@ -12,7 +12,13 @@ from matplotlib.ticker import EngFormatter, PercentFormatter
 from bn_keras.errors import UsageError
 from bn_keras.experiments.titles import WITH_BN, WITHOUT_BN
 from bn_keras.report.margins import reaches_sooner
-from bn_keras.report.plots import FIGURE_WIDTH, STYLES, draw_bands, replace_frame_by_grid
+from bn_keras.report.plots import (
+    FIGURE_WIDTH,
+    STYLES,
+    draw_bands,
+    label_ends,
+    replace_frame_by_grid,
+)
 from bn_keras.report.published import CITATION
 from bn_keras.report.sections import Section, describe_divergence, escape, markdown_table
 from bn_keras.report.verdicts import Outcome, exceeds, tabulate_verdicts
@@ -146,6 +152,11 @@ def _summarize(runs: Results) -> str:
 def _draw(runs: Results) -> Figure:
     figure = Figure(figsize=(FIGURE_WIDTH, 5.6), layout="constrained")
     accuracy, without, with_ = figure.subplot_mosaic("aa;bc").values()
+    steps = max(run.config.train.steps for seeds in runs.values() for run in seeds)
+    for axes in (accuracy, without, with_):
+        axes.set(xlabel="training steps", xlim=(0, steps))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        replace_frame_by_grid(axes)
     _draw_accuracy(accuracy, runs)
     _draw_input(without, runs[WITHOUT_BN][0], WITHOUT_BN, f"(b) {WITHOUT_BN}")
     _draw_input(with_, runs[WITH_BN][0], WITH_BN, f"(c) {WITH_BN}")
@@ -157,11 +168,6 @@ def _draw(runs: Results) -> Figure:
         with_.set_ylim(low - margin, high + margin)
     without.set_ylabel("input of a sigmoid")
     with_.tick_params(labelleft=False)
-    steps = max(run.config.train.steps for seeds in runs.values() for run in seeds)
-    for axes in (accuracy, without, with_):
-        axes.set(xlabel="training steps", xlim=(0, steps))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        replace_frame_by_grid(axes)
     return figure
 
 
@@ -176,17 +182,15 @@ def _draw_accuracy(axes: Axes, runs: Results) -> None:
     axes.set_ylim(_LOWEST_SHOWN if lowest > _LOWEST_SHOWN else 0, 1.005)
     if lowest >= _ABOVE_INSET and all(late.values()):
         _draw_inset(axes, late)
-    else:
-        _label_lines(axes, bands)
+    label_ends(axes, bands)
 
 
 def _draw_inset(axes: Axes, late: Mapping[str, Mapping[int, Spread]]) -> None:
     inset = axes.inset_axes((_INSET_START, 0.1, 0.97 - _INSET_START, 0.5))
     draw_bands(inset, late)
-    _label_lines(inset, late)
     inset.xaxis.set_major_formatter(EngFormatter(sep=""))
     inset.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-    inset.margins(x=0, y=0.35)
+    inset.margins(x=0, y=0.1)
     inset.tick_params(labelsize=8)
     inset.grid(alpha=0.25)
     axes.indicate_inset_zoom(inset, edgecolor="0.4")
@@ -194,23 +198,6 @@ def _draw_inset(axes: Axes, late: Mapping[str, Mapping[int, Spread]]) -> None:
 
 def _from_step(start: float, band: Mapping[int, Spread]) -> dict[int, Spread]:
     return {step: spread for step, spread in band.items() if step >= start}
-
-
-def _label_lines(axes: Axes, bands: Mapping[str, Mapping[int, Spread]]) -> None:
-    """Writes the upper line's title above its middle, and the lower line's title below."""
-    middles = {t: list(band.items())[len(band) // 2] for t, band in bands.items() if band}
-    upper = max(middles, key=lambda title: middles[title][1].mean, default=None)
-    for title, (step, accuracy) in middles.items():
-        is_upper = title == upper
-        axes.annotate(
-            title,
-            (step, accuracy.mean),
-            xytext=(-4, 10) if is_upper else (4, -8),
-            textcoords="offset points",
-            horizontalalignment="right" if is_upper else "left",
-            verticalalignment="bottom" if is_upper else "top",
-            color=STYLES[title].color,
-        )
 
 
 def _draw_input(axes: Axes, run: Run, title: str, caption: str) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
@@ -82,7 +83,8 @@ def label_ends(axes: Axes, bands: Mapping[str, Mapping[int, Spread]]) -> None:
             ends.append((*to_axes.transform(end), end, title))
     ends.sort(key=lambda end: end[1])
     # Height of a title, and its distance from the line's end, as fractions of the axes.
-    height, distance = 0.065, 0.09
+    font_size = rcParams["font.size"] / 72 * axes.figure.dpi
+    height, distance = 1.3 * font_size / axes.bbox.height, 0.09
     level = -height
     for number, (x, y, end, title) in enumerate(ends, start=1):
         still_above = (len(ends) - number) * height
