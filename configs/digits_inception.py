@@ -38,5 +38,5 @@ def get_config() -> ConfigDict:
     config.evaluation.per_class = False
     config.checkpoint.every_steps = 50
     # Two runs in parallel, on one core each, are faster than one after the other on two replicas.
-    config.distribution.replicas = 1
+    config.distribution.strategy = "one_device"
     return config.lock()

@@ -58,6 +58,7 @@ class ConfigFlag:
 
         config = load_config(source)
         self.overrides = dict(_override(config, argument) for argument in overrides)
+        self.overrides |= _replace_epochs(config, self.overrides)
         self.config, self.source = config, source
 
 
@@ -133,6 +134,23 @@ def _override(config: ConfigDict, argument: str) -> tuple[str, Any]:
     except ValueError as error:
         raise CommandError(f"{argument} is invalid: expected {error}") from None
     return key, section[name]
+
+
+def _replace_epochs(config: ConfigDict, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Makes an overridden train.steps the length of a config whose length is in epochs.
+
+    Returns:
+      The settings that this changes.
+    """
+    if "train.steps" not in overrides or not config.train.epochs:
+        return {}
+    if "train.epochs" in overrides:
+        raise CommandError(
+            f"train.steps={config.train.steps} and train.epochs={config.train.epochs:g} are both"
+            " given: expected one of them"
+        )
+    config.train.epochs = 0.0
+    return {"train.epochs": 0.0}
 
 
 def find_setting(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:

@@ -24,7 +24,8 @@ from absl import app, flags
 # Imported once, because it takes time: every command is parsed in a fork of this process.
 import bn_keras.experiments.paper  # noqa: F401
 import launch.cloud.control  # noqa: F401
-from bn_keras.training.config import default_config
+from bn_keras.errors import UsageError
+from bn_keras.training.config import check_config, default_config
 from launch import cli, config_flag
 from launch.command_error import CommandError
 from launch.help import is_required
@@ -104,7 +105,14 @@ def parse_here(command, arguments):
         except SystemExit as end:
             status = end.code
     config = None if status else config_flag.CONFIG.config
-    return Parsed(status, stderr.getvalue(), config and config.to_dict())
+    if config is None:
+        return Parsed(status, stderr.getvalue(), None)
+    try:
+        # Settings that exist and have the right type may still exclude each other.
+        check_config(config)
+    except UsageError as error:
+        return Parsed(UsageError.status, f"error: {error}", None)
+    return Parsed(status, stderr.getvalue(), config.to_dict())
 
 
 def parse_only(main, flags_parser):

@@ -81,6 +81,7 @@ FLAG_ERRORS = [
 CONFIG_ERRORS = [
     (["--config=configs/nope.py"], "no config 'configs/nope.py': expected a name, a Python file"),
     (["--config=mnst_bn"], "no config 'mnst_bn' (did you mean 'mnist_bn'?)"),
+    (["--config=nonsense"], f"; the names are {', '.join(config_names())}\n"),
     (["--config=bn_keras/errors.py"], "'bn_keras/errors.py' has no function get_config()"),
     (["--config=runs/none/config.json"], "runs/none"),
     (["--config=runs/none/other.json"], "no config 'runs/none/other.json'"),
@@ -224,6 +225,15 @@ def test_the_log_names_the_config_and_its_overrides():
     assert str(load("bn_x5")[0]) == "bn_x5" and str(ConfigFlag()) == "none"
 
 
+def test_steps_replace_the_epochs_of_a_config():
+    flag, _ = load("folder_bn_x5", "--config.train.steps=5")
+    assert (flag.value.train.steps, flag.value.train.epochs) == (5, 0)
+    assert str(flag) == "folder_bn_x5 with train.steps=5, train.epochs=0.0"
+    assert load("folder_bn_x5", "--config.train.epochs=3")[0].value.train.epochs == 3
+    with pytest.raises(CommandError, match="steps=5 and train.epochs=3 are both given"):
+        load("folder_bn_x5", "--config.train.steps=5", "--config.train.epochs=3")
+
+
 @pytest.mark.parametrize("source", ["", "config.json"])
 def test_a_run_is_a_config(source, tmp_path):
     config = load_config("mnist_bn").unlock()
@@ -324,13 +334,16 @@ def test_an_invalid_config_file_is_explained(body, part, tmp_path):
 
 
 def test_bn_keras_lists_all_commands_on_a_screen():
-    listed = [bn_keras(*arguments) for arguments in ([], ["--help"], ["-h"], ["help"])]
+    listed = [bn_keras(*arguments) for arguments in (["--help"], ["-h"], ["help"])]
     for done in listed:
         assert done.returncode == 0 and not done.stderr
         assert done.stdout == listed[0].stdout
     lines = listed[0].stdout.splitlines()
     assert len(lines) <= 40 and max(map(len, lines)) <= 80
     assert re.findall(r"^  (\w+) ", listed[0].stdout, flags=re.MULTILINE) == list(COMMANDS)
+    without = bn_keras()
+    assert without.returncode == 2 and not without.stdout
+    assert without.stderr == listed[0].stdout + "error: COMMAND is missing: see above\n"
 
 
 def test_every_command_is_listed():
@@ -505,7 +518,8 @@ def test_a_dry_run_describes_the_training_and_writes_nothing(tmp_path):
     for part in (
         "100,010",
         "learning rate 0.1",
-        "epochs of 60,000",
+        "10 classes, 60,000 training images, 10,000 validation images\n",
+        "epochs of 60,000 training images, as many images as 93,750 of the paper's steps\n",
         "one step with 60",
         "Nothing was written.",
     ):

@@ -40,6 +40,7 @@ def test_a_run_killed_by_every_signal_equals_an_uninterrupted_one(tmp_path):
             "--config.train.global_batch_size=8",
             "--config.evaluation.every_steps=50",
             "--config.checkpoint.every_steps=10",
+            "--config.distribution.strategy=mirrored",
             "--config.distribution.replicas=2",
         ],
         cwd=TESTS.parent,

@@ -54,7 +54,7 @@ def small_inception(**overrides):
     config.model.width = 0.03
     config.model.modules = THREE_MODULES
     config.model.dropout = 0.3
-    config.distribution.replicas = 2
+    config.distribution.strategy, config.distribution.replicas = "mirrored", 2
     config.train.steps = 4
     config.train.steps_per_loop = 2
     config.train.global_batch_size = 8
@@ -534,6 +534,9 @@ def test_mixed_precision_trains_and_restores_the_dtype_policy(tmp_path):
         ({"model.initializer": "he"}, "unknown model.initializer 'he'"),
         ({"distribution.strategy": "cluster"}, "unknown distribution.strategy 'cluster'"),
         ({"distribution.replicas": 2}, "one_device has one"),
+        ({"distribution.strategy": "multi_worker", "distribution.replicas": 1}, "set it to 0"),
+        ({"batch_norm.virtual_batch_size": 7}, "size=7 is invalid: expected a divisor of the 60 "),
+        ({"batch_norm.virtual_batch_size": 20, "train.micro_batches": 2}, "divisor of the 30 exam"),
         ({**TWO_REPLICAS, "train.global_batch_size": 61}, "61"),
         ({"train.steps": 0}, "train.steps=0 is invalid: expected a positive integer"),
         ({"train.momentum": -0.5}, "train.momentum=-0.5 is invalid"),
@@ -564,6 +567,16 @@ def test_an_invalid_config_leaves_nothing_behind(overrides, message, tmp_path):
     with pytest.raises(UsageError, match=message) as caught:
         train_and_evaluate(small_mlp(**overrides), tmp_path / "run")
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_network_that_cannot_be_built_leaves_nothing_behind(tmp_path, monkeypatch):
+    def fail(self, batches):
+        raise ValueError("no such kernel")
+
+    monkeypatch.setattr(Trainer, "trace", fail)
+    with pytest.raises(ValueError, match="no such kernel"):
+        train_and_evaluate(small_mlp(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -12,6 +12,7 @@ from bn_keras.distribute.strategy import (
     is_chief,
     make_strategy,
     reporting_lost_workers,
+    usable_alone,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "join_cluster",
     "make_strategy",
     "reporting_lost_workers",
+    "usable_alone",
 ]

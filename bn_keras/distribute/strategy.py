@@ -13,7 +13,7 @@ from tensorflow.python.data.ops import multi_device_iterator_ops
 from bn_keras.cores import usable_cores
 from bn_keras.distribute.cluster import Cluster
 from bn_keras.distribute.connection import releasing_lock
-from bn_keras.distribute.detection import check_alone, require_cluster
+from bn_keras.distribute.detection import check_alone, find_cluster, require_cluster
 from bn_keras.distribute.waiting import waiting_for
 from bn_keras.errors import UsageError, WorkerLostError
 from bn_keras.text import counted, first_line
@@ -21,12 +21,32 @@ from bn_keras.text import counted, first_line
 STRATEGIES = ("one_device", "mirrored", "multi_worker", "tpu")
 
 
-def check_strategy(strategy: str) -> None:
-    """Raises UsageError unless the name is one of STRATEGIES."""
+def check_strategy(strategy: str, replicas: int = 0) -> None:
+    """Raises UsageError for arguments that `make_strategy` accepts on no machine."""
     if strategy not in STRATEGIES:
         raise UsageError(
             f"unknown distribution.strategy {strategy!r}: expected one of {', '.join(STRATEGIES)}"
         )
+    invalid = f"distribution.replicas={replicas} is invalid"
+    if replicas < 0:
+        raise UsageError(f"{invalid}: expected a non-negative integer")
+    if strategy == "one_device" and replicas > 1:
+        raise UsageError(
+            f"{invalid}: strategy one_device has one replica; set distribution.strategy=mirrored"
+        )
+    if strategy in ("multi_worker", "tpu") and replicas:
+        raise UsageError(f"{invalid}: strategy {strategy} uses all devices; set it to 0")
+
+
+def usable_alone(strategy: str) -> str:
+    """Returns a strategy, but "mirrored" for "multi_worker" where nothing describes the workers.
+
+    For work that one process can do with the same result, such as evaluating the run of several.
+
+    Raises:
+      UsageError: the variables that describe the workers are invalid.
+    """
+    return "mirrored" if strategy == "multi_worker" and find_cluster() is None else strategy
 
 
 def make_strategy(strategy: str, replicas: int = 0) -> tf.distribute.Strategy:
@@ -50,19 +70,15 @@ def make_strategy(strategy: str, replicas: int = 0) -> tf.distribute.Strategy:
         several processes that were started together.
       WorkerLostError: another worker did not start in time, or the workers could not connect.
     """
-    check_strategy(strategy)
+    check_strategy(strategy, replicas)
     if strategy != "multi_worker":
         check_alone(strategy)
     _disable_device_iterator_autotuning()
     if strategy == "one_device":
-        return _one_device(replicas)
+        # TensorFlow's default strategy uses the first accelerator or the CPU.
+        return tf.distribute.get_strategy()
     if strategy == "mirrored":
         return _mirrored(replicas)
-    if replicas:
-        raise UsageError(
-            f"distribution.replicas={replicas} is invalid: strategy {strategy} uses all devices;"
-            " set it to 0"
-        )
     return _tpu() if strategy == "tpu" else _multi_worker()
 
 
@@ -125,21 +141,7 @@ def _cluster_of(strategy: tf.distribute.Strategy) -> Cluster | None:
     return Cluster(tuple(addresses), resolver.task_id)
 
 
-def _one_device(replicas: int) -> tf.distribute.Strategy:
-    """Returns TensorFlow's default strategy, which uses the first accelerator or the CPU."""
-    if replicas > 1:
-        raise UsageError(
-            f"distribution.replicas={replicas} is invalid: strategy one_device has one replica; set"
-            " distribution.strategy=mirrored"
-        )
-    return tf.distribute.get_strategy()
-
-
 def _mirrored(replicas: int) -> tf.distribute.Strategy:
-    if replicas < 0:
-        raise UsageError(
-            f"distribution.replicas={replicas} is invalid: expected a non-negative integer"
-        )
     accelerators = tf.config.list_physical_devices("GPU")
     if not accelerators:
         return _mirrored_on_cpu(replicas or 1)

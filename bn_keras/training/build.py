@@ -13,6 +13,7 @@ from bn_keras.data.pipeline import Data, open_data
 from bn_keras.data.splits import Source
 from bn_keras.errors import UsageError
 from bn_keras.models import BNInception, SigmoidMLP
+from bn_keras.text import counted
 from bn_keras.training.fine_tuning import freeze
 from bn_keras.training.length import num_steps
 from bn_keras.training.schedule import ExamplesSchedule
@@ -142,6 +143,7 @@ def build_trainer(
     Raises:
       UsageError: a value that the network or the schedule does not accept.
     """
+    _check_ghost_batches(config, strategy.num_replicas_in_sync)
     keras.utils.set_random_seed(config.seed)
     with strategy.scope():
         model = build_model(config, input_shape, num_classes, training=True)
@@ -177,6 +179,18 @@ def build_trainer_for(
         rate_factor,
         data.class_weights,
     )
+
+
+def _check_ghost_batches(config: ConfigDict, replicas: int) -> None:
+    """Raises UsageError unless the ghost batches divide what a replica normalizes at once."""
+    size = config.batch_norm.virtual_batch_size
+    examples = config.train.global_batch_size // config.train.micro_batches // replicas
+    if size and examples % size:
+        raise UsageError(
+            f"batch_norm.virtual_batch_size={size} is invalid: expected a divisor of the"
+            f" {counted(examples, 'example')} that each replica normalizes at once"
+            " (train.global_batch_size / train.micro_batches / replicas), or 0"
+        )
 
 
 def _build_inception(model: ConfigDict, training: bool, **options: Any) -> keras.Model:

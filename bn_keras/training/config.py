@@ -124,7 +124,8 @@ def default_config() -> ConfigDict:
     config.train = ConfigDict()
     # Length in steps: 774 epochs.
     config.train.steps = 31_000_000
-    # Length in epochs instead, rounded up to whole steps; 0 uses train.steps.
+    # Length in epochs instead, rounded up to whole steps; 0 uses train.steps. On the command line,
+    # --config.train.steps replaces it.
     config.train.epochs = 0.0
     # Training examples per step, over all replicas.
     config.train.global_batch_size = 32
@@ -276,7 +277,7 @@ def check_config(config: ConfigDict) -> None:
             f"train.micro_batches={train.micro_batches} is invalid: expected a divisor of"
             f" train.global_batch_size={train.global_batch_size}"
         )
-    check_strategy(config.distribution.strategy)
+    check_strategy(config.distribution.strategy, config.distribution.replicas)
     if config.model.freeze != "none" and not config.model.init_from:
         raise UsageError(
             f"model.freeze={config.model.freeze!r} would keep random weights: set model.init_from,"

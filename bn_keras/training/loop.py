@@ -134,6 +134,7 @@ def train_and_evaluate(
     config = with_steps(config, data.num_train_examples)
     run.check_length(config.train.steps)
     label = label or run.path.name
+    log(f"{label}: {data.description}")
     with (
         stop_requests() as stop_request,
         run.locked(lambda: _check_stopped(stop_request, run)),
@@ -200,13 +201,6 @@ def _train(
 
     changes = run.changes(config)
     changed = _describe_changes(changes, config, data.num_train_examples, training.step)
-    is_new = not run.read_metrics()
-    run.create(
-        config, data.input_shape, data.class_names, data.num_train_examples, data.fingerprint
-    )
-    run.drop_metrics_after(training.step)
-    if not training.checkpoints.latest:
-        training.checkpoints.save(training.step)
     schedule = build_schedule(config, data.num_train_examples, rate_factor)
     description = schedule.describe(config.train.steps, data.num_train_examples)
     cost = count_cost(training.trainer.inference_model).summary()
@@ -226,17 +220,27 @@ def _train(
     for line in (*pitfalls, *find_class_pitfalls(data)):
         logging.warning("%s: %s", label, line)
 
-    with (
-        run.recording_start(training.step, start),
-        MetricsWriter(run, training.trainer.global_batch_size) as training.metrics,
-        Progress(label, training.step, config.train.steps) as training.progress,
-        data.reporting_errors(),
-    ):
-        if is_rollback:
-            training.metrics.write(training.step, {Workdir.RETRY: retries})
-        if is_new and training.recorder:
-            training.metrics.write(training.step, training.recorder())
-        last = training.train()
+    with Progress(label, training.step, config.train.steps) as training.progress:
+        training.progress.show_building()
+        # Before anything is written: a network that cannot be built leaves no workdir behind.
+        training.trainer.trace(training.batches)
+        is_new = not run.read_metrics()
+        run.create(
+            config, data.input_shape, data.class_names, data.num_train_examples, data.fingerprint
+        )
+        run.drop_metrics_after(training.step)
+        if not training.checkpoints.latest:
+            training.checkpoints.save(training.step)
+        with (
+            run.recording_start(training.step, start),
+            MetricsWriter(run, training.trainer.global_batch_size) as training.metrics,
+            data.reporting_errors(),
+        ):
+            if is_rollback:
+                training.metrics.write(training.step, {Workdir.RETRY: retries})
+            if is_new and training.recorder:
+                training.metrics.write(training.step, training.recorder())
+            last = training.train()
     # No worker reads the workdir before the chief has closed its files.
     from_all_workers(strategy, training.step)
     graphs.keep(config, rate_factor, training.trainer, training.validation.evaluator)
@@ -395,8 +399,6 @@ class _Training:
           TrainingStoppedError: a signal stopped the training, which has been saved.
           TrainingDivergedError: the loss or a variable is no longer finite.
         """
-        self.progress.show_building()
-        self.trainer.trace(self.batches)
         self.progress.start()
         self.check_for_signal()
         while not self.is_over:
