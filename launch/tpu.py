@@ -19,11 +19,11 @@ from . import cli
 from .cloud import control
 from .cloud.control import Cloud
 from .cloud.job import (
-    ROOT,
     Job,
     check_batch_size,
     check_data,
     delete_command,
+    find_source,
     parse_valid_until,
     training_arguments,
 )
@@ -109,8 +109,8 @@ def _submit(cloud: Cloud) -> None:
 def _make_job(now: datetime.datetime) -> Job:
     if _VALID_UNTIL.value and _MAX_HOURS.value:
         raise CommandError("--max_hours and --valid_until are mutually exclusive")
-    if not (_IMAGE.value or (ROOT / "Dockerfile").is_file()):
-        raise CommandError("--image is missing: outside of a checkout, the VM cannot build one")
+    if not _IMAGE.value:
+        find_source()
     delete_at = None
     if _MAX_HOURS.value:
         delete_at = (now + datetime.timedelta(hours=_MAX_HOURS.value)).replace(microsecond=0)

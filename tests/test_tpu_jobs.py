@@ -921,6 +921,16 @@ def test_the_script_waits_for_a_bucket_that_does_not_answer(cloud):
 
 
 @needs_flock
+def test_without_an_image_an_installed_package_needs_the_checkout(tmp_path, monkeypatch):
+    assert jobs.find_source() == ROOT
+    monkeypatch.setattr(jobs, "_LAUNCH", tmp_path / "site-packages" / "bn_keras_launch")
+    monkeypatch.chdir(ROOT)
+    assert jobs.find_source() == ROOT
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CommandError, match="image is missing: .* run the command in that folder"):
+        jobs.find_source()
+
+
 def test_without_an_image_the_vm_builds_one(cloud):
     vm = Vm(cloud, [[0, ""]], image="")
     (cloud.folder / "docker_refusals.json").write_text('["build", "build"]')

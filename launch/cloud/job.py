@@ -15,9 +15,8 @@ from .. import training_command
 from ..command_error import CommandError, did_you_mean
 
 _LAUNCH = pathlib.Path(__file__).resolve().parents[1]
-ROOT = _LAUNCH.parent
 # configs/ in a checkout, bn_keras_configs/ where bn_keras is installed.
-CONFIGS = ROOT / _LAUNCH.name.replace("launch", "configs")
+CONFIGS = _LAUNCH.parent / _LAUNCH.name.replace("launch", "configs")
 # The Dockerfile and what it copies.
 SOURCE = (
     "Dockerfile",
@@ -342,10 +341,27 @@ def upload_commands(job: Job) -> list[Command]:
     """Returns the commands that upload job.json and, without an image, the source code."""
     commands = []
     if not job.image:
-        tar = ("tar", "-czf", "-", "--exclude=__pycache__", "-C", str(ROOT), *SOURCE)
+        tar = ("tar", "-czf", "-", "--exclude=__pycache__", "-C", str(find_source()), *SOURCE)
         commands.append(write_command(f"{job.folder}/source.tar.gz", Command(tar)))
     commands.append(write_command(f"{job.folder}/job.json", job.to_json()))
     return commands
+
+
+def find_source() -> pathlib.Path:
+    """Returns the checkout whose SOURCE a job without an image runs.
+
+    It contains this file, or it is the current folder.
+
+    Raises:
+      CommandError: neither has all of SOURCE.
+    """
+    for folder in (_LAUNCH.parent, pathlib.Path.cwd()):
+        if all((folder / name).exists() for name in SOURCE):
+            return folder
+    raise CommandError(
+        "--image is missing: without one, the VM builds it from a checkout of bn_keras; run the"
+        " command in that folder"
+    )
 
 
 def write_command(url: str, content: str | Command) -> Command:
