@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
     config.train.steps_per_loop = 20
     config.schedule.decay = "cosine"
     config.schedule.warmup_epochs = 2.0
-    config.evaluation.every_steps = 100
+    # 20 evaluations, however many images there are.
+    config.evaluation.every_epochs = 2.0
     config.checkpoint.every_steps = 500
     return config.lock()

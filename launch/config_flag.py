@@ -136,21 +136,31 @@ def _override(config: ConfigDict, argument: str) -> tuple[str, Any]:
     return key, section[name]
 
 
+# Settings in steps, and those in epochs that would replace them.
+_STEPS_AND_EPOCHS = {
+    "train.steps": "train.epochs",
+    "evaluation.every_steps": "evaluation.every_epochs",
+}
+
+
 def _replace_epochs(config: ConfigDict, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Makes an overridden train.steps the length of a config whose length is in epochs.
+    """Makes overridden steps replace the epochs of a config.
 
     Returns:
       The settings that this changes.
     """
-    if "train.steps" not in overrides or not config.train.epochs:
-        return {}
-    if "train.epochs" in overrides:
-        raise CommandError(
-            f"train.steps={config.train.steps} and train.epochs={config.train.epochs:g} are both"
-            " given: expected one of them"
-        )
-    config.train.epochs = 0.0
-    return {"train.epochs": 0.0}
+    replaced = {}
+    for steps, epochs in _STEPS_AND_EPOCHS.items():
+        section, name = find_setting(config, epochs)
+        if steps not in overrides or not section[name]:
+            continue
+        if epochs in overrides:
+            raise CommandError(
+                f"{steps}={overrides[steps]} and {epochs}={overrides[epochs]:g} are both given:"
+                " expected one of them"
+            )
+        section[name] = replaced[epochs] = 0.0
+    return replaced
 
 
 def find_setting(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:

@@ -230,6 +230,8 @@ def test_steps_replace_the_epochs_of_a_config():
     assert (flag.value.train.steps, flag.value.train.epochs) == (5, 0)
     assert str(flag) == "folder_bn_x5 with train.steps=5, train.epochs=0.0"
     assert load("folder_bn_x5", "--config.train.epochs=3")[0].value.train.epochs == 3
+    evaluation = load("folder_bn_x5", "--config.evaluation.every_steps=7")[0].value.evaluation
+    assert (evaluation.every_steps, evaluation.every_epochs) == (7, 0)
     with pytest.raises(CommandError, match="steps=5 and train.epochs=3 are both given"):
         load("folder_bn_x5", "--config.train.steps=5", "--config.train.epochs=3")
 

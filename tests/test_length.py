@@ -134,6 +134,15 @@ def test_settings_that_do_not_change_what_is_trained_may_change_on_any_resume(tm
             Workdir(tmp_path / "run").check(short(**changed | {key: value}))
 
 
+def test_evaluations_are_counted_in_epochs(tmp_path):
+    # 1,442 images are 24.03 steps of 60.
+    config = short(**{"train.epochs": 1.0, "evaluation.every_epochs": 0.5})
+    train_and_evaluate(config, tmp_path)
+    lines = Workdir(tmp_path).read_metrics()
+    assert [line["step"] for line in lines if "validation/accuracy" in line] == [13, 25]
+    assert saved(tmp_path).evaluation.every_steps == 13
+
+
 def test_epochs_extend_a_run(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     # 60 of about 1,300 images.
@@ -203,10 +212,27 @@ def test_a_vanishing_rate_and_a_long_average_are_warned_of(tmp_path, caplog):
     }
     train_and_evaluate(short(**settings | {"train.steps": 8}), tmp_path / "run")
     assert "the learning rate is below 1% of its highest value from step 2 of 8 on" in caplog.text
-    assert "their initial values to 92% after 8 steps: lower batch_norm.momentum" in caplog.text
+    assert "the 8 steps of this run: at the end, 92% of the average is still the" in caplog.text
     caplog.clear()
     train_and_evaluate(short(**{"batch_norm.momentum": 0.2}), tmp_path / "other")
-    assert "below 1%" not in caplog.text and "initial values" not in caplog.text
+    assert "below 1%" not in caplog.text and "the average is" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "momentum, steps, advised",
+    [
+        (0.9, 28, "batch_norm.momentum=0.85 instead of 0.9"),
+        (0.95, 57, "batch_norm.momentum=0.922 instead of 0.95"),
+        (0.9997, 3000, "batch_norm.momentum=0.9985 instead of 0.9997"),
+        # A lower momentum would leave almost as much.
+        (0.9, 29, None),
+        (0.9, 43, None),
+    ],
+)
+def test_the_momentum_that_is_advised_differs_from_the_configs(momentum, steps, advised):
+    config = short(**{"batch_norm.momentum": momentum, "train.steps": steps})
+    lines = find_pitfalls(config, ExamplesSchedule(0.1, 60), SigmoidMLP("bn"))
+    assert [advised in line for line in lines] == ([True] if advised else [])
 
 
 @pytest.mark.parametrize("has_log", [False, True])
@@ -222,6 +248,8 @@ def test_a_training_from_python_shows_its_progress_and_returns_its_files(
     printed = capsys.readouterr().err
     assert ("run: step 4/4" in printed) == (not has_log)
     assert ("run: step 4/4" in caplog.text) == has_log
+    sizes = "run: 10 classes, 1,442 training images, 355 validation images"
+    assert sizes in caplog.text if has_log else printed.startswith(sizes), printed
     assert result == Workdir(tmp_path / "run").read_metrics()[-1]
     best = load_trained(result.workdir, best=True)
     assert result.best_network.name == f"step-{best.step}"

@@ -179,6 +179,9 @@ def default_config() -> ConfigDict:
     config.evaluation = ConfigDict()
     # Steps between evaluations on the validation images; one more follows the last step.
     config.evaluation.every_steps = 20_000
+    # Epochs between evaluations instead, in whole steps; 0 uses every_steps. On the command line,
+    # --config.evaluation.every_steps replaces it.
+    config.evaluation.every_epochs = 0.0
     # Validation examples per batch, over all replicas; does not change the results.
     config.evaluation.global_batch_size = 32
     # Whether the last evaluation writes classes/: accuracy by class, the confusion matrix, and the
@@ -251,6 +254,7 @@ _NOT_NEGATIVE = (
     "batch_norm.virtual_batch_size",
     "train.l2",
     "train.epochs",
+    "evaluation.every_epochs",
     "train.patience",
     "train.retries",
     "schedule.cosine_steps",

@@ -13,16 +13,24 @@ def num_steps(config: ConfigDict, num_train_examples: int) -> int:
     """Returns the last step of a training: train.epochs in steps, rounded up, or train.steps."""
     if not config.train.epochs:
         return config.train.steps
-    steps = config.train.epochs * num_train_examples / config.train.global_batch_size
-    # 3 epochs of 0.1 * 10 examples must not be one step longer because of rounding.
-    return max(1, math.ceil(steps - 1e-6))
+    return _to_steps(config.train.epochs, config, num_train_examples)
 
 
 def with_steps(config: ConfigDict, num_train_examples: int) -> ConfigDict:
-    """Returns a config whose train.steps has the value that follows from train.epochs."""
-    if not config.train.epochs:
-        return config
-    return replaced(config, {"train.steps": num_steps(config, num_train_examples)})
+    """Returns a config whose steps have the values that follow from its epochs.
+
+    These are train.steps, and evaluation.every_steps.
+    """
+    values = {"train.steps": num_steps(config, num_train_examples)}
+    if period := config.evaluation.every_epochs:
+        values["evaluation.every_steps"] = _to_steps(period, config, num_train_examples)
+    return replaced(config, values)
+
+
+def _to_steps(epochs: float, config: ConfigDict, num_train_examples: int) -> int:
+    steps = epochs * num_train_examples / config.train.global_batch_size
+    # 3 epochs of 0.1 * 10 examples must not be one step longer because of rounding.
+    return max(1, math.ceil(steps - 1e-6))
 
 
 def early_stop(best_accuracy: float, evaluations_since_best: int, config: ConfigDict) -> str:
