@@ -37,6 +37,37 @@ MAX_GAP = 1.0
 
 _LISTED_CHANNELS = 6
 
+# The meaning of each kind of finding and what to do about it; docs/convert.md explains them.
+_ADVICE_ON_FAULTS = {
+    "not_finite": "The network diverged, and its outputs are invalid: go back to an earlier"
+    " checkpoint, and train on from there with a lower learning rate.",
+    "not_finite_outputs": "Look for NaN in the inputs, for inputs of a wrong scale, and for"
+    " overflow in float16.",
+    "negative_variance": "No variance is negative, so the weights are damaged or were loaded in a"
+    " wrong order (expected gamma, beta, moving_mean, moving_variance): load them again.",
+    "never_updated": "Inference normalizes with these values instead of statistics of the data,"
+    " and its outputs are wrong: train in training mode, as fit does, or call"
+    " estimate_population_statistics.",
+    "dead": "Nothing of the input passes through the layer: if gamma was initialized to 0, train"
+    " for longer; otherwise train with a lower learning rate or less weight decay on gamma.",
+    "stale": "Inference normalizes differently from training, and is less accurate or wrong: call"
+    " estimate_population_statistics (in a config, population.when='end'), or train for more steps"
+    " or with a lower momentum.",
+}
+_ADVICE_ON_NOTES = {
+    "never_updated": "The layer only scales and shifts, in training as in inference: if the network"
+    " should have pretrained weights, they were not loaded; otherwise nothing is to be done.",
+    "dead": "They tell the network nothing about its input: a few are harmless; with many, a part"
+    " of the network is unused: train with a lower learning rate or less weight decay on gamma.",
+    "below_epsilon": "Epsilon instead of the variance determines their scale, so that they stay"
+    " smaller than other channels: harmless in a few channels; if a layer has many, scale up its"
+    " input or lower epsilon, and train again.",
+    "gap": "The statistics of single mini-batches differ from the average: they are small, or their"
+    " examples resemble each other. If the validation accuracy is good, nothing is to be done;"
+    " otherwise shuffle the examples, or train with larger or synchronized mini-batches.",
+    "unfoldable": "Nothing is wrong: a folded network keeps the layer as one scale-and-shift.",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
@@ -47,6 +78,7 @@ class Finding:
       kind: one of the kinds listed in `check_batch_norm`.
       is_fault: whether inference is wrong or a layer useless; otherwise the finding is a note.
       text: description of the finding.
+      advice: what it means, and what to do; equal for all findings of a kind and severity.
       channels: affected channels, as indices into the flattened parameters; empty if the finding
         does not concern single channels.
     """
@@ -55,12 +87,15 @@ class Finding:
     kind: str
     is_fault: bool
     text: str
+    advice: str
     channels: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class HealthReport:
-    """Findings of a check; str() is a table of the findings followed by a summary line.
+    """Findings of a check; str() is a line per finding, then a summary and the measurements.
+
+    Findings with equal advice share a line, which counts the layers and names some.
 
     Attributes:
       num_layers, num_channels: numbers of BatchNormalization layers and of their channels.
@@ -86,12 +121,11 @@ class HealthReport:
         return any(finding.is_fault for finding in self.findings)
 
     def __str__(self) -> str:
-        width = max((len(finding.layer) for finding in self.findings), default=0)
-        lines = [
-            f"{'fault' if f.is_fault else 'note':5}  {f.layer:{width}}  {f.text}"
-            for f in self.findings
-        ]
-        return "\n".join([*lines, self._summary()])
+        groups: dict[tuple[bool, str], list[Finding]] = {}
+        for finding in self.findings:
+            groups.setdefault((finding.is_fault, finding.advice), []).append(finding)
+        lines = map(_format_findings, groups.values())
+        return "\n".join([*lines, self._summary(), *self._measurements()])
 
     def _summary(self) -> str:
         faults = sum(finding.is_fault for finding in self.findings)
@@ -100,11 +134,45 @@ class HealthReport:
         layers = counted(self.num_layers, "BN layer")
         channels = counted(self.num_channels, "channel")
         parts = [f"{found if self.findings else 'healthy'}: {layers}, {channels}"]
-        if self.population:
-            parts.append(_format_distance(*self.population.rows))
-        if self.gap is not None:
-            parts.append(f"gap {self.gap:.2g}")
         return "; ".join([*parts, *(f"skipped {check}" for check in self.skipped)])
+
+    def _measurements(self) -> list[str]:
+        lines = []
+        if self.population:
+            distance, smallest, largest = _largest_distances(*self.population.rows)
+            lines += [
+                f"  moving means: at most {distance:.2f} standard deviations from those of the data"
+                f" (accepted: {MAX_MEAN_DISTANCE:g})",
+                f"  moving variances: {smallest:.3g} to {largest:.3g} times those of the data"
+                f" (accepted: {1 / MAX_VARIANCE_RATIO:g} to {MAX_VARIANCE_RATIO:g})",
+            ]
+        if self.gap is not None:
+            lines.append(
+                f"  outputs in training and inference mode: {self.gap:.2f} standard deviations"
+                f" apart (accepted: {MAX_GAP:g})"
+            )
+        return lines
+
+
+def _format_findings(findings: Sequence[Finding]) -> str:
+    """Formats findings with equal advice on one line."""
+    first = findings[0]
+    if len(findings) == 1:
+        found = f"{first.layer}: {first.text}"
+    elif len({f.text for f in findings}) == 1:
+        names = first_of([f.layer for f in findings])
+        found = f"{counted(len(findings), 'layer')} ({names}): {first.text}"
+    else:
+        each = first_of([f"{f.layer}: {f.text}" for f in findings], separator="; ")
+        found = f"{counted(len(findings), 'layer')}: {each}"
+    return f"{'fault' if first.is_fault else 'note':5}  {found}. {first.advice}"
+
+
+def _make_finding(
+    layer: str, kind: str, is_fault: bool, text: str, channels: tuple[int, ...] = ()
+) -> Finding:
+    advice = (_ADVICE_ON_FAULTS if is_fault else _ADVICE_ON_NOTES)[kind]
+    return Finding(layer, kind, is_fault, text, advice, channels)
 
 
 def check_batch_norm(
@@ -118,7 +186,8 @@ def check_batch_norm(
     Kinds of findings; (f) marks faults:
       - "not_finite" (f): NaN or infinity in a weight of any layer or, given data, in the outputs.
       - "negative_variance" (f): a moving variance below 0.
-      - "never_updated" (f): the moving statistics still have their initial values.
+      - "never_updated" (f): the moving statistics still have their initial values. This is a note
+        if the layer is frozen, which is usually on purpose.
       - "dead": channels whose output hardly depends on the input. Their standard deviation at
         inference, |gamma| * sqrt(moving variance / (moving variance + epsilon)), is less than
         MIN_STDDEV. This is a fault if all channels of a layer are dead.
@@ -160,7 +229,7 @@ def check_batch_norm(
     if obstacle or dataset is None:
         skipped.append(f"checks on data: {obstacle}")
     else:
-        never_updated = {f.layer for f in findings if f.kind == "never_updated"}
+        never_updated = {f.layer for f in findings if f.kind == "never_updated" and f.is_fault}
         population, gap, found = _check_on_data(
             model, dataset, num_batches, strategy or model.distribute_strategy, never_updated
         )
@@ -199,7 +268,7 @@ def _check_finite(model: keras.Model) -> list[Finding]:
             layer, _, name = variable.path.rpartition("/")
             names.setdefault(layer or model.name, []).append(name)
     return [
-        Finding(layer, "not_finite", True, f"NaN or infinity in {', '.join(weights)}")
+        _make_finding(layer, "not_finite", True, f"NaN or infinity in {', '.join(weights)}")
         for layer, weights in names.items()
     ]
 
@@ -211,12 +280,14 @@ def _check_layer(layer: keras.Layer) -> list[Finding]:
     def add(kind: str, is_fault: bool, affected: np.ndarray, text: str) -> None:
         channels = tuple(np.flatnonzero(affected).tolist())
         if channels:
-            text = f"{text}: {_format_channels(channels, affected.size)}"
-            findings.append(Finding(layer.path, kind, is_fault, text, channels))
+            text = f"{text} in {_format_channels(channels, affected.size)}"
+            findings.append(_make_finding(layer.path, kind, is_fault, text, channels))
 
     if _has_initial_statistics(layer):
-        text = "never updated: the moving statistics still have their initial values"
-        findings.append(Finding(layer.path, "never_updated", True, text))
+        text = "the moving mean and variance still have their initial values"
+        if not layer.trainable:
+            text = f"frozen, and {text}"
+        findings.append(_make_finding(layer.path, "never_updated", layer.trainable, text))
     variance = to_float64(layer.moving_variance).ravel()
     gamma = 1.0 if layer.gamma is None else to_float64(layer.gamma).ravel()
     negative = variance < 0
@@ -225,7 +296,7 @@ def _check_layer(layer: keras.Layer) -> list[Finding]:
     dead = (stddev < MIN_STDDEV) & ~negative
     below = (variance < layer.epsilon) & ~dead & ~negative
     add("negative_variance", True, negative, "negative moving variance")
-    add("dead", bool(dead.all()), dead, "dead")
+    add("dead", bool(dead.all()), dead, "nearly constant output (dead)")
     add("below_epsilon", False, below, f"variance below epsilon={layer.epsilon:g}")
     return findings
 
@@ -276,24 +347,25 @@ def _check_on_data(
     inputs = batch[0] if isinstance(batch, tuple) else batch
     inference = _outputs(model, inputs, strategy)
     if not all(np.isfinite(y).all() for y in inference):
-        text = "NaN or infinity in the outputs"
-        return None, None, [Finding(model.name, "not_finite", True, text)]
+        text = "NaN or infinity in the outputs, although all weights are finite"
+        advice = _ADVICE_ON_FAULTS["not_finite_outputs"]
+        return None, None, [Finding(model.name, "not_finite", True, text, advice)]
     with preserved_state(model, strategy), _training_mode(model):
         training = _outputs(model, inputs, strategy)
     gap = _largest_gap(training, inference)
     population = estimate_population_statistics(model, dataset, num_batches, strategy, update=False)
 
     findings = [
-        Finding(row.layer, "stale", True, f"stale: {_format_distance(row)}")
+        _make_finding(row.layer, "stale", True, _format_distances(row))
         for row in population.rows
         if _is_stale(row) and row.layer not in never_updated
     ]
     if gap is not None and gap > MAX_GAP and not (never_updated or findings):
         text = (
-            f"outputs in training and inference differ, gap {gap:.2g}: mini-batches may be too"
-            " small or sorted"
+            f"outputs in training and inference mode are {gap:.2f} standard deviations apart,"
+            " although the moving statistics fit the data"
         )
-        findings.append(Finding(model.name, "gap", False, text))
+        findings.append(_make_finding(model.name, "gap", False, text))
     return population, gap, findings
 
 
@@ -302,16 +374,25 @@ def _is_stale(row: LayerReport) -> bool:
     return not (row.mean_distance_largest <= MAX_MEAN_DISTANCE and ratio <= MAX_VARIANCE_RATIO)
 
 
-def _format_distance(*rows: LayerReport) -> str:
+def _largest_distances(*rows: LayerReport) -> tuple[float, float, float]:
+    """Returns the largest mean distance, and the smallest and the largest variance ratio."""
     distance = max(row.mean_distance_largest for row in rows)
     smallest = min(row.variance_ratio_smallest for row in rows)
     largest = max(row.variance_ratio_largest for row in rows)
-    return f"mean off by {distance:.2g} sd, variance {smallest:.2g} to {largest:.2g} times"
+    return distance, smallest, largest
+
+
+def _format_distances(row: LayerReport) -> str:
+    distance, smallest, largest = _largest_distances(row)
+    return (
+        f"moving means are up to {distance:.2f} standard deviations from those of the data, and"
+        f" moving variances {smallest:.3g} to {largest:.3g} times those of the data"
+    )
 
 
 def _check_folding(model: keras.Model) -> list[Finding]:
     return [
-        Finding(path, "unfoldable", False, f"cannot be folded: {reason}")
+        _make_finding(path, "unfoldable", False, f"cannot be folded: {reason}")
         for path, reason in unfoldable_layers(model).items()
     ]
 

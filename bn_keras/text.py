@@ -1,5 +1,6 @@
 """Formats plain text: aligned tables, counted nouns, the first line of an error."""
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 
@@ -31,15 +32,30 @@ def table(rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
     return ["  ".join(cells).rstrip() for cells in align(rows, left)]
 
 
-def counted(count: int, noun: str) -> str:
-    """Returns a number and its noun, such as "1 layer" or "1,024 layers"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """Returns a number and its noun, such as "1 layer", "1,024 layers" or "2 classes".
+
+    Args:
+      count: the number.
+      noun: the noun in the singular.
+      plural: the noun in the plural; "" appends "s".
+    """
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
-def first_of(names: Sequence[str], limit: int = 3) -> str:
+def format_hours(hours: float) -> str:
+    """Returns a duration in the unit that suits it, such as "2.5 h", "12.3 min" or "4 s"."""
+    if hours >= 1:
+        return f"{hours:,.1f} h"
+    if hours >= 1 / 60:
+        return f"{60 * hours:.1f} min"
+    return f"{math.ceil(3600 * hours)} s"
+
+
+def first_of(names: Sequence[str], limit: int = 3, separator: str = ", ") -> str:
     """Returns the first names and the number of the others, such as "a, b, c, 2 more"."""
     more = [f"{len(names) - limit} more"] if len(names) > limit else []
-    return ", ".join([*names[:limit], *more])
+    return separator.join([*names[:limit], *more])
 
 
 def first_line(error: BaseException) -> str:

@@ -1,7 +1,7 @@
-"""Checks the BatchNormalization layers of a run's network and prints a table of the findings.
+"""Checks the BatchNormalization layers of a run's network and prints the findings.
 
-For a healthy network, one line is printed. The exit status is 1 if there are faults, and 0 if there
-are only notes.
+Each line says what a finding means and what to do; a fault makes inference wrong or a layer
+useless, a note may be intended. The exit status is 1 if there are faults, and 0 otherwise.
 
 Example:
   bn-keras check --workdir=runs/mnist_bn

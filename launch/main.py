@@ -13,7 +13,7 @@ COMMANDS = {
     "train": "train a network, or resume its run",
     "evaluate": "evaluate runs and exported networks, alone and as an ensemble",
     "predict": "classify images",
-    "export": "write a trained network as .keras, SavedModel or TFLite",
+    "export": "write a trained network as .keras, SavedModel, TFLite or ONNX",
     "check": "check the BN layers of a trained network",
     "crops": "draw the crops that an image is evaluated on",
     "preview": "draw the augmented input of a config",
@@ -28,9 +28,12 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Runs `bn-keras COMMAND ...`; without a command, lists the commands."""
+    """Runs `bn-keras COMMAND ...`; without a command, fails and lists the commands."""
     with cli.exit_statuses():
-        name, *arguments = sys.argv[1:] or ["--help"]
+        if len(sys.argv) < 2:
+            print(format_commands(COMMANDS), file=sys.stderr)
+            raise CommandError("COMMAND is missing: see above")
+        name, *arguments = sys.argv[1:]
         if name == "help" and arguments:
             name, arguments = arguments[0], ["--help"]
         if name in ("help", *HELP_FLAGS):

@@ -41,7 +41,7 @@ _STEPS = flags.DEFINE_integer(
 )
 _DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder of prepared TFDS data sets.")
 _DRY_RUN = flags.DEFINE_boolean(
-    "dry_run", False, "Only list the runs, with their progress and estimated core-hours."
+    "dry_run", False, "Only list the runs, with their progress and estimated time on one core."
 )
 _REPORT_ONLY = flags.DEFINE_boolean(
     "report_only", False, "Train nothing; report the runs that have ended so far."
@@ -111,7 +111,7 @@ def _describe_runs(configs: Mapping[str, ConfigDict]) -> None:
     """Logs what is left to train; with --dry_run, also prints the runs in the order of training."""
     from bn_keras.experiments.paper import estimate_core_hours
     from bn_keras.experiments.run_all import plan_all
-    from bn_keras.text import counted, table
+    from bn_keras.text import counted, format_hours, table
 
     rows, total, unknown = [], 0.0, False
     plans = plan_all(configs, _WORKDIR.value)
@@ -121,15 +121,15 @@ def _describe_runs(configs: Mapping[str, ConfigDict]) -> None:
         left = None if hours is None else hours * plan.steps / config.train.steps
         total += left or 0.0
         unknown |= left is None and plan.steps > 0
-        cost = "unknown" if left is None else f"{left:.2f}"
-        rows.append([plan.title, plan.progress, f"{plan.steps:,}", cost, f"{total:.2f}"])
+        cost = "unknown" if left is None else format_hours(left)
+        rows.append([plan.title, plan.progress, f"{plan.steps:,}", cost, format_hours(total)])
     if _DRY_RUN.value:
-        header = ["run", "progress", "steps left", "core-hours", "running total"]
+        header = ["run", "progress", "steps left", "time on one core", "running total"]
         print("\n".join(table([header, *rows], left=2)))
     steps = sum(plan.steps for plan in plans)
     text = f"{counted(len(plans), 'run')} in {_WORKDIR.value}, {steps:,} steps left"
     if not unknown:
-        text += f", about {total:.1f} core-hours (as on an AMD EPYC virtual machine)"
+        text += f", about {format_hours(total)} on one core (of an AMD EPYC virtual machine)"
     cli.log_lines({"runs": text})
 
 

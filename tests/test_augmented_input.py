@@ -43,7 +43,8 @@ def test_the_picture_shows_the_input_of_the_network_with_its_names(tmp_path, fig
 
     data = open_data(**config.data, seed=config.seed)
     train = next(iter(data.train_batches(STRATEGY, 5)))
-    validation = next(iter(data.validation_batches(STRATEGY, 5)[0]))
+    validation = next(iter(data.validation_sample(STRATEGY, 5)))
+    assert [cell.get_title() for cell in rows[4]] == ["0", "2", "4", "6", "8"]
     expected = ((rows[1], rows[0], train), (rows[4], rows[4], validation))
     for row, titled, (images, labels, *_) in expected:
         shown = np.stack([cell.images[0].get_array() for cell in row])

@@ -3,6 +3,7 @@
 import math
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from bn_keras.data import pipeline, shard_batches, sources, tfds_sets
 from bn_keras.data.array_batches import ArrayBatches
 from bn_keras.data.random_numbers import RandomNumbers
 from bn_keras.data.shard_batches import ShardBatches
+from bn_keras.data.splits import spread_over_classes
 from bn_keras.errors import UsageError
 from bn_keras.training.config import default_config
+from bn_keras.training.config_files import load_config
 
 NUM_EXAMPLES = 47
 NUM_VALIDATION_EXAMPLES = 21
@@ -466,7 +469,10 @@ def test_synthetic_images_have_the_size_of_imagenet_and_learnable_labels():
         ({"name": "cifar11"}, "unknown data set 'cifar11': did you mean .*'cifar10'.*'digits'"),
         ({"name": "qqqqqqqqq"}, "unknown data set 'qqqqqqqqq': expected 'digits'"),
         ({"train_split": "trian"}, "no split 'trian': it has 'train', 'validation'"),
-        ({"validation_split": "test"}, "no split 'test': it has 'train', 'validation'"),
+        (
+            {"validation_split": "test"},
+            "no split 'test': it has .*, 'validation'; set data.train_split",
+        ),
         ({"train_split": "train[:"}, r"no split 'train\[:'"),
         ({"name": "digits", "train_split": "all"}, "'digits' has no split 'all': it has 'train'"),
         ({"crop": "center"}, "unknown data.crop 'center': expected one of inception, shift, none"),
@@ -491,7 +497,7 @@ def test_invalid_settings_are_reported_on_one_line(data_dir, changes, message):
     assert "\n" not in str(caught.value)
 
 
-def test_the_error_for_a_failed_download_suggests_digits(tmp_path, monkeypatch):
+def test_the_error_for_a_failed_download_suggests_a_config_without_one(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise socket.gaierror(-2, "Name or service not known")
 
@@ -502,8 +508,11 @@ def test_the_error_for_a_failed_download_suggests_digits(tmp_path, monkeypatch):
         pipeline.open_data(**config, seed=0)
     message = str(caught.value)
     assert "\n" not in message and "'cifar100'" in message and str(tmp_path) in message
-    assert "no connection to www.cs.toronto.edu" in message and "'digits'" in message
+    assert "no connection to www.cs.toronto.edu" in message
     assert not list(tmp_path.iterdir())
+    suggested = load_config(re.search(r"--config=(\w+)$", message)[1])
+    assert suggested.data.name in sources.NOT_IN_TFDS
+    assert pipeline.open_data(**suggested.data, seed=0).num_train_examples == 1442
 
 
 def test_the_error_for_missing_imagenet_says_how_to_prepare_it(tmp_path):
@@ -511,6 +520,30 @@ def test_the_error_for_missing_imagenet_says_how_to_prepare_it(tmp_path):
     with pytest.raises(UsageError, match="imagenet2012.*bn-keras prepare --manual_dir") as caught:
         pipeline.open_data(**config, seed=0)
     assert "\n" not in str(caught.value)
+
+
+def test_a_sample_spreads_over_the_classes():
+    labels = np.array([2, 0, 0, 0, 2, 1, 0, 4])
+    for count, expected in ((1, [1]), (2, [1, 0]), (4, [1, 5, 0, 7]), (6, [1, 2, 5, 0, 4, 7])):
+        assert spread_over_classes(labels, count).tolist() == expected
+    assert spread_over_classes(labels, 99).tolist() == [1, 2, 3, 6, 5, 0, 4, 7]
+    many = spread_over_classes(np.repeat(np.arange(1000), 3), 8)
+    assert many.tolist() == [375 * i for i in range(8)]
+
+
+def test_the_validation_sample_is_spread_over_the_split(open_tiny):
+    """In memory, classes are chosen; in files of records, positions. Each class has one example."""
+    data, total = open_tiny(), NUM_VALIDATION_EXAMPLES
+    order = np.arange(total)
+    if isinstance(data._train, ShardBatches):
+        order = labels_of(ONE.global_batches(data.validation_batches(ONE, total)[0], 1))
+    for count in (1, 4, total):
+        sample = ONE.global_batches(data.validation_sample(ONE, count), 2)
+        assert labels_of(sample[:1]).tolist() == [order[i * total // count] for i in range(count)]
+        assert_same(sample[:1], sample[1:])
+    # A sample that is larger than the split is padded.
+    [(*_, weights)] = ONE.global_batches(data.validation_sample(ONE, total + 3), 1)
+    assert weights.tolist() == [1] * total + [0] * 3
 
 
 @pytest.mark.parametrize("global_batch_size", [9, 0, -2])

@@ -133,6 +133,15 @@ def test_percentages_split_each_class_separately(root):
     assert (data.num_train_examples, data.num_validation_examples) == (6, 6)
 
 
+def test_the_validation_sample_has_images_of_all_classes(root):
+    strategy = tf.distribute.get_strategy()
+    data = open_folder(root)
+    for count, expected in ((2, [0, 1]), (3, [0, 1, 2]), (7, [0, 0, 0, 1, 1, 2, 2])):
+        images, labels, weights = next(iter(data.validation_sample(strategy, count)))
+        assert labels.numpy().tolist() == expected and weights.numpy().all()
+        assert len(np.unique(levels(images.numpy()))) == count
+
+
 def remove(path):
     for child in sorted(path.rglob("*"), reverse=True):
         child.unlink() if child.is_file() else child.rmdir()
@@ -142,7 +151,33 @@ def remove(path):
 @pytest.mark.parametrize(
     ("damage", "changes", "message"),
     [
-        (None, {"data_dir": ""}, "data.data_dir='' is not a folder.*train/CLASS/IMAGE"),
+        (
+            None,
+            {"data_dir": ""},
+            "data.data_dir='' is not a folder: expected one that holds images as"
+            " train/CLASS/IMAGE and validation/CLASS/IMAGE$",
+        ),
+        # As in an evaluation, which needs no training images.
+        (
+            None,
+            {"data_dir": "", "train_split": "validation"},
+            "images as validation/CLASS/IMAGE$",
+        ),
+        (
+            None,
+            {"data_dir": "", "train_split": ".[:90%]", "validation_split": ".[90%:]"},
+            "images as CLASS/IMAGE$",
+        ),
+        (
+            None,
+            {"data_dir": "", "train_split": "labels.csv"},
+            "images as the file labels.csv lists them and validation/CLASS/IMAGE$",
+        ),
+        (
+            lambda r: (r / "validation" / "none").mkdir(),
+            {"train_split": "validation"},
+            "no image in class folder 'none' of 'validation'",
+        ),
         (None, {"train_split": "trian"}, r"no folder 'trian' in .*has 'train', 'validation'"),
         (None, {"train_split": "train[:5]"}, r"'train\[:5\]' is invalid.*a percentage"),
         (None, {"train_split": "train[90%:80%]"}, "no training image in class folder 'cat'"),

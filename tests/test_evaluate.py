@@ -22,6 +22,7 @@ from bn_keras.runs.workdir import Workdir
 from bn_keras.training.config_files import load_config
 from bn_keras.training.evaluator import Evaluator, make_scorer
 from bn_keras.training.loop import train_and_evaluate
+from bn_keras.training.networks import replaced
 
 ONE_DEVICE = tf.distribute.get_strategy()
 SIZE, CLASSES, IMAGES = 14, 7, 23
@@ -257,9 +258,17 @@ def test_any_split_is_evaluated_with_classes_matched_by_name(folder_run, caplog)
     assert found["examples"] == 8
     assert found["per_class"][1:] == expected["per_class"][1:]
     assert found["per_class"][0] == {"label": "a", "images": 0, "accuracy": None}
+    # All errors are 0 among the best five of three classes.
+    assert found["classes"] == 3 and "top-5" not in format_errors([found])
+    assert "top-1 error" in format_errors([found])
     (pictures / "other" / "b").rename(pictures / "other" / "B")
     with pytest.raises(UsageError, match="does not know: 'B'; the data lacks 'a', 'b'"):
         evaluate_networks([workdir], config)
+
+
+def test_a_run_of_several_workers_is_evaluated_by_one_process(runs):
+    config = replaced(Workdir(runs[0]).read_config(), {"distribution.strategy": "multi_worker"})
+    assert evaluate_networks([runs[0]], config) == evaluate_networks([runs[0]])
 
 
 def test_the_command_overrides_the_config_of_the_run(folder_run):
@@ -304,6 +313,12 @@ def test_exported_networks_are_evaluated_like_runs(runs, tmp_path):
     other = small_mlp(**{"data.name": "synthetic", "data.image_size": 8})
     other.unlock()
     with pytest.raises(UsageError, match="but the network in .*a.keras was trained on images of"):
+        evaluate_networks([], other, exported=[keras_file])
+    other = replaced(config, {"data.image_size": 9})
+    with pytest.raises(UsageError, match="=WORKDIR, or --config.data.image_size=8$"):
+        evaluate_networks([], other, exported=[keras_file])
+    other = replaced(config, {"data.binary": False})
+    with pytest.raises(UsageError, match="=WORKDIR, or --config.data.binary=True; networks that"):
         evaluate_networks([], other, exported=[keras_file])
 
 

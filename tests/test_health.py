@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import pathlib
+import re
 
 import keras
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import tensorflow as tf
 from small import small_mlp
 
-from bn_keras import BatchNormalization, estimate_population_statistics
+from bn_keras import BatchNormalization, estimate_population_statistics, health
 from bn_keras.errors import UsageError
 from bn_keras.health import check_batch_norm
 from bn_keras.inference.run_check import check_workdir
@@ -67,15 +69,19 @@ def found_in(report):
 
 
 @pytest.mark.parametrize("cls", [BatchNormalization, KERAS_BN])
-def test_a_healthy_network_is_reported_on_one_line_and_unchanged(cls):
+def test_a_healthy_network_is_reported_with_its_measurements_and_unchanged(cls):
     model = healthy(cls)
     before = [v.numpy() for v in model.variables]
     report = check_batch_norm(model, BATCHES, len(BATCHES))
     assert not report.findings and not report.skipped and not report.has_faults
     assert (report.num_layers, report.num_channels) == (2, 9)
     assert report.population.num_batches == 4 and 0 < report.gap < 0.6
-    assert str(report).startswith("healthy: 2 BN layers, 9 channels; mean off by ")
-    assert "\n" not in str(report) and len(str(report)) <= 100
+    summary, means, variances, outputs = str(report).splitlines()
+    assert summary == "healthy: 2 BN layers, 9 channels"
+    distance = r"0\.\d+ standard deviations"
+    assert re.fullmatch(rf"  moving means: .* {distance} from .* data \(accepted: 1\)", means)
+    assert re.fullmatch(r"  moving variances: .* times .* data \(accepted: 0.25 to 4\)", variances)
+    assert re.fullmatch(rf"  outputs in .* mode: {distance} apart \(accepted: 1\)", outputs)
     for value, variable in zip(before, model.variables, strict=True):
         np.testing.assert_array_equal(value, variable.numpy())
     # The layers follow the mode of the model again.
@@ -141,10 +147,12 @@ def test_only_the_planted_fault_is_found(plant, expected, cls):
     report = check_batch_norm(model, BATCHES, len(BATCHES))
     assert found_in(report) == expected
     assert report.has_faults == expected[0][2]
-    row, summary = str(report).splitlines()
+    row, summary, *measured = str(report).splitlines()
+    [finding] = report.findings
     assert row.startswith("fault  " if report.has_faults else "note   ")
-    assert report.findings[0].layer in row
+    assert row.endswith(f"{finding.layer}: {finding.text}. {finding.advice}")
     assert summary.startswith("1 fault, 0 notes: " if report.has_faults else "0 faults, 1 note: ")
+    assert len(measured) == (2 if report.population else 0) + (report.gap is not None)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +193,10 @@ def test_sorted_data_causes_a_gap():
     estimate_population_statistics(model, batches, len(batches))
     report = check_batch_norm(model, batches, len(batches))
     assert found_in(report) == [("gap", "network", False, ())]
-    assert report.gap > 1 and f"differ, gap {report.gap:.2g}" in str(report)
+    assert report.gap > 1
+    row, *_ = str(report).splitlines()
+    assert f"training and inference mode are {report.gap:.2f} standard deviations apart" in row
+    assert "If the validation accuracy is good, nothing is to be done; otherwise shuffle" in row
 
 
 @pytest.mark.parametrize("cls", [BatchNormalization, KERAS_BN])
@@ -228,6 +239,50 @@ def test_an_unfoldable_layer_is_a_note():
     assert "follows ReLU 'relu'" in str(report) and not report.has_faults
 
 
+def test_layers_frozen_on_purpose_are_notes_and_equal_findings_share_a_line():
+    model = network()
+    for name in ("first", "second"):
+        layer_of(model, name).trainable = False
+    report = check_batch_norm(model, BATCHES, 4)
+    assert [finding[:3] for finding in found_in(report)] == [
+        ("never_updated", "first", False),
+        ("never_updated", "second", False),
+    ]
+    row, summary = str(report).splitlines()
+    assert row.startswith("note   2 layers (first, nested/second): frozen, and the moving mean")
+    assert summary.startswith("0 faults, 2 notes: 2 BN layers") and not report.has_faults
+
+    # The same values are a fault in a layer that is trained; its line is another.
+    layer_of(model, "second").trainable = True
+    note, fault, *_ = str(check_batch_norm(model, BATCHES, 4)).splitlines()
+    assert note.startswith("note   first: frozen") and fault.startswith("fault  nested/second: the")
+    assert "call estimate_population_statistics" in fault
+
+
+def test_findings_of_many_layers_are_counted_and_the_first_are_described():
+    layers = [BatchNormalization(name=f"norm_{i}") for i in range(5)]
+    model = keras.Sequential([keras.Input([3]), *layers], name="net")
+    for i, layer in enumerate(layers):
+        layer.moving_mean.assign(np.ones(3))
+        set_values(layer.gamma, slice(1 + i % 2), np.zeros_like)
+    row, *others, _ = str(check_batch_norm(model)).splitlines()
+    assert row.startswith(
+        "note   5 layers: net/norm_0: nearly constant output (dead) in 1 of 3 channels (0);"
+        " net/norm_1: nearly constant output (dead) in 2 of 3 channels (0, 1); net/norm_2: nearly"
+        " constant output (dead) in 1 of 3 channels (0); 2 more. They tell the network nothing"
+    )
+    # The findings that no layer can be folded are on one more line.
+    assert [line.partition(":")[0] for line in others] == ["note   5 layers"]
+
+
+@pytest.mark.parametrize("name", ["_ADVICE_ON_FAULTS", "_ADVICE_ON_NOTES"])
+def test_the_page_explains_every_kind_of_finding(name):
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "convert.md").read_text()
+    section = page.partition("## Check the BN layers")[2].partition("\n## ")[0]
+    for kind in getattr(health, name):
+        assert f"| `{kind.removesuffix('_outputs')}` |" in section
+
+
 def test_skipped_checks_are_reported():
     plain = keras.Sequential([keras.Input([3]), keras.layers.Dense(2)])
     report = check_batch_norm(plain, [])
@@ -267,7 +322,7 @@ def test_non_finite_and_insufficient_data():
 def test_lagging_statistics_of_a_run_are_stale(tmp_path):
     train_and_evaluate(small_mlp(), tmp_path / "good")
     report = check_workdir(tmp_path / "good", 20)
-    assert (str(report).splitlines(), report.skipped) == ([str(report)], ())
+    assert str(report).startswith("healthy: ") and report.skipped == ()
 
     lagging = {"batch_norm.momentum": 0.999}
     train_and_evaluate(small_mlp(**lagging), tmp_path / "lagging")

@@ -117,6 +117,10 @@ def test_a_data_set_matches_its_description(name, tmp_path):
         )
 
 
+def test_the_sizes_of_a_data_set_are_a_line():
+    assert str(Description((8, 8, 1), 1, 1, 0)) == "1 class, 1 training image, 0 validation images"
+
+
 def test_unknown_sizes_are_none(tmp_path):
     described = sources.describe("stanford_dogs", str(tmp_path), "train", "test", 0)
     assert described == Description((None, None, 3), 120, None, None)
@@ -150,6 +154,8 @@ def test_a_dry_run_needs_no_data_set(tmp_path, offline, monkeypatch):
     assert f"{weights + 3 * 2 * 100 + 1000:,}" in network.splitlines()[-3]
     every = round(2 * 1_281_167 / config.train.global_batch_size)
     assert f"multiplied by 0.5 every {every:,} steps" in schedule
+    sizes = "1,000 classes, 1,281,167 training images, 50,000 validation images"
+    assert schedule.splitlines()[0] == sizes
     assert "loss" in step and "not finite" not in step
     assert not list(tmp_path.iterdir())
 
@@ -158,6 +164,8 @@ def test_a_dry_run_works_for_a_data_set_of_unknown_size(tmp_path, offline):
     config = small_mlp(**{"data.name": "cifar100", "data.data_dir": str(tmp_path)})
     network, schedule, step = dry_run(config)
     assert "are known once cifar100 is prepared" in schedule and "loss" in step
+    unknown = "an unknown number of training images, an unknown number of validation images"
+    assert schedule.startswith(f"100 classes, {unknown}\n")
 
 
 @pytest.mark.parametrize(

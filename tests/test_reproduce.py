@@ -15,6 +15,7 @@ from bn_keras.experiments.paper import (
     estimate_core_hours,
     get_trials,
 )
+from bn_keras.text import format_hours
 from bn_keras.training.config import check_config
 from configs import bn_x30, cifar10_inception, inception, mnist_bn
 
@@ -74,6 +75,22 @@ def test_core_hours_are_estimated_where_a_rate_was_measured():
     assert estimate_core_hours(config) == pytest.approx(1.03, abs=0.01)
     assert estimate_core_hours(mnist_bn.get_config()) < 0.1
     assert estimate_core_hours(inception.get_config()) is None
+
+
+@pytest.mark.parametrize(
+    "hours, text",
+    [
+        (0, "0 s"),
+        (1e-9, "1 s"),
+        (0.004, "15 s"),
+        (0.02, "1.2 min"),
+        (0.99, "59.4 min"),
+        (1, "1.0 h"),
+    ]
+    + [(1234.56, "1,234.6 h")],
+)
+def test_a_short_time_does_not_round_to_nothing(hours, text):
+    assert format_hours(hours) == text
 
 
 def test_ensemble_members_have_fixed_seeds():

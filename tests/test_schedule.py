@@ -134,7 +134,7 @@ def test_an_invalid_cosine_is_refused(arguments, message):
             6_000_000,
             [
                 "learning rate 0.045, multiplied by 0.96 every 53,382 steps, 0.00047 at the end",
-                "6,000,000 steps of 32 = 6,000,000 paper steps of 32 = 149.9 epochs of 1,281,167",
+                "6,000,000 steps of 32 images = 149.9 epochs of 1,281,167 training images",
             ],
         ),
         (
@@ -145,7 +145,8 @@ def test_an_invalid_cosine_is_refused(arguments, message):
             [
                 "learning rate from 0.0015 up to 1.44 over 977 steps, cosine decay,"
                 " 3.6e-10 at the end",
-                "100,000 steps of 1,024 = 3,200,000 paper steps of 32 = 79.9 epochs of 1,281,167",
+                "100,000 steps of 1,024 images = 79.9 epochs of 1,281,167 training images, as many"
+                " images as 3,200,000 of the paper's steps",
             ],
         ),
         (
@@ -153,7 +154,8 @@ def test_an_invalid_cosine_is_refused(arguments, message):
             50_000,
             [
                 "learning rate 0.1, 0.1 at the end",
-                "50,000 steps of 60 = 93,750 paper steps of 32 = 2.3 epochs of 1,281,167",
+                "50,000 steps of 60 images = 2.3 epochs of 1,281,167 training images, as many"
+                " images as 93,750 of the paper's steps",
             ],
         ),
     ],

@@ -60,9 +60,10 @@ def open_folder(root: str, train_split: str, validation_split: str) -> Source:
       StorageError: a folder cannot be listed.
     """
     if not root or not (os.path.isdir(root) if is_local(root) else tf.io.gfile.isdir(root)):
+        layouts = dict.fromkeys(_layout(root, split) for split in (train_split, validation_split))
         raise UsageError(
             f"data.data_dir={root!r} is not a folder: expected one that holds images as"
-            f" {train_split}/CLASS/IMAGE and {validation_split}/CLASS/IMAGE"
+            f" {' and '.join(layouts)}"
         )
     with storage.reading(root):
         train, validation = (_list_images(root, s) for s in (train_split, validation_split))
@@ -81,8 +82,10 @@ def open_folder(root: str, train_split: str, validation_split: str) -> Source:
         )
     empty = [name for name, images in train.items() if not images]
     if empty:
+        # Where only validation images are needed, they take the place of the training images.
+        noun = "image" if train_split == validation_split else "training image"
         raise UsageError(
-            f"no training image in class folder {_quote(empty)} of {train_split!r} in {root}: add"
+            f"no {noun} in class folder {_quote(empty)} of {train_split!r} in {root}: add"
             f" images ({', '.join(EXTENSIONS)}), or remove the folder from both splits"
         )
     if not any(validation.values()):
@@ -90,7 +93,6 @@ def open_folder(root: str, train_split: str, validation_split: str) -> Source:
             f"{validation_split!r} in {root} has no image: add images, or choose a larger part"
         )
     _check_validation(root, validation_split, validation)
-    # Where only validation images are needed, they take the place of the training images.
     if train_split != validation_split:
         _warn_of_overlap(train_split, train, validation_split, validation)
     fingerprint = _fingerprint(root, (train, validation))
@@ -215,6 +217,14 @@ def _parse_split(root: str, split: str) -> re.Match[str]:
             " of it, such as 'train[:90%]'"
         )
     return match
+
+
+def _layout(root: str, split: str) -> str:
+    """Returns where the images of a split are in a folder, such as "train/CLASS/IMAGE"."""
+    folder = _parse_split(root, split)["folder"]
+    if folder.lower().endswith(".csv"):
+        return f"the file {folder} lists them"
+    return os.path.normpath(os.path.join(folder, "CLASS", "IMAGE"))
 
 
 def _list_images(root: str, split: str) -> Classes:

@@ -45,7 +45,7 @@ class Data:
 
     Attributes:
       class_names: names of the classes, in the order of the labels.
-      fingerprint: see `Source`.
+      fingerprint, description: see `Source`.
       num_classes: number of classes.
       input_shape: (H, W, C) of the network's input.
       num_train_examples, num_validation_examples: sizes of the splits.
@@ -64,6 +64,7 @@ class Data:
     ) -> None:
         self.class_names = source.class_names
         self.fingerprint = source.fingerprint
+        self.description = source.description
         self.num_classes = len(source.class_names)
         self.num_train_examples = source.train.num_examples
         self.num_validation_examples = source.validation.num_examples
@@ -185,6 +186,31 @@ class Data:
 
         dataset = strategy.distribute_datasets_from_function(open_rows)
         return dataset, math.ceil(self.num_validation_examples / global_batch_size)
+
+    def validation_sample(
+        self, strategy: tf.distribute.Strategy, num_examples: int
+    ) -> tf.distribute.DistributedDataset:
+        """Returns an endless dataset of validation examples of as many classes as possible.
+
+        Where the labels are known only after reading the whole split, the examples are evenly
+        spaced in it. The choice is always the same.
+
+        Args:
+          strategy: see `train_batches`.
+          num_examples: number of examples, and size of the global batch; a smaller split is padded.
+
+        Returns:
+          See `validation_batches`.
+
+        Raises:
+          UsageError: the replicas do not divide the number of examples.
+        """
+        check_divides(strategy, num_examples)
+        sample = self._source.validation.sample(num_examples)
+        batches = self._open_batches(sample, self.preprocessing, None, self._unreadable_validation)
+        return strategy.distribute_datasets_from_function(
+            lambda context: batches.dataset(Rows(num_examples, context), 0)
+        )
 
     def read_validation_example(self, index: int) -> tuple[str, np.ndarray]:
         """Reads one validation example.

@@ -50,13 +50,7 @@ def describe(
     """
     if name not in NOT_IN_TFDS:
         return describe_tfds(name, data_dir, train_split, validation_split)
-    source = open_source(name, data_dir, train_split, validation_split, image_size)
-    return Description(
-        source.train.image_shape,
-        len(source.class_names),
-        source.train.num_examples,
-        source.validation.num_examples,
-    )
+    return open_source(name, data_dir, train_split, validation_split, image_size).description
 
 
 def synthesize(description: Description, image_size: int) -> Source:

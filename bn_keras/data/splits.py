@@ -1,12 +1,15 @@
 """The splits of a data set: in memory, in TFRecord files or in single image files."""
 
+import bisect
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
 
 from bn_keras.errors import UsageError
+from bn_keras.text import counted
 
 # Part of the error for a truncated or damaged file of records; the pipeline looks for it.
 TOO_FEW_RECORDS = "fewer readable records than expected in"
@@ -46,6 +49,11 @@ class Arrays:
         repeats, rest = divmod(self.num_examples, len(self.labels))
         counts = repeats * np.bincount(self.labels, minlength=num_classes)
         return counts + np.bincount(self.labels[:rest], minlength=num_classes)
+
+    def sample(self, count: int) -> "Arrays":
+        """Returns at most `count` examples, spread over the classes; see `spread_over_classes`."""
+        chosen = spread_over_classes(self.labels, count)
+        return Arrays(self.images[chosen], self.labels[chosen], self.white)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +132,20 @@ class Shards:
             counts += np.bincount(labels[labels >= 0], minlength=num_classes)
         return counts
 
+    def sample(self, count: int) -> "Shards":
+        """Returns at most `count` records, evenly spaced in the order of the files.
+
+        The labels are known only after reading all records; TFDS stores most sets in random order.
+        """
+        count = min(count, self.num_examples)
+        begins = [0, *itertools.accumulate(self.lengths)]
+        places = []
+        for position in (i * self.num_examples // count for i in range(count)):
+            shard = bisect.bisect_right(begins, position) - 1
+            places.append((self.paths[shard], self.skips[shard] + position - begins[shard]))
+        paths, skips = zip(*places, strict=True)
+        return dataclasses.replace(self, paths=paths, skips=skips, lengths=(1,) * count)
+
     def read_one(self, shard: int, index: int) -> tuple[str, bytes]:
         """Reads one record of a shard.
 
@@ -176,6 +198,12 @@ class Files:
         """Returns the number of examples of each class, int64 [num_classes]."""
         return np.bincount(self._labels.numpy(), minlength=num_classes)
 
+    def sample(self, count: int) -> "Files":
+        """Returns at most `count` files, spread over the classes; see `spread_over_classes`."""
+        labels = self._labels.numpy()
+        chosen = spread_over_classes(labels, count)
+        return Files(self._paths.numpy()[chosen].tolist(), labels[chosen].tolist())
+
     def read_one(self, shard: int, index: int) -> tuple[str, bytes]:
         """Reads one record; see `Shards.read_one`."""
         del shard
@@ -205,10 +233,22 @@ class Source:
     validation: Split
     fingerprint: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    @property
+    def description(self) -> "Description":
+        """The sizes of the data set."""
+        return Description(
+            self.train.image_shape,
+            len(self.class_names),
+            self.train.num_examples,
+            self.validation.num_examples,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Description:
     """Sizes of a data set, known without reading its images or even having it.
+
+    str() names the classes and the images of both splits on one line.
 
     Attributes:
       image_shape: (H, W, C); H and W are None if they differ between images.
@@ -221,8 +261,42 @@ class Description:
     num_train_examples: int | None
     num_validation_examples: int | None
 
+    def __str__(self) -> str:
+        numbers = {"training": self.num_train_examples, "validation": self.num_validation_examples}
+        images = [
+            f"an unknown number of {split} images"
+            if number is None
+            else counted(number, f"{split} image")
+            for split, number in numbers.items()
+        ]
+        return ", ".join([counted(self.num_classes, "class", "classes"), *images])
+
+
+def spread_over_classes(labels: np.ndarray, count: int) -> np.ndarray:
+    """Chooses examples of as many classes as possible; the choice depends on the labels alone.
+
+    Each class contributes its first examples: one more or less than the others, unless it has no
+    more. With fewer examples than classes, these are evenly spaced.
+
+    Args:
+      labels: integers [n], n >= 1.
+      count: number of examples; at most n are chosen.
+
+    Returns:
+      Positions of the examples in ascending order of their labels, int64 [min(count, n)].
+    """
+    by_class = np.argsort(labels, kind="stable")
+    _, starts, sizes = np.unique(labels[by_class], return_index=True, return_counts=True)
+    if count < len(starts):
+        return by_class[starts[np.arange(count) * len(starts) // count]]
+    rank = np.arange(len(labels)) - np.repeat(starts, sizes)
+    return by_class[np.sort(np.argsort(rank, kind="stable")[:count])]
+
 
 def unknown_split(name: str, split: str, splits: Iterable[str]) -> UsageError:
     """Returns the error for a split that a data set does not have."""
     names = ", ".join(map(repr, splits))
-    return UsageError(f"data set {name!r} has no split {split!r}: it has {names}")
+    return UsageError(
+        f"data set {name!r} has no split {split!r}: it has {names}; set data.train_split and"
+        " data.validation_split"
+    )

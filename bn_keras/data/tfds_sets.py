@@ -117,8 +117,8 @@ def _prepare(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     except Exception as error:
         raise UsageError(
             f"data set {name!r} is not in {builder.data_dir} and cannot be prepared there"
-            f" ({first_line(error)}): set data.data_dir to a folder that holds it, or use"
-            " 'digits', which needs no download"
+            f" ({first_line(error)}): set data.data_dir to a folder that holds it, or choose a"
+            " config that needs no download, such as --config=digits_bn_x5"
         ) from error
     return builder
 

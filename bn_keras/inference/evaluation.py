@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from bn_keras.data import pipeline
 from bn_keras.data.multi_crop import SINGLE_CROP, Crops
-from bn_keras.distribute import make_strategy, reporting_lost_workers
+from bn_keras.distribute import make_strategy, reporting_lost_workers, usable_alone
 from bn_keras.errors import UsageError
 from bn_keras.inference.exported import ExportedNetwork, load_exported
 from bn_keras.inference.loading import TrainedNetwork, load_trained
@@ -34,12 +34,13 @@ class _Subject(TypedDict):
 class EvaluationRow(_Subject, EvaluationMetrics):
     """The evaluation of one network, or of the ensemble, with one choice of crops.
 
-    "model" is the path of the network, or "ensemble"; "models" and "crops" are their numbers. Only
-    the network of a run has a "step" and "statistics" ("moving" or "population"). "per_class" is
-    present on request.
+    "model" is the path of the network, or "ensemble"; "models" and "crops" are their numbers, and
+    "classes" is the number of the network's classes. Only the network of a run has a "step" and
+    "statistics" ("moving" or "population"). "per_class" is present on request.
     """
 
     crops: int
+    classes: int
     top1_error: float
     top5_error: float
     per_class: NotRequired[list[ClassRow]]
@@ -77,7 +78,8 @@ def evaluate_networks(
       WorkerLostError: another worker has ended or does not answer.
     """
     config = _choose_config(config, workdirs, best)
-    strategy = make_strategy(**config.distribution)
+    distribution = config.distribution
+    strategy = make_strategy(usable_alone(distribution.strategy), distribution.replicas)
     networks: list[TrainedNetwork | ExportedNetwork] = [
         *(load_trained(workdir, strategy, best) for workdir in workdirs),
         *(load_exported(path, strategy) for path in exported),
@@ -118,7 +120,10 @@ def evaluate_networks(
                 class_names,
             )
             results = evaluate(label=counted(choice.count, "crop"))
-            new_rows = [_row(*pair, choice) for pair in zip(subjects, results, strict=True)]
+            new_rows = [
+                _row(*pair, choice, len(class_names))
+                for pair in zip(subjects, results, strict=True)
+            ]
             if per_class:
                 for row, found in zip(new_rows, evaluate.predictions, strict=True):
                     row["per_class"] = ClassReport(class_names, found).rows()
@@ -133,7 +138,10 @@ def _choose_config(
     if best and not workdirs:
         raise UsageError("only a run records its best evaluation: pass its workdir")
     if config is None and not workdirs:
-        raise UsageError("an exported network does not record its data set: pass a config")
+        raise UsageError(
+            "an exported network does not record its data set: pass a config, such as that of its"
+            " run (--config=WORKDIR)"
+        )
     configs = [Workdir(workdir).read_config() for workdir in workdirs]
     config = config or configs[0]
     trained = [(c.model, c.batch_norm) for c in configs]
@@ -191,17 +199,29 @@ def _check_fits(
 ) -> None:
     """Raises UsageError if the data differs from what the network was trained on."""
     if data.input_shape != network.input_shape:
+        height, width, channels = network.input_shape
+        if channels != data.input_shape[-1]:
+            advice = f"evaluate it on images with {counted(channels, 'channel')}"
+        elif height != width:
+            advice = "evaluate it with the config of its run, --config=WORKDIR"
+        else:
+            advice = _advise("data.image_size", height)
         raise UsageError(
             f"{data_name} has images of shape {data.input_shape}, but the network in {path} was"
-            f" trained on images of shape {network.input_shape}: set data.image_size="
-            f"{network.input_shape[0]}, or evaluate it on data with as many channels"
+            f" trained on images of shape {network.input_shape}: {advice}"
         )
     binary = data.preprocessing.binary
     if network.preprocessing is not None and network.preprocessing.binary != binary:
         raise UsageError(
             f"data.binary is {binary}, but the network in {path} was trained with"
-            f" data.binary={not binary}: evaluate it alone"
+            f" data.binary={not binary}: {_advise('data.binary', not binary)}; networks that differ"
+            " in it are evaluated one at a time"
         )
+
+
+def _advise(key: str, value: object) -> str:
+    """Returns what to do if the config and a network differ in a setting of the input."""
+    return f"pass the config of its run, --config=WORKDIR, or --config.{key}={value}"
 
 
 def _with_population_statistics(
@@ -248,10 +268,13 @@ def _subject(path: str, network: TrainedNetwork | ExportedNetwork) -> _Subject:
     return {"model": path, "models": 1, "step": network.step, "statistics": network.statistics}
 
 
-def _row(subject: _Subject, metrics: EvaluationMetrics, crops: Crops) -> EvaluationRow:
+def _row(
+    subject: _Subject, metrics: EvaluationMetrics, crops: Crops, num_classes: int
+) -> EvaluationRow:
     return {
         **subject,
         "crops": crops.count,
+        "classes": num_classes,
         **metrics,
         "top1_error": 1 - metrics["accuracy"],
         "top5_error": 1 - metrics["top5_accuracy"],
@@ -261,7 +284,8 @@ def _row(subject: _Subject, metrics: EvaluationMetrics, crops: Crops) -> Evaluat
 def format_errors(rows: Sequence[EvaluationRow]) -> str:
     """Formats the rows of `evaluate_networks` as a table like the paper's Figure 4.
 
-    The results for each class, if there are any, follow in tables of their own.
+    The top-5 error of up to five classes is always 0 and is left out. The results for each class,
+    if there are any, follow in tables of their own.
     """
     header = ["model", "crops", "models", "top-1 error", "top-5 error"]
     cells = [
@@ -274,6 +298,8 @@ def format_errors(rows: Sequence[EvaluationRow]) -> str:
         ]
         for row in rows
     ]
+    if rows[0]["classes"] <= 5:
+        header, *cells = (row[:-1] for row in (header, *cells))
     count = f"{rows[0]['examples']:,} images, each counted exactly once"
     classes = [
         f"\n{row['model']}, {counted(row['crops'], 'crop')}: balanced accuracy"

@@ -36,7 +36,11 @@ class NetworkDescription(NamedTuple):
         """Returns the preprocessing of an image as a sentence."""
         height, width, channels = self.input_shape
         numerator, denominator = EVALUATION_FRACTION
-        largest = f"the largest centred window with the aspect ratio {width}:{height}"
+        largest = (
+            "the largest centred square"
+            if height == width
+            else f"the largest centred window with the aspect ratio {width}:{height}"
+        )
         window = {
             "inception": f"{numerator}/{denominator} of the sides of {largest}",
             "shift": largest,

@@ -26,12 +26,13 @@ _MIN_WEIGHT = 0.005
 
 
 def write_preview(config: ConfigDict, path: str | os.PathLike, num_examples: int = 8) -> None:
-    """Writes a picture of the first training and validation examples.
+    """Writes a picture of the first training examples and of some validation examples.
 
     Each column shows one training example. Rows show it at several strengths of distortion,
     including the config's own, with the same random numbers: the same crop, mirroring and colour
     changes. Further rows show the config's RandAugment, MixUp and CutMix, and the last row
-    validation examples. (keras_cv's image gallery cannot label rows and classes.)
+    validation examples of as many classes as possible. (keras_cv's image gallery cannot label rows
+    and classes.)
 
     Args:
       config: see bn_keras/training/config.py.
@@ -89,7 +90,7 @@ def _open_rows(
     for step, mixture in enumerate(mixtures):
         name = "\n".join([*operations, mixture, "(this config)"])
         yield name, data.train_batches(strategy, batch_size, step, mix=True)
-    yield "validation", data.validation_batches(strategy, num_examples)[0]
+    yield "validation", data.validation_sample(strategy, num_examples)
 
 
 def _format_label(label: np.ndarray, class_names: Sequence[str]) -> str:

@@ -108,7 +108,8 @@ def _find(name: str) -> pathlib.Path:
     nearest = difflib.get_close_matches(path.stem, config_names(), n=1)
     guess = f" (did you mean {nearest[0]!r}?)" if nearest else ""
     raise UsageError(
-        f"no config {name!r}{guess}: expected a name, a Python file, a run or its config.json"
+        f"no config {name!r}{guess}: expected a name, a Python file, a run or its config.json; the"
+        f" names are {', '.join(config_names())}"
     )
 
 

@@ -24,7 +24,7 @@ def dry_run(config: ConfigDict) -> Iterator[str]:
       config: see `default_config`.
 
     Yields:
-      Paragraphs of text: the network by its modules, the schedule, the step.
+      Paragraphs of text: the network by its modules, the data and the schedule, the step.
 
     Raises:
       UsageError: an invalid value in the config that can be detected without the data.
@@ -46,9 +46,10 @@ def dry_run(config: ConfigDict) -> Iterator[str]:
     num_examples = description.num_train_examples
     if num_examples:
         steps = num_steps(config, num_examples)
-        yield build_schedule(config, num_examples).describe(steps, num_examples)
+        schedule = build_schedule(config, num_examples).describe(steps, num_examples)
     else:
-        yield f"the steps per epoch are known once {config.data.name} is prepared"
+        schedule = f"the steps per epoch are known once {config.data.name} is prepared"
+    yield f"{description}\n{schedule}"
 
     batches = trainer.open_batches(data, 0)
     began = time.perf_counter()

@@ -6,11 +6,16 @@ from ml_collections import ConfigDict
 
 from bn_keras.data.pipeline import Data
 from bn_keras.keras_internals import all_layers
+from bn_keras.text import counted
 from bn_keras.training.class_report import name_rare_classes
 from bn_keras.training.schedule import ExamplesSchedule
 
 # Ratio of the largest to the smallest class from which the trainer suggests to balance them.
 _UNEQUAL = 10
+# Share of the initial values in BN's moving averages at the end: above the first, the trainer warns
+# and advises a momentum that leaves the second. With a smaller share, the advised momentum would be
+# almost the config's own.
+_MAX_INITIAL_SHARE, _ADVISED_INITIAL_SHARE = 0.05, 0.01
 
 
 def find_pitfalls(config: ConfigDict, schedule: ExamplesSchedule, model: keras.Model) -> list[str]:
@@ -39,12 +44,15 @@ def find_pitfalls(config: ConfigDict, schedule: ExamplesSchedule, model: keras.M
     momentum = config.batch_norm.momentum
     layers = [v for v in all_layers(model) if isinstance(v, keras.layers.BatchNormalization)]
     if config.population.when == "never" and any(layer.trainable for layer in layers):
-        kept = momentum**steps
-        if kept > 0.01 and not config.model.init_from:
+        share = momentum**steps
+        if share > _MAX_INITIAL_SHARE and not config.model.init_from:
+            # Two digits of the share of each step, because those of the momentum may all be 9.
+            advised = 1 - float(f"{1 - _ADVISED_INITIAL_SHARE ** (1 / steps):.2g}")
             lines.append(
-                f"BN's moving statistics still consist of their initial values to {kept:.0%} after"
-                f" {steps:,} steps: lower batch_norm.momentum={momentum:g} (such as"
-                f" {0.01 ** (1 / steps):.2g}), or set population.when='end'"
+                f"BN averages its mean and variance over more than the {counted(steps, 'step')} of"
+                f" this run: at the end, {share:.0%} of the average is still the initial value, and"
+                " the network is evaluated with it; set population.when='end', or"
+                f" batch_norm.momentum={advised:g} instead of {momentum:g}"
             )
     return lines
 

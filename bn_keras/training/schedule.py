@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from bn_keras.errors import UsageError
+from bn_keras.text import counted
 
 # Examples per step in the paper, the unit of "paper steps".
 PAPER_BATCH_SIZE = 32
@@ -64,7 +65,7 @@ class ExamplesSchedule(keras.optimizers.schedules.LearningRateSchedule):
             raise UsageError(
                 f"the warm-up of {warmup_examples:,} examples leaves none of the training's"
                 f" {total_examples:,} for schedule.decay 'cosine': lower schedule.warmup_epochs or"
-                " raise train.steps"
+                " train longer (train.epochs or train.steps)"
             )
         self.base_rate = base_rate
         self.global_batch_size = global_batch_size
@@ -137,12 +138,14 @@ class ExamplesSchedule(keras.optimizers.schedules.LearningRateSchedule):
         elif self.decay_factor != 1:
             every = self.decay_examples / self.global_batch_size
             rate += f", multiplied by {self.decay_factor:g} every {every:,.0f} steps"
-        return (
-            f"{rate}, {float(self(steps - 1)):.2g} at the end\n"
-            f"{steps:,} steps of {self.global_batch_size:,} = {examples / PAPER_BATCH_SIZE:,.0f}"
-            f" paper steps of {PAPER_BATCH_SIZE} = {examples / num_train_examples:,.1f} epochs of"
-            f" {num_train_examples:,}"
+        length = (
+            f"{counted(steps, 'step')} of {counted(self.global_batch_size, 'image')} ="
+            f" {examples / num_train_examples:,.1f} epochs of"
+            f" {counted(num_train_examples, 'training image')}"
         )
+        if self.global_batch_size != PAPER_BATCH_SIZE:
+            length += f", as many images as {examples / PAPER_BATCH_SIZE:,.0f} of the paper's steps"
+        return f"{rate}, {float(self(steps - 1)):.2g} at the end\n{length}"
 
     def get_config(self) -> dict:
         """Returns the constructor's arguments."""
