@@ -134,6 +134,15 @@ def test_settings_that_do_not_change_what_is_trained_may_change_on_any_resume(tm
             Workdir(tmp_path / "run").check(short(**changed | {key: value}))
 
 
+def test_evaluations_are_counted_in_epochs(tmp_path):
+    # 1,442 images are 24.03 steps of 60.
+    config = short(**{"train.epochs": 1.0, "evaluation.every_epochs": 0.5})
+    train_and_evaluate(config, tmp_path)
+    lines = Workdir(tmp_path).read_metrics()
+    assert [line["step"] for line in lines if "validation/accuracy" in line] == [13, 25]
+    assert saved(tmp_path).evaluation.every_steps == 13
+
+
 def test_epochs_extend_a_run(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     # 60 of about 1,300 images.
