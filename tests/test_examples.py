@@ -1,7 +1,12 @@
 """The scripts in examples/ do what they say, at a small size."""
 
+import json
 import pathlib
 import runpy
+import sys
+import threading
+import urllib.error
+import urllib.request
 
 import keras
 import numpy as np
@@ -71,6 +76,40 @@ def test_fine_tuning_keeps_the_statistics_and_changes_the_convolutions():
     np.testing.assert_array_equal(layer.gamma, np.ones(4))
     trained, kernel = (m.get_layer(index=1).kernel for m in (model.layers[1], backbone))
     assert np.abs(trained - kernel).max() > 0
+
+
+@pytest.mark.parametrize("name", ["fine_tuning", "serve"])
+def test_a_script_without_its_argument_prints_its_usage(name, monkeypatch):
+    path = str(EXAMPLES / f"{name}.py")
+    monkeypatch.setattr(sys, "argv", [path])
+    with pytest.raises(SystemExit, match=f"usage: python examples/{name}.py FOLDER"):
+        runpy.run_path(path, run_name="__main__")
+
+
+class Brightness(tf.Module):
+    """Has the signature of an exported network: class "1" is as probable as the image is bright."""
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="encoded")])
+    def classify(self, encoded):
+        image = tf.io.decode_image(encoded[0], channels=1, expand_animations=False)
+        bright = tf.reduce_mean(tf.cast(image, tf.float32)) / 255
+        class_name = tf.where(bright > 0.5, "1", "0")[None]
+        return {"class_name": class_name, "probabilities": tf.stack([1 - bright, bright])[None]}
+
+
+def test_the_server_answers_images_and_refuses_other_files(tmp_path):
+    network = Brightness()
+    tf.saved_model.save(network, str(tmp_path), {"serving_default": network.classify})
+    bright = tf.io.encode_png(np.full((2, 2, 1), 204, np.uint8)).numpy()
+    with load("serve")["make_server"](str(tmp_path), 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://localhost:{server.server_port}"
+        for _ in range(2):  # a refused file does not end the server
+            with urllib.request.urlopen(address, bright) as answer:
+                assert json.load(answer) == {"class": "1", "probability": pytest.approx(0.8)}
+            with pytest.raises(urllib.error.HTTPError, match="400: not an image"):
+                urllib.request.urlopen(address, b"no image")
+        server.shutdown()
 
 
 def in_float64(build):
