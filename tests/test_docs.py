@@ -47,7 +47,10 @@ INDENTED = re.compile(r"(?<=\n\n)(?: {4}.*\n)(?:(?: {4}.*)?\n)*")
 INLINE = re.compile(r"`([^`]+)`")
 PYTHON = re.compile(r"(\S+/)?python")
 BN_KERAS = re.compile(r"(\S+/)?bn-keras")
-UNCHECKED = ("gcloud", "kubectl", "sky", "srun", "tensorboard", "source", "export", "for", "wait")
+UNCHECKED = (
+    *("gcloud", "kubectl", "sky", "srun", "tensorboard", "curl"),
+    *("source", "export", "for", "wait"),
+)
 DOCKER_FLAGS = {"--gpus", "--privileged", "--network"}
 IMAGE = "bn_keras"
 FILES_OF_A_RUN = ("config.json",)
@@ -344,7 +347,9 @@ def check_flags(words):
 def filled_in(words):
     """Replaces placeholders by values, and drops --config.KEY=VALUE."""
     words = [re.sub(r"=[A-Za-z]$", "=1", word) for word in words]
-    words = [re.sub(r"^--config=(configs/)?NAME(\.py)?", "--config=...", word) for word in words]
+    # A name to replace, or the folder of a reader's run.
+    config = re.compile(r"^--config=((configs/)?NAME(\.py)?|runs/\S+)$")
+    words = [config.sub("--config=...", word) for word in words]
     return [word for word in words if word != "--config.KEY=VALUE"]
 
 

@@ -57,6 +57,15 @@ def test_the_reference_has_every_setting_with_a_meaning_of_its_own(generate):
     assert all(meanings) and len(set(meanings)) == len(meanings)
 
 
+def test_the_table_of_configs_has_every_file(generate):
+    table = generate["reference"].configs()
+    shown = re.findall(r"^\| `(\w+).*?` \| (.+?) \| [\d,]+ \w+ \|$", table, flags=re.MULTILINE)
+    files = {file.stem for file in (ROOT / "configs").glob("*.py")} - {"__init__"}
+    assert {name for name, _ in shown} == files and len(shown) == len(files)
+    meanings = [meaning for _, meaning in shown]
+    assert len(set(meanings)) == len(meanings)
+
+
 def test_the_exit_statuses_are_those_of_the_code(generate):
     reference_pages = generate["reference"]
     listed = [status for statuses, _ in reference_pages.read_statuses() for status in statuses]

@@ -19,6 +19,7 @@ GENERATORS: dict[str, Callable[[], str]] = {
     "replicas": diagrams.replicas,
     "modules": diagrams.modules,
     "training": diagrams.training,
+    "configs": reference_pages.configs,
     "settings": reference_pages.settings,
     "commands": reference_pages.commands,
     "exit_statuses": reference_pages.exit_statuses,

@@ -1,6 +1,7 @@
-"""The generated parts of the reference: settings, commands and exit statuses, from the code."""
+"""The generated parts of the reference, from the code: configs, settings, commands and statuses."""
 
 import html
+import importlib
 import inspect
 import re
 import subprocess
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 
 from bn_keras import errors
 from bn_keras.training import config as schema
+from bn_keras.training import config_files
 from launch import cli
 from launch.main import COMMANDS
 
@@ -60,6 +62,21 @@ def read_settings() -> Iterator[Setting]:
         if (found := _ASSIGNMENT.match(line)) and found[2] != "ConfigDict()":
             yield Setting(found[1], _value(config, found[1]), " ".join(comment))
         comment = []
+
+
+def configs() -> str:
+    """Returns a table of the package's configs: name, first line of the docstring, and length."""
+    rows = []
+    for name in config_files.config_names():
+        module = importlib.import_module(f"configs.{name}")
+        has_members = bool(inspect.signature(module.get_config).parameters)
+        shown = f"`{name}:1` to `:6`" if has_members else f"`{name}`"
+        title = (module.__doc__ or "").partition("\n")[0]
+        meaning = re.sub(r"; see \w+\.py\.$", ".", title)
+        train = module.get_config().train
+        length = f"{train.epochs:g} epochs" if train.epochs else f"{train.steps:,} steps"
+        rows.append(f"| {shown} | {_cell(meaning)} | {length} |")
+    return "\n".join(["| `--config=` | trains | length |", "|---|---|---|", *rows])
 
 
 def commands() -> str:
