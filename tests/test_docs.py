@@ -33,6 +33,7 @@ from bn_keras.distribute import STRATEGIES
 from bn_keras.errors import UsageError
 from bn_keras.training.build import build_schedule
 from bn_keras.training.config import check_config, default_config
+from bn_keras.training.config_files import load_config
 from launch.main import COMMANDS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -169,6 +170,16 @@ def test_the_table_of_arguments_matches_the_layer():
     assert shown.keys() == parameters.keys() - {"kwargs"}
     for name, text in shown.items():
         assert text.replace("−", "-") == str(parameters[name].default), name
+
+
+def test_the_sample_log_is_that_of_the_present_config():
+    text = (ROOT / "docs" / "commands.md").read_text()
+    [name] = re.findall(r"\$ bn-keras train --config=(\w+)", text)
+    config = load_config(name)
+    assert f"config    {name}\n" in text
+    assert f"devices   {config.distribution.strategy}: 1 CPU" in text
+    steps = re.findall(r"(?:to step |finished  step |bn_x5: )([\d,]+)(?: steps|: |\n)", text)
+    assert set(steps) == {str(config.train.steps)} and len(steps) == 3
 
 
 def test_the_citation_names_this_version():
