@@ -356,9 +356,9 @@ def _check_on_data(
     population = estimate_population_statistics(model, dataset, num_batches, strategy, update=False)
 
     findings = [
-        _make_finding(row.layer, "stale", True, _format_distances(row))
+        _make_finding(row.layer, "stale", True, text)
         for row in population.rows
-        if _is_stale(row) and row.layer not in never_updated
+        if (text := _describe_stale(row)) and row.layer not in never_updated
     ]
     if gap is not None and gap > MAX_GAP and not (never_updated or findings):
         text = (
@@ -369,9 +369,16 @@ def _check_on_data(
     return population, gap, findings
 
 
-def _is_stale(row: LayerReport) -> bool:
-    ratio = max(row.variance_ratio_largest, 1 / row.variance_ratio_smallest)
-    return not (row.mean_distance_largest <= MAX_MEAN_DISTANCE and ratio <= MAX_VARIANCE_RATIO)
+def _describe_stale(row: LayerReport) -> str:
+    """Describes which moving statistics are not those of the data; returns "" if all are."""
+    distance, smallest, largest = _largest_distances(row)
+    parts = []
+    # Negated so that NaN is not accepted.
+    if not distance <= MAX_MEAN_DISTANCE:
+        parts.append(f"moving means up to {distance:.2f} standard deviations off")
+    if not (1 / MAX_VARIANCE_RATIO <= smallest and largest <= MAX_VARIANCE_RATIO):
+        parts.append(f"moving variances {smallest:.3g} to {largest:.3g} times those of the data")
+    return ", ".join(parts)
 
 
 def _largest_distances(*rows: LayerReport) -> tuple[float, float, float]:
@@ -380,14 +387,6 @@ def _largest_distances(*rows: LayerReport) -> tuple[float, float, float]:
     smallest = min(row.variance_ratio_smallest for row in rows)
     largest = max(row.variance_ratio_largest for row in rows)
     return distance, smallest, largest
-
-
-def _format_distances(row: LayerReport) -> str:
-    distance, smallest, largest = _largest_distances(row)
-    return (
-        f"moving means are up to {distance:.2f} standard deviations from those of the data, and"
-        f" moving variances {smallest:.3g} to {largest:.3g} times those of the data"
-    )
 
 
 def _check_folding(model: keras.Model) -> list[Finding]:

@@ -283,6 +283,18 @@ def test_a_description_keeps_any_class_names(names):
     assert description.to_json().isascii()
 
 
+@pytest.mark.parametrize(
+    "shape, window",
+    [
+        ((64, 64, 3), "take 7/8 of the sides of the largest centred square; resize"),
+        ((224, 200, 3), "largest centred window with the aspect ratio 200:224; resize"),
+    ],
+)
+def test_the_preprocessing_is_a_sentence(shape, window):
+    description = describe(["a"], shape, binary=False, crop="inception")
+    assert window in description.describe_preprocessing()
+
+
 def read_table(table, slots):
     """Reads fields of a FlatBuffer's table by number; each is read by its function."""
     found = {}

@@ -280,7 +280,7 @@ def test_the_page_explains_every_kind_of_finding(name):
     page = (pathlib.Path(__file__).parents[1] / "docs" / "convert.md").read_text()
     section = page.partition("## Check the BN layers")[2].partition("\n## ")[0]
     for kind in getattr(health, name):
-        assert f"| `{kind.removesuffix('_outputs')}` |" in section
+        assert f"(`{kind.removesuffix('_outputs')}`) | " in section
 
 
 def test_skipped_checks_are_reported():
@@ -317,6 +317,19 @@ def test_non_finite_and_insufficient_data():
         check_batch_norm(model, [], 1)
     with pytest.raises(UsageError, match="ended after 4 of num_batches=20"):
         check_batch_norm(model, BATCHES)
+
+
+@pytest.mark.parametrize(
+    "plant, text",
+    [
+        ("mean off in one channel", r"moving means up to 1\.10 standard deviations off"),
+        ("variance too small in one channel", r"moving variances 0\.22\d to 1 times .* data"),
+    ],
+)
+def test_only_the_stale_statistics_are_named(plant, text):
+    model = healthy()
+    PLANTED[plant][0](model)
+    assert re.fullmatch(text, check_batch_norm(model, BATCHES, 4).findings[0].text)
 
 
 def test_lagging_statistics_of_a_run_are_stale(tmp_path):
