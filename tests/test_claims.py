@@ -322,7 +322,8 @@ def test_staying_at_chance_is_distinguished_from_training():
         results[titles.INCEPTION_X5] = [made_up(titles.INCEPTION_X5, accuracy)]
         found = check_claim(claim(beginning), results)
         assert found.verdict == FAILS
-        assert "Inception's learning rate is 0.005 here" in found.note
+        rate = f"{cifar10_inception.BASE_RATE:g}"
+        assert f"Inception's learning rate is {rate} here" in found.note
         assert ("stays at chance" in found.note) == ("(at chance)" in found.measured) == stays
 
 

@@ -467,7 +467,7 @@ PRINTING = "cli.Command('__main__', lambda: print('x' * 100_000), needs_tensorfl
 
 
 @pytest.mark.parametrize(
-    "arguments", [["-c", f"from launch import cli; {PRINTING}"], ["-m", "launch.main"]]
+    "arguments", [["-c", f"from launch import cli; {PRINTING}"], ["-m", "launch.main", "help"]]
 )
 def test_a_broken_pipe_ends_a_command_silently(arguments):
     command = [sys.executable, *arguments]

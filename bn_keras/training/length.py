@@ -21,10 +21,12 @@ def with_steps(config: ConfigDict, num_train_examples: int) -> ConfigDict:
 
     These are train.steps, and evaluation.every_steps.
     """
-    values = {"train.steps": num_steps(config, num_train_examples)}
+    values = {}
+    if config.train.epochs:
+        values["train.steps"] = num_steps(config, num_train_examples)
     if period := config.evaluation.every_epochs:
         values["evaluation.every_steps"] = _to_steps(period, config, num_train_examples)
-    return replaced(config, values)
+    return replaced(config, values) if values else config
 
 
 def _to_steps(epochs: float, config: ConfigDict, num_train_examples: int) -> int:
