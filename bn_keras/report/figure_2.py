@@ -33,7 +33,7 @@ def build_figure_2(results: Results) -> Section:
     figure = Figure(figsize=(FIGURE_WIDTH, 3.6), layout="constrained")
     _draw_accuracy(figure.subplots(), networks)
     body = [
-        f"![Validation accuracy of {len(results)} networks against training steps](figure_2.svg)",
+        f"![Validation accuracy of {join_words(results)} against training steps](figure_2.svg)",
         f"{_explain_lines(results)} A diamond marks the first evaluation at which a network's line"
         " reaches Inception's highest point (thin grey line)."
         f"{_explain_published_points(results[INCEPTION][0])}",
