@@ -43,8 +43,8 @@ _ADVICE_ON_FAULTS = {
     " checkpoint, and train on from there with a lower learning rate.",
     "not_finite_outputs": "Look for NaN in the inputs, for inputs of a wrong scale, and for"
     " overflow in float16.",
-    "negative_variance": "No variance is negative, so the weights are damaged or were loaded in a"
-    " wrong order (expected gamma, beta, moving_mean, moving_variance): load them again.",
+    "negative_variance": "A variance cannot be negative: the weights are damaged or were loaded in"
+    " a wrong order (expected gamma, beta, moving_mean, moving_variance): load them again.",
     "never_updated": "Inference normalizes with these values instead of statistics of the data,"
     " and its outputs are wrong: train in training mode, as fit does, or call"
     " estimate_population_statistics.",

@@ -43,8 +43,7 @@ cluster_flags.define_cluster()
 def main() -> None:
     """Evaluates the networks and prints their errors."""
     from bn_keras.data.multi_crop import Crops
-    from bn_keras.inference.evaluation import evaluate_networks, format_errors
-    from bn_keras.runs.workdir import Workdir
+    from bn_keras.inference.evaluation import choose_config, evaluate_networks, format_errors
     from bn_keras.training.plan import describe_input
 
     workdirs, models = _WORKDIRS.value, _MODELS.value
@@ -55,12 +54,13 @@ def main() -> None:
     if not cluster_flags.join_cluster():
         return
     crops = [Crops.parse(text) for text in _CROPS.value]
-    config, source = _CONFIG.config, str(_CONFIG)
-    if config is None and workdirs:
-        config, source = Workdir(workdirs[0]).read_config(), f"that of {workdirs[0]}"
+    config = choose_config(_CONFIG.config, workdirs, _BEST.value)
     cli.log_lines(
-        {"networks": ", ".join(workdirs + models), "config": source}
-        | (describe_input(config) if config else {})
+        {
+            "networks": ", ".join(workdirs + models),
+            "config": str(_CONFIG) if _CONFIG.config else f"that of {workdirs[0]}",
+        }
+        | describe_input(config)
         | {"crops": ", ".join(_CROPS.value)}
     )
     rows = evaluate_networks(workdirs, config, crops, models, _BEST.value, _PER_CLASS.value)

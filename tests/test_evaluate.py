@@ -1,5 +1,6 @@
 """Evaluation counts every image once, for any batch, replicas, crops and ensemble."""
 
+import json
 import shutil
 
 import keras
@@ -266,9 +267,16 @@ def test_any_split_is_evaluated_with_classes_matched_by_name(folder_run, caplog)
         evaluate_networks([workdir], config)
 
 
-def test_a_run_of_several_workers_is_evaluated_by_one_process(runs):
-    config = replaced(Workdir(runs[0]).read_config(), {"distribution.strategy": "multi_worker"})
-    assert evaluate_networks([runs[0]], config) == evaluate_networks([runs[0]])
+def test_the_command_evaluates_a_run_of_several_workers_in_one_process(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    config = replaced(Workdir(run).read_config(), {"distribution.strategy": "multi_worker"})
+    (run / "config.json").write_text(config.to_json())
+    [row] = evaluate_networks([run])
+    assert row["accuracy"] == evaluate_networks([runs[0]])[0]["accuracy"]
+    done = launch("evaluate", f"--workdir={run}", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == row and "mirrored: 1 CPU replica" in done.stderr
 
 
 def test_the_command_overrides_the_config_of_the_run(folder_run):

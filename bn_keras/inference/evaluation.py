@@ -20,6 +20,7 @@ from bn_keras.text import counted, first_of, table
 from bn_keras.training.build import build_data
 from bn_keras.training.class_report import ClassReport, ClassRow, format_classes
 from bn_keras.training.evaluator import EvaluationMetrics, Evaluator
+from bn_keras.training.networks import replaced
 
 
 class _Subject(TypedDict):
@@ -77,9 +78,8 @@ def evaluate_networks(
         network does not have, or crops that the network's input does not allow.
       WorkerLostError: another worker has ended or does not answer.
     """
-    config = _choose_config(config, workdirs, best)
-    distribution = config.distribution
-    strategy = make_strategy(usable_alone(distribution.strategy), distribution.replicas)
+    config = choose_config(config, workdirs, best)
+    strategy = make_strategy(**config.distribution)
     networks: list[TrainedNetwork | ExportedNetwork] = [
         *(load_trained(workdir, strategy, best) for workdir in workdirs),
         *(load_exported(path, strategy) for path in exported),
@@ -131,10 +131,17 @@ def evaluate_networks(
     return rows
 
 
-def _choose_config(
-    config: ConfigDict | None, workdirs: Sequence[str | os.PathLike], best: bool
+def choose_config(
+    config: ConfigDict | None, workdirs: Sequence[str | os.PathLike], best: bool = False
 ) -> ConfigDict:
-    """Returns the config of the evaluation, which must belong to one of the runs."""
+    """Returns the config that `evaluate_networks` uses for the same arguments.
+
+    It describes the network of one of the runs. One process can evaluate the run of several
+    workers: in a process that belongs to no cluster, "mirrored" replaces "multi_worker".
+
+    Raises:
+      UsageError: no config, or one of another network than the runs'.
+    """
     if best and not workdirs:
         raise UsageError("only a run records its best evaluation: pass its workdir")
     if config is None and not workdirs:
@@ -150,7 +157,8 @@ def _choose_config(
             f"the config describes another network than the run in {workdirs[0]}: omit the config"
             " to use that of the run"
         )
-    return config
+    strategy = usable_alone(config.distribution.strategy)
+    return replaced(config, {"distribution.strategy": strategy})
 
 
 def _match_classes(
