@@ -39,6 +39,10 @@ _INFERENCE_BATCH_SIZE = 1
 # deviations the computed mean is still accurate to a hundredth of a standard deviation.
 _MAX_UNCHECKED_COUNT = 2**15
 
+# Numbers of values that XLA averages before it averages their means: fewer gain nothing, and the
+# float32 sum of more would be less accurate at large means.
+_MIN_PART, _MAX_PART = 4, 64
+
 # Stacks the tensors, [...], of the R replicas that share statistics: returns the same [R, ...] on
 # each of them. Differentiable; one collective per call.
 Gather = Callable[[tf.Tensor], tf.Tensor]
@@ -429,13 +433,35 @@ class _Unfused:
         if self._is_compiled_by_xla:
             # XLA adds values one by one in float32, so a large mean would lose the deviations.
             # Subtracting one value of the batch first leaves a small mean.
-            shift = self._some_value(x)
-            mean = shift + _divide(self._sum(self._apply_mask(x - shift)), count)
+            parts, size = self._average_parts(x)
+            shift = self._some_value(parts)
+            mean = shift + _divide(self._sum(self._apply_mask(parts - shift)), count / size)
         else:
             mean = tf.cast(_divide(self._sum_exactly(self._apply_mask(x)), count), x.dtype)
         deviation = x - mean
         variance = _divide(self._sum(tf.square(self._apply_mask(deviation))), count)
         return count, mean, variance, deviation
+
+    def _average_parts(self, x: tf.Tensor) -> tuple[tf.Tensor, int]:
+        """Returns the means of equal parts of x, and the number of values in each.
+
+        What is subtracted from x before a sum is written to memory by XLA's CPU compiler, as large
+        as x. The means of parts are few, and a part is so small that its sum is accurate.
+        """
+        last = first = self._reduced[-1]
+        while first - 1 in self._reduced and x.shape[first - 1] is not None:
+            first -= 1
+        if self._mask is not None or x.shape[last] is None or _is_on_accelerator():
+            return x, 1
+        num_values = math.prod(x.shape[first : last + 1])
+        # The largest power of two that divides it, so that the means are rounded no more.
+        size = min(num_values & -num_values, _MAX_PART)
+        if size < _MIN_PART:
+            return x, 1
+        dims = _reshape_dims(x)
+        parts = [1] * (last - first) + [num_values // size, size]
+        x = tf.reshape(x, [*dims[:first], *parts, *dims[last + 1 :]])
+        return tf.reduce_mean(x, last + 1), size
 
     def _count_values(self, x: tf.Tensor) -> Count:
         if self._mask is not None:

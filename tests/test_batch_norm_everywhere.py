@@ -5,6 +5,7 @@ Every case compares outputs, gradients and moving statistics with the paper in f
 
 import collections
 import itertools
+import re
 
 import keras
 import numpy as np
@@ -470,6 +471,39 @@ def test_the_graph_is_lighter_than_that_of_the_keras_layer(shape, largest_share)
         len(_nodes(_training_graph(c(), shape))) for c in (BatchNormalization, KERAS_BN)
     )
     assert ours <= largest_share * theirs
+
+
+@pytest.mark.parametrize("is_known", [True, False], ids=["known", "unknown"])
+@pytest.mark.parametrize("shape, axis", [((64, 16, 16, 8), -1), ((64, 8, 16, 16), 1)])
+def test_xla_writes_no_more_large_tensors_than_for_the_keras_layer(shape, axis, is_known):
+    x = tf.random.normal(shape)
+
+    def num_written(cls):
+        layer = cls(axis=axis)
+        layer.build((None, *shape[1:]))
+        compiled = _compile(_training_step(layer), "XLA", is_known, x, x)
+        program = compiled.experimental_get_compiler_ir(x, x)(stage="optimized_hlo")
+        size = ",".join(map(str, shape))
+        entry = program[program.index("\nENTRY") :]
+        return len(re.findall(rf"= f32\[{size}\]\S* (?!parameter)", entry))
+
+    # y, dx, and two products before their sums, as of TensorFlow 2.21.
+    assert 2 <= num_written(BatchNormalization) <= num_written(KERAS_BN)
+
+
+@pytest.mark.parametrize("is_known", [True, False], ids=["known", "unknown"])
+@pytest.mark.parametrize(
+    "shape, axis",
+    [((4096, 32), -1), ((63, 5), -1), ((64, 14, 14, 8), -1), ((64, 8, 16, 16), 1), ((8, 3, 7), 1)],
+)
+def test_large_means_lose_nothing_under_xla(shape, axis, is_known):
+    """Means of parts are averaged, if there is a power of two that divides the size."""
+    x = (1e4 + np.random.default_rng(2).normal(size=shape)).astype(np.float32)
+    layer = BatchNormalization(axis=axis, epsilon=EPSILON)
+    layer.build((None, *shape[1:]))
+    y, _ = _compile(_training_step(layer), "XLA", is_known, x, x)(tf.constant(x), tf.constant(x))
+    expected = reference.batch_normalize(x, 1.0, 0.0, EPSILON, axis)[0]
+    np.testing.assert_allclose(y, expected, atol=2 * 1e4 * 2**-24)
 
 
 @pytest.mark.parametrize("implementation", ["accelerator"], indirect=True)
