@@ -86,7 +86,7 @@ def outlined(branch: Callable[[], tf.Tensor]) -> Callable[[], tf.Tensor]:
     """
     if tf.executing_eagerly():
         return branch
-    return tf.function(branch, experimental_attributes={"_noinline": True})
+    return tf.function(branch, autograph=False, experimental_attributes={"_noinline": True})
 
 
 def _convert(pixels: tf.Tensor, channels: int) -> tf.Tensor:
