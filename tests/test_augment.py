@@ -360,6 +360,7 @@ def test_mixing_needs_an_even_batch_on_each_replica():
     data.train_batches(Pipelines(1, 2), 6)
 
 
+@pytest.mark.job
 def test_a_run_with_mixed_images_resumes_exactly(tmp_path, monkeypatch):
     mixings, mix = [], Mixing.mix
     monkeypatch.setattr(Mixing, "mix", lambda *args: mixings.append(args[0]) or mix(*args))

@@ -40,6 +40,7 @@ def small_config():
     return config
 
 
+@pytest.mark.job
 def test_auxiliary_classifier_is_saved_and_resumed_but_not_loaded(tmp_path, monkeypatch):
     # One module is enough and saves time, since the test traces three graphs.
     shorten_figure_5(monkeypatch, "4d")

@@ -297,6 +297,7 @@ def test_weighted_examples_count_like_repeated_ones():
     close(weighted, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.job
 @pytest.mark.parametrize("balance", ["weights", "sampling"])
 def test_an_interrupted_balanced_run_ends_like_an_uninterrupted_one(balance, tmp_path, monkeypatch):
     config = small_mlp(

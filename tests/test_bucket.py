@@ -124,6 +124,7 @@ def test_a_run_killed_at_random_changes_equals_a_local_one(bucket, commands, tra
     assert not [name for name in bucket.names("killed/run/lock") if name.endswith(".claim")]
 
 
+@pytest.mark.job
 def test_every_state_of_a_bucket_is_usable(bucket, commands, train, local, tmp_path):
     """A process may end after any change; each state is checked in a local copy."""
     states = []
@@ -159,6 +160,7 @@ def png(seed=0):
     return tf.io.encode_png(pixels).numpy()
 
 
+@pytest.mark.job
 def test_every_command_reads_and_writes_a_bucket(bucket, commands, train, trained, local, folder):
     def run(*arguments):
         result = commands.run(*arguments)

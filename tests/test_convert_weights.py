@@ -434,6 +434,7 @@ def test_source_is_inferred_from_the_extension_or_passed(tmp_path):
         convert.convert_weights(tmp_path / "a.npz", tmp_path / "out.keras", "caffe")
 
 
+@pytest.mark.job
 def test_command_converts_and_describes_the_images(slim, tmp_path):
     _save_checkpoint(tmp_path / "model.ckpt", slim[0])
     done = launch("convert", f"--weights={tmp_path}/model.ckpt", f"--output={tmp_path}/out.keras")

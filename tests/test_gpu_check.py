@@ -6,6 +6,9 @@ import re
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.job
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 

@@ -33,6 +33,7 @@ def learned(result):
     return {key: value for key, value in result.items() if "per_second" not in key}
 
 
+@pytest.mark.job
 def test_a_run_with_shared_graphs_equals_a_run_alone(tmp_path, traced):
     graphs = Graphs()
     train_and_evaluate(with_dropout(0), tmp_path / "first", graphs=graphs)

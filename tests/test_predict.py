@@ -126,6 +126,7 @@ def test_networks_with_other_preprocessing_are_rejected(runs, tmp_path):
         make_predictor([runs[0], tmp_path])
 
 
+@pytest.mark.job
 def test_the_command_processes_the_images_after_an_unreadable_one(runs, tmp_path):
     (tmp_path / "good.png").write_bytes(as_file(photograph(), "PNG"))
     (tmp_path / "text.jpg").write_bytes(BAD["text.jpg"][0])

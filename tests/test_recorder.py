@@ -138,6 +138,7 @@ SHORT = {"train.steps": 30, "evaluation.every_steps": 15, "checkpoint.every_step
 RECORD = {"record.layer": "sigmoid_2", "record.every_steps": 7, "record.num_examples": 100}
 
 
+@pytest.mark.job
 def test_recording_does_not_affect_training_and_resuming_repeats_it(tmp_path, monkeypatch):
     """On two replicas, whose moving statistics differ between the merges at the ends of loops."""
     unrecorded, recorded = tmp_path / "unrecorded", tmp_path / "recorded"

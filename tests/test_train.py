@@ -107,7 +107,11 @@ def test_a_run_learns_and_records_its_metrics(tmp_path):
     "make_config, killed_after",
     [
         (small_mlp, 33),
-        (functools.partial(small_mlp, **TWO_REPLICAS, **BY_POPULATION, **ALL_FEATURES), 33),
+        pytest.param(
+            functools.partial(small_mlp, **TWO_REPLICAS, **BY_POPULATION, **ALL_FEATURES),
+            33,
+            marks=pytest.mark.job,
+        ),
     ],
     ids=["one device", "two replicas, all features"],
 )
