@@ -12,6 +12,7 @@ import zipfile
 from importlib.metadata import packages_distributions
 
 import pytest
+from packaging.utils import canonicalize_name
 from test_docker import copied_sources, copy_sources
 
 from launch import TRAIN_MODULES
@@ -121,9 +122,9 @@ def test_the_commands_check_every_requirement_of_the_extra():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     requirements = setup["options.extras_require"]["train"].split("\n")
-    expected = {re.match(r"[\w-]*", line)[0].lower() for line in requirements} - {""}
+    expected = {canonicalize_name(re.match(r"[\w-]*", line)[0]) for line in requirements} - {""}
     distributions = packages_distributions()
-    checked = {name.lower() for module in TRAIN_MODULES for name in distributions[module]}
+    checked = {canonicalize_name(n) for module in TRAIN_MODULES for n in distributions[module]}
     assert checked == expected
 
 
