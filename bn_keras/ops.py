@@ -258,11 +258,11 @@ def _should_fuse_inference(x: tf.Tensor, axes: Sequence[int]) -> bool:
     # Only images with channels last, the layout in which converters recognize the kernel.
     if x.dtype not in _FUSED_DTYPES or x.shape.rank != 4 or list(axes) != [3]:
         return False
+    if not _is_large(x, axes, _INFERENCE_BATCH_SIZE, _MIN_SIZE_TO_FUSE_INFERENCE):
+        return False
     # On GPUs the kernel's gradient has no fixed order (see _should_fuse_training), and cuDNN limits
     # the batch size.
-    if _is_compiled_by_xla() or _is_on_accelerator():
-        return False
-    return _is_large(x, axes, _INFERENCE_BATCH_SIZE, _MIN_SIZE_TO_FUSE_INFERENCE)
+    return not (_is_compiled_by_xla() or _is_on_accelerator())
 
 
 def _is_large(x: tf.Tensor, axes: Sequence[int], batch_size: int, min_size: int) -> bool:

@@ -270,6 +270,7 @@ def train_batches(data, steps, start_step=0, strategy=ONE, mix=True):
     return strategy.global_batches(datasets, steps)
 
 
+@pytest.mark.job
 def test_a_batch_depends_only_on_its_step(open_augmented):
     uninterrupted = train_batches(open_augmented(), 7)
     resumed = train_batches(open_augmented(), 4, start_step=3, strategy=Pipelines(2, 4))

@@ -56,6 +56,7 @@ def test_the_picture_shows_the_input_of_the_network_with_its_names(tmp_path, fig
     assert 0 < distances[0] < distances[1] < distances[2]
 
 
+@pytest.mark.job
 def test_the_picture_shows_mixed_images_with_the_shares_of_their_classes(tmp_path, figures):
     """The last of three examples is mixed with a fourth."""
     config = digits(random_augment=0.5, mixup=0.4, cutmix=1.0, distortion=0.5)

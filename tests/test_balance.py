@@ -131,6 +131,7 @@ def test_an_example_is_drawn_again_only_after_all_others_of_its_class():
     assert set(np.bincount(sum(others, []))[[0, 2, 3, 5, 6]]) == {8}
 
 
+@pytest.mark.job
 def test_balanced_batches_depend_on_seed_and_step_only(open_unequal, monkeypatch):
     # The records are in several groups, smaller than a batch.
     monkeypatch.setattr(shard_batches, "GROUP_BYTES", 150)

@@ -192,6 +192,7 @@ def test_every_command_reads_and_writes_a_bucket(bucket, commands, train, traine
     assert not (folder / "gs:").exists()
 
 
+@pytest.mark.job
 def test_an_existing_output_in_a_bucket_is_kept_or_replaced(bucket, commands, trained):
     bucket.put("old/net.keras", b"old")
     export = ["export", f"--workdir={trained}", "--output=gs://old/net.keras"]

@@ -487,6 +487,7 @@ def test_a_signal_ends_a_wait(signum):
     assert f"{signum.name}: ending while waiting for worker 1 (host:2222)" in log
 
 
+@pytest.mark.job
 def test_a_signal_ends_a_wait_of_a_process_that_ignores_it():
     """The first process of a container ignores SIGTERM by default."""
     process = start_waiting(default=False)
@@ -495,6 +496,7 @@ def test_a_signal_ends_a_wait_of_a_process_that_ignores_it():
     assert process.returncode == 143
 
 
+@pytest.mark.job
 def test_a_signal_ends_a_wait_that_replaces_its_handler():
     """TensorFlow does so when it connects workers."""
     process = start_waiting(replaced=True)
@@ -503,6 +505,7 @@ def test_a_signal_ends_a_wait_that_replaces_its_handler():
     assert process.returncode == 143
 
 
+@pytest.mark.job
 def test_a_wait_during_a_training_passes_the_signal_on_and_ends_later():
     process = start_waiting(listens=True, seconds=1.0)
     read_until(process.stderr, "waiting for worker 1 (host:2222), for 1 seconds so far")
@@ -512,6 +515,7 @@ def test_a_wait_during_a_training_passes_the_signal_on_and_ends_later():
     assert log.index("stopping after this loop") < log.index("SIGTERM: ending while waiting for")
 
 
+@pytest.mark.job
 def test_a_second_signal_ends_a_training_that_waits():
     process = start_waiting(listens=True)
     process.terminate()
@@ -550,6 +554,7 @@ CONNECT = """
 """
 
 
+@pytest.mark.job
 def test_a_signal_ends_the_connection_to_a_worker_that_does_not_answer(servers):
     """TensorFlow holds Python's lock then, and replaces the handler of SIGTERM."""
     chief, own = map(address_of, servers)
@@ -568,6 +573,7 @@ def test_a_signal_ends_the_connection_to_a_worker_that_does_not_answer(servers):
     assert f"SIGTERM: ending while waiting for worker 0 ({chief})" in log
 
 
+@pytest.mark.job
 def test_a_cluster_of_one_trains_alone(servers):
     program = """
         from bn_keras.distribute import from_all_workers, is_chief, make_strategy

@@ -390,6 +390,7 @@ def test_converted_weights_load_in_the_builder(cadene, tmp_path):
     assert list(written.parent.iterdir()) == [written]
 
 
+@pytest.mark.job
 def test_weights_are_converted_in_a_bucket(cadene, tmp_path, memory_bucket):
     np.savez(tmp_path / "weights.npz", **cadene[0])
     weights, written = (str(memory_bucket / n) for n in ("weights.npz", "new/out.weights.h5"))
@@ -448,6 +449,7 @@ def test_command_converts_and_describes_the_images(slim, tmp_path):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.job
 def test_command_rejects_another_network(tmp_path):
     np.savez(tmp_path / "resnet.npz", **RESNET)
     arguments = (f"--weights={tmp_path}/resnet.npz", f"--output={tmp_path}/out.keras")

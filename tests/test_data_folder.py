@@ -478,6 +478,7 @@ def corrupt(root):
     return paths
 
 
+@pytest.mark.job
 def test_unreadable_training_examples_are_replaced_and_nothing_else_changes(root, caplog):
     random = {"crop": "inception", "mirror": True, "distortion": 1.0}
     intact = train_batches(open_folder(root, **random), STEPS)

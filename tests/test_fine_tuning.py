@@ -141,6 +141,7 @@ def test_a_run_starts_from_the_best_network_of_another(pretrained, tmp_path):
     assert (record["layers_loaded"], record["layers_frozen"]) == (7, 4)
 
 
+@pytest.mark.job
 def test_a_resumed_run_needs_its_source_no_more_and_is_exact(pretrained, tmp_path, monkeypatch):
     source = tmp_path / "source"
     pretrained.rename(source)

@@ -993,6 +993,7 @@ def known_flags(program, *groups):
     return set(re.findall(r"--[a-z][-a-z]+", re.sub(r"\x1b\[[0-9;]*m", "", shown)))
 
 
+@pytest.mark.job
 @pytest.mark.skipif(not shutil.which("gcloud"), reason="gcloud is not installed")
 def test_the_real_gcloud_has_every_flag_in_use(cloud, monkeypatch, tmp_path):
     real = shutil.which("gcloud", path=REAL_PATH)

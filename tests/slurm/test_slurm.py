@@ -19,7 +19,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from commands import ROOT, launch  # noqa: E402
 from slurm_cluster import missing, running_cluster  # noqa: E402
 
-needs_slurm = pytest.mark.skipif(bool(missing()), reason=missing())
+
+def needs_slurm(test):
+    return pytest.mark.job(pytest.mark.skipif(bool(missing()), reason=missing())(test))
 
 
 def make_script(*arguments):
@@ -101,7 +103,6 @@ def submit(slurm, script, training, *options):
 
 @needs_slurm
 @pytest.mark.parametrize("layout", [["--nodes=2", "--ntasks=2"], ["--nodes=1", "--ntasks=1"]])
-@pytest.mark.job
 def test_each_task_finds_its_cluster(layout, slurm):
     program = "from bn_keras.distribute.detection import find_cluster; print(find_cluster())"
     lines = slurm.run("srun", *layout, sys.executable, "-c", program).splitlines()
@@ -124,7 +125,6 @@ def test_each_task_finds_its_cluster(layout, slurm):
         ("bash -c '((${SLURM_RESTART_COUNT:-0})) || kill -9 $$'", "COMPLETED", 1),
     ],
 )
-@pytest.mark.job
 def test_the_job_is_requeued_unless_the_error_would_recur(training, state, restarts, slurm, script):
     job = submit(slurm, script, training)
     fields = slurm.wait_for(job, lambda f: f["JobState"] in ("COMPLETED", "FAILED"), 90)
