@@ -71,9 +71,10 @@ test-jobs: $(READY)
 # PyTorch has an environment of its own, since nothing else needs it. On Linux its default wheel
 # includes CUDA; PIP_INDEX_URL or PIP_EXTRA_INDEX_URL can select PyTorch's CPU wheels.
 # The one network used of pytorchcv and of tf-slim needs none of their dependencies.
-$(PEERS): $(READY) Makefile
-	@set -e; echo "Setting up .venv-peers with PyTorch, TF-Slim and ONNX."; \
-	$(PY) -m venv --clear .venv-peers; \
+$(PEERS): setup.cfg Makefile
+	@set -e; $(find_python); \
+	echo "Setting up .venv-peers with $$("$$found" --version), PyTorch, TF-Slim and ONNX."; \
+	"$$found" -m venv --clear .venv-peers; \
 	$(call install,.venv-peers,$(EXTRA)$(COMMA)train$(COMMA)dev$(COMMA)onnx,torch==2.13.0); \
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps pytorchcv==0.0.74 tf-slim==1.1.0; \
 	touch $(PEERS)
