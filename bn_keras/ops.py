@@ -525,8 +525,11 @@ class _Unfused:
         TensorFlow adds float32 values one by one. Only along the last axes it adds sums of pairs,
         so that float32 is accurate enough there.
         """
-        inner = list(self._reduced)
-        while inner and inner != list(range(inner[0], x.shape.rank)):
+        end = x.shape.rank
+        while end and x.shape[end - 1] == 1:  # Such axes separate nothing.
+            end -= 1
+        inner = [a for a in self._reduced if a < end]
+        while inner and inner != list(range(inner[0], end)):
             inner = inner[1:]
         if inner:
             x = tf.reduce_sum(x, inner, keepdims=True)

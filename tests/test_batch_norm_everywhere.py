@@ -188,13 +188,14 @@ def test_an_empty_batch_changes_nothing(unbiased, momentum, implementation, mode
 
 
 @pytest.mark.parametrize("implementation, mode, is_known", SETTINGS, indirect=["implementation"])
-def test_a_single_value_has_a_variance_of_0(implementation, mode, is_known):
-    layer = _built((1, 1, 1, 3), momentum=0.5)
-    x = tf.constant([[[[1.0, 2.0, 3.0]]]])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 3), (1, 1)])
+def test_a_single_value_has_a_variance_of_0(shape, implementation, mode, is_known):
+    layer = _built(shape, momentum=0.5)
+    x = tf.reshape(tf.range(1.0, 1 + shape[-1]), shape)
     y, _ = _compile(_training_step(layer), mode, is_known, x, x)(x, x)
-    np.testing.assert_allclose(y, layer.beta[None, None, None], atol=1e-6)
-    np.testing.assert_allclose(layer.moving_mean, [0.5, 1, 1.5])
-    np.testing.assert_allclose(layer.moving_variance, [0.5] * 3)
+    np.testing.assert_allclose(y, tf.broadcast_to(layer.beta, shape), atol=1e-6)
+    np.testing.assert_allclose(layer.moving_mean, tf.reshape(x / 2, [-1]))
+    np.testing.assert_allclose(layer.moving_variance, tf.fill(shape[-1:], 0.5))
 
 
 @pytest.mark.parametrize("implementation, mode, is_known", SETTINGS, indirect=["implementation"])
