@@ -4,8 +4,8 @@
 
 Times ranks 2 to 5, 1 to 1,024 channels, batches of 1 to 4,096 examples, axis -1 and 1, training and
 inference, eager, graph and XLA, known and unknown batch size, float32 and bfloat16, one and two
-threads, and prints the ten worst. A filter keeps the combinations whose name contains it. About
-half an hour without filters.
+threads, and prints the ten worst. A filter keeps the combinations whose name contains it. Half
+an hour to an hour without filters.
 """
 
 import itertools

@@ -39,8 +39,8 @@ _INFERENCE_BATCH_SIZE = 1
 # deviations the computed mean is still accurate to a hundredth of a standard deviation.
 _MAX_UNCHECKED_COUNT = 2**15
 
-# Numbers of values that XLA averages before it averages their means: fewer gain nothing, and the
-# float32 sum of more would be less accurate at large means.
+# Numbers of values that XLA averages before it averages their means: the means of fewer would be
+# nearly as large as x, and the float32 sum of more would be less accurate at large means.
 _MIN_PART, _MAX_PART = 4, 64
 
 # Stacks the tensors, [...], of the R replicas that share statistics: returns the same [R, ...] on
