@@ -1,6 +1,7 @@
 """A run on this machine is usable after a loss of power at any moment."""
 
 import os
+import threading
 
 from small import small_mlp
 from usable_runs import check_usable, without_times
@@ -27,6 +28,7 @@ class Disk:
         self._folder = str(folder)
         self._flushed = {}
         self._named = {}
+        self._lock = threading.Lock()  # A save writes and removes files in several threads.
         self.operations = []
         self.states = []
         for name in ("fsync", "replace", "remove"):
@@ -38,8 +40,10 @@ class Disk:
                 os.readlink(f"/proc/self/fd/{a}") if isinstance(a, int) else os.path.abspath(a)
                 for a in arguments
             ]
-            function(*arguments)
-            if paths[0].startswith(self._folder):
+            if not paths[0].startswith(self._folder):
+                return function(*arguments)
+            with self._lock:
+                function(*arguments)
                 getattr(self, f"_{name}")(*paths)
                 self.operations.append((name, *(os.path.relpath(p, self._folder) for p in paths)))
                 names = {path: self._flushed.get(path, b"") for path in self._paths()}
