@@ -913,11 +913,10 @@ def _branches(
     def keep(*tensors: tf.Tensor) -> Sequence[tf.Tensor]:
         return tensors[:5]
 
+    signature = [*checked, *parameters, images]
     with tf.init_scope():
-        return tuple(
-            tf.function(f, autograph=False).get_concrete_function(*checked, *parameters, images)
-            for f in (recompute, keep)
-        )
+        # tf.function would add an operation per output.
+        return tuple(tf.compat.v1.wrap_function(f, signature) for f in (recompute, keep))
 
 
 def _recompute(
