@@ -28,8 +28,10 @@ def get_claim_configs(inception: ConfigDict) -> dict[str, ConfigDict]:
     full = accelerated_steps(inception)
     period = inception.evaluation.every_steps
     start = full // 5 // period * period
-    baseline, x5 = derive(inception, "bn_baseline"), derive(inception, "bn_x5")
-    sigmoid = derive(inception, "inception_sigmoid")
+    baseline, x5, x30, sigmoid = (
+        derive(inception, variant)
+        for variant in ("bn_baseline", "bn_x5", "bn_x30", "inception_sigmoid")
+    )
     rate = "schedule.base_rate"
     inception_rate = inception.schedule.base_rate
     accelerated = accelerate(inception)
@@ -48,6 +50,7 @@ def get_claim_configs(inception: ConfigDict) -> dict[str, ConfigDict]:
         runs[title] = (x5, full, {key: before[key]})
     runs |= {
         titles.CONTROL: (inception, full, after),
+        titles.X30_AT_HALF: (x30, full, {rate: x30.schedule.base_rate / 2}),
         titles.X5_AT_RATE_1: (x5, start, {rate: inception_rate}),
         titles.SIGMOID: (inception, start, {"model.variant": sigmoid.model.variant}),
         titles.SIGMOID_X5: (sigmoid, start, {rate: 5 * inception_rate}),

@@ -11,6 +11,7 @@ SIGMOID = "Inception with sigmoids"
 SIGMOID_X5 = "Inception with sigmoids at 5 times the rate"
 CONTROL = "Inception with section 4.2.1's changes"
 X5_AT_RATE_1 = "BN-x5 at Inception's rate"
+X30_AT_HALF = "BN-x30 at half its rate"
 # BN-x5 with one change of section 4.2.1 undone, by change.
 ABLATIONS = {
     "dropout": "BN-x5 with 40% dropout",

@@ -30,6 +30,7 @@ from bn_keras.experiments.titles import (
     X5_AT_RATE_1,
     X5_SIGMOID,
     X30,
+    X30_AT_HALF,
     with_weight_factor,
 )
 from bn_keras.report import scale_invariance
@@ -194,6 +195,10 @@ def _is_too_high(title: str, results: Results) -> Finding:
     """Tests whether Inception is better at its own learning rate."""
     found = _is_better(INCEPTION, title, results)
     return found._replace(note=f"{_describe_rate(results)} {found.note}")
+
+
+def _is_not_worse(title: str, other: str, results: Results) -> Finding:
+    return _accept_too_close(_is_better(title, other, results))
 
 
 def _helps(change: str, results: Results) -> Finding:
@@ -442,6 +447,11 @@ CLAIMS = (
         "4.2.1",
         "With BN, a higher learning rate speeds up training",
         partial(_is_better, X5, X5_AT_RATE_1),
+    ),
+    Claim(
+        "ours",
+        "BN-x30's learning rate is not too high: at half of it, BN-x30 is not more accurate",
+        partial(_is_not_worse, X30, X30_AT_HALF),
     ),
     Claim(
         "4.2.1",
