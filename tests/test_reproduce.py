@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from commands import launch
 
 from bn_keras.experiments.paper import (
     EXPERIMENTS,
@@ -117,3 +118,41 @@ print(json.dumps([scales, "bn_keras" in sys.modules, "tensorflow" in sys.modules
     root = pathlib.Path(__file__).resolve().parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert json.loads(done.stdout) == [list(SCALES), False, False], done.stderr
+
+
+def reproduce(workdir, *arguments):
+    return launch("reproduce", *arguments, "--scale=digits", "--steps=20", f"--workdir={workdir}")
+
+
+def test_a_dry_run_only_lists_the_runs(tmp_path):
+    done = reproduce(tmp_path / "runs", "figure1", "claims", "--dry_run")
+    assert done.returncode == 0, done.stderr
+    first, last = done.stdout.splitlines()[1:3], done.stdout.splitlines()[-1]
+    assert [line.split(" seed")[0] for line in first] == ["with BN", "without BN"]
+    # An estimate for each, and their total.
+    num_runs = len(get_trials(["figure1", "claims"], "digits", 1))
+    assert len(done.stdout.splitlines()) == num_runs + 1 and last.split()[-1] in done.stderr
+    assert f"{num_runs} runs in" in done.stderr and not any(tmp_path.iterdir())
+
+
+def test_the_runs_that_have_ended_are_reported(tmp_path):
+    workdir = tmp_path / "runs"
+    for arguments, expected in (
+        (["--report_only"], f"no run in {workdir} has ended"),
+        (["--report_only", "--dry_run"], "--dry_run and --report_only are mutually exclusive"),
+    ):
+        refused = reproduce(workdir, "figure1", *arguments)
+        assert refused.returncode == 2 and expected in refused.stderr.splitlines()[-1]
+        assert not any(tmp_path.iterdir())
+    trained = reproduce(workdir, "figure1", "--parallel=1")
+    assert trained.returncode == 0, trained.stderr
+    report = workdir / "report.md"
+    first = report.read_text()
+    assert "## Figure 1" in first and "with BN (seed 0)" in first
+    report.unlink()
+    # Of the other experiments, no run has ended.
+    again = reproduce(workdir, "figure1", "figure3", "claims", "--report_only")
+    assert again.returncode == 0, again.stderr
+    assert "left out: figure3: " in again.stderr and "reporting 2 of " in again.stderr
+    text = report.read_text()
+    assert "## Figure 1" in text and "## Figure 3" not in text and "with BN (seed 0)" in text
