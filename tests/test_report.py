@@ -213,7 +213,7 @@ def test_every_statement_holds_for_the_papers_own_results():
         paper[title] = [Run(title, configure(), lines)]
     body = build_figure_3(paper).body
     assert set(verdicts(paper).values()) == {"holds"}
-    assert len(verdicts(paper)) == 7
+    assert len(verdicts(paper)) == 6
     for cells in table_of(body, "steps to").values():
         speedup, paper_speedup = cells[2:4]
         assert speedup == paper_speedup
@@ -240,7 +240,6 @@ def test_a_statement_that_holds_in_each_seed_holds():
             ["BN-x5 reaches .* than BN-x30"],
         ),
         ({"BN_x5_Sigmoid": [(0.85,), (0.86,)]}, ["BN-x5-Sigmoid never"]),
-        ({"BN_x5_Sigmoid": [(0.5,), (0.6,)]}, ["BN-x5-Sigmoid exceeds"]),
     ],
 )
 def test_a_statement_that_holds_in_no_seed_does_not_hold(changes, otherwise):
@@ -262,7 +261,7 @@ def test_a_statement_on_which_seeds_disagree_is_too_close_to_call():
         "**too close to call**",
         "1 of 2 seeds, 1 tie",
     ]
-    assert "6 hold and 1 is too close to call." in section.summary
+    assert "5 hold and 1 is too close to call." in section.summary
 
 
 @pytest.mark.parametrize(
@@ -273,7 +272,6 @@ def test_a_statement_on_which_seeds_disagree_is_too_close_to_call():
         # Accuracies within the standard error of 400 images: 1.8 points for 85%, 2.0 for 80%.
         ({"BN_x30": [(0.7, 0.845), (0.6, 0.84)]}, "BN-x30 has the highest"),
         ({"BN_x5_Sigmoid": [(0.815,)] * 2}, "BN-x5-Sigmoid never"),
-        ({"BN_x5_Sigmoid": [(0.705,)] * 2}, "BN-x5-Sigmoid exceeds"),
     ],
 )
 def test_a_tie_is_not_a_failure(changes, statement):
@@ -284,10 +282,10 @@ def test_a_tie_is_not_a_failure(changes, statement):
 
 def test_the_summary_compares_numbers_with_the_papers():
     assert build_figure_3(results()).summary == (
-        "BN-x5 reaches Inception's best accuracy, 80.0%, in 10 steps instead of 40, 4.0 times as"
-        " fast (paper: 14.8 times). Best accuracies: BN-x30 with 91.0% and Inception with 80.0%"
-        " (paper: BN-x30 with 74.8% and Inception with 72.2%). Of 7 statements of the paper's"
-        " Figure 3, 7 hold."
+        "BN-x5 reaches Inception's best accuracy, 80.0%, in 10 steps instead of 40, 4.0 times"
+        " fewer (paper: 14.8 times); Inception still improves at its end. Best accuracies: BN-x30"
+        " with 91.0% and Inception with 80.0% (paper: BN-x30 with 74.8% and Inception with 72.2%)."
+        " Of 6 statements of the paper's Figure 3, 6 hold."
     )
     equal = build_figure_3(results(BN_x5_Sigmoid=[(0.81,)] * 2)).summary
     assert equal.startswith("BN-x5 and BN-x5-Sigmoid reach Inception's best accuracy")
@@ -301,6 +299,8 @@ def test_a_single_seed_is_mentioned():
     alone = {title: runs[:1] for title, runs in results().items()}
     body = build_figure_3(alone).body
     assert "(single seed)" in body and "In parentheses" not in body
+    assert "another seed may differ" in body and "if seeds disagree" not in body
+    assert "if seeds disagree" in build_figure_3(results()).body
     assert "Each line is a single run" in build_figure_2(alone).body
     assert "means over 2 seeds" in build_figure_2(results()).body
 
@@ -310,8 +310,11 @@ def test_the_resolution_of_the_numbers_is_computed():
     assert "every 10 steps" in body
     later = build_figure_3(results(Inception=[(0.5, 0.7, 0.79, 0.78)] * 2)).body
     assert "best at its last evaluation" in body and "last evaluation" not in later
+    converged = build_figure_3(results(Inception=[(0.5, 0.7, 0.79, 0.78)] * 2)).summary
+    assert "still improves" not in converged
     # sqrt(0.8 * 0.2 / 400) = 2%.
     assert "80.0% on 400 validation images has a standard error of 2 percentage points" in body
+    assert "the difference of two such accuracies one of 2.8." in body
 
 
 def test_another_batch_size_is_mentioned():
@@ -338,7 +341,7 @@ def test_runs_without_metrics_are_no_error(tmp_path):
     runs = {title: [run(title, (), ())] for title in TITLES}
     body = build_figure_3(runs).body
     assert table_of(body, "steps")["BN-x5"][::2] == ["never", "-", "-"]
-    assert table_of(body, "first logged learning rate")["BN-x5"] == ["-", "-"]
+    assert table_of(body, "first logged learning rate")["BN-x5"] == ["-"] * 4
     write_report("t", [build_figure_2(runs), build_figure_3(runs)], runs, tmp_path, "c")
 
 
@@ -656,11 +659,13 @@ def test_every_run_is_listed_with_its_status_and_time(tmp_path):
     rows = table_of(text := provenance(runs, tmp_path), "status")
     assert len(rows) == 10
     assert rows["BN-x5 (seed 0)"] == ["finished", "2026-11-21 10:00", "0123456789ab"] + [
+        "1",
         "30",
         "10 s",
         "1 h 30 min",
     ]
     assert rows["BN-x30 (seed 1)"][0] == "diverged at step 17"
+    assert rows["BN-x30 (seed 1)"][3] == "2"
     assert rows["BN-x30 (seed 1)"][-1] == "over 1 h 30 min"
     assert rows["Inception (seed 0)"][:3] == ["unfinished", "-", "-"]
     assert "the runs took 3 h 0 min" in text and "last ended 2026-11-21 11:30 UTC." in text

@@ -33,7 +33,7 @@ from bn_keras.experiments.titles import (
     X30_AT_HALF,
     with_weight_factor,
 )
-from bn_keras.report import scale_invariance
+from bn_keras.report import published, scale_invariance
 from bn_keras.report.margins import (
     Difference,
     Group,
@@ -221,7 +221,9 @@ def _accept_too_close(found: Finding) -> Finding:
 
 def _describe_rate(results: Results) -> str:
     rate = ended_runs(results, INCEPTION)[0].config.schedule.base_rate
-    return f"Inception's learning rate is {rate:g} here and 0.0015 in the paper."
+    return (
+        f"Inception's learning rate is {rate:g} here and {published.INCEPTION_RATE:g} in the paper."
+    )
 
 
 def _describe_change(change: str, results: Results) -> str:

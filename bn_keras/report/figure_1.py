@@ -21,7 +21,7 @@ from bn_keras.report.plots import (
 )
 from bn_keras.report.published import CITATION
 from bn_keras.report.sections import Section, describe_divergence, escape, markdown_table
-from bn_keras.report.verdicts import Outcome, exceeds, tabulate_verdicts
+from bn_keras.report.verdicts import Outcome, exceeds, explain_verdicts, tabulate_verdicts
 from bn_keras.runs.history import ACCURACY, Results, Run, Spread, over_seeds
 
 _PERCENTILES = (15, 50, 85)
@@ -379,5 +379,5 @@ def _test_statements(runs: Results) -> list[str]:
         statement: [outcome for pair in pairs for outcome in test(*pair)]
         for statement, test in _STATEMENTS.items()
     }
-    table = tabulate_verdicts(outcomes)
-    return [table] if all(map(all, outcomes.values())) else [table, _NOT_TESTED]
+    parts = [tabulate_verdicts(outcomes), explain_verdicts(len(pairs))]
+    return parts if all(map(all, outcomes.values())) else [*parts, _NOT_TESTED]

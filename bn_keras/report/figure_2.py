@@ -111,8 +111,9 @@ def _describe_setup(inception: Run) -> str:
     return (
         f"Data: {escape(config.data.name)}. Networks: {which} Figure 5{width}, with the"
         f" *{escape(config.model.stem)}* stem. Training: {_describe_length(inception)} Inception's"
-        f" base learning rate is {config.schedule.base_rate:g}; the other networks use the paper's"
-        f" multiples of it. Validation: split *{escape(config.data.validation_split)}*, with"
+        f" base learning rate is {config.schedule.base_rate:g} (paper:"
+        f" {published.INCEPTION_RATE:g}); the other networks use the paper's multiples of it."
+        f" Validation: split *{escape(config.data.validation_split)}*, with"
         f" {_describe_statistics(inception)}."
     )
 

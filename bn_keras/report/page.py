@@ -26,8 +26,8 @@ _PLOT_NAME = re.compile(r"\w[\w-]*\.svg", re.ASCII)
 _MAX_COLUMNS_ON_A_PHONE = 3
 
 _PAPER = (
-    "Measurements beside the results of Ioffe & Szegedy, [*Batch Normalization: Accelerating Deep"
-    " Network Training by Reducing Internal Covariate Shift*](https://arxiv.org/abs/1502.03167)."
+    "Our measurements beside the results of Ioffe & Szegedy, [*Batch Normalization: Accelerating"
+    " Deep Network Training by Reducing Internal Covariate Shift*](https://arxiv.org/abs/1502.03167)."
 )
 
 

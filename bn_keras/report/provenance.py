@@ -44,9 +44,8 @@ def describe_provenance(results: Results, command: str) -> Section:
     parts = ["\n".join(f"    {line}" for line in command.splitlines())]
     if runs:
         parts += [
-            "Unless stated otherwise, every number and curve that is not the paper's is computed"
-            " from the files in the runs' folders: `config.json`, `metrics.jsonl` and"
-            " `environment.json`.",
+            "Unless stated otherwise, all numbers and curves but the paper's come from the files in"
+            " the runs' folders: `config.json`, `metrics.jsonl` and `environment.json`.",
             "### Runs",
             _tabulate_runs(runs),
             _describe_time(runs),
@@ -78,6 +77,7 @@ def _tabulate_runs(runs: Iterable[Run]) -> str:
         "status",
         "started (UTC)",
         "SHA-256 of all variables",
+        "starts",
         "steps",
         "training time",
         "wall time",
@@ -91,6 +91,7 @@ def _tabulate_runs(runs: Iterable[Run]) -> str:
                 _status(run),
                 _format_time(run.environment[0]["started"]) if run.environment else "-",
                 last.get(Workdir.FINISHED, "-")[:12],
+                f"{len(run.environment) or '-'}",
                 f"{last.get('step', 0):,}",
                 format_duration(run.seconds),
                 _wall_time(run),

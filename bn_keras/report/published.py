@@ -23,6 +23,9 @@ class NetworkResult(NamedTuple):
     best_accuracy: float
 
 
+# Learning rate of Inception. Source: Ioffe & Szegedy 2015, section 4.2.2.
+INCEPTION_RATE = 0.0015
+
 # Steps at which Inception reaches its best accuracy.
 INCEPTION_STEPS = 31_000_000
 

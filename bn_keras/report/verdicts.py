@@ -70,6 +70,20 @@ def tabulate_verdicts(outcomes: Mapping[str, Sequence[Outcome]]) -> str:
     return markdown_table(("statement", "verdict", "holds in"), rows, left=3)
 
 
+def explain_verdicts(num_seeds: int) -> str:
+    """Explains the verdicts of a table whose statements are tested in this many seeds."""
+    text = (
+        "A statement holds if it holds in every seed. A tie is a difference below the resolution:"
+        " equal numbers, or accuracies within one standard error."
+    )
+    if num_seeds == 1:
+        return (
+            f"{text} With a tie, the statement is {TOO_CLOSE}. With a single seed, the verdicts"
+            " describe these runs: another seed may differ."
+        )
+    return f"{text} With ties, or if seeds disagree, the statement is {TOO_CLOSE}."
+
+
 def _count_seeds(outcomes: Sequence[Outcome]) -> str:
     if not outcomes:
         return "-"
