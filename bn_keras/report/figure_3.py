@@ -204,7 +204,7 @@ def _describe_training(results: Results) -> str:
     header = (
         "network",
         "first logged learning rate",
-        "last",
+        "last logged learning rate",
         "lowest training loss",
         "last accuracy",
     )
