@@ -7,8 +7,9 @@ base rate in this search for Inception,
 
     bn-keras search --config=cifar10_inception --workdir=runs/search --initializers=he_normal --base_rates=0.005,0.01,0.02 --seeds=0 --config.data.train_split='train[:45000]' --config.data.validation_split='train[45000:]'
 
-which does not use the test images: from the first evaluation to step 11,250, validation accuracy was
-highest with 0.01. The other networks use the paper's multiples of this rate.
+which does not use the test images. The best accuracies on the 5,000 images held out were 74.2%, 76.2%
+and 74.5% in this order, each of one run (a standard error is 0.6 points). The other networks use the
+paper's multiples of the best rate.
 """
 
 from ml_collections import ConfigDict
