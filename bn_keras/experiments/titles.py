@@ -5,6 +5,8 @@ WITH_BN, WITHOUT_BN = "with BN", "without BN"
 INCEPTION, BASELINE, X5, X30 = "Inception", "BN-Baseline", "BN-x5", "BN-x30"
 X5_SIGMOID = "BN-x5-Sigmoid"
 
+# Trained for the paper's ratio of Inception's steps to BN-x30's.
+LONGER_INCEPTION = "Inception trained longer"
 INCEPTION_X5 = "Inception at 5 times the rate"
 INCEPTION_X30 = "Inception at 30 times the rate"
 SIGMOID = "Inception with sigmoids"

@@ -31,7 +31,7 @@ def build_figure_2(results: Results) -> Section:
     networks = FiveNetworks.select(results)
     results = networks.results
     figure = Figure(figsize=(FIGURE_WIDTH, 3.6), layout="constrained")
-    _draw_accuracy(figure.subplots(), networks)
+    draw_accuracy(figure.subplots(), networks)
     body = [
         f"![Validation accuracy of {join_words(results)} against training steps](figure_2.svg)",
         f"{_explain_lines(results)} A diamond marks the first evaluation at which a network's line"
@@ -46,7 +46,8 @@ def build_figure_2(results: Results) -> Section:
 # --- Plots.
 
 
-def _draw_accuracy(axes: Axes, networks: FiveNetworks) -> None:
+def draw_accuracy(axes: Axes, networks: FiveNetworks) -> None:
+    """Draws validation accuracy against steps, with a diamond where a line reaches the target."""
     draw_curves(axes, networks.bands)
     if math.isfinite(networks.target):
         axes.axhline(networks.target, color="0.6", linewidth=0.8, zorder=0)

@@ -51,7 +51,7 @@ def build_figure_3(results: Results) -> Section:
     figure = Figure(figsize=(FIGURE_WIDTH, 3.2), layout="constrained")
     _draw_loss(figure.subplots(), networks.results)
     body = [
-        _compare_numbers(networks),
+        compare_numbers(networks),
         *_explain_terms(networks),
         "### The paper's statements",
         tabulate_verdicts(outcomes) if outcomes else _name_missing(networks),
@@ -101,7 +101,8 @@ def _describe_step(step: int | None, batch: int) -> str:
 # --- Numbers.
 
 
-def _compare_numbers(networks: FiveNetworks) -> str:
+def compare_numbers(networks: FiveNetworks) -> str:
+    """Returns the table of steps, speedups and best accuracies beside the paper's."""
     target, batch = networks.target, networks.global_batch_size
     unit = "steps" if batch == PAPER_BATCH_SIZE else f"steps of {batch} images"
     header = (
@@ -308,14 +309,14 @@ def _name_missing(networks: FiveNetworks) -> str:
 
 def _summarize(networks: FiveNetworks, outcomes: Mapping[str, Sequence[Outcome]]) -> str:
     """Summarizes the results in up to three sentences."""
-    parts = [*_describe_fastest(networks), *_describe_best(networks)]
+    parts = [*describe_fastest(networks), *_describe_best(networks)]
     if outcomes:
         counts = count_verdicts(map(judge, outcomes.values()))
         parts.append(f"Of {len(outcomes)} statements of the paper's Figure 3, {counts}.")
     return " ".join(parts)
 
 
-def _describe_fastest(networks: FiveNetworks) -> list[str]:
+def describe_fastest(networks: FiveNetworks) -> list[str]:
     """Compares the networks that first reach Inception's best accuracy with Inception."""
     steps = {t: s for t in networks.results if (s := networks.steps_to_target(t)) is not None}
     if len(steps) < 2:
