@@ -5,7 +5,7 @@
 Half of the modules at an eighth of the width, and 150 steps: as in the paper, Inception is still
 improving when the networks with BN have long reached its accuracy. Seconds on one core. The
 initialization and the base rate are the best in an earlier search for Inception with all ten
-modules and 600 steps; with Glorot weights, it learns at no rate with every seed. The other networks
+modules and 600 steps; with Glorot weights, no rate works for every seed. The other networks
 use the paper's multiples of this rate.
 """
 

@@ -1,16 +1,16 @@
-"""BN-x5 at half the width, for a hundred to some thousand images of your own, 128 pixels square.
+"""BN-x5 at half the width, for a hundred to a few thousand images of your own, 128 pixels square.
 
     bn-keras train --config=folder_bn_x5 --config.data.data_dir=pictures --workdir=runs/pictures
 
-Expected layout: pictures/train/CLASS/*.jpg and pictures/validation/CLASS/*.jpg (or .png, .bmp, .gif).
+Expected layout: pictures/train/CLASS/*.jpg and pictures/validation/CLASS/*.jpg (or .png, .bmp, .gif, .webp).
 For pictures/CLASS/*.jpg without splits, add
 
     --config.data.train_split='.[:90%]' --config.data.validation_split='.[90%:]'
 
 40 epochs are 120 steps on 96 images, and 3,750 on 3,000. The warm-up and the cosine are counted in
 epochs, too. Example: 480 CIFAR-10 images of five classes, of 30 to 200 images each, enlarged to
-several sizes: after 600 steps 51% of 300 validation images, 60 per class, and 53% at best; about
-100 images per second on 2 cores. (CIFAR-10 images are small; fine-tuning does better, see
+several sizes: 51% accuracy on 300 validation images (60 per class) after 600 steps, 53% at best;
+about 100 images per second on 2 cores. (CIFAR-10 images are small; fine-tuning does better, see
 docs/fine_tuning.md.) The learning rate is that of the paper's BN-x5, not the result of a search.
 """
 

@@ -39,7 +39,7 @@ def main(
     model = keras.Sequential([rescale, backbone, classifier])
     for learning_rate, whole_network in ((1e-3, False), (1e-5, True)):
         backbone.trainable = whole_network
-        # Few images would replace the statistics that the weights were trained with.
+        # Training on few images would spoil the statistics that the weights were trained with.
         freeze_batch_norm(backbone)
         model.compile(  # after every change of `trainable`
             keras.optimizers.Adam(learning_rate),

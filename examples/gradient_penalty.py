@@ -10,7 +10,7 @@ from bn_keras import BatchNormalization
 
 
 def build_network(outputs: int) -> keras.Model:
-    """Builds a network from two inputs, with two hidden layers and BN."""
+    """Builds a network on points in the plane, with two hidden layers and BN."""
     model = keras.Sequential([keras.Input((2,))])
     for _ in range(2):
         model.add(keras.layers.Dense(64, use_bias=False))

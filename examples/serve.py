@@ -1,6 +1,6 @@
 """Serves the SavedModel of `bn-keras export` with TensorFlow alone, without bn_keras.
 
-python examples/serve.py served/1        # at http://localhost:8000, or at the port named next
+python examples/serve.py served/1        # at http://localhost:8000; a second argument is the port
 curl --data-binary @dog.jpg http://localhost:8000
 """
 

@@ -45,7 +45,7 @@ def main(
         return strategy.reduce(tf.distribute.ReduceOp.SUM, losses, axis=None)
 
     history = [float(train_step()) for _ in range(steps)]
-    # Before a save or an evaluation. Only layers that are not synchronized need it.
+    # Needed before a save or an evaluation, but only by layers that are not synchronized.
     merge_moving_statistics(model, strategy)
     return model, history
 

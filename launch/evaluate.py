@@ -1,7 +1,7 @@
 """Evaluates networks on a validation set, alone and as an ensemble.
 
 --workdir loads the finished network of a run, or else its latest checkpoint; with --best, the
-network with the highest validation accuracy. --model loads a .keras file or a SavedModel written by
+network with the highest validation accuracy. --model loads a file or SavedModel written by
 `bn-keras export`. --config defaults to the config of the first run. The errors are printed as a
 table like the paper's Figure 4.
 

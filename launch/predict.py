@@ -35,7 +35,7 @@ _WORKDIRS = flags.DEFINE_multi_string(
 )
 _CROPS = flags.DEFINE_string("crops", "1", "Crops per image: see `bn-keras evaluate --help`.")
 _BEST = flags.DEFINE_bool("best", False, "Use each run's network of highest validation accuracy.")
-_LISTS = flags.DEFINE_multi_string("list", [], "File with one path of an image a line.")
+_LISTS = flags.DEFINE_multi_string("list", [], "File with one image path per line.")
 _TOP_K = flags.DEFINE_integer(
     "top_k", 5, "Classes per image, the most probable ones; 0: all.", lower_bound=0
 )

@@ -115,7 +115,7 @@ def rush():
 
 if __name__ == "__main__":
     bucket_lock._machine = lambda: ""
-    bucket_lock.SIGN_SECONDS /= 100
+    bucket_lock.HEARTBEAT_SECONDS /= 100
     bucket_lock.DEAD_SECONDS /= 100
     bucket_lock._POLL_SECONDS /= 100
     globals()[sys.argv[1]]()

@@ -319,7 +319,7 @@ def test_two_trainers_never_share_a_run(bucket, commands, train, local):
 
 
 def test_a_trainer_that_was_replaced_writes_nothing_more(bucket, commands, train):
-    """Another process replaces a trainer without a sign of life by deleting its claim."""
+    """Another process replaces a trainer without a heartbeat by deleting its claim."""
     begin = len(bucket.requests)
 
     def replace():

@@ -704,7 +704,7 @@ def test_a_difference_in_the_environment_is_listed_by_run(change, which, tmp_pat
     both = environment() + environment(**change)
     runs["BN-x5"][1] = dataclasses.replace(runs["BN-x5"][1], environment=both)
     text = provenance(runs, tmp_path)
-    assert re.findall(r"\*\*(\w+) differs between runs", text) == [which]
+    assert re.findall(r"\*\*(\w+) differs between starts of runs", text) == [which]
     first, second = re.findall(r"^- .*: (.*\(seed \d\))\.$", text, re.MULTILINE)
     assert second == "BN-x5 (seed 1)" and first.count("seed") == 10
 

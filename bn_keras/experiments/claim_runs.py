@@ -30,11 +30,11 @@ def _longer_steps(inception: ConfigDict) -> int:
 def get_claim_configs(inception: ConfigDict) -> dict[str, ConfigDict]:
     """Returns the configs by title, derived from Inception's config at some scale.
 
-    But for the longer run of Inception, none is longer than the accelerated networks' runs. Where the start of training decides, a
-    run ends with the last evaluation of the first fifth: step for step, it equals the beginning of
-    a full run, and it is compared with the other networks at its own last step. A run equal to its
-    reference is left out: full distortions at a scale without distortions, and the longer run of
-    Inception at the paper's own scale.
+    All but the longer run of Inception are at most as long as the accelerated networks' runs. Where
+    the start of training decides, a run ends with the last evaluation of the first fifth: step for
+    step, it equals the beginning of a full run, and it is compared with the other networks at its
+    own last step. A run equal to its reference is left out: full distortions at a scale without
+    distortions, and the longer run of Inception at the paper's own scale.
     """
     full = accelerated_steps(inception)
     period = inception.evaluation.every_steps

@@ -159,7 +159,7 @@ def _describe_environment(runs: Sequence[Run]) -> list[str]:
             paragraphs.append(f"{aspect}: {next(iter(described))}.")
         elif described:
             lines = [f"- {text}: {', '.join(names)}." for text, names in described.items()]
-            paragraphs += [f"**{aspect} differs between runs.**", "\n".join(lines)]
+            paragraphs += [f"**{aspect} differs between starts of runs.**", "\n".join(lines)]
     unrecorded = [escape(run.name) for run in runs if not run.environment]
     if unrecorded:
         which = "any run" if len(unrecorded) == len(runs) else ", ".join(unrecorded)

@@ -21,14 +21,14 @@ from bn_keras import storage
 from bn_keras.errors import WorkdirInUseError
 from bn_keras.storage import writing
 
-# The holder gives a sign of life this often.
-SIGN_SECONDS = 30.0
-# Without a sign of life for this long, a holder is dead. TensorFlow's retries take three minutes.
+# The holder's heartbeat has this period.
+HEARTBEAT_SECONDS = 30.0
+# Without a heartbeat for this long, a holder is dead. TensorFlow's retries take three minutes.
 DEAD_SECONDS = 300.0
 _POLL_SECONDS = 5.0
 # Number of claims by a process that meets another one at the same moment.
 _ATTEMPTS = 5
-_CLAIM, _SIGN = ".claim", ".alive"
+_CLAIM, _HEARTBEAT = ".claim", ".alive"
 
 
 class BucketLock:
@@ -38,9 +38,10 @@ class BucketLock:
       - Each process claims the workdir by an object of its own name, and then lists all claims. It
         holds the lock if its claim is the only one. Lists are consistent: of two processes, the one
         that claims later sees the other. If both see each other, both withdraw and try again.
-      - The holder rewrites another object every SIGN_SECONDS, its sign of life. After DEAD_SECONDS
-        without one, the next process deletes the claim. It compares times of the service only, so
-        that clocks may differ. A dead process of the same machine is recognized at once.
+      - The holder rewrites another object every HEARTBEAT_SECONDS, its heartbeat. After
+        DEAD_SECONDS without one, the next process deletes the claim. It compares times of the
+        service only, so that clocks may differ. A dead process of the same machine is recognized
+        at once.
       - A claim is never written again, so that its deletion is final. `verify` notices it before a
         holder that was delayed or cut off from the bucket for so long writes again.
 
@@ -81,7 +82,7 @@ class BucketLock:
         if self._is_held and self._name not in self._claims():
             raise WorkdirInUseError(
                 f"another process has taken over workdir {self._folder.parent}, because this one"
-                f" gave no sign of life for {DEAD_SECONDS / 60:g} minutes: this one ends and writes"
+                f" sent no heartbeat for {DEAD_SECONDS / 60:g} minutes: this one ends and writes"
                 " nothing more"
             )
 
@@ -112,44 +113,44 @@ class BucketLock:
 
     def _wait_until_free(self, on_wait: Callable[[], None]) -> None:
         """Deletes the claims of dead processes; raises WorkdirInUseError for a living one."""
-        first_signs: dict[str, float] = {}
+        first_beats: dict[str, float] = {}
         clock_offset: float | None = None
         while names := self._claims():
             if clock_offset is None:
                 clock_offset = self._time_of_service() - time.monotonic()
             now = clock_offset + time.monotonic()
-            if any([self._may_be_alive(name, now, first_signs) for name in names]):
+            if any([self._may_be_alive(name, now, first_beats) for name in names]):
                 on_wait()
                 time.sleep(_POLL_SECONDS)
 
-    def _may_be_alive(self, name: str, now: float, first_signs: dict[str, float]) -> bool:
+    def _may_be_alive(self, name: str, now: float, first_beats: dict[str, float]) -> bool:
         """Returns False for a claim that was withdrawn, or of a dead process, which it deletes.
 
         Args:
           name: name of the claim.
           now: the service's time, in seconds.
-          first_signs: time of each claim's first sign of life that was seen; one is added.
+          first_beats: time of each claim's first heartbeat that was seen; one is added.
 
         Raises:
           WorkdirInUseError: the process is alive.
         """
-        sign, process = self._last_sign(name), self._read_claim(name)
-        if sign is None or process is None:
+        heartbeat, process = self._last_heartbeat(name), self._read_claim(name)
+        if heartbeat is None or process is None:
             return False
         holder, is_running = process["holder"], _is_running(process)
-        if is_running is False or (is_running is None and now - sign > DEAD_SECONDS):
+        if is_running is False or (is_running is None and now - heartbeat > DEAD_SECONDS):
             logging.warning("workdir %s: %s is dead and replaced", self._folder.parent, holder)
             self._remove(name)
             return False
-        if is_running or sign != first_signs.get(name, sign):
+        if is_running or heartbeat != first_beats.get(name, heartbeat):
             raise self._error(holder)
-        if name not in first_signs:
-            first_signs[name] = sign
+        if name not in first_beats:
+            first_beats[name] = heartbeat
             logging.warning(
-                "workdir %s was held by %s: waiting at most %.0f s for a sign of its life",
+                "workdir %s was held by %s: waiting at most %.0f s for its heartbeat",
                 self._folder.parent,
                 holder,
-                DEAD_SECONDS - (now - sign),
+                DEAD_SECONDS - (now - heartbeat),
             )
         return True
 
@@ -174,9 +175,9 @@ class BucketLock:
         except (ValueError, TypeError):
             return {"holder": "another process"}
 
-    def _last_sign(self, name: str) -> float | None:
-        """Returns the service's time of the last sign of life; None if there is none."""
-        for ending in (_SIGN, _CLAIM):
+    def _last_heartbeat(self, name: str) -> float | None:
+        """Returns the service's time of the last heartbeat; None if there is none."""
+        for ending in (_HEARTBEAT, _CLAIM):
             with contextlib.suppress(tf.errors.NotFoundError):
                 return (
                     tf.io.gfile.stat(os.fspath(self._folder / f"{name}{ending}")).mtime_nsec / 1e9
@@ -184,15 +185,15 @@ class BucketLock:
         return None
 
     def _time_of_service(self) -> float:
-        self._write(_SIGN, "")
-        return self._last_sign(self._name) or 0.0
+        self._write(_HEARTBEAT, "")
+        return self._last_heartbeat(self._name) or 0.0
 
     def _give_signs(self) -> None:
-        while not self._is_over.wait(SIGN_SECONDS):
+        while not self._is_over.wait(HEARTBEAT_SECONDS):
             # An outage ends the training at its next save, not before.
             with contextlib.suppress(OSError, tf.errors.OpError):
                 if self._name in self._claims():
-                    self._write(_SIGN, "")
+                    self._write(_HEARTBEAT, "")
 
     def _write(self, ending: str, text: str) -> None:
         storage.write_atomically(self._folder / f"{self._name}{ending}", text)
@@ -203,7 +204,7 @@ class BucketLock:
             self._remove(self._name)
 
     def _remove(self, name: str) -> None:
-        for ending in (_CLAIM, _SIGN):
+        for ending in (_CLAIM, _HEARTBEAT):
             storage.remove(self._folder / f"{name}{ending}")
 
 

@@ -1,8 +1,8 @@
 r"""Prints the batch script that trains a config with Slurm, or submits it with --submit.
 
 Each node runs one process with all of its GPUs. The job returns to the queue when its time limit is
-near, after a preemption and after a lost process, and resumes bit-exactly. The workdir and this
-Python environment must be on storage that all nodes share.
+near, after a preemption and after a lost process, and resumes (bit-exactly on CPUs). The workdir
+and this Python environment must be on storage that all nodes share.
 
 Examples:
   bn-keras slurm --nodes=2 --gpus_per_node=8 --time=24:00:00 \
