@@ -180,7 +180,7 @@ def find_images(paths: Iterable[Path], lists: Iterable[Path] = ()) -> list[str]:
     Args:
       paths: files and folders, local or in a bucket. Of a folder, all visible files with an image's
         extension are returned, in sorted order; each folder is visited once.
-      lists: text files with one path a line, relative to the current folder.
+      lists: text files with one path per line, relative to the current folder.
 
     Raises:
       UsageError: a folder without images, or a list that does not exist or is not UTF-8.
@@ -198,7 +198,7 @@ def find_images(paths: Iterable[Path], lists: Iterable[Path] = ()) -> list[str]:
             )
         found += images
     for path in [os.fspath(path) for path in lists]:
-        lines = read_lines(path, "list", "a file with one path a line")
+        lines = read_lines(path, "list", "a file with one path per line")
         found += [line.strip() for line in lines if line.strip()]
     return found
 
