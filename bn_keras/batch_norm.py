@@ -1,7 +1,8 @@
 """The Keras layer: its variables, its modes, its moving statistics, and how replicas share them."""
 
+import numbers
 from collections.abc import Callable, Sequence
-from typing import Any, Self, TypeAlias
+from typing import Any, Self, TypeAlias, cast
 
 import keras
 import tensorflow as tf
@@ -226,7 +227,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         return y
 
     def _is_plain(self, mask: tf.Tensor | None, training: bool | tf.Tensor) -> bool:
-        """Returns whether the kernel can update the moving statistics, as it does fastest.
+        """Returns whether the fused kernel can also update the moving statistics, the fastest path.
 
         It cannot if update_moving_statistics does anything else.
         """
@@ -248,7 +249,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         moving = ops.MovingStatistics(
             _flatten(self.moving_mean),
             _flatten(self.moving_variance),
-            self.momentum,
+            cast(float, self.momentum),
             self.unbiased,
         )
         y, (mean, variance) = ops.batch_normalize_and_average(
@@ -303,8 +304,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
     ) -> None:
         """Updates the moving statistics, unless the batch is empty or entirely masked.
 
-        Every call in training mode has this effect once, in replica context. Override it, or
-        replace it on one layer, to use the batch statistics differently.
+        Every call in training mode has this effect once, in replica context. The fused kernel
+        updates the statistics itself, unless this method is overridden, or replaced on one layer,
+        to use the batch statistics differently.
 
         Args:
           moments: moments of the call or of its G ghost batches, merged over synchronized replicas;
@@ -329,6 +331,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
             stddev = tf.sqrt(variance + self.epsilon)
             stddev = self._average(self.moving_stddev, stddev, weight, training)
             moving_variance = tf.nn.relu(tf.square(stddev) - self.epsilon)
+            if training is not True or isinstance(weight, tf.Tensor):
+                is_update = tf.logical_and(weight > 0, training)
+                old = _flatten(self.moving_variance)
+                moving_variance = tf.where(is_update, moving_variance, old)
             self.moving_variance.assign(self._unflatten(moving_variance))
             weight = _weight_where_counted(1 - self.renorm_momentum, count)
             self._average(self.renorm_mean, mean, weight, training)
@@ -509,7 +515,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
             raise UsageError(f"epsilon={self.epsilon} is invalid: expected a positive number")
         for name in ("virtual_batch_size", "sync_group_size"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value > 0):
+            is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+            if value is not None and not (is_integer and value > 0):
                 raise UsageError(
                     f"{name}={value!r} is invalid: expected a positive integer or None"
                 )
@@ -535,7 +542,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         rmin, rmax, dmax = self._renorm_bounds()
         if rmin is not None and rmax is not None and rmax < rmin:
             raise UsageError(
-                f"rmax should be greater than rmin in renorm_clipping: rmax={rmax}, rmin={rmin}"
+                f"rmax should be at least rmin in renorm_clipping: rmax={rmax}, rmin={rmin}"
             )
         if dmax is not None and dmax < 0:
             raise UsageError(f"dmax should be non-negative in renorm_clipping: dmax={dmax}")

@@ -344,8 +344,9 @@ def _map_size(shape: Sequence[int]) -> str:
 
 
 def _short(number: float) -> str:
-    """Formats a number as three digits and the unit G or M, or in full below a million."""
-    for power, unit in ((1e9, " G"), (1e6, " M")):
-        if number >= power:
-            return f"{number / power:.3g}{unit}"
-    return f"{number:,}"
+    """Formats a number as three digits and the unit T, G or M, or in full below a million."""
+    if number < 1e6:
+        return f"{number:,}"
+    rounded = float(f"{number:.3g}")  # 999.7 M becomes 1 G.
+    power, unit = next((p, u) for p, u in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if rounded >= p)
+    return f"{rounded / power:.3g} {unit}"

@@ -39,6 +39,10 @@ class WorkdirInUseError(UsageError):
     """Another process trains in the workdir."""
 
 
+class AgreementError(ReportedError, ArithmeticError):
+    """The outputs of a converted, folded or exported network differ from the original's."""
+
+
 class ResumeError(ReportedError, RuntimeError):
     """A resumed run differs from an uninterrupted one."""
 

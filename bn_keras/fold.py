@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from bn_keras.batch_norm import canonical_axes
-from bn_keras.errors import UsageError
+from bn_keras.errors import AgreementError, UsageError
 from bn_keras.keras_internals import (
     Call,
     all_layers,
@@ -121,7 +122,7 @@ def fold_batch_norm(model: keras.Model, inputs: Any = None) -> tuple[keras.Model
       UsageError: the model has no BatchNormalization, is a subclassed or unbuilt one, contains an
         object that cannot be copied, has non-finite statistics, does not accept the inputs, or has
         integer inputs and none were passed.
-      ArithmeticError: the outputs of both models agree to fewer than half of their digits.
+      AgreementError: the outputs of both models agree to fewer than half of their digits.
 
     Source: Ioffe & Szegedy 2015, Algorithm 2, line 11.
     """
@@ -131,19 +132,19 @@ def fold_batch_norm(model: keras.Model, inputs: Any = None) -> tuple[keras.Model
     return folded_model, _compare_models(plan, model, folded_model, inputs)
 
 
-def unfoldable_layers(model: keras.Model) -> dict[str, str]:
+def unfoldable_layers(model: keras.Model) -> dict[keras.Layer, str]:
     """Returns the BatchNormalization layers that fold_batch_norm would not fold.
 
     Args:
       model: see fold_batch_norm.
 
     Returns:
-      The reason for each layer, by its name as in FoldReport; empty if all layers can be folded.
+      The reason for each layer; empty if all layers can be folded.
 
     Raises:
       UsageError: the model has no BatchNormalization, or is a subclassed or unbuilt one.
     """
-    return _Plan(model).reasons()
+    return _Plan(model).kept
 
 
 class _Plan:
@@ -288,8 +289,12 @@ class _Plan:
 
 def _is_training(call: Call) -> bool:
     """Returns whether a layer is called with training=True in every mode of the model."""
-    second = call.arguments.args[1] if len(call.arguments.args) > 1 else None
-    return call.arguments.kwargs.get("training", second) not in (None, False)
+    arguments, keywords = call.arguments.args, dict(call.arguments.kwargs)
+    if isinstance(call.operation, keras.Layer):
+        signature = inspect.signature(call.operation.call)
+        names = list(signature.parameters)
+        keywords |= zip(names, arguments, strict=False)
+    return keywords.get("training") not in (None, False)
 
 
 def _axes(batch_norm: keras.Layer) -> list[int]:
@@ -520,7 +525,7 @@ def check_agreement(
       largest absolute value of that output.
 
     Raises:
-      ArithmeticError: the outputs agree to fewer than half of their digits.
+      AgreementError: the outputs agree to fewer than half of their digits.
     """
     differences = [np.max(np.abs(a - b)) for a, b in zip(outputs, expected, strict=True)]
     sizes = [np.max(np.abs(a)) for a in expected]
@@ -530,7 +535,7 @@ def check_agreement(
     precision = max(_MACHINE_EPSILONS.get(x.compute_dtype, 0) for x in all_layers(model))
     # Written so that a NaN difference fails too.
     if not difference <= precision**0.5 * size:
-        raise ArithmeticError(
+        raise AgreementError(
             f"{source} computes outputs that differ by up to {difference:.3g} from those of model"
             f" {model.name!r}, which reach {size:.3g}: either the model amplifies rounding errors,"
             " or this is a bug; please report it"

@@ -65,7 +65,8 @@ _ADVICE_ON_NOTES = {
     "gap": "The statistics of single mini-batches differ from the average: they are small, or their"
     " examples resemble each other. If the validation accuracy is good, nothing is to be done;"
     " otherwise shuffle the examples, or train with larger or synchronized mini-batches.",
-    "unfoldable": "Nothing is wrong: a folded network keeps the layer as one scale-and-shift.",
+    "unfoldable": "Nothing is wrong: a folded network keeps the layer, or replaces it by one"
+    " scale-and-shift.",
 }
 
 
@@ -346,12 +347,13 @@ def _check_on_data(
         raise UsageError("the dataset is empty: expected batches as in training")
     inputs = batch[0] if isinstance(batch, tuple) else batch
     inference = _outputs(model, inputs, strategy)
-    if not all(np.isfinite(y).all() for y in inference):
-        text = "NaN or infinity in the outputs, although all weights are finite"
-        advice = _ADVICE_ON_FAULTS["not_finite_outputs"]
-        return None, None, [Finding(model.name, "not_finite", True, text, advice)]
     with preserved_state(model, strategy), _training_mode(model):
         training = _outputs(model, inputs, strategy)
+    for mode, outputs in (("inference", inference), ("training", training)):
+        if not all(np.isfinite(y).all() for y in outputs):
+            text = f"NaN or infinity in the outputs in {mode} mode, although all weights are finite"
+            advice = _ADVICE_ON_FAULTS["not_finite_outputs"]
+            return None, None, [Finding(model.name, "not_finite", True, text, advice)]
     gap = _largest_gap(training, inference)
     population = estimate_population_statistics(model, dataset, num_batches, strategy, update=False)
 
@@ -391,8 +393,8 @@ def _largest_distances(*rows: LayerReport) -> tuple[float, float, float]:
 
 def _check_folding(model: keras.Model) -> list[Finding]:
     return [
-        _make_finding(path, "unfoldable", False, f"cannot be folded: {reason}")
-        for path, reason in unfoldable_layers(model).items()
+        _make_finding(layer.path, "unfoldable", False, f"cannot be folded: {reason}")
+        for layer, reason in unfoldable_layers(model).items()
     ]
 
 

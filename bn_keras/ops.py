@@ -77,13 +77,13 @@ class MovingStatistics(NamedTuple):
 
     Attributes:
       mean, variance: [C], float32.
-      momentum: fraction that is kept, in [0, 1]. Not None, which the kernels cannot do.
+      momentum: fraction that is kept, in [0, 1].
       unbiased: whether the variance averages unbiased (Bessel-corrected) batch variances.
     """
 
     mean: tf.Tensor
     variance: tf.Tensor
-    momentum: float | None
+    momentum: float
     unbiased: bool
 
 

@@ -208,9 +208,16 @@ def replacing(output: Path) -> Iterator[pathlib.Path]:
             if not is_local(output):
                 _upload(unfinished, os.fspath(output))
                 return
-            if os.path.isdir(output):
-                os.rename(output, folder / "previous")
-            os.replace(unfinished, output)
+            if not os.path.isdir(output):
+                os.replace(unfinished, output)
+                return
+            previous = folder / "previous"
+            os.rename(output, previous)
+            try:
+                os.replace(unfinished, output)
+            except BaseException:
+                os.rename(previous, output)
+                raise
 
 
 def _upload(source: pathlib.Path, output: str) -> None:

@@ -51,11 +51,12 @@ def _describe_software() -> dict[str, str]:
         facts["bn_keras"] += ", modified" if found["modified"] else ""
     distributions = importlib.metadata.packages_distributions()
     # More than one overwrite each other.
-    wheels = sorted(set(distributions["tensorflow"]))
-    facts["tensorflow"] += f", from {' and '.join(wheels)}"
+    wheels = sorted(set(distributions.get("tensorflow", ())))
+    if wheels:  # TensorFlow built from source may have none.
+        facts["tensorflow"] += f", from {' and '.join(wheels)}"
     for module in TRAIN_MODULES:
-        [name, *_] = distributions[module]
-        facts[name] = importlib.metadata.version(name)
+        for name in distributions.get(module, ())[:1]:
+            facts[name] = importlib.metadata.version(name)
     return facts | {name: os.environ[name] for name in _VARIABLES if name in os.environ}
 
 

@@ -127,6 +127,19 @@ def test_an_empty_or_masked_batch_changes_nothing(empty, renorm):
     assert not max(theirs) == 0  # NaN, or pulled towards 0
 
 
+@pytest.mark.parametrize("case", ["no examples", "all masked", "inference"])
+def test_the_first_statistics_of_batch_renormalization_stay_without_an_update(case):
+    layer = BatchNormalization(renorm=True)
+    layer.build((None, 5, 3))
+    before = [v.numpy() for v in layer.non_trainable_variables]
+    x = tf.constant(_data(0 if case == "no examples" else 4, 5, 3))
+    mask = tf.zeros([4, 5], tf.bool) if case == "all masked" else None
+    call = tf.function(lambda x, training: layer(x, training=training, mask=mask))
+    call(x, tf.constant(case != "inference"))
+    for old, new in zip(before, layer.non_trainable_variables, strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
 def test_a_frozen_layer_runs_in_inference_mode():
     layer = _build(BatchNormalization())
     layer.trainable = False
@@ -476,6 +489,7 @@ def test_scaling_the_kernel_before_the_layer_changes_nothing():
         ({"renorm_momentum": None}, r"renorm_momentum=None is invalid: expected the fraction kept"),
         ({"epsilon": 0}, r"epsilon=0\.0 is invalid: expected a positive number"),
         ({"virtual_batch_size": 0}, "virtual_batch_size=0 is invalid: expected a positive integer"),
+        ({"virtual_batch_size": True}, "virtual_batch_size=True is invalid"),
         ({"sync_group_size": 2}, "synchronized=True"),
         ({"renorm": True, "virtual_batch_size": 2}, "mutually exclusive"),
         ({"renorm": True, "renorm_clipping": {"max": 1}}, "invalid keys.*rmax"),
@@ -510,7 +524,7 @@ def test_a_mask_shape_that_does_not_fit_raises():
 
 
 def test_a_batch_of_incomplete_ghost_batches_raises():
-    layer = BatchNormalization(virtual_batch_size=4)
+    layer = BatchNormalization(virtual_batch_size=np.int64(4))
     with pytest.raises(UsageError, match="virtual_batch_size=4 does not divide.*has 6 examples"):
         layer(_data(6, 3), training=True)
     run = tf.function(lambda x: layer(x, training=True), input_signature=[tf.TensorSpec([None, 3])])

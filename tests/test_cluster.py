@@ -283,6 +283,12 @@ def test_host_lists_are_expanded(text, hosts):
     assert expand_host_list(text) == hosts
 
 
+@pytest.mark.parametrize("text", ["a[1-2", "a1-2]", "a[2-1]", "a[b]", "a[[1]]"])
+def test_invalid_host_lists_are_rejected(text):
+    with pytest.raises(UsageError, match=r"host list .* is invalid: expected a\[1-3,5\],b"):
+        expand_host_list(text)
+
+
 @pytest.mark.parametrize(
     "variables, variable",
     [

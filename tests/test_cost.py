@@ -8,7 +8,7 @@ import keras
 import pytest
 import tensorflow as tf
 
-from bn_keras import BatchNormalization, BNInception, SigmoidMLP, count_cost
+from bn_keras import BatchNormalization, BNInception, SigmoidMLP, cost, count_cost
 from bn_keras.errors import UsageError
 from bn_keras.models.bn_inception import FIGURE_5
 
@@ -272,3 +272,18 @@ def test_the_tables_in_the_scaling_page_are_what_the_benchmark_prints(monkeypatc
     printed = capsys.readouterr().out
     assert printed.count("|\n") > 10
     assert printed in (ROOT / "docs" / "scaling.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "number, text",
+    [
+        (999_999, "999,999"),
+        (1_000_000, "1 M"),
+        (33_412_345, "33.4 M"),
+        (999_700_000, "1 G"),
+        (1_930_000_000, "1.93 G"),
+        (1.2e12, "1.2 T"),
+    ],
+)
+def test_large_numbers_are_short(number, text):
+    assert cost._short(number) == text

@@ -15,6 +15,7 @@ from small import small_mlp
 from test_data import ONE, Pipelines, assert_same, labels_of, train_batches
 
 from bn_keras.data import pipeline, shard_batches
+from bn_keras.data.folder_walk import walk_classes
 from bn_keras.data.unreadable import UnreadableExamples
 from bn_keras.errors import UsageError
 from bn_keras.runs.workdir import Workdir
@@ -180,7 +181,9 @@ def remove(path):
         ),
         (None, {"train_split": "trian"}, r"no folder 'trian' in .*has 'train', 'validation'"),
         (None, {"train_split": "train[:5]"}, r"'train\[:5\]' is invalid.*a percentage"),
-        (None, {"train_split": "train[90%:80%]"}, "no training image in class folder 'cat'"),
+        (None, {"train_split": "train[90%:80%]"}, "from 0 to 100, the first below the second"),
+        (None, {"train_split": "train[:900%]"}, r"'train\[:900%\]' is invalid.*from 0 to 100"),
+        (None, {"train_split": "train[0%:0%]"}, "from 0 to 100, the first below the second"),
         (None, {"train_split": "train/cat/älter"}, "has no class folders"),
         (None, {"image_size": 0}, "'folder' differ in size"),
         (
@@ -379,6 +382,7 @@ def test_labels_are_read_from_a_csv_file(root, delimiter):
     [
         ("", "is empty"),
         ("path,label\n", "is empty"),
+        ("\n\npath,label\n", "is empty"),
         ("validation/cat/bild 1.JPG", "line 1 .* expected a path and a label"),
         ("validation/cat/bild 1.JPG,a\nvalidation/cat/bild 1.JPG,b", "has the labels 'a' and 'b'"),
         ("validation/cat/bild 1.JPG,a\n./validation/cat/bild 1.JPG,b", "has the labels 'a' and"),
@@ -656,3 +660,18 @@ def test_other_tensorflow_errors_pass_through(root):
     data = open_folder(root)
     with pytest.raises(tf.errors.AbortedError, match="not ours"), data.reporting_errors():
         raise tf.errors.AbortedError(None, None, "not ours")
+
+
+def test_a_run_in_a_bucket_hides_only_its_own_images(memory_bucket):
+    files = {
+        "cat/run1/config.json": "{}",
+        "cat/run1/metrics.jsonl": "",
+        "cat/run1/pictures/a.png": "",
+        "cat/run10/b.png": "",
+    }
+    for name, content in files.items():
+        file = memory_bucket / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    contents = walk_classes(str(memory_bucket), ["cat"])["cat"]
+    assert [os.path.basename(image.path) for image in contents.images] == ["b.png"]

@@ -32,6 +32,9 @@ def test_versions_machine_and_commit_are_recorded(tmp_path, monkeypatch):
     assert len(recorded["commit"]) == 40 and recorded["modified"] is False
     (tmp_path / "file").write_text("two")
     assert environment.describe.__wrapped__()["modified"] is True
+    (tmp_path / ".git" / "index").write_text("damaged")
+    recorded = environment.describe.__wrapped__()
+    assert len(recorded["commit"]) == 40 and recorded["modified"] is None
 
 
 def test_each_start_of_a_run_is_recorded(tmp_path):

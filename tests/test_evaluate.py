@@ -15,7 +15,7 @@ from bn_keras.data.multi_crop import SINGLE_CROP, CropPreprocessing, Crops
 from bn_keras.data.splits import Arrays, Source
 from bn_keras.data.transforms import Preprocessing
 from bn_keras.errors import UsageError
-from bn_keras.inference.evaluation import evaluate_networks, format_errors
+from bn_keras.inference.evaluation import choose_config, evaluate_networks, format_errors
 from bn_keras.inference.exported import load_exported
 from bn_keras.inference.exporter import export_workdir
 from bn_keras.inference.loading import load_trained
@@ -211,6 +211,14 @@ def test_folders_without_a_run_and_other_networks_are_rejected(tmp_path):
         evaluate_networks([tmp_path])
     with pytest.raises(UsageError, match="describes another network than the run"):
         evaluate_networks([tmp_path], small_mlp(**{"model.variant": "baseline"}))
+
+
+def test_the_config_of_an_evaluation_may_differ_in_what_only_training_uses(tmp_path):
+    trained = small_mlp(**{"model.init_from": "runs/other", "model.freeze": "all_but_head"})
+    Workdir(tmp_path).create(trained, (8, 8, 1), "0123456789")
+    for changes in ({}, {"model.initializer_stddev": 0.5}):
+        config = small_mlp(**changes)
+        assert choose_config(config, [tmp_path]) == config
 
 
 def test_members_with_other_classes_are_rejected(runs, tmp_path):

@@ -251,7 +251,8 @@ def test_an_unfoldable_layer_becomes_one_affine_layer(make, reason):
     model = trained(make())
     folded, report = fold_batch_norm(model)
     assert not report.folded and list(report.kept) == ["bn"] and reason in report.kept["bn"]
-    assert unfoldable_layers(model) == report.kept
+    kept = {layer.name: reason for layer, reason in unfoldable_layers(model).items()}
+    assert kept == report.kept
     assert type(folded.get_layer("bn")) in (L.DepthwiseConv2D, L.Rescaling)
     assert_same(folded, model)
     # The same holds while the rest of the model trains.
@@ -373,6 +374,25 @@ def test_layers_that_always_use_batch_statistics_are_kept():
     assert set(report.kept) == {"called", "chain/nested"}
     assert all("training=True" in reason for reason in report.kept.values())
     assert_same(folded, model)
+
+
+@keras.saving.register_keras_serializable("test_fold")
+class AddAndNormalize(L.Layer):
+    """A layer whose second argument is not `training`."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.norm = KERAS_BN(name="norm")
+
+    def call(self, a, b, training=None):
+        return self.norm(a + b, training=training)
+
+
+def test_only_the_argument_called_training_chooses_the_mode():
+    a, b = keras.Input((6, 3)), keras.Input((6, 3))
+    model = keras.Model([a, b], AddAndNormalize()(a, b))
+    (reason,) = unfoldable_layers(model).values()
+    assert reason.startswith("is inside a layer")
 
 
 @keras.saving.register_keras_serializable("test_fold")

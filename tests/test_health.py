@@ -239,6 +239,30 @@ def test_an_unfoldable_layer_is_a_note():
     assert "follows ReLU 'relu'" in str(report) and not report.has_faults
 
 
+def test_an_unfoldable_layer_of_a_nested_model_has_the_name_that_other_findings_use():
+    images = keras.Input([6, 6, 3])
+    norm = BatchNormalization(name="norm")
+    inner = keras.Model(images, norm(keras.layers.ReLU()(images)), name="inner")
+    report = check_batch_norm(keras.Model(images, inner(images)))
+    kinds = {finding.kind for finding in report.findings}
+    assert kinds == {"never_updated", "unfoldable"}
+    assert {finding.layer for finding in report.findings} == {norm.path}
+
+
+def test_outputs_that_are_not_finite_in_training_mode_are_a_fault():
+    class Logarithm(keras.layers.Layer):
+        def call(self, x):
+            return keras.ops.log(keras.ops.abs(x))
+
+    images = keras.Input([6, 6, 3])
+    model = keras.Model(images, Logarithm()(BatchNormalization()(images)))
+    # Batch statistics normalize a constant to 0.
+    report = check_batch_norm(model, [np.full_like(BATCHES[0], 2.0)], 1)
+    (fault,) = [finding for finding in report.findings if finding.kind == "not_finite"]
+    assert fault.text.startswith("NaN or infinity in the outputs in training mode")
+    json.dumps(dataclasses.asdict(report), allow_nan=False)
+
+
 def test_layers_frozen_on_purpose_are_notes_and_equal_findings_share_a_line():
     model = network()
     for name in ("first", "second"):

@@ -301,6 +301,9 @@ def test_a_config_in_any_folder_imports_those_of_the_package(tmp_path, monkeypat
         ("x = 1", r"has no function get_config\(\)"),
         ("import nowhere", "cannot be loaded: ModuleNotFoundError: No module named 'nowhere'"),
         ("def get_config(:", "cannot be loaded: SyntaxError: "),
+        ("int('one')", "cannot be loaded: ValueError: "),
+        ("open('nowhere')", "cannot be loaded: FileNotFoundError: "),
+        ("def get_config():\n  return 1 / 0", "cannot be loaded: ZeroDivisionError: "),
         (
             "from ml_collections import ConfigDict\ndef get_config():\n"
             "  ConfigDict().data.name = 'x'",

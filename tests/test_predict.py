@@ -124,6 +124,8 @@ def test_networks_with_other_preprocessing_are_rejected(runs, tmp_path):
         UsageError, match="differs from that in .* in its classes or its preprocessing"
     ):
         make_predictor([runs[0], tmp_path])
+    with pytest.raises(UsageError, match="workdirs is empty"):
+        make_predictor([])
 
 
 @pytest.mark.job

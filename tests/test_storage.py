@@ -8,7 +8,7 @@ from etils import epath
 from full_disk import files_of_at_most
 
 from bn_keras.errors import StorageError, UsageError
-from bn_keras.storage import write_atomically, writing
+from bn_keras.storage import replacing, write_atomically, writing
 
 TENSORFLOW = "{{node save}} a/file; No space left on device [Op:SaveV2]\nand a traceback"
 
@@ -47,3 +47,21 @@ def test_a_failed_write_keeps_the_previous_file(tmp_path):
     assert path.read_text() == "old"
     write_atomically(path, "new")
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("previous", ["file", "folder", None])
+@pytest.mark.parametrize("failure", ["nothing is written", "the block fails"])
+def test_a_failed_replacement_keeps_the_previous_output(tmp_path, previous, failure):
+    output = tmp_path / "output"
+    if previous == "file":
+        output.write_text("old")
+    elif previous == "folder":
+        output.mkdir()
+        (output / "part").write_text("old")
+    with pytest.raises((StorageError, ZeroDivisionError)), replacing(output) as unfinished:
+        if failure == "the block fails":
+            unfinished.write_text("new")
+            raise ZeroDivisionError
+    assert os.listdir(tmp_path) == (["output"] if previous else [])
+    if previous:
+        assert (output / "part" if previous == "folder" else output).read_text() == "old"

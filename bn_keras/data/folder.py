@@ -216,6 +216,12 @@ def _parse_split(root: str, split: str) -> re.Match[str]:
             f"split {split!r} is invalid: expected the name of a folder in {root}, or a percentage"
             " of it, such as 'train[:90%]'"
         )
+    begin, end = int(match["begin"] or 0), int(match["end"] or 100)
+    if not begin < end <= 100:
+        raise UsageError(
+            f"split {split!r} is invalid: expected percentages from 0 to 100, the first below the"
+            " second"
+        )
     return match
 
 

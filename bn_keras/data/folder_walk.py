@@ -124,7 +124,8 @@ def _walk_bucket(folder: str, found: dict[str, ClassFolder]) -> None:
         for parent, _, files in tf.io.gfile.walk(top):
             if any(map(is_hidden, parent[len(top) :].split("/"))):
                 continue
-            if any(parent.startswith(run) for run in contents.runs) or _RUN_FILES <= set(files):
+            is_in_run = any(f"{parent}/".startswith(f"{run.rstrip('/')}/") for run in contents.runs)
+            if is_in_run or _RUN_FILES <= set(files):
                 contents.runs.append(parent)
                 continue
             for file in files:

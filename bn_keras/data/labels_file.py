@@ -25,7 +25,7 @@ def read_labels(root: str, file: str) -> dict[str, list[Image]]:
     """Reads the images of each class from a CSV file with rows PATH,LABEL.
 
     The columns are separated by commas, semicolons or tabs; a first row such as "path,label" is
-    skipped. Labels are names, also if they are numbers.
+    skipped. Labels are class names, even if they look like numbers.
 
     Args:
       root: folder that relative paths start from.
@@ -43,9 +43,13 @@ def read_labels(root: str, file: str) -> dict[str, list[Image]]:
     classes: dict[str, list[Image]] = {}
     labels: dict[str, str] = {}
     missing: list[str] = []
+    is_first = True
     for number, row in _read_rows(lines, delimiter, file):
         cells = [cell.strip() for cell in row]
-        if not any(cells) or (number == 1 and _is_header(cells)):
+        if not any(cells):
+            continue
+        may_be_header, is_first = is_first, False
+        if may_be_header and _is_header(cells):
             continue
         if len(cells) != 2 or not all(cells):
             raise UsageError(

@@ -128,10 +128,11 @@ def _check_reachable(builder: tfds.core.DatasetBuilder) -> None:
     if urllib.request.getproxies() or builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
         return
     urls = [urllib.parse.urlsplit(url) for url in builder.url_infos]
-    hosts = {url.hostname for url in urls if url.hostname and url.scheme in ("http", "https")}
-    for host in sorted(hosts):
+    ports = {"http": 80, "https": 443}
+    servers = {(u.hostname, u.port or ports[u.scheme]) for u in urls if u.scheme in ports}
+    for host, port in sorted(servers):
         try:
-            socket.create_connection((host, 443), timeout=CONNECTION_SECONDS).close()
+            socket.create_connection((host, port), timeout=CONNECTION_SECONDS).close()
         except OSError as error:
             raise OSError(f"no connection to {host}: {error.strerror or error}") from error
 

@@ -36,7 +36,7 @@ def find_cluster() -> Cluster | None:
     One worker is a cluster of one.
 
     Raises:
-      UsageError: the variables are invalid, or this process is no worker.
+      UsageError: the variables are invalid, or this process is not a worker.
     """
     if _is_tf_config_set():
         return _from_tf_config()
@@ -51,7 +51,7 @@ def require_cluster() -> Cluster:
     """Returns the cluster that the environment describes.
 
     Raises:
-      UsageError: there is none, the variables are invalid, or this process is no worker.
+      UsageError: there is none, the variables are invalid, or this process is not a worker.
     """
     cluster = find_cluster()
     if cluster is None:
@@ -244,6 +244,8 @@ def expand_host_list(text: str) -> list[str]:
       UsageError: the text does not follow the notation.
     """
     hosts = []
+    if not re.fullmatch(r"([^\[\]]|\[[^\[\]]*\])*", text):
+        raise _invalid_hosts(text)
     # Commas inside brackets do not separate hosts.
     for part in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text):
         prefixes = [""]
@@ -258,11 +260,15 @@ def _expand_ranges(ranges: str, text: str) -> list[str]:
     numbers = []
     for part in ranges.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if not match:
-            raise UsageError(f"Slurm's host list {text[:100]!r} is invalid: expected a[1-3,5],b")
+        if not match or (match[2] and int(match[2]) < int(match[1])):
+            raise _invalid_hosts(text)
         first, last = match[1], match[2] or match[1]
         numbers += [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
     return numbers
+
+
+def _invalid_hosts(text: str) -> UsageError:
+    return UsageError(f"Slurm's host list {text[:100]!r} is invalid: expected a[1-3,5],b")
 
 
 def _expand_tasks_per_node(text: str) -> list[int]:

@@ -181,7 +181,7 @@ def _split_cpu(count: int) -> None:
         )
     except RuntimeError:
         raise UsageError(
-            f"distribution.replicas={count} is too late: TensorFlow has already started with"
+            f"distribution.replicas={count} cannot be applied: TensorFlow has already started with"
             f" {counted(existing, 'CPU device')}; make the strategy before anything else runs on a"
             " device"
         ) from None
@@ -203,11 +203,11 @@ def _multi_worker() -> tf.distribute.Strategy:
     try:
         with waiting_for(cluster.describe_others), releasing_lock():
             return tf.distribute.MultiWorkerMirroredStrategy(resolver)
-    except (RuntimeError, ValueError):
+    except (RuntimeError, ValueError) as error:
         raise UsageError(
-            "distribution.strategy is multi_worker, but TensorFlow has already started: make the"
-            " strategy before anything else runs on a device"
-        ) from None
+            "distribution.strategy is multi_worker, but TensorFlow has already started"
+            f" ({first_line(error)}): make the strategy before anything else runs on a device"
+        ) from error
     except tf.errors.OpError as error:
         # For example, a worker still runs from an earlier start and rejects this process.
         raise WorkerLostError(

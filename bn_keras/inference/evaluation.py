@@ -22,6 +22,12 @@ from bn_keras.training.class_report import ClassReport, ClassRow, format_classes
 from bn_keras.training.evaluator import EvaluationMetrics, Evaluator
 from bn_keras.training.networks import replaced
 
+# Settings that do not change what the weights of a trained network compute.
+_TRAINING_ONLY = {
+    f"model.{name}"
+    for name in ("initializer", "initializer_stddev", "initializer_scale", "init_from", "freeze")
+}
+
 
 class _Subject(TypedDict):
     """A network that is evaluated, or the ensemble of all networks."""
@@ -151,14 +157,26 @@ def choose_config(
         )
     configs = [Workdir(workdir).read_config() for workdir in workdirs]
     config = config or configs[0]
-    trained = [(c.model, c.batch_norm) for c in configs]
-    if trained and (config.model, config.batch_norm) not in trained:
+    if configs and not any(_describes_same_network(config, other) for other in configs):
         raise UsageError(
             f"the config describes another network than the run in {workdirs[0]}: omit the config"
             " to use that of the run"
         )
     strategy = usable_alone(config.distribution.strategy)
     return replaced(config, {"distribution.strategy": strategy})
+
+
+def _describes_same_network(config: ConfigDict, trained: ConfigDict) -> bool:
+    """Returns whether configs agree, except on the initial weights and what is frozen.
+
+    A run of an older version lacks newer settings, which are not compared.
+    """
+    return all(
+        config[section].get(key) == value
+        for section in ("model", "batch_norm")
+        for key, value in trained[section].items()
+        if f"{section}.{key}" not in _TRAINING_ONLY
+    )
 
 
 def _match_classes(

@@ -13,7 +13,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from bn_keras.data.transforms import Preprocessing
-from bn_keras.errors import StorageError, UsageError
+from bn_keras.errors import AgreementError, StorageError, UsageError
 from bn_keras.fold import FoldReport, check_agreement, fold_batch_norm
 from bn_keras.inference.exported import EXTRA_ASSETS, ExportedNetwork, load_exported
 from bn_keras.inference.loading import TrainedNetwork, load_trained
@@ -123,7 +123,7 @@ def export_workdir(
       UsageError: an unknown format, no run in the workdir, an invalid output, or data that is not
         available.
       StorageError: the output cannot be written.
-      ArithmeticError: the export does not compute what the network computes.
+      AgreementError: the export does not compute what the network computes.
     """
     path = os.fspath(output).rstrip("/")
     _check_quantization(file_format, quantize, num_examples)
@@ -327,12 +327,12 @@ def _verify(
       The largest difference and the largest absolute output.
 
     Raises:
-      ArithmeticError: the outputs differ by more than rounding or quantization, or the classes
+      AgreementError: the outputs differ by more than rounding or quantization, or the classes
         differ.
     """
     source = f"the exported {path.name}"
     if exported.class_names != description.class_names:
-        raise ArithmeticError(f"{source} has other class names: this is a bug; please report it")
+        raise AgreementError(f"{source} has other class names: this is a bug; please report it")
     if examples is not None:
         expected, found = (
             np.asarray(tf.nn.softmax(network.predict(examples, verbose=0)))

@@ -159,6 +159,8 @@ def make_predictor(
     """
     if top_k < 0:
         raise UsageError(f"top_k={top_k} is invalid: expected a positive integer, or 0 for all")
+    if not workdirs:
+        raise UsageError("workdirs is empty: expected the folder of at least one run")
     networks = [load_trained(workdir, best=best) for workdir in workdirs]
     first = networks[0]
     for workdir, network in zip(workdirs, networks, strict=True):

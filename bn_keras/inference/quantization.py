@@ -9,7 +9,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from bn_keras.data import pipeline
-from bn_keras.errors import UsageError
+from bn_keras.errors import AgreementError, UsageError
 from bn_keras.training.build import build_data
 from bn_keras.training.evaluator import Evaluator
 
@@ -86,13 +86,13 @@ def check_quantized(expected: np.ndarray, outputs: np.ndarray, source: str) -> t
       The largest difference and the largest probability.
 
     Raises:
-      ArithmeticError: the error is larger.
+      AgreementError: the error is larger.
     """
     error = float(np.sqrt(np.mean((outputs - expected) ** 2)))
     variation = float(np.sqrt(np.mean((expected - expected.mean(axis=0)) ** 2)))
     # Written so that a NaN fails too.
     if not error <= max(variation, 1 / 256):
-        raise ArithmeticError(
+        raise AgreementError(
             f"{source} has a root mean square error of {error:.3g} in its probabilities, but those"
             f" of different images differ by {variation:.3g} only: export it without quantization"
         )

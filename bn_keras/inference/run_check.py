@@ -33,7 +33,10 @@ def check_workdir(workdir: str | os.PathLike, num_batches: int) -> HealthReport:
         data = build_data(config)
     except (UsageError, StorageError) as error:
         report = check_batch_norm(network.model)
-        return dataclasses.replace(report, skipped=(f"checks on data: {error}",))
+        # Without a dataset, the first entry says that none was passed.
+        return dataclasses.replace(
+            report, skipped=(f"checks on data: {error}", *report.skipped[1:])
+        )
     batches = open_mini_batches(
         data,
         tf.distribute.get_strategy(),

@@ -247,8 +247,8 @@ def BNInception(
         ensemble, "bn_x30_ensemble_1" to "bn_x30_ensemble_6", or "inception_sigmoid".
       classes: number of logits.
       input_shape: (height, width, channels) of the images. Height and width may be None; otherwise
-        they are at least the network's total stride: 32 with stem "imagenet", 8 with "cifar", 4
-        with "digits".
+        they are at least the network's total stride: with all modules, 32 with stem "imagenet", 8
+        with "cifar", 4 with "digits".
       width: factor on the number of channels of each convolution; the product is rounded and at
         least 1.
       stem: "imagenet", as in the paper; "cifar", a 3x3 convolution of stride 2 instead of the 7x7
@@ -277,7 +277,8 @@ def BNInception(
       auxiliary: whether the model has a second output, the logits of an auxiliary classifier on
         module 4d. It serves only training; `without_auxiliary` returns the model without it.
       include_top: whether the model has a classifier; otherwise it returns the features.
-      pooling: pooling of the features without the top: "avg", "max", or None for the map of 5b.
+      pooling: pooling of the features without the top: "avg", "max", or None for the last module's
+        map.
       classifier_activation: activation after the logits, such as "softmax". None, unlike in
         keras.applications, returns logits.
       weights: path of a .weights.h5 or .keras file of this network, matched by layer name. The file
@@ -291,7 +292,8 @@ def BNInception(
 
     Returns:
       A functional model from [N, height, width, channels] to [N, classes]; with auxiliary, to two
-      such outputs; without the top, to [N, h, w, 1024 * width] or, pooled, [N, 1024 * width].
+      such outputs; without the top, to [N, h, w, C] or, pooled, [N, C], where C is about
+      1024 * width after module 5b.
 
     Raises:
       UsageError: an unknown variant, stem or preset, an invalid value, or weights of another
@@ -324,9 +326,9 @@ def BNInception(
         separable_stem = stem_settings.separable and preset_settings.separable_stem
     stem_settings = stem_settings._replace(separable=separable_stem)
     _check_numbers(classes, width, variant_settings, preset_settings)
-    _check_input_shape(input_shape, stem)
     _check_top(include_top, pooling, classifier_activation, auxiliary)
     rows = _select_modules(modules, auxiliary, variant_settings.per_activation_bn)
+    _check_input_shape(input_shape, stem, rows)
 
     build = _LayerBuilder(
         variant_settings,
@@ -578,12 +580,14 @@ def _select_modules(
     return rows
 
 
-def _check_input_shape(input_shape: Sequence[int | None], stem: str) -> None:
+def _check_input_shape(
+    input_shape: Sequence[int | None], stem: str, modules: Sequence[Row]
+) -> None:
     invalid = f"input_shape={tuple(input_shape)} is invalid"
     if len(input_shape) != 3 or (input_shape[2] or 0) < 1:
         raise UsageError(f"{invalid}: expected (height, width, channels)")
     pool_strides = [2, 2] if STEMS[stem].pools else []
-    min_side = math.prod([STEMS[stem].stride, *pool_strides, *(row.stride for row in FIGURE_5)])
+    min_side = math.prod([STEMS[stem].stride, *pool_strides, *(row.stride for row in modules)])
     if any(side is not None and side < min_side for side in input_shape[:2]):
         raise UsageError(
             f"{invalid}: stem {stem!r} needs images of at least {min_side}x{min_side} pixels;"

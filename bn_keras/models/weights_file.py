@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from bn_keras.errors import UsageError
-from bn_keras.text import counted, first_of
+from bn_keras.text import counted, first_line, first_of
 
 # Prefixes of the names of the head's layers: the classifier and the auxiliary classifier.
 HEAD = ("logits", "auxiliary_")
@@ -129,7 +129,8 @@ def read_layers(path: str) -> dict[str, list[np.ndarray]]:
     # HDF5 raises many kinds of errors for a damaged file.
     except Exception as error:
         raise UsageError(
-            f"weights {path!r} cannot be read: expected a .weights.h5 or .keras file"
+            f"weights {path!r} cannot be read ({first_line(error)}): expected a .weights.h5 or"
+            " .keras file"
         ) from error
 
 

@@ -29,7 +29,7 @@ class Environment(TypedDict):
     """The software and hardware of a run.
 
     "commit" is the commit of the checkout that contains the package, and "modified" whether tracked
-    files differ from it. Both are None outside a checkout.
+    files differ from it. Both are None outside a checkout, or if git fails.
     """
 
     versions: dict[str, str]
@@ -42,6 +42,7 @@ class Environment(TypedDict):
 def describe() -> Environment:
     """Returns the environment of this process."""
     commit = _git("rev-parse", "HEAD")
+    status = _git("status", "--porcelain", "--untracked-files=no") if commit else None
     return {
         "versions": {
             "bn_keras": bn_keras.__version__,
@@ -51,7 +52,7 @@ def describe() -> Environment:
             "python": platform.python_version(),
         },
         "commit": commit,
-        "modified": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
+        "modified": None if status is None else bool(status),
         "machine": {
             "platform": f"{platform.system()} {platform.machine()}",
             "processor": _processor(),

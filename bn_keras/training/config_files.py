@@ -1,5 +1,6 @@
 """Config files: a name, the path of a Python file, or the config.json of a run."""
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
@@ -7,6 +8,7 @@ import inspect
 import pathlib
 import sys
 import zlib
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -65,10 +67,8 @@ def load_config(source: str) -> ConfigDict:
         else:
             reason = f"config {name!r} needs an argument: expected {name}:ARGUMENT"
         raise UsageError(reason) from None
-    try:
+    with _loading(pathlib.Path(name)):
         config = get_config(*arguments)
-    except (AttributeError, KeyError, TypeError, NameError, ValueError) as error:
-        raise _load_error(pathlib.Path(name), error) from error
     if not isinstance(config, ConfigDict):
         raise UsageError(f"get_config() of config {name!r} does not return a ConfigDict")
     return _apply_to_schema(config, source)
@@ -124,10 +124,8 @@ def _import_file(file: pathlib.Path) -> ModuleType:
     if folder.resolve() != FOLDER.resolve():
         package = f"{PACKAGE}_{zlib.crc32(str(folder).encode()):x}"
         _import_package(package, folder)
-    try:
+    with _loading(file):
         return importlib.import_module(f"{package}.{file.stem}")
-    except (SyntaxError, ImportError, AttributeError, TypeError, NameError) as error:
-        raise _load_error(file, error) from error
 
 
 def _import_package(name: str, folder: pathlib.Path) -> None:
@@ -142,14 +140,19 @@ def _import_package(name: str, folder: pathlib.Path) -> None:
 
 def _execute(spec: Any, file: pathlib.Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
-    try:
+    with _loading(file):
         spec.loader.exec_module(module)
-    except (SyntaxError, ImportError, AttributeError, TypeError, NameError) as error:
-        raise _load_error(file, error) from error
     return module
 
 
-def _load_error(file: pathlib.Path, error: Exception) -> UsageError:
-    return UsageError(
-        f"config {file} cannot be loaded: {type(error).__name__}: {first_line(error)}"
-    )
+@contextlib.contextmanager
+def _loading(file: pathlib.Path) -> Iterator[None]:
+    """Reports an error in a config's code, which may be of any kind, on one line."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"config {file} cannot be loaded: {type(error).__name__}: {first_line(error)}"
+        ) from error

@@ -18,7 +18,7 @@ from bn_keras.training.fine_tuning import Initialization, PretrainedWeights, ini
 from bn_keras.training.networks import value_of
 from bn_keras.training.step import Trainer
 
-# Settings without which the same weights compute something else.
+# Settings that must be equal for the same weights to compute the same function.
 _STRUCTURE = (
     "model.variant",
     "model.preset",

@@ -94,7 +94,7 @@ def _options() -> list[str]:
     for option in options:
         if not option.startswith("-") or not option.isprintable():
             raise CommandError(
-                f"{option!r} is no option of sbatch: expected --sbatch=--OPTION=VALUE, such as"
+                f"{option!r} is not an option of sbatch: expected --sbatch=--OPTION=VALUE, such as"
                 " --sbatch=--account=me"
             )
     return [shlex.quote(option) for option in options]
@@ -122,6 +122,13 @@ def _workdir() -> str:
 def _check_batch_sizes() -> None:
     """Raises CommandError, before the job is queued, if its replicas do not divide a batch."""
     config, nodes, gpus = _CONFIG.value, _NODES.value, _GPUS.value
+    if nodes == 1 and config.distribution.strategy == "one_device":
+        if gpus > 1:
+            raise CommandError(
+                f"--gpus_per_node={gpus} and distribution.strategy=one_device exclude each other:"
+                " pass --config.distribution.strategy=mirrored or --gpus_per_node=1"
+            )
+        return
     job = f"{nodes} node(s) with {gpus} GPU(s) each" if gpus else f"{nodes} node(s)"
     for section, micro_batches in (("train", config.train.micro_batches), ("evaluation", 1)):
         size = config[section].global_batch_size

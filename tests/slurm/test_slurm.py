@@ -70,10 +70,14 @@ def test_the_script_has_no_faults(script, tmp_path):
     [
         (["--nodes=7"], "=60 is invalid: expected a multiple of the 7 replicas of 7 node"),
         (
+            ["--config.distribution.strategy=one_device", "--gpus_per_node=8"],
+            "--gpus_per_node=8 and distribution.strategy=one_device exclude each other: pass",
+        ),
+        (
             ["--nodes=2", "--config.distribution.strategy=mirrored"],
             "'mirrored' is invalid on several nodes: expected 'multi_worker', which is set for you",
         ),
-        (["--sbatch=account"], "'account' is no option of sbatch: expected --sbatch=--OPTION"),
+        (["--sbatch=account"], "'account' is not an option of sbatch: expected --sbatch=--OPTION"),
         (["--submit"], "sbatch is not installed: run this on a login node"),
     ],
 )
