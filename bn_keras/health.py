@@ -39,8 +39,8 @@ _LISTED_CHANNELS = 6
 
 # The meaning of each kind of finding and what to do about it; docs/convert.md explains them.
 _ADVICE_ON_FAULTS = {
-    "not_finite": "The network diverged, and its outputs are invalid: go back to an earlier"
-    " checkpoint, and train on from there with a lower learning rate.",
+    "not_finite": "The network diverged, and its outputs are invalid: resume from an earlier"
+    " checkpoint with a lower learning rate.",
     "not_finite_outputs": "Look for NaN in the inputs, for inputs of a wrong scale, and for"
     " overflow in float16.",
     "negative_variance": "A variance cannot be negative: the weights are damaged or were loaded in"
@@ -48,7 +48,7 @@ _ADVICE_ON_FAULTS = {
     "never_updated": "Inference normalizes with these values instead of statistics of the data,"
     " and its outputs are wrong: train in training mode, as fit does, or call"
     " estimate_population_statistics.",
-    "dead": "Nothing of the input passes through the layer: if gamma was initialized to 0, train"
+    "dead": "No signal passes through the layer: if gamma was initialized to 0, train"
     " for longer; otherwise train with a lower learning rate or less weight decay on gamma.",
     "stale": "Inference normalizes differently from training, and is less accurate or wrong: call"
     " estimate_population_statistics (in a config, population.when='end'), or train for more steps"
@@ -56,14 +56,14 @@ _ADVICE_ON_FAULTS = {
 }
 _ADVICE_ON_NOTES = {
     "never_updated": "The layer only scales and shifts, in training as in inference: if the network"
-    " should have pretrained weights, they were not loaded; otherwise nothing is to be done.",
-    "dead": "They tell the network nothing about its input: a few are harmless; with many, a part"
-    " of the network is unused: train with a lower learning rate or less weight decay on gamma.",
+    " should have pretrained weights, they were not loaded; otherwise no action is needed.",
+    "dead": "These channels carry no information: a few are harmless; with many, a part of the"
+    " network is unused: train with a lower learning rate or less weight decay on gamma.",
     "below_epsilon": "Epsilon instead of the variance determines their scale, so that they stay"
     " smaller than other channels: harmless in a few channels; if a layer has many, scale up its"
     " input or lower epsilon, and train again.",
     "gap": "The statistics of single mini-batches differ from the average: they are small, or their"
-    " examples resemble each other. If the validation accuracy is good, nothing is to be done;"
+    " examples resemble each other. If the validation accuracy is good, no action is needed;"
     " otherwise shuffle the examples, or train with larger or synchronized mini-batches.",
     "unfoldable": "Nothing is wrong: a folded network keeps the layer, or replaces it by one"
     " scale-and-shift.",

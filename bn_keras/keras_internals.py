@@ -156,7 +156,7 @@ def refresh_identities(value: Any) -> None:
 
 
 def unbuild_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
-    """Removes what an optimizer keeps for each trainable variable; iterations are kept."""
+    """Removes an optimizer's slot variables, and keeps its iterations."""
     kept = (optimizer._iterations, optimizer._learning_rate)
     for variable in list(optimizer._variables):
         if not any(variable is v for v in kept):

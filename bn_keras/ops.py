@@ -445,8 +445,8 @@ class _Unfused:
     def _average_parts(self, x: tf.Tensor) -> tuple[tf.Tensor, int]:
         """Returns the means of equal parts of x, and the number of values in each.
 
-        What is subtracted from x before a sum is written to memory by XLA's CPU compiler, as large
-        as x. The means of parts are few, and a part is so small that its sum is accurate.
+        XLA's CPU compiler writes x minus a shift to memory, as large as x, before it sums it. The
+        means of parts are few, and a part is so small that its sum is accurate.
         """
         last = first = self._reduced[-1]
         while first - 1 in self._reduced and x.shape[first - 1] is not None:
@@ -454,7 +454,7 @@ class _Unfused:
         if self._mask is not None or x.shape[last] is None or _is_on_accelerator():
             return x, 1
         num_values = math.prod(x.shape[first : last + 1])
-        # The largest power of two that divides it, so that the means are rounded no more.
+        # A power of two, so that the division by it adds no rounding error.
         size = min(num_values & -num_values, _MAX_PART)
         if size < _MIN_PART:
             return x, 1
@@ -522,11 +522,11 @@ class _Unfused:
     def _sum_exactly(self, x: tf.Tensor) -> tf.Tensor:
         """Sums without losing large means, in float64.
 
-        TensorFlow adds float32 values one by one. Only along the last axes it adds sums of pairs,
-        so that float32 is accurate enough there.
+        TensorFlow adds float32 values one by one, except along the innermost axes, where it adds
+        sums of pairs and float32 is accurate enough.
         """
         end = x.shape.rank
-        while end and x.shape[end - 1] == 1:  # Such axes separate nothing.
+        while end and x.shape[end - 1] == 1:  # Axes of size 1 do not break contiguity.
             end -= 1
         inner = [a for a in self._reduced if a < end]
         while inner and inner != list(range(inner[0], end)):
@@ -741,7 +741,7 @@ class _Fused:
         if moving is not None and moving.momentum:
             old, factor = [moving.mean, moving.variance], 1 - moving.momentum
         else:
-            # The kernel takes no old averages if it keeps nothing of them.
+            # With exponential_avg_factor=1, the kernel requires empty moving statistics.
             old, factor = [tf.zeros([0])] * 2, 1.0
         outputs = tf.raw_ops.FusedBatchNormV3(
             x=images,
@@ -864,7 +864,7 @@ def _correct_if_lost(
     epsilon: float,
     factor: float,
 ) -> Sequence[tf.Tensor]:
-    """Computes the outputs of the training kernel again if they have lost the deviations.
+    """Recomputes the training kernel's outputs if float32 sums have lost the deviations.
 
     On the CPU the kernel adds values one by one in float32. Once the spacing of the sum exceeds the
     deviations, they are lost (400,000 values: at a mean of about 300 standard deviations).

@@ -267,7 +267,7 @@ def unfinished_folder(target: Path) -> Iterator[pathlib.Path]:
 def local_copy(path: Path) -> Iterator[pathlib.Path]:
     """Yields a local path of a file: its own, or that of a temporary copy of a file in a bucket.
 
-    Without the file, nothing is at the path.
+    If the file does not exist, neither does the path that is yielded.
 
     Raises:
       StorageError: the file cannot be read.
@@ -284,7 +284,7 @@ def local_copy(path: Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def literal_path(folder: Path) -> Iterator[pathlib.Path]:
-    """Yields a path of a local folder that TensorFlow does not take for a pattern.
+    """Yields a path of a local folder that TensorFlow does not read as a pattern.
 
     TensorFlow's readers and writers of checkpoints and SavedModels look for files that match a
     path: "run[1]" finds "run1", but not itself. Such a folder gets a symbolic link of another name
@@ -304,7 +304,7 @@ def literal_path(folder: Path) -> Iterator[pathlib.Path]:
         if _PATTERN.search(parent):
             raise UsageError(
                 f"TensorFlow cannot use {os.fspath(folder)!r}, nor the folder of temporary files"
-                f" {parent!r}: set TMPDIR to a path without * ? [ ] and backslashes"
+                f" {parent!r}: set TMPDIR to a path without * ? [ ] or backslashes"
             )
         link = pathlib.Path(parent) / "folder"
         link.symlink_to(os.path.abspath(folder), target_is_directory=True)

@@ -219,7 +219,7 @@ def exit_statuses() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ending_process() -> Iterator[None]:
-    """Ends the process of a command that fails, also if its threads or child processes go on.
+    """Ends the process of a failed command, even if its threads or child processes still run.
 
     Python's own exit waits for them, and for TensorFlow's iterators and collectives, which may wait
     for each other: the process would hang and keep its devices.

@@ -133,7 +133,7 @@ def test_a_run_writes_the_report_and_evaluate_prints_it(tmp_path):
         assert tf.io.decode_png((folder / name).read_bytes()).shape[0] > 100
     [row] = evaluate_networks([tmp_path], per_class=True)
     assert [r["accuracy"] for r in row["per_class"]] == pytest.approx(accuracies)
-    assert "most often taken for" in format_errors([row])
+    assert "most often predicted as" in format_errors([row])
 
 
 @pytest.mark.filterwarnings("error")

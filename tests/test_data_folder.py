@@ -469,7 +469,7 @@ def test_an_unreadable_image_stops_the_run_and_is_named(root, kind):
     with pytest.raises(UsageError) as caught, data.reporting_errors():
         train_batches(data, STEPS)
     message = str(caught.value)
-    assert str(path) in message and "data.max_bad_examples=0 accepts no more" in message
+    assert str(path) in message and "data.max_bad_examples=0 is exceeded" in message
     assert "\n" not in message and "{{" not in message and "Op:" not in message
 
 

@@ -295,7 +295,7 @@ def test_the_command_overrides_the_config_of_the_run(folder_run):
         "evaluate", f"--workdir={workdir}", "--per_class", "--config.data.validation_split=other"
     )
     assert done.returncode == 0, done.stderr
-    assert "12 images" in done.stdout and "most often taken for" in done.stdout
+    assert "12 images" in done.stdout and "most often predicted as" in done.stdout
 
 
 def test_members_with_other_preprocessing_are_rejected(runs, tmp_path):

@@ -196,7 +196,7 @@ def test_sorted_data_causes_a_gap():
     assert report.gap > 1
     row, *_ = str(report).splitlines()
     assert f"training and inference mode are {report.gap:.2f} standard deviations apart" in row
-    assert "If the validation accuracy is good, nothing is to be done; otherwise shuffle" in row
+    assert "If the validation accuracy is good, no action is needed; otherwise shuffle" in row
 
 
 @pytest.mark.parametrize("cls", [BatchNormalization, KERAS_BN])
@@ -293,7 +293,7 @@ def test_findings_of_many_layers_are_counted_and_the_first_are_described():
     assert row.startswith(
         "note   5 layers: net/norm_0: nearly constant output (dead) in 1 of 3 channels (0);"
         " net/norm_1: nearly constant output (dead) in 2 of 3 channels (0, 1); net/norm_2: nearly"
-        " constant output (dead) in 1 of 3 channels (0); 2 more. They tell the network nothing"
+        " constant output (dead) in 1 of 3 channels (0); 2 more. These channels carry no information"
     )
     # The findings that no layer can be folded are on one more line.
     assert [line.partition(":")[0] for line in others] == ["note   5 layers"]

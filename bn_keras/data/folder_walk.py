@@ -13,7 +13,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 
 # Folders that operating systems and archives add; they hold copies and thumbnails.
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
-# Files of a run: its folder is no class, and its pictures are no examples.
+# Files of a run: such a folder is not a class, and its pictures are not examples.
 _RUN_FILES = {"config.json", "metrics.jsonl"}
 
 
@@ -106,7 +106,7 @@ def _walk_local(folder: str, found: dict[str, ClassFolder]) -> None:
 
 
 def _add_file(contents: ClassFolder, entry: os.DirEntry, real_folder: str) -> None:
-    """Adds a file, or a link to one; a link to nothing counts as an unreadable image."""
+    """Adds a file, or a link to one; a broken link counts as an unreadable image."""
     is_file = entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
     if not (is_file and is_image(entry.name)):
         contents.others.append(entry.path)

@@ -53,9 +53,8 @@ class UnreadableExamples:
             text = f"unreadable example {name}: {first_line(reason)}"
             if self.count > self._limit:
                 self.error = UsageError(
-                    f"{text}; data.max_bad_examples={self._limit} accepts no more: raise the"
-                    " limit, also to resume this run, or repair or remove the example and train"
-                    " in a new workdir"
+                    f"{text}; data.max_bad_examples={self._limit} is exceeded: raise it, also to"
+                    " resume this run, or repair or remove the example and train in a new workdir"
                 )
                 raise self.error
             logging.warning("%s (%d of at most %d)", text, self.count, self._limit)

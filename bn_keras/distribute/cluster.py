@@ -1,4 +1,4 @@
-"""The processes of a multi-worker training, and how they meet."""
+"""The workers of a multi-worker training, and how they meet at the start."""
 
 import contextlib
 import dataclasses

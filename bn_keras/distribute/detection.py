@@ -23,7 +23,7 @@ _EVALUATOR = "evaluator"
 _EXAMPLE = (
     '{"cluster": {"worker": ["HOST1:2222", "HOST2:2222"]}, "task": {"type": "worker", "index": 0}}'
 )
-# The ports of Slurm's jobs: below the range from which Linux takes the ports of clients, and a
+# The ports of Slurm's jobs: below Linux's range of ephemeral ports, and a
 # different block for each of 625 consecutive jobs, since jobs may share a node.
 _SLURM_PORTS = range(10_000, 30_000)
 _PORTS_PER_SLURM_JOB = 32

@@ -1,4 +1,4 @@
-"""Waits for other processes: announced while they last, and ended by a signal."""
+"""Logs long waits for other processes, and lets a signal end them."""
 
 import contextlib
 import ctypes
@@ -29,7 +29,7 @@ _set_handler.argtypes, _set_handler.restype = (ctypes.c_int, ctypes.c_void_p), c
 
 @contextlib.contextmanager
 def waiting_for(describe: Callable[[], str]) -> Iterator[None]:
-    """Reports a wait that takes long, and ends the process if a signal does not end the wait.
+    """Logs a long wait, and ends the process if a signal arrives and the wait does not end.
 
     TensorFlow waits inside its kernels, where Python's signal handlers do not run; when it connects
     workers, it also replaces the handler of SIGTERM by one that only notes the signal. As the first

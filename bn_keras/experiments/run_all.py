@@ -22,7 +22,7 @@ from bn_keras.training.loop import train_and_evaluate
 from bn_keras.training.networks import replaced
 from bn_keras.training.plan import describe_progress
 
-# A value for the seeds of configs that are compared without them.
+# Replaces all seeds, to compare configs regardless of them.
 _SEED = {"seed": 0}
 
 

@@ -179,7 +179,7 @@ def _as_model(
 
 
 class _FunctionLayer(keras.layers.Layer):
-    """Calls a function of NumPy arrays, from images to [N, classes], once at a time."""
+    """Calls a function of NumPy arrays, from images to [N, classes], one call at a time."""
 
     def __init__(self, function: Callable[[np.ndarray], np.ndarray], num_classes: int) -> None:
         super().__init__(dtype="float32")

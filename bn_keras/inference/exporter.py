@@ -185,7 +185,7 @@ def _check_quantization(file_format: str, quantize: str, num_examples: int) -> N
             f"unknown quantize={quantize!r}: expected one of {', '.join(_QUANTIZATIONS)}"
         )
     if quantize != "none" and file_format != "tflite":
-        raise UsageError(f"the format {file_format} is not quantized: choose tflite, or omit it")
+        raise UsageError(f"format {file_format} cannot be quantized: choose tflite, or omit it")
     if num_examples < 1:
         raise UsageError(f"num_examples={num_examples} is invalid: expected a positive integer")
 

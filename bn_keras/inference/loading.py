@@ -44,7 +44,7 @@ class TrainedNetwork(NamedTuple):
 
     @property
     def is_frozen(self) -> bool:
-        """Returns whether all BatchNormalization layers are frozen and keep their statistics."""
+        """Whether all BatchNormalization layers are frozen and keep their statistics."""
         layers = [v for v in self.model.layers if isinstance(v, keras.layers.BatchNormalization)]
         return bool(layers) and not any(layer.trainable for layer in layers)
 

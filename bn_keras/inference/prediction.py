@@ -79,7 +79,7 @@ class Predictor:
         return self._predict([self._open(path)])[0]
 
     def predict_all(self, paths: Iterable[Path]) -> Iterator[ImagePrediction]:
-        """Yields the predictions for images, in order; an unreadable image does not end them.
+        """Yields the predictions for images, in order, past unreadable ones.
 
         Images are read in parallel and predicted in batches.
 

@@ -11,7 +11,7 @@ class Dropout(keras.layers.Dropout):
     Keras draws the same numbers on every replica: two replicas of 16 examples use 16 masks twice.
     Here each replica draws numbers for the rows of all replicas and uses its part, so the global
     batch has the same masks on any number of replicas. On one replica, and outside strategy.run,
-    the layer equals Keras' to the bit.
+    the layer is bit-identical to Keras'.
 
     R replicas draw R times as many numbers. That is negligible for the 1,024 features before the
     classifier, but not between convolutions.

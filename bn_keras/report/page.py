@@ -22,7 +22,7 @@ from bn_keras.storage import move, unfinished_folder, writing
 # A plot's name is used in a link without escaping.
 _PLOT_NAME = re.compile(r"\w[\w-]*\.svg", re.ASCII)
 
-# A table with more columns than this is narrow enough for no phone.
+# A table with more columns than this does not fit on a phone.
 _MAX_COLUMNS_ON_A_PHONE = 3
 
 _PAPER = (

@@ -48,7 +48,7 @@ def judge(outcomes: Sequence[Outcome]) -> str:
 
 
 def count_verdicts(verdicts: Iterable[str]) -> str:
-    """Returns how often each verdict occurs, such as "13 hold and 5 do not hold"."""
+    """Returns how many times each verdict occurs, such as "13 hold and 5 do not hold"."""
     verdicts = list(verdicts)
     return join_words(
         f"{count} {predicates[count > 1]}"

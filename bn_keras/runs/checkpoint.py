@@ -33,7 +33,7 @@ class Checkpoints:
       - Parts are saved as flat dictionaries of variables: an object-based checkpoint of a Keras
         model omits the state of its random generators (dropout's).
       - A checkpoint is written in a folder of its own, on this machine, and then moved into place.
-        Its index is moved last, and makes it count. Only then an older checkpoint is removed, the
+        Its index is moved last, which commits it. Only then an older checkpoint is removed, the
         index before the data. An interrupted save leaves the earlier checkpoints intact; the next
         save removes its files.
       - A checkpoint counts only after its index lists all variables and its data has their size.
@@ -50,7 +50,7 @@ class Checkpoints:
       parts: variables by name of their part. `restore` accepts fewer parts than were saved.
       keep: how many of the latest checkpoints to keep.
       writes: False makes `save` do nothing, as for workers other than the chief.
-      verify_owner: called before a save makes its checkpoint count, and before it removes others;
+      verify_owner: called before a save commits its checkpoint, and before it removes others;
         raises an error if another process now owns the folder.
     """
 

@@ -377,7 +377,7 @@ class Workdir:
         return any(self.DIVERGED in line for line in self.read_metrics()[-1:])
 
     def num_retries(self) -> int:
-        """Returns how often the run has been rolled back after it diverged."""
+        """Returns how many times the run has been rolled back after it diverged."""
         return max((line.get(self.RETRY, 0) for line in self.read_metrics()), default=0)
 
     def best_accuracy(self, step: int) -> float:

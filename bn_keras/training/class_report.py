@@ -72,7 +72,7 @@ class ClassReport:
         np.add.at(self.confusion, (predictions.labels, predictions.classes), 1)
 
     def rows(self) -> list[ClassRow]:
-        """Returns the result for each class, with the class that it is most often taken for."""
+        """Returns the result for each class, with the class it is most often predicted as."""
         rows: list[ClassRow] = []
         for number, (name, counts) in enumerate(zip(self.class_names, self.confusion, strict=True)):
             images, hits = int(counts.sum()), int(counts[number])
@@ -122,7 +122,7 @@ def name_rare_classes(
 
 def format_classes(rows: Sequence[ClassRow]) -> str:
     """Formats the result of each class as a table."""
-    header = ["class", "images", "accuracy", "most often taken for"]
+    header = ["class", "images", "accuracy", "most often predicted as"]
     cells = [
         [
             row["label"],

@@ -18,7 +18,7 @@ class Graphs:
     """Traced graphs of the last finished run, for a next run with another seed.
 
     Tracing takes longer than the training itself in a run of a few hundred steps. The next run
-    starts with the variables that a new network would have, so it is the same to the bit.
+    starts with the variables that a new network would have, so it is bit-identical.
 
     Attributes:
       evaluator: evaluator of the last run; None if the next run needs a new one.

@@ -416,7 +416,7 @@ class _Training:
 
     @property
     def is_over(self) -> bool:
-        """Returns whether the last step, an early stop or a signal ends the training."""
+        """Whether the last step, an early stop or a signal ends the training."""
         is_last_step = self.step >= self.timetable.steps
         return is_last_step or bool(self.early_stop) or bool(self.signum)
 

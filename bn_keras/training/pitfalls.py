@@ -1,4 +1,4 @@
-"""Settings and data that are valid, but hardly meant: a vanishing rate, classes without images."""
+"""Warnings about valid settings and data that are probably unintended, such as a vanishing rate."""
 
 import keras
 import numpy as np
@@ -70,7 +70,7 @@ def find_class_pitfalls(data: Data) -> list[str]:
         [only] = np.flatnonzero(data.class_counts)
         lines.append(
             f"all training images have the class {data.class_names[only]!r}:"
-            " there is nothing to tell apart; is data.data_dir the right folder?"
+            " there is nothing to classify; is data.data_dir the right folder?"
         )
     if data.balance == "none" and sizes.max() >= _UNEQUAL * sizes.min():
         lines.append(

@@ -169,7 +169,7 @@ class Trainer:
             variable.assign(value)
 
     def restart_averages(self) -> None:
-        """Assigns the weights to their EMA, after weights were loaded."""
+        """Resets the EMA to the current weights after weights were loaded."""
         weights = self.inference_model.trainable_variables
         for average, weight in zip(self.averages, weights, strict=bool(self.averages)):
             average.assign(tf.convert_to_tensor(weight.value))

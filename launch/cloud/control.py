@@ -220,7 +220,7 @@ def watch(job: Job, cloud: Cloud, max_retries: int, poll_seconds: float) -> str:
     Args:
       job: a submitted job.
       cloud: see `Cloud`.
-      max_retries: how often the job is created again, in total.
+      max_retries: maximum number of times the job is created again.
       poll_seconds: time between two polls.
 
     Returns:
