@@ -293,7 +293,7 @@ def test_findings_of_many_layers_are_counted_and_the_first_are_described():
     assert row.startswith(
         "note   5 layers: net/norm_0: nearly constant output (dead) in 1 of 3 channels (0);"
         " net/norm_1: nearly constant output (dead) in 2 of 3 channels (0, 1); net/norm_2: nearly"
-        " constant output (dead) in 1 of 3 channels (0); 2 more. These channels carry no information"
+        " constant output (dead) in 1 of 3 channels (0); 2 more. These channels carry no"
     )
     # The findings that no layer can be folded are on one more line.
     assert [line.partition(":")[0] for line in others] == ["note   5 layers"]
