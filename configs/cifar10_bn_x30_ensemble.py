@@ -3,7 +3,7 @@
     bn-keras train --config=cifar10_bn_x30_ensemble:1 --workdir=runs/cifar10_ensemble_1
 
 bn_x30_ensemble.py describes the members. They have a third of the other networks' steps, with a
-decay that is faster in proportion: about 20 minutes on one core each. As in the paper, they are
+decay that is faster in proportion: about half an hour on one core each. As in the paper, they are
 trained on crops of varying size, since evaluation with many crops enlarges parts of the images.
 Evaluate the six together with
 

@@ -2,7 +2,7 @@
 
     bn-keras train --config=cifar10_bn_x5 --workdir=runs/cifar10_bn_x5
 
-About an hour on one core.
+One to two hours on one core.
 """
 
 from ml_collections import ConfigDict
