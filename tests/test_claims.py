@@ -11,7 +11,7 @@ from small import small_mlp
 from bn_keras.data import pipeline
 from bn_keras.experiments import titles
 from bn_keras.experiments.claim_runs import get_claim_configs
-from bn_keras.report import Run, build_claims, scale_invariance, write_report
+from bn_keras.report import Run, build_claims, published, scale_invariance, write_report
 from bn_keras.report.claims import CLAIMS, check_claim
 from bn_keras.report.margins import Group, margin_of
 from bn_keras.runs.workdir import Workdir
@@ -356,6 +356,9 @@ def test_the_accelerated_networks_are_compared_with_a_longer_inception(
     assert f"steps to {accuracy:.1%}" in text and f"trains for {steps} steps" in text
     (axes,) = section.plots["claims_longer_inception.svg"].axes
     assert max(max(line.get_xdata()) for line in axes.lines) == 15_400
+    # Titles beside the ends of the short lines would hide the long one.
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == set(published.FIGURE_3)
+    assert not axes.texts
     del results[titles.LONGER_INCEPTION]
     assert check_claim(claim("BN-x5 reaches Inception's best"), results).verdict == NOT_RUN
     assert "Inception trained as long" not in build_claims(results).body

@@ -16,7 +16,7 @@ from bn_keras.report.plots import (
     FIGURE_WIDTH,
     STYLES,
     draw_bands,
-    label_ends,
+    label_lines,
     replace_frame_by_grid,
 )
 from bn_keras.report.published import CITATION
@@ -182,7 +182,7 @@ def _draw_accuracy(axes: Axes, runs: Results) -> None:
     axes.set_ylim(_LOWEST_SHOWN if lowest > _LOWEST_SHOWN else 0, 1.005)
     if lowest >= _ABOVE_INSET and all(late.values()):
         _draw_inset(axes, late)
-    label_ends(axes, bands)
+    label_lines(axes, bands)
 
 
 def _draw_inset(axes: Axes, late: Mapping[str, Mapping[int, Spread]]) -> None:

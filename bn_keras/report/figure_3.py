@@ -12,7 +12,7 @@ from bn_keras.experiments.titles import BASELINE, INCEPTION, X5, X5_SIGMOID, X30
 from bn_keras.report import published
 from bn_keras.report.five_networks import FiveNetworks
 from bn_keras.report.margins import reaches_sooner
-from bn_keras.report.plots import FIGURE_WIDTH, draw_curves, label_ends
+from bn_keras.report.plots import FIGURE_WIDTH, draw_curves, label_lines
 from bn_keras.report.sections import (
     Section,
     describe_divergence,
@@ -248,7 +248,7 @@ def _draw_loss(axes: Axes, results: Results) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    label_ends(axes, bands)
+    label_lines(axes, bands)
 
 
 # --- Statements.

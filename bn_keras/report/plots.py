@@ -53,7 +53,8 @@ def draw_bands(axes: Axes, bands: Mapping[str, Mapping[int, Spread]]) -> None:
     """
     for title, band in bands.items():
         steps, spreads, style = list(band), band.values(), STYLES[title]
-        axes.plot(steps, [spread.mean for spread in spreads], linewidth=1.7, **style._asdict())
+        means = [spread.mean for spread in spreads]
+        axes.plot(steps, means, linewidth=1.7, label=title, **style._asdict())
         lows, highs = [spread.low for spread in spreads], [spread.high for spread in spreads]
         axes.fill_between(steps, lows, highs, color=style.color, alpha=0.18, linewidth=0)
 
@@ -72,8 +73,18 @@ def draw_curves(axes: Axes, bands: Mapping[str, Mapping[int, Spread]]) -> None:
     replace_frame_by_grid(axes)
 
 
-def label_ends(axes: Axes, bands: Mapping[str, Mapping[int, Spread]]) -> None:
-    """Writes each line's title beside its end, stacked so that the titles do not overlap."""
+def label_lines(axes: Axes, bands: Mapping[str, Mapping[int, Spread]]) -> None:
+    """Writes each line's title beside its end, or in a legend if lines end far from each other."""
+    ends = [max(band) for band in bands.values() if band]
+    if ends and min(ends) < max(ends) / 2:
+        # Beside the end of a short line, its title would hide a longer one.
+        axes.legend(loc="best")
+    else:
+        _label_ends(axes, bands)
+
+
+def _label_ends(axes: Axes, bands: Mapping[str, Mapping[int, Spread]]) -> None:
+    """Stacks the titles so that they do not overlap."""
     axes.figure.canvas.draw()
     to_axes = axes.transData + axes.transAxes.inverted()
     ends = []
