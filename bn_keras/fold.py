@@ -16,6 +16,7 @@ from bn_keras.errors import UsageError
 from bn_keras.keras_internals import (
     Call,
     all_layers,
+    batch_norm_layers,
     build_like,
     graph_calls,
     graph_of,
@@ -187,9 +188,8 @@ class _Plan:
 
         self.batch_norms = [
             layer
-            for layer in all_layers(model)
-            if isinstance(layer, keras.layers.BatchNormalization)
-            and (layer in self._calls or layer in self.inside)
+            for layer in batch_norm_layers(model)
+            if layer in self._calls or layer in self.inside
         ]
         if not self.batch_norms:
             raise UsageError(f"model {model.name!r} has no BatchNormalization to fold")
@@ -225,11 +225,7 @@ class _Plan:
         layer = call.operation
         contained = all_layers(layer, include_self=False)
         if _is_training(call):
-            self.always_training.update(
-                x
-                for x in (layer, *contained)
-                if isinstance(x, keras.layers.BatchNormalization) and x.trainable
-            )
+            self.always_training.update(x for x in batch_norm_layers(layer) if x.trainable)
         if not is_new:
             return
         self.names.setdefault(layer, name)

@@ -38,6 +38,11 @@ def all_layers(model: keras.Layer, include_self: bool = True) -> list[keras.Laye
     return list(model._flatten_layers(include_self=include_self))
 
 
+def batch_norm_layers(model: keras.Layer) -> list[keras.layers.BatchNormalization]:
+    """Returns the BatchNormalization layers of a model, ours and Keras', among `all_layers`."""
+    return [v for v in all_layers(model) if isinstance(v, keras.layers.BatchNormalization)]
+
+
 def graph_of(layer: keras.Operation) -> keras.Function | None:
     """Returns the graph of a functional or sequential model, or None for any other layer.
 
