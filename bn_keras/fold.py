@@ -1,10 +1,9 @@
 """Folds batch normalization into the layers before it: Algorithm 2, line 11."""
 
-import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -24,6 +23,7 @@ from bn_keras.keras_internals import (
 )
 from bn_keras.layer_kinds import DEPTHWISE, SEPARABLE, TRANSPOSED, WITH_KERNEL
 from bn_keras.model_copy import REMOVED, ModelCopier, describe
+from bn_keras.population import preserved_state
 from bn_keras.text import first_line
 
 # Random inputs of the comparison: number of examples, and size of the axes that the model leaves
@@ -430,23 +430,9 @@ def _compare_models(
     plan: _Plan, before: keras.Model, after: keras.Model, inputs: Any
 ) -> FoldReport:
     """Runs both models on the same inputs and reports on their outputs and times."""
-    with _preserved_state(before, after):
+    # Inference changes the states of stateful recurrent layers, and some seeds.
+    with preserved_state(before), preserved_state(after):
         return _compare_runs(plan, before, after, inputs)
-
-
-@contextlib.contextmanager
-def _preserved_state(*models: keras.Model) -> Iterator[None]:
-    """Restores what inference changes: the states of stateful recurrent layers, some seeds."""
-    values = [
-        (v, keras.ops.convert_to_numpy(v))
-        for model in models
-        for v in model.non_trainable_variables
-    ]
-    try:
-        yield
-    finally:
-        for variable, value in values:
-            variable.assign(value)
 
 
 def _compare_runs(plan: _Plan, before: keras.Model, after: keras.Model, inputs: Any) -> FoldReport:
