@@ -332,6 +332,11 @@ def check_writable(folder: Path, what: str) -> None:
         raise StorageError(f"{what} cannot be written: no permission to write {existing}")
 
 
+def is_folder(path: Path) -> bool:
+    """Returns whether a path is an existing folder."""
+    return os.path.isdir(path) if is_local(path) else tf.io.gfile.isdir(os.fspath(path))
+
+
 def list_folder(path: Path) -> list[str]:
     """Returns the sorted names in a folder as it is now; none if it does not exist.
 
