@@ -65,9 +65,7 @@ def test_a_divergence_ends_the_sharing(tmp_path, traced):
 def test_seeds_that_follow_each_other_are_one_task():
     def trainings(*seeds_by_network):
         return [
-            run_all._Training(
-                f"{network}{seed}", small_mlp(seed=seed, **{"train.l2": network}), None
-            )
+            run_all._DueRun(f"{network}{seed}", small_mlp(seed=seed, **{"train.l2": network}), None)
             for network, seeds in enumerate(seeds_by_network)
             for seed in range(seeds)
         ]
