@@ -200,7 +200,7 @@ _CHANGEABLE_IN_TENSORFLOW = (
 def is_of_tensorflow(value: Any) -> bool:
     """Returns whether TensorFlow defines an object's class; False for a tf.Module."""
     package = type(value).__module__.partition(".")[0]
-    return package == "tensorflow" and not isinstance(value, tf.Module | keras.Variable)
+    return package == "tensorflow" and not isinstance(value, tf.Module)
 
 
 def copy_tensorflow_object(value: Any, copy: Callable[[Any], Any]) -> Any:
