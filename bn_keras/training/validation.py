@@ -11,8 +11,7 @@ from bn_keras.errors import UsageError
 from bn_keras.keras_internals import batch_norm_layers
 from bn_keras.population import PopulationEstimator, preserved_state
 from bn_keras.runs.checkpoint import Checkpoints
-from bn_keras.runs.metrics import Metrics
-from bn_keras.runs.workdir import Workdir
+from bn_keras.runs.workdir import Metrics, Workdir
 from bn_keras.training.class_report import ClassReport, write_class_report
 from bn_keras.training.evaluator import Evaluator
 from bn_keras.training.step import Trainer
