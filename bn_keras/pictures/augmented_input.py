@@ -61,7 +61,9 @@ def write_preview(config: ConfigDict, path: str | os.PathLike, num_examples: int
             for cell, image, label in zip(cells, images, labels, strict=False):
                 _draw_image(cell, image, data.preprocessing.binary)
                 if not np.array_equal(labels, labels_above):
-                    cell.set_title(_format_label(label, data.class_names), fontsize=9)
+                    title = _format_label(label, data.class_names)
+                    # A "$" in the name of a class does not begin a formula.
+                    cell.set_title(title, fontsize=9, parse_math=False)
             labels_above = labels
     save_picture(figure, path)
 
