@@ -1,11 +1,10 @@
 """Folds batch normalization into the layers before it: Algorithm 2, line 11."""
 
-import contextlib
 import dataclasses
 import inspect
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -17,6 +16,7 @@ from bn_keras.errors import AgreementError, UsageError
 from bn_keras.keras_internals import (
     Call,
     all_layers,
+    batch_norm_layers,
     build_like,
     graph_calls,
     graph_of,
@@ -24,6 +24,7 @@ from bn_keras.keras_internals import (
 )
 from bn_keras.layer_kinds import DEPTHWISE, SEPARABLE, TRANSPOSED, WITH_KERNEL
 from bn_keras.model_copy import REMOVED, ModelCopier, describe
+from bn_keras.population import preserved_state
 from bn_keras.text import first_line
 
 # Random inputs of the comparison: number of examples, and size of the axes that the model leaves
@@ -188,9 +189,8 @@ class _Plan:
 
         self.batch_norms = [
             layer
-            for layer in all_layers(model)
-            if isinstance(layer, keras.layers.BatchNormalization)
-            and (layer in self._calls or layer in self.inside)
+            for layer in batch_norm_layers(model)
+            if layer in self._calls or layer in self.inside
         ]
         if not self.batch_norms:
             raise UsageError(f"model {model.name!r} has no BatchNormalization to fold")
@@ -226,11 +226,7 @@ class _Plan:
         layer = call.operation
         contained = all_layers(layer, include_self=False)
         if _is_training(call):
-            self.always_training.update(
-                x
-                for x in (layer, *contained)
-                if isinstance(x, keras.layers.BatchNormalization) and x.trainable
-            )
+            self.always_training.update(x for x in batch_norm_layers(layer) if x.trainable)
         if not is_new:
             return
         self.names.setdefault(layer, name)
@@ -439,23 +435,9 @@ def _compare_models(
     plan: _Plan, before: keras.Model, after: keras.Model, inputs: Any
 ) -> FoldReport:
     """Runs both models on the same inputs and reports on their outputs and times."""
-    with _preserved_state(before, after):
+    # Inference changes the states of stateful recurrent layers, and some seeds.
+    with preserved_state(before), preserved_state(after):
         return _compare_runs(plan, before, after, inputs)
-
-
-@contextlib.contextmanager
-def _preserved_state(*models: keras.Model) -> Iterator[None]:
-    """Restores what inference changes: the states of stateful recurrent layers, some seeds."""
-    values = [
-        (v, keras.ops.convert_to_numpy(v))
-        for model in models
-        for v in model.non_trainable_variables
-    ]
-    try:
-        yield
-    finally:
-        for variable, value in values:
-            variable.assign(value)
 
 
 def _compare_runs(plan: _Plan, before: keras.Model, after: keras.Model, inputs: Any) -> FoldReport:

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from bn_keras.errors import UsageError
 from bn_keras.fold import to_float64, unfoldable_layers
-from bn_keras.keras_internals import all_layers, replaced_method
+from bn_keras.keras_internals import all_layers, batch_norm_layers, replaced_method
 from bn_keras.population import (
     LayerReport,
     PopulationReport,
@@ -223,7 +223,7 @@ def check_batch_norm(
     """
     if not model.built:
         raise UsageError(f"model {model.name!r} is not built: call or build it first")
-    layers = [layer for layer in _batch_norm_layers(model) if layer.built]
+    layers = [layer for layer in batch_norm_layers(model) if layer.built]
     findings = _check_weights(model, layers)
     population, gap, skipped = None, None, []
     obstacle = _obstacle_to_running(dataset, layers, findings)
@@ -245,11 +245,6 @@ def check_batch_norm(
     findings.sort(key=lambda finding: order.get(finding.layer, math.inf))
     channels = sum(math.prod(layer.moving_mean.shape) for layer in layers)
     return HealthReport(len(layers), channels, tuple(findings), population, gap, tuple(skipped))
-
-
-def _batch_norm_layers(model: keras.Model) -> list[keras.Layer]:
-    layers = all_layers(model)
-    return [v for v in layers if isinstance(v, keras.layers.BatchNormalization)]
 
 
 def _check_weights(model: keras.Model, layers: Sequence[keras.Layer]) -> list[Finding]:
@@ -423,7 +418,7 @@ def _training_mode(model: keras.Model) -> Iterator[None]:
         return type(layer).call(layer, inputs, training=True, mask=mask)
 
     with contextlib.ExitStack() as stack:
-        for layer in _batch_norm_layers(model):
+        for layer in batch_norm_layers(model):
             function = functools.partial(call_in_training, layer)
             stack.enter_context(replaced_method(layer, "call", function))
         yield

@@ -38,6 +38,11 @@ def all_layers(model: keras.Layer, include_self: bool = True) -> list[keras.Laye
     return list(model._flatten_layers(include_self=include_self))
 
 
+def batch_norm_layers(model: keras.Layer) -> list[keras.layers.BatchNormalization]:
+    """Returns the BatchNormalization layers of a model, ours and Keras', among `all_layers`."""
+    return [v for v in all_layers(model) if isinstance(v, keras.layers.BatchNormalization)]
+
+
 def graph_of(layer: keras.Operation) -> keras.Function | None:
     """Returns the graph of a functional or sequential model, or None for any other layer.
 
@@ -195,7 +200,7 @@ _CHANGEABLE_IN_TENSORFLOW = (
 def is_of_tensorflow(value: Any) -> bool:
     """Returns whether TensorFlow defines an object's class; False for a tf.Module."""
     package = type(value).__module__.partition(".")[0]
-    return package == "tensorflow" and not isinstance(value, tf.Module | keras.Variable)
+    return package == "tensorflow" and not isinstance(value, tf.Module)
 
 
 def copy_tensorflow_object(value: Any, copy: Callable[[Any], Any]) -> Any:

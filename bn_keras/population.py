@@ -16,7 +16,7 @@ import tensorflow as tf
 from bn_keras import ops
 from bn_keras.batch_norm import BatchNormalization
 from bn_keras.errors import UsageError
-from bn_keras.keras_internals import all_layers, observed_moments, replaced_method
+from bn_keras.keras_internals import batch_norm_layers, observed_moments, replaced_method
 from bn_keras.replicas import per_replica_sum
 from bn_keras.text import align
 
@@ -156,8 +156,7 @@ class PopulationEstimator:
     def __init__(self, model: keras.Model, strategy: tf.distribute.Strategy | None = None) -> None:
         self._model = model
         self._strategy = strategy = strategy or model.distribute_strategy
-        layers = all_layers(model)
-        found = [v for v in layers if isinstance(v, keras.layers.BatchNormalization)]
+        found = batch_norm_layers(model)
         layers = [layer for layer in found if layer.built and layer.trainable]
         if not layers:
             raise UsageError(

@@ -317,6 +317,33 @@ def make_folder(path: Path) -> None:
         os.makedirs(path, exist_ok=True)
 
 
+def check_writable(folder: Path, what: str) -> None:
+    """Checks that a local folder, which need not exist, can be written; skips one in a bucket.
+
+    Args:
+      folder: path of the folder.
+      what: name of what is going to be written, for errors.
+
+    Raises:
+      UsageError: the path leads through a file.
+      StorageError: permissions are missing.
+    """
+    if not is_local(folder):
+        return
+    existing = pathlib.Path(folder).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UsageError(f"{what} is invalid: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise StorageError(f"{what} cannot be written: no permission to write {existing}")
+
+
+def is_folder(path: Path) -> bool:
+    """Returns whether a path is an existing folder."""
+    return os.path.isdir(path) if is_local(path) else tf.io.gfile.isdir(os.fspath(path))
+
+
 def list_folder(path: Path) -> list[str]:
     """Returns the sorted names in a folder as it is now; none if it does not exist.
 

@@ -43,13 +43,16 @@ def counted(count: int, noun: str, plural: str = "") -> str:
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
-def format_hours(hours: float) -> str:
-    """Returns a duration in the unit that suits it, such as "2.5 h", "12.3 min" or "4 s"."""
-    if hours >= 1:
-        return f"{hours:,.1f} h"
-    if hours >= 1 / 60:
-        return f"{60 * hours:.1f} min"
-    return f"{math.ceil(3600 * hours)} s"
+def format_duration(seconds: float) -> str:
+    """Formats a duration in its two largest units, such as "2 h 30 min", "3 min 20 s" or "4 s"."""
+    # A short time does not round to nothing.
+    seconds = round(seconds) or math.ceil(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60:,} h {minutes % 60} min"
 
 
 def first_of(names: Sequence[str], limit: int = 3, separator: str = ", ") -> str:

@@ -14,6 +14,8 @@ paper's multiples of the best rate.
 
 from ml_collections import ConfigDict
 
+from bn_keras.data.built_in import IMAGENET_TRAIN_EXAMPLES
+
 from . import inception
 
 BASE_RATE = 0.01
@@ -35,7 +37,7 @@ def get_config() -> ConfigDict:
     config.train.steps = 31_250
     # This run is a miniature of the 6e6 steps of the paper's best network. Its decay is faster in
     # proportion: the accelerated networks end at 1% of their rate, as in the paper.
-    config.schedule.decay_epochs *= config.train.steps / 6e6 * 1_281_167 / 50_000
+    config.schedule.decay_epochs *= config.train.steps / 6e6 * IMAGENET_TRAIN_EXAMPLES / 50_000
     config.train.steps_per_loop = 50
     config.evaluation.every_steps = 1250
     config.evaluation.global_batch_size = 500

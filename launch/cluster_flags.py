@@ -9,14 +9,14 @@ flags.disclaim_key_flags()
 
 
 def define_cluster() -> None:
-    """Defines --workers and --worker, which `join_cluster` applies."""
+    """Defines --workers and --worker, which `apply_flags` reads."""
     flags.DEFINE_list(
         "workers", [], "HOST:PORT of each worker, without Slurm, SkyPilot or TF_CONFIG."
     )
     flags.DEFINE_integer("worker", None, "Index of this process in --workers.", lower_bound=0)
 
 
-def join_cluster() -> bool:
+def apply_flags() -> bool:
     """Applies --workers and --worker; returns whether this process takes part in the command.
 
     An evaluator of TF_CONFIG does not: the workers evaluate by themselves.

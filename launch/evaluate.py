@@ -51,7 +51,7 @@ def main() -> None:
         raise CommandError("--workdir or --model is missing: see --help")
     if not _CROPS.value:
         raise CommandError("--crops is empty: see --help")
-    if not cluster_flags.join_cluster():
+    if not cluster_flags.apply_flags():
         return
     crops = [Crops.parse(text) for text in _CROPS.value]
     config = choose_config(_CONFIG.config, workdirs, _BEST.value)

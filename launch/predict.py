@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     """Prints or writes the predictions for all images."""
     from bn_keras.data.multi_crop import Crops
     from bn_keras.inference.prediction import find_images, make_predictor
-    from bn_keras.training.evaluator import progress_bar
+    from bn_keras.training.progress import progress_bar
 
     if not (arguments or _LISTS.value):
         raise CommandError("IMAGE is missing: see --help")
@@ -63,11 +63,11 @@ def main(arguments: list[str]) -> None:
         }
     )
     predict = make_predictor(_WORKDIRS.value, Crops.parse(_CROPS.value), _TOP_K.value, _BEST.value)
-    label = "predicting" if _OUTPUT.value else ""
+    writes_table = bool(_OUTPUT.value)
     unreadable = 0
     with (
         _open_output(extension, predict.class_names) as write,
-        progress_bar(label, len(images)) as bar,
+        progress_bar("predicting", len(images), unit=" images", is_shown=writes_table) as bar,
     ):
         for image in predict.predict_all(images):
             unreadable += bool(image.error)

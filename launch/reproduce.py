@@ -111,25 +111,25 @@ def _describe_runs(configs: Mapping[str, ConfigDict]) -> None:
     """Logs what is left to train; with --dry_run, also prints the runs in the order of training."""
     from bn_keras.experiments.paper import estimate_core_hours
     from bn_keras.experiments.run_all import plan_all
-    from bn_keras.text import counted, format_hours, table
+    from bn_keras.text import counted, format_duration, table
 
     rows, total, unknown = [], 0.0, False
     plans = plan_all(configs, _WORKDIR.value)
     for plan in plans:
         config = configs[plan.title]
         hours = estimate_core_hours(config)
-        left = None if hours is None else hours * plan.steps / config.train.steps
+        left = None if hours is None else 3600 * hours * plan.steps / config.train.steps
         total += left or 0.0
         unknown |= left is None and plan.steps > 0
-        cost = "unknown" if left is None else format_hours(left)
-        rows.append([plan.title, plan.progress, f"{plan.steps:,}", cost, format_hours(total)])
+        cost = "unknown" if left is None else format_duration(left)
+        rows.append([plan.title, plan.progress, f"{plan.steps:,}", cost, format_duration(total)])
     if _DRY_RUN.value:
         header = ["run", "progress", "steps left", "time on one core", "running total"]
         print("\n".join(table([header, *rows], left=2)))
     steps = sum(plan.steps for plan in plans)
     text = f"{counted(len(plans), 'run')} in {_WORKDIR.value}, {steps:,} steps left"
     if not unknown:
-        text += f", about {format_hours(total)} on one core (of an AMD EPYC virtual machine)"
+        text += f", about {format_duration(total)} on one core (of an AMD EPYC virtual machine)"
     cli.log_lines({"runs": text})
 
 

@@ -37,7 +37,7 @@ def main() -> None:
 
     if _DRY_RUN.value and _VERIFY_RESUME.value:
         raise CommandError("--dry_run and --verify_resume are mutually exclusive")
-    if not cluster_flags.join_cluster():
+    if not cluster_flags.apply_flags():
         return
     plan = describe_training(_CONFIG.value, _WORKDIR.value)
     cli.log_lines({"config": str(_CONFIG)} | plan)

@@ -29,7 +29,7 @@ LAYER_LIBRARY = {
     "population": "batch_norm errors keras_internals ops replicas text",
     "cost": "batch_norm errors keras_internals layer_kinds text",
     "model_copy": "errors keras_internals text",
-    "fold": "batch_norm errors keras_internals layer_kinds model_copy text",
+    "fold": "batch_norm errors keras_internals layer_kinds model_copy population text",
     "health": "batch_norm errors fold keras_internals population text",
     "models": "batch_norm errors text",
     "convert": "batch_norm errors model_copy models storage text",

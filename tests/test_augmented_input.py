@@ -86,6 +86,21 @@ def test_binary_images_are_shown_as_they_are(tmp_path, figures):
         assert set(np.unique(cell.images[0].get_array())) == {0.0, 1.0}
 
 
+def test_class_names_are_drawn_as_they_are(tmp_path, figures):
+    names = ("a$b_$", "\\alpha$", "x" * 40)
+    for name in names:
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for number in range(4):
+            pixels = np.full((8, 8, 1), 60 * number, np.uint8)
+            content = tf.io.encode_png(pixels).numpy()
+            (tmp_path / "set" / name / f"{number}.png").write_bytes(content)
+    changes = {"train_split": ".[:50%]", "validation_split": ".[50%:]", "image_size": 8}
+    config = digits(name="folder", data_dir=f"{tmp_path / 'set'}", **changes)
+    write_preview(config, tmp_path / "x.png", num_examples=3)
+    titles = {cell.get_title() for cell in figures[0].axes}
+    assert {"a$b_$", "\\alpha$"} < titles and max(map(len, titles)) == 16
+
+
 @pytest.mark.parametrize(
     ("name", "num_examples", "message"),
     [

@@ -17,7 +17,7 @@ from commands import Commands
 from small import small_mlp
 from usable_runs import check_usable, without_times
 
-from bn_keras.data.unreadable import UnreadableExamples
+from bn_keras.data.unreadable_examples import UnreadableExamples
 from bn_keras.errors import BucketUnavailableError
 from bn_keras.runs.workdir import Workdir
 from bn_keras.training.build import build_data

@@ -16,7 +16,7 @@ from test_data import ONE, Pipelines, assert_same, labels_of, train_batches
 
 from bn_keras.data import pipeline, shard_batches
 from bn_keras.data.folder_walk import walk_classes
-from bn_keras.data.unreadable import UnreadableExamples
+from bn_keras.data.unreadable_examples import UnreadableExamples
 from bn_keras.errors import UsageError
 from bn_keras.runs.workdir import Workdir
 from bn_keras.training.config import default_config

@@ -18,7 +18,7 @@ from bn_keras.errors import UsageError
 from bn_keras.inference.evaluation import choose_config, evaluate_networks, format_errors
 from bn_keras.inference.exported import load_exported
 from bn_keras.inference.exporter import export_workdir
-from bn_keras.inference.loading import load_trained
+from bn_keras.inference.loading import TrainedNetwork, load_trained
 from bn_keras.runs.workdir import Workdir
 from bn_keras.training.config_files import load_config
 from bn_keras.training.evaluator import Evaluator, make_scorer
@@ -200,6 +200,15 @@ def test_several_runs_are_evaluated_with_several_crops_and_as_an_ensemble(runs):
         errors = f"{100 * row['top1_error']:.2f}%", f"{100 * row['top5_error']:.2f}%"
         assert line.split() == [row["model"], str(row["crops"]), str(row["models"]), *errors]
     assert len(set(map(len, [title, *lines]))) == 1
+
+
+def test_frozen_batch_norm_is_found_inside_nested_models():
+    inner = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
+    model = keras.Sequential([keras.Input((4,)), inner, keras.layers.Dense(CLASSES)])
+    network = TrainedNetwork(model, None, 0, "moving", (2, 2, 1), (), None)
+    assert not network.is_frozen
+    inner.trainable = False
+    assert network.is_frozen
 
 
 def test_folders_without_a_run_and_other_networks_are_rejected(tmp_path):

@@ -53,6 +53,15 @@ def test_another_network_has_its_own_graphs(tmp_path, traced):
     assert a is not b is c
 
 
+def test_runs_of_a_length_in_epochs_share_graphs(tmp_path, traced):
+    graphs = Graphs()
+    epochs = FEW | {"train.epochs": 0.1, "evaluation.every_epochs": 0.05}
+    for seed in (0, 1):
+        train_and_evaluate(small_mlp(**epochs, seed=seed), tmp_path / f"{seed}", graphs=graphs)
+    first, second = traced
+    assert first is second
+
+
 def test_a_divergence_ends_the_sharing(tmp_path, traced):
     graphs = Graphs()
     bad = FEW | {"model.variant": "baseline", "schedule.base_rate": 1e38}
@@ -65,9 +74,7 @@ def test_a_divergence_ends_the_sharing(tmp_path, traced):
 def test_seeds_that_follow_each_other_are_one_task():
     def trainings(*seeds_by_network):
         return [
-            run_all._Training(
-                f"{network}{seed}", small_mlp(seed=seed, **{"train.l2": network}), None
-            )
+            run_all._DueRun(f"{network}{seed}", small_mlp(seed=seed, **{"train.l2": network}), None)
             for network, seeds in enumerate(seeds_by_network)
             for seed in range(seeds)
         ]

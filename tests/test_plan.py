@@ -73,7 +73,7 @@ def test_an_invalid_config_is_an_error_before_anything_is_described(tmp_path):
 
 def test_a_workdir_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="cannot be written: no permission to write .*file"):
+    with pytest.raises(UsageError, match="workdir .*run is invalid: .*file is not a folder"):
         describe_training(small_mlp(), tmp_path / "file" / "run")
     # The tests may run as root, who has every permission.
     monkeypatch.setattr(os, "access", lambda *args: False)

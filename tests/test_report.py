@@ -485,8 +485,8 @@ def test_an_evaluation_is_saved_until_a_run_changes(tmp_path, monkeypatch):
     paths = [finish("a"), finish("b")]
     paths.append(write_run(tmp_path / "c", digits_bn_x30.get_config(), [{"step": 5}]))
 
-    def evaluate(**given):
-        return evaluate_ensemble(paths, tmp_path, **given)
+    def evaluate():
+        return evaluate_ensemble(paths, tmp_path)
 
     rows = evaluate()
     assert [row["model"] for row in rows] == [os.fspath(path) for path in paths[:2]]
@@ -496,7 +496,9 @@ def test_an_evaluation_is_saved_until_a_run_changes(tmp_path, monkeypatch):
     (tmp_path / "b" / "metrics.jsonl").unlink()
     finish("b")
     assert evaluate() == rows and len(evaluated) == 2
-    evaluate(crops=Crops(windows=5))
+    with monkeypatch.context() as patch:
+        patch.setattr(figure_4, "suitable_crops", lambda workdir: Crops(windows=5))
+        evaluate()
     assert len(evaluated) == 3
     (tmp_path / "figure_4.json").write_text("{")
     assert evaluate() == rows and len(evaluated) == 4

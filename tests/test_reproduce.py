@@ -16,7 +16,7 @@ from bn_keras.experiments.paper import (
     estimate_core_hours,
     get_trials,
 )
-from bn_keras.text import format_hours
+from bn_keras.text import format_duration
 from bn_keras.training.config import check_config
 from configs import bn_x30, cifar10_inception, inception, mnist_bn
 
@@ -79,19 +79,19 @@ def test_core_hours_are_estimated_where_a_rate_was_measured():
 
 
 @pytest.mark.parametrize(
-    "hours, text",
+    "seconds, text",
     [
         (0, "0 s"),
-        (1e-9, "1 s"),
-        (0.004, "15 s"),
-        (0.02, "1.2 min"),
-        (0.99, "59.4 min"),
-        (1, "1.0 h"),
+        (1e-6, "1 s"),
+        (14.4, "14 s"),
+        (59.6, "1 min 0 s"),
+        (3599, "59 min 59 s"),
+        (3600, "1 h 0 min"),
     ]
-    + [(1234.56, "1,234.6 h")],
+    + [(4444416, "1,234 h 34 min")],
 )
-def test_a_short_time_does_not_round_to_nothing(hours, text):
-    assert format_hours(hours) == text
+def test_a_short_time_does_not_round_to_nothing(seconds, text):
+    assert format_duration(seconds) == text
 
 
 def test_ensemble_members_have_fixed_seeds():
@@ -131,7 +131,7 @@ def test_a_dry_run_only_lists_the_runs(tmp_path):
     assert [line.split(" seed")[0] for line in first] == ["with BN", "without BN"]
     # An estimate for each, and their total.
     num_runs = len(get_trials(["figure1", "claims"], "digits", 1))
-    assert len(done.stdout.splitlines()) == num_runs + 1 and last.split()[-1] in done.stderr
+    assert len(done.stdout.splitlines()) == num_runs + 1 and last.split("  ")[-1] in done.stderr
     assert f"{num_runs} runs in" in done.stderr and not any(tmp_path.iterdir())
 
 

@@ -12,6 +12,7 @@ from bn_keras.errors import UsageError
 SYNTHETIC_POOL = 64
 SYNTHETIC_CLASSES = 1000
 SYNTHETIC_VALIDATION_EXAMPLES = 1_000
+# Training images of ImageNet (ILSVRC 2012).
 IMAGENET_TRAIN_EXAMPLES = 1_281_167
 
 

@@ -59,7 +59,7 @@ def open_folder(root: str, train_split: str, validation_split: str) -> Source:
         is not UTF-8 or has two spellings.
       StorageError: a folder cannot be listed.
     """
-    if not root or not (os.path.isdir(root) if is_local(root) else tf.io.gfile.isdir(root)):
+    if not storage.is_folder(root):
         layouts = dict.fromkeys(_layout(root, split) for split in (train_split, validation_split))
         raise UsageError(
             f"data.data_dir={root!r} is not a folder: expected one that holds images as"
@@ -247,7 +247,7 @@ def _list_images(root: str, split: str) -> Classes:
 
 
 def _list_classes(root: str, split: str, folder: str) -> Classes:
-    if not (os.path.isdir(folder) if is_local(folder) else tf.io.gfile.isdir(folder)):
+    if not storage.is_folder(folder):
         folders = _list_folders(root)
         name = os.path.relpath(folder, root)
         raise UsageError(

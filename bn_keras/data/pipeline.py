@@ -26,7 +26,7 @@ from bn_keras.data.shard_batches import ShardBatches
 from bn_keras.data.sources import open_source
 from bn_keras.data.splits import TOO_FEW_RECORDS, Arrays, Files, Shards, Source, Split
 from bn_keras.data.transforms import CROP_MODES, Preprocessing
-from bn_keras.data.unreadable import UnreadableExamples
+from bn_keras.data.unreadable_examples import UnreadableExamples
 from bn_keras.errors import BucketUnavailableError, UsageError
 from bn_keras.storage import is_temporary, reason_of
 

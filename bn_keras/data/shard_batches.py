@@ -8,12 +8,12 @@ import tensorflow as tf
 
 from bn_keras.data.balance import BalancedOrder
 from bn_keras.data.batching import PREFETCH, Rows, without_autotuning
+from bn_keras.data.decode_errors import explain
 from bn_keras.data.multi_crop import CropPreprocessing
 from bn_keras.data.random_numbers import RandomNumbers
 from bn_keras.data.splits import Files, Shards
 from bn_keras.data.transforms import Preprocessing
-from bn_keras.data.undecodable import explain
-from bn_keras.data.unreadable import UnreadableExamples
+from bn_keras.data.unreadable_examples import UnreadableExamples
 from bn_keras.errors import UsageError
 
 # Largest number of examples that one thread decodes in sequence.

@@ -8,7 +8,7 @@ import tensorflow as tf
 from etils import epath
 
 from bn_keras.data import transforms
-from bn_keras.data.undecodable import explain
+from bn_keras.data.decode_errors import explain
 from bn_keras.errors import BucketUnavailableError, UsageError
 from bn_keras.storage import is_temporary, reason_of
 from bn_keras.text import first_line

@@ -12,8 +12,8 @@ from tensorflow.python.data.ops import multi_device_iterator_ops
 
 from bn_keras.cores import usable_cores
 from bn_keras.distribute.cluster import Cluster
-from bn_keras.distribute.connection import releasing_lock
 from bn_keras.distribute.detection import check_alone, find_cluster, require_cluster
+from bn_keras.distribute.gil import releasing_gil
 from bn_keras.distribute.waiting import waiting_for
 from bn_keras.errors import UsageError, WorkerLostError
 from bn_keras.text import counted, first_line
@@ -201,7 +201,7 @@ def _multi_worker() -> tf.distribute.Strategy:
         rpc_layer="grpc",
     )
     try:
-        with waiting_for(cluster.describe_others), releasing_lock():
+        with waiting_for(cluster.describe_others), releasing_gil():
             return tf.distribute.MultiWorkerMirroredStrategy(resolver)
     except (RuntimeError, ValueError) as error:
         raise UsageError(

@@ -59,17 +59,17 @@ def train_all(
     sections = [configs[title].distribution for title in due]
     distributions = [(section.strategy, section.replicas) for section in sections]
     shares = divide_machine(distributions, max_parallel)
-    trainings = [_Training(title, configs[title], workdirs[title]) for title in due]
+    due_runs = [_DueRun(title, configs[title], workdirs[title]) for title in due]
     # TensorFlow fixes its devices when it starts, so one process cannot change the distribution.
     if len(shares) > 1 or len(set(distributions)) > 1:
         logging.info("training %d of %d runs at a time", len(shares), len(due))
         tasks = [
             Task(group[0].title, _train_in_process, (group, setup_process))
-            for group in _group(trainings, len(shares))
+            for group in _group(due_runs, len(shares))
         ]
         run_tasks(tasks, shares)
     else:
-        _train(trainings)
+        _train(due_runs)
     return {title: Run.read(title, workdirs[title]) for title in configs}
 
 
@@ -141,7 +141,7 @@ def _is_due(run: Workdir, config: ConfigDict) -> bool:
     return not finished_because(run, config)
 
 
-class _Training(NamedTuple):
+class _DueRun(NamedTuple):
     """A run that is due."""
 
     title: str
@@ -149,13 +149,13 @@ class _Training(NamedTuple):
     workdir: epath.Path
 
 
-def _group(trainings: Sequence[_Training], num_shares: int) -> list[list[_Training]]:
-    """Divides trainings into the tasks of processes, in their order.
+def _group(due_runs: Sequence[_DueRun], num_shares: int) -> list[list[_DueRun]]:
+    """Divides runs into the tasks of processes, in their order.
 
-    Consecutive trainings that differ in the seed alone are one task, in which they share their
+    Consecutive runs that differ in the seed alone are one task, in which they share their
     graphs. Where that would leave a process without work in the last round, tasks are divided.
     """
-    consecutive = itertools.groupby(trainings, lambda t: replaced(t.config, _SEED))
+    consecutive = itertools.groupby(due_runs, lambda t: replaced(t.config, _SEED))
     groups = [list(group) for _, group in consecutive]
     last = len(groups) % num_shares
     if not last:
@@ -165,9 +165,9 @@ def _group(trainings: Sequence[_Training], num_shares: int) -> list[list[_Traini
     return groups[:-last] + divided
 
 
-def _train(trainings: Iterable[_Training]) -> None:
+def _train(due_runs: Iterable[_DueRun]) -> None:
     graphs = Graphs()
-    for title, config, workdir in trainings:
+    for title, config, workdir in due_runs:
         try:
             train_and_evaluate(config, workdir, label=title, graphs=graphs)
         except TrainingDivergedError as error:
@@ -175,8 +175,8 @@ def _train(trainings: Iterable[_Training]) -> None:
 
 
 def _train_in_process(
-    trainings: Iterable[_Training], setup_process: Callable[[], None] | None
+    due_runs: Iterable[_DueRun], setup_process: Callable[[], None] | None
 ) -> None:
     if setup_process:
         setup_process()
-    _train(trainings)
+    _train(due_runs)

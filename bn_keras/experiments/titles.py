@@ -1,9 +1,14 @@
 """Titles of the runs, used in reports and in the names of their folders."""
 
+from bn_keras.training.networks import NETWORKS
+
 WITH_BN, WITHOUT_BN = "with BN", "without BN"
 
-INCEPTION, BASELINE, X5, X30 = "Inception", "BN-Baseline", "BN-x5", "BN-x30"
-X5_SIGMOID = "BN-x5-Sigmoid"
+INCEPTION = NETWORKS["inception"].title
+BASELINE = NETWORKS["bn_baseline"].title
+X5 = NETWORKS["bn_x5"].title
+X30 = NETWORKS["bn_x30"].title
+X5_SIGMOID = NETWORKS["bn_x5_sigmoid"].title
 
 # Trained for the paper's ratio of Inception's steps to BN-x30's.
 LONGER_INCEPTION = "Inception trained longer"

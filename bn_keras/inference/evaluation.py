@@ -107,8 +107,10 @@ def evaluate_networks(
                     data,
                     strategy,
                     num_batches=config.population.num_batches,
-                    global_batch_size=config.train.global_batch_size,
-                    micro_batches=config.train.micro_batches,
+                    # With gradient accumulation, BN's mini-batch is a micro-batch.
+                    global_micro_batch_size=(
+                        config.train.global_batch_size // config.train.micro_batches
+                    ),
                 )
                 for network in networks
             ]
@@ -256,36 +258,16 @@ def _with_population_statistics(
     strategy: tf.distribute.Strategy,
     *,
     num_batches: int,
-    global_batch_size: int,
-    micro_batches: int,
+    global_micro_batch_size: int,
 ) -> TrainedNetwork | ExportedNetwork:
     """Estimates the population statistics of a run's network that has moving statistics only."""
     if not isinstance(network, TrainedNetwork) or network.statistics == "population":
         return network
     if network.is_frozen:
         return network
-    batches = open_mini_batches(data, strategy, global_batch_size, micro_batches)
+    batches = data.train_batches(strategy, global_micro_batch_size)
     estimate_population_statistics(network.model, batches, num_batches, strategy)
     return network._replace(statistics="population")
-
-
-def open_mini_batches(
-    data: pipeline.Data,
-    strategy: tf.distribute.Strategy,
-    global_batch_size: int,
-    micro_batches: int,
-) -> tf.distribute.DistributedDataset:
-    """Opens the training batches that population statistics are computed from.
-
-    With gradient accumulation, BN's mini-batch is a micro-batch. The images are not mixed.
-
-    Args:
-      data: data set whose training examples are used.
-      strategy: strategy that the batches are distributed by.
-      global_batch_size: training examples per step, over all replicas.
-      micro_batches: micro-batches per step.
-    """
-    return data.train_batches(strategy, global_batch_size // micro_batches)
 
 
 def _subject(path: str, network: TrainedNetwork | ExportedNetwork) -> _Subject:

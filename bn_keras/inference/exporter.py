@@ -13,7 +13,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from bn_keras.data.transforms import Preprocessing
-from bn_keras.errors import AgreementError, StorageError, UsageError
+from bn_keras.errors import AgreementError, UsageError
 from bn_keras.fold import FoldReport, check_agreement, fold_batch_norm
 from bn_keras.inference.exported import EXTRA_ASSETS, ExportedNetwork, load_exported
 from bn_keras.inference.loading import TrainedNetwork, load_trained
@@ -27,7 +27,7 @@ from bn_keras.inference.quantization import (
 )
 from bn_keras.inference.tflite_export import write_tflite
 from bn_keras.keras_internals import all_layers
-from bn_keras.storage import is_local, literal_path, replacing, writing
+from bn_keras.storage import check_writable, literal_path, replacing, writing
 from bn_keras.training.build import build_data, build_model
 
 # Images on which the network is compared with its export.
@@ -214,12 +214,7 @@ def _check_output(output: str, file_format: str, overwrite: bool) -> None:
                 f"output {output} exists, is not in the format {file_format}, and is not"
                 " overwritten: pass another path"
             )
-    if is_local(output):
-        parent = next(p for p in pathlib.Path(output).absolute().parents if p.exists())
-        if not parent.is_dir():
-            raise UsageError(f"output {output} is invalid: {parent} is not a folder")
-        if not os.access(parent, os.W_OK):
-            raise StorageError(f"output {output} cannot be written: {parent} is not writable")
+    check_writable(os.path.dirname(output), f"output {output}")
 
 
 def _with_data(config: ConfigDict, data_dir: str, validation_split: str) -> ConfigDict:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from bn_keras.data.transforms import Preprocessing
 from bn_keras.errors import UsageError
+from bn_keras.keras_internals import batch_norm_layers
 from bn_keras.runs.checkpoint import Checkpoints
 from bn_keras.runs.workdir import Workdir
 from bn_keras.training.restoring import restore_network
@@ -45,7 +46,7 @@ class TrainedNetwork(NamedTuple):
     @property
     def is_frozen(self) -> bool:
         """Whether all BatchNormalization layers are frozen and keep their statistics."""
-        layers = [v for v in self.model.layers if isinstance(v, keras.layers.BatchNormalization)]
+        layers = batch_norm_layers(self.model)
         return bool(layers) and not any(layer.trainable for layer in layers)
 
 

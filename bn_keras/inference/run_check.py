@@ -7,7 +7,6 @@ import tensorflow as tf
 
 from bn_keras.errors import StorageError, UsageError
 from bn_keras.health import HealthReport, check_batch_norm
-from bn_keras.inference.evaluation import open_mini_batches
 from bn_keras.inference.loading import load_trained
 from bn_keras.training.build import build_data
 
@@ -37,10 +36,7 @@ def check_workdir(workdir: str | os.PathLike, num_batches: int) -> HealthReport:
         return dataclasses.replace(
             report, skipped=(f"checks on data: {error}", *report.skipped[1:])
         )
-    batches = open_mini_batches(
-        data,
-        tf.distribute.get_strategy(),
-        config.train.global_batch_size,
-        config.train.micro_batches,
-    )
+    # With gradient accumulation, BN's mini-batch is a micro-batch.
+    global_micro_batch_size = config.train.global_batch_size // config.train.micro_batches
+    batches = data.train_batches(tf.distribute.get_strategy(), global_micro_batch_size)
     return check_batch_norm(network.model, batches, num_batches)

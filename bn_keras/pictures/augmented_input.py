@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from bn_keras.data.pipeline import Data, open_data
 from bn_keras.errors import UsageError
+from bn_keras.pictures.drawing import draw_image, fonts, shorten
 from bn_keras.pictures.picture_file import save_picture
 
 # Strengths of the photometric distortions: none, and those of the configs of the paper's networks.
@@ -19,7 +19,7 @@ STRENGTHS = (0.0, 0.5, 1.0)
 
 # Side of a cell of the grid.
 _CELL_INCHES = 1.4
-# Longer names of classes are cut off.
+# Longer names of classes are shortened.
 _MAX_TITLE_LENGTH = 16
 # Smaller weights of a class are not shown for a mixed image.
 _MIN_WEIGHT = 0.005
@@ -59,9 +59,12 @@ def write_preview(config: ConfigDict, path: str | os.PathLike, num_examples: int
             cells[0].set_ylabel(name, fontsize=9)
             # Mixing needs pairs: the batch may have one image more than there are columns.
             for cell, image, label in zip(cells, images, labels, strict=False):
-                _draw_image(cell, image, data.preprocessing.binary)
+                draw_image(cell, image, data.preprocessing.binary)
+                cell.set(xticks=[], yticks=[])
                 if not np.array_equal(labels, labels_above):
-                    cell.set_title(_format_label(label, data.class_names), fontsize=9)
+                    title = _format_label(label, data.class_names)
+                    # A "$" in the name of a class does not begin a formula.
+                    cell.set_title(title, fontsize=9, fontfamily=fonts(), parse_math=False)
             labels_above = labels
     save_picture(figure, path)
 
@@ -96,18 +99,8 @@ def _open_rows(
 def _format_label(label: np.ndarray, class_names: Sequence[str]) -> str:
     """Returns the name of a class, or the classes of a mixed image, the largest weight first."""
     if label.ndim == 0:
-        return _shorten(class_names[int(label)])
+        return shorten(class_names[int(label)], _MAX_TITLE_LENGTH)
     order = [int(number) for number in np.argsort(-label) if label[number] >= _MIN_WEIGHT]
-    return "\n".join(f"{label[number]:.0%} {_shorten(class_names[number])}" for number in order)
-
-
-def _draw_image(cell: Axes, image: np.ndarray, binary: bool) -> None:
-    pixels = image if binary else (image + 1) / 2
-    # Clipped because matplotlib warns about values outside [0, 1].
-    cell.imshow(np.clip(pixels, 0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)
-    cell.set_xticks([])
-    cell.set_yticks([])
-
-
-def _shorten(name: str) -> str:
-    return name if len(name) <= _MAX_TITLE_LENGTH else name[: _MAX_TITLE_LENGTH - 1] + "…"
+    return "\n".join(
+        f"{label[number]:.0%} {shorten(class_names[number], _MAX_TITLE_LENGTH)}" for number in order
+    )

@@ -1,15 +1,15 @@
 """Pictures of a confusion matrix and of the most confident mistakes."""
 
-import functools
 import math
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib import font_manager
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+
+from bn_keras.pictures.drawing import draw_image, fonts, shorten
 
 # More classes have no room for their names and numbers.
 _MAX_NAMED_CLASSES = 40
@@ -20,19 +20,6 @@ _TEXT_INCHES = 0.5
 _MAX_NAME_LENGTH = 22
 # In the gallery, a line has about 30 characters.
 _MAX_GALLERY_LENGTH = 16
-# Installed on some machines; matplotlib's own font has neither Chinese, Japanese and Korean
-# characters nor emoji.
-_OTHER_FONTS = (
-    "Noto Sans CJK JP",
-    "Noto Sans CJK SC",
-    "WenQuanYi Zen Hei",
-    "Hiragino Sans",
-    "Microsoft YaHei",
-    "Malgun Gothic",
-    "Arial Unicode MS",
-    "Noto Emoji",
-    "Segoe UI Emoji",
-)
 
 
 class Mistake(NamedTuple):
@@ -73,8 +60,8 @@ def draw_confusion(class_names: Sequence[str], confusion: np.ndarray) -> Figure:
     axes.set_xlabel(f"predicted class{numbers}")
     axes.set_ylabel(f"true class{numbers}")
     if count <= _MAX_NAMED_CLASSES:
-        names = [_shorten(name, _MAX_NAME_LENGTH) for name in class_names]
-        style: dict[str, Any] = dict(fontsize=8, fontfamily=_fonts(), parse_math=False)
+        names = [shorten(name, _MAX_NAME_LENGTH) for name in class_names]
+        style: dict[str, Any] = dict(fontsize=8, fontfamily=fonts(), parse_math=False)
         axes.set_xticks(range(count), names, rotation=90, **style)
         axes.set_yticks(range(count), names, **style)
     if count <= _MAX_NUMBERED_CLASSES:
@@ -107,45 +94,19 @@ def draw_mistakes(mistakes: Sequence[Mistake], binary: bool) -> Figure:
             ((column + 0.03) / columns, 1 - (row + 0.98) / rows, *image_size), frame_on=False
         )
         axes.set_axis_off()
-        pixels = mistake.image if binary else (mistake.image + 1) / 2
-        axes.imshow(np.clip(pixels, 0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)
+        draw_image(axes, mistake.image, binary)
         label, predicted = (
-            _shorten(name, _MAX_GALLERY_LENGTH) for name in (mistake.label, mistake.predicted)
+            shorten(name, _MAX_GALLERY_LENGTH) for name in (mistake.label, mistake.predicted)
         )
         figure.text(
             (column + 0.5) / columns,
             1 - (row + 0.03) / rows,
-            f"{_shorten(os.path.basename(mistake.name), _MAX_NAME_LENGTH)}\ntrue: {label}\n"
+            f"{shorten(os.path.basename(mistake.name), _MAX_NAME_LENGTH)}\ntrue: {label}\n"
             f"predicted {mistake.probability:.0%}: {predicted}",
             ha="center",
             va="top",
             fontsize=7,
-            fontfamily=_fonts(),
+            fontfamily=fonts(),
             parse_math=False,
         )
     return figure
-
-
-def _shorten(name: str, max_length: int) -> str:
-    """Returns a name that can be drawn; a long one keeps its begin and its end."""
-    # A name that is not UTF-8 contains surrogates, which cannot be drawn.
-    name = name.encode(errors="backslashreplace").decode().replace("\n", " ")
-    name = "".join(c if ord(c) in _glyphs() else f"U+{ord(c):04X} " for c in name).strip()
-    if len(name) <= max_length:
-        return name
-    end = max_length // 3
-    return f"{name[: max_length - end - 1]}…{name[-end:]}"
-
-
-@functools.cache
-def _fonts() -> list[str]:
-    """Returns the fonts to draw names with, in order of preference."""
-    installed = set(font_manager.get_font_names())
-    return ["DejaVu Sans", *(name for name in _OTHER_FONTS if name in installed)]
-
-
-@functools.cache
-def _glyphs() -> frozenset[int]:
-    """Returns the code points of the characters that the fonts have."""
-    files = (font_manager.findfont(name) for name in _fonts())
-    return frozenset().union(*(font_manager.get_font(file).get_charmap() for file in files))

@@ -10,17 +10,17 @@ from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter, StrMe
 
 from bn_keras.errors import UsageError
 from bn_keras.experiments.batch_size_runs import SIZES
-from bn_keras.experiments.titles import with_statistical_batch
+from bn_keras.experiments.titles import WITHOUT_BN, X5, with_statistical_batch
 from bn_keras.inference.evaluation import evaluate_networks
-from bn_keras.report.plots import FIGURE_WIDTH, replace_frame_by_grid
+from bn_keras.report.plots import FIGURE_WIDTH, STYLES, replace_frame_by_grid
 from bn_keras.report.saved_evaluation import evaluate_once
 from bn_keras.report.sections import Section, describe_divergence, markdown_table
 from bn_keras.runs.history import ACCURACY, Results, Run
 from bn_keras.runs.workdir import Workdir
 from bn_keras.training.networks import replaced
 
-# Okabe and Ito's blue and vermilion, as in plots.STYLES.
-_MOVING, _POPULATION = "#0072B2", "#D55E00"
+# The networks are BN-x5. The second colour is the most distinct one.
+_MOVING, _POPULATION = STYLES[X5].color, STYLES[WITHOUT_BN].color
 
 
 class PopulationRow(TypedDict):

@@ -68,7 +68,7 @@ CHANCE_FACTOR = 1.5
 ROUNDING = {"float64": 1e-12, "float32": 1e-4}
 
 
-class Finding(NamedTuple):
+class Judgement(NamedTuple):
     """Result of testing a claim.
 
     Attributes:
@@ -88,12 +88,12 @@ class Claim(NamedTuple):
     Attributes:
       section: section of the paper; "ours" marks a control that the paper does not have.
       sentence: the claim in our words.
-      test: function from the runs to the finding; raises NotRunError if a run is missing.
+      test: function from the runs to the judgement; raises NotRunError if a run is missing.
     """
 
     section: str
     sentence: str
-    test: Callable[[Results], Finding]
+    test: Callable[[Results], Judgement]
 
 
 def build_claims(results: Results) -> Section:
@@ -103,12 +103,12 @@ def build_claims(results: Results) -> Section:
       results: runs of the five networks and of bn_keras/experiments/claim_runs.py. A claim whose
         runs are missing or unfinished is marked as not run.
     """
-    findings = {claim: check_claim(claim, results) for claim in CLAIMS}
+    judgements = {claim: check_claim(claim, results) for claim in CLAIMS}
     rows = [
-        (claim.section, claim.sentence, finding.measured, f"**{finding.verdict}**")
-        for claim, finding in findings.items()
+        (claim.section, claim.sentence, judgement.measured, f"**{judgement.verdict}**")
+        for claim, judgement in judgements.items()
     ]
-    counts = count_verdicts(finding.verdict for finding in findings.values())
+    counts = count_verdicts(judgement.verdict for judgement in judgements.values())
     plots = _draw_plots(results)
     longer = _compare_with_longer_inception(results)
     body = [
@@ -117,7 +117,7 @@ def build_claims(results: Results) -> Section:
         *(f"### {section.title}\n\n{section.body}" for section in longer),
         "### Rules for the verdicts",
         _list_rules(results),
-        *_list_notes(findings),
+        *_list_notes(judgements),
         "### Scale invariance of BN",
         *scale_invariance.describe_deviations(),
     ]
@@ -132,12 +132,12 @@ def build_claims(results: Results) -> Section:
     )
 
 
-def check_claim(claim: Claim, results: Results) -> Finding:
+def check_claim(claim: Claim, results: Results) -> Judgement:
     """Tests one claim; the verdict is NOT_RUN if a run is missing."""
     try:
         return claim.test(results)
     except NotRunError as error:
-        return Finding(str(error), NOT_RUN)
+        return Judgement(str(error), NOT_RUN)
 
 
 def _compare_with_longer_inception(results: Results) -> list[Section]:
@@ -172,47 +172,47 @@ def _describe_outcomes(runs: Sequence[Run]) -> str:
     return f"{escape(runs[0].title)}: {', '.join(map(describe, runs))}"
 
 
-def _diverges(title: str, results: Results) -> Finding:
+def _diverges(title: str, results: Results) -> Judgement:
     """Tests whether every seed diverges."""
     runs, note = ended_runs(results, title), _describe_rate(results)
     if all(run.diverged_at is not None or _is_at_chance(run) for run in runs):
         note += " At the higher learning rate it stays at chance instead of diverging."
     verdict = HOLDS if all(run.diverged_at is not None for run in runs) else FAILS
-    return Finding(_describe_outcomes(runs), verdict, note)
+    return Judgement(_describe_outcomes(runs), verdict, note)
 
 
-def _stays_at_chance(title: str, results: Results) -> Finding:
+def _stays_at_chance(title: str, results: Results) -> Judgement:
     """Tests whether no seed exceeds chance, even if it diverges later."""
     runs = ended_runs(results, title)
     note = f"The paper has 1,000 classes, so chance is 0.1%; here it is {_chance(runs[0]):.1%}."
     verdict = HOLDS if all(map(_is_at_chance, runs)) else FAILS
-    return Finding(_describe_outcomes(runs), verdict, note)
+    return Judgement(_describe_outcomes(runs), verdict, note)
 
 
-def _trains(titles: Sequence[str], results: Results) -> Finding:
+def _trains(titles: Sequence[str], results: Results) -> Judgement:
     """Tests whether no seed diverges or stays at chance."""
     networks = [ended_runs(results, title) for title in titles]
     fails = any(
         run.diverged_at is not None or _is_at_chance(run) for runs in networks for run in runs
     )
-    return Finding("; ".join(map(_describe_outcomes, networks)), FAILS if fails else HOLDS)
+    return Judgement("; ".join(map(_describe_outcomes, networks)), FAILS if fails else HOLDS)
 
 
 # --- Tests of which network is better.
 
 
-def _is_better(title: str, other: str, results: Results) -> Finding:
+def _is_better(title: str, other: str, results: Results) -> Judgement:
     difference = compare(results, title, other)
-    return Finding(difference.measured, difference.verdict, difference.resolution)
+    return Judgement(difference.measured, difference.verdict, difference.resolution)
 
 
-def _is_too_high(title: str, results: Results) -> Finding:
+def _is_too_high(title: str, results: Results) -> Judgement:
     """Tests whether Inception is better at its own learning rate."""
     found = _is_better(INCEPTION, title, results)
     return found._replace(note=f"{_describe_rate(results)} {found.note}")
 
 
-def _outpaces_longer_inception(results: Results) -> Finding:
+def _outpaces_longer_inception(results: Results) -> Judgement:
     """Tests whether BN-x5 reaches the longer run's best accuracy in fewer steps."""
     networks = select_with_longer_inception(results)
     longer, runs = networks.results[INCEPTION][0], ended_runs(results, X5)
@@ -225,25 +225,25 @@ def _outpaces_longer_inception(results: Results) -> Finding:
         f" {'never reaches this' if second is None else f'reaches this at step {second:,}'}"
     )
     outcomes = [reaches_sooner(run, longer, networks.target) for run in runs]
-    return Finding(measured, judge(outcomes))
+    return Judgement(measured, judge(outcomes))
 
 
-def _is_not_worse(title: str, other: str, results: Results) -> Finding:
+def _is_not_worse(title: str, other: str, results: Results) -> Judgement:
     return _accept_too_close(_is_better(title, other, results))
 
 
-def _helps(change: str, results: Results) -> Finding:
+def _helps(change: str, results: Results) -> Judgement:
     """Tests whether BN-x5 is better than without the change."""
     found = _is_better(X5, ABLATIONS[change], results)
     return found._replace(note=f"{_describe_change(change, results)} {found.note}")
 
 
-def _does_not_hurt(change: str, results: Results) -> Finding:
+def _does_not_hurt(change: str, results: Results) -> Judgement:
     """Tests whether BN-x5 is not worse than without the change."""
     return _accept_too_close(_helps(change, results))
 
 
-def _accept_too_close(found: Finding) -> Finding:
+def _accept_too_close(found: Judgement) -> Judgement:
     return found._replace(verdict=HOLDS) if found.verdict == TOO_CLOSE else found
 
 
@@ -322,7 +322,7 @@ def _remaining_rate(run: Run) -> float:
 # --- Initial weights.
 
 
-def _tolerates_initial_weights(results: Results) -> Finding:
+def _tolerates_initial_weights(results: Results) -> Judgement:
     """Tests whether the factor on the initial weights affects BN-Baseline less than Inception."""
     networks = (INCEPTION, BASELINE)
     means = {title: [s.mean for s in _sweep(results, title).values()] for title in networks}
@@ -334,11 +334,11 @@ def _tolerates_initial_weights(results: Results) -> Finding:
     runs = {title: ended_runs(results, title) for title in networks}
     if max(means[INCEPTION]) < CHANCE_FACTOR * _chance(runs[INCEPTION][0]):
         note = "With every factor, Inception is still at chance at this step."
-        return Finding(measured, NO_VERDICT, note)
+        return Judgement(measured, NO_VERDICT, note)
     inception_range, baseline_range = (max(values) - min(values) for values in means.values())
     margin = margin_of([Group.of(seeds, step) for seeds in runs.values()])
     difference = Difference(measured, inception_range - baseline_range, margin)
-    return Finding(difference.measured, difference.verdict, difference.resolution)
+    return Judgement(difference.measured, difference.verdict, difference.resolution)
 
 
 def _sweep(results: Results, title: str) -> dict[float, Spread]:
@@ -362,7 +362,7 @@ def _sweep_steps(results: Results, title: str) -> int:
 # --- Moving averages.
 
 
-def _moving_averages_suffice(results: Results) -> Finding:
+def _moving_averages_suffice(results: Results) -> Judgement:
     """Tests whether moving averages and population statistics are equally accurate.
 
     Both are evaluated with the same weights, at the last step of the shorter run. Equally accurate
@@ -395,7 +395,7 @@ def _moving_averages_suffice(results: Results) -> Finding:
         f" {moving[0].config.batch_norm.momentum:g} differ by {format_points(gap)}; the standard"
         f" error is {format_points(error)}."
     )
-    return Finding(", ".join(measured), HOLDS if gap <= error else FAILS, note)
+    return Judgement(", ".join(measured), HOLDS if gap <= error else FAILS, note)
 
 
 def _is_same_training(run: Run, other: Run) -> bool:
@@ -410,7 +410,7 @@ def _is_same_training(run: Run, other: Run) -> bool:
 # --- Scale invariance.
 
 
-def _is_invariant(part: str, results: Results) -> Finding:
+def _is_invariant(part: str, results: Results) -> Judgement:
     """Tests whether only rounding errors remain with a negligible epsilon."""
     tiny, default = scale_invariance.EPSILONS
     factors = min(scale_invariance.FACTORS), max(scale_invariance.FACTORS)
@@ -428,7 +428,7 @@ def _is_invariant(part: str, results: Results) -> Finding:
         f" {default:g}, {at_smallest:.0%} at the smallest a and {at_largest:.1%} at the largest"
     )
     holds = all(deviation <= ROUNDING[dtype] for dtype, deviation in largest.items())
-    return Finding(text, HOLDS if holds else FAILS)
+    return Judgement(text, HOLDS if holds else FAILS)
 
 
 # --- Claims.
@@ -561,11 +561,11 @@ def _list_rules(results: Results) -> str:
     return "\n".join(f"- {rule}" for rule in rules)
 
 
-def _list_notes(findings: Mapping[Claim, Finding]) -> list[str]:
+def _list_notes(judgements: Mapping[Claim, Judgement]) -> list[str]:
     notes = [
-        f"- *{claim.sentence}* ({finding.verdict}): {finding.note.strip()}"
-        for claim, finding in findings.items()
-        if finding.verdict not in (HOLDS, NOT_RUN) and finding.note.strip()
+        f"- *{claim.sentence}* ({judgement.verdict}): {judgement.note.strip()}"
+        for claim, judgement in judgements.items()
+        if judgement.verdict not in (HOLDS, NOT_RUN) and judgement.note.strip()
     ]
     if not notes:
         return []

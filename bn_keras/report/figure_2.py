@@ -6,6 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from bn_keras.data.built_in import IMAGENET_TRAIN_EXAMPLES
 from bn_keras.experiments.titles import INCEPTION, X30
 from bn_keras.report import published
 from bn_keras.report.five_networks import FiveNetworks
@@ -148,7 +149,7 @@ def _describe_length(run: Run) -> str:
 
 
 def _published_epochs(steps: int) -> float:
-    return steps * PAPER_BATCH_SIZE / published.NUM_TRAIN_EXAMPLES
+    return steps * PAPER_BATCH_SIZE / IMAGENET_TRAIN_EXAMPLES
 
 
 def _explain_lines(results: Results) -> str:

@@ -31,16 +31,15 @@ class EnsembleRow(EvaluationRow):
 
 
 def evaluate_ensemble(
-    workdirs: Sequence[str | os.PathLike], folder: str | os.PathLike, crops: Crops | None = None
+    workdirs: Sequence[str | os.PathLike], folder: str | os.PathLike
 ) -> list[EnsembleRow]:
-    """Evaluates the members of an ensemble with one crop and with many.
+    """Evaluates the members of an ensemble with one crop and with many, the `suitable_crops`.
 
     The result is saved in figure_4.json, and read from there until a run or the crops change.
 
     Args:
       workdirs: folders of the members' runs; unfinished runs are left out.
       folder: folder of figure_4.json.
-      crops: the many crops; None is `suitable_crops`.
 
     Returns:
       The rows of `evaluate_networks`, extended; none if no run has finished.
@@ -52,7 +51,7 @@ def evaluate_ensemble(
     finished = [path for path in workdirs if Workdir(path).is_finished()]
     if not finished:
         return []
-    crops = crops or suitable_crops(finished[0])
+    crops = suitable_crops(finished[0])
     cut = list(dataclasses.astuple(crops))
     made_of = {"runs": [Workdir(path).read_metrics()[-1] for path in finished], "cut": cut}
     crop = Workdir(finished[0]).read_config().data.crop

@@ -8,7 +8,7 @@ from bn_keras.report.sections import Section, escape, markdown_table
 from bn_keras.runs.history import Results, Run
 from bn_keras.runs.saved_config import flatten
 from bn_keras.runs.workdir import Workdir
-from bn_keras.text import counted
+from bn_keras.text import counted, format_duration
 from bn_keras.training.networks import value_of
 
 # The folder of the data does not affect a result, and the seed is part of a run's name.
@@ -55,17 +55,6 @@ def describe_provenance(results: Results, command: str) -> Section:
             *_describe_settings(results),
         ]
     return Section("How this report was made", "\n\n".join(parts))
-
-
-def format_duration(seconds: float) -> str:
-    """Formats a duration in its two largest units, such as "3 min 20 s"."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min"
 
 
 # --- Runs.

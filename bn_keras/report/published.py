@@ -42,9 +42,6 @@ FIGURE_3 = {
 # Target accuracy to which the steps of all networks are counted.
 INCEPTION_ACCURACY = FIGURE_3[INCEPTION].best_accuracy
 
-# Training images of ImageNet (ILSVRC 2012).
-NUM_TRAIN_EXAMPLES = 1_281_167
-
 # Steps at which BN-x30 reaches its best accuracy. Source: Ioffe & Szegedy 2015, section 4.2.2.
 X30_STEPS_TO_BEST = 6_000_000
 

@@ -41,8 +41,9 @@ class Deviation:
     to_weights: float
 
 
+@functools.cache
 def measure_deviations() -> list[Deviation]:
-    """Measures every kind of layer, dtype and epsilon at every factor.
+    """Measures every kind of layer, dtype and epsilon at every factor, once per process.
 
     The reference is computed in float64 with factor 1. The weights are drawn so that Wu has a
     variance of about 1; the loss is a random weighting of the outputs.
@@ -58,12 +59,6 @@ def measure_deviations() -> list[Deviation]:
     return deviations
 
 
-@functools.cache
-def get_deviations() -> list[Deviation]:
-    """Returns the result of `measure_deviations`, computed once per process."""
-    return measure_deviations()
-
-
 def largest_deviation(part: str, **conditions: str | float) -> float:
     """Returns the largest deviation of a part among the measurements that meet the conditions.
 
@@ -73,7 +68,7 @@ def largest_deviation(part: str, **conditions: str | float) -> float:
     """
     return max(
         getattr(deviation, part)
-        for deviation in get_deviations()
+        for deviation in measure_deviations()
         if all(getattr(deviation, name) == value for name, value in conditions.items())
     )
 

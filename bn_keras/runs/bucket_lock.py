@@ -1,12 +1,10 @@
 """A lock on a folder in a bucket, held by one process at a time."""
 
 import contextlib
-import datetime
 import json
 import os
 import pathlib
 import random
-import socket
 import threading
 import time
 import uuid
@@ -19,6 +17,7 @@ from etils import epath
 
 from bn_keras import storage
 from bn_keras.errors import WorkdirInUseError
+from bn_keras.runs.lock_holder import UNKNOWN_HOLDER, describe_holder, in_use_error
 from bn_keras.storage import writing
 
 # The holder's heartbeat has this period.
@@ -109,7 +108,7 @@ class BucketLock:
                 return
             self._withdraw()
             time.sleep(random.uniform(0, 2))
-        raise self._error("another process")
+        raise in_use_error(self._folder.parent, UNKNOWN_HOLDER)
 
     def _wait_until_free(self, on_wait: Callable[[], None]) -> None:
         """Deletes the claims of dead processes; raises WorkdirInUseError for a living one."""
@@ -143,7 +142,7 @@ class BucketLock:
             self._remove(name)
             return False
         if is_running or heartbeat != first_beats.get(name, heartbeat):
-            raise self._error(holder)
+            raise in_use_error(self._folder.parent, holder)
         if name not in first_beats:
             first_beats[name] = heartbeat
             logging.warning(
@@ -153,12 +152,6 @@ class BucketLock:
                 DEAD_SECONDS - (now - heartbeat),
             )
         return True
-
-    def _error(self, holder: str) -> WorkdirInUseError:
-        return WorkdirInUseError(
-            f"workdir {self._folder.parent} is in use: {holder} is training in it; wait until it"
-            " ends, stop it, or use another workdir"
-        )
 
     def _claims(self) -> list[str]:
         """Returns the names of all claims."""
@@ -171,9 +164,9 @@ class BucketLock:
         if content is None:
             return None
         try:
-            return {"holder": "another process"} | json.loads(content)
+            return {"holder": UNKNOWN_HOLDER} | json.loads(content)
         except (ValueError, TypeError):
-            return {"holder": "another process"}
+            return {"holder": UNKNOWN_HOLDER}
 
     def _last_heartbeat(self, name: str) -> float | None:
         """Returns the service's time of the last heartbeat; None if there is none."""
@@ -210,10 +203,8 @@ class BucketLock:
 
 def _describe_process() -> dict[str, Any]:
     """Describes this process so that others on the same machine can tell whether it is alive."""
-    since = datetime.datetime.now().isoformat(" ", "seconds")
-    holder = f"process {os.getpid()} on {socket.gethostname()}, since {since}"
     return {
-        "holder": holder,
+        "holder": describe_holder(),
         "pid": os.getpid(),
         "started": _start_time(os.getpid()),
         "machine": _machine(),

@@ -1,16 +1,13 @@
 """A lock on a folder, held by one process at a time."""
 
-import datetime
-import os
-import socket
 from collections.abc import Callable
 from typing import IO
 
 from absl import logging
 from etils import epath
 
-from bn_keras.errors import WorkdirInUseError
 from bn_keras.runs.bucket_lock import BucketLock
+from bn_keras.runs.lock_holder import UNKNOWN_HOLDER, describe_holder, in_use_error
 from bn_keras.storage import is_local, writing
 
 try:
@@ -58,12 +55,9 @@ class Lock:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = file.read().decode().strip() or "another process"
+            holder = file.read().decode().strip() or UNKNOWN_HOLDER
             self.release()
-            raise WorkdirInUseError(
-                f"workdir {self._path.parent} is in use: {holder} is training in it; wait until it"
-                " ends, stop it, or use another workdir"
-            ) from None
+            raise in_use_error(self._path.parent, holder) from None
         except OSError as error:
             logging.warning(
                 "%s cannot be locked (%s): make sure that no other process trains in it",
@@ -72,9 +66,7 @@ class Lock:
             )
         with writing(f"{self._path}"):
             file.truncate(0)
-            since = datetime.datetime.now().isoformat(" ", "seconds")
-            holder = f"process {os.getpid()} on {socket.gethostname()}, since {since}\n"
-            file.write(holder.encode())
+            file.write(f"{describe_holder()}\n".encode())
 
     def verify(self) -> None:
         """Does nothing: the kernel keeps the lock as long as this process lives."""

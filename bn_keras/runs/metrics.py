@@ -18,8 +18,6 @@ from bn_keras.errors import BucketUnavailableError, StorageError, WorkdirInUseEr
 from bn_keras.runs.workdir import Metrics, Workdir
 from bn_keras.storage import is_local, writing
 
-__all__ = ["Metrics", "MetricsWriter"]
-
 # An upload replaces the whole object. Between saves, the files of a run in a bucket are uploaded at
 # most this often, and larger files less often.
 _SECONDS_BETWEEN_UPLOADS = 30.0

@@ -1,21 +1,19 @@
 """Accuracy and loss on the validation examples, each counted exactly once."""
 
 import math
-import shutil
-import sys
 from collections.abc import Callable, Sequence
 from typing import TypedDict
 
 import keras
 import numpy as np
 import tensorflow as tf
-from tqdm import tqdm
 
 from bn_keras.data import pipeline
 from bn_keras.data.multi_crop import SINGLE_CROP, CropPreprocessing, Crops
 from bn_keras.merge import merge_moving_statistics
 from bn_keras.replicas import per_replica_sum
 from bn_keras.training.class_report import Predictions
+from bn_keras.training.progress import progress_bar
 
 # The progress bar of a long evaluation moves this many times.
 _PROGRESS_UPDATES = 100
@@ -125,7 +123,8 @@ class Evaluator:
         iterator = iter(self._batches)
         steps_per_update = math.ceil(self._num_steps / (_PROGRESS_UPDATES if label else 1))
         total = self._data.num_validation_examples
-        with progress_bar(label, total) as bar, self._data.reporting_errors():
+        bar = progress_bar(label, total, unit=" images", is_shown=bool(label))
+        with bar, self._data.reporting_errors():
             for start in range(0, self._num_steps, steps_per_update):
                 steps = min(steps_per_update, self._num_steps - start)
                 self._run_steps(iterator, tf.constant(start), tf.constant(steps))
@@ -249,14 +248,3 @@ def _ends_in_softmax(model: keras.Model) -> bool:
 def _log_mean(logs: tf.Tensor, axis: int) -> tf.Tensor:
     """Returns log(mean(exp(logs))) along an axis, without underflow."""
     return tf.reduce_logsumexp(logs, axis) - tf.math.log(float(logs.shape[axis]))
-
-
-def progress_bar(label: str, total: int) -> tqdm:
-    """Returns a bar that counts images; it is shown on a terminal only, and not without a label."""
-    return tqdm(
-        desc=label,
-        total=total,
-        disable=not (label and sys.stderr.isatty()),
-        ncols=min(110, shutil.get_terminal_size().columns),
-        bar_format="{desc}|{bar}|{n_fmt}/{total_fmt} images, {remaining} left",
-    )

@@ -11,6 +11,7 @@ import numpy as np
 
 from bn_keras.errors import UsageError
 from bn_keras.models.weights_file import HEAD, assign_layers, layers_with_weights
+from bn_keras.storage import is_local
 from bn_keras.text import counted, first_of
 
 
@@ -76,10 +77,9 @@ class Initialization(NamedTuple):
 
     def to_record(self) -> dict[str, Any]:
         """Returns the source, its hash and the layers, for environment.json."""
+        source = self.weights.source
         return {
-            "source": os.path.abspath(self.weights.source)
-            if "://" not in self.weights.source
-            else self.weights.source,
+            "source": os.path.abspath(source) if is_local(source) else source,
             "sha256": self.weights.hash(),
             "layers_loaded": len(self.loaded),
             "layers_new": self.new,

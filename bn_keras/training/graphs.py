@@ -10,8 +10,8 @@ from bn_keras.runs.saved_config import flatten
 from bn_keras.training.evaluator import Evaluator
 from bn_keras.training.step import Trainer
 
-# A config without its seed, and the factor on its learning rate, which the graph contains.
-_Key = tuple[dict[str, Any], float]
+# A config without its seed.
+_Settings = dict[str, Any]
 
 
 class Graphs:
@@ -25,14 +25,22 @@ class Graphs:
     """
 
     def __init__(self) -> None:
-        self._key: _Key | None = None
+        # The config of the current run as given: epochs are not yet converted to steps.
+        self._given: _Settings | None = None
+        # The config of the graphs, and the factor on the learning rate, which they contain.
+        self._key: tuple[_Settings, float] | None = None
         self._strategy: tf.distribute.Strategy | None = None
         self._trainer: Trainer | None = None
         self.evaluator: Evaluator | None = None
 
     def make_strategy(self, config: ConfigDict) -> tf.distribute.Strategy:
-        """Returns the strategy of the last run if its settings are the same, or a new one."""
-        if self._strategy and self._key and _key_of(config, self._key[1]) == self._key:
+        """Returns the strategy of the last run if its settings are the same, or a new one.
+
+        Args:
+          config: config as given, whose steps need not have been derived from its epochs.
+        """
+        last, self._given = self._given, _without_seed(config)
+        if self._strategy and self._given == last:
             return self._strategy
         self.clear()
         return make_strategy(**config.distribution)
@@ -41,11 +49,11 @@ class Graphs:
         """Returns the trainer of the last run with the variables of a new one, or the new one.
 
         Args:
-          config: config of the new trainer.
+          config: config of the new trainer, with its final steps; see `with_steps`.
           rate_factor: factor on its learning rate.
           new: trainer that has been built, but not traced.
         """
-        if self._trainer is None or _key_of(config, rate_factor) != self._key:
+        if self._trainer is None or (_without_seed(config), rate_factor) != self._key:
             self.clear()
             return new
         self._trainer.restore(new.snapshot())
@@ -54,8 +62,8 @@ class Graphs:
     def keep(
         self, config: ConfigDict, rate_factor: float, trainer: Trainer, evaluator: Evaluator
     ) -> None:
-        """Keeps the graphs of a run that has finished."""
-        self._key = _key_of(config, rate_factor)
+        """Keeps the graphs of a run that has finished; the first arguments are those of `reuse`."""
+        self._key = _without_seed(config), rate_factor
         self._strategy, self._trainer, self.evaluator = trainer.strategy, trainer, evaluator
 
     def clear(self) -> None:
@@ -63,5 +71,5 @@ class Graphs:
         self._key = self._strategy = self._trainer = self.evaluator = None
 
 
-def _key_of(config: ConfigDict, rate_factor: float) -> _Key:
-    return {key: value for key, value in flatten(config).items() if key != "seed"}, rate_factor
+def _without_seed(config: ConfigDict) -> _Settings:
+    return {key: value for key, value in flatten(config).items() if key != "seed"}

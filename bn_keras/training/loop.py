@@ -25,8 +25,8 @@ from bn_keras.errors import TrainingDivergedError, TrainingStoppedError, UsageEr
 from bn_keras.merge import merge_moving_statistics
 from bn_keras.runs import environment
 from bn_keras.runs.checkpoint import Checkpoints
-from bn_keras.runs.metrics import Metrics, MetricsWriter
-from bn_keras.runs.workdir import Workdir
+from bn_keras.runs.metrics import MetricsWriter
+from bn_keras.runs.workdir import Metrics, Workdir
 from bn_keras.text import counted
 from bn_keras.training import divergence
 from bn_keras.training.build import build_data, build_schedule, build_trainer_for

@@ -5,7 +5,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bn_keras.data.pipeline import Data
-from bn_keras.keras_internals import all_layers
+from bn_keras.keras_internals import batch_norm_layers
 from bn_keras.text import counted
 from bn_keras.training.class_report import name_rare_classes
 from bn_keras.training.schedule import ExamplesSchedule
@@ -42,7 +42,7 @@ def find_pitfalls(config: ConfigDict, schedule: ExamplesSchedule, model: keras.M
             " set schedule.decay='cosine', or train for fewer steps"
         )
     momentum = config.batch_norm.momentum
-    layers = [v for v in all_layers(model) if isinstance(v, keras.layers.BatchNormalization)]
+    layers = batch_norm_layers(model)
     if config.population.when == "never" and any(layer.trainable for layer in layers):
         share = momentum**steps
         if share > _MAX_INITIAL_SHARE and not config.model.init_from:

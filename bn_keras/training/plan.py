@@ -1,17 +1,14 @@
 """Describes what a training is going to do, before it starts."""
 
 import os
-import pathlib
 
-from etils import epath
 from ml_collections import ConfigDict
 
 from bn_keras.data import sources
 from bn_keras.distribute import describe_devices
-from bn_keras.errors import StorageError
 from bn_keras.runs.checkpoint import Checkpoints
 from bn_keras.runs.workdir import Workdir
-from bn_keras.storage import is_local
+from bn_keras.storage import check_writable
 from bn_keras.training.config import check_config
 from bn_keras.training.length import finished_because
 
@@ -33,7 +30,7 @@ def describe_training(config: ConfigDict, workdir: str | os.PathLike) -> dict[st
     check_config(config)
     run = Workdir(workdir)
     run.check(config)
-    _check_writable(run.path)
+    check_writable(run.path, f"workdir {run.path}")
     progress = describe_progress(run, config)
     return describe_input(config) | {"workdir": f"{run.path}: {progress}"}
 
@@ -62,13 +59,3 @@ def describe_progress(run: Workdir, config: ConfigDict) -> str:
         return f"new, to {end}"
     extending = "extending" if run.is_finished() else "resuming"
     return f"{extending} from step {step:,} to {end.removeprefix('step ')}"
-
-
-def _check_writable(path: epath.Path) -> None:
-    if not is_local(path):
-        return
-    folder = pathlib.Path(path).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise StorageError(f"workdir {path} cannot be written: no permission to write {folder}")

@@ -1,4 +1,4 @@
-"""The progress of a run: a bar on a terminal, lines in a log."""
+"""Progress bars on a terminal, and the progress of a run as a bar or as lines in a log."""
 
 import multiprocessing
 import shutil
@@ -22,6 +22,34 @@ def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def progress_bar(
+    label: str, total: int, *, unit: str = "", initial: int = 0, is_shown: bool = True
+) -> tqdm:
+    """Returns a bar for the terminal; without one, nothing is shown.
+
+    Args:
+      label: text before the bar.
+      total: count at the end.
+      unit: text after the counts, such as " images".
+      initial: count at the start.
+      is_shown: whether the bar is shown if there is a terminal.
+    """
+    return tqdm(
+        desc=label,
+        initial=initial,
+        total=total,
+        disable=not (is_shown and _is_on_terminal()),
+        # On a narrow terminal, the bar shrinks before the text is cut.
+        ncols=min(110, shutil.get_terminal_size().columns),
+        bar_format=f"{{desc}}|{{bar}}|{{n_fmt}}/{{total_fmt}}{unit}, {{remaining}} left{{postfix}}",
+    )
+
+
+def _is_on_terminal() -> bool:
+    # The bars of parallel processes would overwrite each other.
+    return sys.stderr.isatty() and multiprocessing.parent_process() is None
+
+
 class Progress:
     """A bar with step, loss, accuracy, images/s and time left; without a terminal, log lines.
 
@@ -37,17 +65,8 @@ class Progress:
         self._validation = ""
         self._first_step = step
         self._began = self._last_line = 0.0
-        # The bars of parallel processes would overwrite each other.
-        self._on_terminal = sys.stderr.isatty() and multiprocessing.parent_process() is None
-        self._bar = tqdm(
-            desc=label,
-            initial=step,
-            total=steps,
-            disable=not self._on_terminal,
-            # On a narrow terminal, the bar shrinks before the text is cut.
-            ncols=min(110, shutil.get_terminal_size().columns),
-            bar_format="{desc}|{bar}|{n_fmt}/{total_fmt}, {remaining} left{postfix}",
-        )
+        self._on_terminal = _is_on_terminal()
+        self._bar = progress_bar(label, steps, initial=step)
 
     def show_building(self) -> None:
         """Shows that the graph is being built."""

@@ -15,8 +15,10 @@ from bn_keras.training.config import check_config
 from bn_keras.training.restoring import initialize_trainer
 from bn_keras.training.step import Trainer
 
+_STEPS = 4
 
-def verify_resume(config: ConfigDict, steps: int = 4) -> str:
+
+def verify_resume(config: ConfigDict) -> str:
     """Trains a few steps twice, uninterrupted and resumed half-way, and compares all variables.
 
     The resumed network starts from a checkpoint that the uninterrupted one saves half-way. Nothing
@@ -24,7 +26,6 @@ def verify_resume(config: ConfigDict, steps: int = 4) -> str:
 
     Args:
       config: see `default_config`.
-      steps: number of steps, at least 2.
 
     Returns:
       SHA-256 over all variables, the same for both networks.
@@ -44,17 +45,17 @@ def verify_resume(config: ConfigDict, steps: int = 4) -> str:
         trainer.train(batches, steps)
         merge_moving_statistics(trainer.model, strategy)
 
-    half = steps // 2
+    half = _STEPS // 2
     with tempfile.TemporaryDirectory() as folder, data.reporting_errors():
         uninterrupted = build()
         initialize_trainer(config, uninterrupted, data.class_names)
         batches = uninterrupted.open_batches(data, 0)
         train(uninterrupted, batches, half)
         Checkpoints(epath.Path(folder), uninterrupted.parts).save(half)
-        train(uninterrupted, batches, steps - half)
+        train(uninterrupted, batches, _STEPS - half)
         resumed = build()
         step = Checkpoints(epath.Path(folder), resumed.parts).restore()
-        train(resumed, resumed.open_batches(data, step), steps - step)
+        train(resumed, resumed.open_batches(data, step), _STEPS - step)
     differing = [
         one.path
         for one, other in zip(uninterrupted.variables, resumed.variables, strict=True)
@@ -63,7 +64,7 @@ def verify_resume(config: ConfigDict, steps: int = 4) -> str:
     if differing:
         raise ResumeError(
             f"stopped at step {half} and resumed, {len(differing)} of {len(resumed.variables)}"
-            f" variables differ at step {steps}, the first of them {differing[0]}: a run with this"
+            f" variables differ at step {_STEPS}, the first of them {differing[0]}: a run with this"
             " config does not resume bit-exactly on these devices"
         )
     return resumed.hash()

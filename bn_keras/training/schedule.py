@@ -12,6 +12,9 @@ from bn_keras.text import counted
 # Examples per step in the paper, the unit of "paper steps".
 PAPER_BATCH_SIZE = 32
 
+# A rate below this fraction of the highest one has vanished.
+_VANISHING_RATE = 0.01
+
 _DECAYS = ("steps", "cosine")
 
 
@@ -97,21 +100,20 @@ class ExamplesSchedule(keras.optimizers.schedules.LearningRateSchedule):
         # Equals (1 + cos(pi * done)) / 2, without cancellation near the end.
         return tf.square(tf.sin(math.pi / 2 * tf.cast(left, tf.float32) / span))
 
-    def vanishes_at(self, steps: int, fraction: float = 0.01) -> int | None:
-        """Returns the step from which on the rate stays below a fraction of its highest value.
+    def vanishes_at(self, steps: int) -> int | None:
+        """Returns the step from which on the rate stays below 1% of its highest value.
 
         The rate is examined at a thousand steps at most.
 
         Args:
           steps: steps of the training.
-          fraction: part of the highest rate.
 
         Returns:
           The step, counted from 0; None if the rate of the last step is not that low.
         """
         examined = np.unique(np.linspace(0, steps - 1, 1000).astype(np.int64))
         rates = self(tf.constant(examined)).numpy() * np.ones(len(examined))
-        last = np.flatnonzero(rates >= fraction * rates.max())[-1]
+        last = np.flatnonzero(rates >= _VANISHING_RATE * rates.max())[-1]
         return int(examined[last + 1]) if last + 1 < len(examined) else None
 
     @property

@@ -4,16 +4,14 @@ import contextlib
 from collections.abc import Iterator
 from typing import cast
 
-import keras
 from absl import logging
 
 from bn_keras.data.pipeline import Data
 from bn_keras.errors import UsageError
-from bn_keras.keras_internals import all_layers
+from bn_keras.keras_internals import batch_norm_layers
 from bn_keras.population import PopulationEstimator, preserved_state
 from bn_keras.runs.checkpoint import Checkpoints
-from bn_keras.runs.metrics import Metrics
-from bn_keras.runs.workdir import Workdir
+from bn_keras.runs.workdir import Metrics, Workdir
 from bn_keras.training.class_report import ClassReport, write_class_report
 from bn_keras.training.evaluator import Evaluator
 from bn_keras.training.step import Trainer
@@ -77,7 +75,7 @@ class Validation:
         self.accuracy = 0.0
         self.best_accuracy = run.best_accuracy(step)
         self.evaluations_since_best = run.evaluations_since_best(step)
-        layers = [v for v in all_layers(model) if isinstance(v, keras.layers.BatchNormalization)]
+        layers = batch_norm_layers(model)
         # Frozen BN keeps its moving statistics.
         if layers and not any(layer.trainable for layer in layers):
             self._population = population = "never"

@@ -202,7 +202,7 @@ def load_job(workdir: str, cloud: Cloud) -> Job:
     Raises:
       CommandError: no job was submitted for it, or the job's file is damaged.
     """
-    jobs.check_workdir(workdir)
+    jobs.check_bucket_folder(workdir)
     try:
         return Job.from_json(
             cloud.execute(jobs.read_command(f"{jobs.job_folder(workdir)}/job.json"))

@@ -120,7 +120,7 @@ class Job:
         _check_name(self.name)
         _check_zone(self.zone)
         _check_accelerator_type(self.accelerator_type)
-        check_workdir(self.workdir)
+        check_bucket_folder(self.workdir)
         if re.search(r"\s", self.image):
             raise CommandError(
                 f"image={self.image!r} is invalid: expected a name such as"
@@ -243,7 +243,7 @@ def check_batch_size(key: str, size: int, micro_batches: int, accelerator_type: 
     training_command.check_batch_size(key, size, micro_batches, replicas, f"a {accelerator_type}")
 
 
-def check_workdir(workdir: str) -> None:
+def check_bucket_folder(workdir: str) -> None:
     """Raises CommandError if a workdir is not a folder in a bucket."""
     if not workdir.startswith("gs://"):
         raise CommandError(

@@ -115,8 +115,10 @@ def _command() -> list[str]:
 
 
 def _workdir() -> str:
+    from bn_keras.storage import is_local
+
     workdir = _WORKDIR.value
-    return workdir if "://" in workdir else os.path.abspath(workdir)
+    return os.path.abspath(workdir) if is_local(workdir) else workdir
 
 
 def _check_batch_sizes() -> None:

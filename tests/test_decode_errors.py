@@ -3,7 +3,7 @@
 import pytest
 import tensorflow as tf
 
-from bn_keras.data.undecodable import explain
+from bn_keras.data.decode_errors import explain
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Lets other threads of Python run while TensorFlow connects to other workers."""
+"""Releases the global interpreter lock (GIL) while TensorFlow connects to other workers."""
 
 import contextlib
 import ctypes
@@ -11,10 +11,10 @@ from tensorflow.python.framework import errors_impl
 
 
 @contextlib.contextmanager
-def releasing_lock() -> Iterator[None]:
-    """Releases Python's global lock while TensorFlow connects to other workers.
+def releasing_gil() -> Iterator[None]:
+    """Releases the GIL, so that other threads run, while TensorFlow connects to other workers.
 
-    TensorFlow's Python binding holds the lock, so that no thread could report the wait or end it on
+    TensorFlow's Python binding holds the GIL, and then no thread could report the wait or end it on
     a signal. Calling the same function of TensorFlow's C API through ctypes releases it. Where the
     C API is not exported, TensorFlow's binding is used.
     """
