@@ -1,18 +1,24 @@
 """Accuracy against the statistical batch size, the number of examples normalized together."""
 
+import itertools
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypedDict
 
 from etils import epath
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import (
+    FixedLocator,
+    NullLocator,
+    StrMethodFormatter,
+)
 
 from bn_keras.errors import UsageError
 from bn_keras.experiments.batch_size_runs import SIZES
 from bn_keras.experiments.titles import WITHOUT_BN, X5, with_statistical_batch
 from bn_keras.inference.evaluation import evaluate_networks
-from bn_keras.report.plots import FIGURE_WIDTH, STYLES, replace_frame_by_grid
+from bn_keras.report.plots import FIGURE_WIDTH, STYLES, format_percent, replace_frame_by_grid
 from bn_keras.report.saved_evaluation import evaluate_once
 from bn_keras.report.sections import Section, describe_divergence, markdown_table
 from bn_keras.runs.history import ACCURACY, Results, Run
@@ -128,7 +134,7 @@ def _tabulate(points: Mapping[int, _Point]) -> str:
             f"{size}",
             f"{point.moving:.1%}",
             "-" if point.population is None else f"{point.population:.1%}",
-            f"{point.run.lowest_loss:.3g}",
+            f"{point.run.lowest_loss:#.3g}",
         )
         for size, point in points.items()
     ]
@@ -157,20 +163,37 @@ def _draw(points: Mapping[int, _Point]) -> Figure:
     axes.xaxis.set_major_locator(FixedLocator(list(points)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    format_percent(axes.yaxis)
     replace_frame_by_grid(axes)
     axes.legend(loc="best")
     return figure
 
 
 def _summarize(points: Mapping[int, _Point]) -> str:
-    """Compares the best statistical batch size with the smallest in a sentence."""
-    best = max(points, key=lambda size: points[size].moving)
-    smallest = min(points)
-    text = f"BN-x5 is best with statistics of {best} examples, {points[best].moving:.1%}"
-    if best != smallest:
-        text += f"; with {smallest} it reaches {points[smallest].moving:.1%}"
-    population = points[smallest].population
-    if population is not None:
-        text += f", and {population:.1%} with population statistics"
+    """Says from which size on the accuracies hardly differ, and compares the smallest size."""
+    plateau, smallest = _plateau(points), min(points)
+    accuracies = [points[size].moving for size in plateau]
+    reached = f"{accuracies[0]:.1%}"
+    if len(accuracies) > 1:
+        reached = f"{min(accuracies):.1%} to {max(accuracies):.1%}"
+    more = " or more" if len(plateau) > 1 else ""
+    text = f"With statistics of {plateau[0]}{more} examples, BN-x5 reaches {reached}"
+    if smallest not in plateau:
+        text += f"; with {smallest}, {points[smallest].moving:.1%}"
+        population = points[smallest].population
+        if population is not None:
+            text += f", and {population:.1%} with population statistics"
     return f"{text}."
+
+
+def _plateau(points: Mapping[int, _Point]) -> list[int]:
+    """Returns the sizes from which on all accuracies are within two standard errors of the best.
+
+    If the largest size is worse, only the best one is returned.
+    """
+    best = max(points, key=lambda size: points[size].moving)
+    accuracy = points[best].moving
+    margin = 2 * math.sqrt(2) * points[best].run.standard_error(accuracy)
+    is_good = {size: points[size].moving >= accuracy - margin for size in points}
+    descending = sorted(points, reverse=True)
+    return sorted(itertools.takewhile(is_good.get, descending)) or [best]

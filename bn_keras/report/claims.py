@@ -10,7 +10,6 @@ from matplotlib.ticker import (
     FixedLocator,
     MaxNLocator,
     NullLocator,
-    PercentFormatter,
     StrMethodFormatter,
 )
 
@@ -48,7 +47,7 @@ from bn_keras.report.margins import (
     margin_of,
     reaches_sooner,
 )
-from bn_keras.report.plots import FIGURE_WIDTH, STYLES, replace_frame_by_grid
+from bn_keras.report.plots import FIGURE_WIDTH, STYLES, format_percent, replace_frame_by_grid
 from bn_keras.report.sections import Section, escape, markdown_table
 from bn_keras.report.verdicts import (
     FAILS,
@@ -625,7 +624,7 @@ def _draw_sweep(results: Results) -> _Plot:
     axes.xaxis.set_major_locator(FixedLocator(factors))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    format_percent(axes.yaxis)
     replace_frame_by_grid(axes)
     axes.legend(loc="best")
     description = (
@@ -661,7 +660,7 @@ def _draw_ablations(results: Results) -> _Plot:
     axes.invert_yaxis()
     axes.set_xlabel("best validation accuracy")
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    format_percent(axes.xaxis)
     replace_frame_by_grid(axes)
     description = (
         "Validation accuracy of BN-x5, and of BN-x5 with one change of section 4.2.1 undone"

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, PercentFormatter
+from matplotlib.ticker import EngFormatter
 
 from bn_keras.errors import UsageError
 from bn_keras.experiments.titles import WITH_BN, WITHOUT_BN
@@ -16,6 +16,7 @@ from bn_keras.report.plots import (
     FIGURE_WIDTH,
     STYLES,
     draw_bands,
+    format_percent,
     label_lines,
     replace_frame_by_grid,
 )
@@ -175,7 +176,7 @@ def _draw_accuracy(axes: Axes, runs: Results) -> None:
     bands = {title: over_seeds(seeds, ACCURACY) for title, seeds in runs.items()}
     axes.set_title("(a) test accuracy", loc="left")
     draw_bands(axes, bands)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    format_percent(axes.yaxis)
     last = max((step for band in bands.values() for step in band), default=0)
     late = {title: _from_step(_INSET_START * last, band) for title, band in bands.items()}
     lowest = min((spread.low for band in late.values() for spread in band.values()), default=0.0)
@@ -189,7 +190,7 @@ def _draw_inset(axes: Axes, late: Mapping[str, Mapping[int, Spread]]) -> None:
     inset = axes.inset_axes((_INSET_START, 0.1, 0.97 - _INSET_START, 0.5))
     draw_bands(inset, late)
     inset.xaxis.set_major_formatter(EngFormatter(sep=""))
-    inset.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    format_percent(inset.yaxis)
     inset.margins(x=0, y=0.1)
     inset.tick_params(labelsize=8)
     inset.grid(alpha=0.25)

@@ -4,13 +4,12 @@ import math
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from bn_keras.data.built_in import IMAGENET_TRAIN_EXAMPLES
 from bn_keras.experiments.titles import INCEPTION, X30
 from bn_keras.report import published
 from bn_keras.report.five_networks import FiveNetworks
-from bn_keras.report.plots import FIGURE_WIDTH, STYLES, draw_curves, label_lines
+from bn_keras.report.plots import FIGURE_WIDTH, STYLES, draw_curves, format_percent, label_lines
 from bn_keras.report.sections import Section, describe_divergence, escape, join_words
 from bn_keras.runs.history import Results, Run
 from bn_keras.training.schedule import PAPER_BATCH_SIZE
@@ -56,7 +55,7 @@ def draw_accuracy(axes: Axes, networks: FiveNetworks) -> None:
     if published.is_comparable(networks.results[INCEPTION][0]):
         _draw_published(axes, networks)
     axes.set(xlabel="training steps", ylabel="validation accuracy", ylim=(0, 1))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    format_percent(axes.yaxis)
     label_lines(axes, networks.bands)
 
 

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from matplotlib import rcParams
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter
+from matplotlib.axis import Axis
+from matplotlib.ticker import EngFormatter, FuncFormatter
 
 from bn_keras.experiments.titles import (
     BASELINE,
@@ -57,6 +58,11 @@ def draw_bands(axes: Axes, bands: Mapping[str, Mapping[int, Spread]]) -> None:
         axes.plot(steps, means, linewidth=1.7, label=title, **style._asdict())
         lows, highs = [spread.low for spread in spreads], [spread.high for spread in spreads]
         axes.fill_between(steps, lows, highs, color=style.color, alpha=0.18, linewidth=0)
+
+
+def format_percent(axis: Axis) -> None:
+    """Formats an axis of fractions as percentages, with as many digits as they need."""
+    axis.set_major_formatter(FuncFormatter(lambda fraction, _: f"{100 * fraction:g}%"))
 
 
 def replace_frame_by_grid(axes: Axes) -> None:
