@@ -582,9 +582,9 @@ def test_a_signal_ends_the_connection_to_a_worker_that_does_not_answer(servers):
 @pytest.mark.job
 def test_a_cluster_of_one_trains_alone(servers):
     program = """
-        from bn_keras.distribute import from_all_workers, is_chief, make_strategy
+        from bn_keras.distribute import gather_from_workers, is_chief, make_strategy
         strategy = make_strategy("multi_worker")
-        print(strategy.num_replicas_in_sync, is_chief(strategy), from_all_workers(strategy, 7))
+        print(strategy.num_replicas_in_sync, is_chief(strategy), gather_from_workers(strategy, 7))
     """
     address = address_of(servers[0])
     servers[0].close()

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from bn_keras.distribute.strategy import (
-    from_all_workers,
+    gather_from_workers,
     is_chief,
     make_strategy,
     reporting_lost_workers,
@@ -100,6 +100,6 @@ def test_a_worker_cannot_be_made_after_tensorflow_has_started(monkeypatch):
 def test_a_process_without_other_workers_is_the_chief_and_waits_for_nobody(two_replicas):
     for strategy in (tf.distribute.get_strategy(), two_replicas):
         assert is_chief(strategy)
-        assert from_all_workers(strategy, 7) == [7]
+        assert gather_from_workers(strategy, 7) == [7]
         with pytest.raises(tf.errors.UnavailableError), reporting_lost_workers(strategy):
             raise tf.errors.UnavailableError(None, None, "Collective ops is aborted by: a test")

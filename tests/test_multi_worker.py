@@ -160,7 +160,7 @@ def test_workers_of_different_runs_are_rejected(differs, message, tmp_path, monk
     def gathered(strategy, number):
         return [number, number + 20 if differs(number) else number]
 
-    monkeypatch.setattr(workers, "from_all_workers", gathered)
+    monkeypatch.setattr(workers, "gather_from_workers", gathered)
     with pytest.raises(UsageError, match=message):
         train_and_evaluate(small_mlp(), tmp_path / "run")
     assert not (tmp_path / "run").exists()

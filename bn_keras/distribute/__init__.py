@@ -8,22 +8,22 @@ from bn_keras.distribute.devices import describe_devices
 from bn_keras.distribute.strategy import (
     STRATEGIES,
     check_strategy,
-    from_all_workers,
+    gather_from_workers,
     is_chief,
     make_strategy,
     reporting_lost_workers,
-    usable_alone,
+    without_other_workers,
 )
 
 __all__ = [
     "STRATEGIES",
     "check_strategy",
     "describe_devices",
-    "from_all_workers",
+    "gather_from_workers",
     "is_chief",
     "is_evaluator",
     "join_cluster",
     "make_strategy",
     "reporting_lost_workers",
-    "usable_alone",
+    "without_other_workers",
 ]

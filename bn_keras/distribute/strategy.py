@@ -38,8 +38,8 @@ def check_strategy(strategy: str, replicas: int = 0) -> None:
         raise UsageError(f"{invalid}: strategy {strategy} uses all devices; set it to 0")
 
 
-def usable_alone(strategy: str) -> str:
-    """Returns a strategy, but "mirrored" for "multi_worker" where nothing describes the workers.
+def without_other_workers(strategy: str) -> str:
+    """Returns "mirrored" for "multi_worker" if no workers are configured, else the strategy itself.
 
     For work that one process can do with the same result, such as evaluating the run of several.
 
@@ -87,7 +87,7 @@ def is_chief(strategy: tf.distribute.Strategy) -> bool:
     return strategy.extended.should_checkpoint
 
 
-def from_all_workers(strategy: tf.distribute.Strategy, number: float) -> list[float]:
+def gather_from_workers(strategy: tf.distribute.Strategy, number: float) -> list[float]:
     """Gathers a number from each worker, in the order of the cluster.
 
     It waits until each worker has called it. All workers must make the same calls in the same

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from bn_keras.data import pipeline
 from bn_keras.data.multi_crop import SINGLE_CROP, Crops
-from bn_keras.distribute import make_strategy, reporting_lost_workers, usable_alone
+from bn_keras.distribute import make_strategy, reporting_lost_workers, without_other_workers
 from bn_keras.errors import UsageError
 from bn_keras.inference.exported import ExportedNetwork, load_exported
 from bn_keras.inference.loading import TrainedNetwork, load_trained
@@ -164,7 +164,7 @@ def choose_config(
             f"the config describes another network than the run in {workdirs[0]}: omit the config"
             " to use that of the run"
         )
-    strategy = usable_alone(config.distribution.strategy)
+    strategy = without_other_workers(config.distribution.strategy)
     return replaced(config, {"distribution.strategy": strategy})
 
 

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from bn_keras.cost import count_cost
 from bn_keras.data.pipeline import Data
 from bn_keras.distribute import (
-    from_all_workers,
+    gather_from_workers,
     is_chief,
     reporting_lost_workers,
 )
@@ -242,7 +242,7 @@ def _train(
                 training.metrics.write(training.step, training.recorder())
             last = training.train()
     # No worker reads the workdir before the chief has closed its files.
-    from_all_workers(strategy, training.step)
+    gather_from_workers(strategy, training.step)
     graphs.keep(config, rate_factor, training.trainer, training.validation.evaluator)
     return last
 
@@ -496,7 +496,7 @@ class _Training:
 
     def raise_stopped(self) -> None:
         """Raises TrainingStoppedError once the chief has saved."""
-        from_all_workers(self.trainer.strategy, self.step)
+        gather_from_workers(self.trainer.strategy, self.step)
         raise TrainingStoppedError(
             f"stopped by {signal.Signals(self.signum).name} at step {self.step} of"
             f" {self.timetable.steps}, saved in {self.run.path}: the same command resumes it",

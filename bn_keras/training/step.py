@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from bn_keras import models
 from bn_keras.data.pipeline import Data
-from bn_keras.distribute import from_all_workers
+from bn_keras.distribute import gather_from_workers
 from bn_keras.models.weights_file import HEAD
 from bn_keras.replicas import per_replica_sum
 
@@ -338,7 +338,7 @@ class Trainer:
         self._train_loop(batches, tf.constant(num_steps))
         loss, hits, _ = (float(s) for s in self._sums.read_value())
         local = self.strategy.experimental_local_results(self._sums)
-        finite = from_all_workers(self.strategy, min(float(s[2]) for s in local))
+        finite = gather_from_workers(self.strategy, min(float(s[2]) for s in local))
         finite_steps = int(min(finite)) // self.micro_batches
         return loss / num_steps, hits / (num_steps * self.global_batch_size), finite_steps
 

@@ -6,7 +6,7 @@ import zlib
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from bn_keras.distribute import from_all_workers
+from bn_keras.distribute import gather_from_workers
 from bn_keras.errors import UsageError
 from bn_keras.runs.workdir import Workdir
 from bn_keras.training.stop_signals import StopRequest
@@ -20,7 +20,7 @@ def check_same_command(
     # The location of the data may differ between machines.
     del settings["data"]["data_dir"]
     digest = zlib.crc32(json.dumps(settings, sort_keys=True).encode())
-    if len(set(from_all_workers(strategy, digest))) > 1:
+    if len(set(gather_from_workers(strategy, digest))) > 1:
         raise UsageError("the workers have different configs: start all of them with one command")
 
 
@@ -42,7 +42,7 @@ def check_same_state(
         "best accuracies": best_accuracy,
     }
     for what, number in state.items():
-        found = from_all_workers(strategy, number)
+        found = gather_from_workers(strategy, number)
         if len(set(found)) > 1:
             raise UsageError(
                 f"the workers read the {what} {', '.join(f'{n:.10g}' for n in found)} in workdir"
@@ -52,4 +52,4 @@ def check_same_state(
 
 def signal_of_any_worker(strategy: tf.distribute.Strategy, stop_request: StopRequest) -> int:
     """Returns the number of the signal that a worker has received; 0 if none has."""
-    return int(max(from_all_workers(strategy, stop_request.signum or 0)))
+    return int(max(gather_from_workers(strategy, stop_request.signum or 0)))
