@@ -425,7 +425,7 @@ def test_training_images_are_drawn_by_the_seed():
 @pytest.mark.parametrize(
     "options, parts",
     [
-        ({"file_format": "keras", "quantize": "int8"}, ["keras is not quantized", "tflite"]),
+        ({"file_format": "keras", "quantize": "int8"}, ["keras cannot be quantized", "tflite"]),
         ({"file_format": "tflite", "quantize": "int4"}, ["quantize='int4'", "none, int8"]),
         ({"file_format": "tflite", "num_examples": 0}, ["num_examples=0", "positive"]),
     ],
