@@ -30,13 +30,25 @@ _TEMPORARY_ERRORS = (
 # The client does not retry a name that cannot be resolved, nor an object that became shorter while
 # it was read.
 _TEMPORARY_REASONS = ("Couldn't resolve host", "File contents are inconsistent")
+# ram:// is TensorFlow's file system in memory.
+_SCHEMES = ("gs", "ram")
 # Characters that make TensorFlow search for files of other names, and bytes that are not UTF-8.
 _PATTERN = re.compile(r"[*?\[\]\\\ud800-\udfff]")
 
 
 def is_local(path: Path) -> bool:
-    """Returns whether a path is on a file system of this machine, not in a bucket."""
-    return "://" not in os.fspath(path)
+    """Returns whether a path is on a file system of this machine, not in a bucket.
+
+    Raises:
+      UsageError: the path is a URL of another kind.
+    """
+    scheme, separator, _ = os.fspath(path).partition("://")
+    if separator and scheme not in _SCHEMES:
+        raise UsageError(
+            f"path {os.fspath(path)!r} is invalid: expected a path on this machine, or"
+            " gs://BUCKET/PATH"
+        )
+    return not separator
 
 
 def is_temporary(error: Exception) -> bool:
@@ -337,6 +349,11 @@ def check_writable(folder: Path, what: str) -> None:
         raise UsageError(f"{what} is invalid: {existing} is not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise StorageError(f"{what} cannot be written: no permission to write {existing}")
+
+
+def exists(path: Path) -> bool:
+    """Returns whether a file or a folder exists; raises like `is_local`."""
+    return os.path.exists(path) if is_local(path) else tf.io.gfile.exists(os.fspath(path))
 
 
 def is_folder(path: Path) -> bool:

@@ -117,6 +117,7 @@ class Command:
 
     def run(self) -> None:
         """Parses the flags, runs the command and exits with its status."""
+        _replace_closed_streams()
         _escape_unknown_characters()
         _begin_logging()
         _accept_sigterm()
@@ -287,6 +288,13 @@ def _reported_errors() -> Iterator[None]:
             f"the bucket cannot be used ({error.message}): check that it exists, and log in with"
             " `gcloud auth application-default login`"
         ) from None
+
+
+def _replace_closed_streams() -> None:
+    """Discards what is printed to a stream that the shell has closed, as in `... >&-`."""
+    # The files stay open until the process ends.
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
 
 
 def _escape_unknown_characters() -> None:

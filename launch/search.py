@@ -54,6 +54,8 @@ def main() -> None:
             raise CommandError(
                 f"--{flag.name} is empty: expected one or more values, separated by commas"
             )
+        if len(set(flag.value)) < len(flag.value):
+            raise CommandError(f"--{flag.name}={','.join(flag.value)} repeats a value")
     settings = list(itertools.product(_INITIALIZERS.value, _BASE_RATES.value))
     configs = {}
     for initializer, base_rate in settings:

@@ -4,6 +4,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -577,3 +578,28 @@ for step in range(12):
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+@pytest.mark.parametrize("name", ["tiny_thumbnails", "tiny_photographs"])
+def test_damaged_files_of_records_are_reported_on_one_line(data_dir, tmp_path, name, damage):
+    """Small images are read into memory when the set is opened, photographs batch by batch."""
+    copied = shutil.copytree(data_dir, tmp_path / "tfds")
+    path = sorted((copied / name).rglob("*train*-of-*"))[0]
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(UsageError, match=": prepare the data set again") as caught:
+        data = pipeline.open_data(**settings(name=name, data_dir=str(copied)), seed=0)
+        with data.reporting_errors():
+            train_batches(data, NUM_EXAMPLES // GLOBAL_BATCH_SIZE)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_description_of_a_set_is_reported_on_one_line(data_dir, tmp_path):
+    copied = shutil.copytree(data_dir, tmp_path / "tfds")
+    for info in copied.rglob("dataset_info.json"):
+        info.write_text("{")
+    with pytest.raises(UsageError, match="'tiny_thumbnails' .* cannot be opened .* prepare it"):
+        pipeline.open_data(**settings(name="tiny_thumbnails", data_dir=str(copied)), seed=0)

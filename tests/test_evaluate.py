@@ -222,6 +222,33 @@ def test_folders_without_a_run_and_other_networks_are_rejected(tmp_path):
         evaluate_networks([tmp_path], small_mlp(**{"model.variant": "baseline"}))
 
 
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("evaluation.global_batch_size", "x", "invalid evaluation.global_batch_size='x': expected"),
+        ("data.max_bad_examples", None, "invalid data.max_bad_examples=None: expected int"),
+        ("distribution", "foo", "invalid distribution='foo'"),
+        ("evaluation", ..., "config.json has no evaluation: an older version"),
+        ("seed", ..., "config.json has no seed: an older version"),
+    ],
+)
+def test_a_damaged_config_of_a_run_is_reported_on_one_line(runs, tmp_path, key, value, message):
+    """An Ellipsis removes the key."""
+    shutil.copytree(runs[0], tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    config = json.loads(file.read_text())
+    section, _, name = key.rpartition(".")
+    holder = config[section] if section else config
+    if value is ...:
+        del holder[name]
+    else:
+        holder[name] = value
+    file.write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=message) as caught:
+        evaluate_networks([tmp_path / "run"])
+    assert "\n" not in str(caught.value)
+
+
 def test_the_config_of_an_evaluation_may_differ_in_what_only_training_uses(tmp_path):
     trained = small_mlp(**{"model.init_from": "runs/other", "model.freeze": "all_but_head"})
     Workdir(tmp_path).create(trained, (8, 8, 1), "0123456789")

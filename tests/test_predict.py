@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -126,6 +128,12 @@ def test_networks_with_other_preprocessing_are_rejected(runs, tmp_path):
         make_predictor([runs[0], tmp_path])
     with pytest.raises(UsageError, match="workdirs is empty"):
         make_predictor([])
+
+
+def test_a_file_name_may_have_any_bytes(runs, tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path / "caf") + b"\xe9.png")
+    pathlib.Path(path).write_bytes(as_file(photograph(), "PNG"))
+    assert len(make_predictor([runs[0]])(path)) == 5
 
 
 @pytest.mark.job

@@ -6,9 +6,15 @@ import pytest
 import tensorflow as tf
 from etils import epath
 from full_disk import files_of_at_most
+from small import small_mlp
 
+from bn_keras.data.single_image import read_image
 from bn_keras.errors import StorageError, UsageError
-from bn_keras.storage import replacing, write_atomically, writing
+from bn_keras.experiments.run_all import train_all
+from bn_keras.inference.exported import load_exported
+from bn_keras.runs.workdir import Workdir
+from bn_keras.storage import is_local, replacing, write_atomically, writing
+from bn_keras.training.config_files import load_config
 
 TENSORFLOW = "{{node save}} a/file; No space left on device [Op:SaveV2]\nand a traceback"
 
@@ -65,3 +71,13 @@ def test_a_failed_replacement_keeps_the_previous_output(tmp_path, previous, fail
     assert os.listdir(tmp_path) == (["output"] if previous else [])
     if previous:
         assert (output / "part" if previous == "folder" else output).read_text() == "old"
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/run", "http://host/run", "file:///tmp/run"])
+def test_urls_of_other_kinds_are_refused_on_one_line(path):
+    for use in (is_local, Workdir, load_config, load_exported, read_image):
+        with pytest.raises(UsageError, match=f"path '{path}.*' is invalid: expected .* gs://"):
+            use(path)
+    with pytest.raises(UsageError, match="is invalid: expected a path on this machine"):
+        train_all({"a": small_mlp()}, path)
+    assert not is_local("gs://bucket/run") and is_local("/tmp/a:b/c")

@@ -30,7 +30,7 @@ from bn_keras.convert.projects import CADENE, PYTORCHCV, SLIM, SLIM_SCOPE, Proje
 from bn_keras.errors import UsageError
 from bn_keras.models.bn_inception import BNInception
 from bn_keras.models.weights_file import check_shapes
-from bn_keras.storage import local_copy, replacing, writing
+from bn_keras.storage import exists, local_copy, replacing, writing
 from bn_keras.text import counted, first_line
 
 Shape = tuple[int, ...]
@@ -175,7 +175,7 @@ def convert_weights(
         raise UsageError(
             f"output {output} is invalid: expected a path ending in .keras or .weights.h5"
         )
-    if tf.io.gfile.exists(output) and not overwrite:
+    if exists(output) and not overwrite:
         raise UsageError(f"output {output} exists: choose another path or pass --overwrite")
     if source is None:
         endings = (".npz", ".pt", ".pth", ".tar")

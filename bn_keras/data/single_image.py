@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 from collections.abc import Iterator
 
 import tensorflow as tf
@@ -10,7 +11,7 @@ from etils import epath
 from bn_keras.data import transforms
 from bn_keras.data.decode_errors import explain
 from bn_keras.errors import BucketUnavailableError, UsageError
-from bn_keras.storage import is_temporary, reason_of
+from bn_keras.storage import is_local, is_temporary, reason_of
 from bn_keras.text import first_line
 
 # Largest ratio of the longer side to the shorter. Images are resized by the shorter side, and the
@@ -51,6 +52,9 @@ def read_image(path: str | os.PathLike, channels: int = 3) -> tuple[tf.Tensor, t
 def read_encoded(path: str | os.PathLike) -> tf.Tensor:
     """Reads a file into a scalar string; raises like `read_image`."""
     try:
+        if is_local(path):
+            # TensorFlow's file system accepts only names in UTF-8.
+            return tf.constant(pathlib.Path(path).read_bytes())
         return tf.constant(epath.Path(path).read_bytes())
     except (OSError, tf.errors.OpError) as error:
         if is_temporary(error):

@@ -3,10 +3,12 @@
 import contextlib
 import difflib
 import math
+import os
 import socket
 import sys
 import urllib.parse
 import urllib.request
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -15,7 +17,8 @@ import tensorflow_datasets as tfds
 from bn_keras.data.built_in import IMAGENET_TRAIN_EXAMPLES, NOT_IN_TFDS
 from bn_keras.data.splits import Arrays, Description, Shards, Source, unknown_split
 from bn_keras.errors import UsageError
-from bn_keras.text import first_line
+from bn_keras.storage import list_folder, reason_of
+from bn_keras.text import counted, first_line, first_of
 
 # Sets with more bytes of decoded images are read from their files during training.
 MEMORY_LIMIT_BYTES = 2**30
@@ -46,6 +49,7 @@ def open_tfds(name: str, data_dir: str, train_split: str, validation_split: str)
     image, label = _find_image_and_label(name, builder.info)
     names = (train_split, validation_split)
     splits = [_find_split(name, builder.info.splits, split) for split in names]
+    _check_complete(builder, splits)
     height, width, channels = builder.info.features[image].shape
     decoded_bytes = sum(split.num_examples for split in splits) * math.prod(
         (height or 0, width or 0, channels)
@@ -95,6 +99,12 @@ def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         return tfds.builder(name, data_dir=data_dir or None, try_gcs=False)
     except (tfds.core.registered.DatasetNotFoundError, ValueError, AssertionError):
         raise _unknown_name(name) from None
+    # TFDS raises many kinds of errors for damaged files.
+    except Exception as error:
+        raise UsageError(
+            f"data set {name!r} in {data_dir or 'the default folder of TFDS'} cannot be opened"
+            f" ({first_line(error)}): prepare it again"
+        ) from error
 
 
 def _prepare(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
@@ -180,6 +190,25 @@ def _find_split(name: str, splits: tfds.core.splits.SplitDict, split: str) -> tf
     return found
 
 
+def _check_complete(
+    builder: tfds.core.DatasetBuilder, splits: Sequence[tfds.core.SplitInfo]
+) -> None:
+    """Raises UsageError if files of the splits are missing, as after an incomplete copy.
+
+    Reading them would never end: readers skip what cannot be read.
+    """
+    paths = [str(file.filename) for split in splits for file in split.file_instructions]
+    present = {folder: set(list_folder(folder)) for folder in set(map(os.path.dirname, paths))}
+    missing = [p for p in paths if os.path.basename(p) not in present[os.path.dirname(p)]]
+    if missing:
+        names = [os.path.basename(path) for path in missing]
+        raise UsageError(
+            f"data set {builder.name!r} in {builder.data_dir} lacks {len(missing):,} of"
+            f" {counted(len(paths), 'file')} ({first_of(names)}): prepare the data set again, or"
+            " copy them"
+        )
+
+
 def _list_shards(
     builder: tfds.core.DatasetBuilder, split: tfds.core.SplitInfo, image: str, label: str
 ) -> Shards:
@@ -220,7 +249,13 @@ def _read_arrays(
     builder: tfds.core.DatasetBuilder, split: tfds.core.SplitInfo, image: str, label: str
 ) -> Arrays:
     """Reads a whole split into memory, in the order of its files."""
-    examples = builder.as_dataset(split=split.name, shuffle_files=False, batch_size=-1)
+    try:
+        examples = builder.as_dataset(split=split.name, shuffle_files=False, batch_size=-1)
+    except tf.errors.DataLossError as error:
+        raise UsageError(
+            f"a file of data set {builder.name!r} in {builder.data_dir} is damaged"
+            f" ({reason_of(error)}): prepare the data set again"
+        ) from None
     return Arrays(examples[image].numpy(), examples[label].numpy().astype(np.int32))
 
 

@@ -19,6 +19,7 @@ from bn_keras.runs.workdir import Workdir
 from bn_keras.text import counted, first_of, table
 from bn_keras.training.build import build_data
 from bn_keras.training.class_report import ClassReport, ClassRow, format_classes
+from bn_keras.training.config_files import read_run_config
 from bn_keras.training.evaluator import EvaluationMetrics, Evaluator
 from bn_keras.training.networks import replaced
 
@@ -157,7 +158,7 @@ def choose_config(
             "an exported network does not record its data set: pass a config, such as that of its"
             " run (--config=WORKDIR)"
         )
-    configs = [Workdir(workdir).read_config() for workdir in workdirs]
+    configs = [read_run_config(Workdir(workdir)) for workdir in workdirs]
     config = config or configs[0]
     if configs and not any(_describes_same_network(config, other) for other in configs):
         raise UsageError(
@@ -266,7 +267,8 @@ def _with_population_statistics(
     if network.is_frozen:
         return network
     batches = data.train_batches(strategy, global_micro_batch_size)
-    estimate_population_statistics(network.model, batches, num_batches, strategy)
+    with data.reporting_errors():
+        estimate_population_statistics(network.model, batches, num_batches, strategy)
     return network._replace(statistics="population")
 
 

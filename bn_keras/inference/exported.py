@@ -21,7 +21,7 @@ from bn_keras.inference.network_description import FILE_NAME, NetworkDescription
 from bn_keras.inference.onnx_export import ONNXNetwork, check_onnx
 from bn_keras.inference.tflite_export import TFLiteNetwork
 from bn_keras.inference.tflite_metadata import read_description
-from bn_keras.storage import is_local, literal_path, local_copy, read
+from bn_keras.storage import exists, is_folder, is_local, literal_path, local_copy, read
 from bn_keras.text import first_line
 
 # Folder of a SavedModel for files that TensorFlow does not read.
@@ -90,9 +90,9 @@ def load_exported(
         ONNX file without the extra "onnx".
     """
     path = os.fspath(path)
-    is_saved_model = tf.io.gfile.exists(os.path.join(path, "saved_model.pb"))
+    is_saved_model = exists(os.path.join(path, "saved_model.pb"))
     suffix = os.path.splitext(path)[1]
-    is_file = suffix in _READERS and tf.io.gfile.exists(path) and not tf.io.gfile.isdir(path)
+    is_file = suffix in _READERS and exists(path) and not is_folder(path)
     if not (is_saved_model or is_file):
         raise UsageError(
             f"{path} is not an exported network: expected a {', '.join(_READERS)} file or the"

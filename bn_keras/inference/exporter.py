@@ -27,7 +27,7 @@ from bn_keras.inference.quantization import (
 )
 from bn_keras.inference.tflite_export import write_tflite
 from bn_keras.keras_internals import all_layers
-from bn_keras.storage import check_writable, literal_path, replacing, writing
+from bn_keras.storage import check_writable, exists, is_folder, literal_path, replacing, writing
 from bn_keras.training.build import build_data, build_model
 
 # Images on which the network is compared with its export.
@@ -201,14 +201,13 @@ def _check_output(output: str, file_format: str, overwrite: bool) -> None:
         raise UsageError(
             f"output {output} is invalid: expected the path of a file that ends in {suffix}"
         )
-    if tf.io.gfile.exists(output):
+    if exists(output):
         if not overwrite:
             raise UsageError(f"output {output} exists: pass another path, or --overwrite")
-        is_folder = tf.io.gfile.isdir(output)
         if suffix:
-            is_export = not is_folder
+            is_export = not is_folder(output)
         else:
-            is_export = is_folder and tf.io.gfile.exists(os.path.join(output, "saved_model.pb"))
+            is_export = exists(os.path.join(output, "saved_model.pb"))
         if not is_export:
             raise UsageError(
                 f"output {output} exists, is not in the format {file_format}, and is not"

@@ -39,4 +39,5 @@ def check_workdir(workdir: str | os.PathLike, num_batches: int) -> HealthReport:
     # With gradient accumulation, BN's mini-batch is a micro-batch.
     global_micro_batch_size = config.train.global_batch_size // config.train.micro_batches
     batches = data.train_batches(tf.distribute.get_strategy(), global_micro_batch_size)
-    return check_batch_norm(network.model, batches, num_batches)
+    with data.reporting_errors():
+        return check_batch_norm(network.model, batches, num_batches)

@@ -1,7 +1,7 @@
 """A config as a run saved it, possibly with an older schema."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -16,7 +16,7 @@ class SavedConfig(ConfigDict):
 
     Args:
       values: values by key; a mapping is a section.
-      file: file that they were read from; None, as in copies, raises AttributeError instead.
+      file: file that they were read from; None raises AttributeError instead.
       section: section of the values, with a dot at its end; "" is the whole config.
 
     Raises:
@@ -44,6 +44,13 @@ class SavedConfig(ConfigDict):
         if self._file is None or key in self or key.startswith("_"):
             return super().__getattr__(key)
         raise missing_keys_error(self._file, f"{self._section}{key}")
+
+    def copy_and_resolve_references(self, visit_map: dict[int, Any] | None = None) -> Self:
+        """Copies the config; the copy, too, names the file of a missing key."""
+        copy = super().copy_and_resolve_references(visit_map)
+        object.__setattr__(copy, "_file", self._file)
+        object.__setattr__(copy, "_section", self._section)
+        return copy
 
     def __eq__(self, other: object) -> bool:
         # ConfigDict.__eq__ returns False for instances of other classes.

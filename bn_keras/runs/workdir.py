@@ -75,6 +75,8 @@ class Workdir:
     RETRY = "retry"
 
     def __init__(self, path: str | os.PathLike) -> None:
+        # Refuses URLs of other kinds, which etils reports as a KeyError.
+        is_local(path)
         self.path = epath.Path(path)
         self.writes = True
         self.checkpoints = self.path / "checkpoints"

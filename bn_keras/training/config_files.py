@@ -8,7 +8,7 @@ import inspect
 import pathlib
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 import bn_keras
 from bn_keras.errors import UsageError
-from bn_keras.runs.saved_config import flatten
+from bn_keras.runs.saved_config import SavedConfig, flatten
 from bn_keras.runs.workdir import Workdir
 from bn_keras.storage import is_local
 from bn_keras.text import first_line
@@ -47,12 +47,13 @@ def load_config(source: str) -> ConfigDict:
     Raises:
       UsageError: the config does not exist or does not follow the schema.
     """
+    in_bucket = not is_local(source)
     path = epath.Path(source)
     if path.name == "config.json":
         return _load_from_run(path.parent)
     if source not in config_names() and (path / "config.json").exists():
         return _load_from_run(path)
-    if not is_local(path):
+    if in_bucket:
         raise UsageError(f"no run in {source!r}: expected the folder of a run or its config.json")
     name, colon, argument = source.partition(":")
     get_config = getattr(_import_file(_find(name)), "get_config", None)
@@ -78,17 +79,43 @@ def _load_from_run(workdir: epath.Path) -> ConfigDict:
     return _apply_to_schema(Workdir(workdir).read_config(), str(workdir / "config.json"))
 
 
+def read_run_config(run: Workdir) -> SavedConfig:
+    """Reads the config of a run and checks the types of its settings.
+
+    An older version may have saved it: a missing setting raises UsageError when it is asked for.
+
+    Raises:
+      UsageError: there is no run in the folder, or its config cannot be read.
+    """
+    config = run.read_config()
+    schema = default_config()
+    known = flatten(schema)
+    for name, section in schema.items():
+        if isinstance(section, ConfigDict) != isinstance(config.get(name, section), ConfigDict):
+            raise UsageError(f"config {run.path} has an invalid {name}={config[name]!r}")
+    _apply_types({k: v for k, v in flatten(config).items() if k in known}, str(run.path))
+    return config
+
+
 def _apply_to_schema(config: ConfigDict, origin: str) -> ConfigDict:
     """Returns a config with the types of the schema, locked.
 
     Only the schema knows the type of a setting that is None or was read from JSON.
     """
     check_keys(config, f"config {origin}")
+    return _apply_types(flatten(config), origin)
+
+
+def _apply_types(settings: Mapping[str, Any], origin: str) -> ConfigDict:
+    """Returns the schema's defaults, locked, with other values for settings such as "train.l2"."""
     typed = default_config()
-    for key, value in flatten(config).items():
+    defaults = flatten(typed)
+    for key, value in settings.items():
         try:
+            if value is None and defaults[key] is not None:
+                raise TypeError  # ConfigDict accepts None for any type.
             typed.update_from_flattened_dict({key: value})
-        except TypeError:
+        except (TypeError, ValueError):
             section, _, name = key.rpartition(".")
             kind = (typed[section] if section else typed).get_type(name)
             raise UsageError(

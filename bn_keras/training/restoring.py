@@ -14,6 +14,7 @@ from bn_keras.models.weights_file import layers_with_weights, read_layers
 from bn_keras.runs.checkpoint import Checkpoints
 from bn_keras.runs.workdir import Workdir
 from bn_keras.training.build import build_model
+from bn_keras.training.config_files import read_run_config
 from bn_keras.training.fine_tuning import Initialization, PretrainedWeights, initialize
 from bn_keras.training.networks import value_of
 from bn_keras.training.step import Trainer
@@ -69,7 +70,7 @@ def restore_network(
       UsageError: no run in the folder, or all checkpoints are damaged.
       StorageError: a checkpoint cannot be read.
     """
-    config = run.read_config()
+    config = read_run_config(run)
     input_shape, class_names = run.read_interface()
     strategy = strategy or tf.distribute.get_strategy()
     with strategy.scope():
