@@ -8,6 +8,14 @@ import keras
 import tensorflow as tf
 
 from bn_keras import ops
+from bn_keras.arguments import (
+    as_axis,
+    as_bool,
+    as_epsilon,
+    as_fraction_kept,
+    as_renorm_clipping,
+    as_size,
+)
 from bn_keras.errors import UsageError
 from bn_keras.replicas import gather_replicas, per_replica_sum
 
@@ -62,8 +70,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         means all replicas.
       virtual_batch_size: number of consecutive examples per ghost batch, which has statistics of
         its own; must divide each replica's batch size. None means the whole batch. Not used at
-        inference. With synchronized=True the k-th ghost batches of all replicas share statistics,
-        so each replica needs the same number of them.
+        inference, unless `training` is a tensor. With synchronized=True the k-th ghost batches of
+        all replicas share statistics, so each replica needs the same number of them.
       **kwargs: name, dtype, trainable.
 
     Raises:
@@ -101,11 +109,13 @@ class BatchNormalization(keras.layers.BatchNormalization):
         virtual_batch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
+        # Converted by ours, whose messages say what is expected.
+        momentum = None if momentum is None else as_fraction_kept("momentum", momentum)
         super().__init__(
             momentum=0.99 if momentum is None else momentum,
-            epsilon=epsilon,
-            center=center,
-            scale=scale,
+            epsilon=as_epsilon(epsilon),
+            center=as_bool("center", center),
+            scale=as_bool("scale", scale),
             beta_initializer=beta_initializer,
             gamma_initializer=gamma_initializer,
             moving_mean_initializer=moving_mean_initializer,
@@ -114,22 +124,26 @@ class BatchNormalization(keras.layers.BatchNormalization):
             gamma_regularizer=gamma_regularizer,
             beta_constraint=beta_constraint,
             gamma_constraint=gamma_constraint,
-            synchronized=synchronized,
+            synchronized=as_bool("synchronized", synchronized),
             **kwargs,
         )
         # Arguments that the Keras layer does not accept, or checks with other messages.
-        self.axis = [int(a) for a in axis] if isinstance(axis, Sequence) else int(axis)
-        self.momentum = None if momentum is None else float(momentum)
-        self.renorm = renorm
-        self.renorm_clipping = (renorm_clipping or {}) if renorm else renorm_clipping
-        self.renorm_momentum = renorm_momentum
-        self.unbiased = unbiased
-        self.sync_group_size = sync_group_size
-        self.virtual_batch_size = virtual_batch_size
-        self._check_arguments()
+        self.axis = as_axis(axis)
+        self.momentum = momentum
+        self.renorm = as_bool("renorm", renorm)
+        self.renorm_clipping = as_renorm_clipping(renorm_clipping) if renorm else renorm_clipping
+        self.renorm_momentum = as_fraction_kept("renorm_momentum", renorm_momentum)
+        self.unbiased = as_bool("unbiased", unbiased)
+        self.sync_group_size = as_size("sync_group_size", sync_group_size)
+        self.virtual_batch_size = as_size("virtual_batch_size", virtual_batch_size)
+        self._check_combination()
 
     def build(self, input_shape: Sequence[int | None]) -> None:
         """Creates the weights, in the order of the Keras layer, each with the sizes of `axis`."""
+        if not _is_shape(input_shape):
+            raise UsageError(
+                f"{self.name}: the input has the shape {input_shape}: expected a single tensor"
+            )
         self._axes = canonical_axes(self.axis, input_shape)
         self._shape = tuple(input_shape[a] for a in self._axes)
         if None in self._shape:
@@ -179,7 +193,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         """Normalizes by batch statistics in training mode, by moving statistics at inference.
 
         Args:
-          inputs: any shape of rank 2 or more; integers are cast to the compute dtype.
+          inputs: any shape of rank 2 or more; integers are cast to the dtype of the statistics.
           training: a bool, a boolean scalar tensor, or None for inference.
           mask: only values where it is nonzero enter the statistics.
 
@@ -222,7 +236,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             gather=self._gather if self._is_synchronized() else None,
         )
         if self.renorm:
-            y = tf.cast(self._renormalize(y, moments, *parameters), dtype)
+            y = tf.cast(self._renormalize(y, moments, *parameters, mask), dtype)
         self.update_moving_statistics(moments, training)
         return y
 
@@ -265,6 +279,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         moments: ops.Moments,
         gamma: tf.Tensor | None,
         beta: tf.Tensor | None,
+        mask: tf.Tensor | None,
     ) -> tf.Tensor:
         """Computes gamma * (r * x_hat + d) + beta, which normalizes by the renorm statistics.
 
@@ -285,10 +300,12 @@ class BatchNormalization(keras.layers.BatchNormalization):
         d = (batch_mean - mean) / stddev
         r, d = self._clip(r, d)
         scale, offset = (r, d) if gamma is None else (r * gamma, d * gamma)
-        return x_hat * scale + (offset if beta is None else offset + beta)
+        # A masked value may be NaN; where its dy is 0 it must not reach gamma's gradient.
+        multiply = tf.multiply if mask is None else tf.math.multiply_no_nan
+        return multiply(x_hat, scale) + (offset if beta is None else offset + beta)
 
     def _clip(self, r: tf.Tensor, d: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        rmin, rmax, dmax = self._renorm_bounds()
+        rmin, rmax, dmax = map((self.renorm_clipping or {}).get, ("rmin", "rmax", "dmax"))
         if rmin is not None:
             r = tf.maximum(r, rmin)
         if rmax is not None:
@@ -340,7 +357,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             self._average(self.renorm_mean, mean, weight, training)
             stddev = tf.sqrt(biased + self.epsilon)
             self._average(self.renorm_stddev, stddev, weight, training)
-        if self.values_since_merge is not None:
+        if self.values_since_merge is not None and _num_replicas() > 1:
             num_values = tf.cast(tf.reduce_mean(count), tf.float32)
             self.values_since_merge.assign_add(tf.where(training, num_values, 0.0))
 
@@ -390,8 +407,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
     # --- Replicas.
 
     def _is_synchronized(self) -> bool:
-        context = tf.distribute.get_replica_context()
-        return self.synchronized and context is not None and context.num_replicas_in_sync > 1
+        return self.synchronized and _num_replicas() > 1
 
     def _gather(self, packed: tf.Tensor) -> tf.Tensor:
         return gather_replicas(packed, self.sync_group_size)
@@ -471,19 +487,36 @@ class BatchNormalization(keras.layers.BatchNormalization):
             mask = tf.broadcast_to(mask[..., None], tf.shape(inputs))
         else:
             raise UsageError(
-                f"{self.name}: mask shape {tuple(mask.shape)} does not fit input shape"
+                f"{self.name}: mask shape {mask.shape} does not fit input shape"
                 f" {tuple(inputs.shape)}: expected the input shape without axis={self.axis}"
             )
         return mask
 
     def _check_inputs(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Returns the inputs in a floating-point dtype."""
+        """Returns the inputs in a floating-point dtype, with the sizes of `axis` known."""
         if isinstance(inputs, tf.RaggedTensor | tf.SparseTensor):
+            is_ragged = isinstance(inputs, tf.RaggedTensor)
+            advice = (
+                "inputs.to_tensor(), and a mask that excludes the padding"
+                if is_ragged
+                else "tf.sparse.to_dense(inputs)"
+            )
             raise UsageError(
                 f"{self.name}: inputs are a {type(inputs).__name__}, but a dense tensor is"
-                " expected: pass inputs.to_tensor(), and a mask that excludes the padding"
+                f" expected: pass {advice}"
             )
-        return inputs if inputs.dtype.is_floating else tf.cast(inputs, self.compute_dtype)
+        x = tf.convert_to_tensor(inputs)
+        if not (x.dtype.is_floating or x.dtype.is_integer or x.dtype.is_bool):
+            raise UsageError(
+                f"{self.name}: inputs have dtype {x.dtype.name}: expected real numbers"
+            )
+        if not x.dtype.is_floating:
+            # Half precision cannot represent large integers.
+            x = tf.cast(x, self._weight_dtype)
+        if None in [x.shape[a] for a in self._axes]:
+            sizes = dict(zip(self._axes, self._shape, strict=True))
+            x = tf.ensure_shape(x, [sizes.get(a) for a in range(self.input_spec.ndim)])
+        return x
 
     def _check_batch(self, x: tf.Tensor) -> tf.Tensor:
         """Returns x after checking that it consists of whole ghost batches."""
@@ -501,52 +534,13 @@ class BatchNormalization(keras.layers.BatchNormalization):
         ):
             return tf.identity(x)
 
-    def _check_arguments(self) -> None:
-        for name in ("momentum", "renorm_momentum"):
-            value = getattr(self, name)
-            if value is None and name == "momentum":
-                continue
-            if value is None or not 0 <= value <= 1:
-                raise UsageError(
-                    f"{name}={value} is invalid: expected the fraction kept, in [0, 1]"
-                    " (PyTorch's momentum is 1 minus it)"
-                )
-        if not self.epsilon > 0:
-            raise UsageError(f"epsilon={self.epsilon} is invalid: expected a positive number")
-        for name in ("virtual_batch_size", "sync_group_size"):
-            value = getattr(self, name)
-            is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-            if value is not None and not (is_integer and value > 0):
-                raise UsageError(
-                    f"{name}={value!r} is invalid: expected a positive integer or None"
-                )
+    def _check_combination(self) -> None:
         if self.sync_group_size is not None and not self.synchronized:
             raise UsageError(
                 f"sync_group_size={self.sync_group_size} requires synchronized=True: set it, or"
                 " remove sync_group_size"
             )
-        if self.renorm:
-            self._check_renorm()
-
-    def _renorm_bounds(self) -> tuple[float | None, float | None, float | None]:
-        clipping = self.renorm_clipping or {}
-        return clipping.get("rmin"), clipping.get("rmax"), clipping.get("dmax")
-
-    def _check_renorm(self) -> None:
-        expected = ["rmax", "rmin", "dmax"]
-        if set(self.renorm_clipping or {}) - set(expected):
-            raise UsageError(
-                f"Received invalid keys for renorm_clipping: {self.renorm_clipping}; expected"
-                f" {expected}"
-            )
-        rmin, rmax, dmax = self._renorm_bounds()
-        if rmin is not None and rmax is not None and rmax < rmin:
-            raise UsageError(
-                f"rmax should be at least rmin in renorm_clipping: rmax={rmax}, rmin={rmin}"
-            )
-        if dmax is not None and dmax < 0:
-            raise UsageError(f"dmax should be non-negative in renorm_clipping: dmax={dmax}")
-        if self.virtual_batch_size is not None:
+        if self.renorm and self.virtual_batch_size is not None:
             raise UsageError(
                 f"renorm=True and virtual_batch_size={self.virtual_batch_size} are mutually"
                 " exclusive: renorm undoes the effect of ghost batches"
@@ -586,9 +580,15 @@ def canonical_axes(axis: int | Sequence[int], shape: Sequence[int | None]) -> li
       shape: input shape.
 
     Raises:
-      UsageError: an axis is out of bounds or repeated, or no axis is left to reduce.
+      UsageError: the shape has fewer than two axes, an axis is out of bounds or repeated, or no
+        axis is left to reduce.
     """
     rank = len(shape)
+    if rank < 2:
+        raise UsageError(
+            f"input shape {tuple(shape)} is invalid: expected two or more axes, the batch axis"
+            " included"
+        )
     given = [axis] if isinstance(axis, int) else list(axis)
     if not given or not all(-rank <= a < rank for a in given):
         raise UsageError(
@@ -606,6 +606,13 @@ def canonical_axes(axis: int | Sequence[int], shape: Sequence[int | None]) -> li
     return axes
 
 
+def _is_shape(shape: Any) -> bool:
+    """Returns whether an argument of `build` is the shape of a single tensor."""
+    if not isinstance(shape, Sequence | tf.TensorShape):
+        return False
+    return all(size is None or isinstance(size, numbers.Integral) for size in shape)
+
+
 def _weight_where_counted(weight: ops.Count, count: ops.Count) -> ops.Count:
     """Returns the weight, or 0 where no value was counted."""
     if isinstance(count, float):
@@ -616,10 +623,18 @@ def _weight_where_counted(weight: ops.Count, count: ops.Count) -> ops.Count:
 
 def _static_value(training: bool | tf.Tensor | None) -> bool | tf.Tensor | None:
     """Returns `training` as a bool if its value is known while a graph is built."""
-    if isinstance(training, tf.Variable):
+    if training is None:
+        return None
+    if isinstance(training, tf.Variable | keras.Variable):
         training = tf.convert_to_tensor(training)
-    static = tf.get_static_value(training) if isinstance(training, tf.Tensor) else None
+    static = tf.get_static_value(training) if isinstance(training, tf.Tensor) else training
     return training if static is None else bool(static)
+
+
+def _num_replicas() -> int:
+    """Returns the number of replicas that run this code: 1 outside strategy.run."""
+    context = tf.distribute.get_replica_context()
+    return 1 if context is None else context.num_replicas_in_sync
 
 
 def _flatten(variable: keras.Variable) -> tf.Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from bn_keras.arguments import check_model
 from bn_keras.errors import UsageError
 from bn_keras.keras_internals import graph_calls
 from bn_keras.layer_kinds import DEPTHWISE, SEPARABLE, TRANSPOSED, WITH_KERNEL
@@ -18,7 +19,15 @@ from bn_keras.text import table
 _NOT_MULTIPLYING = (
     keras.layers.BatchNormalization,
     keras.layers.Embedding,
+    keras.layers.LayerNormalization,
     keras.layers.PReLU,
+)
+# Layers and operations without weights that multiply their inputs with each other. Keras has no
+# public names for the classes of operations.
+_PRODUCTS = (
+    *("AdditiveAttention", "Attention", "Dot", "DotProductAttention"),
+    *("Einsum", "Inner", "Matmul", "Outer", "Tensordot", "Vdot"),
+    *("Conv", "ConvTranspose", "DepthwiseConv", "SeparableConv"),
 )
 # Layers whose gradients read only shapes.
 _SAVING_NOTHING = (
@@ -159,8 +168,8 @@ def count_cost(model: keras.Model, dtype: str | None = None) -> Cost:
     Decisions:
       - Multiply-adds are counted for convolutions (also grouped, depthwise, separable and
         transposed) and dense layers, padding included, as in published counts. Biases, BN,
-        nonlinearities, pooling and sums are not counted. Layers with other products (attention,
-        recurrence) are listed as uncounted.
+        nonlinearities, pooling and sums are not counted. Layers and operations with other products
+        (attention, recurrence, matmul) are listed as uncounted.
       - A layer that is called twice counts its multiply-adds twice and its parameters once.
       - Activation memory counts every tensor that some gradient reads, once: the inputs of
         convolutions, dense layers and BN, the outputs of nonlinearities (ReLU, sigmoid, tanh,
@@ -175,8 +184,9 @@ def count_cost(model: keras.Model, dtype: str | None = None) -> Cost:
         from the model's dtype policies.
 
     Raises:
-      UsageError: the model is a subclassed one, or its input size is unknown.
+      UsageError: `model` is not a model or a subclassed one, or its input size is unknown.
     """
+    check_model(model)
     if not _has_graph(model):
         raise UsageError(
             f"model {model.name!r} cannot be counted: expected a Functional or Sequential model"
@@ -306,6 +316,8 @@ def _has_other_products(layer: keras.Operation) -> bool:
     """Returns whether a layer has multiply-adds that `_multiply_adds` does not count."""
     if isinstance(layer, (*WITH_KERNEL, *_NOT_MULTIPLYING)):
         return False
+    if type(layer).__module__.startswith("keras.") and type(layer).__name__ in _PRODUCTS:
+        return True
     return any(len(v.shape) > 1 for v in getattr(layer, "trainable_variables", []))
 
 

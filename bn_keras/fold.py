@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from bn_keras.arguments import check_model
 from bn_keras.batch_norm import canonical_axes
 from bn_keras.errors import AgreementError, UsageError
 from bn_keras.keras_internals import (
@@ -20,6 +21,7 @@ from bn_keras.keras_internals import (
     build_like,
     graph_calls,
     graph_of,
+    overrides_call,
     unbuild_optimizer,
 )
 from bn_keras.layer_kinds import DEPTHWISE, SEPARABLE, TRANSPOSED, WITH_KERNEL
@@ -101,12 +103,14 @@ def fold_batch_norm(model: keras.Model, inputs: Any = None) -> tuple[keras.Model
         images, which TensorFlow fuses with the following activation, else keras.layers.Rescaling.
         The result therefore needs bn_keras only if other layers of the model do.
       - Inside other layers (TimeDistributed, a subclassed model), BatchNormalization stays and is
-        frozen. A layer called with training=True stays too: it has no fixed scale and offset.
+        frozen, and so does a subclass with a `call` of its own. A layer called with training=True
+        stays too: it has no fixed scale and offset.
       - BatchNormalization is not folded into the following convolution, since the zeros of that
         convolution's padding are not normalized.
       - Everything else is the same in the result: other layers with their state, whether or not
         their classes have a get_config; shared layers; the arguments of compile(). The optimizer
-        keeps its iterations, but no state of the variables, some of which are folded. See
+        keeps its iterations, but no state of the variables, some of which are folded. The penalties
+        of regularizers, which `evaluate` adds to the loss, are those of the folded weights. See
         ModelCopier.
       - Both models are run on the same inputs and must agree.
       - The given model is unchanged and shares no state with the result. Call
@@ -121,8 +125,8 @@ def fold_batch_norm(model: keras.Model, inputs: Any = None) -> tuple[keras.Model
 
     Raises:
       UsageError: the model has no BatchNormalization, is a subclassed or unbuilt one, contains an
-        object that cannot be copied, has non-finite statistics, does not accept the inputs, or has
-        integer inputs and none were passed.
+        object that cannot be copied, has non-finite statistics or outputs, does not accept the
+        inputs, or has integer inputs and none were passed.
       AgreementError: the outputs of both models agree to fewer than half of their digits.
 
     Source: Ioffe & Szegedy 2015, Algorithm 2, line 11.
@@ -164,9 +168,8 @@ class _Plan:
     """
 
     def __init__(self, model: keras.Model) -> None:
-        if not isinstance(model, keras.Model):
-            raise UsageError(f"model={model!r} is invalid: expected a keras.Model")
-        if not isinstance(model, keras.Sequential | keras.Function):
+        check_model(model)
+        if not isinstance(model, keras.Sequential | keras.Function) or overrides_call(model):
             raise UsageError(
                 f"model {model.name!r} is a subclassed {type(model).__name__}, whose layers are"
                 " only in its code: expected a Functional or Sequential model"
@@ -200,7 +203,15 @@ class _Plan:
         self.folded_into = {
             self._producer(call): layer for layer in self.folded for call in self._calls[layer]
         }
-        self.affine = set(self.kept) - self.always_training - self.inside
+        self.affine = {layer for layer in self.kept if self._is_affine(layer)}
+
+    def _is_affine(self, batch_norm: keras.Layer) -> bool:
+        """Returns whether a layer that is kept computes no more than scale * x + offset."""
+        if batch_norm in self.always_training | self.inside or overrides_call(batch_norm):
+            return False
+        # With channels first, keras.layers.Rescaling adds axes to the scale of a vector.
+        is_vector = batch_norm.input_spec.ndim == 2
+        return not (is_vector and keras.config.image_data_format() == "channels_first")
 
     def reasons(self) -> dict[str, str]:
         """Returns `kept` by layer name."""
@@ -231,7 +242,7 @@ class _Plan:
             return
         self.names.setdefault(layer, name)
         graph = graph_of(layer)
-        if graph is not None:
+        if graph is not None and not overrides_call(layer):
             self._read_graph(graph, f"{name}/")
             return
         self.inside.update(contained)
@@ -244,6 +255,8 @@ class _Plan:
             return "is called with training=True and normalizes by batch statistics"
         if batch_norm in self.inside:
             return "is inside a layer that is not a Functional or Sequential model"
+        if overrides_call(batch_norm):
+            return "has a call of its own"
         calls = self._calls[batch_norm]
         for call in calls:
             reason = self._obstacle_at(call)
@@ -354,12 +367,15 @@ def _affine_layer(batch_norm: keras.Layer) -> keras.Layer:
     scale, offset = _scale_and_offset(batch_norm)
     if rank == 4 and axes == [3]:
         # TensorFlow fuses this convolution with the following activation: one pass over the images.
-        layer = keras.layers.DepthwiseConv2D(1, data_format="channels_last", **options)
+        # The default initializer would draw a seed from Python's global generator.
+        layer = keras.layers.DepthwiseConv2D(
+            1, data_format="channels_last", depthwise_initializer="zeros", **options
+        )
         build_like(batch_norm, layer)
         _set_weights(layer, {"kernel": scale, "bias": offset})
         return layer
     sizes = iter(batch_norm.moving_mean.shape)
-    shape = [next(sizes) if axis in axes else 1 for axis in range(axes[0], rank)]
+    shape = [next(sizes) if axis in axes else 1 for axis in range(rank)]
     return keras.layers.Rescaling(scale.reshape(shape), offset.reshape(shape), **options)
 
 
@@ -441,11 +457,11 @@ def _compare_models(
 
 
 def _compare_runs(plan: _Plan, before: keras.Model, after: keras.Model, inputs: Any) -> FoldReport:
-    inputs = keras.tree.map_structure(tf.convert_to_tensor, inputs)
+    inputs = _as_batch(inputs)
     run_before, run_after = _inference(before), _inference(after)
     try:
         expected = run_before(inputs)
-    except (ValueError, tf.errors.InvalidArgumentError) as error:
+    except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
         raise UsageError(
             f"model {before.name!r} does not accept the inputs to compare on ({first_line(error)}):"
             " pass a batch that it accepts"
@@ -464,6 +480,20 @@ def _compare_runs(plan: _Plan, before: keras.Model, after: keras.Model, inputs: 
         milliseconds_before=times[0],
         milliseconds_after=times[1],
     )
+
+
+def _as_batch(inputs: Any) -> Any:
+    """Returns the inputs to compare on as tensors."""
+    try:
+        inputs = keras.tree.map_structure(tf.convert_to_tensor, inputs)
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"the inputs to compare on have type {type(inputs).__name__}: expected one batch of"
+            " arrays or tensors, as the model is called with"
+        ) from None
+    if any(0 in x.shape for x in keras.tree.flatten(inputs)):
+        raise UsageError("the batch to compare on is empty: pass one with examples")
+    return inputs
 
 
 def _inference(model: keras.Model) -> Callable[[Any], list[np.ndarray]]:
@@ -507,8 +537,14 @@ def check_agreement(
       largest absolute value of that output.
 
     Raises:
+      UsageError: the outputs of the model are not finite.
       AgreementError: the outputs agree to fewer than half of their digits.
     """
+    if not all(np.isfinite(x).all() for x in expected):
+        raise UsageError(
+            f"the outputs of model {model.name!r} on the inputs to compare on are not finite: look"
+            " for NaN and infinity in the inputs and weights, or pass other inputs"
+        )
     differences = [np.max(np.abs(a - b)) for a, b in zip(outputs, expected, strict=True)]
     sizes = [np.max(np.abs(a)) for a in expected]
     relative = [d / (size or 1) for d, size in zip(differences, sizes, strict=True)]

@@ -4,16 +4,22 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from bn_keras.arguments import check_model
 from bn_keras.errors import UsageError
 from bn_keras.fold import to_float64, unfoldable_layers
-from bn_keras.keras_internals import all_layers, batch_norm_layers, replaced_method
+from bn_keras.keras_internals import (
+    all_layers,
+    batch_norm_layers,
+    replaced_method,
+    without_traces,
+)
 from bn_keras.population import (
     LayerReport,
     PopulationReport,
@@ -219,8 +225,9 @@ def check_batch_norm(
       strategy: strategy that the model was created under. None uses model.distribute_strategy.
 
     Raises:
-      UsageError: the model is not built, or estimate_population_statistics raises it.
+      UsageError: `model` is not a model or not built, or estimate_population_statistics raises it.
     """
+    check_model(model)
     if not model.built:
         raise UsageError(f"model {model.name!r} is not built: call or build it first")
     layers = [layer for layer in batch_norm_layers(model) if layer.built]
@@ -394,7 +401,10 @@ def _check_folding(model: keras.Model) -> list[Finding]:
 
 
 def _outputs(model: keras.Model, inputs: Any, strategy: tf.distribute.Strategy) -> list[np.ndarray]:
-    """Returns each output of a call with training=False, [N, ...] over all replicas."""
+    """Returns each output of a call with training=False, [N, ...] over all replicas.
+
+    A scalar output becomes [1].
+    """
 
     @tf.function
     def run(inputs: Any) -> Any:
@@ -403,7 +413,9 @@ def _outputs(model: keras.Model, inputs: Any, strategy: tf.distribute.Strategy) 
     # Tracing explicitly avoids TensorFlow's warning about retracing.
     outputs = run.get_concrete_function(inputs)(inputs)
     return [
-        np.concatenate([to_float64(y) for y in strategy.experimental_local_results(output)])
+        np.concatenate(
+            [np.atleast_1d(to_float64(y)) for y in strategy.experimental_local_results(output)]
+        )
         for output in tf.nest.flatten(outputs)
     ]
 
@@ -413,14 +425,18 @@ def _training_mode(model: keras.Model) -> Iterator[None]:
     """Runs each BatchNormalization, and no other layer, in training mode in every call."""
 
     def call_in_training(
-        layer: keras.Layer, inputs: tf.Tensor, training: Any = None, mask: tf.Tensor | None = None
+        call: Callable[..., tf.Tensor],
+        inputs: tf.Tensor,
+        training: Any = None,
+        **kwargs: Any,
     ) -> tf.Tensor:
-        return type(layer).call(layer, inputs, training=True, mask=mask)
+        return call(inputs, training=True, **kwargs)
 
     with contextlib.ExitStack() as stack:
         for layer in batch_norm_layers(model):
-            function = functools.partial(call_in_training, layer)
+            function = functools.partial(call_in_training, layer.call)
             stack.enter_context(replaced_method(layer, "call", function))
+        stack.enter_context(without_traces(model))
         yield
 
 

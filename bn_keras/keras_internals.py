@@ -2,11 +2,13 @@
 
 import collections
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import keras
 import tensorflow as tf
+from keras.src.utils.tracking import Tracker
 
 
 class Call(Protocol):
@@ -63,6 +65,13 @@ def graph_calls(graph: keras.Function) -> list[Call]:
         for depth in sorted(graph._nodes_by_depth, reverse=True)
         for node in graph._nodes_by_depth[depth]
     ]
+
+
+def overrides_call(layer: keras.Layer) -> bool:
+    """Returns whether a layer's `call` is neither Keras' nor ours."""
+    definer = next(base for base in type(layer).__mro__ if "call" in vars(base))
+    is_known = definer.__module__.partition(".")[0] in ("keras", "bn_keras")
+    return not is_known or "call" in vars(layer)
 
 
 def producer(tensor: keras.KerasTensor) -> keras.Operation | None:
@@ -150,7 +159,7 @@ def compile_arguments(model: keras.Model) -> dict[str, Any]:
 
 def refresh_identities(value: Any) -> None:
     """Updates the tables of a copied object that identify other objects by their id or key."""
-    if isinstance(value, _Tracker):
+    if isinstance(value, Tracker):
         value.stored_ids = {
             name: {id(x) for x in store} for name, (_, store) in value.config.items()
         }
@@ -171,10 +180,6 @@ def unbuild_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
     inner = getattr(optimizer, "inner_optimizer", None)
     if inner is not None:
         unbuild_optimizer(inner)
-
-
-# The class that records which attributes of a layer are variables, layers and so on.
-_Tracker = type(keras.layers.Identity()._tracker)
 
 
 def empty_like(container: Any) -> Any:
@@ -255,12 +260,43 @@ def replaced_method(layer: keras.Layer, name: str, function: Callable[..., Any])
       name: method name.
       function: replacement, called without `self`.
     """
-    setattr(layer, name, function)
+    attributes = vars(layer)
+    previous = {name: attributes[name]} if name in attributes else {}
+    attributes[name] = function
     try:
         yield
     finally:
-        # Restores the class's method.
-        delattr(layer, name)
+        # Restores the class's method, unless another one had been set.
+        del attributes[name]
+        attributes.update(previous)
+
+
+@contextlib.contextmanager
+def without_traces(model: keras.Layer) -> Iterator[None]:
+    """Replaces each tf.function of the layers by one without traces inside a `with` block.
+
+    A layer's `call`, or a method that it calls, may be a tf.function. Its earlier traces contain
+    the methods that `replaced_method` replaces, and traces of the replacements must not be used
+    later.
+    """
+    with contextlib.ExitStack() as stack:
+        for layer in all_layers(model):
+            for name in _function_names(type(layer)) | _functions_in(vars(layer)):
+                function = getattr(layer, name)
+                new = function._clone(function.python_function)
+                stack.enter_context(replaced_method(layer, name, new))
+        yield
+
+
+@functools.cache
+def _function_names(layer_class: type[keras.Layer]) -> set[str]:
+    """Returns the names of the methods of a class that are a tf.function."""
+    return _functions_in(collections.ChainMap(*map(vars, layer_class.__mro__)))
+
+
+def _functions_in(attributes: Mapping[str, Any]) -> set[str]:
+    kind = tf.types.experimental.PolymorphicFunction
+    return {name for name, value in attributes.items() if isinstance(value, kind)}
 
 
 def observed_moments(
@@ -275,9 +311,10 @@ def observed_moments(
       layer: Keras' layer.
       observer: called with the inputs, mask, mean and variance of each training-mode call.
     """
+    moments = layer._moments
 
     def compute_moments(inputs: tf.Tensor, mask: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
-        mean, variance = type(layer)._moments(layer, inputs, mask)
+        mean, variance = moments(inputs, mask)
         observer(inputs, mask, mean, variance)
         return mean, variance
 

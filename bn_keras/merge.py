@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from bn_keras.batch_norm import BatchNormalization
+from bn_keras.errors import UsageError
 from bn_keras.keras_internals import all_layers
 from bn_keras.replicas import gather_replicas
 
@@ -37,7 +38,7 @@ class MergeMovingStatistics(keras.callbacks.Callback):
         self._merge()
 
     def _merge(self) -> None:
-        merge_moving_statistics(self.model, self.model.distribute_strategy)
+        merge_moving_statistics(self.model)
 
 
 def merge_moving_statistics(
@@ -52,19 +53,32 @@ def merge_moving_statistics(
 
     Args:
       model: model or layer with BatchNormalization layers at any depth.
-      strategy: strategy that the model was created under; None means the current one.
+      strategy: strategy that the model was created under; None means the one that its variables
+        remember.
+
+    Raises:
+      UsageError: `model` is neither a model nor a layer, or was not created under `strategy`.
 
     Source: the law of total variance.
     """
-    strategy = strategy or tf.distribute.get_strategy()
+    if not isinstance(model, keras.Layer):
+        raise UsageError(f"model={model!r} is invalid: expected a keras.Model or a layer")
     counters = {
         layer: counter
         for layer in all_layers(model)
         if isinstance(layer, BatchNormalization)
         and (counter := layer.values_since_merge) is not None
     }
-    if strategy.num_replicas_in_sync == 1 or not counters:
+    if not counters:
+        # The replicas, if any, are synchronized.
         return
+    own = next(iter(counters.values())).distribute_strategy
+    if strategy not in (None, own):
+        raise UsageError(
+            f"model {model.name!r} was created under another strategy, a {type(own).__name__} with"
+            f" {own.num_replicas_in_sync} replicas: pass that one, or none"
+        )
+    strategy = own
     key = (strategy, *map(id, counters))
     merges = _traced_merges.setdefault(model, {})
     if key not in merges:

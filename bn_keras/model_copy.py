@@ -5,6 +5,7 @@ import copy
 import functools
 import inspect
 import types
+import weakref
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -55,6 +56,7 @@ class ModelCopier:
         self._copies: dict[int, Any] = {}
         self._originals: list[Any] = []
         self._copied_calls: set[int] = set()
+        self._layers: list[keras.Layer] = []
 
     def copy_model(self, model: keras.Model) -> keras.Model:
         """Returns the copy of a model, in the same strategy.
@@ -62,6 +64,7 @@ class ModelCopier:
         Raises:
           UsageError: the model contains an object that cannot be copied.
         """
+        self._layers = internals.all_layers(model)
         strategy = model.distribute_strategy
         is_current = strategy is tf.distribute.get_strategy()
         with contextlib.nullcontext() if is_current else strategy.scope():
@@ -85,6 +88,11 @@ class ModelCopier:
             return self._copy_container(value)
         if isinstance(value, _FUNCTIONS):
             return self._copy_function(value)
+        if isinstance(value, weakref.ref):
+            target = value()
+            # An object outside of the model is not copied: nothing else would keep its copy alive.
+            is_own = any(target is layer for layer in self._layers)
+            return weakref.ref(self.copy(target)) if is_own else value
         if internals.is_of_tensorflow(value):
             return self.record(value, internals.copy_tensorflow_object(value, self.copy))
         if _consists_of_attributes(value):

@@ -14,9 +14,15 @@ import numpy as np
 import tensorflow as tf
 
 from bn_keras import ops
+from bn_keras.arguments import check_model
 from bn_keras.batch_norm import BatchNormalization
 from bn_keras.errors import UsageError
-from bn_keras.keras_internals import batch_norm_layers, observed_moments, replaced_method
+from bn_keras.keras_internals import (
+    batch_norm_layers,
+    observed_moments,
+    replaced_method,
+    without_traces,
+)
 from bn_keras.replicas import per_replica_sum
 from bn_keras.text import align
 
@@ -134,7 +140,7 @@ def estimate_population_statistics(
 
     Raises:
       UsageError: the dataset ends early, a layer has no mini-batch of two values, the statistics
-        are not finite, or there is no layer to estimate.
+        are not finite, or there is no layer to estimate, or none runs in training mode.
 
     Source: Ioffe & Szegedy 2015, Algorithm 2, lines 7 to 10.
     """
@@ -154,6 +160,7 @@ class PopulationEstimator:
     """
 
     def __init__(self, model: keras.Model, strategy: tf.distribute.Strategy | None = None) -> None:
+        check_model(model)
         self._model = model
         self._strategy = strategy = strategy or model.distribute_strategy
         found = batch_norm_layers(model)
@@ -184,6 +191,11 @@ class PopulationEstimator:
         estimated = [
             (sums.layer, *sums.compute_population()) for sums in self._sums if sums.is_used
         ]
+        if not estimated:
+            raise UsageError(
+                f"model {self._model.name!r} calls no BatchNormalization in training mode: its call"
+                " must pass `training` on to its layers"
+            )
         rows = [_compare(*statistics, self._strategy) for statistics in estimated]
         if update:
             for statistics in estimated:
@@ -198,6 +210,7 @@ class PopulationEstimator:
                 sums.reset()
                 # Observed during the whole loop, because a batch of another shape is retraced.
                 observed.enter_context(_observed(sums.layer, sums.add))
+            observed.enter_context(without_traces(self._model))
             for batch in itertools.islice(batches, num_batches):
                 self._run(batch[0] if isinstance(batch, tuple) else batch)
                 advance()

@@ -86,9 +86,11 @@ def per_replica_sum(shape: Sequence[int] = (), dtype: tf.DType = tf.float32) -> 
     Reading it sums over the replicas; adding needs no communication. Create it in the strategy's
     scope.
     """
-    return tf.Variable(
-        tf.zeros(shape, dtype),
-        trainable=False,
-        synchronization=tf.VariableSynchronization.ON_READ,
-        aggregation=tf.VariableAggregation.SUM,
-    )
+    # A layer without an input shape creates its variables when it is first called, in a graph.
+    with tf.init_scope():
+        return tf.Variable(
+            lambda: tf.zeros(shape, dtype),
+            trainable=False,
+            synchronization=tf.VariableSynchronization.ON_READ,
+            aggregation=tf.VariableAggregation.SUM,
+        )

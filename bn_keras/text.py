@@ -64,8 +64,10 @@ def first_of(names: Sequence[str], limit: int = 3, separator: str = ", ") -> str
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message, or its class name if the message is empty.
 
-    Drops TensorFlow's prefix "{{node ...}}" and suffix "[Op:...]".
+    Drops TensorFlow's prefix "{{node ...}}" and suffix "[Op:...]", and Keras' line before the
+    message and its bold type.
     """
     text = getattr(error, "strerror", None) or getattr(error, "message", None) or str(error)
+    text = re.sub(r"\x1b\[\d*m|^Exception encountered when calling .*", "", text)
     line = text.strip().partition("\n")[0]
     return re.sub(r"\{\{.*?\}\} ?|\s*\[Op:.*", "", line) or type(error).__name__

@@ -1,5 +1,7 @@
 """Tests of the layer on one device: statistics, modes, weights, files, errors."""
 
+import json
+
 import keras
 import numpy as np
 import pytest
@@ -82,6 +84,40 @@ def test_integer_inputs_are_normalized_in_the_compute_dtype(dtype, training):
     model = keras.Sequential([keras.Input((1,), dtype=dtype), keras_layer])
     replaced = replace_batch_norm(model)
     np.testing.assert_allclose(replaced(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_large_integers_are_normalized_under_mixed_precision():
+    """float16 ends at 65,504."""
+    x = np.arange(100_000, 100_032).reshape(8, 4)
+    y = BatchNormalization(dtype="mixed_float16")(x, training=True)
+    expected, *_ = reference.batch_normalize(x, 1, 0, EPSILON)
+    assert y.dtype == tf.float16
+    np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_arrays_and_keras_variables_are_accepted_as_tensors_are():
+    x = _data(6, 3)
+    layer = _build(BatchNormalization())
+    expected = layer(tf.constant(x), training=True)
+    layer = _build(BatchNormalization())
+    y = layer(keras.Variable(x), training=keras.Variable(True, dtype="bool"))
+    np.testing.assert_array_equal(y, expected)
+    variables = (layer.trainable_variables, layer.non_trainable_variables)
+    y, _ = layer.stateless_call(*([v.value for v in vs] for vs in variables), x, training=True)
+    np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("axis, shape", [(-1, (6, 3)), (-1, (2, 5, 5, 3)), ([1, 2], (4, 5, 3))])
+def test_a_graph_need_not_know_the_number_of_channels(axis, shape, training):
+    layer = BatchNormalization(axis=axis)
+    layer.build(shape)
+    x = _data(*shape)
+    signature = [tf.TensorSpec([None] * len(shape))]
+    run = tf.function(lambda x: layer(x, training=training), input_signature=signature)
+    np.testing.assert_allclose(run(x), layer(x, training=training), rtol=1e-5, atol=1e-5)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="not compatible with expected shape"):
+        run(np.concatenate([x, x], axis=-1 if axis == -1 else 1))
 
 
 def test_the_unbiased_variance_of_0_and_2_is_2():
@@ -314,6 +350,24 @@ def test_renorm_equals_keras():
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_a_masked_nan_does_not_reach_the_gradients_of_batch_renormalization():
+    x, mask = _data(8, 3), np.arange(8) > 0
+    x[0] = np.nan
+    layer = _build(BatchNormalization(renorm=True))
+    with tf.GradientTape() as tape:
+        y = layer(x, training=True, mask=mask)
+        loss = tf.reduce_sum(tf.sin(y[1:]))
+    gradients = tape.gradient(loss, layer.trainable_weights)
+    assert np.isnan(y[0]).all()
+    layer = _build(BatchNormalization(renorm=True))
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(tf.sin(layer(x[1:], training=True)))
+    for gradient, expected in zip(
+        gradients, tape.gradient(loss, layer.trainable_weights), strict=True
+    ):
+        np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
+
+
 # --- Weights, configs, files.
 
 
@@ -487,17 +541,55 @@ def test_scaling_the_kernel_before_the_layer_changes_nothing():
         ({"momentum": 1.1}, r"momentum=1\.1 is invalid: expected the fraction kept, in \[0, 1\]"),
         ({"renorm_momentum": -1}, "renorm_momentum=-1"),
         ({"renorm_momentum": None}, r"renorm_momentum=None is invalid: expected the fraction kept"),
-        ({"epsilon": 0}, r"epsilon=0\.0 is invalid: expected a positive number"),
+        ({"momentum": "x"}, "momentum=x is invalid: expected the fraction kept"),
+        ({"renorm_momentum": "x"}, "renorm_momentum=x is invalid: expected the fraction kept"),
+        ({"epsilon": 0}, "epsilon=0 is invalid: expected a positive number"),
+        ({"epsilon": None}, "epsilon=None is invalid: expected a positive number"),
+        ({"epsilon": np.inf}, "epsilon=inf is invalid: expected a positive number"),
+        ({"epsilon": np.nan}, "epsilon=nan is invalid: expected a positive number"),
+        ({"axis": 1.5}, r"axis=1\.5 is invalid: expected an integer or a list of integers"),
+        ({"axis": [1, 1.7]}, r"axis=\[1, 1\.7\] is invalid: expected an integer or a list"),
+        ({"axis": None}, "axis=None is invalid: expected an integer or a list of integers"),
+        ({"axis": "last"}, "axis='last' is invalid: expected an integer or a list of integers"),
+        *(
+            ({name: value}, f"{name}={value!r} is invalid: expected True or False")
+            for name in ("center", "scale", "renorm", "synchronized", "unbiased")
+            for value in ("False", None, 2, 1.0)
+        ),
         ({"virtual_batch_size": 0}, "virtual_batch_size=0 is invalid: expected a positive integer"),
         ({"virtual_batch_size": True}, "virtual_batch_size=True is invalid"),
         ({"sync_group_size": 2}, "synchronized=True"),
         ({"renorm": True, "virtual_batch_size": 2}, "mutually exclusive"),
         ({"renorm": True, "renorm_clipping": {"max": 1}}, "invalid keys.*rmax"),
+        ({"renorm": True, "renorm_clipping": [1, 2, 3]}, "expected a dict of .*rmax"),
+        *(
+            ({"renorm": True, "renorm_clipping": {name: value}}, f"{name} should be non-negative")
+            for name in ("rmin", "rmax", "dmax")
+            for value in (-1, np.nan, "x")
+        ),
     ],
 )
 def test_an_invalid_argument_raises(arguments, message):
     with pytest.raises(UsageError, match=message):
         BatchNormalization(**arguments)
+
+
+def test_numbers_of_numpy_become_numbers_of_python():
+    layer = BatchNormalization(
+        axis=np.array([1, -1]),
+        momentum=np.float32(0.5),
+        epsilon=np.float32(0.25),
+        center=np.True_,
+        scale=0,
+        renorm=True,
+        renorm_clipping={"rmax": np.float32(2), "dmax": None},
+        renorm_momentum=np.float32(0.75),
+    )
+    config = layer.get_config()
+    assert json.loads(json.dumps(config))["renorm_clipping"] == {"rmax": 2.0, "dmax": None}
+    assert (config["axis"], config["momentum"], config["epsilon"]) == ([1, -1], 0.5, 0.25)
+    assert config["center"] is True and config["scale"] is False
+    assert BatchNormalization(axis=np.array(1)).get_config()["axis"] == 1
 
 
 @pytest.mark.parametrize(
@@ -509,6 +601,11 @@ def test_an_invalid_argument_raises(arguments, message):
         ({"axis": []}, (2, 3), "out of bounds"),
         ({"axis": 1}, (2, None, 4), "unknown size"),
         ({"axis": 0, "virtual_batch_size": 2}, (2, 3), "includes the batch axis"),
+        ({}, (3,), r"input shape \(3,\) is invalid: expected two or more axes"),
+        ({}, (), r"input shape \(\) is invalid: expected two or more axes"),
+        ({}, None, "has the shape None: expected a single tensor"),
+        ({}, {"a": (2, 3)}, r"has the shape \{'a': \(2, 3\)\}: expected a single tensor"),
+        ({}, [(2, 3), (2, 3)], "expected a single tensor"),
     ],
 )
 def test_an_input_shape_that_does_not_fit_raises(arguments, shape, message):
@@ -521,6 +618,37 @@ def test_a_mask_shape_that_does_not_fit_raises():
         BatchNormalization()(np.zeros((2, 3, 4), np.float32), mask=np.ones((2, 3, 4)))
     with pytest.raises(UsageError, match=r"mask shape \(2, 5\)"):
         BatchNormalization()(np.zeros((2, 3, 4), np.float32), mask=np.ones((2, 5)))
+
+
+def test_a_mask_of_unknown_rank_raises():
+    layer = _build(BatchNormalization())
+    signature = [tf.TensorSpec([None, 3]), tf.TensorSpec(None, tf.bool)]
+    run = tf.function(
+        lambda x, mask: layer(x, training=True, mask=mask),
+        input_signature=signature,
+        autograph=False,
+    )
+    with pytest.raises(UsageError, match="mask shape <unknown> does not fit"):
+        run(_data(6, 3), np.ones(6, bool))
+
+
+@pytest.mark.parametrize(
+    "inputs, message",
+    [
+        (tf.ragged.constant([[1.0, 2.0], [3.0]]), r"a RaggedTensor.*inputs\.to_tensor\(\)"),
+        (
+            tf.sparse.from_dense([[1.0, 2.0], [0.0, 3.0]]),
+            r"a SparseTensor.*tf\.sparse\.to_dense\(inputs\)",
+        ),
+        (tf.constant([[1j, 2j]]), "dtype complex128: expected real numbers"),
+        (tf.constant([["a", "b"]]), "dtype string: expected real numbers"),
+    ],
+)
+def test_inputs_that_are_no_dense_real_numbers_raise(inputs, message):
+    layer = BatchNormalization()
+    layer.build((None, 2))
+    with pytest.raises(UsageError, match=message):
+        layer.call(inputs, training=True)
 
 
 def test_a_batch_of_incomplete_ghost_batches_raises():

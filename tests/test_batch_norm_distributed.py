@@ -346,6 +346,55 @@ def test_one_collective_merges_a_model_and_is_traced_once(two_replicas, monkeypa
     assert _local(two_replicas, model.get_layer("outer").num_updates.value) == [1, 1]
 
 
+def test_merging_uses_the_strategy_that_the_model_remembers(two_replicas):
+    model = _model(two_replicas, momentum=0.5)
+    _step(two_replicas, model, _split(two_replicas, _data(8, 3), 6))
+    mean = model.get_layer("outer").moving_mean.value
+    assert not np.array_equal(*_local(two_replicas, mean))
+    merge_moving_statistics(model)
+    np.testing.assert_array_equal(*_local(two_replicas, mean))
+    with pytest.raises(UsageError, match="another strategy, a MirroredStrategy with 2 replicas"):
+        merge_moving_statistics(model, tf.distribute.get_strategy())
+    with pytest.raises(UsageError, match="model=None is invalid"):
+        merge_moving_statistics(None)
+
+
+def test_a_model_without_an_input_shape_trains_on_replicas(two_replicas):
+    """Its variables are created in the graph of the first step."""
+    with two_replicas.scope():
+        model = keras.Sequential([BatchNormalization(), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+    model.fit(_data(8, 3), np.zeros((8, 1)), batch_size=8, verbose=0)
+    counter = model.layers[0].values_since_merge
+    assert _local(two_replicas, counter) == [4, 4]
+
+
+def test_a_model_that_creates_its_variables_in_a_step_trains_on_replicas(two_replicas):
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.norm = BatchNormalization()
+
+        def call(self, inputs, training=None):
+            return self.norm(inputs, training=training)
+
+    with two_replicas.scope():
+        model = Model()
+    _step(two_replicas, model, _split(two_replicas, _data(8, 3), 6))
+    assert _local(two_replicas, model.norm.values_since_merge) == [6, 2]
+    merge_moving_statistics(model)
+
+
+def test_training_mode_outside_of_a_step_updates_every_replica(two_replicas):
+    layer = _build(two_replicas, (None, 3))
+    x = _data(8, 3)
+    with two_replicas.scope():
+        layer(x, training=True)
+    for mean in _local(two_replicas, layer.moving_mean.value):
+        np.testing.assert_allclose(mean, x.mean(0) / 2, rtol=1e-5)
+    merge_moving_statistics(layer)
+
+
 def test_merging_one_replica_or_synchronized_layers_changes_nothing(two_replicas):
     single = _model(tf.distribute.get_strategy())
     merge_moving_statistics(single)

@@ -14,7 +14,6 @@ import reference
 import tensorflow as tf
 
 from bn_keras import BatchNormalization, ops
-from bn_keras.errors import UsageError
 
 EPSILON = 1e-3
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "mixed_float16": 4e-3, "mixed_bfloat16": 3e-2}
@@ -403,16 +402,6 @@ def test_a_constant_mode_equals_the_bool(make):
     if make is tf.constant:
         difference = operations(lambda: tf.constant(False)) - operations(lambda: False)
         assert not difference - collections.Counter(["Const"])
-
-
-@pytest.mark.parametrize("kind", ["RaggedTensor", "SparseTensor"])
-def test_an_input_that_is_not_dense_raises(kind):
-    ragged = tf.ragged.constant([[[1.0, 2.0]], [[3.0, 4.0], [5.0, 6.0]]], ragged_rank=1)
-    x = ragged if kind == "RaggedTensor" else ragged.to_sparse()
-    layer = BatchNormalization()
-    layer.build((None, None, 2))
-    with pytest.raises(UsageError, match=f"{kind}.*to_tensor.*mask"):
-        layer.call(x, training=True)
 
 
 def test_a_replaced_update_gets_the_moments():

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import pathlib
+import re
 
 import keras
 import pytest
@@ -234,9 +235,20 @@ def test_uncounted_layers_are_listed():
     x = images = keras.Input((8, 4))
     x = L.LSTM(3, name="memory", return_sequences=True)(x)
     x = L.MultiHeadAttention(2, 3, name="attention")(x, x)
-    counted = count_cost(keras.Model(images, L.Dense(2)(L.PReLU()(x))))
-    assert counted.uncounted == ("memory", "attention")
-    assert "Multiply-adds not counted: memory, attention" in str(counted)
+    x = L.LayerNormalization(axis=[1, 2])(L.PReLU()(x))
+    x = L.AdditiveAttention(name="additive")([x, x])
+    x = L.Attention(name="luong")([x, x])
+    products = [
+        L.Dot(2, name="dot")([x, x]),
+        keras.ops.matmul(x, keras.ops.transpose(x, (0, 2, 1))),
+        keras.ops.einsum("bij,bkj->bik", x, x),
+        keras.ops.tensordot(x, keras.ops.ones((3, 8)), axes=1),
+    ]
+    counted = count_cost(keras.Model(images, L.Dense(2)(L.Add()(products))))
+    names = [re.sub(r"_\d+$", "", name) for name in counted.uncounted]
+    assert names[:4] == ["memory", "attention", "additive", "luong"]
+    assert set(names[4:]) == {"dot", "matmul", "einsum", "tensordot"}
+    assert "Multiply-adds not counted: memory, attention, additive, luong" in str(counted)
 
 
 class _Subclassed(keras.Model):
@@ -247,6 +259,10 @@ class _Subclassed(keras.Model):
 @pytest.mark.parametrize(
     "make, message",
     [
+        (
+            lambda: None,
+            "model=None is invalid: expected a keras.Model",
+        ),
         (
             lambda: _Subclassed(name="own"),
             "'own' cannot be counted: expected a Functional or Sequential",

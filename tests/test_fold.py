@@ -1,10 +1,12 @@
 """A folded network computes the same outputs without BatchNormalization."""
 
+import random
 import threading
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from bn_keras import BatchNormalization, BNInception, SigmoidMLP, fold, fold_batch_norm
 from bn_keras.errors import UsageError
@@ -343,6 +345,80 @@ def test_a_convolution_that_ends_a_nested_model_is_not_folded_into():
     assert_same(folded, model)
 
 
+class Doubled(BatchNormalization):
+    def call(self, inputs, training=None, mask=None):
+        return 2 * super().call(inputs, training=training, mask=mask)
+
+
+class KerasDoubled(KERAS_BN):
+    def call(self, inputs, training=None, mask=None):
+        return 2 * super().call(inputs, training=training, mask=mask)
+
+
+@pytest.mark.parametrize("cls", [Doubled, KerasDoubled])
+@pytest.mark.parametrize("before", [lambda: L.Dense(3), L.ReLU], ids=["Dense", "ReLU"])
+def test_a_subclass_that_computes_something_else_is_kept_and_frozen(cls, before):
+    model = trained(chain((4,), before(), cls(name="bn")))
+    folded, report = fold_batch_norm(model)
+    assert report.kept == {"bn": "has a call of its own"}
+    assert type(folded.get_layer("bn")) is cls and not folded.get_layer("bn").trainable
+    assert_same(folded, model)
+
+
+def test_a_call_replaced_on_one_layer_is_kept():
+    model = trained(chain((4,), L.Dense(3), BatchNormalization(name="bn")))
+    bn = model.get_layer("bn")
+    bn.call = lambda inputs, training=None, mask=None: inputs + 1
+    folded, report = fold_batch_norm(model)
+    assert not report.folded
+    assert_same(folded, model)
+
+
+class OwnCode(keras.Model):
+    """A Functional model whose `call` uses a layer in an attribute."""
+
+    def __init__(self):
+        inputs = keras.Input((4,))
+        dense, norm = L.Dense(3), KERAS_BN(name="bn")
+        super().__init__(inputs, norm(dense(inputs)), name="own")
+        self.dense, self.norm = dense, norm
+
+    def call(self, inputs, training=None):
+        return 2 * self.norm(self.dense(inputs), training=training)
+
+
+def test_layers_of_a_functional_model_with_code_of_its_own_are_kept():
+    with pytest.raises(UsageError, match="'own' is a subclassed OwnCode"):
+        fold_batch_norm(OwnCode())
+    model = trained(chain((4,), OwnCode()))
+    folded, report = fold_batch_norm(model)
+    assert list(report.kept) == ["own/bn"] and "is inside a layer" in report.kept["own/bn"]
+    assert_same(folded, model)
+
+
+@pytest.mark.parametrize("shape", [(4,), (5, 4), (5, 5, 4), (5, 5, 5, 4)])
+@pytest.mark.parametrize("axis", [1, -1])
+def test_affine_layers_are_right_with_channels_first(shape, axis):
+    """With this setting, keras.layers.Rescaling adds axes to a scale with fewer than three."""
+    keras.config.set_image_data_format("channels_first")
+    try:
+        model = trained(chain(shape, L.ReLU(), KERAS_BN(axis=axis, name="bn")))
+        folded, report = fold_batch_norm(model)
+        assert not report.folded
+        assert_same(folded, model)
+    finally:
+        keras.config.set_image_data_format("channels_last")
+
+
+def test_folding_draws_nothing_from_the_global_generators():
+    model = trained(chain((6, 6, 3), L.Conv2D(4, 3), KERAS_BN(), L.ReLU(), KERAS_BN()))
+    random.seed(1)
+    expected = random.random()
+    random.seed(1)
+    fold_batch_norm(model)
+    assert random.random() == expected
+
+
 def test_layers_of_the_same_name_are_distinguished():
     inner = [chain((5,), L.ReLU(), KERAS_BN(name="bn")) for _ in range(2)]
     for i, model in enumerate(inner):
@@ -516,6 +592,24 @@ def _integers():
             np.zeros((2, 5)),
             "not accept the inputs",
         ),
+        (
+            lambda: keras.Sequential([keras.Input((4,)), L.Dense(3), KERAS_BN()]),
+            np.zeros((2, 5)),
+            r"compare on \(Input 0.*expected axis -1 of input shape to have value 4.*\(2, 5\)",
+        ),
+        (
+            lambda: chain((4,), L.Dense(3), KERAS_BN()),
+            tf.data.Dataset.from_tensors(np.zeros((2, 4))),
+            "type _TensorDataset: expected one batch",
+        ),
+        (lambda: chain((4,), L.Dense(3), KERAS_BN()), [None], "type list: expected one batch"),
+        (lambda: chain((4,), L.Dense(3), KERAS_BN()), np.zeros((0, 4)), "batch .* is empty"),
+        (
+            lambda: chain((4,), L.Dense(3), KERAS_BN()),
+            np.full((2, 4), np.nan),
+            "outputs of model 'chain'.*are not finite",
+        ),
+        (lambda: None, None, "model=None is invalid: expected a keras.Model"),
         (_locked, None, "'resource' of Dense 'odd' cannot be copied"),
     ],
 )

@@ -229,6 +229,47 @@ def test_the_gap_of_several_outputs_is_the_largest(two_replicas):
     assert gaps[0] is None and gaps[1] == gaps[2] > 0
 
 
+def test_a_scalar_output_has_no_gap():
+    model = network()
+    model = keras.Model(model.inputs, keras.ops.mean(model.outputs[0]))
+    assert check_batch_norm(model, BATCHES, 4).gap is None
+
+
+def test_the_gap_of_a_model_that_is_a_tf_function_is_measured():
+    """An earlier trace would compute the same in both modes."""
+
+    class Compiled(keras.Model):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def build(self, shape):
+            pass
+
+        @tf.function
+        def call(self, inputs, training=None):
+            return self.network(inputs, training=training)
+
+    plain = network()
+    model = Compiled(plain)
+    model.build(None)
+    model(BATCHES[0], training=True)
+    model(BATCHES[0], training=False)
+    report = check_batch_norm(model, BATCHES, 4)
+    assert report.gap == pytest.approx(check_batch_norm(plain, BATCHES, 4).gap, rel=1e-5)
+    assert len(report.population.rows) == 2
+
+
+def test_a_subclass_whose_call_takes_no_mask_is_checked():
+    class Norm(BatchNormalization):
+        def call(self, inputs, training=None):
+            return 2 * super().call(inputs, training=training)
+
+    model = keras.Sequential([keras.Input([3]), Norm()])
+    batches = [x.mean(axis=(1, 2)) for x in BATCHES]
+    assert check_batch_norm(model, batches, 4).gap > 0
+
+
 def test_an_unfoldable_layer_is_a_note():
     images = keras.Input([6, 6, 3])
     norm = BatchNormalization(name="norm")
@@ -331,6 +372,11 @@ def test_skipped_checks_are_reported():
         check_batch_norm(model)
     model(BATCHES[0], training=True)
     assert "skipped check of folding: model" in str(check_batch_norm(model))
+
+
+def test_something_else_than_a_model_raises():
+    with pytest.raises(UsageError, match="model=None is invalid: expected a keras.Model"):
+        check_batch_norm(None)
 
 
 def test_non_finite_and_insufficient_data():

@@ -431,6 +431,16 @@ def test_attributes_that_contain_the_model_contain_its_copy():
         assert all(layer.parents == [copied] for layer in copied.layers[1:])
 
 
+def test_a_weak_reference_to_a_layer_refers_to_its_copy():
+    model, other = chain((4,), L.Dense(3), KERAS_BN()), L.Dense(1)
+    dense = model.layers[1]
+    vars(model)["first"], vars(dense)["model"] = weakref.ref(dense), weakref.ref(model)
+    vars(dense)["other"] = weakref.ref(other)
+    copied = replace_batch_norm(model)
+    assert copied.first() is copied.layers[1] and copied.layers[1].model() is copied
+    assert copied.layers[1].other() is other
+
+
 def test_lists_of_layers_stay_tracked():
     model = Functional(3, None)
     model.more = [L.Dense(2)]

@@ -102,6 +102,16 @@ def test_import_does_not_load_the_trainer(new_modules):
     assert not components.intersection(TRAINER_COMPONENTS)
 
 
+def test_import_changes_no_state_of_keras():
+    """A layer built at import would fix the dtype policy and take a name."""
+    program = (
+        "import keras, bn_keras; keras.config.set_floatx('float64');"
+        " layer = keras.layers.Identity(); print(layer.name, layer.dtype)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.split() == ["identity", "float64"], done.stderr
+
+
 @pytest.mark.parametrize(
     "preparation, parts",
     [

@@ -1,5 +1,6 @@
 """Compares population statistics (Algorithm 2, lines 7 to 10) with the paper in float64."""
 
+import functools
 import re
 import sys
 
@@ -11,6 +12,7 @@ import tensorflow as tf
 
 from bn_keras import BatchNormalization, estimate_population_statistics
 from bn_keras.errors import UsageError
+from bn_keras.health import check_batch_norm
 from bn_keras.population import PopulationEstimator, preserved_state
 
 KERAS_BN = keras.layers.BatchNormalization
@@ -358,6 +360,8 @@ def test_too_little_or_non_finite_data_raises(sizes, bad, message):
 
 
 def test_an_invalid_argument_raises(two_replicas):
+    with pytest.raises(UsageError, match="expected a keras.Model"):
+        estimate_population_statistics(BatchNormalization(), [], 1)
     for number in (0, 1.5):
         with pytest.raises(UsageError, match=f"num_batches={number} .* a positive integer"):
             estimate_population_statistics(_model([BatchNormalization()], 3), [], number)
@@ -387,6 +391,82 @@ def test_layers_that_the_model_does_not_run_keep_their_statistics():
     report = estimate_population_statistics(model, _batches([4], 3), 1)
     assert len(report.rows) == 1 and "unused" not in report.rows[0].layer
     np.testing.assert_array_equal(model.unused.moving_variance, np.ones(3))
+
+
+class Compiled(keras.Model):
+    """Runs its layer in a method that is a tf.function, compiled by XLA, called by another one."""
+
+    def __init__(self, cls):
+        super().__init__()
+        self.norm = cls()
+
+    def build(self, shape):
+        self.norm.build(shape)
+
+    @tf.function
+    def call(self, inputs, training=None):
+        return self.train(inputs) if training else self.norm(inputs, training=False)
+
+    @tf.function(jit_compile=True)
+    def train(self, inputs):
+        return self.norm(inputs, training=True)
+
+
+@pytest.mark.parametrize("is_traced_before", [False, True])
+@pytest.mark.parametrize("cls", [BatchNormalization, KERAS_BN])
+def test_layers_inside_a_tf_function_are_estimated(cls, is_traced_before):
+    batches = _batches([8] * 3, 3)
+    model = Compiled(cls)
+    model.build((None, 3))
+    if is_traced_before:
+        model(batches[0], training=True)
+    estimate_population_statistics(model, batches, 3)
+    _check_statistics(model.norm, _algorithm_2(batches))
+    # Training updates the moving statistics again.
+    model(batches[0], training=True)
+    mean = 0.99 * _algorithm_2(batches)[0] + 0.01 * batches[0].mean(0)
+    np.testing.assert_allclose(model.norm.moving_mean, mean, rtol=1e-5)
+
+
+def test_layers_inside_a_tf_function_are_estimated_on_replicas(two_replicas):
+    with two_replicas.scope():
+        model = Compiled(BatchNormalization)
+        model.build((None, 3))
+    batches = _batches([8] * 3, 3)
+    estimate_population_statistics(model, _dataset(batches), 3)
+    halves = [half for x in batches for half in (x[:4], x[4:])]
+    _check_statistics(model.norm, _algorithm_2(halves))
+
+
+def test_a_model_that_never_trains_its_layers_raises():
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.norm = BatchNormalization()
+
+        def build(self, shape):
+            self.norm.build(shape)
+
+        def call(self, inputs):
+            return self.norm(inputs, training=False)
+
+    model = Model()
+    model.build((None, 3))
+    with pytest.raises(UsageError, match="'model' calls no BatchNormalization in training mode"):
+        estimate_population_statistics(model, _batches([8], 3), 1)
+
+
+def test_a_method_replaced_on_one_layer_stays_replaced():
+    model = _model([BatchNormalization()], 3)
+    layer = model.layers[0]
+    layer.update_moving_statistics = lambda moments, training=True: None
+    layer.call = functools.partial(BatchNormalization.call, layer)
+    before = dict(vars(layer))
+    estimate_population_statistics(model, _batches([8], 3), 1)
+    check_batch_norm(model, _batches([8], 3), 1)
+    assert vars(layer)["call"] is before["call"]
+    update = before["update_moving_statistics"]
+    assert vars(layer)["update_moving_statistics"] is update
 
 
 def test_the_report_measures_the_distance(two_replicas):

@@ -4,6 +4,7 @@ from typing import Any
 
 import keras
 
+from bn_keras.arguments import check_model
 from bn_keras.batch_norm import BatchNormalization
 from bn_keras.errors import UsageError
 from bn_keras.model_copy import ModelCopier
@@ -30,8 +31,7 @@ def replace_batch_norm(model: keras.Model) -> keras.Model:
       UsageError: the model is not built, or contains an object that cannot be copied, such as a
         lock.
     """
-    if not isinstance(model, keras.Model):
-        raise UsageError(f"model={model!r} is invalid: expected a keras.Model")
+    check_model(model)
     if not model.built:
         raise UsageError(
             f"model {model.name!r} is not built: call it, or start it with a keras.Input"

@@ -140,18 +140,18 @@ def _tensors_of_step(
 def _recorded(model: keras.Model, record: _Record) -> Iterator[None]:
     """Records the calls of all layers and leaves the moving statistics unchanged."""
 
-    def call(layer: keras.Layer, *args: Any, **kwargs: Any) -> Any:
+    def call_layer(layer: keras.Layer, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # Most layers without weights have no path.
         name = layer.path or layer.name
         add_input = functools.partial(record.add, f"the input of {name}", layer.trainable_variables)
         add_output = functools.partial(record.add, f"the output of {name}", ())
         args, kwargs = tf.nest.map_structure(add_input, (args, kwargs))
-        return tf.nest.map_structure(add_output, type(layer).call(layer, *args, **kwargs))
+        return tf.nest.map_structure(add_output, call(*args, **kwargs))
 
     with contextlib.ExitStack() as stack:
         for layer in all_layers(model, include_self=False):
             if not isinstance(layer, keras.Model):
-                recorded_call = functools.partial(call, layer)
+                recorded_call = functools.partial(call_layer, layer, layer.call)
                 stack.enter_context(replaced_method(layer, "call", recorded_call))
             if isinstance(layer, BatchNormalization):
                 stack.enter_context(

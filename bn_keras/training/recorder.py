@@ -155,13 +155,14 @@ class _FirstInput(threading.local):
 
     def observe(self, layer: keras.Layer) -> Any:
         """Returns a replacement for `layer.call` that stores the input of the first call."""
+        call = layer.call
 
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def observed_call(*args: Any, **kwargs: Any) -> Any:
             if self.value is None:
                 self.value = (*args, *kwargs.values())[0]
-            return type(layer).call(layer, *args, **kwargs)
+            return call(*args, **kwargs)
 
-        return call
+        return observed_call
 
 
 def _find_layer(model: keras.Model, name: str) -> keras.Layer:

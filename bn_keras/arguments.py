@@ -1,0 +1,128 @@
+"""Checks and converts arguments of the layer's constructor and of the functions of models."""
+
+import math
+import numbers
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from bn_keras.errors import UsageError
+
+_RENORM_BOUNDS = ("rmax", "rmin", "dmax")
+
+
+def check_model(model: Any) -> None:
+    """Raises UsageError unless an argument is a keras.Model."""
+    if not isinstance(model, keras.Model):
+        raise UsageError(f"model={model!r} is invalid: expected a keras.Model")
+
+
+def as_axis(axis: Any) -> int | list[int]:
+    """Returns an axis as an int, or several as a list of ints.
+
+    Raises:
+      UsageError: an axis is not an integer.
+    """
+    given = axis.tolist() if isinstance(axis, np.ndarray) else axis
+    is_single = isinstance(given, str) or not isinstance(given, Sequence)
+    try:
+        axes = [operator.index(a) for a in ([given] if is_single else given)]
+    except TypeError:
+        raise UsageError(
+            f"axis={axis!r} is invalid: expected an integer or a list of integers"
+        ) from None
+    return axes[0] if is_single else axes
+
+
+def as_bool(name: str, value: Any) -> bool:
+    """Returns an argument as a bool; 0 and 1 are accepted.
+
+    Raises:
+      UsageError: the value is neither true nor false, such as "False".
+    """
+    if isinstance(value, bool | np.bool_ | numbers.Integral) and value in (0, 1):
+        return bool(value)
+    raise UsageError(f"{name}={value!r} is invalid: expected True or False")
+
+
+def as_fraction_kept(name: str, value: Any) -> float:
+    """Returns a momentum as a float.
+
+    Raises:
+      UsageError: the value is not in [0, 1].
+    """
+    number = _to_float(value)
+    if not 0 <= number <= 1:
+        raise UsageError(
+            f"{name}={value} is invalid: expected the fraction kept, in [0, 1]"
+            " (PyTorch's momentum is 1 minus it)"
+        )
+    return number
+
+
+def as_epsilon(value: Any) -> float:
+    """Returns epsilon as a float.
+
+    Raises:
+      UsageError: the value is not positive and finite.
+    """
+    number = _to_float(value)
+    if not 0 < number < math.inf:
+        raise UsageError(f"epsilon={value} is invalid: expected a positive number")
+    return number
+
+
+def as_size(name: str, value: Any) -> int | None:
+    """Returns a number of examples or replicas as an int, or None if none was passed.
+
+    Raises:
+      UsageError: the value is not a positive integer.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value <= 0:
+        raise UsageError(f"{name}={value!r} is invalid: expected a positive integer or None")
+    return int(value)
+
+
+def as_renorm_clipping(clipping: Any) -> dict[str, float | None]:
+    """Returns the bounds of batch renormalization as floats, by name.
+
+    Raises:
+      UsageError: a bound is unknown, negative or not a number, or rmax is less than rmin.
+    """
+    if not isinstance(clipping or {}, dict):
+        raise UsageError(
+            f"renorm_clipping={clipping!r} is invalid: expected a dict of {list(_RENORM_BOUNDS)}"
+        )
+    bounds = dict(clipping or {})
+    if set(bounds) - set(_RENORM_BOUNDS):
+        raise UsageError(
+            f"Received invalid keys for renorm_clipping: {bounds}; expected {list(_RENORM_BOUNDS)}"
+        )
+    for name, value in bounds.items():
+        if value is None:
+            continue
+        bounds[name] = _to_float(value)
+        if not bounds[name] >= 0:
+            raise UsageError(
+                f"{name} should be non-negative in renorm_clipping: {name}={value}; expected a"
+                " number or None"
+            )
+    rmin, rmax = bounds.get("rmin"), bounds.get("rmax")
+    if rmin is not None and rmax is not None and rmax < rmin:
+        raise UsageError(
+            f"rmax should be at least rmin in renorm_clipping: rmax={rmax}, rmin={rmin}"
+        )
+    return bounds
+
+
+def _to_float(value: Any) -> float:
+    """Returns a number, or NaN, which no check accepts, for anything else."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
