@@ -2,8 +2,7 @@
 
 import collections
 import contextlib
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import keras
@@ -281,22 +280,21 @@ def without_traces(model: keras.Layer) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         for layer in all_layers(model):
-            for name in _function_names(type(layer)) | _functions_in(vars(layer)):
+            for name in _function_names(layer):
                 function = getattr(layer, name)
                 new = function._clone(function.python_function)
                 stack.enter_context(replaced_method(layer, name, new))
         yield
 
 
-@functools.cache
-def _function_names(layer_class: type[keras.Layer]) -> set[str]:
-    """Returns the names of the methods of a class that are a tf.function."""
-    return _functions_in(collections.ChainMap(*map(vars, layer_class.__mro__)))
-
-
-def _functions_in(attributes: Mapping[str, Any]) -> set[str]:
+def _function_names(layer: keras.Layer) -> list[str]:
+    """Returns the names of a layer's methods and attributes that are a tf.function."""
+    attributes: dict[str, Any] = {}
+    for base in reversed(type(layer).__mro__):
+        attributes |= vars(base)
+    attributes |= vars(layer)
     kind = tf.types.experimental.PolymorphicFunction
-    return {name for name, value in attributes.items() if isinstance(value, kind)}
+    return [name for name, value in attributes.items() if isinstance(value, kind)]
 
 
 def observed_moments(
