@@ -207,11 +207,21 @@ def test_a_saved_config_equals_the_original(tmp_path):
     assert read != config and read.model != config.model and config.model != read.model
 
 
-def test_a_damaged_line_of_metrics_is_named_and_kept(tmp_path):
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": 2, ',
+        '{"step": "2"}',
+        "[2]",
+        '{"step": 2, "validation/accuracy": null}',
+        '{"step": 2, "validation/accuracy": "0.5"}',
+    ],
+)
+def test_a_damaged_line_of_metrics_is_named_and_kept(line, tmp_path):
     config = default_config()
     workdir = Workdir(tmp_path)
     workdir.create(config, *INTERFACE)
-    damaged = '{"step": 1}\n{"step": 2, \n{"step": 3}\n'
+    damaged = f'{{"step": 1}}\n{line}\n{{"step": 3}}\n'
     workdir.metrics.write_text(damaged)
     with pytest.raises(UsageError, match="line 2 of .*metrics.jsonl is damaged"):
         workdir.check(config)

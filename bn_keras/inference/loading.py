@@ -108,7 +108,7 @@ def _evaluated_statistics(run: Workdir, step: int, best: bool, population_when: 
     lines = run.evaluations(step)
     if best and lines:
         lines = [max(lines, key=lambda line: line["validation/accuracy"])]
-    if lines:
+    if lines and "validation/statistics" in lines[-1]:
         return lines[-1]["validation/statistics"]
     # Resuming from an earlier checkpoint drops the later lines, but keeps the networks.
     with_population = ("evaluations",) if best else ("end", "evaluations")

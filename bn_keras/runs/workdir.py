@@ -358,7 +358,7 @@ class Workdir:
             values = json.loads(line)
         except ValueError:
             values = None
-        if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        if not _is_line_of_metrics(values):
             raise UsageError(
                 f"line {number} of {self.metrics} is damaged: fix or delete it, or use a new"
                 " workdir"
@@ -429,3 +429,10 @@ def _with_absolute_paths(config: ConfigDict) -> dict[str, Any]:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _is_line_of_metrics(values: Any) -> bool:
+    """Returns whether a value has what the readers of a run's metrics rely on."""
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        return False
+    return isinstance(values.get("validation/accuracy", 0.0), int | float)

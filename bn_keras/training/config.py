@@ -261,6 +261,8 @@ _NOT_NEGATIVE = (
     "schedule.warmup_epochs",
     "model.auxiliary_weight",
 )
+# With a mini-batch of up to a million examples, 64 bits hold the number of examples of a training.
+_LARGEST = 10**12
 _FRACTIONS = ("train.momentum", "train.label_smoothing", "train.ema", "train.until_accuracy")
 
 
@@ -275,6 +277,7 @@ def check_config(config: ConfigDict) -> None:
     _check_range(config, _NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "0 or more")
     _check_range(config, _FRACTIONS, lambda value: 0 <= value < 1, "0 or more and less than 1")
     _check_range(config, ["train.retry_factor"], lambda value: value <= 1, "at most 1")
+    _check_sizes(config)
     train = config.train
     if train.global_batch_size % train.micro_batches:
         raise UsageError(
@@ -301,6 +304,13 @@ def check_config(config: ConfigDict) -> None:
         )
     if not 0 <= config.seed < 2**32:
         raise UsageError(f"seed={config.seed} is invalid: expected 0 to {2**32 - 1}")
+
+
+def _check_sizes(config: ConfigDict) -> None:
+    """Raises UsageError for a number so large that counts would overflow."""
+    for key, value in flatten(config).items():
+        if isinstance(value, int | float) and abs(value) > _LARGEST:
+            raise UsageError(f"{key}={value} is invalid: expected at most {_LARGEST:,}")
 
 
 def check_keys(config: ConfigDict, origin: str) -> None:
