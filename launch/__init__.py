@@ -16,6 +16,7 @@ TRAIN_MODULES = (
     "markdown",
     "matplotlib",
     "ml_collections",
+    "scipy",
     "sklearn",
     "tensorboard",
     "tensorflow_datasets",

@@ -25,6 +25,7 @@ TRAINER_DEPENDENCIES = (
     "keras_cv",
     "matplotlib",
     "ml_collections",
+    "scipy",
     "sklearn",
     "tensorflow_datasets",
     "tqdm",

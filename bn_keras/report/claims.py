@@ -44,11 +44,11 @@ from bn_keras.report.margins import (
     compare,
     ended_runs,
     format_points,
-    margin_of,
     reaches_sooner,
+    seed_variation,
 )
 from bn_keras.report.plots import FIGURE_WIDTH, STYLES, format_percent, replace_frame_by_grid
-from bn_keras.report.sections import Section, escape, markdown_table
+from bn_keras.report.sections import Section, escape, join_words, markdown_table
 from bn_keras.report.verdicts import (
     FAILS,
     HOLDS,
@@ -335,7 +335,9 @@ def _tolerates_initial_weights(results: Results) -> Judgement:
         note = "With every factor, Inception is still at chance at this step."
         return Judgement(measured, NO_VERDICT, note)
     inception_range, baseline_range = (max(values) - min(values) for values in means.values())
-    margin = margin_of([Group.of(seeds, step) for seeds in runs.values()])
+    variation = seed_variation(results, step, *(Group.of(seeds, step) for seeds in runs.values()))
+    # The difference of two ranges consists of four accuracies, at most factors of single runs.
+    margin = variation.margin(1, 1, 1, 1)
     difference = Difference(measured, inception_range - baseline_range, margin)
     return Judgement(difference.measured, difference.verdict, difference.resolution)
 
@@ -529,21 +531,20 @@ CLAIMS = (
 
 
 def _list_rules(results: Results) -> str:
-    seeds = counted(len(results.get(X5, ())), "seed")
     rules = [
         "*Ours* in the section column marks a control experiment that the paper does not have.",
         "Each accuracy is the best validation accuracy up to the stated step, the last step of the"
-        " shorter run. A shorter run equals the beginning of a longer one, step for step. The five"
-        f" networks have {seeds}, all other runs have one. Several seeds are shown as mean (lowest"
-        " to highest). A point is a percentage point.",
-        "One network is better than another if each of its seeds is better than each of the"
-        " other's by more than the margin. A diverged run counts as 0%. The margin is the wider of"
-        " the two networks' ranges over seeds, and at least the standard error of an accuracy."
-        " Between equally good networks, one with three seeds and one with a single seed, this rule"
-        " finds a difference in up to one of seven comparisons. A single result just beyond its"
-        " margin is therefore weak evidence.",
+        " shorter run. A shorter run equals the beginning of a longer one, step for step."
+        f" {_describe_seeds(results)} Several seeds are shown as mean (lowest to highest). A point"
+        " is a percentage point.",
+        "One network is better than another if its mean accuracy is higher by more than the margin:"
+        " half the width of the 95% confidence interval of the difference (Student's t), at least"
+        " the standard error of an accuracy. The standard deviation between seeds is taken to be"
+        " equal for all networks, and is estimated from those with several seeds. Between equally"
+        " good networks, this rule finds a difference in one of twenty comparisons. A diverged run"
+        " counts as 0%.",
         f"*{TOO_CLOSE.capitalize()}*: the difference is within the margin.",
-        f"*{NO_VERDICT.capitalize()}*: each network has a single seed, or the notes below say why."
+        f"*{NO_VERDICT.capitalize()}*: every network has a single seed, or the notes below say why."
         f" *{NOT_RUN.capitalize()}*: a run is missing or unfinished, or this scale does not have"
         " the change.",
         "A change does not hurt unless undoing it makes the network better. Harm below the margin"
@@ -553,11 +554,20 @@ def _list_rules(results: Results) -> str:
         " stays at chance.",
         "Dependence on the scale of the initial weights: a network's highest minus its lowest"
         " accuracy over all factors. Inception and BN-Baseline have the same learning rate and"
-        " differ in BN alone; their ranges must differ by more than the margin.",
+        " differ in BN alone; their ranges must differ by more than the margin of four single"
+        " accuracies.",
         "Moving averages can replace population statistics if the accuracies differ by at most one"
         " standard error.",
     ]
     return "\n".join(f"- {rule}" for rule in rules)
+
+
+def _describe_seeds(results: Results) -> str:
+    counts = {title: len(results.get(title, ())) for title in published.FIGURE_3}
+    if len(set(counts.values())) == 1:
+        return f"The five networks have {counted(counts[X5], 'seed')}, all other runs have one."
+    several = [f"{title} has {count} seeds" for title, count in counts.items() if count > 1]
+    return f"{join_words(several)}; all other networks have one." if several else ""
 
 
 def _list_notes(judgements: Mapping[Claim, Judgement]) -> list[str]:
@@ -646,12 +656,12 @@ def _draw_ablations(results: Results) -> _Plot:
     figure = Figure(figsize=(FIGURE_WIDTH, 0.9 + 0.36 * len(groups)), layout="constrained")
     axes = figure.subplots()
     color = STYLES[X5].color
-    low, high = min(groups[0].accuracies), max(groups[0].accuracies)
-    axes.axvspan(low, high, color=color, alpha=0.2, linewidth=0)
-    margin = margin_of(groups)
+    step = common_steps(*(run for runs in networks for run in runs))
+    margin = seed_variation(results, step, *groups).margin(len(groups[0].accuracies), 1)
+    axes.axvline(groups[0].mean, color=color, linewidth=1)
     if margin is not None:
-        for edge in (low - margin, high + margin):
-            axes.axvline(edge, color=color, linestyle=(0, (4, 3)), linewidth=1)
+        edges = groups[0].mean - margin, groups[0].mean + margin
+        axes.axvspan(*edges, color=color, alpha=0.2, linewidth=0)
     for row, group in enumerate(groups):
         for accuracy in group.accuracies:
             marker = "o" if accuracy else "x"
@@ -666,7 +676,7 @@ def _draw_ablations(results: Results) -> _Plot:
         "Validation accuracy of BN-x5, and of BN-x5 with one change of section 4.2.1 undone"
     )
     key = (
-        "Each point is a run. The band spans the seeds of BN-x5; the dashed lines are one margin"
-        " away from it. A cross at 0 is a diverged run."
+        "Each point is a run. The line is the mean of BN-x5; beyond the band, which extends by one"
+        " margin, a network is better or worse. A cross at 0 is a diverged run."
     )
     return _Plot(description, key, figure)

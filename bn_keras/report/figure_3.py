@@ -116,10 +116,10 @@ def compare_numbers(networks: FiveNetworks) -> str:
     )
     inception_steps = networks.steps_to_target(INCEPTION)
     rows = []
-    for title in networks.results:
+    for title, seeds in networks.results.items():
         paper = published.FIGURE_3[title]
         steps, best = networks.steps_to_target(title), networks.best(title)
-        steps_by_seed = [runs[title].steps_to_accuracy(target) for runs in networks.by_seed]
+        steps_by_seed = [run.steps_to_accuracy(target) for run in seeds]
         rows.append(
             (
                 title,
@@ -150,9 +150,9 @@ def _format_steps(mean: int | None, by_seed: Sequence[int | None]) -> str:
 
 def _explain_terms(networks: FiveNetworks) -> list[str]:
     """Explains the columns, the source of the paper's numbers, and the resolution of ours."""
-    inception, num_seeds = networks.results[INCEPTION][0], len(networks.by_seed)
+    inception = networks.results[INCEPTION][0]
     line, parentheses = "single seed", ""
-    if num_seeds > 1:
+    if any(len(seeds) > 1 for seeds in networks.results.values()):
         line = "mean over its seeds"
         parentheses = (
             " In parentheses: the fewest and the most steps of any seed to the same accuracy, and"

@@ -1,10 +1,15 @@
-"""Compares networks by accuracy: a difference counts if it exceeds the margin between seeds."""
+"""Compares networks by accuracy: a difference counts if seeds alone hardly explain it."""
 
-from collections.abc import Sequence
+import contextlib
+import math
+import statistics
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import scipy.stats
+
 from bn_keras.report.sections import escape
-from bn_keras.report.verdicts import FAILS, HOLDS, NO_VERDICT, TOO_CLOSE, Outcome
+from bn_keras.report.verdicts import NO_VERDICT, TOO_CLOSE, Outcome, exceeds, judge
 from bn_keras.runs.history import ACCURACY, Results, Run, Spread
 
 
@@ -85,9 +90,9 @@ class Group(NamedTuple):
         return cls(runs[0].title, accuracies, error, sum(_has_diverged(r, step) for r in runs))
 
     @property
-    def range(self) -> float:
-        """Accuracy of the best seed minus that of the worst."""
-        return max(self.accuracies) - min(self.accuracies)
+    def mean(self) -> float:
+        """Mean accuracy over the seeds."""
+        return statistics.mean(self.accuracies)
 
     def __str__(self) -> str:
         count, title = len(self.accuracies), escape(self.title)
@@ -97,14 +102,63 @@ class Group(NamedTuple):
         return f"{title} {Spread.of(self.accuracies):.1%}{note}"
 
 
-def margin_of(groups: Sequence[Group]) -> float | None:
-    """Computes the gap above which groups differ; None if no group has a second seed.
+class SeedVariation(NamedTuple):
+    """Variation between seeds, taken to be equal for all networks.
 
-    It is the widest range over seeds, and at least the standard error of an accuracy.
+    Attributes:
+      stddev: standard deviation of an accuracy, pooled over networks with several seeds.
+      degrees_of_freedom: number of their runs minus the number of the networks; 0 if no network has
+        several seeds.
+      standard_error: highest standard error of an accuracy due to the number of images.
     """
-    if all(len(group.accuracies) == 1 for group in groups):
-        return None
-    return max(max(group.range, group.standard_error) for group in groups)
+
+    stddev: float
+    degrees_of_freedom: int
+    standard_error: float
+
+    @classmethod
+    def of(cls, groups: Iterable[Group]) -> "SeedVariation":
+        """Estimates the variation from groups with several seeds; a diverged run counts as 0."""
+        groups = list(groups)
+        deviations = [
+            [accuracy - group.mean for accuracy in group.accuracies]
+            for group in groups
+            if 1 < len(group.accuracies) != group.num_diverged
+        ]
+        freedom = sum(len(values) - 1 for values in deviations)
+        squares = sum(d * d for values in deviations for d in values)
+        stddev = math.sqrt(squares / freedom) if freedom else math.nan
+        return cls(stddev, freedom, max(group.standard_error for group in groups))
+
+    def margin(self, *num_seeds: int) -> float | None:
+        """Computes the margin of a sum or difference of mean accuracies over so many seeds each.
+
+        Returns:
+          Half the width of its 95% confidence interval by Student's t distribution, at least the
+          standard error of an accuracy; None if the variation is unknown.
+        """
+        if not self.degrees_of_freedom:
+            return None
+        quantile = float(scipy.stats.t.ppf(0.975, self.degrees_of_freedom))
+        error = self.stddev * math.sqrt(sum(1 / count for count in num_seeds))
+        return max(quantile * error, self.standard_error)
+
+
+def seed_variation(results: Results, step: int, *groups: Group) -> SeedVariation:
+    """Estimates the variation between seeds up to a step.
+
+    Args:
+      results: runs by title. Those with several seeds count if each has an evaluation at the step.
+      step: step up to which best accuracies are compared.
+      *groups: the compared groups. Seeds that differ in whether they diverge vary much.
+    """
+    others = []
+    for title in results:
+        if title in {group.title for group in groups}:
+            continue
+        with contextlib.suppress(NotRunError):
+            others.append(Group.of(ended_runs(results, title), step))
+    return SeedVariation.of([*groups, *(group for group in others if not group.num_diverged)])
 
 
 class Difference(NamedTuple):
@@ -113,7 +167,7 @@ class Difference(NamedTuple):
     Attributes:
       accuracies: description of the networks' accuracies, Markdown.
       gap: signed difference; positive if it supports the claim.
-      margin: see `margin_of`.
+      margin: see `SeedVariation.margin`.
     """
 
     accuracies: str
@@ -129,37 +183,30 @@ class Difference(NamedTuple):
     @property
     def verdict(self) -> str:
         """Verdict on the claim."""
-        if self.margin is None:
-            return NO_VERDICT
-        if abs(self.gap) <= self.margin:
-            return TOO_CLOSE
-        return HOLDS if self.gap > 0 else FAILS
+        return NO_VERDICT if self.margin is None else judge([exceeds(self.gap, self.margin)])
 
     @property
     def resolution(self) -> str:
         """Sentence on what these runs cannot resolve; empty if the verdict is clear."""
         if self.margin is None:
-            return "With one seed of each network, the variation between seeds is unknown."
+            return "With one seed of every network, the variation between seeds is unknown."
         if self.verdict == TOO_CLOSE:
             return f"These runs cannot resolve differences below {format_points(self.margin)}."
         return ""
 
 
 def compare(results: Results, title: str, other: str) -> Difference:
-    """Tests whether a network is better than another, up to the end of the shorter runs.
-
-    The gap is the distance between the nearest two seeds, one of each network; 0 if they overlap.
+    """Tests whether a network's mean accuracy is higher than another's, by the shorter run's end.
 
     Raises:
       NotRunError: a run is missing or unfinished, or has no evaluation at that step.
     """
     runs = ended_runs(results, title), ended_runs(results, other)
     step = common_steps(*runs[0], *runs[1])
-    first, second = groups = [Group.of(seeds, step) for seeds in runs]
-    ahead = min(first.accuracies) - max(second.accuracies)
-    behind = min(second.accuracies) - max(first.accuracies)
+    first, second = (Group.of(seeds, step) for seeds in runs)
     accuracies = f"by step {step:,}: {first}, {second}"
-    return Difference(accuracies, max(ahead, 0) - max(behind, 0), margin_of(groups))
+    margin = seed_variation(results, step, first, second).margin(*map(len, runs))
+    return Difference(accuracies, first.mean - second.mean, margin)
 
 
 def format_points(difference: float) -> str:
