@@ -75,17 +75,24 @@ def as_epsilon(value: Any) -> float:
     return number
 
 
+def as_positive_integer(name: str, value: Any) -> int:
+    """Returns an argument as an int.
+
+    Raises:
+      UsageError: the value is not a positive integer.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value <= 0:
+        raise UsageError(f"{name}={value!r} is invalid: expected a positive integer")
+    return int(value)
+
+
 def as_size(name: str, value: Any) -> int | None:
     """Returns a number of examples or replicas as an int, or None if none was passed.
 
     Raises:
       UsageError: the value is not a positive integer.
     """
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value <= 0:
-        raise UsageError(f"{name}={value!r} is invalid: expected a positive integer or None")
-    return int(value)
+    return None if value is None else as_positive_integer(name, value)
 
 
 def as_renorm_clipping(clipping: Any) -> dict[str, float | None]:

@@ -17,7 +17,7 @@ from bn_keras.arguments import (
     as_size,
 )
 from bn_keras.errors import UsageError
-from bn_keras.replicas import gather_replicas, per_replica_sum
+from bn_keras.replicas import gather_replicas, num_replicas, per_replica_sum
 
 # As Keras accepts them: an instance, a function, a registered name, or a config.
 Initializer: TypeAlias = keras.initializers.Initializer | Callable[..., tf.Tensor] | str | dict
@@ -75,7 +75,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
       **kwargs: name, dtype, trainable.
 
     Raises:
-      UsageError: an argument is invalid.
+      UsageError: an argument is invalid. When the layer is built or called: `axis` does not fit the
+        input shape, the input is not a dense tensor of real numbers, the mask does not fit, or
+        virtual_batch_size does not divide the batch.
 
     Source: Ioffe & Szegedy 2015, Algorithms 1 and 2.
     """
@@ -357,7 +359,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             self._average(self.renorm_mean, mean, weight, training)
             stddev = tf.sqrt(biased + self.epsilon)
             self._average(self.renorm_stddev, stddev, weight, training)
-        if self.values_since_merge is not None and _num_replicas() > 1:
+        if self.values_since_merge is not None and num_replicas() > 1:
             num_values = tf.cast(tf.reduce_mean(count), tf.float32)
             self.values_since_merge.assign_add(tf.where(training, num_values, 0.0))
 
@@ -407,16 +409,16 @@ class BatchNormalization(keras.layers.BatchNormalization):
     # --- Replicas.
 
     def _is_synchronized(self) -> bool:
-        return self.synchronized and _num_replicas() > 1
+        return self.synchronized and num_replicas() > 1
 
     def _gather(self, packed: tf.Tensor) -> tf.Tensor:
         return gather_replicas(packed, self.sync_group_size)
 
     def _replicas_may_diverge(self) -> bool:
         """Returns whether the replicas' moving statistics can come to differ."""
-        num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
-        share_all = self.synchronized and self.sync_group_size in (None, num_replicas)
-        return num_replicas > 1 and not share_all
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        share_all = self.synchronized and self.sync_group_size in (None, replicas)
+        return replicas > 1 and not share_all
 
     # --- Shapes and checks.
 
@@ -597,7 +599,9 @@ def canonical_axes(axis: int | Sequence[int], shape: Sequence[int | None]) -> li
         )
     axes = sorted(a % rank for a in given)
     if len(set(axes)) < len(axes):
-        raise UsageError(f"axis={axis} repeats an axis of input shape {tuple(shape)}")
+        raise UsageError(
+            f"axis={axis} repeats an axis of input shape {tuple(shape)}: pass each axis once"
+        )
     if len(axes) == rank:
         raise UsageError(
             f"axis={axis} covers all axes of input shape {tuple(shape)}: leave at least one axis"
@@ -629,12 +633,6 @@ def _static_value(training: bool | tf.Tensor | None) -> bool | tf.Tensor | None:
         training = tf.convert_to_tensor(training)
     static = tf.get_static_value(training) if isinstance(training, tf.Tensor) else training
     return training if static is None else bool(static)
-
-
-def _num_replicas() -> int:
-    """Returns the number of replicas that run this code: 1 outside strategy.run."""
-    context = tf.distribute.get_replica_context()
-    return 1 if context is None else context.num_replicas_in_sync
 
 
 def _flatten(variable: keras.Variable) -> tf.Tensor:

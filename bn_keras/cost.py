@@ -175,7 +175,7 @@ def count_cost(model: keras.Model, dtype: str | None = None) -> Cost:
         convolutions, dense layers and BN, the outputs of nonlinearities (ReLU, sigmoid, tanh,
         softmax), and both sides of max pooling. The gradients of average pooling, sums and
         concatenation read nothing. Any other layer counts its inputs and outputs.
-      - Activation memory is an estimate and less than the peak: gradients in flight, workspaces,
+      - Activation memory is an estimate and less than the peak: temporary gradients, workspaces,
         weights and optimizer state add to it, and a compiler may save less and recompute.
 
     Args:

@@ -25,7 +25,7 @@ from bn_keras.keras_internals import (
     unbuild_optimizer,
 )
 from bn_keras.layer_kinds import DEPTHWISE, SEPARABLE, TRANSPOSED, WITH_KERNEL
-from bn_keras.model_copy import REMOVED, ModelCopier, describe
+from bn_keras.model_copy import REMOVED, ModelCopier, describe_layer
 from bn_keras.population import preserved_state
 from bn_keras.text import first_line
 
@@ -124,9 +124,9 @@ def fold_batch_norm(model: keras.Model, inputs: Any = None) -> tuple[keras.Model
       The folded model, with the same class, names and dtype policies, and the report.
 
     Raises:
-      UsageError: the model has no BatchNormalization, is a subclassed or unbuilt one, contains an
-        object that cannot be copied, has non-finite statistics or outputs, does not accept the
-        inputs, or has integer inputs and none were passed.
+      UsageError: `model` is not a keras.Model, is subclassed or unbuilt, has no BatchNormalization,
+        contains an object that cannot be copied, has non-finite statistics or outputs, does not
+        accept the inputs, or has integer inputs and none were passed.
       AgreementError: the outputs of both models agree to fewer than half of their digits.
 
     Source: Ioffe & Szegedy 2015, Algorithm 2, line 11.
@@ -265,19 +265,19 @@ class _Plan:
         producers = [self._producer(call) for call in calls]
         for layer in producers:
             if layer in self.inside or producers.count(layer) < len(self._calls[layer]):
-                return f"follows {describe(layer)}, which is also used elsewhere"
+                return f"follows {describe_layer(layer)}, which is also used elsewhere"
         return None
 
     def _obstacle_at(self, call: Call) -> str | None:
         """Returns why one call of a BatchNormalization prevents folding, or None."""
         batch_norm, layer = call.operation, self._producer(call)
-        follows = f"follows {describe(layer)}"
+        follows = f"follows {describe_layer(layer)}"
         if type(layer) not in WITH_KERNEL:
             return follows
         if layer.activation not in (None, keras.activations.linear):
             return f"{follows}, which includes an activation"
         users = [
-            "the model's outputs" if user is None else describe(user.operation)
+            "the model's outputs" if user is None else describe_layer(user.operation)
             for user in self._consumers[id(call.input_tensors[0])]
             if user is not call
         ]

@@ -214,7 +214,7 @@ class ModelCopier:
                 if isinstance(error, UsageError) or not isinstance(old, keras.Operation):
                     raise
                 raise UsageError(
-                    f"attribute {name!r} of {describe(old)} cannot be copied"
+                    f"attribute {name!r} of {describe_layer(old)} cannot be copied"
                     f" ({first_line(error)}): remove it, or define __deepcopy__ in its class"
                 ) from error
             vars(new)[name] = None if value is REMOVED else value
@@ -293,7 +293,7 @@ class ModelCopier:
         return isinstance(value, _WITH_STATE)
 
 
-def describe(operation: keras.Operation) -> str:
+def describe_layer(operation: keras.Operation) -> str:
     """Returns the class and name of a layer, such as "Dense 'dense'"."""
     return f"{type(operation).__name__} {operation.name!r}"
 

@@ -1105,7 +1105,7 @@ def _static_num_ghosts(x: tf.Tensor, virtual_batch_size: int | None) -> int:
 def _to_statistics_dtype(parameter: tf.Tensor | None, x: tf.Tensor) -> tf.Tensor | None:
     if parameter is None:
         return None
-    # tf.cast returns a variable that has the dtype already as it is.
+    # tf.cast returns a variable unchanged if it already has the dtype.
     return tf.convert_to_tensor(tf.cast(parameter, statistics_dtype(x.dtype)))
 
 

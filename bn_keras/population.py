@@ -139,8 +139,10 @@ def estimate_population_statistics(
       Distance of the moving statistics, as they were before, from the population statistics.
 
     Raises:
-      UsageError: the dataset ends early, a layer has no mini-batch of two values, the statistics
-        are not finite, or there is no layer to estimate, or none runs in training mode.
+      UsageError: `model` is not a keras.Model, num_batches is not a positive integer, several
+        replicas cannot share the dataset, the dataset ends early, a layer has no mini-batch of two
+        values, the statistics are not finite, or no layer can be estimated or runs in training
+        mode.
 
     Source: Ioffe & Szegedy 2015, Algorithm 2, lines 7 to 10.
     """

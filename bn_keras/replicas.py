@@ -8,6 +8,12 @@ import tensorflow as tf
 from bn_keras.errors import UsageError
 
 
+def num_replicas() -> int:
+    """Returns the number of replicas that run this code: 1 outside strategy.run."""
+    context = tf.distribute.get_replica_context()
+    return 1 if context is None else context.num_replicas_in_sync
+
+
 def gather_replicas(packed: tf.Tensor, group_size: int | None = None) -> tf.Tensor:
     """Gathers a tensor from all replicas of this replica's group, with one all-reduce.
 

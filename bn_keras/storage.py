@@ -179,9 +179,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def move(source: Path, target: Path) -> None:
     """Moves a local file, and replaces the target completely or not at all.
 
-    A local target is in the same file system. The file is flushed to disk before it gets its new
-    name, and the name before the function returns: after a loss of power, the target is the
-    previous or the new file, and what is removed later does not outlive it.
+    A local target is in the same file system. The file is flushed to disk before it is renamed, and
+    the folder before the function returns. After a loss of power, the target is the previous or the
+    new file, and no later removal has reached the disk before the move.
     """
     if is_local(target):
         _flush(source, os.O_RDWR)  # Windows flushes only files that are open for writing.
@@ -198,7 +198,7 @@ def replacing(output: Path) -> Iterator[pathlib.Path]:
     """Yields a local path for a file or a folder, which replaces the output if the block succeeds.
 
     If the block or the replacement fails, a local output is as it was. A folder in a bucket cannot
-    be replaced at once: its own files, such as the saved_model.pb of a SavedModel, are written
+    be replaced atomically: its own files, such as the saved_model.pb of a SavedModel, are written
     after those of folders in it.
 
     Raises:
@@ -343,7 +343,8 @@ def check_writable(folder: Path, what: str) -> None:
     if not is_local(folder):
         return
     existing = pathlib.Path(folder).absolute()
-    while not existing.exists():
+    # pathlib's `exists` raises for a folder that may not be entered.
+    while not os.path.exists(existing):
         existing = existing.parent
     if not existing.is_dir():
         raise UsageError(f"{what} is invalid: {existing} is not a folder")

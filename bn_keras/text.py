@@ -61,6 +61,11 @@ def first_of(names: Sequence[str], limit: int = 3, separator: str = ", ") -> str
     return separator.join([*names[:limit], *more])
 
 
+def quoted(names: Sequence[str], limit: int = 5) -> str:
+    """Returns the first names in quotation marks and the number of the others; see `first_of`."""
+    return first_of([repr(name) for name in names], limit)
+
+
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message, or its class name if the message is empty.
 

@@ -31,7 +31,7 @@ def main(
       backbone: a network without classifier, from images of -1 to 1 to pooled features.
       train: batches of images from 0 to 255 and integer labels.
       num_classes: number of classes.
-      epochs: of each of the two stages.
+      epochs: number of epochs of each of the two stages.
     """
     backbone = bn_keras.replace_batch_norm(backbone)
     rescale = keras.layers.Rescaling(1 / 127.5, offset=-1)

@@ -13,7 +13,7 @@
 # %% [markdown]
 # # Batch normalization on MNIST, in three minutes
 #
-# This notebook retells section 4.1 of [Ioffe & Szegedy 2015](https://arxiv.org/abs/1502.03167): a
+# The notebook reproduces section 4.1 of [Ioffe & Szegedy 2015](https://arxiv.org/abs/1502.03167): a
 # network of three hidden layers of 100 sigmoids, with and without batch normalization (BN). `make
 # tour` runs it again from `examples/tour.py`. It needs `bn_keras[cpu,train]`.
 
@@ -44,7 +44,7 @@ print(train_images.shape, test_images.shape)
 # %% [markdown]
 # ## Training
 #
-# Plain SGD. During training we record the accuracy on the test images, and what arrives at one
+# Plain SGD. During training we record the accuracy on the test images, and the input of one
 # sigmoid of the last hidden layer: the 15th, 50th and 85th percentiles over a fixed set of 1,000
 # images.
 
@@ -92,7 +92,7 @@ def train_network(variant, rate, steps=STEPS, every=50):
 runs = {variant: train_network(variant, rate=0.1) for variant in NAMES}
 
 # %% [markdown]
-# ## Figure 1: BN learns faster, and steadies the input of the sigmoid
+# ## Figure 1: BN learns faster, and stabilizes the input of the sigmoid
 #
 # Without BN, the network hardly learns at first, because its sigmoids receive almost the same value
 # for all images. With BN they receive a spread-out input from the first step on.

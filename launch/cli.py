@@ -273,8 +273,9 @@ def _reported_errors() -> Iterator[None]:
     except tf.errors.ResourceExhaustedError as error:
         reason = error.message.splitlines()[0]
         raise CommandError(
-            f"out of memory ({reason}): raise train.micro_batches, or lower"
-            " train.global_batch_size or data.image_size"
+            f"out of memory ({reason}): in training, raise train.micro_batches or lower"
+            " train.global_batch_size; in an evaluation, lower evaluation.global_batch_size;"
+            " otherwise lower data.image_size or use fewer crops"
         ) from None
     except tf.errors.OpError as error:
         if "gs://" not in error.message:
@@ -298,7 +299,7 @@ def _replace_closed_streams() -> None:
 
 
 def _escape_unknown_characters() -> None:
-    """Lets names be printed that the terminal's encoding, such as ASCII, lacks."""
+    """Prints characters that the terminal's encoding lacks, such as é in ASCII, as escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -313,7 +314,7 @@ def _begin_logging() -> None:
 
 
 def _accept_sigterm() -> None:
-    """Lets SIGTERM end the first process of a container, which ignores it by default."""
+    """Ends the first process of a container on SIGTERM, which it ignores by default."""
     if os.getpid() == 1:
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 

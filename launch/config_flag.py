@@ -51,14 +51,16 @@ class ConfigFlag:
           overrides: arguments --config.KEY=VALUE.
 
         Raises:
-          UsageError: the config does not exist or does not follow the schema.
+          UsageError: the config does not exist, does not follow the schema or has an invalid value.
           CommandError: an override is invalid.
         """
+        from bn_keras.training.config import check_config
         from bn_keras.training.config_files import load_config
 
         config = load_config(source)
         self.overrides = dict(_override(config, argument) for argument in overrides)
         self.overrides |= _replace_epochs(config, self.overrides)
+        check_config(config)
         self.config, self.source = config, source
 
 

@@ -18,12 +18,12 @@ _SIZE = flags.DEFINE_integer("size", 224, "Side of the network's input, in pixel
 def main(images: list[str]) -> None:
     """Writes the picture."""
     from bn_keras.data.multi_crop import Crops
-    from bn_keras.pictures.crop_sheet import draw_crops
+    from bn_keras.pictures.crop_sheet import write_crop_sheet
 
     if len(images) > 1:
         raise CommandError(f"unexpected argument {images[1]!r}: expected one image")
     cli.log_lines({"image": images[0], "crops": f"{_CROPS.value}, of {_SIZE.value} pixels"})
-    draw_crops(images[0], Crops.parse(_CROPS.value), _SIZE.value, _OUTPUT.value)
+    write_crop_sheet(images[0], Crops.parse(_CROPS.value), _SIZE.value, _OUTPUT.value)
     print(f"wrote {_OUTPUT.value}")
 
 

@@ -55,6 +55,10 @@ def main(arguments: list[str]) -> None:
     if _OUTPUT.value and extension not in (".csv", ".jsonl"):
         raise CommandError(f"--output={_OUTPUT.value} is invalid: expected FILE.csv or FILE.jsonl")
     images = find_images(arguments, _LISTS.value)
+    if not images:
+        raise CommandError(
+            f"--list={','.join(_LISTS.value)} names no images: expected one path per line"
+        )
     cli.log_lines(
         {
             "networks": ", ".join(_WORKDIRS.value),

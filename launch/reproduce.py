@@ -101,10 +101,10 @@ def _choose_experiments(given: list[str]) -> list[str]:
 
 
 def _apply_flags(config: ConfigDict) -> ConfigDict:
-    config = config.copy_and_resolve_references()
-    config.data.data_dir = _DATA_DIR.value
-    config.train.steps = min(_STEPS.value or config.train.steps, config.train.steps)
-    return config
+    from bn_keras.training.networks import replaced
+
+    steps = min(_STEPS.value or config.train.steps, config.train.steps)
+    return replaced(config, {"data.data_dir": _DATA_DIR.value, "train.steps": steps})
 
 
 def _describe_runs(configs: Mapping[str, ConfigDict]) -> None:
@@ -174,10 +174,10 @@ def _build_sections(experiments: list[str], results: Mapping[str, Sequence[Run]]
 def _find_workdirs(experiment: str) -> dict[str, str]:
     """Returns the workdirs of an experiment's runs by title."""
     from bn_keras.experiments.paper import get_trials
-    from bn_keras.experiments.run_all import folder_name
+    from bn_keras.experiments.run_all import workdir_of
 
     trials = get_trials([experiment], _SCALE.value, _SEEDS.value)
-    return {trial.title: f"{_WORKDIR.value}/{folder_name(str(trial))}" for trial in trials}
+    return {trial.title: str(workdir_of(_WORKDIR.value, str(trial))) for trial in trials}
 
 
 def _format_command(given: list[str]) -> str:

@@ -20,15 +20,16 @@ from .cloud import control
 from .cloud.control import Cloud
 from .cloud.job import (
     Job,
-    check_batch_size,
     check_data,
+    container_arguments,
     delete_command,
     find_source,
+    num_replicas,
     parse_valid_until,
-    training_arguments,
 )
 from .command_error import CommandError, did_you_mean
 from .help import format_help
+from .training_command import check_batch_sizes
 
 _WORKDIR = cli.define_workdir(
     "Folder of the run, gs://BUCKET/FOLDER; the job's files are beside it.", required=False
@@ -119,7 +120,7 @@ def _make_job(now: datetime.datetime) -> Job:
         zone=_ZONE.value,
         accelerator_type=_TYPE.value,
         workdir=_WORKDIR.value,
-        arguments=training_arguments(_CONFIG.source, _CONFIG.overrides, _WORKDIR.value),
+        arguments=container_arguments(_CONFIG.source, _CONFIG.overrides, _WORKDIR.value),
         image=_IMAGE.value,
         project=_PROJECT.value,
         service_account=_SERVICE_ACCOUNT.value,
@@ -134,9 +135,7 @@ def _make_job(now: datetime.datetime) -> Job:
 def _check_training(accelerator_type: str) -> None:
     config = _CONFIG.value
     check_data(config.data.name, config.data.data_dir)
-    for section, micro_batches in (("train", config.train.micro_batches), ("evaluation", 1)):
-        size = config[section].global_batch_size
-        check_batch_size(f"{section}.global_batch_size", size, micro_batches, accelerator_type)
+    check_batch_sizes(config, num_replicas(accelerator_type), f"a {accelerator_type}")
 
 
 def _describe_cost() -> str:

@@ -73,7 +73,9 @@ def _train() -> None:
     last = train_and_evaluate(_CONFIG.value, workdir, profile_steps=_PROFILE_STEPS.value)
     run = Workdir(workdir)
     files = (run.metrics, run.checkpoints, run.best, run.finished, run.classes)
-    accuracy, loss = (f"{last[f'validation/{name}']:.4f}" for name in ("accuracy", "loss"))
+    # A value that is not finite is None.
+    values = (last[f"validation/{name}"] for name in ("accuracy", "loss"))
+    accuracy, loss = ("not finite" if value is None else f"{value:.4f}" for value in values)
     cli.log_lines(
         {
             "finished": f"step {last['step']:,}: validation accuracy {accuracy}, loss {loss}",

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from .command_error import CommandError
 
@@ -36,20 +37,20 @@ def training_arguments(
     return (f"--config={config}", *values, f"--workdir={workdir}")
 
 
-def check_batch_size(key: str, size: int, micro_batches: int, replicas: int, of: str) -> None:
+def check_batch_sizes(config: Any, replicas: int, of: str) -> None:
     """Raises CommandError if the replicas of a job do not divide a batch.
 
     Args:
-      key: config key of the batch size.
-      size: global batch size.
-      micro_batches: micro-batches per global batch.
+      config: config of the training, a ConfigDict.
       replicas: number of replicas of the job.
       of: what has the replicas, for messages, such as "a v6e-8".
     """
-    unit = replicas * micro_batches
-    if size % unit:
-        times = f" times {micro_batches} micro-batches" if micro_batches > 1 else ""
-        raise CommandError(
-            f"{key}={size} is invalid: expected a multiple of the {replicas} replicas of {of}"
-            f"{times}, such as --config.{key}={math.ceil(size / unit) * unit}"
-        )
+    for section, micro_batches in (("train", config.train.micro_batches), ("evaluation", 1)):
+        size, unit = config[section].global_batch_size, replicas * micro_batches
+        if size % unit:
+            times = f" times {micro_batches} micro-batches" if micro_batches > 1 else ""
+            key = f"{section}.global_batch_size"
+            raise CommandError(
+                f"{key}={size} is invalid: expected a multiple of the {replicas} replicas of {of}"
+                f"{times}, such as --config.{key}={math.ceil(size / unit) * unit}"
+            )

@@ -19,10 +19,10 @@ from bn_keras.runs.bucket_lock import BucketLock
 FOLDER = epath.Path("gs://locks") / sys.argv[1] / "lock"
 
 
-def stop_signs(lock):
+def stop_heartbeat(lock):
     """Makes a holder look dead, or delayed for minutes."""
-    lock._is_over.set()
-    lock._signs.join()
+    lock._is_released.set()
+    lock._heartbeat_thread.join()
 
 
 def names():
@@ -33,7 +33,7 @@ def dead_holder():
     """A dead holder is replaced after a while, and not before; `verify` then fails for it."""
     holder, other = BucketLock(FOLDER), BucketLock(FOLDER)
     holder.acquire()
-    stop_signs(holder)
+    stop_heartbeat(holder)
     waits = []
     other.acquire(lambda: waits.append(holder.verify()))
     assert waits
@@ -68,7 +68,7 @@ def ended_wait():
     """An error that a wait raises ends it."""
     holder, other = BucketLock(FOLDER), BucketLock(FOLDER)
     holder.acquire()
-    stop_signs(holder)
+    stop_heartbeat(holder)
     with pytest.raises(KeyboardInterrupt):
         other.acquire(lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     holder.verify()

@@ -32,7 +32,7 @@ LAYER_LIBRARY = {
     "model_copy": "errors keras_internals text",
     "fold": ("arguments batch_norm errors keras_internals layer_kinds model_copy population text"),
     "health": "arguments errors fold keras_internals population text",
-    "models": "batch_norm errors text",
+    "models": "arguments batch_norm errors replicas storage text",
     "convert": "arguments batch_norm errors model_copy models storage text",
     # The package's __init__.py exports the layer library.
     "bn_keras": "batch_norm convert cost errors fold health merge models population",

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from bn_keras.data.multi_crop import SINGLE_CROP, Crops
 from bn_keras.errors import StorageError, UsageError
-from bn_keras.pictures.crop_sheet import draw_crops
+from bn_keras.pictures.crop_sheet import write_crop_sheet
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def test_the_picture_shows_all_crops_with_their_names(text, image, tmp_path, mon
     monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: [saved.append(f), save(f, *a, **k)])
     crops = Crops.parse(text)
     output = tmp_path / "new" / "crops.png"
-    draw_crops(image, crops, 32, output)
+    write_crop_sheet(image, crops, 32, output)
     assert tf.io.decode_png(output.read_bytes()).shape[-1] == 4
 
     scales, grid = (part.axes for part in saved[0].subfigs)
@@ -49,16 +49,16 @@ def test_the_picture_shows_all_crops_with_their_names(text, image, tmp_path, mon
 
 def test_invalid_arguments_are_reported_on_one_line(image, tmp_path):
     with pytest.raises(UsageError, match="choose several crops"):
-        draw_crops(image, SINGLE_CROP, 32, tmp_path / "crops.png")
+        write_crop_sheet(image, SINGLE_CROP, 32, tmp_path / "crops.png")
     with pytest.raises(UsageError, match="missing.png cannot be read"):
-        draw_crops(tmp_path / "missing.png", Crops.parse("10"), 32, tmp_path / "crops.png")
+        write_crop_sheet(tmp_path / "missing.png", Crops.parse("10"), 32, tmp_path / "crops.png")
     (tmp_path / "file").write_text("not a folder")
     for output in ("crops.nonsense", "file/crops.png"):
         with pytest.raises(UsageError, match=f"{output} cannot be written") as caught:
-            draw_crops(image, Crops.parse("10"), 32, tmp_path / output)
+            write_crop_sheet(image, Crops.parse("10"), 32, tmp_path / output)
         assert "\n" not in str(caught.value)
 
 
 def test_a_full_disk_is_a_storage_error(image, tmp_path):
     with files_of_at_most(50), pytest.raises(StorageError, match="crops.png cannot be written: "):
-        draw_crops(image, Crops.parse("10"), 32, tmp_path / "crops.png")
+        write_crop_sheet(image, Crops.parse("10"), 32, tmp_path / "crops.png")

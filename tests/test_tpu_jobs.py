@@ -16,6 +16,7 @@ import time
 
 import commands
 import pytest
+from ml_collections import ConfigDict
 from parse_commands import parse_all
 
 from launch.cloud import control
@@ -29,6 +30,7 @@ from launch.cloud.gcloud import (
     checked_output,
 )
 from launch.command_error import CommandError
+from launch.training_command import check_batch_sizes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FAKES = pathlib.Path(__file__).with_name("fakes")
@@ -38,8 +40,14 @@ NOON = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
 METRICS = '{"step": 100, "validation/accuracy": 0.5}'
 
 
+def batch_sizes(size, micro_batches):
+    """Returns a config with these batch sizes; those of the evaluation always fit."""
+    train = {"global_batch_size": size, "micro_batches": micro_batches}
+    return ConfigDict({"train": train, "evaluation": {"global_batch_size": 1024}})
+
+
 def make_job(**values):
-    arguments = jobs.training_arguments("bn_x30", {"train.steps": 100}, WORKDIR)
+    arguments = jobs.container_arguments("bn_x30", {"train.steps": 100}, WORKDIR)
     given = {
         "name": "one",
         "zone": "us-east5-b",
@@ -189,7 +197,7 @@ def test_valid_until_is_a_duration_or_a_time(given, expected):
 
 
 def test_the_training_has_the_flags_and_uses_the_tpu():
-    arguments = jobs.training_arguments("bn_x5", {"train.l2": 0.5}, WORKDIR)
+    arguments = jobs.container_arguments("bn_x5", {"train.l2": 0.5}, WORKDIR)
     assert set(arguments) == {
         "--config=bn_x5",
         "--config.train.l2=0.5",
@@ -199,7 +207,7 @@ def test_the_training_has_the_flags_and_uses_the_tpu():
     }
     for key, value in {"distribution.strategy": "mirrored", "distribution.replicas": 2}.items():
         with pytest.raises(CommandError, match=f"{key}={value!r} is invalid on a TPU: expected"):
-            jobs.training_arguments("bn_x5", {key: value}, WORKDIR)
+            jobs.container_arguments("bn_x5", {key: value}, WORKDIR)
 
 
 @pytest.mark.parametrize(
@@ -227,10 +235,10 @@ def test_the_container_has_only_the_configs_of_the_checkout(source, name, tmp_pa
     for file in ("mine.py", "bn_x30.py"):
         (tmp_path / file).touch()
     if name:
-        assert f"--config={name}" in jobs.training_arguments(source, {}, WORKDIR)
+        assert f"--config={name}" in jobs.container_arguments(source, {}, WORKDIR)
         return
     with pytest.raises(CommandError, match="is not in .*configs, the only configs that the VM has"):
-        jobs.training_arguments(source, {}, WORKDIR)
+        jobs.container_arguments(source, {}, WORKDIR)
 
 
 @pytest.mark.parametrize(
@@ -238,19 +246,21 @@ def test_the_container_has_only_the_configs_of_the_checkout(source, name, tmp_pa
     [("v2-8", 8), ("v4-8", 4), ("v5p-8", 4), ("v5litepod-4", 4), ("v6e-1", 1), ("v6e-8", 8)],
 )
 def test_the_replicas_divide_the_batch(accelerator_type, replicas):
+    assert jobs.num_replicas(accelerator_type) == replicas
     for size in range(1, 17):
+        config = batch_sizes(size, 1)
         if size % replicas == 0:
-            jobs.check_batch_size("train.global_batch_size", size, 1, accelerator_type)
+            check_batch_sizes(config, replicas, "a TPU")
         else:
             multiple = f"--config.train.global_batch_size={-(-size // replicas) * replicas}$"
             with pytest.raises(CommandError, match=multiple):
-                jobs.check_batch_size("train.global_batch_size", size, 1, accelerator_type)
+                check_batch_sizes(config, replicas, "a TPU")
 
 
 def test_the_replicas_divide_each_micro_batch():
-    jobs.check_batch_size("train.global_batch_size", 64, 4, "v6e-8")
+    check_batch_sizes(batch_sizes(64, 4), 8, "a v6e-8")
     with pytest.raises(CommandError, match="=48 is invalid: .* 8 replicas .* 4 micro-.*size=64$"):
-        jobs.check_batch_size("train.global_batch_size", 48, 4, "v6e-8")
+        check_batch_sizes(batch_sizes(48, 4), 8, "a v6e-8")
 
 
 @pytest.mark.parametrize(

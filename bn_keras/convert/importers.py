@@ -74,7 +74,7 @@ def from_pytorch(
     else:
         origin = os.fspath(source)
         with local_copy(source) as path:
-            state = _load_file(path)
+            state = _load_file(path, origin)
     if isinstance(state, Mapping):
         state = state.get("state_dict", state)
     if not isinstance(state, Mapping):
@@ -123,7 +123,7 @@ def from_slim(
     """
     origin = os.fspath(path)
     prefix = re.sub(r"\.(index|meta|data-\d+-of-\d+)$", "", origin)
-    with _read_errors(origin, "a TensorFlow checkpoint"):
+    with _reporting_unreadable(origin, "a TensorFlow checkpoint"):
         reader = tf.train.load_checkpoint(prefix)
     shapes = {
         name: tuple(shape)
@@ -176,7 +176,9 @@ def convert_weights(
             f"output {output} is invalid: expected a path ending in .keras or .weights.h5"
         )
     if exists(output) and not overwrite:
-        raise UsageError(f"output {output} exists: choose another path or pass --overwrite")
+        raise UsageError(
+            f"output {output} exists: pass another path, or overwrite=True (--overwrite)"
+        )
     if source is None:
         endings = (".npz", ".pt", ".pth", ".tar")
         source = "pytorch" if os.fspath(weights).endswith(endings) else "slim"
@@ -236,7 +238,7 @@ def _assign_tensors(
         shapes,
         equal=lambda a, b: _strip_ones(a) == _strip_ones(b),
     )
-    with _read_errors(origin, project.network):
+    with _reporting_unreadable(origin, project.network):
         for name, (variable, shape, axes) in expected.items():
             variable.assign(np.reshape(read(name), shape).transpose(axes))
     _logger.info(
@@ -261,21 +263,27 @@ def _strip_ones(shape: Shape) -> Shape:
     return shape[next((i for i, size in enumerate(shape) if size != 1), len(shape)) :]
 
 
-def _load_file(path: pathlib.Path) -> Any:
-    """Reads an .npz file or a file of torch.save."""
-    if not path.is_file():
-        raise UsageError(f"file {path} does not exist")
+def _load_file(path: pathlib.Path, origin: str) -> Any:
+    """Reads an .npz file or a file of torch.save.
+
+    Args:
+      path: path of the file on this machine.
+      origin: path that the user passed, for errors.
+    """
+    if not os.path.isfile(path):
+        raise UsageError(f"file {origin} does not exist")
     if path.suffix == ".npz":
         # numpy.load would treat a file that is not a zip archive as a pickle, and would not close a
         # damaged one.
-        with _read_errors(path, "an .npz file"), path.open("rb") as file:
+        with _reporting_unreadable(origin, "an .npz file"), path.open("rb") as file:
             return dict(np.lib.npyio.NpzFile(file, allow_pickle=False))
     try:
         import torch
     except ImportError as error:
         raise UsageError(
-            f"{path} cannot be read without PyTorch: install torch, or write an .npz file elsewhere"
-            " with numpy.savez(PATH, **{k: v.numpy() for k, v in model.state_dict().items()})"
+            f"{origin} cannot be read without PyTorch: install torch, or write an .npz file"
+            " elsewhere with"
+            " numpy.savez(PATH, **{k: v.numpy() for k, v in model.state_dict().items()})"
         ) from error
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -283,13 +291,13 @@ def _load_file(path: pathlib.Path) -> Any:
     # how to run the code in the file anyway.
     except Exception as error:
         raise UsageError(
-            f"{path} cannot be read as a file of torch.save: it is damaged or contains more than"
+            f"{origin} cannot be read as a file of torch.save: it is damaged or contains more than"
             " tensors; save model.state_dict()"
         ) from error
 
 
 @contextlib.contextmanager
-def _read_errors(origin: str | os.PathLike, kind: str) -> Iterator[None]:
+def _reporting_unreadable(origin: str | os.PathLike, kind: str) -> Iterator[None]:
     """Turns an error of another library into a UsageError of one line."""
     try:
         yield

@@ -28,8 +28,8 @@ def replace_batch_norm(model: keras.Model) -> keras.Model:
       A model of the same class with the same outputs.
 
     Raises:
-      UsageError: the model is not built, or contains an object that cannot be copied, such as a
-        lock.
+      UsageError: `model` is not a keras.Model, is not built, or contains an object that cannot be
+        copied, such as a lock.
     """
     check_model(model)
     if not model.built:

@@ -4,7 +4,7 @@ import re
 
 import tensorflow as tf
 
-# Bytes at the start of a file that tell its format.
+# Bytes at the start of a file that identify its format.
 _HEAD_BYTES = 512
 _FOREIGN = (
     (rb"\Z", "an empty file"),

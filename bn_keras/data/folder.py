@@ -17,7 +17,7 @@ from bn_keras.data.labels_file import read_labels
 from bn_keras.data.splits import Files, Source
 from bn_keras.errors import UsageError
 from bn_keras.storage import is_local
-from bn_keras.text import counted, first_of
+from bn_keras.text import counted, quoted
 
 _SPLIT = re.compile(r"(?P<folder>[^\[\]]+)(\[((?P<begin>\d+)%)?:((?P<end>\d+)%)?\])?")
 # Names of folders that hold class folders.
@@ -69,7 +69,7 @@ def open_folder(root: str, train_split: str, validation_split: str) -> Source:
         train, validation = (_list_images(root, s) for s in (train_split, validation_split))
     if train.keys() != validation.keys():
         extra = [
-            f"only {split!r} has {_quote(sorted(own.keys() - others.keys()))}"
+            f"only {split!r} has {quoted(sorted(own.keys() - others.keys()))}"
             for split, own, others in (
                 (train_split, train, validation),
                 (validation_split, validation, train),
@@ -78,14 +78,14 @@ def open_folder(root: str, train_split: str, validation_split: str) -> Source:
         ]
         raise UsageError(
             f"the classes of {train_split!r} and {validation_split!r} in {root} differ:"
-            f" {'; '.join(extra)}"
+            f" {'; '.join(extra)}: add the missing class folders, or remove the others"
         )
     empty = [name for name, images in train.items() if not images]
     if empty:
         # Where only validation images are needed, they take the place of the training images.
         noun = "image" if train_split == validation_split else "training image"
         raise UsageError(
-            f"no {noun} in class folder {_quote(empty)} of {train_split!r} in {root}: add"
+            f"no {noun} in class folder {quoted(empty)} of {train_split!r} in {root}: add"
             f" images ({', '.join(EXTENSIONS)}), or remove the folder from both splits"
         )
     if not any(validation.values()):
@@ -108,11 +108,11 @@ def _check_validation(root: str, split: str, validation: Classes) -> None:
         logging.warning(
             "%s leaves no validation image for %s: their accuracy is not measured",
             split,
-            _quote(absent),
+            quoted(absent),
         )
         return
     raise UsageError(
-        f"no validation image in class folder {_quote(absent)} of {split!r} in {root}: add images,"
+        f"no validation image in class folder {quoted(absent)} of {split!r} in {root}: add images,"
         " or remove the folder from both splits"
     )
 
@@ -184,7 +184,7 @@ def _have_equal_content(image: Image, other: Image) -> bool:
 def _fingerprint(root: str, splits: Sequence[Classes]) -> dict[str, str]:
     """Returns hashes of the names and the sizes of all files, in order and by class.
 
-    The sizes tell folders apart whose files have equal names. In a bucket they are unknown.
+    The sizes distinguish folders whose files have equal names. In a bucket they are unknown.
     """
     names, sizes = hashlib.sha256(), hashlib.sha256()
     are_known = True
@@ -252,7 +252,7 @@ def _list_classes(root: str, split: str, folder: str) -> Classes:
         name = os.path.relpath(folder, root)
         raise UsageError(
             f"no folder {name!r} in {root}, which has"
-            f" {_quote(folders) if folders else 'no folders'}:"
+            f" {quoted(folders) if folders else 'no folders'}:"
             f" expected images as {name}/CLASS/IMAGE; if {root} holds the class folders"
             " themselves, set data.train_split='.[:90%]' and data.validation_split='.[90%:]'"
         )
@@ -291,7 +291,7 @@ def _check_no_splits(split: str, folder: str, classes: Iterable[str], names: Seq
         return
     if all(_list_folders(os.path.join(folder, name)) for name in splits):
         raise UsageError(
-            f"{folder} holds the splits {_quote(splits)}, not class folders, so {split!r} would"
+            f"{folder} holds the splits {quoted(splits)}, not class folders, so {split!r} would"
             " make them the classes: set data.train_split and data.validation_split to their names"
         )
 
@@ -311,7 +311,7 @@ def _log_ignored(folder: str, paths: Sequence[str], noun: str, reason: str) -> N
         what = f"with extensions other than {', '.join(EXTENSIONS)}"
         what = what if noun == "file" else f"({reason})"
         logging.warning(
-            "ignoring %s in %s %s: %s", counted(len(paths), noun), folder, what, _quote(paths)
+            "ignoring %s in %s %s: %s", counted(len(paths), noun), folder, what, quoted(paths)
         )
 
 
@@ -340,7 +340,3 @@ def _select_part(images: list[Image], begin: str | None, end: str | None) -> lis
     )
     first, last = (round(len(images) * int(percent) / 100) for percent in (begin or 0, end or 100))
     return sorted(shuffled[first:last])
-
-
-def _quote(names: Sequence[str]) -> str:
-    return first_of([repr(name) for name in names], limit=5)

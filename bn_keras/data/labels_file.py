@@ -62,7 +62,8 @@ def read_labels(root: str, file: str) -> dict[str, list[Image]]:
             path = os.path.normpath(path)
         if labels.setdefault(path, label) != label:
             raise UsageError(
-                f"{cells[0]!r} has the labels {labels[path]!r} and {label!r} in {file}"
+                f"{cells[0]!r} has the labels {labels[path]!r} and {label!r} in {file}: remove one"
+                " of its rows"
             )
         if not (os.path.isfile(path) if is_local(path) else tf.io.gfile.exists(path)):
             missing.append(repr(cells[0]))
@@ -74,7 +75,7 @@ def read_labels(root: str, file: str) -> dict[str, list[Image]]:
     if missing:
         raise UsageError(
             f"{len(missing):,} of the images in {file} do not exist below {root}:"
-            f" {first_of(missing)}"
+            f" {first_of(missing)}; correct the paths, or remove their rows"
         )
     if not classes:
         raise UsageError(f"labels file {file} is empty: expected rows PATH,LABEL")

@@ -158,7 +158,7 @@ class ShardBatches:
         """Returns the shards in the order of an epoch, and the first position of each."""
         num_shards = len(self._shards.lengths)
         order = tf.range(num_shards, dtype=tf.int64)
-        # The passes of `BalancedOrder` through a class go on from one epoch to the next.
+        # `BalancedOrder` continues its passes through a class from one epoch to the next.
         is_fixed = self._balances and self.num_groups == 1
         if self._random is not None and not is_fixed:
             order = self._random.permute_shards(order, num_shards, epoch)

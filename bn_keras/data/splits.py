@@ -122,7 +122,7 @@ class Shards:
             return tf.identity(records)
 
     def count_classes(self, num_classes: int) -> np.ndarray:
-        """Reads all records, and returns the number of examples of each class."""
+        """Reads all records, and returns the number of examples of each class, int64."""
         shards = tf.data.Dataset.range(len(self.lengths)).map(
             lambda shard: self.read_labels(self.read(shard[tf.newaxis])),
             num_parallel_calls=tf.data.AUTOTUNE,
@@ -225,7 +225,7 @@ class Source:
     Attributes:
       class_names: names of the classes, in the order of the labels.
       train, validation: the splits.
-      fingerprint: hashes that tell whether a run resumes on the same files; empty if unknown.
+      fingerprint: hashes that show whether a run resumes on the same files; empty if unknown.
     """
 
     class_names: tuple[str, ...]

@@ -112,8 +112,8 @@ def gather_from_workers(strategy: tf.distribute.Strategy, number: float) -> list
 def reporting_lost_workers(strategy: tf.distribute.Strategy) -> Iterator[None]:
     """Turns TensorFlow's error about a lost worker into WorkerLostError.
 
-    TensorFlow detects the end of a process at once, and a process that does not answer after ten
-    seconds.
+    TensorFlow detects the end of a process immediately, and a process that does not answer after
+    ten seconds.
 
     Raises:
       WorkerLostError: another worker has ended or does not answer.

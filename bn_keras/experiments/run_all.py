@@ -51,7 +51,7 @@ def train_all(
       UsageError: see `train_and_evaluate`; all workdirs are checked before any training.
       TrainingStoppedError: SIGTERM or SIGINT arrived.
     """
-    workdirs = {title: _workdir(folder, title) for title in configs}
+    workdirs = {title: workdir_of(folder, title) for title in configs}
     due = [title for title in configs if _is_due(Workdir(workdirs[title]), configs[title])]
     for title, workdir in workdirs.items():
         progress = describe_progress(Workdir(workdir), configs[title])
@@ -91,7 +91,7 @@ def plan_all(configs: Mapping[str, ConfigDict], folder: str | os.PathLike) -> li
     """Returns what `train_all` would do with the same arguments; raises the same UsageErrors."""
     plans = []
     for title, config in configs.items():
-        run = Workdir(_workdir(folder, title))
+        run = Workdir(workdir_of(folder, title))
         steps = 0
         if _is_due(run, config):
             steps = config.train.steps - Checkpoints(run.checkpoints, {}).latest_step
@@ -110,7 +110,7 @@ def read_ended(configs: Mapping[str, ConfigDict], folder: str | os.PathLike) -> 
     """
     runs = {}
     for title, config in configs.items():
-        run = Workdir(_workdir(folder, title))
+        run = Workdir(workdir_of(folder, title))
         if run.exists() and not _is_due(run, _restricted(config, run.read_config())):
             runs[title] = Run.read(title, run.path)
     return runs
@@ -129,7 +129,8 @@ def _restricted(config: ConfigDict, saved: ConfigDict) -> ConfigDict:
     )
 
 
-def _workdir(folder: str | os.PathLike, title: str) -> epath.Path:
+def workdir_of(folder: str | os.PathLike, title: str) -> epath.Path:
+    """Returns the workdir of a title's run in the folder of all runs."""
     return Workdir(folder).path / folder_name(title)
 
 

@@ -16,11 +16,12 @@ from bn_keras.inference.exported import ExportedNetwork, load_exported
 from bn_keras.inference.loading import TrainedNetwork, load_trained
 from bn_keras.population import estimate_population_statistics
 from bn_keras.runs.workdir import Workdir
-from bn_keras.text import counted, first_of, table
+from bn_keras.text import counted, quoted, table
 from bn_keras.training.build import build_data
 from bn_keras.training.class_report import ClassReport, ClassRow, format_classes
 from bn_keras.training.config_files import read_run_config
 from bn_keras.training.evaluator import EvaluationMetrics, Evaluator
+from bn_keras.training.length import global_micro_batch_size
 from bn_keras.training.networks import replaced
 
 # Settings that do not change what the weights of a trained network compute.
@@ -85,6 +86,8 @@ def evaluate_networks(
         network does not have, or crops that the network's input does not allow.
       WorkerLostError: another worker has ended or does not answer.
     """
+    if not (workdirs or exported):
+        raise UsageError("workdirs and exported are empty: pass at least one network")
     config = choose_config(config, workdirs, best)
     strategy = make_strategy(**config.distribution)
     networks: list[TrainedNetwork | ExportedNetwork] = [
@@ -93,8 +96,7 @@ def evaluate_networks(
     ]
     paths = [os.fspath(path) for path in (*workdirs, *exported)]
     needs_training_images = config.population.when != "never" and any(
-        isinstance(n, TrainedNetwork) and n.statistics != "population" and not n.is_frozen
-        for n in networks
+        isinstance(n, TrainedNetwork) and n.lacks_population_statistics for n in networks
     )
     data = build_data(config, validation_only=not needs_training_images)
     for path, network in zip(paths, networks, strict=True):
@@ -108,10 +110,7 @@ def evaluate_networks(
                     data,
                     strategy,
                     num_batches=config.population.num_batches,
-                    # With gradient accumulation, BN's mini-batch is a micro-batch.
-                    global_micro_batch_size=(
-                        config.train.global_batch_size // config.train.micro_batches
-                    ),
+                    global_micro_batch_size=global_micro_batch_size(config),
                 )
                 for network in networks
             ]
@@ -209,18 +208,14 @@ def _match_classes(
     unknown = [name for name in data.class_names if name not in first]
     absent = [name for name in first if name not in data.class_names]
     if unknown:
-        missing = f"; the data lacks {_quote(absent)}" if absent else ""
+        missing = f"; the data lacks {quoted(absent, 10)}" if absent else ""
         raise UsageError(
-            f"the data has classes that the network in {path} does not know: {_quote(unknown)}"
+            f"the data has classes that the network in {path} does not know: {quoted(unknown, 10)}"
             f"{missing}: rename their folders to the network's classes, or leave them out"
         )
     if absent:
-        logging.warning("classes without images in the data: %s", _quote(absent))
+        logging.warning("classes without images in the data: %s", quoted(absent, 10))
     return first
-
-
-def _quote(names: Sequence[str]) -> str:
-    return first_of([repr(name) for name in names], limit=10)
 
 
 def _check_fits(
@@ -262,9 +257,7 @@ def _with_population_statistics(
     global_micro_batch_size: int,
 ) -> TrainedNetwork | ExportedNetwork:
     """Estimates the population statistics of a run's network that has moving statistics only."""
-    if not isinstance(network, TrainedNetwork) or network.statistics == "population":
-        return network
-    if network.is_frozen:
+    if not (isinstance(network, TrainedNetwork) and network.lacks_population_statistics):
         return network
     batches = data.train_batches(strategy, global_micro_batch_size)
     with data.reporting_errors():

@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from bn_keras.data.decode_errors import explain
 from bn_keras.data.transforms import Preprocessing
 from bn_keras.errors import UsageError
 from bn_keras.inference.network_description import FILE_NAME, NetworkDescription
@@ -65,11 +66,9 @@ class ExportedNetwork(NamedTuple):
                 images[number] = self.preprocessing.process_encoded(
                     tf.constant(encoded), None, self.input_shape[-1]
                 )
-            except tf.errors.OpError:
-                raise UsageError(
-                    f"image {number} cannot be decoded: expected a complete JPEG, PNG, BMP, GIF or"
-                    " WebP file"
-                ) from None
+            except tf.errors.OpError as error:
+                reason = explain(encoded, error)
+                raise UsageError(f"image {number} cannot be decoded: {reason}") from None
         return tf.nn.softmax(self.model(images, training=False)).numpy()
 
 

@@ -29,6 +29,7 @@ from bn_keras.inference.tflite_export import write_tflite
 from bn_keras.keras_internals import all_layers
 from bn_keras.storage import check_writable, exists, is_folder, literal_path, replacing, writing
 from bn_keras.training.build import build_data, build_model
+from bn_keras.training.networks import replaced
 
 # Images on which the network is compared with its export.
 _NUM_IMAGES = 4
@@ -185,7 +186,9 @@ def _check_quantization(file_format: str, quantize: str, num_examples: int) -> N
             f"unknown quantize={quantize!r}: expected one of {', '.join(_QUANTIZATIONS)}"
         )
     if quantize != "none" and file_format != "tflite":
-        raise UsageError(f"format {file_format} cannot be quantized: choose tflite, or omit it")
+        raise UsageError(
+            f"format {file_format} cannot be quantized: choose tflite, or quantize='none'"
+        )
     if num_examples < 1:
         raise UsageError(f"num_examples={num_examples} is invalid: expected a positive integer")
 
@@ -203,7 +206,9 @@ def _check_output(output: str, file_format: str, overwrite: bool) -> None:
         )
     if exists(output):
         if not overwrite:
-            raise UsageError(f"output {output} exists: pass another path, or --overwrite")
+            raise UsageError(
+                f"output {output} exists: pass another path, or overwrite=True (--overwrite)"
+            )
         if suffix:
             is_export = not is_folder(output)
         else:
@@ -218,16 +223,13 @@ def _check_output(output: str, file_format: str, overwrite: bool) -> None:
 
 def _with_data(config: ConfigDict, data_dir: str, validation_split: str) -> ConfigDict:
     """Returns a copy of a config with other data; "" keeps a setting."""
-    config = config.copy_and_resolve_references()
-    config.data.data_dir = data_dir or config.data.data_dir
-    config.data.validation_split = validation_split or config.data.validation_split
-    return config
+    given = {"data.data_dir": data_dir, "data.validation_split": validation_split}
+    return replaced(config, {key: value for key, value in given.items() if value})
 
 
 def _in_float32(trained: TrainedNetwork) -> keras.Model:
     """Returns the network without mixed precision, for which TFLite and ONNX lack kernels."""
-    config = trained.config.copy_and_resolve_references()
-    config.train.precision = "float32"
+    config = replaced(trained.config, {"train.precision": "float32"})
     model = build_model(config, trained.input_shape, trained.num_classes)
     model.set_weights(trained.model.get_weights())
     return model

@@ -49,6 +49,11 @@ class TrainedNetwork(NamedTuple):
         layers = batch_norm_layers(self.model)
         return bool(layers) and not any(layer.trainable for layer in layers)
 
+    @property
+    def lacks_population_statistics(self) -> bool:
+        """Whether its moving statistics can be replaced by population statistics."""
+        return self.statistics != "population" and not self.is_frozen
+
 
 def load_trained(
     workdir: str | os.PathLike,

@@ -1,4 +1,4 @@
-"""The description that travels with an exported network: its classes and its preprocessing."""
+"""The description stored with an exported network: its classes and its preprocessing."""
 
 import json
 from typing import NamedTuple

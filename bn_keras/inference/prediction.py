@@ -8,6 +8,7 @@ from typing import NamedTuple
 import tensorflow as tf
 from absl import logging
 
+from bn_keras import storage
 from bn_keras.cores import usable_cores
 from bn_keras.data.folder_walk import EXTENSIONS, walk_classes
 from bn_keras.data.multi_crop import SINGLE_CROP, CropPreprocessing, Crops
@@ -45,7 +46,11 @@ class ImagePrediction(NamedTuple):
 
 
 class Predictor:
-    """Predicts the classes of images; built by `make_predictor`."""
+    """Predicts the classes of images; built by `make_predictor`.
+
+    Attributes:
+      class_names: name of each class, in the order of the logits.
+    """
 
     def __init__(
         self,
@@ -190,7 +195,7 @@ def find_images(paths: Iterable[Path], lists: Iterable[Path] = ()) -> list[str]:
     """
     found: list[str] = []
     for path in [os.fspath(path) for path in paths]:
-        if not tf.io.gfile.isdir(path):
+        if not storage.is_folder(path):
             found.append(path)
             continue
         images = _images_below(path)

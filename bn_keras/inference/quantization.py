@@ -12,6 +12,7 @@ from bn_keras.data import pipeline
 from bn_keras.errors import AgreementError, UsageError
 from bn_keras.training.build import build_data
 from bn_keras.training.evaluator import Evaluator
+from bn_keras.training.networks import replaced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +55,8 @@ def read_training_images(config: ConfigDict, count: int) -> np.ndarray:
     Raises:
       UsageError: the data is not available, or no image can be read.
     """
-    config = config.copy_and_resolve_references()
     # The validation examples of the data are read one by one, in the preprocessing of evaluation.
-    config.data.validation_split = config.data.train_split
+    config = replaced(config, {"data.validation_split": config.data.train_split})
     data = build_data(config, validation_only=True)
     total = data.num_validation_examples
     images: list[np.ndarray] = []

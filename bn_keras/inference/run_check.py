@@ -9,6 +9,7 @@ from bn_keras.errors import StorageError, UsageError
 from bn_keras.health import HealthReport, check_batch_norm
 from bn_keras.inference.loading import load_trained
 from bn_keras.training.build import build_data
+from bn_keras.training.length import global_micro_batch_size
 
 
 def check_workdir(workdir: str | os.PathLike, num_batches: int) -> HealthReport:
@@ -36,8 +37,6 @@ def check_workdir(workdir: str | os.PathLike, num_batches: int) -> HealthReport:
         return dataclasses.replace(
             report, skipped=(f"checks on data: {error}", *report.skipped[1:])
         )
-    # With gradient accumulation, BN's mini-batch is a micro-batch.
-    global_micro_batch_size = config.train.global_batch_size // config.train.micro_batches
-    batches = data.train_batches(tf.distribute.get_strategy(), global_micro_batch_size)
+    batches = data.train_batches(tf.distribute.get_strategy(), global_micro_batch_size(config))
     with data.reporting_errors():
         return check_batch_norm(network.model, batches, num_batches)

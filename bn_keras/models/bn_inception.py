@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import keras
 import tensorflow as tf
 
+from bn_keras.arguments import as_positive_integer
 from bn_keras.batch_norm import BatchNormalization
 from bn_keras.errors import UsageError
 from bn_keras.models.dropout import Dropout
@@ -550,9 +551,8 @@ def _lookup(kind: str, name: str, table: Mapping[str, _Entry], **overrides: floa
 
 
 def _check_numbers(classes: int, width: float, variant: Variant, preset: Preset) -> None:
-    for name, value in (("classes", classes), ("pool_projection", preset.pool_projection)):
-        if value < 1:
-            raise UsageError(f"{name}={value} is invalid: expected a positive integer")
+    as_positive_integer("classes", classes)
+    as_positive_integer("pool_projection", preset.pool_projection)
     for name, factor in (("width", width), ("initializer_scale", variant.initializer_scale)):
         if not 0 < factor < math.inf:
             raise UsageError(f"{name}={factor} is invalid: expected a positive number")
@@ -576,7 +576,9 @@ def _select_modules(
     for name, needed in (("4d", auxiliary), ("5b", per_activation_bn)):
         if needed and name not in names:
             what = "auxiliary=True" if name == "4d" else "per_activation_bn=True"
-            raise UsageError(f"{what} needs module {name}, which modules={modules!r} leaves out")
+            raise UsageError(
+                f"{what} needs module {name}, which modules={modules!r} leaves out: add it"
+            )
     return rows
 
 

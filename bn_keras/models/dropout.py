@@ -3,6 +3,8 @@
 import keras
 import tensorflow as tf
 
+from bn_keras.replicas import num_replicas
+
 
 @keras.saving.register_keras_serializable("bn_keras")
 class Dropout(keras.layers.Dropout):
@@ -27,10 +29,10 @@ class Dropout(keras.layers.Dropout):
           inputs: [N, ...], the rows of this replica; N is the same on all replicas.
           training: whether to drop.
         """
-        context = tf.distribute.get_replica_context()
-        replicas = context.num_replicas_in_sync if context else 1
+        replicas = num_replicas()
         if not training or self.rate == 0 or replicas == 1:
             return super().call(inputs, training=training)
         ones = tf.tile(tf.ones_like(inputs), [replicas] + [1] * (inputs.shape.rank - 1))
         factors = tf.reshape(super().call(ones, training=True), [replicas, -1, *inputs.shape[1:]])
-        return inputs * tf.gather(factors, context.replica_id_in_sync_group)
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        return inputs * tf.gather(factors, replica)

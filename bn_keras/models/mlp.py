@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import keras
 
+from bn_keras.arguments import as_positive_integer
 from bn_keras.batch_norm import BatchNormalization
 from bn_keras.errors import UsageError
 
@@ -46,12 +47,15 @@ def SigmoidMLP(
       A functional model from [N, *input_shape] to logits [N, classes], float32.
 
     Raises:
-      UsageError: an unknown variant.
+      UsageError: an unknown variant, or a size that is not a positive integer.
 
     Source: Ioffe & Szegedy 2015, section 4.1.
     """
     if variant not in _MLP_VARIANTS:
         raise UsageError(f"unknown variant {variant!r}: expected one of {', '.join(_MLP_VARIANTS)}")
+    as_positive_integer("classes", classes)
+    for number in units:
+        as_positive_integer("units", number)
     if kernel_initializer is None:
         kernel_initializer = keras.initializers.RandomNormal(stddev=0.1)
     # Each kernel has a clone of the initializer, since one instance draws the same values for all

@@ -10,9 +10,9 @@ from typing import TypeVar
 import h5py
 import keras
 import numpy as np
-import tensorflow as tf
 
-from bn_keras.errors import UsageError
+from bn_keras import storage
+from bn_keras.errors import StorageError, UsageError
 from bn_keras.text import counted, first_line, first_of
 
 # Prefixes of the names of the head's layers: the classifier and the auxiliary classifier.
@@ -126,6 +126,8 @@ def read_layers(path: str) -> dict[str, list[np.ndarray]]:
         )
     try:
         return _read_layers(path)
+    except StorageError:
+        raise
     # HDF5 raises many kinds of errors for a damaged file.
     except Exception as error:
         raise UsageError(
@@ -144,8 +146,9 @@ def _read_layers(path: str) -> dict[str, list[np.ndarray]]:
         if parts[0] == "layers" and parts[2:] == ["vars"] and len(group):
             layers[group.attrs["name"]] = [group[str(i)][()] for i in range(len(group))]
 
-    with tf.io.gfile.GFile(path, "rb") as file:
-        content = file.read()
+    content = storage.read(path)
+    if content is None:
+        raise FileNotFoundError("no such file")
     if path.endswith(".keras"):
         # A full read of a zip entry verifies its checksum.
         with zipfile.ZipFile(io.BytesIO(content)) as archive:

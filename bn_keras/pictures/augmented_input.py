@@ -31,8 +31,7 @@ def write_preview(config: ConfigDict, path: str | os.PathLike, num_examples: int
     Each column shows one training example. Rows show it at several strengths of distortion,
     including the config's own, with the same random numbers: the same crop, mirroring and colour
     changes. Further rows show the config's RandAugment, MixUp and CutMix, and the last row
-    validation examples of as many classes as possible. (keras_cv's image gallery cannot label rows
-    and classes.)
+    validation examples of as many classes as possible.
 
     Args:
       config: see bn_keras/training/config.py.

@@ -29,7 +29,7 @@ _WINDOWS = {
 _CROP_INCHES, _IMAGE_INCHES = 0.8, 3.2
 
 
-def draw_crops(
+def write_crop_sheet(
     image: str | os.PathLike, crops: Crops, size: int, output: str | os.PathLike
 ) -> None:
     """Writes a picture of an image's squares at each scale, and of all its crops.

@@ -35,7 +35,7 @@ def draw_image(axes: Axes, image: np.ndarray, binary: bool) -> None:
 
 
 def shorten(name: str, max_length: int) -> str:
-    """Returns a name that can be drawn; a long one keeps its begin and its end."""
+    """Returns a name that can be drawn; a long one keeps its beginning and its end."""
     # A name that is not UTF-8 contains surrogates, which cannot be drawn.
     name = name.encode(errors="backslashreplace").decode().replace("\n", " ")
     name = "".join(c if ord(c) in _glyphs() else f"U+{ord(c):04X} " for c in name).strip()

@@ -170,7 +170,7 @@ def _draw(points: Mapping[int, _Point]) -> Figure:
 
 
 def _summarize(points: Mapping[int, _Point]) -> str:
-    """Says from which size on the accuracies hardly differ, and compares the smallest size."""
+    """Summarizes the sizes whose accuracies hardly differ, and the accuracy of the smallest."""
     plateau, smallest = _plateau(points), min(points)
     accuracies = [points[size].moving for size in plateau]
     reached = f"{accuracies[0]:.1%}"

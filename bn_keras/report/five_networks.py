@@ -39,7 +39,9 @@ class FiveNetworks(NamedTuple):
         shared = sorted(set.intersection(*map(set, runs.values())))
         if not shared:
             seeds = "; ".join(f"{title}: {sorted(by_seed)}" for title, by_seed in runs.items())
-            raise UsageError(f"no seed is shared by all networks: {seeds}")
+            raise UsageError(
+                f"no seed is shared by all networks ({seeds}): train all of them with one seed"
+            )
         by_seed = [{title: runs[title][seed] for title in runs} for seed in shared]
         bands = {title: over_seeds(seeds, ACCURACY) for title, seeds in results.items()}
         target = max((spread.mean for spread in bands[INCEPTION].values()), default=math.inf)

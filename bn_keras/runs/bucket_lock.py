@@ -16,7 +16,7 @@ from absl import logging
 from etils import epath
 
 from bn_keras import storage
-from bn_keras.errors import WorkdirInUseError
+from bn_keras.errors import BucketUnavailableError, WorkdirInUseError
 from bn_keras.runs.lock_holder import UNKNOWN_HOLDER, describe_holder, in_use_error
 from bn_keras.storage import writing
 
@@ -40,7 +40,7 @@ class BucketLock:
       - The holder rewrites another object every HEARTBEAT_SECONDS, its heartbeat. After
         DEAD_SECONDS without one, the next process deletes the claim. It compares times of the
         service only, so that clocks may differ. A dead process of the same machine is recognized
-        at once.
+        immediately.
       - A claim is never written again, so that its deletion is final. `verify` notices it before a
         holder that was delayed or cut off from the bucket for so long writes again.
 
@@ -52,8 +52,8 @@ class BucketLock:
         self._folder = folder
         self._name = uuid.uuid4().hex
         self._is_held = False
-        self._is_over = threading.Event()
-        self._signs: threading.Thread | None = None
+        self._is_released = threading.Event()
+        self._heartbeat_thread: threading.Thread | None = None
 
     def acquire(self, on_wait: Callable[[], None] = lambda: None) -> None:
         """Acquires the lock; waits while the holder may be alive or dead.
@@ -68,13 +68,15 @@ class BucketLock:
         try:
             with writing(f"{self._folder}"):
                 self._claim(on_wait)
-        except WorkdirInUseError:
+        except BucketUnavailableError:
+            raise
+        except BaseException:
             self._withdraw()
             raise
         self._is_held = True
-        self._is_over.clear()
-        self._signs = threading.Thread(target=self._give_signs, daemon=True)
-        self._signs.start()
+        self._is_released.clear()
+        self._heartbeat_thread = threading.Thread(target=self._send_heartbeats, daemon=True)
+        self._heartbeat_thread.start()
 
     def verify(self) -> None:
         """Raises WorkdirInUseError if another process has replaced this holder."""
@@ -92,13 +94,13 @@ class BucketLock:
             self._withdraw()
 
     def abandon(self) -> None:
-        """Ends the signs of life without a request, for a bucket that does not answer."""
+        """Stops the heartbeat without a request, for a bucket that does not answer."""
         self._is_held = False
-        self._is_over.set()
-        if self._signs is not None:
-            # A thread inside TensorFlow must not outlive Python's interpreter.
-            self._signs.join()
-            self._signs = None
+        self._is_released.set()
+        if self._heartbeat_thread is not None:
+            # A thread inside TensorFlow must end before Python's interpreter does.
+            self._heartbeat_thread.join()
+            self._heartbeat_thread = None
 
     def _claim(self, on_wait: Callable[[], None]) -> None:
         for _ in range(_ATTEMPTS):
@@ -181,8 +183,8 @@ class BucketLock:
         self._write(_HEARTBEAT, "")
         return self._last_heartbeat(self._name) or 0.0
 
-    def _give_signs(self) -> None:
-        while not self._is_over.wait(HEARTBEAT_SECONDS):
+    def _send_heartbeats(self) -> None:
+        while not self._is_released.wait(HEARTBEAT_SECONDS):
             # An outage ends the training at its next save, not before.
             with contextlib.suppress(OSError, tf.errors.OpError):
                 if self._name in self._claims():
@@ -202,7 +204,7 @@ class BucketLock:
 
 
 def _describe_process() -> dict[str, Any]:
-    """Describes this process so that others on the same machine can tell whether it is alive."""
+    """Describes this process; others on the same machine can check whether it is alive."""
     return {
         "holder": describe_holder(),
         "pid": os.getpid(),

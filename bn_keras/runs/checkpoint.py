@@ -33,12 +33,12 @@ class Checkpoints:
       - Parts are saved as flat dictionaries of variables: an object-based checkpoint of a Keras
         model omits the state of its random generators (dropout's).
       - A checkpoint is written in a folder of its own, on this machine, and then moved into place.
-        Its index is moved last, which commits it. Only then an older checkpoint is removed, the
+        Its index is moved last, which commits it. Only then is an older checkpoint removed, the
         index before the data. An interrupted save leaves the earlier checkpoints intact; the next
         save removes its files.
       - A checkpoint counts only after its index lists all variables and its data has their size.
-      - A checkpoint in a bucket is copied to this machine before it is read: what is damaged can
-        then be told from a bucket that does not answer.
+      - A checkpoint in a bucket is copied to this machine before it is read, which distinguishes
+        damage from a bucket that does not answer.
       - TensorFlow stores a checksum of each tensor and each block of the index, and compares it
         when reading. Everything is read before the first variable changes.
       - The folder's contents are authoritative. The file `checkpoint` is written for

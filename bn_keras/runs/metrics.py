@@ -27,10 +27,10 @@ _BYTES_PER_SECOND = 20_000
 class MetricsWriter:
     """Appends metrics to a run's metrics.jsonl and to its TensorBoard events.
 
-    Locally, each line is written at once. In a bucket, where a file can only be replaced, the files
-    are written on this machine and uploaded from time to time. `sync` makes all lines durable: call
-    it before a checkpoint is saved, so that a run that resumes from it has all lines before it. The
-    end of the writer does the same.
+    Locally, each line is written immediately. In a bucket, where a file can only be replaced, the
+    files are written on this machine and uploaded from time to time. `sync` makes all lines
+    durable: call it before a checkpoint is saved, so that a run that resumes from it has all lines
+    before it. The end of the writer does the same.
 
     Args:
       workdir: folder of the run, already created.

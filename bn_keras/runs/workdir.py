@@ -214,7 +214,7 @@ class Workdir:
         if changed:
             settings["data"]["data_dir"] = self.read_config().data.data_dir
         contents: dict[epath.Path, dict[str, Any]] = {self._config: settings}
-        if not self._has_interface(interface):
+        if not self._check_interface(interface):
             contents[self._interface] = interface
         if not self.writes:
             return
@@ -242,7 +242,7 @@ class Workdir:
         self.verify_owner()
         storage.write_atomically(path, text)
 
-    def _has_interface(self, interface: Mapping[str, Any]) -> bool:
+    def _check_interface(self, interface: Mapping[str, Any]) -> bool:
         """Returns whether interface.json is intact; raises UsageError if its values differ."""
         try:
             before = json.loads(read(self._interface) or b"")
@@ -388,13 +388,16 @@ class Workdir:
         return max((line.get("validation/accuracy", 0.0) for line in lines), default=0.0)
 
     def evaluations_since_best(self, step: int) -> int:
-        """Returns how many evaluations up to a step follow the first one of highest accuracy."""
+        """Returns how many evaluations up to a step follow the first one of highest accuracy.
+
+        An accuracy of 0 is never the highest, so that all evaluations count if there is no other.
+        """
         accuracies: dict[int, float] = {}
         for line in self.read_metrics():
             if line["step"] <= step and "validation/accuracy" in line:
                 accuracies.setdefault(line["step"], line["validation/accuracy"])
-        values = list(accuracies.values())
-        return len(values) - 1 - values.index(max(values)) if values else 0
+        values = [0.0, *accuracies.values()]
+        return len(values) - 1 - values.index(max(values))
 
     def evaluations(self, step: int) -> list[dict[str, Any]]:
         """Returns the lines of the evaluations at a step; the last step may have two."""

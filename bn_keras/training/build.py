@@ -15,7 +15,7 @@ from bn_keras.errors import UsageError
 from bn_keras.models import BNInception, SigmoidMLP
 from bn_keras.text import counted
 from bn_keras.training.fine_tuning import freeze
-from bn_keras.training.length import num_steps
+from bn_keras.training.length import global_micro_batch_size, num_steps
 from bn_keras.training.schedule import ExamplesSchedule
 from bn_keras.training.step import Trainer
 
@@ -182,13 +182,13 @@ def build_trainer_for(
 
 
 def _check_ghost_batches(config: ConfigDict, replicas: int) -> None:
-    """Raises UsageError unless the ghost batches divide what a replica normalizes at once."""
+    """Raises UsageError unless the ghost batches divide a replica's part of a mini-batch."""
     size = config.batch_norm.virtual_batch_size
-    examples = config.train.global_batch_size // config.train.micro_batches // replicas
+    examples = global_micro_batch_size(config) // replicas
     if size and examples % size:
         raise UsageError(
             f"batch_norm.virtual_batch_size={size} is invalid: expected a divisor of the"
-            f" {counted(examples, 'example')} that each replica normalizes at once"
+            f" {counted(examples, 'example')} of each replica's mini-batch"
             " (train.global_batch_size / train.micro_batches / replicas), or 0"
         )
 

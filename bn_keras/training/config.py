@@ -201,7 +201,7 @@ def default_config() -> ConfigDict:
     config.record.layer = ""
     # Index into the input's last axis: a unit, or a feature map with all of its locations.
     config.record.unit = 0
-    # Numbers from 0 to 100.
+    # Percentiles to record, numbers from 0 to 100.
     config.record.percentiles = (15, 50, 85)
     # Steps between recordings; the first one precedes the first step.
     config.record.every_steps = 250
@@ -310,7 +310,9 @@ def _check_sizes(config: ConfigDict) -> None:
     """Raises UsageError for a number so large that counts would overflow."""
     for key, value in flatten(config).items():
         if isinstance(value, int | float) and abs(value) > _LARGEST:
-            raise UsageError(f"{key}={value} is invalid: expected at most {_LARGEST:,}")
+            raise UsageError(
+                f"{key}={value} is invalid: expected a number from {-_LARGEST:,} to {_LARGEST:,}"
+            )
 
 
 def check_keys(config: ConfigDict, origin: str) -> None:
@@ -332,7 +334,10 @@ def check_keys(config: ConfigDict, origin: str) -> None:
             " bn_keras.training.config.default_config()"
         )
     if unknown := sorted(given - accepted):
-        raise UsageError(f"{origin} has unknown keys: {first_of(unknown)}")
+        raise UsageError(
+            f"{origin} has unknown keys: {first_of(unknown)}; remove or correct them"
+            " (bn_keras.training.config.default_config() has all keys)"
+        )
 
 
 def _check_range(

@@ -58,7 +58,9 @@ def load_config(source: str) -> ConfigDict:
     name, colon, argument = source.partition(":")
     get_config = getattr(_import_file(_find(name)), "get_config", None)
     if get_config is None:
-        raise UsageError(f"config {name!r} has no function get_config()")
+        raise UsageError(
+            f"config {name!r} has no function get_config(): define one that returns a ConfigDict"
+        )
     arguments = [argument] if colon else []
     try:
         inspect.signature(get_config).bind(*arguments)
@@ -71,7 +73,10 @@ def load_config(source: str) -> ConfigDict:
     with _loading(pathlib.Path(name)):
         config = get_config(*arguments)
     if not isinstance(config, ConfigDict):
-        raise UsageError(f"get_config() of config {name!r} does not return a ConfigDict")
+        raise UsageError(
+            f"get_config() of config {name!r} returns a {type(config).__name__}: expected a"
+            " ConfigDict"
+        )
     return _apply_to_schema(config, source)
 
 
@@ -92,7 +97,10 @@ def read_run_config(run: Workdir) -> SavedConfig:
     known = flatten(schema)
     for name, section in schema.items():
         if isinstance(section, ConfigDict) != isinstance(config.get(name, section), ConfigDict):
-            raise UsageError(f"config {run.path} has an invalid {name}={config[name]!r}")
+            kind = "a section" if isinstance(section, ConfigDict) else "a single value"
+            raise UsageError(
+                f"config {run.path} has an invalid {name}={config[name]!r}: expected {kind}"
+            )
     _apply_types({k: v for k, v in flatten(config).items() if k in known}, str(run.path))
     return config
 

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from bn_keras.cost import count_cost
 from bn_keras.data import pipeline, sources
 from bn_keras.distribute import make_strategy
+from bn_keras.text import counted
 from bn_keras.training.build import build_data, build_schedule, build_trainer_for
 from bn_keras.training.config import check_config
 from bn_keras.training.length import num_steps
@@ -60,9 +61,10 @@ def dry_run(config: ConfigDict) -> Iterator[str]:
     replicas = strategy.num_replicas_in_sync
     per_replica_batch_size = trainer.global_micro_batch_size // replicas
     mebibytes = per_replica_batch_size * cost.activation_bytes / 2**20
+    note = "" if finite_steps else ", which is not finite"
     yield (
-        f"one step with {config.train.global_batch_size} synthetic images on {replicas}"
-        f" replica(s): loss {loss:.4f}{'' if finite_steps else ', which is not finite'}\n"
+        f"one step with {config.train.global_batch_size} synthetic images on"
+        f" {counted(replicas, 'replica')}: loss {loss:.4f}{note}\n"
         f"building the graph took {traced - began:.1f} s, this first step {ended - traced:.1f} s\n"
         f"activations saved for the backward pass: about {mebibytes:,.0f} MiB for a replica's"
         f" {per_replica_batch_size} images"

@@ -1,4 +1,4 @@
-"""Length of a run: its number of steps, and the reasons to stop earlier."""
+"""Length of a run: its number of steps, the examples of each, and the reasons to stop earlier."""
 
 import math
 
@@ -35,8 +35,16 @@ def _to_steps(epochs: float, config: ConfigDict, num_train_examples: int) -> int
     return max(1, math.ceil(steps - 1e-6))
 
 
+def global_micro_batch_size(config: ConfigDict) -> int:
+    """Returns the size of BN's mini-batch over all replicas: with gradient accumulation, a part.
+
+    Replicas that are not synchronized split it further.
+    """
+    return config.train.global_batch_size // config.train.micro_batches
+
+
 def early_stop(best_accuracy: float, evaluations_since_best: int, config: ConfigDict) -> str:
-    """Returns why a training ends before its last step; "" if it goes on.
+    """Returns why a training ends before its last step; "" if it continues.
 
     Args:
       best_accuracy: highest validation accuracy so far, a fraction.

@@ -6,7 +6,6 @@ import gc
 import os
 import signal
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -27,15 +26,14 @@ from bn_keras.runs import environment
 from bn_keras.runs.checkpoint import Checkpoints
 from bn_keras.runs.metrics import MetricsWriter
 from bn_keras.runs.workdir import Metrics, Workdir
-from bn_keras.text import counted
 from bn_keras.training import divergence
 from bn_keras.training.build import build_data, build_schedule, build_trainer_for
 from bn_keras.training.config import check_config
 from bn_keras.training.fine_tuning import Initialization
 from bn_keras.training.graphs import Graphs
 from bn_keras.training.length import early_stop, finished_because, with_steps
-from bn_keras.training.networks import replaced
 from bn_keras.training.pitfalls import describe_balance, find_class_pitfalls, find_pitfalls
+from bn_keras.training.plan import describe_changes, describe_replicas
 from bn_keras.training.progress import Progress, log
 from bn_keras.training.recorder import Recorder, open_recorder
 from bn_keras.training.restoring import initialize_trainer
@@ -91,7 +89,7 @@ def train_and_evaluate(
         metrics.jsonl after the checkpoint are dropped and written again; TensorBoard's events
         cannot be truncated and show those steps twice.
       - SIGTERM and SIGINT end the training after the current loop of steps, and save. A second
-        signal ends the process at once.
+        signal ends the process immediately.
       - A diverged run is rolled back to its last checkpoint up to config.train.retries times, each
         time with a lower learning rate.
       - Evaluations use population statistics (config.population) and the EMA of the weights
@@ -199,26 +197,8 @@ def _train(
     training = _build(config, run, strategy, data, stop_request, rate_factor, profile_steps, graphs)
     check_same_state(strategy, run, training.step, retries, training.validation.best_accuracy)
 
-    changes = run.changes(config)
-    changed = _describe_changes(changes, config, data.num_train_examples, training.step)
-    schedule = build_schedule(config, data.num_train_examples, rate_factor)
-    description = schedule.describe(config.train.steps, data.num_train_examples)
-    cost = count_cost(training.trainer.inference_model).summary()
-    start: dict[str, Any] = dict(environment.describe())
-    start["replicas"] = strategy.num_replicas_in_sync
-    if changes:
-        start["changed"] = {key: new for key, (_, new) in changes.items()}
-    changed += _describe_replicas(run, config, strategy.num_replicas_in_sync)
-    initialized = []
-    if training.initialization:
-        initialized = training.initialization.describe()
-        start["init_from"] = training.initialization.to_record()
-    balance = describe_balance(data)
-    for line in (*changed, cost, *initialized, *description.splitlines(), *balance):
-        log(f"{label}: {line}")
-    pitfalls = find_pitfalls(config, schedule, training.trainer.inference_model)
-    for line in (*pitfalls, *find_class_pitfalls(data)):
-        logging.warning("%s: %s", label, line)
+    start = _describe_start(training, run, config, strategy.num_replicas_in_sync)
+    _log_start(training, run, config, strategy.num_replicas_in_sync, data, label, rate_factor)
 
     with Progress(label, training.step, config.train.steps) as training.progress:
         training.progress.show_building()
@@ -247,46 +227,41 @@ def _train(
     return last
 
 
-def _describe_changes(
-    changes: Mapping[str, tuple[Any, Any]],
+def _describe_start(
+    training: "_Training", run: Workdir, config: ConfigDict, replicas: int
+) -> dict[str, Any]:
+    """Returns the record of a start, for environment.json."""
+    start: dict[str, Any] = environment.describe() | {"replicas": replicas}
+    if changes := run.changes(config):
+        start["changed"] = {key: new for key, (_, new) in changes.items()}
+    if training.initialization:
+        start["init_from"] = training.initialization.to_record()
+    return start
+
+
+def _log_start(
+    training: "_Training",
+    run: Workdir,
     config: ConfigDict,
-    num_train_examples: int,
-    step: int,
-) -> list[str]:
-    """Returns lines about settings that differ from the last start, and the rate that follows."""
-    if not changes:
-        return []
-    values = ", ".join(f"{key}={new!r} (was {old!r})" for key, (old, new) in changes.items())
-    before = replaced(config, {key: old for key, (old, _) in changes.items()})
-    old_rate, new_rate = (
-        float(build_schedule(c, num_train_examples)(step)) for c in (before, config)
-    )
-    lines = [f"changed since the last start: {values}"]
-    if old_rate != new_rate:
-        lines.append(
-            f"the cosine has another length: the learning rate at step {step:,} is {new_rate:.2g}"
-            f" (was {old_rate:.2g}); schedule.cosine_steps="
-            f"{before.schedule.cosine_steps or before.train.steps} keeps the earlier cosine"
-        )
-    return lines
-
-
-def _describe_replicas(run: Workdir, config: ConfigDict, replicas: int) -> list[str]:
-    """Returns a line about BN if the run was trained by another number of replicas before."""
-    before = next(
-        (s["replicas"] for s in run.read_environment()[::-1] if "replicas" in s), replicas
-    )
-    if before == replicas:
-        return []
-    size = config.train.global_batch_size // config.train.micro_batches
-    if config.batch_norm.synchronized:
-        effect = "synchronized BN computes the same numbers, up to rounding"
-    else:
-        effect = (
-            f"BN now normalizes {size // replicas} examples per replica instead of"
-            f" {size // before}; batch_norm.synchronized=True would make it independent of that"
-        )
-    return [f"{counted(replicas, 'replica')} instead of {before}: {effect}"]
+    replicas: int,
+    data: Data,
+    label: str,
+    rate_factor: float,
+) -> None:
+    """Logs what is trained, what differs from the last start, and likely mistakes."""
+    num_examples, model = data.num_train_examples, training.trainer.inference_model
+    schedule = build_schedule(config, num_examples, rate_factor)
+    for line in (
+        *describe_changes(run, config, num_examples, training.step),
+        *describe_replicas(run, config, replicas),
+        count_cost(model).summary(),
+        *(training.initialization.describe() if training.initialization else ()),
+        *schedule.describe(config.train.steps, num_examples).splitlines(),
+        *describe_balance(data),
+    ):
+        log(f"{label}: {line}")
+    for line in (*find_pitfalls(config, schedule, model), *find_class_pitfalls(data)):
+        logging.warning("%s: %s", label, line)
 
 
 def _build(

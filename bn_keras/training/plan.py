@@ -9,8 +9,11 @@ from bn_keras.distribute import describe_devices
 from bn_keras.runs.checkpoint import Checkpoints
 from bn_keras.runs.workdir import Workdir
 from bn_keras.storage import check_writable
+from bn_keras.text import counted
+from bn_keras.training.build import build_schedule
 from bn_keras.training.config import check_config
-from bn_keras.training.length import finished_because
+from bn_keras.training.length import finished_because, global_micro_batch_size
+from bn_keras.training.networks import replaced
 
 
 def describe_training(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, str]:
@@ -59,3 +62,43 @@ def describe_progress(run: Workdir, config: ConfigDict) -> str:
         return f"new, to {end}"
     extending = "extending" if run.is_finished() else "resuming"
     return f"{extending} from step {step:,} to {end.removeprefix('step ')}"
+
+
+def describe_changes(
+    run: Workdir, config: ConfigDict, num_train_examples: int, step: int
+) -> list[str]:
+    """Returns lines about settings that differ from the last start, and the rate that follows."""
+    changes = run.changes(config)
+    if not changes:
+        return []
+    values = ", ".join(f"{key}={new!r} (was {old!r})" for key, (old, new) in changes.items())
+    before = replaced(config, {key: old for key, (old, _) in changes.items()})
+    old_rate, new_rate = (
+        float(build_schedule(c, num_train_examples)(step)) for c in (before, config)
+    )
+    lines = [f"changed since the last start: {values}"]
+    if old_rate != new_rate:
+        lines.append(
+            f"the cosine has another length: the learning rate at step {step:,} is {new_rate:.2g}"
+            f" (was {old_rate:.2g}); schedule.cosine_steps="
+            f"{before.schedule.cosine_steps or before.train.steps} keeps the earlier cosine"
+        )
+    return lines
+
+
+def describe_replicas(run: Workdir, config: ConfigDict, replicas: int) -> list[str]:
+    """Returns a line about BN if the run was trained by another number of replicas before."""
+    before = next(
+        (s["replicas"] for s in run.read_environment()[::-1] if "replicas" in s), replicas
+    )
+    if before == replicas:
+        return []
+    size = global_micro_batch_size(config)
+    if config.batch_norm.synchronized:
+        effect = "synchronized BN computes the same numbers, up to rounding"
+    else:
+        effect = (
+            f"BN now normalizes {size // replicas} examples per replica instead of"
+            f" {size // before}; batch_norm.synchronized=True would make it independent of that"
+        )
+    return [f"{counted(replicas, 'replica')} instead of {before}: {effect}"]

@@ -9,6 +9,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
+from bn_keras import storage
 from bn_keras.errors import UsageError
 from bn_keras.models.weights_file import layers_with_weights, read_layers
 from bn_keras.runs.checkpoint import Checkpoints
@@ -108,7 +109,7 @@ def _read_pretrained(config: ConfigDict) -> PretrainedWeights:
     source = config.model.init_from
     run = Workdir(source)
     if not run.exists():
-        if tf.io.gfile.isdir(source) or not (
+        if storage.is_folder(source) or not (
             source == "imagenet" or source.endswith((".keras", ".weights.h5"))
         ):
             raise UsageError(

@@ -1,4 +1,4 @@
-"""Turns a first SIGTERM or SIGINT into a request to stop at the next good moment."""
+"""Turns a first SIGTERM or SIGINT into a request to stop after the current loop of steps."""
 
 import contextlib
 import os
@@ -38,9 +38,9 @@ class StopRequest:
 def stop_requests() -> Iterator[StopRequest]:
     """Turns SIGTERM and SIGINT into a request until the block ends.
 
-    A second signal ends the process at once, with status 128 plus its number; SIGTERM only if it
-    comes more than a second after the first signal. A thread listens for
-    signals: Python's own handlers run in the main thread, which may be inside a kernel for minutes.
+    A second signal ends the process immediately, with status 128 plus its number; SIGTERM only if
+    it comes more than a second after the first signal. A thread listens for signals: Python's own
+    handlers run in the main thread, which may be inside a kernel for minutes.
     Signals can only be caught in the main thread; in any other, the request is never made.
     """
     request = StopRequest()
@@ -78,6 +78,6 @@ def _listen(receiving: socket.socket, request: StopRequest) -> None:
         requested_at = time.monotonic()
         request.signum = number
         logging.warning(
-            "%s: stopping after this loop of steps, then saving; a second signal stops at once",
+            "%s: stopping after this loop of steps, then saving; a second signal stops immediately",
             request.name,
         )

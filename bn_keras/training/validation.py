@@ -12,6 +12,7 @@ from bn_keras.keras_internals import batch_norm_layers
 from bn_keras.population import PopulationEstimator, preserved_state
 from bn_keras.runs.checkpoint import Checkpoints
 from bn_keras.runs.workdir import Metrics, Workdir
+from bn_keras.storage import writing
 from bn_keras.training.class_report import ClassReport, write_class_report
 from bn_keras.training.evaluator import Evaluator
 from bn_keras.training.step import Trainer
@@ -82,8 +83,9 @@ class Validation:
             layers = []
         if trainer.averages and layers and population == "never":
             raise UsageError(
-                "train.ema is set, but the moving statistics of BN are not those of the averaged"
-                " weights: set population.when to 'end' or 'evaluations'"
+                "train.ema is set and requires population statistics, because BN's moving"
+                " statistics are those of the trained weights, not of their averages: set"
+                " population.when to 'end' or 'evaluations', or train.ema=0"
             )
         if population != "never":
             self._estimator = PopulationEstimator(model, trainer.strategy)
@@ -117,7 +119,8 @@ class Validation:
         if not self._run.writes:
             return
         report = ClassReport(self._data.class_names, self.evaluator.predictions[0])
-        self._run.verify_owner()
+        with writing(f"the report on the classes in {self._run.classes}"):
+            self._run.verify_owner()
         write_class_report(self._run.classes, report, self._data)
         for line in report.find_pitfalls():
             logging.warning("%s", line)

@@ -233,7 +233,7 @@ def watch(job: Job, cloud: Cloud, max_retries: int, poll_seconds: float) -> str:
     retries = iter(range(1, max_retries + 1))
     while not _wait_until_done(job, cloud, poll_seconds):
         _retrying(delete, job, cloud, poll_seconds)
-        _create_again(job, cloud, retries, max_retries)
+        _create_again(job, cloud, retries, max_retries, poll_seconds)
     return _retrying(read_last_metrics, job, cloud, poll_seconds)
 
 
@@ -274,7 +274,7 @@ def _is_lost(job: Job, status: Status) -> bool:
 def _retrying(
     request: Callable[[Job, Cloud], Answer], job: Job, cloud: Cloud, pause_seconds: float
 ) -> Answer:
-    """Repeats a request after transient failures, so that `watch` outlasts a bad network."""
+    """Repeats a request after transient failures, so that they do not end `watch`."""
     for _ in range(_MAX_REPEATS):
         try:
             return request(job, cloud)
@@ -286,15 +286,19 @@ def _retrying(
     return request(job, cloud)
 
 
-def _create_again(job: Job, cloud: Cloud, retries: Iterator[int], max_retries: int) -> None:
+def _create_again(
+    job: Job, cloud: Cloud, retries: Iterator[int], max_retries: int, poll_seconds: float
+) -> None:
     try:
-        _try_to_create(job, cloud, retries, max_retries)
+        _try_to_create(job, cloud, retries, max_retries, poll_seconds)
     except KeyboardInterrupt:
         cloud.echo(f"Job {job.name} is deleted and not created again: submit it to resume the run.")
         raise
 
 
-def _try_to_create(job: Job, cloud: Cloud, retries: Iterator[int], max_retries: int) -> None:
+def _try_to_create(
+    job: Job, cloud: Cloud, retries: Iterator[int], max_retries: int, poll_seconds: float
+) -> None:
     for retry in retries:
         pause = min(60 * 2 ** (retry - 1), 3600)
         cloud.echo_with_time(f"creating the job again in {pause} s ({retry}/{max_retries})")
@@ -309,7 +313,8 @@ def _try_to_create(job: Job, cloud: Cloud, retries: Iterator[int], max_retries: 
                 raise
             cloud.echo_with_time(f"not created: {error}")
             # The job exists if only the answer was lost.
-            if read_status(job, cloud).state not in ("ABSENT", "DELETING"):
+            status = _retrying(read_status, job, cloud, poll_seconds)
+            if status.state not in ("ABSENT", "DELETING"):
                 return
     raise JobFailedError(
         f"job {job.name} was lost after being created again {max_retries} times, and is deleted;"

@@ -176,7 +176,7 @@ def job_folder(workdir: str) -> str:
     return workdir.rstrip("/") + ".job"
 
 
-def training_arguments(
+def container_arguments(
     config: str, overrides: Mapping[str, object], workdir: str
 ) -> tuple[str, ...]:
     """Returns the arguments of `bn-keras train` in the container.
@@ -228,19 +228,11 @@ def check_data(name: str, data_dir: str) -> None:
         )
 
 
-def check_batch_size(key: str, size: int, micro_batches: int, accelerator_type: str) -> None:
-    """Raises CommandError, before the TPU costs anything, if its replicas do not divide a batch.
-
-    Args:
-      key: config key of the batch size.
-      size: global batch size.
-      micro_batches: micro-batches per global batch.
-      accelerator_type: type of a Job.
-    """
+def num_replicas(accelerator_type: str) -> int:
+    """Returns the number of replicas of a type of a Job."""
     generation, _, cores = accelerator_type.rpartition("-")
     # These types count cores, of which two form one replica.
-    replicas = int(cores) // (2 if generation in ("v4", "v5p") else 1)
-    training_command.check_batch_size(key, size, micro_batches, replicas, f"a {accelerator_type}")
+    return int(cores) // (2 if generation in ("v4", "v5p") else 1)
 
 
 def check_bucket_folder(workdir: str) -> None:

@@ -15,13 +15,13 @@ log=$folder/$(date --utc +%Y%m%dT%H%M%SZ).log
 exec >>"$log" 2>&1
 trap 'exit 143' TERM
 
-ship_log() {
+upload_log() {
   gcloud storage cp --quiet "$log" "$job/logs/" >/dev/null 2>&1 || true
 }
 
 finish() { # MARKER REASON
   echo "$1: $2"
-  ship_log
+  upload_log
   until echo "$2" | gcloud storage cp --quiet - "$job/$1"; do sleep 10; done
   exit 0
 }
@@ -48,8 +48,8 @@ if grep --quiet --line-regexp --fixed-strings -e "$job/DONE" -e "$job/FAILED" <<
 fi
 
 # Sends the log every minute until this script ends, even by SIGKILL.
-while sleep 60 && kill -0 $$ 2>/dev/null; do ship_log; done 9>&- &
-trap 'kill $!; ship_log' EXIT
+while sleep 60 && kill -0 $$ 2>/dev/null; do upload_log; done 9>&- &
+trap 'kill $!; upload_log' EXIT
 
 for pause in 10 60 300 end; do
   get_image && break
@@ -58,7 +58,7 @@ for pause in 10 60 300 end; do
 done
 
 train() {
-  # A container can outlive an earlier run of this script.
+  # A container of an earlier run of this script may still exist.
   docker rm --force bn_keras >/dev/null 2>&1 || true
   status=0
   docker run --rm --init --name bn_keras --privileged --network=host --shm-size=16G \

@@ -20,7 +20,7 @@ from absl import flags
 
 from .. import cli
 from ..command_error import CommandError
-from ..training_command import check_batch_size, training_arguments
+from ..training_command import check_batch_sizes, training_arguments
 
 _TEMPLATE = pathlib.Path(__file__).with_name("train.sbatch")
 
@@ -63,7 +63,7 @@ def main() -> None:
 
 def _make_script() -> str:
     """Returns the script; raises CommandError for an invalid flag."""
-    _check_batch_sizes()
+    _check_replicas()
     values = {
         "# @options@": "\n".join(f"#SBATCH {option}" for option in _options()),
         "# @setup@": _SETUP.value or "# Load modules here.",
@@ -121,21 +121,24 @@ def _workdir() -> str:
     return os.path.abspath(workdir) if is_local(workdir) else workdir
 
 
-def _check_batch_sizes() -> None:
+def _check_replicas() -> None:
     """Raises CommandError, before the job is queued, if its replicas do not divide a batch."""
+    from bn_keras.text import counted
+
     config, nodes, gpus = _CONFIG.value, _NODES.value, _GPUS.value
     if nodes == 1 and config.distribution.strategy == "one_device":
         if gpus > 1:
             raise CommandError(
-                f"--gpus_per_node={gpus} and distribution.strategy=one_device exclude each other:"
-                " pass --config.distribution.strategy=mirrored or --gpus_per_node=1"
+                f"--gpus_per_node={gpus} and distribution.strategy=one_device are mutually"
+                " exclusive: pass --config.distribution.strategy=mirrored or --gpus_per_node=1"
             )
         return
-    job = f"{nodes} node(s) with {gpus} GPU(s) each" if gpus else f"{nodes} node(s)"
-    for section, micro_batches in (("train", config.train.micro_batches), ("evaluation", 1)):
-        size = config[section].global_batch_size
-        key = f"{section}.global_batch_size"
-        check_batch_size(key, size, micro_batches, nodes * max(gpus, 1), job)
+    job = counted(nodes, "node") + (f" with {counted(gpus, 'GPU')} each" if gpus else "")
+    # On several nodes, each uses all of its GPUs.
+    replicas = nodes * max(gpus, 1)
+    if nodes == 1 and config.distribution.replicas:
+        replicas = config.distribution.replicas
+    check_batch_sizes(config, replicas, job)
 
 
 COMMAND = cli.Command(__name__, main)
