@@ -12,7 +12,7 @@ import pytest
 from etils import epath
 
 from bn_keras import storage
-from bn_keras.errors import WorkdirInUseError
+from bn_keras.errors import BucketUnavailableError, StorageError, WorkdirInUseError
 from bn_keras.runs import bucket_lock
 from bn_keras.runs.bucket_lock import BucketLock
 
@@ -47,7 +47,7 @@ def dead_holder():
 
 
 def living_holder():
-    """A holder that gives signs of life is not replaced, and nothing remains of the other."""
+    """A holder that sends heartbeats is not replaced, and nothing remains of the other."""
     holder, other = BucketLock(FOLDER), BucketLock(FOLDER)
     holder.acquire()
     waits = []
@@ -73,6 +73,23 @@ def ended_wait():
         other.acquire(lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     holder.verify()
     assert names().count(".claim") == 1
+
+
+def failed_claim():
+    """A claim that fails leaves nothing behind, unless the bucket does not answer."""
+    for error, remaining in ((StorageError("full"), 0), (BucketUnavailableError("down"), 1)):
+        lock = BucketLock(FOLDER)
+        claims = lock._claims
+        # The first list shows no claims, the second fails.
+        answers = iter([list])
+        lock._claims = lambda answers=answers, error=error: next(answers, lambda: _raise(error))()
+        with pytest.raises(type(error)):
+            lock.acquire()
+        assert len(claims()) == remaining
+
+
+def _raise(error):
+    raise error
 
 
 def damaged_claim():

@@ -275,6 +275,11 @@ def test_a_bucket_that_cannot_be_used_ends_with_status_2(name, reason, bucket, c
             "gs://forbidden/run/config.json cannot be",
         ),
         (["train", "--config=gs://none/run"], 2, "no run in 'gs://none/run'"),
+        (
+            ["convert", "--weights=gs://none/w.npz", "--output=unused.keras"],
+            2,
+            "file gs://none/w.npz does not exist",
+        ),
         (["crops", "--output=gs://missing/x.png"], 2, "gs://missing/x.png cannot be written: "),
         (["crops", "--output=gs://forbidden/x.png"], 2, "gs://forbidden/x.png cannot be written: "),
         (
@@ -283,7 +288,7 @@ def test_a_bucket_that_cannot_be_used_ends_with_status_2(name, reason, bucket, c
             "gs://images/one.png cannot be read: the buc",
         ),
     ],
-    ids=["run", "config", "missing output", "forbidden output", "image in an outage"],
+    ids=["run", "config", "weights", "missing output", "forbidden output", "image in an outage"],
 )
 def test_what_cannot_be_read_or_written_is_named(arguments, status, message, bucket, commands):
     bucket.put("images/one.png", png())
@@ -339,7 +344,8 @@ def test_a_trainer_that_was_replaced_writes_nothing_more(bucket, commands, train
 
 
 @pytest.mark.parametrize(
-    "scenario", ["dead_holder", "living_holder", "ended_wait", "damaged_claim", "rush"]
+    "scenario",
+    ["dead_holder", "living_holder", "ended_wait", "failed_claim", "damaged_claim", "rush"],
 )
 def test_a_lock_in_a_bucket_has_one_holder(scenario, bucket, commands):
     result = commands.run(TESTS / "bucket_locks.py", scenario)

@@ -6,6 +6,7 @@ import logging
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -568,6 +569,17 @@ def test_a_finished_run_is_not_trained_again(trained):
     done = bn_keras("train", f"--config={workdir}", f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
     assert f"workdir   {workdir}: finished at step 60" in done.stderr
+
+
+def test_a_finished_run_whose_last_loss_is_not_finite_is_reported(trained, tmp_path):
+    """NaN and infinity are null in JSON."""
+    workdir = tmp_path / "run"
+    shutil.copytree(trained[0], workdir)
+    *lines, last = (workdir / "metrics.jsonl").read_text().splitlines()
+    last = json.dumps(json.loads(last) | {"validation/loss": None})
+    (workdir / "metrics.jsonl").write_text("\n".join([*lines, last, ""]))
+    done = launch("train", f"--config={workdir}", f"--workdir={workdir}")
+    assert done.returncode == 0 and "loss not finite" in done.stderr, done.stderr
 
 
 def test_an_evaluation_is_a_line_of_json(trained):

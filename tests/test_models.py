@@ -2,14 +2,16 @@
 
 import functools
 import math
+import os
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from bn_keras import storage
 from bn_keras.batch_norm import BatchNormalization
-from bn_keras.errors import UsageError
+from bn_keras.errors import BucketUnavailableError, UsageError
 from bn_keras.models import BNInception, SigmoidMLP
 from bn_keras.models import bn_inception as inception
 from bn_keras.models.bn_inception import (
@@ -283,6 +285,8 @@ def test_images_smaller_than_the_total_stride_are_rejected(stem, smallest):
         (dict(preset="mxnet"), "unknown preset 'mxnet': expected one of paper, slim, caffe"),
         (dict(preset="caffe", input_shape=(10, 10, 1)), "module 4e cannot halve its 5x5 maps"),
         (dict(classes=0), "classes=0 is invalid: expected a positive integer"),
+        (dict(classes=10.5), "classes=10.5 is invalid: expected a positive integer"),
+        (dict(classes="10"), "classes='10' is invalid: expected a positive integer"),
         (dict(width=0), "width=0 is invalid: expected a positive number"),
         (dict(pool_projection=-96), "pool_projection=-96 is invalid"),
         (dict(dropout=1.0), r"dropout=1.0 is invalid: expected a number in \[0, 1\)"),
@@ -306,7 +310,11 @@ def test_invalid_arguments_are_rejected(options, message):
         small(**options)
 
 
-def test_an_unknown_mlp_is_rejected():
+def test_an_invalid_mlp_is_rejected():
+    with pytest.raises(UsageError, match="classes=0 is invalid: expected a positive integer"):
+        SigmoidMLP(classes=0)
+    with pytest.raises(UsageError, match="units=1.5 is invalid: expected a positive integer"):
+        SigmoidMLP(units=(10, 1.5))
     with pytest.raises(UsageError, match="expected one of baseline, bn"):
         SigmoidMLP("bn_x5")
 
@@ -395,6 +403,23 @@ def test_other_files_are_rejected_as_weights(tmp_path, short_figure_5):
     for name in ("a.weights.h5", "a.keras"):
         with pytest.raises(UsageError, match=r"cannot be read \(.+\): expected a .weights.h5"):
             load_weights(small(), tmp_path / name)
+
+
+def test_a_bucket_that_does_not_answer_is_not_a_damaged_file(monkeypatch):
+    def fail(path):
+        raise BucketUnavailableError(f"{path} cannot be read: no answer")
+
+    monkeypatch.setattr(storage, "read", fail)
+    with pytest.raises(BucketUnavailableError):
+        load_weights(small(), "gs://bucket/a.keras")
+
+
+def test_a_file_of_weights_may_have_any_bytes_in_its_name(tmp_path, short_figure_5):
+    model = small()
+    model.save_weights(tmp_path / "a.weights.h5")
+    name = os.fsdecode(os.fsencode(tmp_path / "caf") + b"\xe9.weights.h5")
+    os.rename(tmp_path / "a.weights.h5", name)
+    load_weights(small(), name)
 
 
 def test_a_damaged_file_is_rejected(tmp_path, short_figure_5):

@@ -133,7 +133,15 @@ def test_networks_with_other_preprocessing_are_rejected(runs, tmp_path):
 def test_a_file_name_may_have_any_bytes(runs, tmp_path):
     path = os.fsdecode(os.fsencode(tmp_path / "caf") + b"\xe9.png")
     pathlib.Path(path).write_bytes(as_file(photograph(), "PNG"))
+    assert find_images([path]) == [path]
     assert len(make_predictor([runs[0]])(path)) == 5
+
+
+def test_a_list_without_images_is_an_error(runs, tmp_path):
+    (tmp_path / "list.txt").write_text("\n\n")
+    done = launch("predict", f"--workdir={runs[0]}", f"--list={tmp_path}/list.txt")
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.endswith("list.txt names no images: expected one path per line\n")
 
 
 @pytest.mark.job

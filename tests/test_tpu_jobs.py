@@ -585,6 +585,24 @@ def test_a_creation_whose_answer_is_lost_counts(cloud):
     assert cloud.lines[-1].endswith("DONE")
 
 
+def test_a_creation_whose_answer_is_lost_counts_although_the_status_fails_first(cloud, monkeypatch):
+    cloud.plan(["SUSPENDED"], ["ACTIVE", "DONE:"])
+    control.submit(make_job(), cloud)
+    refusals = cloud.folder / "refusals.json"
+    silence = "ERROR: (gcloud.x) DEADLINE_EXCEEDED: no answer"
+    refusals.write_text(json.dumps([["create", silence, "after all"]]))
+    echo = cloud.echo_with_time
+
+    def echo_and_fail_next(line):
+        echo(line)
+        if line.startswith("not created"):
+            refusals.write_text(json.dumps([["describe", silence]] * 2))
+
+    monkeypatch.setattr(cloud, "echo_with_time", echo_and_fail_next)
+    control.watch(make_job(), cloud, 3, 60)
+    assert cloud.lines[-1].endswith("DONE")
+
+
 def test_watch_survives_polls_without_an_answer(cloud):
     silence = ["describe", "ERROR: (gcloud.x) UNAVAILABLE: The service is unavailable"]
     cloud.write(f"{WORKDIR}/metrics.jsonl", METRICS + "\n")

@@ -337,6 +337,26 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog)
     assert "cannot be locked (No locks available)" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "accuracies, expected",
+    [
+        ((), 0),
+        ((0.0,), 1),
+        ((0.0, 0.0), 2),
+        ((0.0, 0.5), 0),
+        ((0.5, 0.4, 0.5), 2),
+        ((0.0, 0.5, 0), 1),
+    ],
+)
+def test_evaluations_since_the_best_are_counted_as_in_training(accuracies, expected, tmp_path):
+    """In training, the best accuracy before the first evaluation is 0."""
+    run = Workdir(tmp_path)
+    with MetricsWriter(run, 32) as metrics:
+        for step, accuracy in enumerate(accuracies, start=1):
+            metrics.write(step, {"validation/accuracy": accuracy})
+    assert run.evaluations_since_best(9) == expected
+
+
 def test_the_best_accuracy_is_that_of_evaluations_up_to_a_step(tmp_path):
     run = Workdir(tmp_path)
     assert run.best_accuracy(9) == 0

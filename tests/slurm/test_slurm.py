@@ -71,8 +71,21 @@ def test_the_script_has_no_faults(script, tmp_path):
         (["--nodes=7"], "=60 is invalid: expected a multiple of the 7 replicas of 7 node"),
         (
             ["--config.distribution.strategy=one_device", "--gpus_per_node=8"],
-            "--gpus_per_node=8 and distribution.strategy=one_device exclude each other: pass",
+            "--gpus_per_node=8 and distribution.strategy=one_device are mutually exclusive: pass",
         ),
+        (
+            ["--nodes=2", "--gpus_per_node=7"],
+            "expected a multiple of the 14 replicas of 2 nodes with 7 GPUs each",
+        ),
+        (
+            [
+                "--gpus_per_node=8",
+                "--config.distribution.strategy=mirrored",
+                "--config.distribution.replicas=7",
+            ],
+            "expected a multiple of the 7 replicas of 1 node with 8 GPUs each",
+        ),
+        (["--config.train.micro_batches=0"], "train.micro_batches=0 is invalid: expected a pos"),
         (
             ["--nodes=2", "--config.distribution.strategy=mirrored"],
             "'mirrored' is invalid on several nodes: expected 'multi_worker', which is set for you",
