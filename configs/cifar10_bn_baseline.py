@@ -1,6 +1,8 @@
 """BN-Baseline in miniature on CIFAR-10; see cifar10_inception.py.
 
-bn-keras train --config=cifar10_bn_baseline --workdir=runs/cifar10_bn_baseline
+    bn-keras train --config=cifar10_bn_baseline --workdir=runs/cifar10_bn_baseline
+
+One to two hours on one core. Expected: 80.0% test accuracy at best (one seed).
 """
 
 from ml_collections import ConfigDict

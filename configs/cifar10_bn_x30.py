@@ -1,6 +1,8 @@
 """BN-x30 in miniature on CIFAR-10; see cifar10_inception.py.
 
-bn-keras train --config=cifar10_bn_x30 --workdir=runs/cifar10_bn_x30
+    bn-keras train --config=cifar10_bn_x30 --workdir=runs/cifar10_bn_x30
+
+One to two hours on one core. Expected: 76.3% test accuracy at best (one seed).
 """
 
 from ml_collections import ConfigDict

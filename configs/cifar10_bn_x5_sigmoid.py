@@ -1,6 +1,8 @@
 """BN-x5-Sigmoid in miniature on CIFAR-10; see cifar10_inception.py.
 
-bn-keras train --config=cifar10_bn_x5_sigmoid --workdir=runs/cifar10_sigmoid
+    bn-keras train --config=cifar10_bn_x5_sigmoid --workdir=runs/cifar10_sigmoid
+
+One to two hours on one core. Expected: 80.2% test accuracy at best (one seed).
 """
 
 from ml_collections import ConfigDict

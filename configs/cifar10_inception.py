@@ -2,7 +2,9 @@
 
     bn-keras train --config=cifar10_inception --workdir=runs/cifar10_inception
 
-One to two hours on one core. The base rate was chosen in this search for Inception,
+One to two hours on one core. Expected: 75.2% test accuracy (one seed).
+
+The base rate was chosen in this search for Inception,
 
     bn-keras search --config=cifar10_inception --workdir=runs/search --initializers=he_normal --base_rates=0.005,0.01,0.02 --seeds=0 --config.data.train_split='train[:45000]' --config.data.validation_split='train[45000:]'
 

@@ -1,6 +1,8 @@
 """BN-Baseline in miniature on scikit-learn's digits; see digits_inception.py.
 
-bn-keras train --config=digits_bn_baseline --workdir=runs/digits_bn_baseline
+    bn-keras train --config=digits_bn_baseline --workdir=runs/digits_bn_baseline
+
+Half a minute on one core. Expected: 97.5% validation accuracy at best (one seed).
 """
 
 from ml_collections import ConfigDict

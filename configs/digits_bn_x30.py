@@ -1,6 +1,8 @@
 """BN-x30 in miniature on scikit-learn's digits; see digits_inception.py.
 
-bn-keras train --config=digits_bn_x30 --workdir=runs/digits_bn_x30
+    bn-keras train --config=digits_bn_x30 --workdir=runs/digits_bn_x30
+
+Half a minute on one core. Expected: 98.3% validation accuracy at best (one seed).
 """
 
 from ml_collections import ConfigDict

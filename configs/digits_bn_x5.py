@@ -1,6 +1,8 @@
 """BN-x5 in miniature on scikit-learn's digits; see digits_inception.py.
 
-bn-keras train --config=digits_bn_x5 --workdir=runs/digits_bn_x5
+    bn-keras train --config=digits_bn_x5 --workdir=runs/digits_bn_x5
+
+Half a minute on one core. Expected: 98.0% validation accuracy at best (one seed).
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,8 @@
 """BN-x5-Sigmoid in miniature on scikit-learn's digits; see digits_inception.py.
 
-bn-keras train --config=digits_bn_x5_sigmoid --workdir=runs/digits_bn_x5_sigmoid
+    bn-keras train --config=digits_bn_x5_sigmoid --workdir=runs/digits_bn_x5_sigmoid
+
+Half a minute on one core. Expected: 98.3% validation accuracy at best (one seed).
 """
 
 from ml_collections import ConfigDict

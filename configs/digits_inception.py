@@ -3,8 +3,10 @@
     bn-keras train --config=digits_inception --workdir=runs/digits_inception
 
 Half of the modules at an eighth of the width, and 150 steps: as in the paper, Inception is still
-improving when the networks with BN have long reached its accuracy. Seconds on one core. The
-initialization and the base rate are the best in an earlier search for Inception with all ten
+improving when the networks with BN have long reached its accuracy. Half a minute on one core.
+Expected: 87.9% validation accuracy (one seed).
+
+The initialization and the base rate are the best in an earlier search for Inception with all ten
 modules and 600 steps; with Glorot weights, no rate works for every seed. The other networks
 use the paper's multiples of this rate.
 """
