@@ -11,9 +11,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from bn_keras.agreement import check_agreement, to_float64
 from bn_keras.arguments import check_model
 from bn_keras.batch_norm import canonical_axes
-from bn_keras.errors import AgreementError, UsageError
+from bn_keras.errors import UsageError
 from bn_keras.keras_internals import (
     Call,
     all_layers,
@@ -35,8 +36,6 @@ _NUM_EXAMPLES = 8
 _IMAGE_SIDE, _VOLUME_SIDE = 224, 32
 # Timed calls of each model.
 _ROUNDS = 10
-# Distance between 1 and the next larger number.
-_MACHINE_EPSILONS = {"float64": 2**-52, "float32": 2**-23, "float16": 2**-10, "bfloat16": 2**-7}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -422,11 +421,6 @@ def _folded_weights(
     }
 
 
-def to_float64(values: Any) -> np.ndarray:
-    """Returns a variable or tensor as a float64 array."""
-    return keras.ops.convert_to_numpy(values).astype(np.float64)
-
-
 def _random_inputs(name: str, symbolic_inputs: Any) -> Any:
     """Draws inputs for a model: normal for floats, uniform for uint8."""
     generator = np.random.default_rng(0)
@@ -514,51 +508,6 @@ def _top1_agreement(expected: Sequence[np.ndarray], outputs: Sequence[np.ndarray
         if a.ndim == 2 and a.shape[1] > 1
     ]
     return float(np.mean(agreements)) if agreements else None
-
-
-def check_agreement(
-    model: keras.Model,
-    expected: Sequence[np.ndarray],
-    outputs: Sequence[np.ndarray],
-    source: str,
-) -> tuple[float, float]:
-    """Checks that outputs agree with a model's to half of their digits.
-
-    That is, they differ by at most sqrt(machine epsilon) of the largest value.
-
-    Args:
-      model: model whose dtypes determine the number of digits.
-      expected: outputs of the model.
-      outputs: outputs to check, of the same shapes.
-      source: name of what computed them, for the error message.
-
-    Returns:
-      The largest absolute difference, of the output where it is relatively largest, and the
-      largest absolute value of that output.
-
-    Raises:
-      UsageError: the outputs of the model are not finite.
-      AgreementError: the outputs agree to fewer than half of their digits.
-    """
-    if not all(np.isfinite(x).all() for x in expected):
-        raise UsageError(
-            f"the outputs of model {model.name!r} on the inputs to compare on are not finite: look"
-            " for NaN and infinity in the inputs and weights, or pass other inputs"
-        )
-    differences = [np.max(np.abs(a - b)) for a, b in zip(outputs, expected, strict=True)]
-    sizes = [np.max(np.abs(a)) for a in expected]
-    relative = [d / (size or 1) for d, size in zip(differences, sizes, strict=True)]
-    largest = int(np.argmax(relative))
-    difference, size = float(differences[largest]), float(sizes[largest])
-    precision = max(_MACHINE_EPSILONS.get(x.compute_dtype, 0) for x in all_layers(model))
-    # Written so that a NaN difference fails too.
-    if not difference <= precision**0.5 * size:
-        raise AgreementError(
-            f"{source} computes outputs that differ by up to {difference:.3g} from those of model"
-            f" {model.name!r}, which reach {size:.3g}: either the model amplifies rounding errors,"
-            " or this is a bug; please report it"
-        )
-    return difference, size
 
 
 def _median_milliseconds(functions: Sequence[Callable[[], Any]]) -> list[float]:

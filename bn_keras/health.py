@@ -11,9 +11,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from bn_keras.agreement import to_float64
 from bn_keras.arguments import check_model
 from bn_keras.errors import UsageError
-from bn_keras.fold import to_float64, unfoldable_layers
+from bn_keras.fold import unfoldable_layers
 from bn_keras.keras_internals import (
     all_layers,
     batch_norm_layers,

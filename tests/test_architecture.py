@@ -24,14 +24,16 @@ LAYER_LIBRARY = {
     "layer_kinds": "",
     "ops": "cores",
     "replicas": "errors",
+    "agreement": "errors keras_internals",
     "arguments": "errors",
     "batch_norm": "arguments errors ops replicas",
     "merge": "batch_norm errors keras_internals replicas",
     "population": "arguments batch_norm errors keras_internals ops replicas text",
     "cost": "arguments errors keras_internals layer_kinds text",
     "model_copy": "errors keras_internals text",
-    "fold": ("arguments batch_norm errors keras_internals layer_kinds model_copy population text"),
-    "health": "arguments errors fold keras_internals population text",
+    "fold": "agreement arguments batch_norm errors keras_internals layer_kinds model_copy"
+    " population text",
+    "health": "agreement arguments errors fold keras_internals population text",
     "models": "arguments batch_norm errors replicas storage text",
     "convert": "arguments batch_norm errors model_copy models storage text",
     # The package's __init__.py exports the layer library.

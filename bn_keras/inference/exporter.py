@@ -12,9 +12,10 @@ import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
+from bn_keras.agreement import check_agreement
 from bn_keras.data.transforms import Preprocessing
 from bn_keras.errors import AgreementError, UsageError
-from bn_keras.fold import FoldReport, check_agreement, fold_batch_norm
+from bn_keras.fold import FoldReport, fold_batch_norm
 from bn_keras.inference.exported import EXTRA_ASSETS, ExportedNetwork, load_exported
 from bn_keras.inference.loading import TrainedNetwork, load_trained
 from bn_keras.inference.network_description import FILE_NAME, NetworkDescription

@@ -8,17 +8,18 @@ from typing import NamedTuple, TypedDict
 
 from etils import epath
 from matplotlib.figure import Figure
-from matplotlib.ticker import (
-    FixedLocator,
-    NullLocator,
-    StrMethodFormatter,
-)
 
 from bn_keras.errors import UsageError
 from bn_keras.experiments.batch_size_runs import SIZES
 from bn_keras.experiments.titles import WITHOUT_BN, X5, with_statistical_batch
 from bn_keras.inference.evaluation import evaluate_networks
-from bn_keras.report.plots import FIGURE_WIDTH, STYLES, format_percent, replace_frame_by_grid
+from bn_keras.report.plots import (
+    FIGURE_WIDTH,
+    STYLES,
+    format_percent,
+    replace_frame_by_grid,
+    scale_logarithmically,
+)
 from bn_keras.report.saved_evaluation import evaluate_once
 from bn_keras.report.sections import Section, describe_divergence, markdown_table
 from bn_keras.runs.history import ACCURACY, Results, Run
@@ -159,10 +160,8 @@ def _draw(points: Mapping[int, _Point]) -> Figure:
             capsize=3,
             label=label,
         )
-    axes.set(xscale="log", xlabel="examples normalized together", ylabel="validation accuracy")
-    axes.xaxis.set_major_locator(FixedLocator(list(points)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.set(xlabel="examples normalized together", ylabel="validation accuracy")
+    scale_logarithmically(axes, list(points))
     format_percent(axes.yaxis)
     replace_frame_by_grid(axes)
     axes.legend(loc="best")

@@ -6,12 +6,7 @@ from functools import partial
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import (
-    FixedLocator,
-    MaxNLocator,
-    NullLocator,
-    StrMethodFormatter,
-)
+from matplotlib.ticker import MaxNLocator
 
 from bn_keras.experiments.titles import (
     ABLATIONS,
@@ -47,7 +42,13 @@ from bn_keras.report.margins import (
     reaches_sooner,
     seed_variation,
 )
-from bn_keras.report.plots import FIGURE_WIDTH, STYLES, format_percent, replace_frame_by_grid
+from bn_keras.report.plots import (
+    FIGURE_WIDTH,
+    STYLES,
+    format_percent,
+    replace_frame_by_grid,
+    scale_logarithmically,
+)
 from bn_keras.report.sections import Section, escape, join_words, markdown_table
 from bn_keras.report.verdicts import (
     FAILS,
@@ -629,11 +630,9 @@ def _draw_sweep(results: Results) -> _Plot:
         style = STYLES[title]._asdict()
         axes.errorbar(list(sweep), means, bars, capsize=3, marker=marker, label=title, **style)
     factors = sorted((*WEIGHT_FACTORS, 1.0))
-    axes.set(xscale="log", xlabel="factor on the initial weights", ylim=(0, None))
+    axes.set(xlabel="factor on the initial weights", ylim=(0, None))
     axes.set_ylabel(f"accuracy by step {_sweep_steps(results, INCEPTION):,}")
-    axes.xaxis.set_major_locator(FixedLocator(factors))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    scale_logarithmically(axes, factors)
     format_percent(axes.yaxis)
     replace_frame_by_grid(axes)
     axes.legend(loc="best")

@@ -1,12 +1,18 @@
 """Line styles and drawing functions that all plots share."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.ticker import EngFormatter, FuncFormatter
+from matplotlib.ticker import (
+    EngFormatter,
+    FixedLocator,
+    FuncFormatter,
+    NullLocator,
+    StrMethodFormatter,
+)
 
 from bn_keras.experiments.titles import (
     BASELINE,
@@ -63,6 +69,14 @@ def draw_bands(axes: Axes, bands: Mapping[str, Mapping[int, Spread]]) -> None:
 def format_percent(axis: Axis) -> None:
     """Formats an axis of fractions as percentages, with as many digits as they need."""
     axis.set_major_formatter(FuncFormatter(lambda fraction, _: f"{100 * fraction:g}%"))
+
+
+def scale_logarithmically(axes: Axes, ticks: Sequence[float]) -> None:
+    """Makes the x-axis logarithmic, with ticks at these numbers only."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
 def replace_frame_by_grid(axes: Axes) -> None:
