@@ -121,8 +121,8 @@ def read(path: Path) -> bytes | None:
             return None
 
 
-def read_lines(path: Path, what: str, expected: str) -> list[str]:
-    """Returns the lines of a text file in UTF-8, with or without a byte order mark.
+def read_text(path: Path, what: str, expected: str) -> str:
+    """Reads a text file in UTF-8, with or without a byte order mark.
 
     Args:
       path: path of the file.
@@ -136,7 +136,7 @@ def read_lines(path: Path, what: str, expected: str) -> list[str]:
     if content is None:
         raise UsageError(f"{what} {path} does not exist: expected {expected}")
     try:
-        return content.decode("utf-8-sig").splitlines()
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UsageError(f"{what} {path} is not UTF-8: save it in that encoding") from None
 

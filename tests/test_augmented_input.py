@@ -11,6 +11,7 @@ from test_launch import assert_fails_on_one_line
 
 from bn_keras.data.pipeline import open_data
 from bn_keras.errors import StorageError, UsageError
+from bn_keras.pictures import augmented_input
 from bn_keras.pictures.augmented_input import write_preview
 from configs import digits_bn_x5
 
@@ -104,12 +105,16 @@ def test_class_names_are_drawn_as_they_are(tmp_path, figures):
 @pytest.mark.parametrize(
     ("name", "num_examples", "message"),
     [
-        ("x.nope", 2, "x.nope cannot be written: expected one of the extensions .*.png"),
-        ("file/x.png", 2, "file/x.png cannot be written: "),
+        ("x.nope", 2, "x.nope is invalid: expected one of the extensions .*.png"),
+        ("file/x.png", 2, "file/x.png is invalid: .*file is not a folder"),
         ("x.png", 0, "cannot show 0 examples"),
     ],
 )
-def test_invalid_arguments_are_reported_on_one_line(tmp_path, name, num_examples, message):
+def test_invalid_arguments_are_reported_on_one_line(
+    tmp_path, name, num_examples, message, monkeypatch
+):
+    """Before the data is opened."""
+    monkeypatch.setattr(augmented_input, "open_data", None)
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UsageError, match=message) as caught:
         write_preview(digits(), tmp_path / name, num_examples)

@@ -54,7 +54,7 @@ def test_invalid_arguments_are_reported_on_one_line(image, tmp_path):
         write_crop_sheet(tmp_path / "missing.png", Crops.parse("10"), 32, tmp_path / "crops.png")
     (tmp_path / "file").write_text("not a folder")
     for output in ("crops.nonsense", "file/crops.png"):
-        with pytest.raises(UsageError, match=f"{output} cannot be written") as caught:
+        with pytest.raises(UsageError, match=f"{output} is invalid: ") as caught:
             write_crop_sheet(image, Crops.parse("10"), 32, tmp_path / output)
         assert "\n" not in str(caught.value)
 

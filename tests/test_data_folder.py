@@ -1,5 +1,6 @@
 """Folders of images, and unreadable examples of any source."""
 
+import csv
 import io
 import logging
 import os
@@ -356,6 +357,8 @@ def test_a_run_does_not_resume_on_other_files(root, tmp_path):
     run.create(*arguments, {"file_names": data.fingerprint["file_names"]})
     with pytest.raises(UsageError, match="started on data with other file_sizes: use that data"):
         run.create(*arguments, data.fingerprint | {"file_sizes": "0"})
+    with pytest.raises(UsageError, match="started on data with other file_sizes: use that data"):
+        run.check_data(*arguments[1:], data.fingerprint | {"file_sizes": "0"})
     with pytest.raises(UsageError, match="with other class_names"):
         run.create(config, data.input_shape, ("a", "b", "c"), data.num_train_examples, {"new": "1"})
 
@@ -375,6 +378,18 @@ def test_labels_are_read_from_a_csv_file(root, delimiter):
     assert (data.num_train_examples, data.num_validation_examples) == (21, 9)
     images, labels, _ = validate(data)
     assert all(level // 60 == c for c, level in zip(labels, levels(images), strict=True))
+
+
+@pytest.mark.parametrize("name", ["a\u2028b", "a\x85b", "a\x0cb", "a\nb", "a\r\nb", 'a"b'])
+def test_names_in_a_csv_file_may_have_any_characters(root, name):
+    for split in ("train", "validation"):
+        image = next((root / split / CLASSES[0]).rglob("*.*"))
+        image.rename(root / f"{name}{split}.png")
+        text = io.StringIO(newline="")
+        csv.writer(text).writerow([f"{name}{split}.png", CLASSES[0]])
+        write(root / f"{split}.csv", text.getvalue().encode())
+    data = open_folder(root, train_split="train.csv", validation_split="validation.csv")
+    assert (data.num_train_examples, data.num_validation_examples) == (1, 1)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,12 @@
 """Files that are not what their names say are named by their actual format."""
 
+import io
+
 import pytest
 import tensorflow as tf
+from PIL import Image
 
+from bn_keras.data import transforms
 from bn_keras.data.decode_errors import explain
 
 
@@ -27,7 +31,16 @@ def test_the_reason_is_the_actual_format(content, reason):
     assert reason in explain(content, error)
 
 
-def test_a_refusal_of_this_package_takes_precedence():
-    message = "assertion failed: [an animated WebP: save one frame of it] [Op:Assert]"
-    error = tf.errors.InvalidArgumentError(None, None, message)
-    assert explain(b"RIFF\0\0\0\0WEBP", error) == "an animated WebP: save one frame of it"
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_a_refusal_of_this_package_takes_precedence(in_graph):
+    """TensorFlow words a failed assertion differently in eager mode."""
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    file = io.BytesIO()
+    frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:])
+
+    def decode(encoded):
+        return transforms.decode(encoded, 3)
+
+    with pytest.raises(tf.errors.InvalidArgumentError) as caught:
+        (tf.function(decode) if in_graph else decode)(tf.constant(file.getvalue()))
+    assert explain(file.getvalue(), caught.value) == "an animated WebP: save one frame of it"

@@ -436,6 +436,22 @@ def test_invalid_quantizations_are_rejected(options, parts, tmp_path):
     assert all(part in str(caught.value) for part in parts)
 
 
+def test_int8_needs_data_with_classes_of_the_network_only(workdir, tmp_path, monkeypatch):
+    """The quantized network could not be evaluated on the others."""
+    open_known = exporter.build_data
+
+    def open_other(config, **options):
+        data = open_known(config, **options)
+        data.class_names = (*data.class_names, "bird")
+        return data
+
+    monkeypatch.setattr(exporter, "build_data", open_other)
+    monkeypatch.setattr(exporter, "read_training_images", None)
+    with pytest.raises(UsageError, match="classes that the network in .* does not know: 'bird'"):
+        export_workdir(workdir, tmp_path / "net.tflite", "tflite", quantize="int8")
+    assert not list(tmp_path.iterdir())
+
+
 def test_onnx_without_its_packages_is_refused_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"install bn_keras\[onnx\].*tf2onnx"):

@@ -137,6 +137,12 @@ def test_a_file_name_may_have_any_bytes(runs, tmp_path):
     assert len(make_predictor([runs[0]])(path)) == 5
 
 
+def test_a_list_is_split_at_newlines_only(tmp_path):
+    names = ["a\u2028b.png", "a\x85b.png", "a\x0cb.png", "c.png", "d.png"]
+    (tmp_path / "list.txt").write_bytes("\n".join([*names[:3], "c.png\r\nd.png\r"]).encode())
+    assert find_images([], [tmp_path / "list.txt"]) == names
+
+
 def test_a_list_without_images_is_an_error(runs, tmp_path):
     (tmp_path / "list.txt").write_text("\n\n")
     done = launch("predict", f"--workdir={runs[0]}", f"--list={tmp_path}/list.txt")

@@ -29,6 +29,10 @@ _SUPPORTED = (
 )
 
 
+# An assertion of this package: in a graph, and in eager mode.
+_ASSERTION = re.compile(r"assertion failed: \[(.*?)\]|Summarized data: b'(.*?)'")
+
+
 def explain(content: bytes, error: tf.errors.OpError) -> str:
     """Returns why a file cannot be decoded, on one line, with advice where there is any.
 
@@ -36,8 +40,8 @@ def explain(content: bytes, error: tf.errors.OpError) -> str:
       content: content of the file.
       error: error of `Preprocessing.process_encoded` or `transforms.decode`.
     """
-    if refused := re.search(r"assertion failed: \[(.*?)\]", error.message):
-        return refused[1]
+    if refused := _ASSERTION.search(error.message):
+        return refused[1] or refused[2]
     head = content[:_HEAD_BYTES]
     for pattern, reason in _FOREIGN:
         if re.match(pattern, head, re.DOTALL):

@@ -1,6 +1,7 @@
 """Labels of images from a CSV file."""
 
 import csv
+import io
 import os
 import unicodedata
 from collections.abc import Iterator
@@ -38,13 +39,13 @@ def read_labels(root: str, file: str) -> dict[str, list[Image]]:
       UsageError: the file is missing, is not UTF-8, or has a row that is not a path and a label, or
         an image that does not exist or has two labels.
     """
-    lines = storage.read_lines(file, "labels file", "a CSV file with rows PATH,LABEL")
-    delimiter = max(_DELIMITERS, key=lines[0].count) if lines else ","
+    text = storage.read_text(file, "labels file", "a CSV file with rows PATH,LABEL")
+    delimiter = max(_DELIMITERS, key=text.partition("\n")[0].count)
     classes: dict[str, list[Image]] = {}
     labels: dict[str, str] = {}
     missing: list[str] = []
     is_first = True
-    for number, row in _read_rows(lines, delimiter, file):
+    for number, row in _read_rows(text, delimiter, file):
         cells = [cell.strip() for cell in row]
         if not any(cells):
             continue
@@ -82,10 +83,11 @@ def read_labels(root: str, file: str) -> dict[str, list[Image]]:
     return {label: sorted(images) for label, images in classes.items()}
 
 
-def _read_rows(lines: list[str], delimiter: str, file: str) -> Iterator[tuple[int, list[str]]]:
+def _read_rows(text: str, delimiter: str, file: str) -> Iterator[tuple[int, list[str]]]:
     """Yields the number of a line and its cells."""
     # By default, a quotation mark that is never closed swallows all further lines.
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    # Without translation of newlines, which a quoted name may contain.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         for row in reader:
             yield reader.line_num, row

@@ -205,8 +205,20 @@ def _match_classes(
             f"the network in {path} has {count} classes without names, but the"
             f" data has {data.num_classes}: evaluate it on data with its classes"
         )
-    unknown = [name for name in data.class_names if name not in first]
-    absent = [name for name in first if name not in data.class_names]
+    check_known(data, first, path)
+    return first
+
+
+def check_known(data: pipeline.Data, class_names: Sequence[str], path: str) -> None:
+    """Raises UsageError if the data has a class that a network lacks; warns of the reverse.
+
+    Args:
+      data: data to evaluate the network on.
+      class_names: classes of the network.
+      path: path of the network, for errors.
+    """
+    unknown = [name for name in data.class_names if name not in class_names]
+    absent = [name for name in class_names if name not in data.class_names]
     if unknown:
         missing = f"; the data lacks {quoted(absent, 10)}" if absent else ""
         raise UsageError(
@@ -215,7 +227,6 @@ def _match_classes(
         )
     if absent:
         logging.warning("classes without images in the data: %s", quoted(absent, 10))
-    return first
 
 
 def _check_fits(

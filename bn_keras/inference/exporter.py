@@ -16,6 +16,7 @@ from bn_keras.agreement import check_agreement
 from bn_keras.data.transforms import Preprocessing
 from bn_keras.errors import AgreementError, UsageError
 from bn_keras.fold import FoldReport, fold_batch_norm
+from bn_keras.inference.evaluation import check_known
 from bn_keras.inference.exported import EXTRA_ASSETS, ExportedNetwork, load_exported
 from bn_keras.inference.loading import TrainedNetwork, load_trained
 from bn_keras.inference.network_description import FILE_NAME, NetworkDescription
@@ -123,7 +124,7 @@ def export_workdir(
 
     Raises:
       UsageError: an unknown format, no run in the workdir, an invalid output, or data that is not
-        available.
+        available or has a class that the network lacks.
       StorageError: the output cannot be written.
       AgreementError: the export does not compute what the network computes.
     """
@@ -141,8 +142,9 @@ def export_workdir(
     examples, validation = None, None
     if quantize == "int8":
         config = _with_data(trained.config, data_dir, validation_split)
-        examples = read_training_images(config, num_examples)
         validation = build_data(config, validation_only=True)
+        check_known(validation, trained.class_names, os.fspath(workdir))
+        examples = read_training_images(config, num_examples)
     model = _in_float32(trained) if file_format in ("tflite", "onnx") else trained.model
     fold_report = None
     if fold:

@@ -1,5 +1,6 @@
 """Predicts the classes of image files: one at a time, or many in batches."""
 
+import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from bn_keras.data.multi_crop import SINGLE_CROP, CropPreprocessing, Crops
 from bn_keras.data.single_image import read_encoded, read_image, reporting_undecodable
 from bn_keras.errors import BucketUnavailableError, StorageError, UsageError
 from bn_keras.inference.loading import load_trained
-from bn_keras.storage import is_local, read_lines, reading
+from bn_keras.storage import is_local, read_text, reading
 from bn_keras.training.evaluator import make_scorer
 
 # Largest number of crops that a network is called with.
@@ -205,8 +206,9 @@ def find_images(paths: Iterable[Path], lists: Iterable[Path] = ()) -> list[str]:
             )
         found += images
     for path in [os.fspath(path) for path in lists]:
-        lines = read_lines(path, "list", "a file with one path per line")
-        found += [line.strip() for line in lines if line.strip()]
+        text = read_text(path, "list", "a file with one path per line")
+        # Not splitlines, which also splits at characters that a name may contain.
+        found += [line.strip() for line in io.StringIO(text, newline=None) if line.strip()]
     return found
 
 

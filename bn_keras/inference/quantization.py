@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from bn_keras.data import pipeline
 from bn_keras.errors import AgreementError, UsageError
+from bn_keras.text import first_line
 from bn_keras.training.build import build_data
 from bn_keras.training.evaluator import Evaluator
 from bn_keras.training.networks import replaced
@@ -65,8 +66,8 @@ def read_training_images(config: ConfigDict, count: int) -> np.ndarray:
             break
         try:
             images.append(data.read_validation_example(int(index))[1])
-        except tf.errors.OpError:
-            logging.warning("training image %d is unreadable and left out", index)
+        except tf.errors.OpError as error:
+            logging.warning("training image %d is left out: %s", index, first_line(error))
     if not images:
         raise UsageError(f"none of the {total:,} training images is readable: check the files")
     return np.stack(images)
@@ -111,7 +112,7 @@ def compare_accuracy(
 
     Args:
       model, quantized: map images to logits.
-      data: data whose validation examples are evaluated; their classes are those of the network.
+      data: data whose validation examples are evaluated, with classes of the network only.
       class_names: classes of the outputs, in order.
       global_batch_size: images per step.
       num_examples: number of training images used for the quantization.

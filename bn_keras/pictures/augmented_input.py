@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from bn_keras.data.pipeline import Data, open_data
 from bn_keras.errors import UsageError
 from bn_keras.pictures.drawing import draw_image, fonts, shorten
-from bn_keras.pictures.picture_file import save_picture
+from bn_keras.pictures.picture_file import check_picture, save_picture
 
 # Strengths of the photometric distortions: none, and those of the configs of the paper's networks.
 STRENGTHS = (0.0, 0.5, 1.0)
@@ -44,6 +44,7 @@ def write_preview(config: ConfigDict, path: str | os.PathLike, num_examples: int
     """
     if num_examples < 1:
         raise UsageError(f"cannot show {num_examples} examples: expected a positive integer")
+    check_picture(path)
     data = open_data(**config.data, seed=config.seed)
     rows = list(_open_rows(data, num_examples))
     figure = Figure(

@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 from bn_keras.data.multi_crop import Crop, Crops
 from bn_keras.data.single_image import read_image
 from bn_keras.errors import UsageError
-from bn_keras.pictures.picture_file import save_picture
+from bn_keras.pictures.picture_file import check_picture, save_picture
 
 # From Okabe and Ito's palette, which is safe for colour-blind readers; a colour for each square.
 _COLOURS = ("#E69F00", "#56B4E9", "#CC79A7")
@@ -49,6 +49,7 @@ def write_crop_sheet(
     """
     if crops.count == 1:
         raise UsageError("a single crop is the centre of the image: choose several crops")
+    check_picture(output)
     _, decoded = read_image(image)
     listed = crops.list_crops(size)
     cut = crops.cut(crops.extract_squares(decoded[tf.newaxis], size), size).numpy()

@@ -6,8 +6,7 @@ import warnings
 from matplotlib.figure import Figure
 
 from bn_keras.errors import UsageError
-from bn_keras.storage import is_local, make_folder, replacing, writing
-from bn_keras.text import first_line
+from bn_keras.storage import check_writable, is_local, replacing, writing
 
 
 def save_picture(figure: Figure, path: str | os.PathLike) -> None:
@@ -19,17 +18,7 @@ def save_picture(figure: Figure, path: str | os.PathLike) -> None:
       UsageError: the extension is unknown, or a parent of the path is not a folder.
       StorageError: the file cannot be written.
     """
-    extension = os.path.splitext(path)[1]
-    extensions = [f".{name}" for name in figure.canvas.get_supported_filetypes()]
-    if extension.lower() not in extensions:
-        raise UsageError(
-            f"picture {path} cannot be written: expected one of the extensions"
-            f" {', '.join(extensions)}"
-        )
-    try:
-        make_folder(os.path.dirname(os.path.abspath(path)) if is_local(path) else path)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UsageError(f"picture {path} cannot be written: {first_line(error)}") from None
+    check_picture(path)
     with (
         replacing(path) as unfinished,
         writing(f"picture {path}"),
@@ -38,3 +27,19 @@ def save_picture(figure: Figure, path: str | os.PathLike) -> None:
         # Characters without a glyph, such as those of Chinese names, are drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(unfinished, dpi=120)
+
+
+def check_picture(path: str | os.PathLike) -> None:
+    """Checks the path of a picture before any time is spent.
+
+    Raises:
+      UsageError: the extension names no format, or the path leads through a file.
+      StorageError: permissions are missing.
+    """
+    extensions = [f".{name}" for name in Figure().canvas.get_supported_filetypes()]
+    if os.path.splitext(path)[1].lower() not in extensions:
+        raise UsageError(
+            f"picture {path} is invalid: expected one of the extensions {', '.join(extensions)}"
+        )
+    if is_local(path):
+        check_writable(os.path.dirname(os.path.abspath(path)), f"picture {path}")

@@ -203,12 +203,7 @@ class Workdir:
           WorkdirInUseError: another process trains in the folder.
           StorageError: the folder cannot be written.
         """
-        interface = {
-            "input_shape": list(input_shape),
-            "class_names": list(class_names),
-            "num_train_examples": num_train_examples,
-            **(fingerprint or {}),
-        }
+        interface = _describe_interface(input_shape, class_names, num_train_examples, fingerprint)
         settings = _with_absolute_paths(config)
         changed = self.changes(config)
         if changed:
@@ -233,6 +228,18 @@ class Workdir:
             for file, content in contents.items():
                 if file == self._interface or changed or read(file) is None:
                     self._write(file, json.dumps(content, indent=2) + "\n")
+
+    def check_data(
+        self,
+        input_shape: Sequence[int],
+        class_names: Sequence[str],
+        num_train_examples: int,
+        fingerprint: Mapping[str, str] | None = None,
+    ) -> None:
+        """Raises UsageError if the run was started on other data; see `create`."""
+        self._check_interface(
+            _describe_interface(input_shape, class_names, num_train_examples, fingerprint)
+        )
 
     def exists(self) -> bool:
         """Returns whether there is a run in the folder."""
@@ -432,6 +439,21 @@ def _with_absolute_paths(config: ConfigDict) -> dict[str, Any]:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _describe_interface(
+    input_shape: Sequence[int],
+    class_names: Sequence[str],
+    num_train_examples: int,
+    fingerprint: Mapping[str, str] | None,
+) -> dict[str, Any]:
+    """Returns the content of interface.json."""
+    return {
+        "input_shape": list(input_shape),
+        "class_names": list(class_names),
+        "num_train_examples": num_train_examples,
+        **(fingerprint or {}),
+    }
 
 
 def _is_line_of_metrics(values: Any) -> bool:

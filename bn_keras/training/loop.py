@@ -190,6 +190,9 @@ def _train(
 ) -> Metrics:
     """Builds a run, or restores it from its last checkpoint, and trains it to its end."""
     check_same_command(strategy, config, profile_steps)
+    interface = (data.input_shape, data.class_names, data.num_train_examples, data.fingerprint)
+    # Before the graph is built, which takes time.
+    run.check_data(*interface)
     retries = run.num_retries()
     is_rollback = run.has_diverged() and retries < config.train.retries
     retries += is_rollback
@@ -205,9 +208,7 @@ def _train(
         # Before anything is written: a network that cannot be built leaves no workdir behind.
         training.trainer.trace(training.batches)
         is_new = not run.read_metrics()
-        run.create(
-            config, data.input_shape, data.class_names, data.num_train_examples, data.fingerprint
-        )
+        run.create(config, *interface)
         run.drop_metrics_after(training.step)
         if not training.checkpoints.latest:
             training.checkpoints.save(training.step)
