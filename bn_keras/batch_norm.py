@@ -1,5 +1,6 @@
 """The Keras layer: its variables, its modes, its moving statistics, and how replicas share them."""
 
+import inspect
 import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, Self, TypeAlias, cast
@@ -254,6 +255,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             and self.momentum is not None
             and self.virtual_batch_size is None
             and self.values_since_merge is None
+            and self._weight_dtype == "float32"
             and not self.renorm
             and not self._is_synchronized()
             and update is BatchNormalization.update_moving_statistics
@@ -566,9 +568,13 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def from_config(cls, config: dict[str, Any]) -> Self:
         """Builds a layer from a config of this layer or of the Keras layer.
 
-        A config without "unbiased" builds a layer with unbiased=False.
+        A config without "unbiased" builds a layer with unbiased=False, unless the constructor of a
+        subclass does not accept this argument.
         """
-        return cls(**{"unbiased": False, **config})
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        if any(p.name == "unbiased" or p.kind is p.VAR_KEYWORD for p in parameters):
+            config = {"unbiased": False, **config}
+        return cls(**config)
 
 
 _NOT_IN_KERAS = ("unbiased", "sync_group_size", "virtual_batch_size")

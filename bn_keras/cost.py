@@ -184,7 +184,8 @@ def count_cost(model: keras.Model, dtype: str | None = None) -> Cost:
         from the model's dtype policies.
 
     Raises:
-      UsageError: `model` is not a model or a subclassed one, or its input size is unknown.
+      UsageError: `model` is not a model or a subclassed one, its input size is unknown, or
+        the dtype is invalid.
     """
     check_model(model)
     if not _has_graph(model):
@@ -192,6 +193,12 @@ def count_cost(model: keras.Model, dtype: str | None = None) -> Cost:
             f"model {model.name!r} cannot be counted: expected a Functional or Sequential model"
             " with known inputs; build it with keras.Input"
         )
+    try:
+        tf.as_dtype(dtype or "float32")
+    except TypeError:
+        raise UsageError(
+            f"dtype={dtype!r} is invalid: expected a dtype, such as 'float16'"
+        ) from None
     calls: list[_LayerCall] = []
     _trace(model, [_Activation.of(tensor) for tensor in model.inputs], "", calls)
     saved = {tensor for call in calls for tensor in call.saved()}

@@ -27,6 +27,7 @@ from bn_keras.population import (
     distribute_dataset,
     estimate_population_statistics,
     preserved_state,
+    reporting_invalid_batches,
 )
 from bn_keras.text import counted, first_of
 
@@ -407,12 +408,12 @@ def _outputs(model: keras.Model, inputs: Any, strategy: tf.distribute.Strategy) 
     A scalar output becomes [1].
     """
 
-    @tf.function
     def run(inputs: Any) -> Any:
         return strategy.run(lambda inputs: model(inputs, training=False), args=(inputs,))
 
-    # Tracing explicitly avoids TensorFlow's warning about retracing.
-    outputs = run.get_concrete_function(inputs)(inputs)
+    with reporting_invalid_batches(model):
+        # Tracing explicitly avoids TensorFlow's warning about retracing.
+        outputs = tf.function(run, autograph=False).get_concrete_function(inputs)(inputs)
     return [
         np.concatenate(
             [np.atleast_1d(to_float64(y)) for y in strategy.experimental_local_results(output)]

@@ -1,7 +1,8 @@
 """Merging the moving statistics of replicas that are not synchronized."""
 
+import functools
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -18,7 +19,8 @@ class MergeMovingStatistics(keras.callbacks.Callback):
     """Merges the replicas' moving statistics in `fit`, `evaluate` and `predict`.
 
     Runs before each evaluation and prediction, after each epoch and after training. List it before
-    any callback that saves the model.
+    any callback that saves the model. A save within an epoch, as with a number as save_freq of
+    keras.callbacks.ModelCheckpoint, has the moving statistics of the first replica.
     """
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -83,13 +85,21 @@ def merge_moving_statistics(
     merges = _traced_merges.setdefault(model, {})
     if key not in merges:
         merges[key] = tf.function(
-            lambda: strategy.run(lambda: _merge_in_replica(counters)), autograph=False
+            functools.partial(_merge, strategy, list(map(weakref.ref, counters))), autograph=False
         )
     merges[key]()
 
 
-# The traced functions of each model, released together with it.
+# The traced functions of each model, released together with it: they have no other references to
+# its layers.
 _traced_merges: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _merge(
+    strategy: tf.distribute.Strategy, layers: Sequence[weakref.ref[BatchNormalization]]
+) -> None:
+    counters = {layer: layer.values_since_merge for get in layers if (layer := get()) is not None}
+    strategy.run(lambda: _merge_in_replica(counters))
 
 
 def _merge_in_replica(counters: Mapping[BatchNormalization, tf.Variable]) -> None:

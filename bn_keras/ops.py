@@ -187,8 +187,9 @@ def batch_normalize(
         y, moments, _ = unfused.forward(x, gamma, beta)
         return y, moments
     # The kernels run once per ghost batch, so the number of ghost batches must be static.
-    has_kernel = mask is None and _static_num_ghosts(x, virtual_batch_size) > 0
-    if not has_kernel or not _should_fuse_training(x, axes, gather is not None):
+    num_ghosts = _static_num_ghosts(x, virtual_batch_size)
+    has_kernel = mask is None and num_ghosts > 0
+    if not has_kernel or not _should_fuse_training(x, axes, num_ghosts, gather is not None):
         return _differentiable(unfused, x, gamma, beta)
 
     def run(x, axis, gamma, beta):  # noqa: ANN001
@@ -244,13 +245,17 @@ def kernel_averages(
     return _should_fuse_training(x, axes) and not _has_tangents(x, gamma, beta)
 
 
-def _should_fuse_training(x: tf.Tensor, axes: Sequence[int], is_synchronized: bool = False) -> bool:
+def _should_fuse_training(
+    x: tf.Tensor, axes: Sequence[int], num_ghosts: int = 1, is_synchronized: bool = False
+) -> bool:
     if x.dtype not in _FUSED_DTYPES or _is_compiled_by_xla():
         return False
     if _is_on_accelerator():
         # The synchronized gradient needs the kernel's gradient of inference, which on GPUs adds in
         # no fixed order and is refused by tf.config.experimental.enable_op_determinism.
-        return not is_synchronized
+        return not is_synchronized and (num_ghosts == 1 or _is_large_ghost(x, num_ghosts))
+    if num_ghosts > 1 and not _is_large_ghost(x, num_ghosts):
+        return False
     return _is_large(x, axes, _TRAINING_BATCH_SIZE, _MIN_SIZE_TO_FUSE_TRAINING)
 
 
@@ -275,6 +280,12 @@ def _is_large(x: tf.Tensor, axes: Sequence[int], batch_size: int, min_size: int)
     size = math.prod(batch_size if d is None else d for d in x.shape)
     channels = math.prod(x.shape[a] for a in axes)
     return size >= min_size and channels >= _MIN_CHANNELS_TO_FUSE
+
+
+def _is_large_ghost(x: tf.Tensor, num_ghosts: int) -> bool:
+    """Returns whether a ghost batch is worth a call of the kernel."""
+    size = math.prod(_TRAINING_BATCH_SIZE if d is None else d for d in x.shape)
+    return size / num_ghosts >= _MIN_SIZE_TO_FUSE_TRAINING / 2
 
 
 def _has_tangents(*tensors: tf.Tensor | None) -> bool:

@@ -24,7 +24,7 @@ from bn_keras.keras_internals import (
     without_traces,
 )
 from bn_keras.replicas import per_replica_sum
-from bn_keras.text import align
+from bn_keras.text import align, first_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +179,7 @@ class PopulationEstimator:
             strategy.run(lambda inputs: model(inputs, training=True), args=(inputs,))
 
         # reduce_retracing: a smaller last batch adds a single trace.
-        self._run = tf.function(run, reduce_retracing=True)
+        self._run = tf.function(run, reduce_retracing=True, autograph=False)
 
     def estimate(
         self, dataset: Iterable, num_batches: int, *, update: bool = True
@@ -214,7 +214,8 @@ class PopulationEstimator:
                 observed.enter_context(_observed(sums.layer, sums.add))
             observed.enter_context(without_traces(self._model))
             for batch in itertools.islice(batches, num_batches):
-                self._run(batch[0] if isinstance(batch, tuple) else batch)
+                with reporting_invalid_batches(self._model):
+                    self._run(batch[0] if isinstance(batch, tuple) else batch)
                 advance()
                 num_read += 1
         if num_read < num_batches:
@@ -240,6 +241,20 @@ def _progress_bar(total: int) -> Iterator[Callable[[], Any]]:
         desc="population statistics", total=total, unit="batch", leave=None, dynamic_ncols=True
     ) as bar:
         yield bar.update
+
+
+@contextlib.contextmanager
+def reporting_invalid_batches(model: keras.Model) -> Iterator[None]:
+    """Raises UsageError if a `with` block fails because the model does not accept a batch."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
+        raise UsageError(
+            f"model {model.name!r} does not accept a batch of the dataset ({first_line(error)}):"
+            " expected batches as in training"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -358,9 +373,16 @@ def distribute_dataset(dataset: Iterable, strategy: tf.distribute.Strategy) -> I
     """Returns the dataset distributed over the replicas; a single replica needs no change.
 
     Raises:
-      UsageError: there are several replicas, and the dataset is neither a tf.data.Dataset nor
-        distributed.
+      UsageError: the dataset is no iterable of batches, or there are several replicas, and it is
+        neither a tf.data.Dataset nor distributed.
     """
+    if isinstance(dataset, np.ndarray | tf.Tensor | dict | str) or not isinstance(
+        dataset, Iterable
+    ):
+        raise UsageError(
+            f"dataset has type {type(dataset).__name__}: expected an iterable of batches, such as a"
+            " tf.data.Dataset or [images]"
+        )
     is_distributed = isinstance(
         dataset, tf.distribute.DistributedDataset | tf.distribute.DistributedIterator
     )

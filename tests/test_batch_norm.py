@@ -131,6 +131,16 @@ def test_the_unbiased_variance_of_0_and_2_is_2():
     assert keras_layer.moving_variance.numpy() == pytest.approx(1)
 
 
+def test_large_float32_inputs_of_a_float64_layer_need_no_cast():
+    x = _data(16, 8, 8, 4)
+    layer = BatchNormalization(dtype="float64", autocast=False, unbiased=False)
+    y = layer(x, training=True)
+    theirs = keras.layers.BatchNormalization(dtype="float64", autocast=False)
+    assert y.dtype == tf.float64
+    np.testing.assert_allclose(y, theirs(x, training=True), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(layer.moving_variance, theirs.moving_variance, rtol=1e-5)
+
+
 def test_without_momentum_all_batches_weigh_the_same():
     layer = BatchNormalization(momentum=None, unbiased=False)
     batches = [_data(6, 3, seed=s) for s in range(5)]
@@ -369,6 +379,26 @@ def test_a_masked_nan_does_not_reach_the_gradients_of_batch_renormalization():
 
 
 # --- Weights, configs, files.
+
+
+def test_a_subclass_with_other_arguments_is_built_from_its_config():
+    class Scaled(BatchNormalization):
+        def __init__(self, factor=2.0, name=None):
+            super().__init__(name=name)
+            self.factor = factor
+
+        def get_config(self):
+            return {"factor": self.factor, "name": self.name}
+
+    class Open(BatchNormalization):
+        def __init__(self, factor=2.0, **kwargs):
+            super().__init__(**kwargs)
+            self.factor = factor
+
+    assert Scaled.from_config(Scaled(3.0).get_config()).factor == 3
+    # As for the layer itself, a config of Keras means biased moving variances.
+    assert not Open.from_config({"factor": 3.0}).unbiased
+    assert Open.from_config(Open().get_config()).unbiased
 
 
 def _network(layer):

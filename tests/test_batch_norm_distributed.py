@@ -3,12 +3,14 @@
 The last section merges the moving statistics of replicas that are not synchronized.
 """
 
+import gc
 import json
 import os
 import pathlib
 import socket
 import subprocess
 import sys
+import weakref
 
 import keras
 import numpy as np
@@ -357,6 +359,17 @@ def test_merging_uses_the_strategy_that_the_model_remembers(two_replicas):
         merge_moving_statistics(model, tf.distribute.get_strategy())
     with pytest.raises(UsageError, match="model=None is invalid"):
         merge_moving_statistics(None)
+
+
+def test_merging_does_not_keep_the_merged_alive(two_replicas):
+    for build in (_build, lambda strategy: _model(strategy, momentum=0.5)):
+        merged = build(two_replicas)
+        merge_moving_statistics(merged)
+        merge_moving_statistics(merged)
+        reference = weakref.ref(merged)
+        del merged
+        gc.collect()
+        assert reference() is None
 
 
 def test_a_model_without_an_input_shape_trains_on_replicas(two_replicas):

@@ -405,7 +405,7 @@ def test_an_unwritable_output_is_rejected_and_unchanged(cadene, tmp_path, monkey
         convert.convert_weights("weights.npz", tmp_path / "out.h5")
     output = tmp_path / "out.keras"
     output.write_text("before")
-    with pytest.raises(UsageError, match="exists: choose another path or pass --overwrite"):
+    with pytest.raises(UsageError, match="exists: pass another path, or overwrite=True"):
         convert.convert_weights("weights.npz", output)
 
     def fail(model, path):
@@ -420,6 +420,16 @@ def test_an_unwritable_output_is_rejected_and_unchanged(cadene, tmp_path, monkey
         convert.convert_weights(tmp_path / "weights.npz", output / "out.keras")
     assert output.read_text() == "before"
     assert {path.name for path in tmp_path.iterdir()} == {"weights.npz", "out.keras"}
+
+
+def test_something_else_than_a_path_is_rejected(tmp_path):
+    for function in (convert.from_pytorch, convert.from_slim):
+        with pytest.raises(UsageError, match="=5 is invalid: expected a path"):
+            function(5)
+    with pytest.raises(UsageError, match="output=None is invalid: expected a path"):
+        convert.convert_weights(tmp_path / "a.npz", None)
+    with pytest.raises(UsageError, match="weights=5 is invalid: expected a path"):
+        convert.convert_weights(5, tmp_path / "out.keras")
 
 
 def test_source_is_inferred_from_the_extension_or_passed(tmp_path):

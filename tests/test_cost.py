@@ -282,6 +282,11 @@ def test_uncountable_models_are_rejected(make, message):
         count_cost(make())
 
 
+def test_an_unknown_dtype_is_rejected():
+    with pytest.raises(UsageError, match="dtype='float17' is invalid: expected a dtype"):
+        count_cost(SigmoidMLP(), dtype="float17")
+
+
 def test_the_tables_in_the_scaling_page_are_what_the_benchmark_prints(monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     importlib.import_module("scaling").main()

@@ -406,3 +406,27 @@ def test_small_inputs_use_the_kernel_if_it_has_no_other_threads_to_wake(
 
     graph = transform.get_concrete_function(tf.TensorSpec([16, 8, 8, 16])).graph
     assert ("FusedBatchNormV3" in {op.type for op in graph.get_operations()}) == fused
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "uses_kernels"),
+    [((1024, 64), 8, False), ((64, 32, 32, 64), 8, True), ((64, 32, 32, 64), 64, True)],
+)
+def test_small_ghost_batches_do_not_unroll_the_graph(shape, size, uses_kernels, monkeypatch):
+    """A static batch size must not cost a call of the kernel per ghost batch."""
+    monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_TRAINING", 2**17)
+
+    def operations(first):
+        signature = [tf.TensorSpec([first, *shape[1:]])]
+
+        @tf.function(input_signature=signature)
+        def normalize(x):
+            y, _ = ops.batch_normalize(x, None, None, EPSILON, virtual_batch_size=size)
+            return y
+
+        return [op.type for op in normalize.get_concrete_function().graph.get_operations()]
+
+    static = operations(shape[0])
+    assert ("FusedBatchNormV3" in static) == uses_kernels
+    if not uses_kernels:
+        assert len(static) <= len(operations(None))

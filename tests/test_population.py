@@ -362,6 +362,16 @@ def test_too_little_or_non_finite_data_raises(sizes, bad, message):
 def test_an_invalid_argument_raises(two_replicas):
     with pytest.raises(UsageError, match="expected a keras.Model"):
         estimate_population_statistics(BatchNormalization(), [], 1)
+    for dataset, kind in ((5, "int"), (np.zeros((4, 3)), "ndarray"), ({"x": 1}, "dict")):
+        with pytest.raises(UsageError, match=f"dataset has type {kind}: expected an iterable of"):
+            estimate_population_statistics(_model([BatchNormalization()], 3), dataset, 1)
+    dense = _model([keras.layers.Dense(2), BatchNormalization()], 3)
+    for function in (estimate_population_statistics, check_batch_norm):
+        with pytest.raises(
+            UsageError, match=r"does not accept a batch of the .*\(4, 5\)"
+        ) as caught:
+            function(dense, [np.zeros((4, 5), np.float32)], 1)
+        assert "\n" not in str(caught.value)
     for number in (0, 1.5):
         with pytest.raises(UsageError, match=f"num_batches={number} .* a positive integer"):
             estimate_population_statistics(_model([BatchNormalization()], 3), [], number)

@@ -72,7 +72,7 @@ def from_pytorch(
     if isinstance(source, Mapping):
         origin, state = "the state dict", source
     else:
-        origin = os.fspath(source)
+        origin = _as_path("source", source)
         with local_copy(source) as path:
             state = _load_file(path, origin)
     if isinstance(state, Mapping):
@@ -121,7 +121,7 @@ def from_slim(
       UsageError: the checkpoint does not exist, or does not contain exactly the variables of this
         network.
     """
-    origin = os.fspath(path)
+    origin = _as_path("path", path)
     prefix = re.sub(r"\.(index|meta|data-\d+-of-\d+)$", "", origin)
     with _reporting_unreadable(origin, "a TensorFlow checkpoint"):
         reader = tf.train.load_checkpoint(prefix)
@@ -170,7 +170,7 @@ def convert_weights(
         source is unknown.
       StorageError: the output cannot be written. An existing output is unchanged.
     """
-    output = os.fspath(output)
+    output, weights = _as_path("output", output), _as_path("weights", weights)
     if not output.endswith((".keras", ".weights.h5")):
         raise UsageError(
             f"output {output} is invalid: expected a path ending in .keras or .weights.h5"
@@ -181,7 +181,7 @@ def convert_weights(
         )
     if source is None:
         endings = (".npz", ".pt", ".pth", ".tar")
-        source = "pytorch" if os.fspath(weights).endswith(endings) else "slim"
+        source = "pytorch" if weights.endswith(endings) else "slim"
     importers = {"pytorch": from_pytorch, "slim": from_slim}
     if source not in importers:
         raise UsageError(f"unknown source {source!r}: expected 'pytorch', 'slim' or None")
@@ -193,6 +193,12 @@ def convert_weights(
         else:
             model.save_weights(unfinished)
     _logger.info("wrote %s", output)
+
+
+def _as_path(name: str, value: Any) -> str:
+    if not isinstance(value, str | os.PathLike):
+        raise UsageError(f"{name}={value!r} is invalid: expected a path")
+    return os.fspath(value)
 
 
 class _Expected(NamedTuple):
