@@ -1,6 +1,6 @@
 """Fine-tunes a pretrained network on few images, with its BN layers frozen.
 
-python examples/fine_tuning.py pictures        # pictures/CLASS/*.jpg
+python examples/fine_tuning.py photos        # photos/CLASS/*.jpg
 
 The first run downloads the ImageNet weights of MobileNetV2 (9 MB).
 """

@@ -190,9 +190,9 @@ def remove(path):
         (
             lambda r: (r / "train" / "new").mkdir(),
             {},
-            "'train' and 'validation' in .* differ: only 'train' has 'new'$",
+            "'train' and 'validation' in .* differ: only 'train' has 'new': add",
         ),
-        (lambda r: remove(r / "validation" / "cat"), {}, "differ: only 'train' has 'cat'$"),
+        (lambda r: remove(r / "validation" / "cat"), {}, "differ: only 'train' has 'cat': add"),
         (
             lambda r: [(r / split / "none").mkdir() for split in ("train", "validation")],
             {},

@@ -188,7 +188,7 @@ def load(source, *arguments):
         (["--config.train.steps", "5"], "train.steps", 5),
         (["-config.train.steps=5"], "train.steps", 5),
         (["--config.train.steps=4", "--config.train.steps=5"], "train.steps", 5),
-        (["--config.train.l2", "-1"], "train.l2", -1.0),
+        (["--config.train.l2", "1"], "train.l2", 1.0),
         (["--config.train.l2=1e-3"], "train.l2", 1e-3),
         (["--config.data.mirror"], "data.mirror", True),
         (["--config.data.mirror=false"], "data.mirror", False),
@@ -312,7 +312,7 @@ def test_a_config_in_any_folder_imports_those_of_the_package(tmp_path, monkeypat
         ),
         (
             "def get_config():\n  return 3",
-            r"get_config\(\) of .* does not return a ConfigDict",
+            r"get_config\(\) of .* returns an object of type int: expected a C",
         ),
         ("def get_config(number):\n  return 3", "needs an argument: expected .*mine.py:ARGUMENT"),
         (

@@ -550,7 +550,7 @@ def test_mixed_precision_trains_and_restores_the_dtype_policy(tmp_path):
         ({"train.momentum": 1.5}, "train.momentum=1.5 is invalid"),
         ({"train.l2": float("inf")}, "train.l2=inf is invalid: expected 0 or more"),
         ({"train.ema": 1.0}, "train.ema=1.0 is invalid: expected 0 or more and less than 1"),
-        ({"train.ema": 0.9}, "train.ema is set, but the moving statistics .* population.when"),
+        ({"train.ema": 0.9}, "train.ema is set and requires .* set population.when"),
         ({"train.label_smoothing": -0.1}, "train.label_smoothing=-0.1 is invalid"),
         ({"train.until_accuracy": 72.2}, "train.until_accuracy=72.2 is invalid"),
         ({"train.retries": -1}, "train.retries=-1 is invalid"),

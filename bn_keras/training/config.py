@@ -308,8 +308,10 @@ def check_config(config: ConfigDict) -> None:
 
 def _check_sizes(config: ConfigDict) -> None:
     """Raises UsageError for a number so large that counts would overflow."""
+    lengths = ("train.epochs", "evaluation.every_epochs")
     for key, value in flatten(config).items():
-        if isinstance(value, int | float) and abs(value) > _LARGEST:
+        is_count = isinstance(value, int) or key in lengths
+        if is_count and abs(value) > _LARGEST:
             raise UsageError(
                 f"{key}={value} is invalid: expected a number from {-_LARGEST:,} to {_LARGEST:,}"
             )

@@ -74,8 +74,8 @@ def load_config(source: str) -> ConfigDict:
         config = get_config(*arguments)
     if not isinstance(config, ConfigDict):
         raise UsageError(
-            f"get_config() of config {name!r} returns a {type(config).__name__}: expected a"
-            " ConfigDict"
+            f"get_config() of config {name!r} returns an object of type {type(config).__name__}:"
+            " expected a ConfigDict"
         )
     return _apply_to_schema(config, source)
 

@@ -9,7 +9,7 @@ from bn_keras.models.bn_inception import FIGURE_5, PRESETS, STEMS, Row
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Widths of the drawing of modules, and of a box in it.
-_WIDTH, _BOX = 720, 118
+_WIDTH, _BOX = 720, 108
 _BRANCHES = ("branch1", "branch2", "branch3", "branch4")
 
 
