@@ -666,7 +666,8 @@ def _draw_ablations(results: Results) -> _Plot:
             marker = "o" if accuracy else "x"
             axes.plot(accuracy, row, marker, color=color if row == 0 else "black")
     axes.set_yticks(range(len(groups)), [group.title for group in groups])
-    axes.invert_yaxis()
+    # The first network at the top.
+    axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_xlabel("best validation accuracy")
     axes.xaxis.set_major_locator(MaxNLocator(5))
     format_percent(axes.xaxis)
