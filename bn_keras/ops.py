@@ -250,12 +250,14 @@ def _should_fuse_training(
 ) -> bool:
     if x.dtype not in _FUSED_DTYPES or _is_compiled_by_xla():
         return False
+    # Each ghost batch takes a call of its own, so that the graph grows with their number.
+    ghost_size = _num_values(x, _TRAINING_BATCH_SIZE) / num_ghosts
+    if num_ghosts > 1 and ghost_size < _MIN_SIZE_TO_FUSE_TRAINING / 2:
+        return False
     if _is_on_accelerator():
         # The synchronized gradient needs the kernel's gradient of inference, which on GPUs adds in
         # no fixed order and is refused by tf.config.experimental.enable_op_determinism.
-        return not is_synchronized and (num_ghosts == 1 or _is_large_ghost(x, num_ghosts))
-    if num_ghosts > 1 and not _is_large_ghost(x, num_ghosts):
-        return False
+        return not is_synchronized
     return _is_large(x, axes, _TRAINING_BATCH_SIZE, _MIN_SIZE_TO_FUSE_TRAINING)
 
 
@@ -277,15 +279,13 @@ def _is_large(x: tf.Tensor, axes: Sequence[int], batch_size: int, min_size: int)
     if threads == 1:
         # Waking other threads, most of the cost of a small call, is not needed.
         min_size //= 16
-    size = math.prod(batch_size if d is None else d for d in x.shape)
     channels = math.prod(x.shape[a] for a in axes)
-    return size >= min_size and channels >= _MIN_CHANNELS_TO_FUSE
+    return _num_values(x, batch_size) >= min_size and channels >= _MIN_CHANNELS_TO_FUSE
 
 
-def _is_large_ghost(x: tf.Tensor, num_ghosts: int) -> bool:
-    """Returns whether a ghost batch is worth a call of the kernel."""
-    size = math.prod(_TRAINING_BATCH_SIZE if d is None else d for d in x.shape)
-    return size / num_ghosts >= _MIN_SIZE_TO_FUSE_TRAINING / 2
+def _num_values(x: tf.Tensor, batch_size: int) -> int:
+    """Returns the number of values of x; batch_size replaces sizes that are not static."""
+    return math.prod(batch_size if d is None else d for d in x.shape)
 
 
 def _has_tangents(*tensors: tf.Tensor | None) -> bool:
