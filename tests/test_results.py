@@ -1,0 +1,38 @@
+"""The reports in docs/results follow from the records of the runs beside them."""
+
+import pathlib
+import re
+import shlex
+import shutil
+
+import pytest
+from commands import launch
+
+RESULTS = pathlib.Path(__file__).resolve().parent.parent / "docs" / "results"
+# The line that shows the report's command.
+COMMAND = re.compile(r"^    .*\breproduce (.+)$", re.M)
+
+
+@pytest.mark.parametrize("name", ["figure1"])
+def test_a_report_follows_from_the_records_of_its_runs(name, tmp_path):
+    kept = RESULTS / name
+    report = (kept / "report.md").read_text()
+    *arguments, workdir = shlex.split(COMMAND.search(report)[1])
+    assert workdir.startswith("--workdir=")
+    for config in kept.glob("*/config.json"):
+        shutil.copytree(config.parent, tmp_path / config.parent.name)
+
+    again = launch("reproduce", *arguments, f"--workdir={tmp_path}", "--report_only")
+
+    assert again.returncode == 0, again.stderr
+    assert re.search(r"reporting (\d+) of \1 runs", again.stderr), again.stderr
+    assert COMMAND.sub("", (tmp_path / "report.md").read_text()) == COMMAND.sub("", report)
+    plots = sorted(path.name for path in kept.glob("*.svg"))
+    assert plots == sorted(path.name for path in tmp_path.glob("*.svg"))
+    for plot in plots:
+        assert labels(tmp_path / plot) == labels(kept / plot), plot
+
+
+def labels(plot):
+    """Returns the texts of a plot, which do not depend on matplotlib's version."""
+    return re.findall(r"<!-- (.*?) -->", plot.read_text())
