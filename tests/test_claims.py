@@ -507,7 +507,12 @@ def test_without_runs_only_the_layer_is_measured(tmp_path):
     assert section.summary == start
     assert section.plots == {}
     write_report("Nothing", [section], {}, tmp_path, "command")
-    assert "<strong>not run</strong>" in (tmp_path / "report.html").read_text()
+    table, _, untested = section.body.partition("Not run, because a run is missing")
+    assert table.count("**holds**") == 3 and "not run" not in table
+    assert untested.count(": no run)\n") == len(CLAIMS) - 3
+    assert "- Inception diverges at 5 times its learning rate (Inception" in untested
+    page = (tmp_path / "report.html").read_text()
+    assert page.count(": no run)</li>") == len(CLAIMS) - 3
 
 
 # --- Scale invariance, section 3.3.

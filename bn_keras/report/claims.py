@@ -101,18 +101,20 @@ def build_claims(results: Results) -> Section:
 
     Args:
       results: runs of the five networks and of bn_keras/experiments/claim_runs.py. A claim whose
-        runs are missing or unfinished is marked as not run.
+        runs are missing or unfinished is listed below the table of the others.
     """
     judgements = {claim: check_claim(claim, results) for claim in CLAIMS}
     rows = [
         (claim.section, claim.sentence, judgement.measured, f"**{judgement.verdict}**")
         for claim, judgement in judgements.items()
+        if judgement.verdict != NOT_RUN
     ]
     counts = count_verdicts(judgement.verdict for judgement in judgements.values())
     plots = _draw_plots(results)
     longer = _compare_with_longer_inception(results)
     body = [
         markdown_table(("section", "claim", "measured", "verdict"), rows, left=4),
+        *_list_untested(judgements),
         *(f"![{p.description}]({name})\n\n{p.description}. {p.key}" for name, p in plots.items()),
         *(f"### {section.title}\n\n{section.body}" for section in longer),
         "### Rules for the verdicts",
@@ -128,7 +130,7 @@ def build_claims(results: Results) -> Section:
         "The paper's claims, one by one",
         "\n\n".join(body),
         figures,
-        " ".join((f"Of {len(rows)} claims, {counts}.", *(section.summary for section in longer))),
+        " ".join((f"Of {len(judgements)} claims, {counts}.", *(section.summary for section in longer))),
     )
 
 
@@ -545,9 +547,8 @@ def _list_rules(results: Results) -> str:
         " good networks, this rule finds a difference in one of twenty comparisons. A diverged run"
         " counts as 0%.",
         f"*{TOO_CLOSE.capitalize()}*: the difference is within the margin.",
-        f"*{NO_VERDICT.capitalize()}*: every network has a single seed, or the notes below say why."
-        f" *{NOT_RUN.capitalize()}*: a run is missing or unfinished, or this scale does not have"
-        " the change.",
+        f"*{NO_VERDICT.capitalize()}*: every network has a single seed, or the notes below say"
+        " why.",
         "A change does not hurt unless undoing it makes the network better. Harm below the margin"
         " is not detected.",
         f"*At chance*: an accuracy below {CHANCE_FACTOR:g} times that of guessing. *Diverges*: the"
@@ -569,6 +570,18 @@ def _describe_seeds(results: Results) -> str:
         return f"The five networks have {counted(counts[X5], 'seed')}, all other runs have one."
     several = [f"{title} has {count} seeds" for title, count in counts.items() if count > 1]
     return f"{join_words(several)}; all other networks have one." if several else ""
+
+
+def _list_untested(judgements: Mapping[Claim, Judgement]) -> list[str]:
+    claims = [
+        f"- {claim.sentence} ({judgement.measured})"
+        for claim, judgement in judgements.items()
+        if judgement.verdict == NOT_RUN
+    ]
+    if not claims:
+        return []
+    reason = "a run is missing or unfinished, or this scale does not have the change"
+    return [f"{NOT_RUN.capitalize()}, because {reason}:", "\n".join(claims)]
 
 
 def _list_notes(judgements: Mapping[Claim, Judgement]) -> list[str]:
