@@ -216,7 +216,9 @@ def test_folders_without_a_run_and_other_networks_are_rejected(tmp_path):
         evaluate_networks([tmp_path])
     config = small_mlp(**{"train.steps": 2})
     Workdir(tmp_path).create(config, (8, 8, 1), "0123456789")
-    with pytest.raises(UsageError, match="no checkpoint of a trained network.* continue its training"):
+    with pytest.raises(
+        UsageError, match="no checkpoint of a trained network.* continue its training"
+    ):
         evaluate_networks([tmp_path])
     with pytest.raises(UsageError, match="describes another network than the run"):
         evaluate_networks([tmp_path], small_mlp(**{"model.variant": "baseline"}))

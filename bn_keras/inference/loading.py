@@ -77,7 +77,9 @@ def load_trained(
     network = restore_network(run, _best if best else _finished_or_latest, strategy)
     if network is None:
         # A finished run has no training to continue: its checkpoints were deleted, or not copied.
-        advice = "restore it from a copy of the run" if run.is_finished() else "continue its training"
+        advice = (
+            "restore it from a copy of the run" if run.is_finished() else "continue its training"
+        )
         raise UsageError(
             f"the run in {run.path} has no {'best ' if best else ''}checkpoint of a trained network"
             f" that can be read: {advice}"

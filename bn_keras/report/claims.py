@@ -130,7 +130,9 @@ def build_claims(results: Results) -> Section:
         "The paper's claims, one by one",
         "\n\n".join(body),
         figures,
-        " ".join((f"Of {len(judgements)} claims, {counts}.", *(section.summary for section in longer))),
+        " ".join(
+            (f"Of {len(judgements)} claims, {counts}.", *(section.summary for section in longer))
+        ),
     )
 
 
