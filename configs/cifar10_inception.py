@@ -2,7 +2,7 @@
 
     bn-keras train --config=cifar10_inception --workdir=runs/cifar10_inception
 
-One to two hours on one core. Expected: 75.2% test accuracy (one seed).
+One to two and a half hours on one core. Expected: 75.2% test accuracy (one seed).
 
 The base rate was chosen in this search for Inception,
 
@@ -38,7 +38,8 @@ def get_config() -> ConfigDict:
     config.schedule.base_rate = BASE_RATE
     config.train.steps = 31_250
     # This run is a miniature of the 6e6 steps of the paper's best network. Its decay is faster in
-    # proportion: the accelerated networks end at 1% of their rate, as in the paper.
+    # proportion: the accelerated networks end at 1% of their rate, as GoogLeNet's
+    # decay gives over 6e6 steps.
     config.schedule.decay_epochs *= config.train.steps / 6e6 * IMAGENET_TRAIN_EXAMPLES / 50_000
     config.train.steps_per_loop = 50
     config.evaluation.every_steps = 1250

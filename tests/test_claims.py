@@ -256,11 +256,23 @@ def test_every_claim_holds_if_runs_behave_as_in_the_paper():
         ("Removing dropout", {titles.ABLATIONS["dropout"]: (0.575,)}, TOO_CLOSE),
         ("Removing dropout", {titles.ABLATIONS["dropout"]: (0.576,)}, FAILS),
         ("Weaker distortions", {titles.ABLATIONS["distortions"]: (0.515,)}, HOLDS),
-        ("Weaker distortions", {titles.ABLATIONS["distortions"]: (0.575,)}, HOLDS),
-        ("Weaker distortions", {titles.ABLATIONS["distortions"]: (0.585,)}, FAILS),
+        # The interval excludes a loss of one point, does not, or excludes a gain.
+        ("Weaker distortions", {titles.ABLATIONS["distortions"]: (0.533,)}, HOLDS),
+        ("Weaker distortions", {titles.ABLATIONS["distortions"]: (0.535,)}, TOO_CLOSE),
+        ("Weaker distortions", {titles.ABLATIONS["distortions"]: (0.575,)}, TOO_CLOSE),
+        ("Weaker distortions", {titles.ABLATIONS["distortions"]: (0.576,)}, FAILS),
         # The margin is at least the standard error: half a point for 55% of 10,000 images.
         ("Within-shard", EQUAL_SEEDS | {titles.ABLATIONS["shuffling"]: (0.546,)}, TOO_CLOSE),
         ("Within-shard", EQUAL_SEEDS | {titles.ABLATIONS["shuffling"]: (0.544,)}, HOLDS),
+        # Other networks, less accurate, have a larger standard error.
+        (
+            "Within-shard",
+            EQUAL_SEEDS | {"BN-x5": (0.95,) * 3, titles.ABLATIONS["shuffling"]: (0.947,)},
+            HOLDS,
+        ),
+        # A significant loss that is surely below one point.
+        ("Weaker distortions", EQUAL_SEEDS | {titles.ABLATIONS["distortions"]: (0.554,)}, HOLDS),
+        ("Weaker distortions", EQUAL_SEEDS | {titles.ABLATIONS["distortions"]: (0.556,)}, FAILS),
         # Without several seeds of any network, there is no verdict.
         ("Within-shard", SINGLE_SEEDS | {titles.ABLATIONS["shuffling"]: (0.2,)}, NO_VERDICT),
         ("Weaker distortions", SINGLE_SEEDS, NO_VERDICT),
@@ -273,7 +285,8 @@ def test_every_claim_holds_if_runs_behave_as_in_the_paper():
         ("Adding BN alone", {"BN-Baseline": (0.65, 0.66, 0.67)}, FAILS),
         ("Inception with the same changes", {titles.CONTROL: (0.60,)}, FAILS),
         ("With BN, a higher learning rate", {titles.X5_AT_RATE_1: (0.60,)}, FAILS),
-        ("BN-x30's learning rate is not", {titles.X30_AT_HALF: (0.585,)}, HOLDS),
+        ("BN-x30's learning rate is not", {titles.X30_AT_HALF: (0.535,)}, HOLDS),
+        ("BN-x30's learning rate is not", {titles.X30_AT_HALF: (0.585,)}, TOO_CLOSE),
         ("BN-x30's learning rate is not", {titles.X30_AT_HALF: (0.595,)}, FAILS),
         ("With BN, networks train", {"BN-x30": (0.5, 0.5, 0.14)}, FAILS),
         ("With BN, a network with sigmoids", {"BN-x5-Sigmoid": (0.16,)}, HOLDS),

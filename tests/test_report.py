@@ -69,7 +69,7 @@ CURVES = {
     "BN-Baseline": [(0.5, 0.7, 0.82), (0.5, 0.7, 0.84)],
     "BN-x5": [(0.81, 0.83), (0.83, 0.85)],
     "BN-x30": [(0.7, 0.9), (0.6, 0.92)],
-    "BN-x5-Sigmoid": [(0.6, 0.75), (0.6, 0.77)],
+    "BN-x5-Sigmoid": [(0.6, 0.72), (0.6, 0.74)],
 }
 
 
@@ -168,7 +168,7 @@ def test_the_table_shows_means_over_seeds():
         "BN-Baseline": ["30", "13.3 million", "1.3", "2.3", "83.0% (82.0% to 84.0%)", "72.7%"],
         "BN-x5": ["10", "2.1 million", "4.0", "14.8", "84.0% (83.0% to 85.0%)", "73.0%"],
         "BN-x30": ["20", "2.7 million", "2.0", "11.5", "91.0% (90.0% to 92.0%)", "74.8%"],
-        "BN-x5-Sigmoid": ["never", "never", "-", "-", "76.0% (75.0% to 77.0%)", "69.8%"],
+        "BN-x5-Sigmoid": ["never", "never", "-", "-", "73.0% (72.0% to 74.0%)", "69.8%"],
     }
 
 
@@ -239,7 +239,7 @@ def test_a_statement_that_holds_in_each_seed_holds():
             {"BN_Baseline": [(0.3,)] * 2, "BN_x5": [(0.3,)] * 2},
             ["BN-x5 reaches .* than BN-x30"],
         ),
-        ({"BN_x5_Sigmoid": [(0.85,), (0.86,)]}, ["BN-x5-Sigmoid never"]),
+        ({"BN_x5_Sigmoid": [(0.87,), (0.88,)]}, ["BN-x5-Sigmoid never"]),
     ],
 )
 def test_a_statement_that_holds_in_no_seed_does_not_hold(changes, otherwise):
@@ -269,9 +269,10 @@ def test_a_statement_on_which_seeds_disagree_is_too_close_to_call():
     [
         # Equal numbers of steps.
         ({"BN_Baseline": [(0.1, 0.7, 0.7, 0.82)] * 2}, "BN-Baseline reaches"),
-        # Accuracies within the standard error of 400 images: 1.8 points for 85%, 2.0 for 80%.
-        ({"BN_x30": [(0.7, 0.845), (0.6, 0.84)]}, "BN-x30 has the highest"),
-        ({"BN_x5_Sigmoid": [(0.815,)] * 2}, "BN-x5-Sigmoid never"),
+        # 400 images have standard errors of 1.8 points at 85% and 2.0 at 80%: differences of 4.9
+        # (85% and 85%) and 5.5 points (80% and 80%) have a chance of 5% between equal networks.
+        ({"BN_x30": [(0.7, 0.875), (0.6, 0.88)]}, "BN-x30 has the highest"),
+        ({"BN_x5_Sigmoid": [(0.845,)] * 2}, "BN-x5-Sigmoid never"),
     ],
 )
 def test_a_tie_is_not_a_failure(changes, statement):

@@ -64,6 +64,8 @@ from bn_keras.text import counted
 
 # An accuracy below this multiple of the accuracy of guessing is at chance.
 CHANCE_FACTOR = 1.5
+# A network that is worse by less than this is not counted as worse.
+TOLERANCE = 0.01
 # Largest relative deviation that rounding explains.
 ROUNDING = {"float64": 1e-12, "float32": 1e-4}
 
@@ -233,22 +235,23 @@ def _outpaces_longer_inception(results: Results) -> Judgement:
 
 
 def _is_not_worse(title: str, other: str, results: Results) -> Judgement:
-    return _accept_too_close(_is_better(title, other, results))
+    difference = compare(results, title, other)
+    verdict = difference.verdict_not_worse(TOLERANCE)
+    return Judgement(difference.measured, verdict, difference.resolution)
 
 
 def _helps(change: str, results: Results) -> Judgement:
     """Tests whether BN-x5 is better than without the change."""
-    found = _is_better(X5, ABLATIONS[change], results)
-    return found._replace(note=f"{_describe_change(change, results)} {found.note}")
+    return _with_note(change, results, _is_better(X5, ABLATIONS[change], results))
 
 
 def _does_not_hurt(change: str, results: Results) -> Judgement:
     """Tests whether BN-x5 is not worse than without the change."""
-    return _accept_too_close(_helps(change, results))
+    return _with_note(change, results, _is_not_worse(X5, ABLATIONS[change], results))
 
 
-def _accept_too_close(found: Judgement) -> Judgement:
-    return found._replace(verdict=HOLDS) if found.verdict == TOO_CLOSE else found
+def _with_note(change: str, results: Results, found: Judgement) -> Judgement:
+    return found._replace(note=f"{_describe_change(change, results)} {found.note}")
 
 
 # --- Notes on the runs.
@@ -546,13 +549,16 @@ def _list_rules(results: Results) -> str:
         " half the width of the 95% confidence interval of the difference (Student's t), at least"
         " the standard error of an accuracy. The standard deviation between seeds is taken to be"
         " equal for all networks, and is estimated from those with several seeds. Between equally"
-        " good networks, this rule finds a difference in one of twenty comparisons. A diverged run"
-        " counts as 0%.",
+        " good networks, this rule finds a difference in one of twenty comparisons, so that among"
+        " as many as here one error is likely; it errs more often for networks that vary more than"
+        " the others. A diverged run counts as 0%.",
         f"*{TOO_CLOSE.capitalize()}*: the difference is within the margin.",
         f"*{NO_VERDICT.capitalize()}*: every network has a single seed, or the notes below say"
         " why.",
-        "A change does not hurt unless undoing it makes the network better. Harm below the margin"
-        " is not detected.",
+        f"*Does not hurt*, *is not more accurate*: the confidence interval excludes a loss of"
+        f" {format_points(TOLERANCE)} or more.",
+        '*Shuffling*: data in memory are a single shard, whose examples "by shards only" leaves in'
+        " the same order in every epoch. The paper compares two ways of shuffling.",
         f"*At chance*: an accuracy below {CHANCE_FACTOR:g} times that of guessing. *Diverges*: the"
         " loss or a weight becomes non-finite, which ends the run. *Trains*: no seed diverges or"
         " stays at chance.",

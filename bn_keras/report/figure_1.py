@@ -11,7 +11,7 @@ from matplotlib.ticker import EngFormatter
 
 from bn_keras.errors import UsageError
 from bn_keras.experiments.titles import WITH_BN, WITHOUT_BN
-from bn_keras.report.margins import reaches_sooner
+from bn_keras.report.margins import reaches_sooner, tie_margin
 from bn_keras.report.plots import (
     FIGURE_WIDTH,
     STYLES,
@@ -266,8 +266,9 @@ _TERMS = (
 )
 
 _NOT_TESTED = (
-    "The paper states neither the learning rate nor the scale of the initial weights, and values"
-    " other than ours were not tested."
+    "The statements on the input concern the recorded unit alone. The paper states neither the"
+    " learning rate nor the scale of the initial weights, and values other than ours were not"
+    " tested."
 )
 
 
@@ -346,8 +347,7 @@ def _is_better(with_bn: Run, without: Run) -> list[Outcome]:
     own, other = with_bn.best_accuracy, without.best_accuracy
     if not (own and other):
         return []
-    margin = max(with_bn.standard_error(own), without.standard_error(other))
-    return [exceeds(own - other, margin)]
+    return [exceeds(own - other, tie_margin(with_bn, without))]
 
 
 def _is_steadier(measure: _Measure, later: bool = False) -> _Test:
@@ -380,5 +380,4 @@ def _test_statements(runs: Results) -> list[str]:
         statement: [outcome for pair in pairs for outcome in test(*pair)]
         for statement, test in _STATEMENTS.items()
     }
-    parts = [tabulate_verdicts(outcomes), explain_verdicts(len(pairs))]
-    return parts if all(map(all, outcomes.values())) else [*parts, _NOT_TESTED]
+    return [tabulate_verdicts(outcomes), explain_verdicts(len(pairs)), _NOT_TESTED]

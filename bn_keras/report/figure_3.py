@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from bn_keras.experiments.titles import BASELINE, INCEPTION, X5, X5_SIGMOID, X30
 from bn_keras.report import published
 from bn_keras.report.five_networks import FiveNetworks
-from bn_keras.report.margins import reaches_sooner
+from bn_keras.report.margins import reaches_sooner, tie_margin
 from bn_keras.report.plots import FIGURE_WIDTH, draw_curves, label_lines
 from bn_keras.report.sections import (
     Section,
@@ -264,17 +264,12 @@ def _is_faster(first: str, second: str) -> _Test:
 def _x30_is_best(runs: Mapping[str, Run], target: float) -> Outcome:
     others = [runs[title] for title in published.FIGURE_3 if title != X30]
     best = max(others, key=lambda run: run.best_accuracy)
-    return _is_above(runs[X30].best_accuracy, best.best_accuracy, runs[X30], best)
+    return exceeds(runs[X30].best_accuracy - best.best_accuracy, tie_margin(runs[X30], best))
 
 
 def _sigmoid_misses_target(runs: Mapping[str, Run], target: float) -> Outcome:
-    return _is_above(target, runs[X5_SIGMOID].best_accuracy, runs[X5_SIGMOID])
-
-
-def _is_above(accuracy: float, other: float, *runs: Run) -> Outcome:
-    """Compares two accuracies; they tie within the highest standard error of the runs' best."""
-    margin = max(run.standard_error(run.best_accuracy) for run in runs)
-    return exceeds(accuracy - other, margin)
+    sigmoid = runs[X5_SIGMOID]
+    return exceeds(target - sigmoid.best_accuracy, tie_margin(sigmoid, runs[INCEPTION]))
 
 
 _STATEMENTS: Mapping[str, _Test] = {

@@ -9,7 +9,15 @@ from typing import NamedTuple
 import scipy.stats
 
 from bn_keras.report.sections import escape
-from bn_keras.report.verdicts import NO_VERDICT, TOO_CLOSE, Outcome, exceeds, judge
+from bn_keras.report.verdicts import (
+    FAILS,
+    HOLDS,
+    NO_VERDICT,
+    TOO_CLOSE,
+    Outcome,
+    exceeds,
+    judge,
+)
 from bn_keras.runs.history import ACCURACY, Results, Run, Spread
 
 
@@ -63,6 +71,16 @@ def reaches_sooner(run: Run, other: Run, accuracy: float) -> Outcome:
     return run.is_faster(other, accuracy)
 
 
+def tie_margin(*runs: Run) -> float:
+    """Returns the difference of two runs' best accuracies below which they tie.
+
+    It is half the width of the difference's 95% confidence interval due to the number of validation
+    images. Both runs classify the same images, which makes the true interval narrower.
+    """
+    errors = (run.standard_error(run.best_accuracy) for run in runs)
+    return 1.96 * math.hypot(*errors)
+
+
 def _has_diverged(run: Run, step: int) -> bool:
     return run.diverged_at is not None and run.diverged_at <= step
 
@@ -109,7 +127,7 @@ class SeedVariation(NamedTuple):
       stddev: standard deviation of an accuracy, pooled over networks with several seeds.
       degrees_of_freedom: number of their runs minus the number of the networks; 0 if no network has
         several seeds.
-      standard_error: highest standard error of an accuracy due to the number of images.
+      standard_error: highest standard error of a compared accuracy due to the number of images.
     """
 
     stddev: float
@@ -158,7 +176,8 @@ def seed_variation(results: Results, step: int, *groups: Group) -> SeedVariation
             continue
         with contextlib.suppress(NotRunError):
             others.append(Group.of(ended_runs(results, title), step))
-    return SeedVariation.of([*groups, *(group for group in others if not group.num_diverged)])
+    variation = SeedVariation.of([*groups, *(g for g in others if not g.num_diverged)])
+    return variation._replace(standard_error=max(group.standard_error for group in groups))
 
 
 class Difference(NamedTuple):
@@ -185,12 +204,20 @@ class Difference(NamedTuple):
         """Verdict on the claim."""
         return NO_VERDICT if self.margin is None else judge([exceeds(self.gap, self.margin)])
 
+    def verdict_not_worse(self, tolerance: float) -> str:
+        """Returns the verdict on the claim that a loss of `tolerance` or more is excluded."""
+        if self.margin is None:
+            return NO_VERDICT
+        if self.gap - self.margin > -tolerance:
+            return HOLDS
+        return FAILS if self.gap < -self.margin else TOO_CLOSE
+
     @property
     def resolution(self) -> str:
         """Sentence on what these runs cannot resolve; empty if the verdict is clear."""
         if self.margin is None:
             return "With one seed of every network, the variation between seeds is unknown."
-        if self.verdict == TOO_CLOSE:
+        if abs(self.gap) <= self.margin:
             return f"These runs cannot resolve differences below {format_points(self.margin)}."
         return ""
 

@@ -74,7 +74,8 @@ def explain_verdicts(num_seeds: int) -> str:
     """Explains the verdicts of a table whose statements are tested in this many seeds."""
     text = (
         "A statement holds if it holds in every seed. A tie is a difference below the resolution:"
-        " equal numbers, or accuracies within one standard error."
+        " equal numbers, or accuracies so close that the number of images leaves open which is"
+        " higher (95% confidence)."
     )
     if num_seeds == 1:
         return (
