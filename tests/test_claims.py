@@ -469,6 +469,12 @@ def test_only_networks_with_varying_seeds_show_how_much_seeds_vary():
     assert SeedVariation.of([single]).margin(1, 1) is None
 
 
+def test_the_rules_list_how_much_the_seeds_of_each_network_vary():
+    body = build_claims(all_results(**SINGLE_SEEDS | {"BN-x5": (0.54, 0.55, 0.56)})).body
+    assert "estimated from those with several seeds (BN-x5 1.0 points). Between" in body
+    assert "from those with several seeds. Between" in build_claims({}).body
+
+
 def test_the_rules_name_the_networks_with_several_seeds():
     body = build_claims(all_results(**SINGLE_SEEDS | {"BN-x5": (0.54, 0.55, 0.56)})).body
     assert "BN-x5 has 3 seeds; all other networks have one. Several seeds are shown" in body

@@ -1,5 +1,6 @@
 """The paper's claims that runs can test, each with the measurement and a verdict."""
 
+import contextlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -548,7 +549,8 @@ def _list_rules(results: Results) -> str:
         "One network is better than another if its mean accuracy is higher by more than the margin:"
         " half the width of the 95% confidence interval of the difference (Student's t), at least"
         " the standard error of an accuracy. The standard deviation between seeds is taken to be"
-        " equal for all networks, and is estimated from those with several seeds. Between equally"
+        " equal for all networks, and is estimated from those with several seeds"
+        f"{_describe_variation(results)}. Between equally"
         " good networks, this rule finds a difference in one of twenty comparisons, so that among"
         " as many as here one error is likely; it errs more often for networks that vary more than"
         " the others. A diverged run counts as 0%.",
@@ -578,6 +580,19 @@ def _describe_seeds(results: Results) -> str:
         return f"The five networks have {counted(counts[X5], 'seed')}, all other runs have one."
     several = [f"{title} has {count} seeds" for title, count in counts.items() if count > 1]
     return f"{join_words(several)}; all other networks have one." if several else ""
+
+
+def _describe_variation(results: Results) -> str:
+    """Returns the standard deviation of each network with several seeds, in parentheses."""
+    deviations = []
+    for title in results:
+        with contextlib.suppress(NotRunError):
+            runs = ended_runs(results, title)
+            group = Group.of(runs, common_steps(*runs))
+            if len(runs) > 1 and not group.num_diverged:
+                points = format_points(statistics.stdev(group.accuracies))
+                deviations.append(f"{escape(title)} {points}")
+    return f" ({', '.join(deviations)})" if deviations else ""
 
 
 def _list_untested(judgements: Mapping[Claim, Judgement]) -> list[str]:
