@@ -38,8 +38,8 @@ def get_config() -> ConfigDict:
     config.schedule.base_rate = BASE_RATE
     config.train.steps = 31_250
     # This run is a miniature of the 6e6 steps of the paper's best network. Its decay is faster in
-    # proportion: the accelerated networks end at 1% of their rate, as GoogLeNet's
-    # decay gives over 6e6 steps.
+    # proportion: the accelerated networks end at 1% of their rate, to which GoogLeNet's decay leads
+    # over 6e6 steps.
     config.schedule.decay_epochs *= config.train.steps / 6e6 * IMAGENET_TRAIN_EXAMPLES / 50_000
     config.train.steps_per_loop = 50
     config.evaluation.every_steps = 1250

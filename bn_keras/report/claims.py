@@ -550,10 +550,10 @@ def _list_rules(results: Results) -> str:
         " half the width of the 95% confidence interval of the difference (Student's t), at least"
         " the standard error of an accuracy. The standard deviation between seeds is taken to be"
         " equal for all networks, and is estimated from those with several seeds"
-        f"{_describe_variation(results)}. Between equally"
-        " good networks, this rule finds a difference in one of twenty comparisons, so that among"
-        " as many as here one error is likely; it errs more often for networks that vary more than"
-        " the others. A diverged run counts as 0%.",
+        f"{_describe_variation(results)}. Between equally good networks, this rule finds a"
+        " difference in one of twenty comparisons, so that among as many as here one error is"
+        " likely; it errs more often for networks that vary more than the others. A diverged run"
+        " counts as 0%.",
         f"*{TOO_CLOSE.capitalize()}*: the difference is within the margin.",
         f"*{NO_VERDICT.capitalize()}*: every network has a single seed, or the notes below say"
         " why.",

@@ -135,18 +135,17 @@ class SeedVariation(NamedTuple):
     standard_error: float
 
     @classmethod
-    def of(cls, groups: Iterable[Group]) -> "SeedVariation":
+    def of(cls, compared: Sequence[Group], others: Iterable[Group] = ()) -> "SeedVariation":
         """Estimates the variation from groups with several seeds; a diverged run counts as 0."""
-        groups = list(groups)
         deviations = [
             [accuracy - group.mean for accuracy in group.accuracies]
-            for group in groups
+            for group in (*compared, *others)
             if 1 < len(group.accuracies) != group.num_diverged
         ]
         freedom = sum(len(values) - 1 for values in deviations)
         squares = sum(d * d for values in deviations for d in values)
         stddev = math.sqrt(squares / freedom) if freedom else math.nan
-        return cls(stddev, freedom, max(group.standard_error for group in groups))
+        return cls(stddev, freedom, max(group.standard_error for group in compared))
 
     def margin(self, *num_seeds: int) -> float | None:
         """Computes the margin of a sum or difference of mean accuracies over so many seeds each.
@@ -176,8 +175,7 @@ def seed_variation(results: Results, step: int, *groups: Group) -> SeedVariation
             continue
         with contextlib.suppress(NotRunError):
             others.append(Group.of(ended_runs(results, title), step))
-    variation = SeedVariation.of([*groups, *(g for g in others if not g.num_diverged)])
-    return variation._replace(standard_error=max(group.standard_error for group in groups))
+    return SeedVariation.of(groups, (group for group in others if not group.num_diverged))
 
 
 class Difference(NamedTuple):
