@@ -48,7 +48,7 @@ def as_bool(name: str, value: Any) -> bool:
     raise UsageError(f"{name}={value!r} is invalid: expected True or False")
 
 
-def as_fraction_kept(name: str, value: Any) -> float:
+def as_momentum(name: str, value: Any) -> float:
     """Returns a momentum as a float.
 
     Raises:

@@ -13,7 +13,7 @@ from bn_keras.arguments import (
     as_axis,
     as_bool,
     as_epsilon,
-    as_fraction_kept,
+    as_momentum,
     as_renorm_clipping,
     as_size,
 )
@@ -113,7 +113,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         **kwargs: Any,
     ) -> None:
         # Converted by ours, whose messages say what is expected.
-        momentum = None if momentum is None else as_fraction_kept("momentum", momentum)
+        momentum = None if momentum is None else as_momentum("momentum", momentum)
         super().__init__(
             momentum=0.99 if momentum is None else momentum,
             epsilon=as_epsilon(epsilon),
@@ -135,7 +135,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self.momentum = momentum
         self.renorm = as_bool("renorm", renorm)
         self.renorm_clipping = as_renorm_clipping(renorm_clipping) if renorm else renorm_clipping
-        self.renorm_momentum = as_fraction_kept("renorm_momentum", renorm_momentum)
+        self.renorm_momentum = as_momentum("renorm_momentum", renorm_momentum)
         self.unbiased = as_bool("unbiased", unbiased)
         self.sync_group_size = as_size("sync_group_size", sync_group_size)
         self.virtual_batch_size = as_size("virtual_batch_size", virtual_batch_size)

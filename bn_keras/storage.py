@@ -52,7 +52,7 @@ def is_local(path: Path) -> bool:
 
 
 def is_temporary(error: Exception) -> bool:
-    """Returns whether an error of a bucket may be gone when the command is started again."""
+    """Returns whether an error is a bucket's and may not recur when the command is repeated."""
     return isinstance(error, tf.errors.OpError) and (
         isinstance(error, _TEMPORARY_ERRORS) or any(r in str(error) for r in _TEMPORARY_REASONS)
     )

@@ -15,7 +15,7 @@ def build_model(input_shape: tuple[int, ...], num_classes: int) -> keras.Model:
     for filters in (16, 32, 64):
         # Without a bias: beta of the next layer replaces it.
         model.add(keras.layers.Conv2D(filters, 3, strides=2, padding="same", use_bias=False))
-        # 0.9 keeps 90% of the moving statistics at each step, which suits short trainings.
+        # 0.9 keeps 90% of the moving statistics at each step, which suits short runs.
         model.add(BatchNormalization(momentum=0.9))
         model.add(keras.layers.Activation("relu"))
     model.add(keras.layers.GlobalAveragePooling2D())

@@ -9,10 +9,9 @@ Exit statuses:
   4: a cloud job failed, or `bn-keras tpu watch` gave up on it.
   75: a bucket does not answer, even after TensorFlow's own retries of about three minutes per
     request; the same command resumes later (EX_TEMPFAIL of `sysexits.h`).
-  130, 143: ended by SIGINT (Ctrl-C) or SIGTERM; a training saves first, and the same command
-    resumes it.
-  138: another worker was lost in a training on several machines; start all of them again to
-    resume.
+  130, 143: ended by SIGINT (Ctrl-C) or SIGTERM; a training run saves first, and the same
+    command resumes it.
+  138: another worker was lost in a run on several machines; start all of them again to resume.
   141: broken pipe, as in `... | head`.
 """
 
@@ -123,7 +122,7 @@ class Command:
         _accept_sigterm()
         # Flags are accepted after positional arguments, too.
         flags.FLAGS.set_gnu_getopt(True)
-        with _ending_process(), exit_statuses():
+        with _ending_process(), exiting_on_error():
             app.run(self._run_main, flags_parser=self._parse)
 
     @property
@@ -204,7 +203,7 @@ if multiprocessing.parent_process() is not None:
 
 
 @contextlib.contextmanager
-def exit_statuses() -> Iterator[None]:
+def exiting_on_error() -> Iterator[None]:
     """Turns an error that ends a command into one line and an exit status."""
     try:
         yield

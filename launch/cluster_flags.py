@@ -35,7 +35,7 @@ def apply_flags() -> bool:
         distribute.join_cluster(workers, worker)
     if distribute.is_evaluator():
         logging.info(
-            "nothing to do: the evaluator of TF_CONFIG is not needed, the workers evaluate"
+            "nothing to do: the workers evaluate, so the evaluator of TF_CONFIG is not needed"
         )
         return False
     return True

@@ -43,7 +43,7 @@ cluster_flags.define_cluster()
 def main() -> None:
     """Evaluates the networks and prints their errors."""
     from bn_keras.data.multi_crop import Crops
-    from bn_keras.inference.evaluation import choose_config, evaluate_networks, format_errors
+    from bn_keras.inference.evaluation import choose_config, evaluate_networks, format_error_rates
     from bn_keras.training.plan import describe_input
 
     workdirs, models = _WORKDIRS.value, _MODELS.value
@@ -64,7 +64,7 @@ def main() -> None:
         | {"crops": ", ".join(_CROPS.value)}
     )
     rows = evaluate_networks(workdirs, config, crops, models, _BEST.value, _PER_CLASS.value)
-    print("\n".join(map(json.dumps, rows)) if _JSON.value else format_errors(rows))
+    print("\n".join(map(json.dumps, rows)) if _JSON.value else format_error_rates(rows))
 
 
 COMMAND = cli.Command(__name__, main)

@@ -35,7 +35,7 @@ _NUM_EXAMPLES = flags.DEFINE_integer(
     "num_examples", 200, "Training images for the quantization.", lower_bound=1
 )
 _DATA_DIR = flags.DEFINE_string(
-    "data_dir", "", "Folder of the data for the quantization, if it is no longer the run's."
+    "data_dir", "", "Folder of the run's data, if it has moved; for the quantization."
 )
 _VALIDATION_SPLIT = flags.DEFINE_string(
     "validation_split",

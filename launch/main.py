@@ -29,7 +29,7 @@ COMMANDS = {
 
 def main() -> None:
     """Runs `bn-keras COMMAND ...`; without a command, fails and lists the commands."""
-    with cli.exit_statuses():
+    with cli.exiting_on_error():
         if len(sys.argv) < 2:
             print(format_commands(COMMANDS), file=sys.stderr)
             raise CommandError("COMMAND is missing: see above")

@@ -110,24 +110,24 @@ def _apply_flags(config: ConfigDict) -> ConfigDict:
 def _describe_runs(configs: Mapping[str, ConfigDict]) -> None:
     """Logs what is left to train; with --dry_run, also prints the runs in the order of training."""
     from bn_keras.experiments.paper import estimate_core_hours
-    from bn_keras.experiments.run_all import plan_all
+    from bn_keras.experiments.run_all import list_remaining
     from bn_keras.text import counted, format_duration, table
 
     rows, total, unknown = [], 0.0, False
-    plans = plan_all(configs, _WORKDIR.value)
-    for plan in plans:
-        config = configs[plan.title]
+    runs = list_remaining(configs, _WORKDIR.value)
+    for run in runs:
+        config = configs[run.title]
         hours = estimate_core_hours(config)
-        left = None if hours is None else 3600 * hours * plan.steps / config.train.steps
+        left = None if hours is None else 3600 * hours * run.steps / config.train.steps
         total += left or 0.0
-        unknown |= left is None and plan.steps > 0
+        unknown |= left is None and run.steps > 0
         cost = "unknown" if left is None else format_duration(left)
-        rows.append([plan.title, plan.progress, f"{plan.steps:,}", cost, format_duration(total)])
+        rows.append([run.title, run.progress, f"{run.steps:,}", cost, format_duration(total)])
     if _DRY_RUN.value:
         header = ["run", "progress", "steps left", "time on one core", "running total"]
         print("\n".join(table([header, *rows], left=2)))
-    steps = sum(plan.steps for plan in plans)
-    text = f"{counted(len(plans), 'run')} in {_WORKDIR.value}, {steps:,} steps left"
+    steps = sum(run.steps for run in runs)
+    text = f"{counted(len(runs), 'run')} in {_WORKDIR.value}, {steps:,} steps left"
     if not unknown:
         text += f", about {format_duration(total)} on one core (of an AMD EPYC virtual machine)"
     cli.log_lines({"runs": text})

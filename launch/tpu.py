@@ -47,7 +47,7 @@ _SERVICE_ACCOUNT = flags.DEFINE_string(
 )
 _SPOT = flags.DEFINE_bool("spot", False, "Use a spot VM: cheaper, and preemptible.")
 _VALID_UNTIL = flags.DEFINE_string(
-    "valid_until", "", "Drop the job if it is still queued then: 6h, or 2026-01-31T08:00Z."
+    "valid_until", "", "How long the job may stay queued: 6h, or until 2026-01-31T08:00Z."
 )
 _MAX_HOURS = flags.DEFINE_float(
     "max_hours",
@@ -59,7 +59,7 @@ _MAX_HOURS = flags.DEFINE_float(
 _PRICE = flags.DEFINE_float("price_per_hour", None, "Price, to print the maximum cost.", 0.0)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only print the commands that would run.")
 _MAX_RETRIES = flags.DEFINE_integer(
-    "max_retries", 10, "How often a preempted job is created again.", 0
+    "max_retries", 10, "How many times a preempted job is created again.", 0
 )
 _POLL_SECONDS = flags.DEFINE_float("poll_seconds", 60.0, "Time between two polls.", 1.0)
 _YES = flags.DEFINE_bool("yes", False, "Do not ask for confirmation.")

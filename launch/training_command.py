@@ -37,13 +37,13 @@ def training_arguments(
     return (f"--config={config}", *values, f"--workdir={workdir}")
 
 
-def check_batch_sizes(config: Any, replicas: int, of: str) -> None:
+def check_batch_sizes(config: Any, replicas: int, owner: str) -> None:
     """Raises CommandError if the replicas of a job do not divide a batch.
 
     Args:
       config: config of the training, a ConfigDict.
       replicas: number of replicas of the job.
-      of: what has the replicas, for messages, such as "a v6e-8".
+      owner: what has the replicas, for messages, such as "a v6e-8".
     """
     for section, micro_batches in (("train", config.train.micro_batches), ("evaluation", 1)):
         size, unit = config[section].global_batch_size, replicas * micro_batches
@@ -51,6 +51,6 @@ def check_batch_sizes(config: Any, replicas: int, of: str) -> None:
             times = f" times {micro_batches} micro-batches" if micro_batches > 1 else ""
             key = f"{section}.global_batch_size"
             raise CommandError(
-                f"{key}={size} is invalid: expected a multiple of the {replicas} replicas of {of}"
-                f"{times}, such as --config.{key}={math.ceil(size / unit) * unit}"
+                f"{key}={size} is invalid: expected a multiple of the {replicas} replicas of"
+                f" {owner}{times}, such as --config.{key}={math.ceil(size / unit) * unit}"
             )

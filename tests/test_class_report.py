@@ -12,7 +12,7 @@ from small import small_mlp
 from bn_keras.data import pipeline
 from bn_keras.data.splits import Arrays, Source
 from bn_keras.distribute import make_strategy
-from bn_keras.inference.evaluation import evaluate_networks, format_errors
+from bn_keras.inference.evaluation import evaluate_networks, format_error_rates
 from bn_keras.models import SigmoidMLP
 from bn_keras.pictures.classes import Mistake, draw_confusion, draw_mistakes
 from bn_keras.pictures.picture_file import save_picture
@@ -133,7 +133,7 @@ def test_a_run_writes_the_report_and_evaluate_prints_it(tmp_path):
         assert tf.io.decode_png((folder / name).read_bytes()).shape[0] > 100
     [row] = evaluate_networks([tmp_path], per_class=True)
     assert [r["accuracy"] for r in row["per_class"]] == pytest.approx(accuracies)
-    assert "most often predicted as" in format_errors([row])
+    assert "most often predicted as" in format_error_rates([row])
 
 
 @pytest.mark.filterwarnings("error")

@@ -15,7 +15,7 @@ from bn_keras.data.multi_crop import SINGLE_CROP, CropPreprocessing, Crops
 from bn_keras.data.splits import Arrays, Source
 from bn_keras.data.transforms import Preprocessing
 from bn_keras.errors import UsageError
-from bn_keras.inference.evaluation import choose_config, evaluate_networks, format_errors
+from bn_keras.inference.evaluation import choose_config, evaluate_networks, format_error_rates
 from bn_keras.inference.exported import load_exported
 from bn_keras.inference.exporter import export_workdir
 from bn_keras.inference.loading import TrainedNetwork, load_trained
@@ -193,7 +193,7 @@ def test_several_runs_are_evaluated_with_several_crops_and_as_an_ensemble(runs):
     # The cross-entropy of the mean is at most the mean of the cross-entropies.
     for members, ensemble in ((rows[:3], rows[3]), (rows[4:7], rows[7])):
         assert ensemble["loss"] < np.mean([row["loss"] for row in members])
-    title, *lines, total = format_errors(rows).splitlines()
+    title, *lines, total = format_error_rates(rows).splitlines()
     assert title.split("  ")[-2:] == ["top-1 error", "top-5 error"]
     assert total == "355 images, each counted exactly once"
     for row, line in zip(rows, lines, strict=True):
@@ -220,7 +220,7 @@ def test_folders_without_a_run_and_other_networks_are_rejected(tmp_path):
         UsageError, match="no checkpoint of a trained network.* continue its training"
     ):
         evaluate_networks([tmp_path])
-    with pytest.raises(UsageError, match="describes another network than the run"):
+    with pytest.raises(UsageError, match="describes a different network from that of the run"):
         evaluate_networks([tmp_path], small_mlp(**{"model.variant": "baseline"}))
 
 
@@ -306,8 +306,8 @@ def test_any_split_is_evaluated_with_classes_matched_by_name(folder_run, caplog)
     assert found["per_class"][1:] == expected["per_class"][1:]
     assert found["per_class"][0] == {"label": "a", "images": 0, "accuracy": None}
     # All errors are 0 among the best five of three classes.
-    assert found["classes"] == 3 and "top-5" not in format_errors([found])
-    assert "top-1 error" in format_errors([found])
+    assert found["classes"] == 3 and "top-5" not in format_error_rates([found])
+    assert "top-1 error" in format_error_rates([found])
     (pictures / "other" / "b").rename(pictures / "other" / "B")
     with pytest.raises(UsageError, match="does not know: 'B'; the data lacks 'a', 'b'"):
         evaluate_networks([workdir], config)

@@ -12,7 +12,7 @@ from bn_keras.inference.loading import load_trained
 from bn_keras.models import SigmoidMLP
 from bn_keras.runs.workdir import Workdir
 from bn_keras.training import plan
-from bn_keras.training.length import early_stop, finished_because, num_steps
+from bn_keras.training.length import early_stop_reason, finish_reason, num_steps
 from bn_keras.training.loop import train_and_evaluate
 from bn_keras.training.pitfalls import find_pitfalls
 from bn_keras.training.schedule import ExamplesSchedule
@@ -59,7 +59,7 @@ def test_epochs_are_converted_to_steps(epochs, examples, batch, steps):
     ],
 )
 def test_the_reasons_of_an_early_stop(settings, best, since, expected):
-    reason = early_stop(best, since, small_mlp(**settings))
+    reason = early_stop_reason(best, since, small_mlp(**settings))
     assert expected in reason and bool(expected) == bool(reason)
 
 
@@ -151,7 +151,7 @@ def test_epochs_extend_a_run(tmp_path, caplog):
     config = saved(tmp_path)
     assert first["step"] == config.train.steps == num_steps(short(**fraction), 1297)
     assert f"{first['step']} steps of 60" in caplog.text
-    assert finished_because(Workdir(tmp_path), short(**fraction))
+    assert finish_reason(Workdir(tmp_path), short(**fraction))
     assert train_and_evaluate(short(**fraction), tmp_path) == first
     last = train_and_evaluate(short(**{"train.epochs": 0.2}), tmp_path)
     assert last["step"] == num_steps(short(**{"train.epochs": 0.2}), 1297) > first["step"]
@@ -166,7 +166,7 @@ def test_a_run_stops_early_and_more_patience_extends_it(tmp_path, caplog):
     assert last["step"] == 6
     assert "stopped at step 6: no accuracy above" in caplog.text
     assert train_and_evaluate(config, tmp_path) == last
-    reason = finished_because(Workdir(tmp_path), config)
+    reason = finish_reason(Workdir(tmp_path), config)
     assert reason.startswith("finished at step 6: no accuracy above") and "patience=2" in reason
     patient = short(**nothing | {"train.steps": 20, "train.patience": 4})
     assert train_and_evaluate(patient, tmp_path)["step"] == 10

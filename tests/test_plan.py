@@ -1,4 +1,4 @@
-"""The description of a training before it starts, and the dry run on synthetic data."""
+"""The description of a run before it starts, and the dry run on synthetic data."""
 
 import json
 import os

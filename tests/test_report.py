@@ -315,7 +315,7 @@ def test_the_resolution_of_the_numbers_is_computed():
     assert "still improves" not in converged
     # sqrt(0.8 * 0.2 / 400) = 2%.
     assert "80.0% on 400 validation images has a standard error of 2 percentage points" in body
-    assert "the difference of two such accuracies one of 2.8." in body
+    assert "for the difference of two such accuracies, it is 2.8." in body
 
 
 def test_another_batch_size_is_mentioned():

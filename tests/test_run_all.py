@@ -10,7 +10,7 @@ import pytest
 from small import small_mlp
 
 from bn_keras.errors import UsageError
-from bn_keras.experiments.run_all import plan_all, read_ended, train_all
+from bn_keras.experiments.run_all import list_remaining, read_ended, train_all
 from bn_keras.runs.workdir import Workdir
 
 FEW = {"train.steps": 4}
@@ -31,7 +31,7 @@ def test_each_network_is_trained_once_and_divergence_is_a_result(tmp_path, monke
 
     monkeypatch.setattr("bn_keras.data.pipeline.open_data", None)
     assert train_all(configs, tmp_path) == first
-    assert [plan.steps for plan in plan_all(configs, tmp_path)] == [0, 0, 0]
+    assert [plan.steps for plan in list_remaining(configs, tmp_path)] == [0, 0, 0]
     assert read_ended(configs, tmp_path) == first
     # A run of a version without some setting is reported, but not one with another value.
     saved = tmp_path / "bad" / "config.json"
@@ -45,7 +45,7 @@ def test_each_network_is_trained_once_and_divergence_is_a_result(tmp_path, monke
         read_ended({"bad": small_mlp(**{"train.l2": 0.1})}, tmp_path)
     # Longer and new runs are due, and not reported.
     due = {"Good One": small_mlp(**{"train.steps": 6}), "new": small_mlp(**FEW, seed=2)}
-    assert [tuple(plan) for plan in plan_all(due, tmp_path)] == [
+    assert [tuple(plan) for plan in list_remaining(due, tmp_path)] == [
         ("Good One", 2, "extending from step 4 to 6"),
         ("new", 4, "new, to step 4"),
     ]

@@ -1,6 +1,6 @@
 """Runs commands of two workers each, one pair after the other, for test_multi_worker.
 
-The workers are forked after TensorFlow is imported, which takes longer than these trainings.
+The workers are forked after TensorFlow is imported, which takes longer than these runs.
 TensorFlow allows a fork before its first operation.
 """
 

@@ -125,7 +125,8 @@ def _warn_of_overlap(
     common = [i.path for images in validation.values() for i in images if i.real_path in trained]
     if common:
         logging.warning(
-            "%s of %r %s also in %r, such as %r: the accuracy overstates that on new images",
+            "%s of %r %s also in %r, such as %r: validation accuracy will be higher than accuracy"
+            " on new images",
             counted(len(common), "image"),
             validation_split,
             "is" if len(common) == 1 else "are",
@@ -144,8 +145,8 @@ def _warn_of_copies(
 ) -> None:
     """Warns of validation images that are copies of training images.
 
-    Only files of equal name and size are compared, and not more than some: copying a part of the
-    training images is the usual mistake, and a comparison of all files would read all of them.
+    Only files of equal name and size are compared, and at most _MAX_COMPARED of them. Copying some
+    training images is the usual mistake, and comparing all files would read all of them.
     """
     by_name: dict[tuple[str, int], list[Image]] = {}
     for image in itertools.chain(*train.values()):
@@ -163,8 +164,8 @@ def _warn_of_copies(
     ]
     if copies:
         logging.warning(
-            "%d of %s with equal names and sizes in %r and %r are copies, such as %r: the accuracy"
-            " overstates that on new images",
+            "%d of %s with equal names and sizes in %r and %r are copies, such as %r: validation"
+            " accuracy will be higher than accuracy on new images",
             len(copies),
             counted(len(compared), "file"),
             train_split,

@@ -19,7 +19,7 @@ ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 def prepare_imagenet(manual_dir: str | os.PathLike, data_dir: str | os.PathLike = "") -> str:
     """Converts the archives to TFDS's imagenet2012; does nothing if it is already prepared.
 
-    The full set takes some hours and 150 GB in addition to the archives, which may be deleted
+    The full set takes a few hours and 156 GB in addition to the archives, which may be deleted
     afterwards.
 
     Args:

@@ -53,7 +53,7 @@ class UnreadableExamples:
             text = f"unreadable example {name}: {first_line(reason)}"
             if self.count > self._limit:
                 self.error = UsageError(
-                    f"{text}; data.max_bad_examples={self._limit} is exceeded: raise it, also to"
+                    f"{text}; data.max_bad_examples={self._limit} is exceeded: raise it and"
                     " resume this run, or repair or remove the example and train in a new workdir"
                 )
                 raise self.error

@@ -66,7 +66,7 @@ def make_strategy(strategy: str, replicas: int = 0) -> tf.distribute.Strategy:
 
     Raises:
       UsageError: an unknown name, more replicas than accelerators, no TPU, a CPU that can no longer
-        be split, no cluster or an invalid one, or another strategy than "multi_worker" in one of
+        be split, no cluster or an invalid one, or a strategy other than "multi_worker" in one of
         several processes that were started together.
       WorkerLostError: another worker did not start in time, or the workers could not connect.
     """

@@ -37,7 +37,7 @@ def waiting_for(describe: Callable[[], str]) -> Iterator[None]:
     signals until the block ends, and restores the handlers that report them to it.
 
     SIGTERM and SIGINT end the process with status 128 plus their number: immediately if nothing
-    else listens for signals, as before a training. Otherwise the listener gets the signal, and the
+    else listens for signals, as before a run. Otherwise the listener gets the signal, and the
     process ends if the wait lasts another 20 seconds: the other processes may be gone.
 
     Outside the main thread, where Python cannot listen for signals, the wait is only reported.

@@ -55,7 +55,7 @@ class Task(NamedTuple):
 
 
 def divide_machine(distributions: Sequence[tuple[str, int]], limit: int = 0) -> list[Share]:
-    """Divides the machine into equal shares, each large enough for any of the trainings.
+    """Divides the machine into equal shares, each large enough for any of the runs.
 
     A replica needs one accelerator or, on a machine without accelerators, one core. Cores are
     divided in either case, because the input pipeline needs them.
@@ -71,13 +71,13 @@ def divide_machine(distributions: Sequence[tuple[str, int]], limit: int = 0) -> 
     accelerators = list(range(len(tf.config.list_physical_devices("GPU"))))
     devices = accelerators or cores
     needed = max((_count_devices(*d, len(accelerators)) for d in distributions), default=1)
-    trainings = len(distributions)
-    count = max(1, min(len(devices) // needed, len(cores), trainings, limit or trainings))
+    num_runs = len(distributions)
+    count = max(1, min(len(devices) // needed, len(cores), num_runs, limit or num_runs))
     return [Share(_part(cores, i, count), _part(accelerators, i, count)) for i in range(count)]
 
 
 def _count_devices(strategy: str, replicas: int, num_accelerators: int) -> int:
-    """Returns how many accelerators, or cores where there are none, a training needs."""
+    """Returns how many accelerators, or cores where there are none, a run needs."""
     if strategy == "one_device":
         return 1
     if strategy == "mirrored":

@@ -17,7 +17,7 @@ from bn_keras.runs.history import Run
 from bn_keras.runs.saved_config import flatten
 from bn_keras.runs.workdir import Workdir
 from bn_keras.training.graphs import Graphs
-from bn_keras.training.length import finished_because
+from bn_keras.training.length import finish_reason
 from bn_keras.training.loop import train_and_evaluate
 from bn_keras.training.networks import replaced
 from bn_keras.training.plan import describe_progress
@@ -73,8 +73,8 @@ def train_all(
     return {title: Run.read(title, workdirs[title]) for title in configs}
 
 
-class Plan(NamedTuple):
-    """The remaining part of a run.
+class RemainingRun(NamedTuple):
+    """What is left to train in a run.
 
     Attributes:
       title: title of the run.
@@ -87,16 +87,18 @@ class Plan(NamedTuple):
     progress: str
 
 
-def plan_all(configs: Mapping[str, ConfigDict], folder: str | os.PathLike) -> list[Plan]:
+def list_remaining(
+    configs: Mapping[str, ConfigDict], folder: str | os.PathLike
+) -> list[RemainingRun]:
     """Returns what `train_all` would do with the same arguments; raises the same UsageErrors."""
-    plans = []
+    remaining = []
     for title, config in configs.items():
         run = Workdir(workdir_of(folder, title))
         steps = 0
         if _is_due(run, config):
             steps = config.train.steps - Checkpoints(run.checkpoints, {}).latest_step
-        plans.append(Plan(title, steps, describe_progress(run, config)))
-    return plans
+        remaining.append(RemainingRun(title, steps, describe_progress(run, config)))
+    return remaining
 
 
 def read_ended(configs: Mapping[str, ConfigDict], folder: str | os.PathLike) -> dict[str, Run]:
@@ -143,7 +145,7 @@ def _is_due(run: Workdir, config: ConfigDict) -> bool:
     run.check(config)
     if run.has_diverged() and run.num_retries() >= config.train.retries:
         return False
-    return not finished_because(run, config)
+    return not finish_reason(run, config)
 
 
 class _DueRun(NamedTuple):

@@ -148,7 +148,7 @@ def choose_config(
     workers: in a process that belongs to no cluster, "mirrored" replaces "multi_worker".
 
     Raises:
-      UsageError: no config, or one of another network than the runs'.
+      UsageError: no config, or one that describes none of the runs' networks.
     """
     if best and not workdirs:
         raise UsageError("only a run records its best evaluation: pass its workdir")
@@ -161,8 +161,8 @@ def choose_config(
     config = config or configs[0]
     if configs and not any(_describes_same_network(config, other) for other in configs):
         raise UsageError(
-            f"the config describes another network than the run in {workdirs[0]}: omit the config"
-            " to use that of the run"
+            f"the config describes a different network from that of the run in {workdirs[0]}: omit"
+            " the config to use the run's own"
         )
     strategy = without_other_workers(config.distribution.strategy)
     return replaced(config, {"distribution.strategy": strategy})
@@ -205,11 +205,11 @@ def _match_classes(
             f"the network in {path} has {count} classes without names, but the"
             f" data has {data.num_classes}: evaluate it on data with its classes"
         )
-    check_known(data, first, path)
+    check_classes(data, first, path)
     return first
 
 
-def check_known(data: pipeline.Data, class_names: Sequence[str], path: str) -> None:
+def check_classes(data: pipeline.Data, class_names: Sequence[str], path: str) -> None:
     """Raises UsageError if the data has a class that a network lacks; warns of the reverse.
 
     Args:
@@ -295,7 +295,7 @@ def _row(
     }
 
 
-def format_errors(rows: Sequence[EvaluationRow]) -> str:
+def format_error_rates(rows: Sequence[EvaluationRow]) -> str:
     """Formats the rows of `evaluate_networks` as a table like the paper's Figure 4.
 
     The top-5 error of up to five classes is always 0 and is left out. The results for each class,

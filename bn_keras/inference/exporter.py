@@ -16,7 +16,7 @@ from bn_keras.agreement import check_agreement
 from bn_keras.data.transforms import Preprocessing
 from bn_keras.errors import AgreementError, UsageError
 from bn_keras.fold import FoldReport, fold_batch_norm
-from bn_keras.inference.evaluation import check_known
+from bn_keras.inference.evaluation import check_classes
 from bn_keras.inference.exported import EXTRA_ASSETS, ExportedNetwork, load_exported
 from bn_keras.inference.loading import TrainedNetwork, load_trained
 from bn_keras.inference.network_description import FILE_NAME, NetworkDescription
@@ -143,7 +143,7 @@ def export_workdir(
     if quantize == "int8":
         config = _with_data(trained.config, data_dir, validation_split)
         validation = build_data(config, validation_only=True)
-        check_known(validation, trained.class_names, os.fspath(workdir))
+        check_classes(validation, trained.class_names, os.fspath(workdir))
         examples = read_training_images(config, num_examples)
     model = _in_float32(trained) if file_format in ("tflite", "onnx") else trained.model
     fold_report = None

@@ -85,7 +85,7 @@ class Predictor:
         return self._predict([self._open(path)])[0]
 
     def predict_all(self, paths: Iterable[Path]) -> Iterator[ImagePrediction]:
-        """Yields the predictions for images, in order, past unreadable ones.
+        """Yields the predictions for images, in order; unreadable ones do not end the iteration.
 
         Images are read in parallel and predicted in batches.
 

@@ -1,8 +1,8 @@
 """TFLite model metadata: labels and normalization in the standard format.
 
 The format is a FlatBuffer in the model, and a ZIP archive of the associated files after it. Android
-and MediaPipe read it. TensorFlow has the schema of models, but not that of metadata, of which the
-tables and fields used are numbered here.
+and MediaPipe read it. TensorFlow has the schema of models, but not that of metadata, so this
+module lists the numbers of the fields that it uses.
 
 Source: https://ai.google.dev/edge/litert/conversion/tensorflow/metadata and its
 metadata_schema.fbs, version 1.5.0.

@@ -196,7 +196,7 @@ def _describe_resolution(inception: Run, accuracy: float) -> str:
     error = 100 * inception.standard_error(accuracy)
     return (
         f"{text} An accuracy of {accuracy:.1%} on {max(counts):,} validation images has a standard"
-        f" error of {error:.2g} percentage points, the difference of two such accuracies one of"
+        f" error of {error:.2g} percentage points; for the difference of two such accuracies, it is"
         f" {math.sqrt(2) * error:.2g}."
     )
 

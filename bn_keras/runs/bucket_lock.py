@@ -41,8 +41,8 @@ class BucketLock:
         DEAD_SECONDS without one, the next process deletes the claim. It compares times of the
         service only, so that clocks may differ. A dead process of the same machine is recognized
         immediately.
-      - A claim is never written again, so that its deletion is final. `verify` notices it before a
-        holder that was delayed or cut off from the bucket for so long writes again.
+      - A claim is never written again, so its deletion is final. A holder that was delayed or cut
+        off from the bucket for that long detects the deletion by `verify`, before it writes again.
 
     Args:
       folder: folder of the claims, in the workdir.
@@ -56,7 +56,7 @@ class BucketLock:
         self._heartbeat_thread: threading.Thread | None = None
 
     def acquire(self, on_wait: Callable[[], None] = lambda: None) -> None:
-        """Acquires the lock; waits while the holder may be alive or dead.
+        """Acquires the lock; waits while it is unknown whether the holder is alive.
 
         Args:
           on_wait: called every few seconds of such a wait; an error that it raises ends it.

@@ -138,7 +138,7 @@ class Checkpoints:
             try:
                 values = self._read(step)
             except _DAMAGE_ERRORS as error:
-                # Without files, it is not damaged: a training in progress has removed it meanwhile.
+                # Without files, it is not damaged: a run in progress has removed it meanwhile.
                 if files := self._files().get(step):
                     self._damaged.add(step)
                     reason = f"{path} is damaged ({reason_of(error)})"

@@ -192,7 +192,8 @@ def default_config() -> ConfigDict:
     # When population statistics (Algorithm 2) replace the moving statistics: "never"; "end": in
     # the last evaluation and the finished network; "evaluations": in every evaluation too.
     config.population.when = "never"
-    # Training batches that they are computed from; each takes about as long as a training step.
+    # Training batches that population statistics are computed from; each takes about as long as a
+    # training step.
     config.population.num_batches = 100
 
     config.record = ConfigDict()
@@ -210,7 +211,7 @@ def default_config() -> ConfigDict:
     config.record.num_examples = 1_000
 
     config.checkpoint = ConfigDict()
-    # Steps between checkpoints; one more follows the last step, and a signal.
+    # Steps between checkpoints; one more is saved after the last step, and after a signal.
     config.checkpoint.every_steps = 5_000
     # Checkpoints kept, the latest ones.
     config.checkpoint.keep = 3
@@ -261,7 +262,7 @@ _NOT_NEGATIVE = (
     "schedule.warmup_epochs",
     "model.auxiliary_weight",
 )
-# With a mini-batch of up to a million examples, 64 bits hold the number of examples of a training.
+# With a mini-batch of up to a million examples, 64 bits hold the number of examples of a run.
 _LARGEST = 10**12
 _FRACTIONS = ("train.momentum", "train.label_smoothing", "train.ema", "train.until_accuracy")
 

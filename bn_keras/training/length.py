@@ -10,7 +10,7 @@ from bn_keras.training.networks import replaced
 
 
 def num_steps(config: ConfigDict, num_train_examples: int) -> int:
-    """Returns the last step of a training: train.epochs in steps, rounded up, or train.steps."""
+    """Returns the last step of a run: train.epochs in steps, rounded up, or train.steps."""
     if not config.train.epochs:
         return config.train.steps
     return _to_steps(config.train.epochs, config, num_train_examples)
@@ -43,8 +43,8 @@ def global_micro_batch_size(config: ConfigDict) -> int:
     return config.train.global_batch_size // config.train.micro_batches
 
 
-def early_stop(best_accuracy: float, evaluations_since_best: int, config: ConfigDict) -> str:
-    """Returns why a training ends before its last step; "" if it continues.
+def early_stop_reason(best_accuracy: float, evaluations_since_best: int, config: ConfigDict) -> str:
+    """Returns why a run ends before its last step; "" if it continues.
 
     Args:
       best_accuracy: highest validation accuracy so far, a fraction.
@@ -60,7 +60,7 @@ def early_stop(best_accuracy: float, evaluations_since_best: int, config: Config
     return ""
 
 
-def finished_because(run: Workdir, config: ConfigDict) -> str:
+def finish_reason(run: Workdir, config: ConfigDict) -> str:
     """Returns why nothing is left to train in a run; "" if there is.
 
     A finished run is extended by a larger train.steps or train.epochs, or by other settings of the
@@ -80,5 +80,5 @@ def finished_because(run: Workdir, config: ConfigDict) -> str:
         has_last_step = step >= config.train.steps
     if has_last_step:
         return f"finished at step {step:,}"
-    reason = early_stop(run.best_accuracy(step), run.evaluations_since_best(step), config)
+    reason = early_stop_reason(run.best_accuracy(step), run.evaluations_since_best(step), config)
     return f"finished at step {step:,}: {reason}" if reason else ""

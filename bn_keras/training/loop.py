@@ -31,7 +31,7 @@ from bn_keras.training.build import build_data, build_schedule, build_trainer_fo
 from bn_keras.training.config import check_config
 from bn_keras.training.fine_tuning import Initialization
 from bn_keras.training.graphs import Graphs
-from bn_keras.training.length import early_stop, finished_because, with_steps
+from bn_keras.training.length import early_stop_reason, finish_reason, with_steps
 from bn_keras.training.pitfalls import describe_balance, find_class_pitfalls, find_pitfalls
 from bn_keras.training.plan import describe_changes, describe_replicas
 from bn_keras.training.progress import Progress, log
@@ -123,7 +123,7 @@ def train_and_evaluate(
     check_config(config)
     run = Workdir(workdir)
     run.check(config)
-    if finished_because(run, config):
+    if finish_reason(run, config):
         return TrainingResult(run.read_metrics()[-1], run.path)
     graphs = graphs or Graphs()
     strategy = graphs.make_strategy(config)
@@ -394,13 +394,13 @@ class _Training:
     def is_over(self) -> bool:
         """Whether the last step, an early stop or a signal ends the training."""
         is_last_step = self.step >= self.timetable.steps
-        return is_last_step or bool(self.early_stop) or bool(self.signum)
+        return is_last_step or bool(self.stop_reason) or bool(self.signum)
 
     @property
-    def early_stop(self) -> str:
+    def stop_reason(self) -> str:
         """Reason to end the training before its last step; "" for none."""
-        validation = self.validation
-        return early_stop(validation.best_accuracy, validation.evaluations_since_best, self.config)
+        best, since = self.validation.best_accuracy, self.validation.evaluations_since_best
+        return early_stop_reason(best, since, self.config)
 
     def check_for_signal(self) -> None:
         """Sets signum if any worker has received a signal."""
@@ -466,7 +466,7 @@ class _Training:
     def finish(self) -> Metrics:
         """Runs the last evaluation and writes the line that marks the run as finished."""
         if self.step < self.timetable.steps:
-            log(f"stopped at step {self.step:,}: {self.early_stop}")
+            log(f"stopped at step {self.step:,}: {self.stop_reason}")
         metrics = self.validation(self.step, is_last=True)
         return self.metrics.write(self.step, metrics | {Workdir.FINISHED: self.trainer.hash()})
 

@@ -74,9 +74,9 @@ def find_class_pitfalls(data: Data) -> list[str]:
         )
     if data.balance == "none" and sizes.max() >= _UNEQUAL * sizes.min():
         lines.append(
-            f"the classes have from {sizes.min():,} to {sizes.max():,} training images, and the"
-            " network favours the large ones: data.balance='weights' or 'sampling' treats all"
-            " alike, in a new workdir"
+            f"the classes have from {sizes.min():,} to {sizes.max():,} training images, so the"
+            " network favours the large ones: set data.balance='weights' or 'sampling' in a new"
+            " workdir"
         )
     return lines
 

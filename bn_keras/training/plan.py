@@ -1,4 +1,4 @@
-"""Describes what a training is going to do, before it starts."""
+"""Describes what a run is going to do, before it starts."""
 
 import os
 
@@ -12,7 +12,7 @@ from bn_keras.storage import check_writable
 from bn_keras.text import counted
 from bn_keras.training.build import build_schedule
 from bn_keras.training.config import check_config
-from bn_keras.training.length import finished_because, global_micro_batch_size
+from bn_keras.training.length import finish_reason, global_micro_batch_size
 from bn_keras.training.networks import replaced
 
 
@@ -53,7 +53,7 @@ def describe_input(config: ConfigDict) -> dict[str, str]:
 
 def describe_progress(run: Workdir, config: ConfigDict) -> str:
     """Describes how far a run is, and from which step this config would train it."""
-    if reason := finished_because(run, config):
+    if reason := finish_reason(run, config):
         return f"{reason}, nothing to do"
     train = config.train
     end = f"{train.epochs:g} epochs" if train.epochs else f"step {train.steps:,}"

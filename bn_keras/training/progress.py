@@ -12,7 +12,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 def log(line: str) -> None:
-    """Logs a line about a training, or prints it where absl's log is silent.
+    """Logs a line about a run, or prints it where absl's log is silent.
 
     In a notebook or a script, nobody has set the level of the log.
     """

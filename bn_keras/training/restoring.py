@@ -1,4 +1,4 @@
-"""Restores the networks that runs saved, and reads the weights that a training starts from."""
+"""Restores the networks that runs saved, and reads the weights that a run starts from."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

@@ -25,8 +25,8 @@ class Trainer:
     The reported loss is the mean softmax cross-entropy over the global batch. The minimized
     objective adds what the reported loss leaves out: class weights, label smoothing, the auxiliary
     classifier's loss, and L2, which enters the gradients of kernels as l2 * w, the gradient of
-    l2/2 * |w|^2. The class weights multiply each example's part of the objective, except L2; of a
-    mixed example, each label's share has the weight of its class. The sum is divided by the number
+    l2/2 * |w|^2. The class weights multiply each example's part of the objective, except L2; in a
+    mixed example, each label's share is weighted by its class. The sum is divided by the number
     of examples, not by the sum of their weights, and so does not depend on the other examples.
     Each replica computes the gradients of its share of the global mean; the optimizer sums them
     over the replicas.

@@ -1,4 +1,4 @@
-"""Agreement between the workers of a training: on the config, on the state, on a signal."""
+"""Agreement between the workers of a run: on the config, on the state, on a signal."""
 
 import json
 import zlib

@@ -158,8 +158,8 @@ def modules() -> str:
 
 
 def training() -> str:
-    """Draws how data flows through a training."""
-    drawing = Drawing(720, 300, "How data flows through a training")
+    """Draws how data flows through a training run."""
+    drawing = Drawing(720, 300, "How data flows through a training run")
     config = drawing.box(0, 0, 150, 44, ["configs, launch", "what to train"], "branch1")
     data = drawing.box(0, 110, 150, 44, ["data", "batch of step s"], "branch4")
     step = drawing.box(270, 110, 180, 44, ["training", "step: loss, gradients"], "branch4")

@@ -180,7 +180,7 @@ def _check_absent(previous: Job, cloud: Cloud) -> None:
     if state != "ABSENT":
         raise CommandError(
             f"job {previous.name} in {previous.zone} trains in {previous.workdir} and is {state}:"
-            " two trainers would corrupt the run; delete it first:"
+            " two trainers would corrupt the run; delete the job first:"
             f" {format_command('delete', previous)}"
         )
 

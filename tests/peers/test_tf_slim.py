@@ -54,7 +54,7 @@ def test_converted_checkpoints_give_the_same_logits(side, version, scale, tmp_pa
         tf1.set_random_seed(0)
         logits = _inception_v2(tf.constant(images), 1001, scale)
         variables = slim.get_model_variables()
-        # Checkpoints of a training contain these averages too.
+        # Checkpoints of a run contain these averages too.
         averages = tf1.train.ExponentialMovingAverage(0.5).apply(variables)
         step = tf1.train.create_global_step()
         with tf1.Session() as session:
