@@ -85,21 +85,65 @@ def test_the_centre_window_has_the_requested_shape_and_fraction(image, size, fra
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
-def test_resample_interpolates_between_the_corner_pixels_of_the_window(mirrored):
+@pytest.mark.parametrize("size", [(6, 8), (3, 2), (1, 1)])
+def test_resample_equals_resizing_the_window_in_its_image(mirrored, size):
     images = pool()
-    windows = np.array([[2, 1, 7, 5], [0, 0, 12, 10], [11, 9, 1, 1]])
-    indices = [3, 0, 4]
+    windows = np.array([[2, 1, 7, 5], [0, 0, 12, 10], [11, 9, 1, 1], [5, 0, 7, 4]])
+    indices = [3, 0, 4, 0]
     got = transforms.resample(
-        tf.constant(images), indices, windows, tf.constant([mirrored] * 3), (6, 8), 0.0
+        tf.constant(images), indices, windows, tf.constant([mirrored] * 4), size
     )
     for index, (top, left, height, width), result in zip(indices, windows, got, strict=True):
         expected = bilinear(
             images[index],
-            np.linspace(top, top + height - 1, 6),
-            np.linspace(left, left + width - 1, 8),
+            np.clip(top + (np.arange(size[0]) + 0.5) * height / size[0] - 0.5, 0, 11),
+            np.clip(left + (np.arange(size[1]) + 0.5) * width / size[1] - 0.5, 0, 9),
         )
-        # The corners are inset by 0.001 pixels: 0.26 of 255 at most in each direction.
-        np.testing.assert_allclose(result, expected[:, ::-1] if mirrored else expected, atol=0.6)
+        # A position is rounded to 2^-20 of the image's side.
+        np.testing.assert_allclose(result, expected[:, ::-1] if mirrored else expected, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("side", "size", "crop", "training"),
+    [
+        (32, 32, "none", True),
+        (32, 32, "shift", True),
+        (32, 64, "shift", True),
+        (96, 32, "none", True),
+        (96, 32, "shift", True),
+        (32, 64, "shift", False),
+        (96, 32, "none", False),
+        (40, 35, "inception", False),
+        (32, 32, "inception", False),
+        (64, 224, "inception", False),
+    ],
+)
+def test_an_image_in_memory_is_preprocessed_like_its_file(side, size, crop, training):
+    images = np.stack([photograph(side, side + 8)] * 4)[:, :, 8:]
+    images[1:] = images[1:, ::-1, :, ::-1]
+    preprocessing = make_preprocessing(size=(size, size), crop=crop, mirror=True)
+    draws = tf.constant(uniforms(4)) if training else None
+    in_memory = preprocessing.process_batch(tf.constant(images), tf.range(4), draws, 255)
+    for i in range(4):
+        draw = draws[i] if training else None
+        from_file = preprocessing.process_encoded(tf.io.encode_png(images[i]), draw, 3)
+        # A two-hundredth of a grey level of 255.
+        np.testing.assert_allclose(in_memory[i], from_file, atol=4e-5)
+
+
+@pytest.mark.parametrize(("side", "size"), [(32, 32), (64, 224), (256, 32)])
+def test_the_interior_of_a_training_crop_in_memory_is_that_of_its_file(side, size):
+    image = photograph(side, side)
+    preprocessing = make_preprocessing(size=(size, size), crop="inception", mirror=True)
+    draws = tf.constant(uniforms(20))
+    in_memory = preprocessing.process_batch(
+        tf.constant(image[None]), tf.zeros(20, tf.int32), draws, 255
+    )
+    edge = max(1, math.ceil(size / 2 / (0.25 * side)))  # Half a pixel of the smallest crop.
+    inside = slice(edge, -edge)
+    for draw, result in zip(draws, in_memory, strict=True):
+        from_file = preprocessing.process_encoded(tf.io.encode_png(image), draw, 3)
+        np.testing.assert_allclose(result[inside, inside], from_file[inside, inside], atol=4e-4)
 
 
 def test_shift_in_memory_moves_whole_pixels_and_fills_with_grey():

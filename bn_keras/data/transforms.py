@@ -7,6 +7,7 @@ only on the image and on its place in the order of examples.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -86,27 +87,21 @@ class Preprocessing:
           float32 [n, *size, C].
         """
         image_size = tuple(pool.shape[1:3])
-        window = self._centre_window(*image_size)
         mirrored = (
             uniforms[:, MIRROR_COLUMN] < 0.5 if uniforms is not None and self.mirror else None
         )
-        offsets = None
-        if uniforms is not None and self.crop == "shift":
-            offsets = tf.cast(
-                shift_offsets(uniforms[:, CROP_COLUMNS][:, :2], *self.size), tf.float32
-            )
         if uniforms is not None and self.crop == "inception":
             windows = inception_windows(uniforms[:, CROP_COLUMNS], *image_size)
-            pixels = resample(pool, indices, windows, mirrored, self.size, white / 2)
-        elif offsets is not None or mirrored is not None or window != (0, 0, *self.size):
-            windows = tf.broadcast_to(tf.constant(window, tf.float32), [tf.size(indices), 4])
-            if offsets is not None:
-                scale = [window[2] / self.size[0], window[3] / self.size[1]]
-                windows -= tf.pad(offsets * scale, [[0, 0], [0, 2]])
-            method = "nearest" if window[2:] == self.size else "bilinear"
-            pixels = resample(pool, indices, windows, mirrored, self.size, white / 2, method)
-        else:
-            pixels = tf.gather(pool, indices)
+            pixels = resample(pool, indices, windows, mirrored, self.size)
+            return self._finish(pixels, uniforms, white)
+        window = self._centre_window(*image_size)
+        if window != (0, 0, *self.size):
+            cropped = _cut(tf.gather(pool, indices), window)
+            pool, indices = tf.image.resize(cropped, self.size), tf.range(tf.size(indices))
+        offsets = None
+        if uniforms is not None and self.crop == "shift":
+            offsets = shift_offsets(uniforms[:, CROP_COLUMNS][:, :2], *self.size)
+        pixels = gather_shifted(pool, indices, offsets, mirrored, white / 2)
         return self._finish(pixels, uniforms, white)
 
     def process_encoded(
@@ -227,9 +222,10 @@ def _decode_stored_jpeg(encoded: tf.Tensor, channels: int) -> tf.Tensor:
     return tf.io.decode_jpeg(encoded, channels=channels, dct_method="INTEGER_ACCURATE")
 
 
-def _cut(image: tf.Tensor, window: tf.Tensor) -> tf.Tensor:
+def _cut(images: tf.Tensor, window: Sequence[int] | tf.Tensor) -> tf.Tensor:
+    """Cuts a window, (top, left, height, width), out of images [..., H, W, C]."""
     top, left, height, width = tf.unstack(window)
-    return image[top : top + height, left : left + width]
+    return images[..., top : top + height, left : left + width, :]
 
 
 def inception_windows(uniforms: tf.Tensor, height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
@@ -321,43 +317,94 @@ def shift(image: tf.Tensor, offset: tf.Tensor, fill: float) -> tf.Tensor:
     return tf.slice(padded, begin, image.shape)
 
 
+def gather_shifted(
+    images: tf.Tensor,
+    indices: tf.Tensor,
+    offsets: tf.Tensor | None,
+    mirrored: tf.Tensor | None,
+    fill: float,
+) -> tf.Tensor:
+    """Gathers, shifts and mirrors images of a pool with a single kernel.
+
+    Args:
+      images: [N, H, W, C] of any real dtype.
+      indices: int32 [n], indices of the images to gather.
+      offsets: int32 [n, 2], pixels down and right; see `shift_offsets`. None shifts none.
+      mirrored: bool [n]; None mirrors none.
+      fill: value of pixels outside the image.
+
+    Returns:
+      [n, H, W, C], float32 or of the dtype of images.
+    """
+    if offsets is None and mirrored is None:
+        return tf.gather(images, indices)
+    _, height, width, _ = images.shape
+    if offsets is None:
+        offsets = tf.zeros([tf.size(indices), 2])
+    top, left = tf.unstack(-tf.cast(offsets, tf.float32), axis=-1)
+    # The inset keeps rounding from moving edge pixels outside the image.
+    inset = 0.001 if height > 1 else 0.0, 0.001 if width > 1 else 0.0
+    boxes = _boxes(
+        (top + inset[0], top + height - 1 - inset[0]),
+        (left + inset[1], left + width - 1 - inset[1]),
+        (height, width),
+        mirrored,
+    )
+    return tf.image.crop_and_resize(
+        images, boxes, indices, (height, width), method="nearest", extrapolation_value=fill
+    )
+
+
 def resample(
     images: tf.Tensor,
     indices: tf.Tensor,
     windows: tf.Tensor,
     mirrored: tf.Tensor | None,
     size: tuple[int, int],
-    fill: float,
-    method: str = "bilinear",
 ) -> tf.Tensor:
-    """Gathers, crops, resizes and mirrors images of a pool with a single kernel.
+    """Gathers, crops, resizes and mirrors images of a pool, as a batch.
 
-    The corner pixels of a window become the corner pixels of the result.
+    Positions and interpolation are those of `tf.image.resize` on the window: bilinear, with aligned
+    edges. Only where an enlarged window ends inside the image, the half pixel along its edge
+    differs: it is interpolated with the image's next pixel.
 
     Args:
       images: [N, H, W, C] of any real dtype.
       indices: int32 [n], indices of the images to gather.
-      windows: real [n, 4]: top, left, height, width in pixels; may extend beyond the image.
+      windows: real [n, 4]: top, left, height, width in pixels, inside the image.
       mirrored: bool [n]; None mirrors none.
       size: height and width of the result.
-      fill: value of pixels outside the image.
-      method: "bilinear", or "nearest", which is exact for windows of the size of the result.
 
     Returns:
       float32 [n, *size, C].
     """
+
+    def centres(start: tf.Tensor, length: tf.Tensor, cells: int) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the centres of the first and the last cell, as indices of padded pixels."""
+        half_cell = length / (2 * cells)
+        return start + half_cell + 0.5, start + length - half_cell + 0.5
+
     top, left, height, width = tf.unstack(tf.cast(windows, tf.float32), axis=-1)
-    # The inset keeps rounding from moving edge pixels outside the image.
-    inset = tf.where(height > 1, 0.001, 0.0), tf.where(width > 1, 0.001, 0.0)
-    top, bottom = top + inset[0], top + height - 1 - inset[0]
-    left, right = left + inset[1], left + width - 1 - inset[1]
+    padded = tf.pad(tf.gather(images, indices), [[0, 0], [1, 1], [1, 1], [0, 0]], "SYMMETRIC")
+    boxes = _boxes(
+        centres(top, height, size[0]), centres(left, width, size[1]), padded.shape[1:3], mirrored
+    )
+    return tf.image.crop_and_resize(padded, boxes, tf.range(tf.size(indices)), size)
+
+
+def _boxes(
+    rows: tuple[tf.Tensor, tf.Tensor],
+    columns: tuple[tf.Tensor, tf.Tensor],
+    image_size: tuple[int, int],
+    mirrored: tf.Tensor | None,
+) -> tf.Tensor:
+    """Returns the boxes of `tf.image.crop_and_resize` between first and last rows and columns."""
+    left, right = columns
     if mirrored is not None:
         left, right = tf.where(mirrored, right, left), tf.where(mirrored, left, right)
-    rows, columns = max(images.shape[1] - 1, 1), max(images.shape[2] - 1, 1)
-    boxes = tf.stack([top / rows, left / columns, bottom / rows, right / columns], axis=-1)
-    return tf.image.crop_and_resize(
-        images, boxes, indices, size, method=method, extrapolation_value=fill
-    )
+    bottom_row, last_column = (max(side - 1, 1) for side in image_size)
+    top, bottom = (row / bottom_row for row in rows)
+    return tf.stack([top, left / last_column, bottom, right / last_column], axis=-1)
 
 
 def distort(
