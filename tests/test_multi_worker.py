@@ -1,5 +1,6 @@
 """Two workers train as one process does, and react when one of them ends."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -8,8 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 
 import pytest
+from PIL import Image
 from small import small_mlp
 
 from bn_keras.errors import UsageError
@@ -25,6 +28,16 @@ TESTS = pathlib.Path(__file__).parent
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("workers")
+
+
+def write_images(folder, name):
+    """Writes images of the class `name` and of another one; returns the folder."""
+    for image_class in (name, "other"):
+        for split in ("train", "validation"):
+            path = folder / split / image_class
+            path.mkdir(parents=True)
+            Image.new("L", (8, 8)).save(path / "image.png")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +66,19 @@ def pairs(folder):
         "chief_killed": train("run", "run", disturbed=0, signum=int(signal.SIGKILL), at_step=45),
         "finished": train("run", "run"),
         "evaluated": {"command": "evaluate", "arguments": [evaluate, evaluate]},
+        "other_data": {
+            "command": "train",
+            "arguments": [
+                [
+                    f"--config={config}",
+                    f"--workdir={folder / 'other_data'}",
+                    "--config.data.name=folder",
+                    "--config.data.image_size=8",
+                    f"--config.data.data_dir={write_images(folder / other, other)}",
+                ]
+                for other in ("cat", "dog")
+            ],
+        },
         "diverged": train(
             "diverged", "diverged", spoiled_step=7, overrides=["--config.train.retries=1"]
         ),
@@ -144,6 +170,35 @@ def test_a_divergence_on_one_worker_rolls_back_both(pairs, folder):
         (0, {"retry"}),
         (7, {"diverged"}),
     ]
+
+
+def test_workers_with_different_data_are_rejected(pairs, folder):
+    assert statuses(pairs["other_data"]) == [2, 2], pairs["other_data"]
+    for error in errors(pairs["other_data"]):
+        assert "the workers read different classes: copy the same data to each machine" in error
+    assert not (folder / "other_data").exists()
+
+
+@pytest.mark.parametrize("here, there, accepted", [(7, 7, True), (7, 8, False), (None, 8, True)])
+def test_only_known_hashes_of_the_data_are_compared(here, there, accepted, monkeypatch):
+    def data(size):
+        fingerprint = {"file_names": "a"} | ({"file_sizes": size} if size else {})
+        return types.SimpleNamespace(
+            input_shape=(8, 8, 1),
+            class_names=("cat", "dog"),
+            num_train_examples=4,
+            num_validation_examples=2,
+            fingerprint=fingerprint,
+        )
+
+    numbers = []
+    monkeypatch.setattr(workers, "gather_from_workers", lambda _, n: numbers.append(n) or [n])
+    workers.check_same_data(None, data(there))
+    theirs = iter(numbers)
+    monkeypatch.setattr(workers, "gather_from_workers", lambda _, n: [n, next(theirs)])
+    expected = contextlib.nullcontext() if accepted else pytest.raises(UsageError, match="sizes of")
+    with expected:
+        workers.check_same_data(None, data(here))
 
 
 @pytest.mark.parametrize(

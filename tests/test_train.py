@@ -321,6 +321,31 @@ def test_a_diverged_run_is_rolled_back_with_a_lower_rate(tmp_path, monkeypatch):
     assert last["step"] == 60 and "variables_sha256" in last
 
 
+def test_the_lower_rate_of_a_rollback_outlasts_the_loss_of_its_checkpoint(tmp_path, monkeypatch):
+    config = small_mlp(**{"train.retries": 1, "checkpoint.every_steps": 10})
+    train, is_spoiled = Trainer.train, [True]
+
+    def diverging_then_killed(self, batches, num_steps):
+        if self.optimizer.iterations.numpy() == 20:
+            if not is_spoiled:
+                raise KeyboardInterrupt
+            is_spoiled.clear()
+            self.model.trainable_variables[0].assign(self.model.trainable_variables[0] * np.inf)
+        return train(self, batches, num_steps)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "train", diverging_then_killed)
+        train_and_evaluate(config, tmp_path)
+    (tmp_path / "checkpoints" / "step-20.index").write_bytes(b"")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        kill_after(patch, 20)
+        train_and_evaluate(config, tmp_path)
+    train_and_evaluate(config, tmp_path)
+    lines = Workdir(tmp_path).read_metrics()
+    rates = {x["step"]: x["train/learning_rate"] for x in lines if "train/loss" in x}
+    assert rates == pytest.approx({10: 0.5, 20: 0.25, 30: 0.25, 40: 0.25, 50: 0.25, 60: 0.25})
+
+
 @pytest.mark.job
 def test_inception_diverges_at_five_times_its_rate_and_bn_does_not(tmp_path):
     """As in section 4.2.2. After a rollback with a lower rate, Inception learns, too.
@@ -418,8 +443,26 @@ def test_a_signal_ends_the_loop_and_saves(tmp_path, monkeypatch):
     assert caught.value.signum == signal.SIGTERM
     assert f"stopped by {signal.SIGTERM.name} at step 40 of 60" in str(caught.value)
     assert (tmp_path / "resumed" / "checkpoints" / "step-40.index").exists()
+    # The evaluation of step 40 might last longer than the process has left.
+    assert not Workdir(tmp_path / "resumed").evaluations(40)
     resumed = train_and_evaluate(small_mlp(**TWO_REPLICAS), tmp_path / "resumed")
     assert resumed == uninterrupted
+    assert lines_without_times(tmp_path / "resumed") == lines_without_times(
+        tmp_path / "uninterrupted"
+    )
+
+
+def test_a_run_killed_in_an_evaluation_has_saved_and_evaluates_again(tmp_path, monkeypatch):
+    config = small_mlp(**{"checkpoint.every_steps": 20})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Evaluator, "__call__", interrupt)
+        train_and_evaluate(config, tmp_path / "killed")
+    assert (tmp_path / "killed" / "checkpoints" / "step-20.index").exists()
+    train_and_evaluate(config, tmp_path / "killed")
+    train_and_evaluate(config, tmp_path / "uninterrupted")
+    assert lines_without_times(tmp_path / "killed") == lines_without_times(
+        tmp_path / "uninterrupted"
+    )
 
 
 def test_a_signal_during_an_evaluation_stops_before_the_next_loop(tmp_path, monkeypatch):

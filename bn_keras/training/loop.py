@@ -41,7 +41,12 @@ from bn_keras.training.step import Trainer
 from bn_keras.training.stop_signals import StopRequest, stop_requests
 from bn_keras.training.timetable import Timetable
 from bn_keras.training.validation import Validation
-from bn_keras.training.workers import check_same_command, check_same_state, signal_of_any_worker
+from bn_keras.training.workers import (
+    check_same_command,
+    check_same_data,
+    check_same_state,
+    signal_of_any_worker,
+)
 
 
 class TrainingResult(dict[str, float | str | None]):
@@ -190,6 +195,7 @@ def _train(
 ) -> Metrics:
     """Builds a run, or restores it from its last checkpoint, and trains it to its end."""
     check_same_command(strategy, config, profile_steps)
+    check_same_data(strategy, data)
     interface = (data.input_shape, data.class_names, data.num_train_examples, data.fingerprint)
     # Before the graph is built, which takes time.
     run.check_data(*interface)
@@ -217,7 +223,8 @@ def _train(
             MetricsWriter(run, training.trainer.global_batch_size) as training.metrics,
             data.reporting_errors(),
         ):
-            if is_rollback:
+            # After a rollback, or if an older checkpoint than the rollback's has been restored.
+            if run.num_retries() < retries:
                 training.metrics.write(training.step, {Workdir.RETRY: retries})
             if is_new and training.recorder:
                 training.metrics.write(training.step, training.recorder())
@@ -261,7 +268,7 @@ def _log_start(
         *describe_balance(data),
     ):
         log(f"{label}: {line}")
-    for line in (*find_pitfalls(config, schedule, model), *find_class_pitfalls(data)):
+    for line in (*find_pitfalls(config, schedule, model, replicas), *find_class_pitfalls(data)):
         logging.warning("%s: %s", label, line)
 
 
@@ -333,6 +340,7 @@ def _build(
         timetable=timetable,
         stop_request=stop_request,
         step=step,
+        saved_step=step,
         profile_from=timetable.profile_from(step),
     )
 
@@ -344,6 +352,7 @@ class _Training:
     Attributes:
       initialization: weights that this start has loaded from a trained network; None without.
       step: last step trained.
+      saved_step: step of the last checkpoint.
       profile_from: step after which the profiler starts; None if it does not run.
       rate: learning rate at the start of the last loop of steps.
       signum: number of the signal that stops the training; 0 without one.
@@ -362,6 +371,7 @@ class _Training:
     timetable: Timetable
     stop_request: StopRequest
     step: int
+    saved_step: int
     profile_from: int | None
     rate: float = 0.0
     signum: int = 0
@@ -377,15 +387,20 @@ class _Training:
         """
         self.progress.start()
         self.check_for_signal()
+        if self.step and not self.run.evaluations(self.step):
+            # The last start was stopped before it.
+            self.evaluate_if_due()
         while not self.is_over:
             self.train_to_next_stop()
             if self.timetable.is_loop_end(self.step):
                 # At every loop's end, saved or not: a resumed run starts with equal replicas, and
                 # an uninterrupted run must match it.
                 merge_moving_statistics(self.trainer.model, self.trainer.strategy)
-                is_checked = self.evaluate_if_due()
                 self.check_for_signal()
-                self.save_if_due(is_checked)
+                self.save_if_due()
+                self.evaluate_if_due()
+                # The evaluation, or a signal during it, may have ended the training.
+                self.save_if_due()
         if self.signum:
             self.raise_stopped()
         return self.finish()
@@ -440,28 +455,29 @@ class _Training:
         self.metrics.write(self.step, metrics)
         self.progress.update(self.step, loss, accuracy, images_per_second)
 
-    def evaluate_if_due(self) -> bool:
-        """Evaluates if the timetable says so; returns whether it did."""
-        if not self.timetable.is_evaluation(self.step):
-            return False
+    def evaluate_if_due(self) -> None:
+        """Evaluates if the timetable says so.
+
+        After a signal, the next start evaluates: the process may be killed before an evaluation
+        ends.
+        """
+        if self.signum or not self.timetable.is_evaluation(self.step):
+            return
         self.check_finite()
         self.metrics.write(self.step, self.validation(self.step))
         self.progress.set_validation_accuracy(self.validation.accuracy)
-        return True
+        self.check_for_signal()
 
-    def save_if_due(self, is_checked: bool) -> None:
-        """Saves if the timetable says so, and before the training ends.
-
-        Args:
-          is_checked: whether all variables are known to be finite.
-        """
-        if not (self.is_over or self.timetable.is_checkpoint(self.step)):
+    def save_if_due(self) -> None:
+        """Saves if the timetable says so, and before the training ends."""
+        if self.step == self.saved_step:
             return
-        if not is_checked:
+        if self.is_over or self.timetable.is_checkpoint(self.step):
             self.check_finite()
-        # A run that resumes from the checkpoint does not write these lines again.
-        self.metrics.sync()
-        self.checkpoints.save(self.step)
+            # A run that resumes from the checkpoint does not write these lines again.
+            self.metrics.sync()
+            self.checkpoints.save(self.step)
+            self.saved_step = self.step
 
     def finish(self) -> Metrics:
         """Runs the last evaluation and writes the line that marks the run as finished."""

@@ -1,11 +1,13 @@
-"""Agreement between the workers of a run: on the config, on the state, on a signal."""
+"""Agreement between the workers of a run: on the config, the data, the state, on a signal."""
 
 import json
 import zlib
+from typing import Any
 
 import tensorflow as tf
 from ml_collections import ConfigDict
 
+from bn_keras.data.pipeline import Data
 from bn_keras.distribute import gather_from_workers
 from bn_keras.errors import UsageError
 from bn_keras.runs.workdir import Workdir
@@ -19,9 +21,30 @@ def check_same_command(
     settings = config.to_dict() | {"profile_steps": profile_steps}
     # The location of the data may differ between machines.
     del settings["data"]["data_dir"]
-    digest = zlib.crc32(json.dumps(settings, sort_keys=True).encode())
-    if len(set(gather_from_workers(strategy, digest))) > 1:
+    if len(set(gather_from_workers(strategy, _digest(settings)))) > 1:
         raise UsageError("the workers have different configs: start all of them with one command")
+
+
+def check_same_data(strategy: tf.distribute.Strategy, data: Data) -> None:
+    """Raises UsageError if the workers read different classes or examples.
+
+    Hashes that a worker does not know, such as the sizes of files in a bucket, are not compared.
+    """
+    values = {
+        "input shapes": data.input_shape,
+        "classes": data.class_names,
+        "numbers of training images": data.num_train_examples,
+        "numbers of validation images": data.num_validation_examples,
+        "names of image files": data.fingerprint.get("file_names"),
+        "sizes of image files": data.fingerprint.get("file_sizes"),
+    }
+    for what, value in values.items():
+        found = gather_from_workers(strategy, _digest(value) if value else 0)
+        if len(set(found) - {0}) > 1:
+            raise UsageError(
+                f"the workers read different {what}: copy the same data to each machine, or set"
+                " data.data_dir to storage that all of them share"
+            )
 
 
 def check_same_state(
@@ -53,3 +76,7 @@ def check_same_state(
 def signal_of_any_worker(strategy: tf.distribute.Strategy, stop_request: StopRequest) -> int:
     """Returns the number of the signal that a worker has received; 0 if none has."""
     return int(max(gather_from_workers(strategy, stop_request.signum or 0)))
+
+
+def _digest(value: Any) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
