@@ -47,7 +47,7 @@ def main() -> None:
     """Trains all combinations and prints the results, best first."""
     from bn_keras.experiments.run_all import train_all
     from bn_keras.text import counted
-    from bn_keras.training.plan import describe_input
+    from bn_keras.training.plan import describe_input, describe_length
 
     for flag in (_INITIALIZERS, _BASE_RATES, _SEEDS):
         if not flag.value:
@@ -65,7 +65,7 @@ def main() -> None:
             config.schedule.base_rate = cli.parse_item(float, base_rate, "--base_rates")
             config.seed = cli.parse_item(int, seed, "--seeds")
             configs[f"{initializer} {base_rate} seed {seed}"] = config
-    count = f"{len(configs)} in {_WORKDIR.value}, {_CONFIG.value.train.steps:,} steps each"
+    count = f"{len(configs)} in {_WORKDIR.value}, {describe_length(_CONFIG.value)} each"
     cli.log_lines({"config": str(_CONFIG)} | describe_input(_CONFIG.value) | {"runs": count})
     runs = iter(
         train_all(configs, _WORKDIR.value, _PARALLEL.value, cli.begin_child_process).values()

@@ -21,6 +21,7 @@ from .cloud.control import Cloud
 from .cloud.job import (
     Job,
     check_data,
+    check_initial_weights,
     container_arguments,
     delete_command,
     find_source,
@@ -93,6 +94,7 @@ def _submit(cloud: Cloud) -> None:
       bn-keras tpu submit --name=bn-x30 --zone=us-central1-a --spot \
         --accelerator_type=v5litepod-8 --workdir=gs://my-bucket/runs/bn_x30 \
         --config=bn_x30 --config.data.data_dir=gs://my-bucket/data \
+        --config.train.global_batch_size=256 --config.train.epochs=150 \
         --max_hours=12 --price_per_hour=9.60 --dry_run
     """
     job = _make_job(cloud.now())
@@ -135,6 +137,7 @@ def _make_job(now: datetime.datetime) -> Job:
 def _check_training(accelerator_type: str) -> None:
     config = _CONFIG.value
     check_data(config.data.name, config.data.data_dir)
+    check_initial_weights(config.model.init_from)
     check_batch_sizes(config, num_replicas(accelerator_type), f"a {accelerator_type}")
 
 

@@ -1,6 +1,7 @@
 """The arguments of `bn-keras train` for a job that runs elsewhere, checked before it is queued."""
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +36,24 @@ def training_arguments(
             )
     values = (f"--config.{key}={value}" for key, value in settings.items())
     return (f"--config={config}", *values, f"--workdir={workdir}")
+
+
+def locate_config(source: str) -> str:
+    """Returns the argument of --config with an absolute path if it is a file or a run, not a name.
+
+    Args:
+      source: an argument that `load_config` accepts.
+    """
+    from bn_keras.training.config_files import config_names
+
+    file, colon, argument = source.partition(":")
+    if file.endswith(".py") and os.path.isfile(file):
+        return os.path.abspath(file) + colon + argument
+    # A name of the package has precedence over a run's folder.
+    is_run = source not in config_names() and os.path.isfile(os.path.join(source, "config.json"))
+    if is_run or (os.path.basename(source) == "config.json" and os.path.isfile(source)):
+        return os.path.abspath(source)
+    return source
 
 
 def check_batch_sizes(config: Any, replicas: int, owner: str) -> None:

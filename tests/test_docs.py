@@ -29,11 +29,14 @@ from ml_collections import ConfigDict
 from parse_commands import OMITTED, parse_all
 
 import bn_keras
+from bn_keras.data.built_in import IMAGENET_TRAIN_EXAMPLES
 from bn_keras.distribute import STRATEGIES
 from bn_keras.errors import UsageError
 from bn_keras.training.build import build_schedule
 from bn_keras.training.config import check_config, default_config
 from bn_keras.training.config_files import load_config
+from bn_keras.training.schedule import PAPER_BATCH_SIZE
+from launch.cloud.job import num_replicas
 from launch.main import COMMANDS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -180,6 +183,24 @@ def test_the_sample_log_is_that_of_the_present_config():
     assert f"devices   {config.distribution.strategy}: 1 CPU" in text
     steps = re.findall(r"(?:to step |finished  step |bn_x5: )([\d,]+)(?: steps|: |\n)", text)
     assert set(steps) == {str(config.train.steps)} and len(steps) == 3
+
+
+def test_commands_for_several_devices_have_as_many_images_as_the_papers_on_each():
+    text = (ROOT / "docs" / "launching.md").read_text()
+    words = [words for _, words in find_commands(text, []) if OMITTED not in words]
+    jobs = [w[1:] for w in words if w[:2] == ["bn-keras", "slurm"] or "submit" in w]
+    assert len(jobs) == 2
+    for job, parsed in zip(jobs, parse_all(jobs), strict=True):
+        flags = dict(re.findall(r"--(\w+)=(\S+)", " ".join(job)))
+        if job[0] == "slurm":
+            devices = int(flags["nodes"]) * int(flags["gpus_per_node"])
+        else:
+            devices = num_replicas(flags["accelerator_type"])
+        train = ConfigDict(parsed.config).train
+        assert train.global_batch_size == PAPER_BATCH_SIZE * devices
+        # The number of images, too, is that of the config without these settings.
+        images = train.epochs * IMAGENET_TRAIN_EXAMPLES
+        assert images == pytest.approx(train.steps * PAPER_BATCH_SIZE, rel=0.01)
 
 
 def test_the_citation_names_this_version():

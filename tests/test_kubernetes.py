@@ -6,10 +6,12 @@ import pytest
 from ml_collections import ConfigDict
 from parse_commands import parse_all
 
+from bn_keras.data.built_in import IMAGENET_TRAIN_EXAMPLES
 from bn_keras.distribute.cluster import Cluster
 from bn_keras.distribute.detection import find_cluster
 from bn_keras.errors import TrainingDivergedError, UsageError, WorkerLostError
 from bn_keras.training.config import check_config
+from bn_keras.training.schedule import PAPER_BATCH_SIZE
 
 validate = pytest.importorskip("kubernetes_validate")
 yaml = pytest.importorskip("yaml")
@@ -52,6 +54,18 @@ def test_the_arguments_are_valid(path):
     [parsed] = parse_all([container(path)["args"]])
     assert parsed.status == 0, parsed
     check_config(ConfigDict(parsed.config))
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
+def test_each_gpu_has_as_many_images_as_the_papers(path):
+    gpus = container(path)["resources"]["limits"]["nvidia.com/gpu"]
+    gpus *= load(path)["Job"]["spec"].get("completions", 1)
+    [parsed] = parse_all([container(path)["args"]])
+    config = ConfigDict(parsed.config)
+    assert config.train.global_batch_size == PAPER_BATCH_SIZE * gpus
+    # The number of images, too, is that of the config without these settings.
+    images = config.train.epochs * IMAGENET_TRAIN_EXAMPLES
+    assert images == pytest.approx(config.train.steps * PAPER_BATCH_SIZE, rel=0.01)
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)

@@ -30,6 +30,7 @@ from launch import cli
 from launch.command_error import CommandError
 from launch.config_flag import ConfigFlag, split_overrides
 from launch.main import COMMANDS
+from launch.training_command import locate_config
 
 DIGITS = (
     "--config=mnist_bn",
@@ -171,6 +172,15 @@ def test_an_invalid_value_in_a_list_is_reported_on_one_line(tmp_path):
     assert_fails_on_one_line(done, 2, "'high' in --base_rates is invalid: expected a number")
 
 
+def test_a_search_says_how_long_its_runs_are(tmp_path):
+    choices = ("--initializers=he_normal", "--base_rates=0.1", "--seeds=0")
+    # The data has no such split, which ends the command before it trains.
+    settings = ("--config.train.epochs=3", "--config.data.train_split=none")
+    done = launch("search", *DIGITS, *choices, *settings, f"--workdir={tmp_path}")
+    assert_fails_on_one_line(done, 2, "no split 'none'")
+    assert f"runs      1 in {tmp_path}, 3 epochs each" in done.stderr
+
+
 # The config.
 
 
@@ -266,6 +276,32 @@ def test_a_name_is_a_config_of_the_package_beside_a_run_of_that_name(tmp_path, m
 def test_a_config_of_the_package_has_the_same_names_in_any_folder(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load(source)[0].value == load_config("bn_x5")
+
+
+@pytest.mark.parametrize(
+    "source, is_path",
+    [
+        ("mine.py", True),
+        ("mine.py:3", True),
+        ("runs/one", True),
+        ("runs/one/config.json", True),
+        # A folder without a run, a run and a file, each with the name of a config.
+        ("mnist_bn", False),
+        ("bn_x5", False),
+        ("bn_x30", False),
+        ("configs/bn_x5", False),
+        ("configs/bn_x5.py", False),
+        ("bn_x30_ensemble:3", False),
+        ("gs://bucket/run/config.json", False),
+    ],
+)
+def test_a_job_elsewhere_loads_the_same_config(source, is_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs/one", "mnist_bn", "bn_x5", "configs/bn_x5"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("mine.py", "runs/one/config.json", "bn_x5/config.json", "bn_x30"):
+        (tmp_path / file).touch()
+    assert locate_config(source) == (f"{tmp_path}/{source}" if is_path else source)
 
 
 def write_config(folder, body):

@@ -14,8 +14,12 @@ from bn_keras.data.splits import Description
 from bn_keras.errors import StorageError, UsageError
 from bn_keras.runs.checkpoint import Checkpoints
 from bn_keras.runs.workdir import Workdir
+from bn_keras.training.build import build_model
 from bn_keras.training.dry_run import dry_run
-from bn_keras.training.plan import describe_input, describe_training
+from bn_keras.training.loop import train_and_evaluate
+from bn_keras.training.pitfalls import find_pitfalls
+from bn_keras.training.plan import describe_input, describe_length, describe_training
+from bn_keras.training.schedule import ExamplesSchedule
 
 PREPARED = (
     pathlib.Path(
@@ -60,6 +64,20 @@ def test_the_description_says_how_far_the_run_is(tmp_path):
     assert "finished at step 60, nothing to do" in describe_training(config, workdir)["workdir"]
     with pytest.raises(UsageError, match="holds a run of another config, with seed=0"):
         describe_training(small_mlp(seed=1), workdir)
+
+
+@pytest.mark.parametrize(
+    "steps, epochs, described",
+    [
+        (60, 0.0, "60 steps"),
+        (1, 0.0, "1 step"),
+        (31_000_000, 40.0, "40 epochs"),
+        (1, 1.0, "1 epoch"),
+    ],
+)
+def test_the_length_of_a_run_is_in_the_unit_that_counts(steps, epochs, described):
+    config = small_mlp(**{"train.steps": steps, "train.epochs": epochs})
+    assert describe_length(config) == described
 
 
 def test_an_invalid_config_is_an_error_before_anything_is_described(tmp_path):
@@ -179,3 +197,96 @@ def test_a_dry_run_works_for_a_data_set_of_unknown_size(tmp_path, offline):
 def test_a_dry_run_finds_invalid_settings(overrides, message):
     with pytest.raises(UsageError, match=message):
         list(dry_run(small_mlp(**overrides)))
+
+
+@pytest.mark.parametrize(
+    "settings, replicas, size, advised",
+    [
+        # As in the ImageNet configs, which have 6,000,000 steps of 32 images.
+        (
+            {"train.global_batch_size": 32, "train.steps": 6_000_000},
+            8,
+            "4 examples together (train.global_batch_size=32 on 8 replicas)",
+            "set train.global_batch_size=256 and train.steps=750000 (the learning rate becomes 8"
+            " times as high), or batch_norm.synchronized=True",
+        ),
+        (
+            {"train.global_batch_size": 32, "train.epochs": 3.0},
+            4,
+            "8 examples together (train.global_batch_size=32 on 4 replicas)",
+            "set train.global_batch_size=128 (the learning rate becomes 4 times as high), or"
+            " batch_norm.synchronized=True",
+        ),
+        (
+            {"train.global_batch_size": 8, "train.steps": 60},
+            1,
+            "8 examples together (train.global_batch_size=8)",
+            "set train.global_batch_size=32 and train.steps=15 (the learning rate becomes 4 times"
+            " as high)",
+        ),
+        # Synchronized statistics would still be those of 8 examples.
+        (
+            {"train.global_batch_size": 8, "train.epochs": 3.0},
+            8,
+            "1 example together (train.global_batch_size=8 on 8 replicas)",
+            "set train.global_batch_size=256 (the learning rate becomes 32 times as high)",
+        ),
+        (
+            {
+                "train.global_batch_size": 64,
+                "train.micro_batches": 8,
+                "train.epochs": 3.0,
+                "batch_norm.synchronized": True,
+            },
+            2,
+            "8 examples together (train.global_batch_size=64 in 8 micro-batches)",
+            "set train.global_batch_size=256 (the learning rate becomes 4 times as high)",
+        ),
+        (
+            {"train.global_batch_size": 64, "batch_norm.virtual_batch_size": 8},
+            2,
+            "8 examples together (batch_norm.virtual_batch_size=8)",
+            "set a larger batch_norm.virtual_batch_size, or batch_norm.synchronized=True",
+        ),
+        (
+            {
+                "train.global_batch_size": 16,
+                "train.epochs": 3.0,
+                "batch_norm.virtual_batch_size": 4,
+            },
+            2,
+            "4 examples together (train.global_batch_size=16 on 2 replicas)",
+            "set train.global_batch_size=64 and batch_norm.virtual_batch_size=0 (the learning rate"
+            " becomes 4 times as high)",
+        ),
+        ({"train.global_batch_size": 256}, 8, None, None),
+        ({"train.global_batch_size": 32, "batch_norm.synchronized": True}, 8, None, None),
+        ({"train.global_batch_size": 32, "model.variant": "baseline"}, 8, None, None),
+        ({"train.global_batch_size": 128, "train.micro_batches": 4}, 2, None, None),
+        ({"train.global_batch_size": 64, "batch_norm.virtual_batch_size": 16}, 2, None, None),
+    ],
+)
+def test_small_mini_batches_of_bn_are_warned_of(settings, replicas, size, advised):
+    config = small_mlp(**{"population.when": "end"} | settings)
+    model = build_model(config, (8, 8, 1), 10)
+    lines = find_pitfalls(config, ExamplesSchedule(0.1, 60), model, replicas)
+    statistics = "and the statistics of fewer than 16 are noisy: in a new workdir"
+    assert lines == ([f"BN normalizes only {size}, {statistics}, {advised}"] if size else [])
+
+
+def test_frozen_bn_has_no_mini_batch():
+    config = small_mlp(**{"train.global_batch_size": 8, "population.when": "end"})
+    model = build_model(config, (8, 8, 1), 10)
+    model.trainable = False
+    assert not find_pitfalls(config, ExamplesSchedule(0.1, 60), model)
+
+
+def test_the_log_of_a_training_warns_of_small_mini_batches(tmp_path, caplog):
+    settings = {
+        "distribution.strategy": "mirrored",
+        "distribution.replicas": 2,
+        "train.global_batch_size": 20,
+        "train.steps": 1,
+    }
+    train_and_evaluate(small_mlp(**settings), tmp_path)
+    assert "BN normalizes only 10 examples together" in caplog.text

@@ -277,6 +277,18 @@ def test_the_vm_can_read_the_data(name, data_dir, is_there):
         jobs.check_data(name, data_dir)
 
 
+@pytest.mark.parametrize(
+    "init_from, is_there",
+    [("", True), ("gs://b/runs/pretrained", True), ("runs/pretrained", False), ("/w.keras", False)],
+)
+def test_the_vm_can_read_the_initial_weights(init_from, is_there):
+    error = pytest.raises(
+        CommandError, match=f"model.init_from='{init_from}' is invalid: the VM .*; copy the weights"
+    )
+    with contextlib.nullcontext() if is_there else error:
+        jobs.check_initial_weights(init_from)
+
+
 def test_a_job_survives_the_round_trip_through_its_file():
     for job in (make_job(), make_job(spot=True, valid_until=NOON, delete_at=NOON, image="")):
         assert jobs.Job.from_json(job.to_json()) == job
@@ -781,6 +793,7 @@ INVALID_JOBS = [
         ["=50 is invalid", "batch_size=56"],
     ),
     ([*SUBMIT[:-1]], ["data.data_dir='' is invalid", "no imagenet2012"]),
+    ([*SUBMIT, "--config.model.init_from=runs/one"], ["model.init_from='runs/one' is invalid"]),
     (
         [*SUBMIT, "--max_hours=0"],
         ["--max_hours=0 is invalid: expected a number in the range [0.01, 8760]"],

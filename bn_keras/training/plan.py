@@ -51,12 +51,18 @@ def describe_input(config: ConfigDict) -> dict[str, str]:
     }
 
 
+def describe_length(config: ConfigDict) -> str:
+    """Describes the length of a run: "40 epochs", or "60 steps" if the config sets no epochs."""
+    if epochs := config.train.epochs:
+        return "1 epoch" if epochs == 1 else f"{epochs:g} epochs"
+    return counted(config.train.steps, "step")
+
+
 def describe_progress(run: Workdir, config: ConfigDict) -> str:
     """Describes how far a run is, and from which step this config would train it."""
     if reason := finish_reason(run, config):
         return f"{reason}, nothing to do"
-    train = config.train
-    end = f"{train.epochs:g} epochs" if train.epochs else f"step {train.steps:,}"
+    end = describe_length(config) if config.train.epochs else f"step {config.train.steps:,}"
     step = Checkpoints(run.checkpoints, {}).latest_step
     if not step:
         return f"new, to {end}"

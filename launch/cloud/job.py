@@ -228,6 +228,19 @@ def check_data(name: str, data_dir: str) -> None:
         )
 
 
+def check_initial_weights(init_from: str) -> None:
+    """Raises CommandError, before the TPU costs anything, if its VM cannot read the weights.
+
+    Args:
+      init_from: run or file with the initial weights; "" draws them from the seed.
+    """
+    if init_from and not init_from.startswith("gs://"):
+        raise CommandError(
+            f"model.init_from={init_from!r} is invalid: the VM finds no weights there; copy the"
+            " weights to a bucket and pass --config.model.init_from=gs://BUCKET/PATH"
+        )
+
+
 def num_replicas(accelerator_type: str) -> int:
     """Returns the number of replicas of a type of a Job."""
     generation, _, cores = accelerator_type.rpartition("-")

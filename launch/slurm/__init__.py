@@ -6,7 +6,9 @@ and this Python environment must be on storage that all nodes share.
 
 Examples:
   bn-keras slurm --nodes=2 --gpus_per_node=8 --time=24:00:00 \
-    --config=bn_x30 --config.data.data_dir=/data --workdir=/shared/runs/bn_x30
+    --config=bn_x30 --config.train.global_batch_size=512 \
+    --config.train.epochs=150 --config.data.data_dir=/data \
+    --workdir=/shared/runs/bn_x30
   bn-keras slurm --config=mnist_bn --workdir=runs/mnist_bn --submit
 """
 
@@ -20,7 +22,7 @@ from absl import flags
 
 from .. import cli
 from ..command_error import CommandError
-from ..training_command import check_batch_sizes, training_arguments
+from ..training_command import check_batch_sizes, locate_config, training_arguments
 
 _TEMPLATE = pathlib.Path(__file__).with_name("train.sbatch")
 
@@ -102,13 +104,14 @@ def _options() -> list[str]:
 
 def _command() -> list[str]:
     """Returns the command that each task runs: this Python, and the flags of the training."""
-    source = _CONFIG.source
-    if os.path.exists(source):
-        source = os.path.abspath(source)
     workers = {"distribution.strategy": "multi_worker", "distribution.replicas": 0}
     required = workers if _NODES.value > 1 else {}
     arguments = training_arguments(
-        source, _CONFIG.overrides, _workdir(), required, "on several nodes"
+        locate_config(_CONFIG.source),
+        _CONFIG.overrides,
+        _workdir(),
+        required,
+        "on several nodes",
     )
     package = __package__.rpartition(".")[0]
     return [sys.executable, "-m", f"{package}.train", *arguments]

@@ -3,6 +3,7 @@
 `make slurm-check` also trains in it, which takes four minutes.
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -98,6 +99,91 @@ def test_invalid_flags_are_rejected(arguments, message, tmp_path):
     done = launch("slurm", "--config=mnist_bn", "--workdir=runs/one", *arguments, PATH="")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: ") and message in done.stderr
+
+
+# The script with commands in place of Slurm's. `srun` ends with the status of each attempt.
+
+_FAKES = {
+    "srun": 'exit "$STATUS"',
+    "squeue": "echo RUNNING",
+    "scontrol": 'echo "$@" >>"$REQUESTS"',
+    "module": "true",
+}
+
+
+class FakeSlurm:
+    """Runs the script once for each start of a job, in the folder that it was submitted in."""
+
+    def __init__(self, script, folder):
+        self._script, self._restarts = script, itertools.count()
+        self.folder, self._requests = folder / "submitted", folder / "requests"
+        self._programs = folder / "programs"
+        for path in (self.folder, self._programs):
+            path.mkdir()
+        for name, line in _FAKES.items():
+            (self._programs / name).write_text(f"#!/bin/sh\n{line}\n")
+            (self._programs / name).chmod(0o755)
+
+    def start(self, status, seconds=0):
+        """Runs a training that ends with a status after a time; returns whether it is requeued."""
+        self._requests.write_text("")
+        done = subprocess.run(
+            ["bash"],
+            input=self._script,
+            cwd=self.folder,
+            env=os.environ
+            | {
+                "PATH": f"{self._programs}:{os.environ['PATH']}",
+                "REQUESTS": str(self._requests),
+                "SLURM_JOB_ID": "7",
+                "SLURM_RESTART_COUNT": str(next(self._restarts)),
+                "STATUS": str(status),
+                # bash counts on from this value.
+                "SECONDS": str(seconds),
+            },
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == status, done.stderr
+        return self._requests.read_text() == "requeue 7\n"
+
+
+@pytest.mark.parametrize(
+    "ends, requeued",
+    [
+        # (status, seconds after the start) of each attempt, and whether the job is requeued.
+        ([(138, 0)] * 4, [True, True, True, False]),
+        # After days with time limits and preemptions, an error counts as the first one.
+        ([(143, 86_000)] * 5 + [(75, 60)] * 4, [True] * 8 + [False]),
+        ([(143, 0)] * 6, [True] * 6),
+        ([(137, 300)] * 6, [True] * 6),
+        ([(1, 0)] * 3 + [(1, 400)] + [(1, 0)] * 4, [True] * 7 + [False]),
+        # A preemption soon after a start does not show that the training works.
+        ([(1, 0), (1, 0), (143, 5), (1, 0), (1, 0)], [True] * 4 + [False]),
+        ([(2, 0)], [False]),
+        ([(0, 400)], [False]),
+    ],
+)
+def test_the_job_ends_after_four_quick_failures_in_a_row(ends, requeued, script, tmp_path):
+    slurm = FakeSlurm(script, tmp_path)
+    assert [slurm.start(*end) for end in ends] == requeued
+    assert not list(slurm.folder.iterdir()), "the count is left behind"
+
+
+def test_a_quick_failure_that_cannot_be_counted_ends_the_job(script, tmp_path):
+    slurm = FakeSlurm(script, tmp_path)
+    assert slurm.start(1)
+    [count] = slurm.folder.iterdir()
+    count.unlink()
+    count.mkdir()
+    assert not slurm.start(1)
+
+
+def test_setup_code_may_read_unset_variables(tmp_path):
+    script = make_script(
+        "--config=mnist_bn", "--workdir=runs/one", '--setup=export MISSING="$UNSET"'
+    )
+    assert FakeSlurm(script, tmp_path).start(143)
 
 
 # A real cluster.
