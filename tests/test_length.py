@@ -78,7 +78,9 @@ def test_a_finished_run_is_extended_and_equals_a_longer_one(tmp_path, caplog):
     assert Workdir(tmp_path / "run").read_environment()[1]["changed"] == {"train.steps": 8}
     # The same command again has nothing to do.
     assert train_and_evaluate(extended, tmp_path / "run") == last
-    with pytest.raises(UsageError, match="train.steps=6 is less than the 8 steps"):
+    with pytest.raises(
+        UsageError, match="has trained 8 steps, more than the 6 of this config: raise"
+    ):
         train_and_evaluate(short(**{"train.steps": 6, "seed": 0}), tmp_path / "run")
 
 
@@ -187,6 +189,10 @@ def test_other_devices_continue_a_run(tmp_path, caplog):
     train_and_evaluate(short(**mirrored), tmp_path / "plain")
     train_and_evaluate(short(**{"train.steps": 6}), tmp_path / "plain")
     assert "BN now normalizes 60 examples per replica instead of 30" in caplog.text
+    ghosts = {"batch_norm.virtual_batch_size": 15}
+    train_and_evaluate(short(**mirrored | ghosts), tmp_path / "ghosts")
+    train_and_evaluate(short(**ghosts | {"train.steps": 6}), tmp_path / "ghosts")
+    assert "1 replica instead of 2: BN still normalizes 15 examples together" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,12 @@ def test_a_dry_run_needs_no_data_set(tmp_path, offline, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_warns_of_unlikely_settings():
+    config = small_mlp(**{"train.global_batch_size": 10, "train.epochs": 40.0})
+    _, _, warning, _ = dry_run(config)
+    assert "BN normalizes only 10 examples together" in warning
+
+
 def test_a_dry_run_works_for_a_data_set_of_unknown_size(tmp_path, offline):
     config = small_mlp(**{"data.name": "cifar100", "data.data_dir": str(tmp_path)})
     network, schedule, step = dry_run(config)

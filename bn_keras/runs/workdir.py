@@ -123,8 +123,8 @@ class Workdir:
         """Raises UsageError if the run has already trained more than a number of steps."""
         if steps < (last := self.last_step()):
             raise UsageError(
-                f"train.steps={steps} is less than the {last} steps that the run in {self.path} has"
-                " trained: raise it, or use another workdir"
+                f"the run in {self.path} has trained {last} steps, more than the {steps} of this"
+                " config: raise train.steps or train.epochs, or use another workdir"
             )
 
     def changes(self, config: ConfigDict) -> dict[str, tuple[Any, Any]]:

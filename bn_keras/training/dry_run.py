@@ -11,7 +11,8 @@ from bn_keras.distribute import make_strategy
 from bn_keras.text import counted
 from bn_keras.training.build import build_data, build_schedule, build_trainer_for
 from bn_keras.training.config import check_config
-from bn_keras.training.length import num_steps
+from bn_keras.training.length import with_steps
+from bn_keras.training.pitfalls import find_pitfalls
 from bn_keras.training.restoring import initialize_trainer
 
 
@@ -25,7 +26,8 @@ def dry_run(config: ConfigDict) -> Iterator[str]:
       config: see `default_config`.
 
     Yields:
-      Paragraphs of text: the network by its modules, the data and the schedule, the step.
+      Paragraphs of text: the network by its modules, the data and the schedule, settings that are
+      unlikely to be intended, the step.
 
     Raises:
       UsageError: an invalid value in the config that can be detected without the data.
@@ -46,11 +48,13 @@ def dry_run(config: ConfigDict) -> Iterator[str]:
 
     num_examples = description.num_train_examples
     if num_examples:
-        steps = num_steps(config, num_examples)
-        schedule = build_schedule(config, num_examples).describe(steps, num_examples)
+        config = with_steps(config, num_examples)
+        schedule = build_schedule(config, num_examples)
+        yield f"{description}\n{schedule.describe(config.train.steps, num_examples)}"
+        model, replicas = trainer.inference_model, strategy.num_replicas_in_sync
+        yield from find_pitfalls(config, schedule, model, replicas)
     else:
-        schedule = f"the steps per epoch are known once {config.data.name} is prepared"
-    yield f"{description}\n{schedule}"
+        yield f"{description}\nthe steps per epoch are known once {config.data.name} is prepared"
 
     batches = trainer.open_batches(data, 0)
     began = time.perf_counter()

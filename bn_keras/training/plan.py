@@ -102,6 +102,8 @@ def describe_replicas(run: Workdir, config: ConfigDict, replicas: int) -> list[s
     size = global_micro_batch_size(config)
     if config.batch_norm.synchronized:
         effect = "synchronized BN computes the same numbers, up to rounding"
+    elif ghost_batch_size := config.batch_norm.virtual_batch_size:
+        effect = f"BN still normalizes {counted(ghost_batch_size, 'example')} together"
     else:
         effect = (
             f"BN now normalizes {size // replicas} examples per replica instead of"
