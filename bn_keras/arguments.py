@@ -3,7 +3,7 @@
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
@@ -81,9 +81,37 @@ def as_positive_integer(name: str, value: Any) -> int:
     Raises:
       UsageError: the value is not a positive integer.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value <= 0:
+    if not _is_positive_integer(value):
         raise UsageError(f"{name}={value!r} is invalid: expected a positive integer")
     return int(value)
+
+
+def as_sizes(name: str, value: Any, expected: str, unknown: bool = False) -> tuple[Any, ...]:
+    """Returns an argument as a tuple of positive integers; with `unknown`, a size may be None.
+
+    Raises:
+      UsageError: the value is not a sequence of sizes. The message says what is `expected`.
+    """
+
+    def is_size(size: Any) -> bool:
+        return _is_positive_integer(size) or (unknown and size is None)
+
+    sizes = tuple(value) if isinstance(value, Iterable) else None
+    if sizes is None or not all(map(is_size, sizes)):
+        raise UsageError(f"{name}={value!r} is invalid: expected {expected}")
+    return sizes
+
+
+def check_positive_number(name: str, value: Any) -> None:
+    """Raises UsageError unless an argument is a positive and finite number."""
+    if not (isinstance(value, int | float | np.number) and 0 < value < math.inf):
+        raise UsageError(f"{name}={value!r} is invalid: expected a positive number")
+
+
+def check_rate(name: str, value: Any) -> None:
+    """Raises UsageError unless an argument is a number in [0, 1), such as the rate of a dropout."""
+    if not (isinstance(value, int | float | np.number) and 0 <= value < 1):
+        raise UsageError(f"{name}={value!r} is invalid: expected a number in [0, 1)")
 
 
 def as_size(name: str, value: Any) -> int | None:
@@ -125,6 +153,10 @@ def as_renorm_clipping(clipping: Any) -> dict[str, float | None]:
             f"rmax should be at least rmin in renorm_clipping: rmax={rmax}, rmin={rmin}"
         )
     return bounds
+
+
+def _is_positive_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) > 0
 
 
 def _to_float(value: Any) -> float:

@@ -20,6 +20,7 @@ _NOT_MULTIPLYING = (
     keras.layers.BatchNormalization,
     keras.layers.Embedding,
     keras.layers.LayerNormalization,
+    keras.layers.Normalization,
     keras.layers.PReLU,
 )
 # Layers and operations without weights that multiply their inputs with each other. Keras has no
@@ -66,7 +67,7 @@ class LayerCost:
       name: layer name, prefixed with the names of the nested models that contain it.
       kind: class name of the layer.
       input_shapes, output_shape: shapes of all inputs and of the first output.
-      trainable, non_trainable: numbers of parameters; 0 if an earlier call counts them.
+      trainable, non_trainable: numbers of parameters that no earlier call counts.
       multiply_adds: multiply-adds of the forward pass.
       activation_bytes: size of the tensors made by this call that the backward pass reads.
     """
@@ -170,7 +171,8 @@ def count_cost(model: keras.Model, dtype: str | None = None) -> Cost:
         transposed) and dense layers, padding included, as in published counts. Biases, BN,
         nonlinearities, pooling and sums are not counted. Layers and operations with other products
         (attention, recurrence, matmul) are listed as uncounted.
-      - A layer that is called twice counts its multiply-adds twice and its parameters once.
+      - A layer that is called twice counts its multiply-adds twice and its parameters once. So do
+        layers that share weights.
       - Activation memory counts every tensor that some gradient reads, once: the inputs of
         convolutions, dense layers and BN, the outputs of nonlinearities (ReLU, sigmoid, tanh,
         softmax), and both sides of max pooling. The gradients of average pooling, sums and
@@ -202,10 +204,11 @@ def count_cost(model: keras.Model, dtype: str | None = None) -> Cost:
     calls: list[_LayerCall] = []
     _trace(model, [_Activation.of(tensor) for tensor in model.inputs], "", calls)
     saved = {tensor for call in calls for tensor in call.saved()}
-    layers, counted = [], set()
+    layers: list[LayerCost] = []
+    counted: set[int] = set()
     for call in calls:
-        layers.append(_layer_cost(call, call.layer not in counted, saved, dtype))
-        counted.add(call.layer)
+        layers.append(_layer_cost(call, counted, saved, dtype))
+        counted.update(map(id, getattr(call.layer, "weights", [])))
     uncounted = [call.name for call in calls if _has_other_products(call.layer)]
     return Cost(tuple(layers), tuple(dict.fromkeys(uncounted)))
 
@@ -325,15 +328,18 @@ def _has_other_products(layer: keras.Operation) -> bool:
         return False
     if type(layer).__module__.startswith("keras.") and type(layer).__name__ in _PRODUCTS:
         return True
-    return any(len(v.shape) > 1 for v in getattr(layer, "trainable_variables", []))
+    # Frozen and quantized weights multiply too.
+    return any(len(weight.shape) > 1 for weight in getattr(layer, "weights", []))
 
 
 def _layer_cost(
-    call: _LayerCall, is_first_call: bool, saved: Collection[_Activation], dtype: str | None
+    call: _LayerCall, counted: Collection[int], saved: Collection[_Activation], dtype: str | None
 ) -> LayerCost:
+    """Returns the cost of a call; weights whose ids are in `counted` are not counted again."""
+
     def parameters(kind: str) -> int:
-        variables = getattr(call.layer, kind, []) if is_first_call else []
-        return sum(math.prod(v.shape) for v in variables)
+        weights = getattr(call.layer, kind, [])
+        return sum(math.prod(weight.shape) for weight in weights if id(weight) not in counted)
 
     own = [tensor for tensor in (*call.outputs, *call.hidden) if tensor in saved]
     return LayerCost(

@@ -18,6 +18,7 @@ from bn_keras.errors import UsageError
 from bn_keras.keras_internals import (
     Call,
     all_layers,
+    attributes_to_copy,
     batch_norm_layers,
     build_like,
     graph_calls,
@@ -26,7 +27,7 @@ from bn_keras.keras_internals import (
     unbuild_optimizer,
 )
 from bn_keras.layer_kinds import DEPTHWISE, SEPARABLE, TRANSPOSED, WITH_KERNEL
-from bn_keras.model_copy import REMOVED, ModelCopier, describe_layer
+from bn_keras.model_copy import REMOVED, ModelCopier, describe_layer, find_state
 from bn_keras.population import preserved_state
 from bn_keras.text import first_line
 
@@ -102,8 +103,10 @@ def fold_batch_norm(model: keras.Model, inputs: Any = None) -> tuple[keras.Model
         images, which TensorFlow fuses with the following activation, else keras.layers.Rescaling.
         The result therefore needs bn_keras only if other layers of the model do.
       - Inside other layers (TimeDistributed, a subclassed model), BatchNormalization stays and is
-        frozen, and so does a subclass with a `call` of its own. A layer called with training=True
-        stays too: it has no fixed scale and offset.
+        frozen. So does a layer with a `call` of its own, or one that a function of another layer
+        uses. A layer called with training=True stays too: it has no fixed scale and offset.
+      - BatchNormalization is not folded into a layer whose weights another layer uses, as in a tied
+        autoencoder.
       - BatchNormalization is not folded into the following convolution, since the zeros of that
         convolution's padding are not normalized.
       - Everything else is the same in the result: other layers with their state, whether or not
@@ -188,6 +191,9 @@ class _Plan:
         self.always_training: set[keras.Layer] = set()
         self.inputs = graph.input
         self._read_graph(graph)
+        # By the id of a layer or variable: the operations that have a reference to it.
+        self._users: dict[int, list[keras.Operation]] = {}
+        self._read_references()
 
         self.batch_norms = [
             layer
@@ -207,6 +213,9 @@ class _Plan:
     def _is_affine(self, batch_norm: keras.Layer) -> bool:
         """Returns whether a layer that is kept computes no more than scale * x + offset."""
         if batch_norm in self.always_training | self.inside or overrides_call(batch_norm):
+            return False
+        if self._other_users(batch_norm, batch_norm):
+            # Its other users need its weights.
             return False
         # With channels first, keras.layers.Rescaling adds axes to the scale of a vector.
         is_vector = batch_norm.input_spec.ndim == 2
@@ -248,6 +257,24 @@ class _Plan:
         for x in contained:
             self.names.setdefault(x, f"{name}/{x.name}")
 
+    def _read_references(self) -> None:
+        """Records the layers and variables that an operation may use without a call in a graph.
+
+        They are in its attributes and in the arguments of its calls. A model with a graph uses none
+        of its attributes, because its own code does not run.
+        """
+        for operation in dict.fromkeys([*self._calls, *self.names]):
+            values = [call.arguments for call in self._calls.get(operation, ())]
+            if graph_of(operation) is None or overrides_call(operation):
+                values.append(attributes_to_copy(operation))
+            for value in find_state(values):
+                self._users.setdefault(id(value), []).append(operation)
+
+    def _other_users(self, value: Any, layer: keras.Layer) -> str:
+        """Returns the operations other than `layer` that have a reference to a layer or weight."""
+        users = [user for user in self._users.get(id(value), ()) if user is not layer]
+        return ", ".join(map(describe_layer, users))
+
     def _obstacle(self, batch_norm: keras.Layer) -> str | None:
         """Returns why a layer cannot be folded, or None if it can."""
         if batch_norm in self.always_training:
@@ -256,6 +283,9 @@ class _Plan:
             return "is inside a layer that is not a Functional or Sequential model"
         if overrides_call(batch_norm):
             return "has a call of its own"
+        users = self._other_users(batch_norm, batch_norm)
+        if users:
+            return f"is also used by {users}"
         calls = self._calls[batch_norm]
         for call in calls:
             reason = self._obstacle_at(call)
@@ -265,6 +295,11 @@ class _Plan:
         for layer in producers:
             if layer in self.inside or producers.count(layer) < len(self._calls[layer]):
                 return f"follows {describe_layer(layer)}, which is also used elsewhere"
+            for value in (layer, *layer.weights):
+                users = self._other_users(value, layer)
+                if users:
+                    what = "which" if value is layer else f"whose {value.name}"
+                    return f"follows {describe_layer(layer)}, {what} is also used by {users}"
         return None
 
     def _obstacle_at(self, call: Call) -> str | None:
@@ -273,6 +308,8 @@ class _Plan:
         follows = f"follows {describe_layer(layer)}"
         if type(layer) not in WITH_KERNEL:
             return follows
+        if overrides_call(layer):
+            return f"{follows}, which has a call of its own"
         if layer.activation not in (None, keras.activations.linear):
             return f"{follows}, which includes an activation"
         users = [
@@ -326,11 +363,14 @@ class _Folder(ModelCopier):
             return self.record(old, REMOVED)
         if old in self._plan.folded_into:
             new = self.construct_like(old, type(old), use_bias=True)
-            scale, offset = _scale_and_offset(self._plan.folded_into[old])
-            _set_weights(new, _folded_weights(old, scale, offset))
+            batch_norm = self._plan.folded_into[old]
+            _set_weights(new, _folded_weights(old, *_scale_and_offset(batch_norm)))
+            new.supports_masking = old.supports_masking and batch_norm.supports_masking
             return new
         if old in self._plan.affine:
-            return self.record(old, _affine_layer(old))
+            new = self.record(old, _affine_layer(old))
+            new.supports_masking = old.supports_masking
+            return new
         new = super().copy_operation(old)
         if old in self._plan.kept and old not in self._plan.always_training:
             # Frozen, it uses its moving statistics in every mode.

@@ -127,10 +127,12 @@ class ModelCopier:
             self.record(weight, weights[weight.name])
             weights[weight.name].assign(weight)
             weights[weight.name].trainable = weight.trainable
-        # Attributes that the layer's user has added.
+        # What the layer's user has changed, other than the arguments: added attributes, replaced
+        # methods, and the only setting that is not an argument.
         for name, value in vars(old).items():
-            if not name.startswith("_") and not hasattr(new, name):
+            if not name.startswith("_") and name not in vars(new):
                 vars(new)[name] = self.copy(value)
+        new.supports_masking = old.supports_masking
         return new
 
     # --- Methods to override.
@@ -291,6 +293,51 @@ class ModelCopier:
         if isinstance(value, _FUNCTIONS) or id(value) in self._copies:
             return self.copy(value) is not value
         return isinstance(value, _WITH_STATE)
+
+
+def find_state(values: Iterable[Any]) -> list[Any]:
+    """Returns the layers, variables and metrics that objects refer to, wherever ModelCopier copies.
+
+    That is in containers, attributes, weak references, and functions with what they capture. The
+    layers, variables and metrics that are found are not searched themselves.
+    """
+    found, queue = [], list(values)
+    # By id. The objects are kept alive, so that no other object gets the same id.
+    seen: dict[int, Any] = {}
+    while queue:
+        value = queue.pop()
+        if isinstance(value, _IMMUTABLE) or id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, _WITH_STATE):
+            found.append(value)
+        else:
+            queue += _parts(value)
+    return found
+
+
+def _parts(value: Any) -> list[Any]:
+    """Returns the objects that an object other than a layer or variable refers to."""
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    if isinstance(value, _CONTAINERS):
+        return list(value)
+    if isinstance(value, types.MethodType):
+        return [value.__self__]
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, types.FunctionType):
+        captured = map(_cell_contents, value.__closure__ or ())
+        return [*captured, value.__defaults__, value.__kwdefaults__]
+    if isinstance(value, tf.types.experimental.PolymorphicFunction):
+        return [value.python_function]
+    if isinstance(value, weakref.ref):
+        return [value()]
+    if isinstance(value, keras.KerasTensor) or internals.is_of_tensorflow(value):
+        return []
+    if _consists_of_attributes(value):
+        return list(internals.attributes_to_copy(value).values())
+    return []
 
 
 def describe_layer(operation: keras.Operation) -> str:

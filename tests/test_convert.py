@@ -1,5 +1,7 @@
 """Replacing Keras' layers does not change what a model computes."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -166,6 +168,33 @@ def test_subclasses_of_the_keras_layer_are_copied():
     replaced = replace_batch_norm(model)
     assert [type(layer) for layer in replaced.layers] == [Doubled, BatchNormalization]
     np.testing.assert_allclose(replaced(np.ones((2, 3))), model(np.ones((2, 3))), rtol=1e-6)
+
+
+def test_a_call_replaced_on_one_layer_is_copied():
+    model = keras.Sequential([keras.Input((3,)), KERAS_BN(name="pinned"), KERAS_BN(name="other")])
+    pinned = model.get_layer("pinned")
+    pinned.call = functools.partial(pinned.call, training=False)
+    _random_weights(model)
+    replaced = replace_batch_norm(model)
+    assert [type(layer) for layer in replaced.layers] == [KERAS_BN, BatchNormalization]
+    x = np.random.default_rng(1).normal(size=(8, 3)).astype(np.float32)
+    for training in (True, False):
+        expected = model(x, training=training)
+        np.testing.assert_allclose(replaced(x, training=training), expected, rtol=1e-4, atol=1e-5)
+    copied = replaced.get_layer("pinned")
+    pinned.moving_mean.assign([1, 2, 3])
+    assert not np.array_equal(copied.moving_mean, pinned.moving_mean)
+
+
+def test_changes_to_a_keras_layer_are_copied():
+    model = keras.Sequential([keras.Input((5, 3)), KERAS_BN(name="bn")])
+    norm = model.get_layer("bn")
+    norm.supports_masking = False
+    norm.note = "added"
+    norm.get_config = functools.partial(dict, name="replaced")
+    (copied,) = replace_batch_norm(model).layers
+    assert type(copied) is BatchNormalization and not copied.supports_masking
+    assert copied.note == "added" and copied.get_config() == {"name": "replaced"}
 
 
 def test_state_derived_from_weights_is_copied():

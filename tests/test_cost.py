@@ -251,6 +251,42 @@ def test_uncounted_layers_are_listed():
     assert "Multiply-adds not counted: memory, attention, additive, luong" in str(counted)
 
 
+def test_frozen_and_quantized_layers_are_listed_as_uncounted():
+    x = images = keras.Input((8, 4))
+    x = L.LSTM(3, name="memory", return_sequences=True)(x)
+    x = L.MultiHeadAttention(2, 3, name="attention")(x, x)
+    einsum = L.EinsumDense("abc,cd->abd", (8, 3), name="einsum")
+    x = L.TimeDistributed(L.Dense(2), name="wrapper")(einsum(x))
+    model = keras.Model(images, x)
+    names = ("memory", "attention", "einsum", "wrapper")
+    assert count_cost(model).uncounted == names
+    model.trainable = False
+    assert count_cost(model).uncounted == names
+    # Quantization replaces the kernel by integers, which no optimizer trains.
+    einsum.quantize("int8")
+    assert count_cost(model).uncounted == names
+
+
+def test_adapted_statistics_multiply_elementwise():
+    x = images = keras.Input((8, 4))
+    model = keras.Model(images, L.Normalization(axis=(1, 2))(x))
+    assert count_cost(model).uncounted == ()
+
+
+def test_tied_weights_count_once():
+    class Tied(L.Layer):
+        def __init__(self, dense):
+            super().__init__()
+            self.dense = dense
+
+        def call(self, x):
+            return x @ keras.ops.transpose(self.dense.kernel)
+
+    images, dense = keras.Input((6,)), L.Dense(4)
+    model = keras.Model(images, Tied(dense)(dense(images)))
+    assert count_cost(model).trainable == model.count_params() == 6 * 4 + 4
+
+
 class _Subclassed(keras.Model):
     def call(self, inputs):
         return inputs

@@ -1,7 +1,9 @@
 """A folded network computes the same outputs without BatchNormalization."""
 
+import functools
 import random
 import threading
+import weakref
 
 import keras
 import numpy as np
@@ -372,6 +374,130 @@ def test_a_call_replaced_on_one_layer_is_kept():
     folded, report = fold_batch_norm(model)
     assert not report.folded
     assert_same(folded, model)
+
+
+class Tied(L.Layer):
+    """Multiplies by the transpose of another layer's kernel, as in a tied autoencoder."""
+
+    def __init__(self, get_kernel, **attributes):
+        super().__init__(name="tied")
+        self.get_kernel = get_kernel
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def call(self, x):
+        return x @ keras.ops.transpose(self.get_kernel(self))
+
+
+class Holder:
+    """An object whose attributes Keras does not track."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def get_kernel(self, _):
+        return self.layer.kernel
+
+
+# The ways to use a kernel that ModelCopier follows.
+TIED = {
+    "weight": lambda dense: Tied(lambda self: self.k, k=dense.kernel),
+    "list of weights": lambda dense: Tied(lambda self: self.k[0], k=[dense.kernel]),
+    "matmul": lambda dense: lambda x: x @ dense.kernel,
+    "function": lambda dense: Tied(lambda _: dense.kernel),
+    "default": lambda dense: Tied(lambda _, layer=dense: layer.kernel),
+    "method": lambda dense: Tied(Holder(dense).get_kernel),
+    "partial": lambda dense: Tied(functools.partial(lambda layer, _: layer.kernel, dense)),
+    "tf.function": lambda dense: Tied(tf.function(lambda _: dense.kernel.value)),
+    "object": lambda dense: Tied(lambda self: self.held.layer.kernel, held=Holder(dense)),
+    "weak reference": lambda dense: Tied(lambda self: self.ref().kernel, ref=weakref.ref(dense)),
+}
+
+
+@pytest.mark.parametrize("tie", TIED.values(), ids=TIED)
+def test_batch_norm_is_not_folded_into_a_kernel_that_another_layer_uses(tie):
+    dense, inputs = L.Dense(3, name="encoder"), keras.Input((3,))
+    x = L.ReLU()(KERAS_BN(name="bn")(dense(inputs)))
+    model = trained(keras.Model(inputs, tie(dense)(x)))
+    folded, report = fold_batch_norm(model)
+    assert list(report.kept) == ["bn"]
+    assert report.kept["bn"].startswith("follows Dense 'encoder', wh")
+    assert "is also used by " in report.kept["bn"]
+    assert type(folded.get_layer("bn")) is L.Rescaling
+    assert_same(folded, model)
+
+
+def test_the_user_of_a_kernel_is_named():
+    for tie, what in (("weight", "whose kernel"), ("function", "which")):
+        dense, inputs = L.Dense(3, name="encoder"), keras.Input((4,))
+        x = KERAS_BN(name="bn")(dense(inputs))
+        model = keras.Model(inputs, TIED[tie](dense)(x))
+        (reason,) = unfoldable_layers(model).values()
+        assert reason == f"follows Dense 'encoder', {what} is also used by Tied 'tied'"
+
+
+def test_a_batch_norm_that_a_function_of_another_layer_uses_is_kept():
+    norm = KERAS_BN(name="bn")
+    odd = L.Lambda(lambda t: t * norm.gamma, output_shape=(3,), name="odd")
+    model = trained(chain((4,), L.Dense(3), norm, odd))
+    folded, report = fold_batch_norm(model)
+    assert report.kept == {"bn": "is also used by Lambda 'odd'"}
+    assert type(folded.get_layer("bn")) is KERAS_BN and not folded.get_layer("bn").trainable
+    assert_same(folded, model)
+
+
+def test_references_to_a_layer_that_it_or_a_model_has_do_not_prevent_folding():
+    model = trained(chain((4,), L.Dense(3, name="dense"), KERAS_BN(), L.ReLU()))
+    dense = model.get_layer("dense")
+    vars(dense)["function"] = lambda: dense.kernel
+    vars(model)["function"] = lambda: dense.kernel
+    vars(model.layers[-1])["parents"] = [model]
+    folded, report = fold_batch_norm(model)
+    assert not report.kept
+    assert folded.function() is folded.get_layer("dense").kernel
+    assert_same(folded, model)
+
+
+def test_a_call_replaced_on_a_layer_with_a_kernel_is_not_folded_into():
+    dense = L.Dense(3, name="dense")
+    dense.call = lambda x, training=None: tf.square(L.Dense.call(dense, x))
+    model = trained(chain((4,), dense, KERAS_BN(name="bn")))
+    folded, report = fold_batch_norm(model)
+    assert report.kept == {"bn": "follows Dense 'dense', which has a call of its own"}
+    assert_same(folded, model)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not support masking:UserWarning")
+@pytest.mark.parametrize("supports_masking", [True, False])
+@pytest.mark.parametrize("before", [L.Dense(3), L.ReLU()], ids=["folded", "affine"])
+def test_masks_are_passed_on_as_before(before, supports_masking):
+    norm = KERAS_BN()
+    norm.supports_masking = supports_masking
+    model = trained(chain((4, 3), L.Masking(), before, norm, L.LSTM(2)))
+    x = example(model)
+    x[:, 2:] = 0
+    folded, _ = fold_batch_norm(model, x)
+    np.testing.assert_allclose(run(folded, x), run(model, x), rtol=1e-5)
+
+
+def test_an_affine_layer_for_images_passes_masks_on():
+    model = trained(chain((4, 2, 3), L.Masking(), KERAS_BN(name="bn")))
+    folded, _ = fold_batch_norm(model)
+    assert type(folded.get_layer("bn")) is L.DepthwiseConv2D
+    assert folded.get_layer("bn").supports_masking
+
+
+def test_folding_does_not_change_the_states_of_recurrent_layers():
+    inputs = keras.Input(batch_shape=(4, 5, 3))
+    lstm = L.LSTM(2, stateful=True)
+    model = trained(keras.Model(inputs, lstm(KERAS_BN()(L.Dense(3)(inputs)))))
+    x = np.ones((4, 5, 3), np.float32)
+    model(x)
+    states = [state.numpy() for state in lstm.states]
+    folded, _ = fold_batch_norm(model, x)
+    for layer in (lstm, folded.layers[-1]):
+        for state, expected in zip(layer.states, states, strict=True):
+            np.testing.assert_array_equal(state, expected)
 
 
 class OwnCode(keras.Model):

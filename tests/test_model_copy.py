@@ -271,6 +271,22 @@ def _captured():
     ), random(6, 4)
 
 
+class Transposed(L.Layer):
+    def __init__(self, kernel):
+        super().__init__()
+        self.kernel = kernel
+
+    def call(self, x):
+        return x @ keras.ops.transpose(self.kernel)
+
+
+def _tied():
+    """An autoencoder whose decoder has the kernel of its encoder."""
+    dense = L.Dense(3)
+    dense.build((None, 4))
+    return chain((4,), dense, KERAS_BN(), L.ReLU(), Transposed(dense.kernel)), random(6, 4)
+
+
 def _images():
     return chain(
         (6, 6, 3),
@@ -294,7 +310,7 @@ MODELS = {
         *(_shared_at_several_levels, _pieces_of_a_model, _custom_layers, _subclassed),
         *(_nested_subclassed, _recurrent, _operations, _structures, _sequential_without_input),
         *(_random_numbers, _functional_subclass, _policies, _regularizers_and_constraints),
-        *(_captured, _images, _stateful),
+        *(_captured, _tied, _images, _stateful),
     )
 }
 
@@ -672,10 +688,15 @@ def test_models_of_several_replicas_are_copied_in_their_strategy(two_replicas):
 
 
 def test_a_function_that_uses_a_folded_layer_is_named():
-    norm = KERAS_BN()
-    odd = L.Lambda(lambda t: t + norm.gamma, output_shape=(3,), name="odd")
-    with pytest.raises(UsageError, match=r"'function' of Lambda 'odd' .* uses a removed layer"):
-        fold_batch_norm(chain((4,), L.Dense(3), norm, odd))
+    model = chain((4,), L.Dense(3), KERAS_BN())
+    norm = model.layers[-1]
+    vars(model)["odd"] = lambda: norm.gamma
+    with pytest.raises(UsageError, match=r"'odd' of Functional .* uses a removed layer"):
+        fold_batch_norm(model)
+    del model.odd
+    model.compile("sgd", lambda y, p: tf.reduce_sum(norm.gamma))
+    with pytest.raises(UsageError, match=r"'loss' of Functional .* uses a removed layer"):
+        fold_batch_norm(model)
 
 
 def test_a_copy_can_be_saved(tmp_path):

@@ -303,20 +303,82 @@ def test_images_smaller_than_the_total_stride_are_rejected(stem, smallest):
         (dict(input_shape=(8, 8, None)), "expected \\(height, width, channels\\)"),
         (dict(input_shape=(8, 8, 0)), "expected \\(height, width, channels\\)"),
         (dict(input_shape=(8, 8)), "expected \\(height, width, channels\\)"),
+        (dict(input_shape=None), r"input_shape=None is invalid: expected \(height, width"),
+        (dict(input_shape=8), r"input_shape=8 is invalid: expected \(height, width"),
+        (dict(input_shape=("a", 8, 1)), r"input_shape=\('a', 8, 1\) is invalid: expected \(height"),
+        (dict(input_shape=(8.0, 8, 1)), r"input_shape=\(8.0, 8, 1\) is invalid: expected \(height"),
+        (dict(width="1"), "width='1' is invalid: expected a positive number"),
+        (dict(width=None), "width=None is invalid: expected a positive number"),
+        (dict(width=math.nan), "width=nan is invalid: expected a positive number"),
+        (dict(initializer_scale="1"), "initializer_scale='1' is invalid"),
+        (dict(dropout="0.5"), r"dropout='0.5' is invalid: expected a number in \[0, 1\)"),
+        (dict(kernel_initializer="foo"), "kernel_initializer='foo' is invalid: expected the name"),
+        (dict(kernel_initializer=None), "kernel_initializer=None is invalid: expected the name"),
+        (dict(kernel_initializer=object), "kernel_initializer=<class 'object'> is invalid"),
+        (dict(modules=5), "modules=5 is invalid: expected names in this order"),
+        (dict(variant=["bn_x5"]), r"unknown variant \['bn_x5'\]: expected one of inception"),
+        (dict(weights=5), "weights=5 is invalid: expected the path of a .weights.h5 or .keras"),
     ],
 )
 def test_invalid_arguments_are_rejected(options, message):
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=message) as error:
         small(**options)
+    assert "\n" not in str(error.value)
 
 
-def test_an_invalid_mlp_is_rejected():
-    with pytest.raises(UsageError, match="classes=0 is invalid: expected a positive integer"):
-        SigmoidMLP(classes=0)
-    with pytest.raises(UsageError, match="units=1.5 is invalid: expected a positive integer"):
-        SigmoidMLP(units=(10, 1.5))
-    with pytest.raises(UsageError, match="expected one of baseline, bn"):
-        SigmoidMLP("bn_x5")
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(variant="bn_x5"), "expected one of baseline, bn"),
+        (dict(classes=0), "classes=0 is invalid: expected a positive integer"),
+        (
+            dict(units=(10, 1.5)),
+            r"units=\(10, 1.5\) is invalid: expected the positive width of each",
+        ),
+        (dict(units=100), "units=100 is invalid: expected the positive width of each hidden layer"),
+        (dict(input_shape=None), "input_shape=None is invalid: expected the positive sizes of one"),
+        (dict(input_shape=(None, 3)), r"input_shape=\(None, 3\) is invalid: expected the positive"),
+        (dict(kernel_initializer="foo"), "kernel_initializer='foo' is invalid: expected the name"),
+    ],
+)
+def test_an_invalid_mlp_is_rejected(options, message):
+    with pytest.raises(UsageError, match=message):
+        SigmoidMLP(**options)
+
+
+def _constant(shape, dtype=None):
+    return tf.fill(shape, tf.constant(0.25, dtype))
+
+
+@pytest.mark.parametrize("build", [small, SigmoidMLP])
+def test_an_initializer_may_be_a_function(build, short_figure_5):
+    model = build(kernel_initializer=_constant)
+    kernels = [v for v in model.trainable_variables if v.name == "kernel"]
+    assert len(kernels) > 3 and all(np.all(kernel.numpy() == 0.25) for kernel in kernels)
+
+
+def test_an_initializer_function_is_scaled(short_figure_5):
+    model = small(kernel_initializer=_constant, initializer_scale=2.0)
+    assert np.all(model.get_layer("stem_1_conv").kernel.numpy() == 0.5)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        functools.partial(small, stem="imagenet", input_shape=(32, 32, 3), auxiliary=True),
+        functools.partial(small, "inception", preset="caffe", include_top=False, pooling="max"),
+        SigmoidMLP,
+    ],
+)
+def test_networks_have_channels_last_whatever_keras_default_is(build, monkeypatch):
+    rows = [row for row in FIGURE_5 if row.name in ("3a", "3c", "4d", "5b")]
+    monkeypatch.setattr(inception, "FIGURE_5", rows)
+    expected = build().to_json()
+    keras.config.set_image_data_format("channels_first")
+    try:
+        assert build().to_json() == expected
+    finally:
+        keras.config.set_image_data_format("channels_last")
 
 
 def images_of(model, sides=(8, 8)):

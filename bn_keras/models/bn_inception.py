@@ -3,16 +3,22 @@
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import keras
 import tensorflow as tf
 
-from bn_keras.arguments import as_positive_integer
+from bn_keras.arguments import (
+    as_positive_integer,
+    as_sizes,
+    check_positive_number,
+    check_rate,
+)
 from bn_keras.batch_norm import BatchNormalization
 from bn_keras.errors import UsageError
 from bn_keras.models.dropout import Dropout
+from bn_keras.models.initializers import Initializer, as_initializer, clone_initializer
 from bn_keras.models.weights_file import HEAD, load_weights
 
 
@@ -150,6 +156,10 @@ class Preset(NamedTuple):
     symmetric: bool
 
 
+# BN, Concatenate and local response normalization use the last axis, so Keras' image_data_format
+# must not choose another one for the convolutions and pools.
+_CHANNELS_LAST: dict[str, Any] = {"data_format": "channels_last"}
+
 # "slim": BN comes from inception_v2_arg_scope, which does not cover `separable_conv2d`.
 PRESETS = {
     "paper": Preset(96, True, True, conv_bias=False, gamma=True, epsilon=1e-3, symmetric=False),
@@ -216,7 +226,7 @@ def BNInception(
     separable_stem: bool | None = None,
     separable_bn: bool | None = None,
     gamma: bool | None = None,
-    kernel_initializer: str | keras.initializers.Initializer = "he_normal",
+    kernel_initializer: str | Initializer = "he_normal",
     initializer_scale: float | None = None,
     dropout: float | None = None,
     local_response_normalization: bool | None = None,
@@ -243,6 +253,8 @@ def BNInception(
     [-1, 1] for TF-Slim; for a port of the Caffe model, what its documentation says, such as BGR in
     [0, 255] minus (104, 117, 128) for Cadene's.
 
+    Images and maps have channels last, whatever keras.config.image_data_format() is.
+
     Args:
       variant: "inception", "bn_baseline", "bn_x5", "bn_x30", "bn_x5_sigmoid", a member of the
         ensemble, "bn_x30_ensemble_1" to "bn_x30_ensemble_6", or "inception_sigmoid".
@@ -266,7 +278,8 @@ def BNInception(
       separable_bn: whether BN, instead of a bias, follows a separable first convolution. None uses
         the preset's value. BN always follows the other convolutions.
       gamma: whether BN has a gamma; it always has a beta. None uses the preset's value.
-      kernel_initializer: initializer of all kernels, each of which is drawn independently.
+      kernel_initializer: initializer of all kernels, each of which is drawn independently; a name,
+        an Initializer, or a function of shape and dtype.
       initializer_scale: factor on the initial weights of the convolutions. None uses the variant's
         value.
       dropout: fraction of the features dropped before the classifier. None uses the variant's
@@ -329,18 +342,18 @@ def BNInception(
     _check_numbers(classes, width, variant_settings, preset_settings)
     _check_top(include_top, pooling, classifier_activation, auxiliary)
     rows = _select_modules(modules, auxiliary, variant_settings.per_activation_bn)
-    _check_input_shape(input_shape, stem, rows)
+    input_shape = _check_input_shape(input_shape, stem, rows)
 
     build = _LayerBuilder(
         variant_settings,
         preset_settings,
         width,
-        keras.initializers.get(kernel_initializer),
+        as_initializer("kernel_initializer", kernel_initializer),
         momentum,
         synchronized,
         virtual_batch_size,
     )
-    images = keras.Input(tuple(input_shape), name="images")
+    images = keras.Input(input_shape, name="images")
     x = _build_stem(build, images, stem_settings)
     auxiliary_logits = []
     for row in rows:
@@ -353,9 +366,9 @@ def BNInception(
                 build.classifier(features, classes, classifier_activation, "auxiliary_")
             )
     if include_top or pooling == "avg":
-        x = keras.layers.GlobalAveragePooling2D(name="features")(x)
+        x = keras.layers.GlobalAveragePooling2D(name="features", **_CHANNELS_LAST)(x)
     elif pooling == "max":
-        x = keras.layers.GlobalMaxPooling2D(name="features")(x)
+        x = keras.layers.GlobalMaxPooling2D(name="features", **_CHANNELS_LAST)(x)
     if include_top:
         if variant_settings.dropout:
             x = Dropout(variant_settings.dropout, name="dropout")(x)
@@ -380,16 +393,12 @@ def without_auxiliary(model: keras.Model) -> keras.Model:
 
 @dataclasses.dataclass(frozen=True)
 class _LayerBuilder:
-    """Builds the layers of one network with their common settings.
-
-    Each kernel has a clone of the initializer, since one instance draws the same values for all
-    kernels of the same shape.
-    """
+    """Builds the layers of one network with their common settings."""
 
     variant: Variant
     preset: Preset
     width: float
-    initializer: keras.initializers.Initializer
+    initializer: Initializer
     momentum: float
     synchronized: bool
     virtual_batch_size: int | None
@@ -408,7 +417,7 @@ class _LayerBuilder:
         """Builds a convolution, BN instead of its bias, and the nonlinearity."""
         has_bn = self.variant.batch_norm and (self.preset.separable_bn or not separable)
         if self.preset.symmetric and strides > 1:
-            x = keras.layers.ZeroPadding2D(size // 2, name=f"{name}_pad")(x)
+            x = keras.layers.ZeroPadding2D(size // 2, name=f"{name}_pad", **_CHANNELS_LAST)(x)
             padding = "valid"
         options: dict[str, Any] = dict(
             filters=max(1, round(filters * self.width)),
@@ -417,6 +426,7 @@ class _LayerBuilder:
             padding=padding,
             use_bias=self.preset.conv_bias or not has_bn,
             name=f"{name}_conv",
+            **_CHANNELS_LAST,
         )
         if separable:
             x = keras.layers.SeparableConv2D(
@@ -438,7 +448,7 @@ class _LayerBuilder:
         """Builds the linear layer to the logits and the activation after it, if any."""
         x = keras.layers.Dense(
             classes,
-            kernel_initializer=self.initializer.clone(),
+            kernel_initializer=clone_initializer(self.initializer),
             dtype="float32",
             name=f"{prefix}logits",
         )(x)
@@ -454,10 +464,10 @@ class _LayerBuilder:
             # Caffe rounds sizes up: one more row and column on the far side. Zeros there do not
             # change a maximum, since the nonlinearities before the pools are never negative.
             margin = 1 if kind == "avg" else ((0, 1), (0, 1))
-            x = keras.layers.ZeroPadding2D(margin, name=f"{name}_pad")(x)
+            x = keras.layers.ZeroPadding2D(margin, name=f"{name}_pad", **_CHANNELS_LAST)(x)
             padding = "valid"
         layer = {"avg": keras.layers.AveragePooling2D, "max": keras.layers.MaxPooling2D}[kind]
-        return layer(3, strides=strides, padding=padding, name=name)(x)
+        return layer(3, strides=strides, padding=padding, name=name, **_CHANNELS_LAST)(x)
 
     def _batch_norm(self, name: str) -> BatchNormalization:
         return BatchNormalization(
@@ -470,8 +480,8 @@ class _LayerBuilder:
             name=name,
         )
 
-    def _conv_initializer(self) -> keras.initializers.Initializer:
-        initializer = self.initializer.clone()
+    def _conv_initializer(self) -> Initializer:
+        initializer = clone_initializer(self.initializer)
         if self.variant.initializer_scale == 1:
             return initializer
         return Scaled(initializer, self.variant.initializer_scale)
@@ -534,10 +544,12 @@ def _build_auxiliary_features(build: _LayerBuilder, x: keras.KerasTensor) -> ker
     def window(largest: int) -> int:
         return min([largest, *(side for side in x.shape[1:3] if side is not None)])
 
-    x = keras.layers.AveragePooling2D(window(5), strides=3, name="auxiliary_pool")(x)
+    x = keras.layers.AveragePooling2D(
+        window(5), strides=3, name="auxiliary_pool", **_CHANNELS_LAST
+    )(x)
     x = build.conv(x, 128, 1, "auxiliary_reduce")
     x = build.conv(x, 768, window(4), "auxiliary", padding="valid")
-    return keras.layers.GlobalAveragePooling2D(name="auxiliary_features")(x)
+    return keras.layers.GlobalAveragePooling2D(name="auxiliary_features", **_CHANNELS_LAST)(x)
 
 
 _Entry = TypeVar("_Entry", bound=NamedTuple)
@@ -545,7 +557,7 @@ _Entry = TypeVar("_Entry", bound=NamedTuple)
 
 def _lookup(kind: str, name: str, table: Mapping[str, _Entry], **overrides: float | None) -> _Entry:
     """Returns the entry of a table, with the overrides that are not None."""
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise UsageError(f"unknown {kind} {name!r}: expected one of {', '.join(table)}")
     return table[name]._replace(**{k: v for k, v in overrides.items() if v is not None})
 
@@ -553,11 +565,9 @@ def _lookup(kind: str, name: str, table: Mapping[str, _Entry], **overrides: floa
 def _check_numbers(classes: int, width: float, variant: Variant, preset: Preset) -> None:
     as_positive_integer("classes", classes)
     as_positive_integer("pool_projection", preset.pool_projection)
-    for name, factor in (("width", width), ("initializer_scale", variant.initializer_scale)):
-        if not 0 < factor < math.inf:
-            raise UsageError(f"{name}={factor} is invalid: expected a positive number")
-    if not 0 <= variant.dropout < 1:
-        raise UsageError(f"dropout={variant.dropout} is invalid: expected a number in [0, 1)")
+    check_positive_number("width", width)
+    check_positive_number("initializer_scale", variant.initializer_scale)
+    check_rate("dropout", variant.dropout)
 
 
 def _select_modules(
@@ -566,9 +576,10 @@ def _select_modules(
     """Returns the rows of Figure 5 to build."""
     if modules is None:
         return list(FIGURE_5)
-    rows = [row for row in FIGURE_5 if row.name in modules]
+    given = list(modules) if isinstance(modules, Iterable) else []
+    rows = [row for row in FIGURE_5 if row.name in given]
     names = [row.name for row in rows]
-    if not names or names != list(modules):
+    if not names or names != given:
         raise UsageError(
             f"modules={modules!r} is invalid: expected names in this order, each once:"
             f" {', '.join(row.name for row in FIGURE_5)}"
@@ -584,10 +595,13 @@ def _select_modules(
 
 def _check_input_shape(
     input_shape: Sequence[int | None], stem: str, modules: Sequence[Row]
-) -> None:
-    invalid = f"input_shape={tuple(input_shape)} is invalid"
-    if len(input_shape) != 3 or (input_shape[2] or 0) < 1:
-        raise UsageError(f"{invalid}: expected (height, width, channels)")
+) -> tuple[int | None, ...]:
+    """Returns the input shape as a tuple if a network with these modules accepts it."""
+    expected = "(height, width, channels), each positive; height and width may be None"
+    input_shape = as_sizes("input_shape", input_shape, expected, unknown=True)
+    invalid = f"input_shape={input_shape} is invalid"
+    if len(input_shape) != 3 or input_shape[2] is None:
+        raise UsageError(f"{invalid}: expected {expected}")
     pool_strides = [2, 2] if STEMS[stem].pools else []
     min_side = math.prod([STEMS[stem].stride, *pool_strides, *(row.stride for row in modules)])
     if any(side is not None and side < min_side for side in input_shape[:2]):
@@ -595,6 +609,7 @@ def _check_input_shape(
             f"{invalid}: stem {stem!r} needs images of at least {min_side}x{min_side} pixels;"
             f" enlarge the images or choose another stem ({', '.join(STEMS)})"
         )
+    return input_shape
 
 
 def _check_top(

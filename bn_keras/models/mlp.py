@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import keras
 
-from bn_keras.arguments import as_positive_integer
+from bn_keras.arguments import as_positive_integer, as_sizes
 from bn_keras.batch_norm import BatchNormalization
 from bn_keras.errors import UsageError
+from bn_keras.models.initializers import Initializer, as_initializer, clone_initializer
 
 _MLP_VARIANTS = ("baseline", "bn")
 
@@ -17,7 +18,7 @@ def SigmoidMLP(
     input_shape: Sequence[int] = (28, 28, 1),
     *,
     units: Sequence[int] = (100, 100, 100),
-    kernel_initializer: str | keras.initializers.Initializer | None = None,
+    kernel_initializer: str | Initializer | None = None,
     momentum: float = 0.99,
     epsilon: float = 1e-3,
     synchronized: bool = False,
@@ -34,8 +35,9 @@ def SigmoidMLP(
       classes: number of logits.
       input_shape: shape of one example, which is flattened.
       units: width of each hidden layer, in order.
-      kernel_initializer: initializer of all kernels. None uses a Gaussian of standard deviation 0.1
-        (the paper: "small random Gaussian values"; the number is ours).
+      kernel_initializer: initializer of all kernels, each of which is drawn independently; a name,
+        an Initializer, or a function of shape and dtype. None uses a Gaussian of standard deviation
+        0.1 (the paper: "small random Gaussian values"; the number is ours).
       momentum: fraction of BN's moving statistics kept at each step.
       epsilon: added to BN's variance under the root.
       synchronized: whether BN computes its batch statistics over all replicas.
@@ -47,27 +49,28 @@ def SigmoidMLP(
       A functional model from [N, *input_shape] to logits [N, classes], float32.
 
     Raises:
-      UsageError: an unknown variant, or a size that is not a positive integer.
+      UsageError: an unknown variant or initializer, or a size that is not a positive integer.
 
     Source: Ioffe & Szegedy 2015, section 4.1.
     """
     if variant not in _MLP_VARIANTS:
         raise UsageError(f"unknown variant {variant!r}: expected one of {', '.join(_MLP_VARIANTS)}")
     as_positive_integer("classes", classes)
-    for number in units:
-        as_positive_integer("units", number)
+    units = as_sizes("units", units, "the positive width of each hidden layer, such as (100, 100)")
+    input_shape = as_sizes(
+        "input_shape", input_shape, "the positive sizes of one example, such as (28, 28, 1)"
+    )
     if kernel_initializer is None:
         kernel_initializer = keras.initializers.RandomNormal(stddev=0.1)
-    # Each kernel has a clone of the initializer, since one instance draws the same values for all
-    # kernels of the same shape.
-    initializer = keras.initializers.get(kernel_initializer)
-    x = images = keras.Input(tuple(input_shape), name="images")
-    x = keras.layers.Flatten(name="flatten")(x)
+    initializer = as_initializer("kernel_initializer", kernel_initializer)
+    x = images = keras.Input(input_shape, name="images")
+    # Flattened in the order of the axes, whatever keras.config.image_data_format() is.
+    x = keras.layers.Flatten(data_format="channels_last", name="flatten")(x)
     for i, width in enumerate(units, start=1):
         x = keras.layers.Dense(
             width,
             use_bias=variant == "baseline",
-            kernel_initializer=initializer.clone(),
+            kernel_initializer=clone_initializer(initializer),
             name=f"dense_{i}",
         )(x)
         if variant == "bn":
@@ -81,7 +84,7 @@ def SigmoidMLP(
         x = keras.layers.Activation("sigmoid", name=f"sigmoid_{i}")(x)
     logits = keras.layers.Dense(
         classes,
-        kernel_initializer=initializer.clone(),
+        kernel_initializer=clone_initializer(initializer),
         dtype="float32",
         name="logits",
     )(x)

@@ -33,9 +33,13 @@ def load_weights(model: keras.Model, path: str | os.PathLike, optional: Sequence
       optional: prefixes of layer names that the file may contain although the model does not.
 
     Raises:
-      UsageError: the file cannot be read or does not fit. The message lists the first layers that
-        are missing, extra or of the wrong shape.
+      UsageError: the path is not one, or the file cannot be read or does not fit. The message lists
+        the first layers that are missing, extra or of the wrong shape.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise UsageError(
+            f"weights={path!r} is invalid: expected the path of a .weights.h5 or .keras file"
+        )
     name = os.fspath(path)
     assign_layers(layers_with_weights(model), read_layers(name), f"weights {name!r} do", optional)
 
