@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -23,9 +23,9 @@ from bn_keras.keras_internals import (
 )
 from bn_keras.population import (
     LayerReport,
+    PopulationEstimator,
     PopulationReport,
     distribute_dataset,
-    estimate_population_statistics,
     preserved_state,
     reporting_invalid_batches,
 )
@@ -196,7 +196,8 @@ def check_batch_norm(
       - "not_finite" (f): NaN or infinity in a weight of any layer or, given data, in the outputs.
       - "negative_variance" (f): a moving variance below 0.
       - "never_updated" (f): the moving statistics still have their initial values. This is a note
-        if the layer is frozen, which is usually on purpose.
+        if the layer is frozen or, given data, never called in training mode, which is usually on
+        purpose.
       - "dead": channels whose output hardly depends on the input. Their standard deviation at
         inference, |gamma| * sqrt(moving variance / (moving variance + epsilon)), is less than
         MIN_STDDEV. This is a fault if all channels of a layer are dead.
@@ -215,8 +216,9 @@ def check_batch_norm(
         stale, and a layer with non-finite weights has no other finding. The model is not run if its
         weights rule out finite outputs.
       - For the gap, only BatchNormalization is in training mode, since dropout would add noise.
-        Frozen layers normalize the same in both modes.
-      - The model is unchanged.
+        Layers that are frozen, or that the model calls with training=False even in training,
+        normalize the same in both modes. If there are no others, the model is not run.
+      - The model is unchanged, on each replica.
 
     Args:
       model: built model.
@@ -236,14 +238,25 @@ def check_batch_norm(
     findings = _check_weights(model, layers)
     population, gap, skipped = None, None, []
     obstacle = _obstacle_to_running(dataset, layers, findings)
-    if obstacle or dataset is None:
+    if dataset is not None and not obstacle:
+        strategy = strategy or model.distribute_strategy
+        inputs = _first_inputs(dataset, strategy)
+        estimator = PopulationEstimator(model, strategy)
+        trained = estimator.find_trained_layers(inputs)
+        findings = _excuse_untrained(findings, trained)
+        if trained:
+            gap, found = _compare_modes(model, inputs, strategy, trained)
+            if not found:
+                population = estimator.estimate(dataset, num_batches, update=False)
+                found = _check_statistics(model, population, gap, findings)
+            findings += found
+        else:
+            obstacle = (
+                "the model calls no BatchNormalization in training mode (if it should, its call"
+                " must pass `training` on to its layers)"
+            )
+    if obstacle:
         skipped.append(f"checks on data: {obstacle}")
-    else:
-        never_updated = {f.layer for f in findings if f.kind == "never_updated" and f.is_fault}
-        population, gap, found = _check_on_data(
-            model, dataset, num_batches, strategy or model.distribute_strategy, never_updated
-        )
-        findings += found
     try:
         findings += _check_folding(model) if layers else []
     except UsageError as error:
@@ -333,46 +346,73 @@ def _obstacle_to_running(
     return None
 
 
-def _check_on_data(
-    model: keras.Model,
-    dataset: Iterable,
-    num_batches: int,
-    strategy: tf.distribute.Strategy,
-    never_updated: Collection[str],
-) -> tuple[PopulationReport | None, float | None, list[Finding]]:
-    """Runs the model and returns population statistics, gap and findings.
-
-    Args:
-      model, dataset, num_batches, strategy: see check_batch_norm.
-      never_updated: paths of the layers with that finding.
-    """
+def _first_inputs(dataset: Iterable, strategy: tf.distribute.Strategy) -> Any:
     batch = next(iter(distribute_dataset(dataset, strategy)), None)
     if batch is None:
         raise UsageError("the dataset is empty: expected batches as in training")
-    inputs = batch[0] if isinstance(batch, tuple) else batch
+    return batch[0] if isinstance(batch, tuple) else batch
+
+
+def _excuse_untrained(findings: Sequence[Finding], trained: Sequence[keras.Layer]) -> list[Finding]:
+    """Makes notes of the faults of layers that are never updated because they are not trained.
+
+    Args:
+      findings: findings about the weights.
+      trained: the layers that the model calls in training mode.
+    """
+    paths = {layer.path for layer in trained}
+    return [
+        _make_finding(f.layer, f.kind, False, f"never in training mode, and {f.text}")
+        if f.kind == "never_updated" and f.is_fault and f.layer not in paths
+        else f
+        for f in findings
+    ]
+
+
+def _compare_modes(
+    model: keras.Model,
+    inputs: Any,
+    strategy: tf.distribute.Strategy,
+    trained: Sequence[keras.Layer],
+) -> tuple[float | None, list[Finding]]:
+    """Runs the model in both modes and returns the gap, and a finding if it is not finite.
+
+    Args:
+      model, strategy: see check_batch_norm.
+      inputs: inputs of one batch.
+      trained: the layers that the model calls in training mode.
+    """
     inference = _outputs(model, inputs, strategy)
-    with preserved_state(model, strategy), _training_mode(model):
+    with _training_mode(model, trained):
         training = _outputs(model, inputs, strategy)
     for mode, outputs in (("inference", inference), ("training", training)):
         if not all(np.isfinite(y).all() for y in outputs):
             text = f"NaN or infinity in the outputs in {mode} mode, although all weights are finite"
             advice = _ADVICE_ON_FAULTS["not_finite_outputs"]
-            return None, None, [Finding(model.name, "not_finite", True, text, advice)]
-    gap = _largest_gap(training, inference)
-    population = estimate_population_statistics(model, dataset, num_batches, strategy, update=False)
+            return None, [Finding(model.name, "not_finite", True, text, advice)]
+    return _largest_gap(training, inference), []
 
-    findings = [
+
+def _check_statistics(
+    model: keras.Model,
+    population: PopulationReport,
+    gap: float | None,
+    findings: Sequence[Finding],
+) -> list[Finding]:
+    """Checks the moving statistics and the gap; `findings` are those about the weights."""
+    never_updated = {f.layer for f in findings if f.kind == "never_updated" and f.is_fault}
+    found = [
         _make_finding(row.layer, "stale", True, text)
         for row in population.rows
         if (text := _describe_stale(row)) and row.layer not in never_updated
     ]
-    if gap is not None and gap > MAX_GAP and not (never_updated or findings):
+    if gap is not None and gap > MAX_GAP and not (never_updated or found):
         text = (
             f"outputs in training and inference mode are {gap:.2f} standard deviations apart,"
             " although the moving statistics fit the data"
         )
-        findings.append(_make_finding(model.name, "gap", False, text))
-    return population, gap, findings
+        found.append(_make_finding(model.name, "gap", False, text))
+    return found
 
 
 def _describe_stale(row: LayerReport) -> str:
@@ -405,13 +445,14 @@ def _check_folding(model: keras.Model) -> list[Finding]:
 def _outputs(model: keras.Model, inputs: Any, strategy: tf.distribute.Strategy) -> list[np.ndarray]:
     """Returns each output of a call with training=False, [N, ...] over all replicas.
 
-    A scalar output becomes [1].
+    A scalar output becomes [1]. The state of the model is restored afterwards: the call changes it
+    if a layer is stateful, or if the model always calls a layer in training mode.
     """
 
     def run(inputs: Any) -> Any:
         return strategy.run(lambda inputs: model(inputs, training=False), args=(inputs,))
 
-    with reporting_invalid_batches(model):
+    with reporting_invalid_batches(model), preserved_state(model, strategy):
         # Tracing explicitly avoids TensorFlow's warning about retracing.
         outputs = tf.function(run, autograph=False).get_concrete_function(inputs)(inputs)
     return [
@@ -423,8 +464,8 @@ def _outputs(model: keras.Model, inputs: Any, strategy: tf.distribute.Strategy) 
 
 
 @contextlib.contextmanager
-def _training_mode(model: keras.Model) -> Iterator[None]:
-    """Runs each BatchNormalization, and no other layer, in training mode in every call."""
+def _training_mode(model: keras.Model, layers: Sequence[keras.Layer]) -> Iterator[None]:
+    """Runs the given layers of a model, and no others, in training mode in every call."""
 
     def call_in_training(
         call: Callable[..., tf.Tensor],
@@ -435,7 +476,7 @@ def _training_mode(model: keras.Model) -> Iterator[None]:
         return call(inputs, training=True, **kwargs)
 
     with contextlib.ExitStack() as stack:
-        for layer in batch_norm_layers(model):
+        for layer in layers:
             function = functools.partial(call_in_training, layer.call)
             stack.enter_context(replaced_method(layer, "call", function))
         stack.enter_context(without_traces(model))

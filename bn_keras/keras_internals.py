@@ -44,6 +44,41 @@ def batch_norm_layers(model: keras.Layer) -> list[keras.layers.BatchNormalizatio
     return [v for v in all_layers(model) if isinstance(v, keras.layers.BatchNormalization)]
 
 
+# Objects whose attributes may contain variables.
+_OWNERS = (
+    keras.Operation,
+    keras.Metric,
+    keras.random.SeedGenerator,
+    tf.Module,
+    tf.__internal__.tracking.AutoTrackable,
+)
+
+
+def all_variables(model: keras.Layer) -> list[keras.Variable | tf.Variable]:
+    """Returns each variable that a model contains, except those of optimizers.
+
+    `model.variables` contains neither the states of recurrent layers, nor metrics, nor a layer's
+    variables of TensorFlow.
+    """
+    found: list[keras.Variable | tf.Variable] = []
+    seen: set[int] = set()
+    pending: list[Any] = [model]
+    while pending:
+        value = pending.pop()
+        if id(value) in seen or isinstance(value, keras.optimizers.Optimizer):
+            continue
+        seen.add(id(value))
+        if isinstance(value, keras.Variable | tf.Variable):
+            found.append(value)
+        elif isinstance(value, dict):
+            pending += value.values()
+        elif isinstance(value, list | tuple | set):
+            pending += value
+        elif isinstance(value, _OWNERS):
+            pending += vars(value).values()
+    return found
+
+
 def graph_of(layer: keras.Operation) -> keras.Function | None:
     """Returns the graph of a functional or sequential model, or None for any other layer.
 

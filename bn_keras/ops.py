@@ -335,7 +335,7 @@ def _differentiable(
         moments.append(found)
         return y, lambda dy: [t for t, g in zip(backward(dy), is_given, strict=True) if g]
 
-    y = transform(*(t for t in (x, gamma, beta) if t is not None))
+    y = transform(*_in_current_graph(*(t for t in (x, gamma, beta) if t is not None)))
     return y, moments[0]
 
 
@@ -358,19 +358,34 @@ def _twice_differentiable(
         statistics.append(found)
 
         @tf.custom_gradient
-        def first_order(dy, x, gamma):  # noqa: ANN001
+        def first_order(*given):  # noqa: ANN002
             def second_order(*upstream):
+                inputs = dy, x, gamma = _in_current_graph(*given)
                 with tf.GradientTape() as tape:
-                    tape.watch([dy, x, gamma])
-                    _, _, backward = unfused.forward(x, gamma, beta)
+                    tape.watch(inputs)
+                    # The gradients do not depend on beta.
+                    _, _, backward = unfused.forward(x, gamma, None)
                     outputs = backward(dy)
-                return tape.gradient(outputs, [dy, x, gamma], upstream)
+                return tape.gradient(outputs, inputs, upstream)
 
-            return backward(dy), second_order
+            return backward(given[0]), second_order
 
-        return y, lambda dy: first_order(dy, x, gamma)
+        return y, lambda dy: first_order(*_in_current_graph(dy, x, gamma))
 
-    return transform(x, gamma, beta), statistics[0]
+    return transform(*_in_current_graph(x, gamma, beta)), statistics[0]
+
+
+def _in_current_graph(*tensors: tf.Tensor) -> list[tf.Tensor]:
+    """Returns the tensors in the graph that is being built.
+
+    In a branch of tf.cond or a loop they may belong to the graph around it. tf.custom_gradient does
+    not copy its arguments, a gradient may use only tensors of the branch, and a tape in a loop does
+    not follow those from outside.
+    """
+    if tf.executing_eagerly():
+        return list(tensors)
+    graph = tf.compat.v1.get_default_graph()
+    return [t if t.graph is graph else tf.identity(t) for t in tensors]
 
 
 # --- Ordinary operations.
@@ -890,8 +905,11 @@ def _correct_if_lost(
     """
     *checked, last = outputs
     mean, variance = outputs[3:5]
-    spacing = size * (2.0**-25 / images.shape[-1])
-    is_lost = tf.reduce_any(tf.square(mean * spacing) > variance)
+    inverse = 2.0**25 * images.shape[-1] / size
+    # A variance of 0, for which the ratio is 0 too, is right at any mean: the kernel averages the
+    # squares of x - mean, which are all 0 only if every value equals the mean (within 1e-19).
+    ratio = tf.math.divide_no_nan(tf.square(mean), variance)
+    is_lost = tf.reduce_any(ratio > inverse * inverse)
     if tf.executing_eagerly():
         if not is_lost:
             return outputs
@@ -935,14 +953,16 @@ def _recompute(
 ) -> Sequence[tf.Tensor]:
     """Returns the first five outputs of the training kernel for images with a large mean.
 
-    The kernel gets the deviations from the exact mean, whose sum loses nothing.
+    The kernel gets the deviations from the mean, whose sum loses nothing.
     """
     gamma, beta, old_mean, old_variance = parameters
-    axes, exact = [0, 1, 2], tf.cast(images, tf.float64)
-    exact_mean = tf.reduce_mean(exact, axes)
-    deviation, shift = exact - exact_mean, tf.cast(exact_mean, tf.float32)
+    axes = [0, 1, 2]
+    exact_mean = tf.reduce_mean(tf.cast(images, tf.float64), axes)
+    shift = tf.cast(exact_mean, tf.float32)
+    # Float32 suffices: the difference is rounded only once.
+    deviation = tf.cast(images, tf.float32) - shift
     y, mean, variance, _, biased, _ = tf.raw_ops.FusedBatchNormV3(
-        x=tf.cast(deviation, tf.float32),
+        x=deviation,
         scale=gamma,
         offset=beta,
         mean=old_mean if factor == 1 else old_mean - shift,
@@ -953,7 +973,9 @@ def _recompute(
     if factor == 1:
         # Near a large mean float32 has few values. The kernel's rounding of the squares, the same
         # for equal values, then adds up.
-        kernel, biased = biased, tf.cast(tf.reduce_mean(tf.square(deviation), axes), tf.float32)
+        squares = tf.reduce_mean(tf.square(tf.cast(deviation, tf.float64)), axes)
+        rounding = tf.cast(shift, tf.float64) - exact_mean
+        kernel, biased = biased, tf.cast(squares - tf.square(rounding), tf.float32)
         variance *= tf.math.divide_no_nan(biased, kernel)
     # The mean of the deviations, which is no more than a rounding error, is left out.
     return tf.cast(y, images.dtype), mean + shift, variance, shift, biased

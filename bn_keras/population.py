@@ -18,6 +18,7 @@ from bn_keras.arguments import check_model
 from bn_keras.batch_norm import BatchNormalization
 from bn_keras.errors import UsageError
 from bn_keras.keras_internals import (
+    all_variables,
     batch_norm_layers,
     observed_moments,
     replaced_method,
@@ -120,8 +121,8 @@ def estimate_population_statistics(
         first time step, which therefore counts twice, in training as here.)
       - Frozen layers, and layers that the model does not run, keep their statistics.
       - Nothing else changes. Other state that the pass modifies is restored on each replica, such
-        as the seed generators of dropout (dropout still draws a new mask for each batch). After an
-        error the moving statistics are restored too.
+        as the seed generators of dropout (dropout still draws a new mask for each batch) and the
+        states of recurrent layers. After an error the moving statistics are restored too.
       - For keras.layers.BatchNormalization, the moments are those that the layer computes. With
         synchronized=True it loses digits at large means; replace_batch_norm fixes this.
 
@@ -204,15 +205,33 @@ class PopulationEstimator:
                 _assign(*statistics, self._strategy)
         return PopulationReport(num_batches, tuple(rows))
 
+    def find_trained_layers(self, inputs: Any) -> list[keras.Layer]:
+        """Returns the layers that the model calls in training mode, without running the model.
+
+        Args:
+          inputs: the inputs of one batch, distributed over the replicas.
+        """
+        with self._observed_layers(), reporting_invalid_batches(self._model):
+            # `estimate` uses this trace.
+            self._run.get_concrete_function(inputs)
+        return [sums.layer for sums in self._sums if sums.is_used]
+
+    @contextlib.contextmanager
+    def _observed_layers(self) -> Iterator[None]:
+        """Adds the moments of each call inside a `with` block to the sums."""
+        with contextlib.ExitStack() as stack:
+            for sums in self._sums:
+                stack.enter_context(_observed(sums.layer, sums.add))
+            stack.enter_context(without_traces(self._model))
+            yield
+
     def _sum_moments(self, batches: Iterable, num_batches: int) -> None:
         """Runs the model on batches and sums their moments; may change the model's state."""
         num_read = 0
-        with _progress_bar(num_batches) as advance, contextlib.ExitStack() as observed:
-            for sums in self._sums:
-                sums.reset()
-                # Observed during the whole loop, because a batch of another shape is retraced.
-                observed.enter_context(_observed(sums.layer, sums.add))
-            observed.enter_context(without_traces(self._model))
+        for sums in self._sums:
+            sums.reset()
+        # Observed during the whole loop, because a batch of another shape is retraced.
+        with _progress_bar(num_batches) as advance, self._observed_layers():
             for batch in itertools.islice(batches, num_batches):
                 with reporting_invalid_batches(self._model):
                     self._run(batch[0] if isinstance(batch, tuple) else batch)
@@ -248,8 +267,9 @@ def reporting_invalid_batches(model: keras.Model) -> Iterator[None]:
     """Raises UsageError if a `with` block fails because the model does not accept a batch."""
     try:
         yield
-    except UsageError:
-        raise
+    except UsageError as error:
+        # Keras adds lines to the error of a layer.
+        raise UsageError(first_line(error)) from error
     except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
         raise UsageError(
             f"model {model.name!r} does not accept a batch of the dataset ({first_line(error)}):"
@@ -263,7 +283,8 @@ def preserved_state(
 ) -> Iterator[None]:
     """Restores every variable of the model on exit from a `with` block, on each replica.
 
-    An estimate and an evaluation inside the block do not affect training.
+    This includes variables that Keras does not list, except those of the optimizer. An estimate and
+    an evaluation inside the block do not affect training.
 
     Args:
       model: built model.
@@ -271,7 +292,7 @@ def preserved_state(
         remembers.
     """
     strategy = strategy or model.distribute_strategy
-    saved = [(c, c.numpy()) for v in model.variables for c in _local_variables(v, strategy)]
+    saved = [(c, c.numpy()) for v in all_variables(model) for c in _local_variables(v, strategy)]
     try:
         yield
     finally:
@@ -432,10 +453,15 @@ def _assign(
     for variable, value in values:
         for component in _local_variables(variable, strategy):
             component.assign(value.reshape(variable.shape).astype(variable.dtype))
+    counter = getattr(layer, "values_since_merge", None)
+    if counter is not None:
+        # A merge must not weight the replicas by values that the statistics no longer contain.
+        counter.assign(0.0)
 
 
 def _local_variables(
-    variable: keras.Variable, strategy: tf.distribute.Strategy
+    variable: keras.Variable | tf.Variable, strategy: tf.distribute.Strategy
 ) -> Sequence[tf.Variable]:
     """Returns the variable of each replica of this process."""
-    return strategy.experimental_local_results(variable.value)
+    value = variable.value if isinstance(variable, keras.Variable) else variable
+    return strategy.experimental_local_results(value)

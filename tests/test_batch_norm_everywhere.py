@@ -365,6 +365,33 @@ def test_a_while_loop_equals_a_python_loop(shape, implementation):
 
 
 @IMPLEMENTATIONS
+def test_a_layer_in_a_branch_trains_like_one_outside(implementation):
+    """The branch uses tensors of the graph around it, as in a network with stochastic depth."""
+    x = tf.cast(np.random.default_rng(11).normal(size=(5, 2, 2, 3)), tf.float32)
+
+    def train(is_branch):
+        layer = _built(x.shape)
+
+        @tf.function
+        def forward(x):
+            if not is_branch:
+                return layer(x, training=True)
+            return tf.cond(x[0, 0, 0, 0] < 9.0, lambda: layer(x, training=True), lambda: x)
+
+        @tf.function
+        def step(x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                loss = tf.reduce_sum(forward(x) ** 3)
+            return tape.gradient(loss, [x, layer.gamma.value, layer.beta.value])
+
+        return [*step(x), layer.moving_mean, layer.moving_variance]
+
+    for actual, expected in zip(train(True), train(False), strict=True):
+        _assert_close(actual, np.asarray(expected), 1e-5)
+
+
+@IMPLEMENTATIONS
 def test_a_saved_training_step_returns_the_same(implementation, tmp_path):
     module = tf.Module()
     module.layer = _built((5, 2, 2, 3))

@@ -270,6 +270,61 @@ def test_a_subclass_whose_call_takes_no_mask_is_checked():
     assert check_batch_norm(model, batches, 4).gap > 0
 
 
+class Modes(keras.Model):
+    """Calls two layers in fixed modes; None follows the mode of the model."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.first, self.second = (
+            BatchNormalization(name="first"),
+            BatchNormalization(name="second"),
+        )
+        self.modes = first, second
+
+    def build(self, shape):
+        self.first.build(shape)
+        self.second.build(shape)
+
+    def call(self, x, training=None):
+        for layer, mode in zip((self.first, self.second), self.modes, strict=True):
+            x = layer(2 * x + 1, training=training if mode is None else mode)
+        return x
+
+
+def test_a_layer_in_inference_mode_only_counts_as_frozen():
+    x = BATCHES[0].mean(axis=(1, 2))
+    model = Modes(None, False)
+    model.build(x.shape)
+    estimate_population_statistics(model, [x], 1)
+    set_values(model.first.moving_mean, slice(None), lambda v: v + 0.1)
+    report = check_batch_norm(model, [x], 1)
+    # The gap is that of the first layer, since the second one scales and shifts in both modes.
+    gap = check_batch_norm(keras.Sequential([keras.Input([3]), model.first]), [2 * x + 1], 1).gap
+    assert report.gap == pytest.approx(gap, rel=1e-4) and gap < 0.2
+    assert [row.layer for row in report.population.rows] == [model.first.path]
+    assert ("never_updated", "second", False, ()) in found_in(report)
+    assert "second: never in training mode, and the moving mean" in str(report)
+
+
+def test_a_model_that_never_trains_its_layers_is_not_run():
+    x = BATCHES[0].mean(axis=(1, 2))
+    model = Modes(False, False)
+    model.build(x.shape)
+    report = check_batch_norm(model, [x], 1)
+    assert report.gap is None and not report.has_faults
+    assert "skipped checks on data: the model calls no BatchNormalization in" in str(report)
+
+
+def test_a_layer_in_training_mode_only_is_unchanged():
+    x = BATCHES[0].mean(axis=(1, 2))
+    model = Modes(True, None)
+    model.build(x.shape)
+    before = [v.numpy() for v in model.variables]
+    check_batch_norm(model, [x], 1)
+    for value, variable in zip(before, model.variables, strict=True):
+        np.testing.assert_array_equal(value, variable)
+
+
 def test_an_unfoldable_layer_is_a_note():
     images = keras.Input([6, 6, 3])
     norm = BatchNormalization(name="norm")

@@ -10,7 +10,7 @@ import pytest
 import reference
 import tensorflow as tf
 
-from bn_keras import BatchNormalization, estimate_population_statistics
+from bn_keras import BatchNormalization, estimate_population_statistics, fold_batch_norm
 from bn_keras.errors import UsageError
 from bn_keras.health import check_batch_norm
 from bn_keras.population import PopulationEstimator, preserved_state
@@ -302,6 +302,76 @@ def test_nothing_else_changes(two_replicas):
     np.testing.assert_allclose(renorm.moving_stddev, stddev, rtol=1e-6)
 
 
+class Counters(keras.layers.Layer):
+    """Counts its calls in variables that Keras does not list."""
+
+    def __init__(self):
+        super().__init__()
+        self.own = tf.Variable(0, trainable=False)
+        self.listed = [{"nested": (tf.Variable(0, trainable=False),)}]
+        self.module = tf.Module()
+        self.module.count = tf.Variable(0, trainable=False)
+        self.metric = keras.metrics.Sum()
+
+    def count(self):
+        counts = self.own, self.listed[0]["nested"][0], self.module.count, self.metric.total
+        return [int(count) for count in counts]
+
+    def call(self, inputs):
+        for variable in (self.own, self.listed[0]["nested"][0], self.module.count):
+            variable.assign_add(1)
+        self.metric.update_state(1.0)
+        return inputs
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda model, x: estimate_population_statistics(model, [x], 1),
+        lambda model, x: check_batch_norm(model, [x], 1),
+        fold_batch_norm,
+    ],
+    ids=["estimate", "check", "fold"],
+)
+def test_state_outside_of_the_models_variables_does_not_change(function):
+    counters, recurrent = Counters(), keras.layers.LSTM(2, stateful=True)
+    inputs = keras.Input(batch_shape=(4, 5, 3))
+    model = keras.Model(inputs, recurrent(counters(BatchNormalization()(inputs))))
+    x = _batches([4], 5, 3)[0]
+    model(x)
+    counts, states = counters.count(), [np.array(s) for s in recurrent.states]
+    assert min(counts) == 1
+    function(model, x)
+    assert counters.count() == counts
+    np.testing.assert_array_equal(recurrent.states, states)
+
+
+def test_replicas_with_the_same_new_statistics_have_the_same_weight_in_a_merge(two_replicas):
+    """An estimate replaces what the replicas have seen; otherwise their counts are restored."""
+    with two_replicas.scope():
+        model = _model([BatchNormalization()], 3)
+    data = _dataset(_batches([7, 7], 3))
+
+    @tf.function
+    def train(x):
+        two_replicas.run(lambda x: model(x, training=True), args=(x,))
+
+    for x in two_replicas.experimental_distribute_dataset(data):
+        train(x)
+
+    def counts():
+        counter = model.layers[0].values_since_merge
+        return [int(c) for c in two_replicas.experimental_local_results(counter)]
+
+    assert counts() == [8, 6]
+    estimate_population_statistics(model, data, 2, update=False)
+    check_batch_norm(model, data, 2)
+    with preserved_state(model):
+        estimate_population_statistics(model, data, 2)
+        assert counts() == [0, 0]
+    assert counts() == [8, 6]
+
+
 def test_dropout_draws_a_new_mask_for_each_batch():
     model = _model([keras.layers.Dropout(0.5, seed=1), BatchNormalization()], 50)
     ones = [np.ones([4, 50], np.float32)] * 2
@@ -381,6 +451,13 @@ def test_an_invalid_argument_raises(two_replicas):
         model = _model([BatchNormalization()], 3)
     with pytest.raises(UsageError, match="a list, which 2 replicas cannot share"):
         estimate_population_statistics(model, _batches([4], 3), 1)
+
+
+def test_an_error_of_a_layer_is_reported_on_one_line():
+    model = _model([BatchNormalization(virtual_batch_size=5)], 3)
+    for function in (estimate_population_statistics, check_batch_norm):
+        with pytest.raises(UsageError, match=r"^[^\x1b\n]+: virtual_batch_size=5 does not [^\n]+$"):
+            function(model, _batches([8], 3), 1)
 
 
 def test_layers_that_the_model_does_not_run_keep_their_statistics():
