@@ -1,6 +1,7 @@
 """Files, local or in a bucket: complete writes, fresh reads, and errors on one line."""
 
 import contextlib
+import functools
 import os
 import pathlib
 import re
@@ -72,6 +73,29 @@ def writing(what: str, advice: str = "") -> Iterator[None]:
     """
     with _reporting(f"{what} cannot be written", advice):
         yield
+
+
+@contextlib.contextmanager
+def reporting_outages(what: str) -> Iterator[None]:
+    """Reports a bucket that does not answer, even if a library has wrapped TensorFlow's error.
+
+    Other errors pass unchanged.
+
+    Args:
+      what: name of what the block reads.
+
+    Raises:
+      BucketUnavailableError: "WHAT cannot be read: REASON".
+    """
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while isinstance(cause, Exception) and not is_temporary(cause):
+            cause = cause.__cause__
+        if not isinstance(cause, Exception):
+            raise
+        raise BucketUnavailableError(f"{what} cannot be read: {reason_of(cause)}") from None
 
 
 @contextlib.contextmanager
@@ -239,20 +263,20 @@ def _upload(source: pathlib.Path, output: str) -> None:
         return
     files = [file for file in source.rglob("*") if file.is_file()]
     targets = {file: f"{output}/{file.relative_to(source).as_posix()}" for file in files}
-    before = _walk(output)
+    before = set(_walk(f"{output}/"))
     for file in sorted(files, key=lambda file: (-len(file.parts), file)):
         copy(file, targets[file])
     for other in before - set(targets.values()):
         remove(other)
 
 
-def _walk(folder: str) -> set[str]:
-    """Returns the paths of all files below a folder in a bucket."""
-    return {
-        f"{parent.rstrip('/')}/{name}"
-        for parent, _, names in tf.io.gfile.walk(folder)
-        for name in names
-    }
+def _walk(folder: str) -> Iterator[str]:
+    """Yields the paths of all files below a folder in a bucket, whose path ends in "/"."""
+    for name in list_bucket(folder):
+        if name.endswith("/"):
+            yield from _walk(folder + name)
+        else:
+            yield folder + name
 
 
 @contextlib.contextmanager
@@ -292,6 +316,31 @@ def local_copy(path: Path) -> Iterator[pathlib.Path]:
         with reading(path):
             copy(path, copied)
         yield copied
+
+
+@contextlib.contextmanager
+def local_folder(path: Path) -> Iterator[pathlib.Path]:
+    """Yields a local path of a folder: its own, or that of a temporary copy of one in a bucket.
+
+    Raises:
+      StorageError: a file cannot be read.
+    """
+    if is_local(path):
+        yield pathlib.Path(path)
+        return
+    top = os.path.join(path, "")
+    with tempfile.TemporaryDirectory(prefix="bn_keras_") as folder:
+
+        def download(file: str) -> None:
+            target = pathlib.Path(f"{folder}/{file.removeprefix(top)}")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            copy(file, target)
+
+        with reading(path):
+            # In a bucket, ".." is a name like any other; here it would lead out of the folder.
+            files = [file for file in _walk(top) if ".." not in file.split("/")]
+            in_parallel(functools.partial(download, file) for file in files)
+        yield pathlib.Path(folder)
 
 
 @contextlib.contextmanager
@@ -352,14 +401,40 @@ def check_writable(folder: Path, what: str) -> None:
         raise StorageError(f"{what} cannot be written: no permission to write {existing}")
 
 
+def join(folder: str, path: str) -> str:
+    """Returns the path of a file or a folder in a folder.
+
+    In a bucket, "." would be a name like any other; it is left out.
+    """
+    joined = os.path.join(folder, path)
+    if is_local(joined):
+        return joined
+    return "/".join(name for name in joined.split("/") if name != ".")
+
+
 def exists(path: Path) -> bool:
-    """Returns whether a file or a folder exists; raises like `is_local`."""
-    return os.path.exists(path) if is_local(path) else tf.io.gfile.exists(os.fspath(path))
+    """Returns whether a file or a folder exists.
+
+    Raises:
+      UsageError: see `is_local`.
+      StorageError: the path is in a bucket that does not answer, or permissions are missing.
+    """
+    if is_local(path):
+        return os.path.exists(path)
+    with reading(path):
+        return tf.io.gfile.exists(os.fspath(path))
 
 
 def is_folder(path: Path) -> bool:
-    """Returns whether a path is an existing folder."""
-    return os.path.isdir(path) if is_local(path) else tf.io.gfile.isdir(os.fspath(path))
+    """Returns whether a path is an existing folder; raises like `exists`."""
+    if is_local(path):
+        return os.path.isdir(path)
+    # Not isdir, which returns False for every error. In a bucket, names of folders end in "/".
+    with reading(path):
+        try:
+            return tf.io.gfile.stat(os.path.join(path, "")).is_directory
+        except (tf.errors.NotFoundError, tf.errors.FailedPreconditionError):
+            return False
 
 
 def list_folder(path: Path) -> list[str]:
@@ -373,6 +448,28 @@ def list_folder(path: Path) -> list[str]:
     return sorted(os.path.basename(found) for found in tf.io.gfile.glob(pattern))
 
 
+def list_bucket(folder: str) -> list[str]:
+    """Returns the sorted names in a folder of a bucket; none if it does not exist.
+
+    Names of folders end in "/". Each 1,000 names take a request.
+
+    Raises:
+      StorageError: the folder cannot be listed.
+    """
+    with reading(folder):
+        try:
+            names = tf.io.gfile.listdir(folder)
+        except tf.errors.NotFoundError:
+            # listdir raises this for every error; is_folder raises the actual one.
+            if is_folder(folder):
+                raise
+            return []
+    if folder.startswith("ram://"):
+        # Unlike in a bucket, a name does not tell whether it is that of a folder.
+        names = [f"{n}/" if is_folder(os.path.join(folder, n)) else n for n in names]
+    return sorted(names)
+
+
 def remove(path: Path) -> None:
     """Removes a file if it exists."""
     with contextlib.suppress(*_MISSING_ERRORS):
@@ -383,11 +480,16 @@ def in_parallel(calls: Iterable[Callable[[], object]]) -> None:
     """Makes calls at the same time, for requests whose order does not matter.
 
     Raises:
-      Exception: the error of the first call that failed, after all have ended.
+      Exception: the error of the first call that failed, after all that had begun have ended.
     """
     with ThreadPoolExecutor() as pool:
-        for future in [pool.submit(call) for call in calls]:
-            future.result()
+        futures = [pool.submit(call) for call in calls]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            # Each further call to a bucket that does not answer would take minutes.
+            pool.shutdown(cancel_futures=True)
 
 
 def _open(path: Path, mode: str) -> IO[Any]:

@@ -1,9 +1,10 @@
 """Predicts the most probable classes of images.
 
 Accepts JPEG, PNG, BMP, GIF and WebP files, folders, which are searched recursively, and with --list
-files with one path per line. An unreadable image is reported on one line, or is a row with the
-reason in --output; the remaining images are still processed, and the exit status is 2. Classes are
-named as in the data set: TFDS's imagenet2012 uses WordNet ids, such as n01440764 for the tench.
+files with one path per line; all may be in a bucket (gs://). An unreadable image is reported on one
+line, or is a row with the reason in --output; the remaining images are still processed, and the
+exit status is 2. Classes are named as in the data set: TFDS's imagenet2012 uses WordNet ids, such
+as n01440764 for the tench.
 
 --output writes a table instead of printing: FILE.csv, or FILE.jsonl with one JSON object per
 line. The file appears once all images are predicted.

@@ -29,6 +29,8 @@ TESTS = pathlib.Path(__file__).resolve().parent
 HOSTS = ("storage.googleapis.com", "www.googleapis.com", "oauth2.googleapis.com")
 # Buckets that do not exist, or that the user may not use, with the status of each answer.
 REFUSED = {"missing": 404, "forbidden": 403}
+# The service's largest number of names in an answer.
+PAGE_SIZE = 1000
 # The service accepts about one write per second to an object.
 SECONDS_BETWEEN_WRITES = 1.0
 
@@ -84,11 +86,13 @@ class Bucket:
       objects: objects by BUCKET/OBJECT.
       requests: all requests so far, in order.
       latency: seconds before each answer.
+      page_size: largest number of names in the answer to a listing.
       limits_writes: whether a second write to an object within a second is answered by 429.
       num_errors: number of following requests that are answered by 503.
       changes_left: number of changes after which all requests fail, as if the process that makes
         them had died; None for no limit.
       before_read: called with the name and the offset before a read.
+      before_list: called with BUCKET/PREFIX before a listing.
       after_change: called with the name after each change of an object.
     """
 
@@ -110,10 +114,12 @@ class Bucket:
     def reset_faults(self):
         """Ends all faults."""
         self.latency = 0.0
+        self.page_size = PAGE_SIZE
         self.limits_writes = False
         self.num_errors = 0
         self.changes_left = None
         self.before_read = lambda name, offset: None
+        self.before_list = lambda prefix: None
         self.after_change = lambda name: None
         self._outage_ends = 0.0
 
@@ -265,16 +271,21 @@ class Bucket:
     def _list(self, bucket, query):
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
         full = f"{bucket}/{prefix}"
-        names, folders = [], set()
+        self.before_list(full)
+        # Names, and whether they are those of folders.
+        entries = set()
         for name in self.names(full):
             head, found, _ = name[len(full) :].partition(delimiter) if delimiter else ("", "", "")
-            if found:
-                folders.add(prefix + head + found)
-            else:
-                names.append(name.removeprefix(f"{bucket}/"))
-        names = names[: int(query.get("maxResults", 1000))]
-        found = {"items": [{"name": name} for name in names], "prefixes": sorted(folders)}
-        found = {key: values for key, values in found.items() if values}
+            entries.add((prefix + head + found if found else name[len(bucket) + 1 :], bool(found)))
+        first = int(query.get("pageToken", 0))
+        last = first + min(int(query.get("maxResults", PAGE_SIZE)), self.page_size)
+        page = sorted(entries)[first:last]
+        found = {
+            "items": [{"name": name} for name, is_folder in page if not is_folder],
+            "prefixes": [name for name, is_folder in page if is_folder],
+            "nextPageToken": str(last) if last < len(entries) else "",
+        }
+        found = {key: value for key, value in found.items() if value}
         return "list", full, 200, {}, json.dumps(found).encode()
 
     def _upload(self, method, bucket, query, headers, body):

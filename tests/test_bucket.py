@@ -12,7 +12,7 @@ import threading
 import numpy as np
 import pytest
 import tensorflow as tf
-from bucket import TESTS, Bucket
+from bucket import REFUSED, TESTS, Bucket
 from commands import Commands
 from small import small_mlp
 from usable_runs import check_usable, without_times
@@ -171,7 +171,8 @@ def test_every_command_reads_and_writes_a_bucket(bucket, commands, train, traine
     accuracy = local.read_metrics()[-1]["validation/accuracy"]
     bucket.put("images/one.png", png())
     assert json.loads(run("evaluate", workdir, "--json"))["accuracy"] == accuracy
-    assert "gs://images/one.png" in run("predict", workdir, "gs://images/one.png")
+    for path in ("gs://images/one.png", "gs://images", "gs://images/"):
+        assert run("predict", workdir, path).startswith("gs://images/one.png\n")
     run("check", workdir, "--batches=2")
     run("export", workdir, f"{out}/net.keras")
     run("export", workdir, f"{out}/net/1", "--format=saved_model")
@@ -215,6 +216,141 @@ def test_training_data_in_a_bucket(bucket, commands, train):
     )
     assert result.status == 0, result.errors
     assert lines_in(bucket, "gs://on_set/run")[-1]["step"] == 4
+
+
+LIST_FOLDERS = """
+import json
+import sys
+
+from bn_keras.data.folder import open_folder
+
+for arguments in json.loads(sys.argv[1]):
+    source = open_folder(*arguments)
+    print(*source.class_names, source.train.num_examples, source.validation.num_examples)
+"""
+
+
+@pytest.fixture(scope="module")
+def list_folders(commands, folder):
+    """A function that lists folders of images; its arguments are (data_dir, split, split)."""
+    script = folder / "list_folders.py"
+    script.write_text(LIST_FOLDERS)
+    return lambda *calls: commands.run(script, json.dumps(calls))
+
+
+def test_class_folders_without_splits_in_a_bucket(bucket, list_folders):
+    for number in range(20):
+        bucket.put(f"flat/{('cat', 'dog')[number % 2]}/{number}.png", b"")
+    result = list_folders(
+        *(
+            (data_dir, f"{name}[:90%]", f"{name}[90%:]")
+            for data_dir in ("gs://flat", "gs://flat/")
+            for name in (".", "./", "./.")
+        )
+    )
+    assert result.status == 0, result.errors
+    assert result.output.splitlines() == ["cat dog 18 2"] * 6
+
+
+def test_dots_in_paths_of_a_bucket_are_no_names(bucket, list_folders):
+    """`find .` writes such paths."""
+    bucket.put("dots/labels.csv", b"./all/cat/1.png,cat\nall/./cat/2.png,cat\nall/dog/3.png,dog")
+    for name in ("cat/1.png", "cat/2.png", "dog/3.png"):
+        bucket.put(f"dots/all/{name}", b"")
+    splits = ("./all", "all/.", "labels.csv", "./labels.csv")
+    result = list_folders(*(("gs://dots", split, split) for split in splits))
+    assert result.status == 0, result.errors
+    assert result.output.splitlines() == ["cat dog 3 3"] * 4
+
+
+@pytest.mark.parametrize("split", ["all", "labels.csv"])
+def test_requests_of_a_listing_grow_with_folders_and_pages_not_with_images(
+    split, bucket, list_folders
+):
+    def put(size):
+        names = [f"all/{label}/sub/{i}.png" for label in ("cat", "dog") for i in range(size)]
+        for name in names:
+            bucket.put(f"large/{name}", b"")
+        bucket.put("large/labels.csv", "\n".join(f"{n},{n[4:7]}" for n in names).encode())
+
+    def count_requests(size):
+        begin = len(bucket.requests)
+        result = list_folders(("gs://large", f"{split}[:90%]", f"{split}[90%:]"))
+        assert result.status == 0, result.errors
+        assert result.output == f"cat dog {size * 2 * 9 // 10} {size * 2 // 10}\n"
+        return len(bucket.requests) - begin
+
+    put(10)
+    few = count_requests(10)
+    put(100)
+    assert count_requests(100) == few <= 14
+    # Two folders of 100 images, each listed once and not for each split.
+    bucket.page_size = 10
+    assert count_requests(100) == few + 2 * 9
+
+
+def test_a_labels_file_names_images_that_are_not_in_the_bucket(bucket, list_folders):
+    bucket.put("lacking/a/1.png", b"")
+    bucket.put("lacking/labels.csv", b"a/1.png,cat\na/2.png,cat\nb/3.png,cat\na,dog")
+    result = list_folders(("gs://lacking", "labels.csv", "labels.csv"))
+    assert "3 of the images in gs://lacking/labels.csv do not exist" in result.last_line
+    assert "'a/2.png', 'b/3.png', 'a'" in result.last_line
+
+
+def test_names_in_a_bucket_that_no_file_system_has(bucket, list_folders):
+    """A name may end in "/", or be that of a file and of a folder."""
+    for name in ("cat/", "cat/1.png", "cat//2.png", "dog/", "dog/3.png", "dog/a", "dog/a/4.png"):
+        bucket.put(f"odd/{name}", b"")
+    result = list_folders(("gs://odd", ".", "."))
+    assert result.status == 0, result.errors
+    assert result.output == "cat dog 4 4\n"
+    assert "ignoring 1 file in gs://odd" in result.errors
+
+
+def test_a_listing_that_fails_halfway_lacks_no_image(bucket, list_folders, monkeypatch):
+    for name in ("cat/1.png", "cat/sub/2.png", "dog/3.png"):
+        bucket.put(f"partial/{name}", b"")
+    # The class folders are listed, and nothing below them.
+    bucket.before_list = lambda prefix: (
+        prefix == "partial/" and monkeypatch.setitem(REFUSED, "partial", 403)
+    )
+    result = list_folders(("gs://partial", ".", "."))
+    assert "StorageError: gs://partial/cat/ cannot be read: " in result.last_line, result.errors
+    assert "403" in result.last_line
+
+
+@pytest.mark.parametrize(
+    "name, data_dir, status, message",
+    [
+        ("folder", "gs://out", 75, "gs://out cannot be read: the bucket does not answer"),
+        ("folder", "gs://forbidden/set", 2, "gs://forbidden/set cannot be read: "),
+        ("mnist", "gs://forbidden/set", 2, "gs://forbidden/set cannot be read: "),
+        ("folder", "gs://missing/set", 2, "data.data_dir='gs://missing/set' is not a folder"),
+        ("mnist", "gs://missing/set", 2, "data.data_dir='gs://missing/set' is not a folder"),
+    ],
+)
+def test_data_in_a_bucket_that_cannot_be_used(
+    name, data_dir, status, message, bucket, commands, train, folder
+):
+    if status == 75:
+        bucket.begin_outage(600)
+    settings = [f"--config.data.name={name}", f"--config.data.data_dir={data_dir}"]
+    result = commands.run(*train, *settings, f"--workdir={folder}/unused")
+    assert result.status == status, result.errors
+    assert message in result.last_line and result.errors.count("error: ") == 1
+
+
+@pytest.mark.parametrize("name", ["net.keras", "net/saved_model.pb"])
+def test_a_network_that_an_outage_hides_is_not_damaged(name, bucket, commands, train):
+    bucket.put(f"damaged/{name}", b"?")
+    path = f"gs://damaged/{name.removesuffix('/saved_model.pb')}"
+    evaluate = ["evaluate", train[1], f"--model={path}"]
+    result = commands.run(*evaluate)
+    assert result.status == 2 and f"{path} cannot be read as a network" in result.last_line
+    bucket.before_list = lambda prefix: prefix == f"{path[5:]}/" and bucket.begin_outage(600)
+    result = commands.run(*evaluate)
+    assert result.status == 75, result.errors
+    assert path in result.last_line and "cannot be read: the bucket does not" in result.last_line
 
 
 def test_an_image_that_an_outage_hides_is_not_replaced_by_another_one():

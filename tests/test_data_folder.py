@@ -218,6 +218,10 @@ def test_other_files_are_ignored_with_a_warning(root, caplog):
     data = open_folder(root)
     assert data.num_train_examples == 30
     assert "ignoring 1 file in" in caplog.text and "notes.txt" in caplog.text
+    # Two parts of a folder are one folder.
+    caplog.clear()
+    open_folder(root, train_split="train[:50%]", validation_split="train[50%:]")
+    assert caplog.text.count("notes.txt") == 1
 
 
 def test_each_real_folder_is_visited_once_and_in_its_own_class(root, caplog):

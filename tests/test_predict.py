@@ -202,6 +202,27 @@ def test_images_are_found_below_folders_and_in_lists(folder, tmp_path):
         find_images([tmp_path / "empty"])
 
 
+def test_images_are_found_in_a_bucket_and_below_its_folders(memory_bucket):
+    names = ["2.PNG", "a/b/1.png"]
+    for name in (*names, ".hidden/3.png", "notes.txt"):
+        file = memory_bucket / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("")
+    top = os.fspath(memory_bucket)
+    for path in (top, f"{top}/"):
+        assert find_images([path]) == [f"{top}/{name}" for name in names]
+    assert find_images([f"{top}/a"]) == [f"{top}/a/b/1.png"]
+    with pytest.raises(UsageError, match="/.hidden/none has no images"):
+        (memory_bucket / ".hidden" / "none").mkdir()
+        find_images([f"{top}/.hidden/none"])
+
+
+def test_a_link_to_a_folder_around_it_is_searched(folder):
+    (folder / "a" / "b" / "up").symlink_to(folder / "a")
+    up = str(folder / "a" / "b" / "up")
+    assert find_images([up]) == [f"{up}/b/1.png", f'{up}/bad,"name.jpg']
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [("none.txt", None, "does not exist"), ("latin.txt", b"caf\xe9.png", "is not UTF-8")],

@@ -7,13 +7,24 @@ import tensorflow as tf
 from etils import epath
 from full_disk import files_of_at_most
 from small import small_mlp
+from tensorflow.python.lib.io import _pywrap_file_io
 
 from bn_keras.data.single_image import read_image
-from bn_keras.errors import StorageError, UsageError
+from bn_keras.errors import BucketUnavailableError, StorageError, UsageError
 from bn_keras.experiments.run_all import train_all
 from bn_keras.inference.exported import load_exported
 from bn_keras.runs.workdir import Workdir
-from bn_keras.storage import is_local, replacing, write_atomically, writing
+from bn_keras.storage import (
+    exists,
+    in_parallel,
+    is_folder,
+    is_local,
+    local_folder,
+    replacing,
+    reporting_outages,
+    write_atomically,
+    writing,
+)
 from bn_keras.training.config_files import load_config
 
 TENSORFLOW = "{{node save}} a/file; No space left on device [Op:SaveV2]\nand a traceback"
@@ -81,3 +92,63 @@ def test_urls_of_other_kinds_are_refused_on_one_line(path):
     with pytest.raises(UsageError, match="is invalid: expected a path on this machine"):
         train_all({"a": small_mlp()}, path)
     assert not is_local("gs://bucket/run") and is_local("/tmp/a:b/c")
+
+
+@pytest.mark.parametrize("ask", [exists, is_folder])
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (tf.errors.AbortedError, BucketUnavailableError),
+        (tf.errors.PermissionDeniedError, StorageError),
+        (tf.errors.NotFoundError, None),
+    ],
+)
+def test_only_a_missing_path_does_not_exist(ask, error, expected, monkeypatch):
+    def fail(path):
+        raise error(None, None, "refused")
+
+    for name in ("FileExists", "IsDirectory", "Stat"):
+        monkeypatch.setattr(_pywrap_file_io, name, fail)
+    if not expected:
+        assert not ask("gs://bucket/path")
+        return
+    with pytest.raises(expected, match="^gs://bucket/path cannot be read: refused$") as caught:
+        ask("gs://bucket/path")
+    assert type(caught.value) is expected
+
+
+def test_an_outage_is_reported_whatever_wraps_it():
+    outage = tf.errors.AbortedError(None, None, "All 10 retry attempts failed. The last failure: x")
+    message = "^set cannot be read: the bucket does not answer \\(x\\)$"
+    with pytest.raises(BucketUnavailableError, match=message), reporting_outages("set"):
+        try:
+            raise RuntimeError("cannot be constructed") from outage
+        except RuntimeError as error:
+            raise UsageError("prepare it again") from error
+    with pytest.raises(UsageError, match="^mine$"), reporting_outages("set"):
+        raise UsageError("mine") from OSError("another")
+
+
+def test_a_failed_call_cancels_the_calls_that_have_not_begun():
+    begun = []
+
+    def fail():
+        begun.append(1)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        in_parallel([fail] * 10_000)
+    assert len(begun) < 10_000
+
+
+def test_a_folder_in_a_bucket_is_replaced_and_copied_as_a_whole(memory_bucket):
+    output = memory_bucket / "net"
+    for names in ({"a", "b"}, {"a", "c"}):
+        with replacing(output) as unfinished:
+            unfinished.mkdir()
+            for name in names:
+                (unfinished / name).write_text(name)
+        with local_folder(output) as folder:
+            assert {file.name: file.read_text() for file in folder.iterdir()} == dict(
+                zip(names, names, strict=True)
+            )

@@ -8,7 +8,6 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-import tensorflow as tf
 from absl import logging
 
 from bn_keras import storage
@@ -66,7 +65,7 @@ def open_folder(root: str, train_split: str, validation_split: str) -> Source:
             f" {' and '.join(layouts)}"
         )
     with storage.reading(root):
-        train, validation = (_list_images(root, s) for s in (train_split, validation_split))
+        train, validation = _list_splits(root, (train_split, validation_split))
     if train.keys() != validation.keys():
         extra = [
             f"only {split!r} has {quoted(sorted(own.keys() - others.keys()))}"
@@ -234,17 +233,31 @@ def _layout(root: str, split: str) -> str:
     return os.path.normpath(os.path.join(folder, "CLASS", "IMAGE"))
 
 
-def _list_images(root: str, split: str) -> Classes:
-    """Returns the sorted images of a split for each class, in the order of the class names."""
-    match = _parse_split(root, split)
-    folder = os.path.join(root, match["folder"])
+def _list_splits(root: str, splits: Sequence[str]) -> list[Classes]:
+    """Returns the sorted images of each split by class, in the order of the class names."""
+    # A folder is listed once, even if the splits are two parts of it.
+    listed: dict[str, Classes] = {}
+    parts = []
+    for split in splits:
+        match = _parse_split(root, split)
+        folder = storage.join(root, match["folder"])
+        if folder not in listed:
+            listed[folder] = _list_images(root, split, folder)
+        classes = listed[folder]
+        parts.append(
+            {
+                name: _select_part(classes[name], match["begin"], match["end"])
+                for name in sorted(classes)
+            }
+        )
+    return parts
+
+
+def _list_images(root: str, split: str, folder: str) -> Classes:
+    """Returns the images by class in the folder, or in the CSV file, that a split names."""
     if folder.lower().endswith(".csv"):
-        classes = read_labels(root, folder)
-    else:
-        classes = _list_classes(root, split, folder)
-    return {
-        name: _select_part(classes[name], match["begin"], match["end"]) for name in sorted(classes)
-    }
+        return read_labels(root, folder)
+    return _list_classes(root, split, folder)
 
 
 def _list_classes(root: str, split: str, folder: str) -> Classes:
@@ -321,12 +334,8 @@ def _list_folders(folder: str) -> list[str]:
     if is_local(folder):
         with os.scandir(folder) as entries:
             return sorted(e.name for e in entries if e.is_dir() and not is_hidden(e.name))
-    names = (name.rstrip("/") for name in tf.io.gfile.listdir(folder))
-    return sorted(
-        name
-        for name in names
-        if not is_hidden(name) and tf.io.gfile.isdir(os.path.join(folder, name))
-    )
+    names = [name.rstrip("/") for name in storage.list_bucket(folder) if name.endswith("/")]
+    return sorted(name for name in names if name and not is_hidden(name))
 
 
 def _select_part(images: list[Image], begin: str | None, end: str | None) -> list[Image]:

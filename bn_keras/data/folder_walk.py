@@ -1,13 +1,13 @@
 """Lists the images below the class folders of a split; visits each real folder once."""
 
 import collections
+import functools
 import os
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-import tensorflow as tf
-
-from bn_keras.storage import is_local
+from bn_keras.storage import in_parallel, is_local, list_bucket
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 
@@ -68,41 +68,59 @@ def walk_classes(folder: str, names: Sequence[str]) -> dict[str, ClassFolder]:
       The contents by name, with images and others sorted by path.
     """
     found = {name: ClassFolder() for name in names}
-    (_walk_local if is_local(folder) else _walk_bucket)(folder, found)
-    for contents in found.values():
-        contents.images.sort()
-        contents.others.sort()
+    real = pathlib.Path(os.path.realpath(folder))
+    _walk({os.path.join(folder, name): found[name] for name in names}, (real, *real.parents))
     return found
 
 
-def _walk_local(folder: str, found: dict[str, ClassFolder]) -> None:
-    real = os.path.realpath(folder)
-    visited = {real}
-    while real != os.path.dirname(real):
-        real = os.path.dirname(real)
-        visited.add(real)
-    queue: collections.deque[tuple[str, str]] = collections.deque()
-    for name in sorted(found, key=lambda name: os.path.islink(os.path.join(folder, name))):
-        queue.append((name, os.path.join(folder, name)))
+def walk_folder(folder: str) -> ClassFolder:
+    """Lists a folder with all folders below it; see `walk_classes`."""
+    contents = ClassFolder()
+    _walk({folder: contents}, pathlib.Path(os.path.realpath(folder)).parents)
+    return contents
+
+
+def _walk(found: Mapping[str, ClassFolder], containing: Iterable[pathlib.Path]) -> None:
+    """Lists folders of one file system.
+
+    Args:
+      found: receives the contents, by path.
+      containing: real paths of the local folders that contain them; ignored in a bucket.
+    """
+    if all(map(is_local, found)):
+        _walk_local(found, set(map(str, containing)))
+    else:
+        in_parallel(
+            functools.partial(_walk_bucket, os.path.join(top, ""), contents)
+            for top, contents in found.items()
+        )
+    for contents in found.values():
+        contents.images.sort()
+        contents.others.sort()
+
+
+def _walk_local(found: Mapping[str, ClassFolder], visited: set[str]) -> None:
+    """Lists local folders; does not enter a folder whose real path is in `visited`."""
+    queue = collections.deque((found[top], top) for top in sorted(found, key=os.path.islink))
     while queue:
-        name, path = queue.popleft()
+        contents, path = queue.popleft()
         real = os.path.realpath(path)
         if real in visited:
-            found[name].repeated.append(path)
+            contents.repeated.append(path)
             continue
         visited.add(real)
         with os.scandir(path) as opened:
             entries = [entry for entry in opened if not is_hidden(entry.name)]
         if {entry.name for entry in entries} >= _RUN_FILES:
-            found[name].runs.append(path)
+            contents.runs.append(path)
             continue
         for entry in sorted(entries, key=lambda entry: entry.name):
             if not entry.is_dir():
-                _add_file(found[name], entry, real)
+                _add_file(contents, entry, real)
             elif entry.is_symlink():
-                queue.append((name, entry.path))
+                queue.append((contents, entry.path))
             else:
-                queue.appendleft((name, entry.path))
+                queue.appendleft((contents, entry.path))
 
 
 def _add_file(contents: ClassFolder, entry: os.DirEntry, real_folder: str) -> None:
@@ -118,24 +136,21 @@ def _add_file(contents: ClassFolder, entry: os.DirEntry, real_folder: str) -> No
     contents.images.append(Image(entry.path, real_path, size))
 
 
-def _walk_bucket(folder: str, found: dict[str, ClassFolder]) -> None:
-    for name, contents in found.items():
-        top = os.path.join(folder, name)
-        for parent, _, files in tf.io.gfile.walk(top):
-            if any(map(is_hidden, parent[len(top) :].split("/"))):
-                continue
-            is_in_run = any(f"{parent}/".startswith(f"{run.rstrip('/')}/") for run in contents.runs)
-            if is_in_run or _RUN_FILES <= set(files):
-                contents.runs.append(parent)
-                continue
-            for file in files:
-                path = os.path.join(parent, file)
-                if is_hidden(file):
-                    continue
-                if is_image(file):
-                    contents.images.append(Image(path, path, -1))
-                else:
-                    contents.others.append(path)
+def _walk_bucket(folder: str, contents: ClassFolder) -> None:
+    """Lists a folder of a bucket, whose path ends in "/"."""
+    names = [name for name in list_bucket(folder) if not is_hidden(name.rstrip("/"))]
+    if _RUN_FILES <= set(names):
+        contents.runs.append(folder)
+        return
+    for name in names:
+        path = folder + name
+        if name.endswith("/"):
+            _walk_bucket(path, contents)
+        elif is_image(name):
+            # Listings have no sizes; asking for them would take a request per image.
+            contents.images.append(Image(path, path, -1))
+        else:
+            contents.others.append(path)
 
 
 def is_image(name: str) -> bool:

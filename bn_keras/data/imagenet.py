@@ -9,6 +9,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from absl import logging
 
+from bn_keras import storage
 from bn_keras.errors import StorageError, UsageError
 from bn_keras.text import first_line
 
@@ -34,11 +35,11 @@ def prepare_imagenet(manual_dir: str | os.PathLike, data_dir: str | os.PathLike 
       StorageError: the archives cannot be read, or the set cannot be written.
     """
     builder = tfds.builder("imagenet2012", data_dir=data_dir or None, try_gcs=False)
-    if tf.io.gfile.exists(os.path.join(builder.data_dir, "dataset_info.json")):
+    if storage.exists(os.path.join(builder.data_dir, "dataset_info.json")):
         logging.info("imagenet2012 is already prepared")
         return str(builder.data_dir)
     manual_dir = os.fspath(manual_dir)
-    missing = [name for name in ARCHIVES if not tf.io.gfile.exists(os.path.join(manual_dir, name))]
+    missing = [name for name in ARCHIVES if not storage.exists(os.path.join(manual_dir, name))]
     if missing:
         raise UsageError(
             f"no {' and no '.join(missing)} in {manual_dir!r}: register at"

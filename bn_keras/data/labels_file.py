@@ -1,12 +1,11 @@
 """Labels of images from a CSV file."""
 
 import csv
+import functools
 import io
 import os
 import unicodedata
-from collections.abc import Iterator
-
-import tensorflow as tf
+from collections.abc import Iterable, Iterator
 
 from bn_keras import storage
 from bn_keras.data.folder_walk import Image
@@ -41,9 +40,9 @@ def read_labels(root: str, file: str) -> dict[str, list[Image]]:
     """
     text = storage.read_text(file, "labels file", "a CSV file with rows PATH,LABEL")
     delimiter = max(_DELIMITERS, key=text.partition("\n")[0].count)
-    classes: dict[str, list[Image]] = {}
     labels: dict[str, str] = {}
-    missing: list[str] = []
+    # The path as it is written, the path and the label of each row.
+    rows: list[tuple[str, str, str]] = []
     is_first = True
     for number, row in _read_rows(text, delimiter, file):
         cells = [cell.strip() for cell in row]
@@ -57,7 +56,7 @@ def read_labels(root: str, file: str) -> dict[str, list[Image]]:
                 f"line {number} of {file} is invalid ({delimiter.join(row)!r}): expected a path and"
                 " a label"
             )
-        path, label = os.path.join(root, cells[0]), unicodedata.normalize("NFC", cells[1])
+        path, label = storage.join(root, cells[0]), unicodedata.normalize("NFC", cells[1])
         if is_local(path):
             # "./a.png" is the same file as "a.png".
             path = os.path.normpath(path)
@@ -66,21 +65,42 @@ def read_labels(root: str, file: str) -> dict[str, list[Image]]:
                 f"{cells[0]!r} has the labels {labels[path]!r} and {label!r} in {file}: remove one"
                 " of its rows"
             )
-        if not (os.path.isfile(path) if is_local(path) else tf.io.gfile.exists(path)):
-            missing.append(repr(cells[0]))
-            continue
-        real_path, size = path, -1
-        if is_local(path):
-            real_path, size = os.path.realpath(path), os.path.getsize(path)
-        classes.setdefault(label, []).append(Image(path, real_path, size))
+        rows.append((cells[0], path, label))
+    files = _find_files(labels)
+    missing = [repr(written) for written, path, _ in rows if path not in files]
     if missing:
         raise UsageError(
             f"{len(missing):,} of the images in {file} do not exist below {root}:"
             f" {first_of(missing)}; correct the paths, or remove their rows"
         )
-    if not classes:
+    if not rows:
         raise UsageError(f"labels file {file} is empty: expected rows PATH,LABEL")
+    classes: dict[str, list[Image]] = {}
+    for _, path, label in rows:
+        classes.setdefault(label, []).append(files[path])
     return {label: sorted(images) for label, images in classes.items()}
+
+
+def _find_files(paths: Iterable[str]) -> dict[str, Image]:
+    """Returns the files among paths, by path.
+
+    In a bucket, their folders are listed: a request per file would take hours for large sets.
+    """
+    found: dict[str, Image] = {}
+    folders: dict[str, set[str]] = {}
+    for path in paths:
+        if not is_local(path):
+            folder, _, name = path.rpartition("/")
+            folders.setdefault(f"{folder}/", set()).add(name)
+        elif os.path.isfile(path):
+            found[path] = Image(path, os.path.realpath(path), os.path.getsize(path))
+
+    def add_files(folder: str, names: set[str]) -> None:
+        for name in names.intersection(storage.list_bucket(folder)):
+            found[folder + name] = Image(folder + name, folder + name, -1)
+
+    storage.in_parallel(functools.partial(add_files, *item) for item in folders.items())
+    return found
 
 
 def _read_rows(text: str, delimiter: str, file: str) -> Iterator[tuple[int, list[str]]]:

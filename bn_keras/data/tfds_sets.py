@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from bn_keras.data.built_in import IMAGENET_TRAIN_EXAMPLES, NOT_IN_TFDS
 from bn_keras.data.splits import Arrays, Description, Shards, Source, unknown_split
 from bn_keras.errors import UsageError
-from bn_keras.storage import list_folder, reason_of
+from bn_keras.storage import is_folder, list_folder, reason_of, reporting_outages
 from bn_keras.text import counted, first_line, first_of
 
 # Sets with more bytes of decoded images are read from their files during training.
@@ -43,25 +43,27 @@ def open_tfds(name: str, data_dir: str, train_split: str, validation_split: str)
 
     Raises:
       UsageError: see `open_source`.
+      StorageError: data_dir is in a bucket that cannot be read.
     """
     tfds.disable_progress_bar()
-    builder = _prepare(name, data_dir)
-    image, label = _find_image_and_label(name, builder.info)
-    names = (train_split, validation_split)
-    splits = [_find_split(name, builder.info.splits, split) for split in names]
-    _check_complete(builder, splits)
-    height, width, channels = builder.info.features[image].shape
-    decoded_bytes = sum(split.num_examples for split in splits) * math.prod(
-        (height or 0, width or 0, channels)
-    )
-    class_names = tuple(builder.info.features[label].names)
-    if 0 < decoded_bytes <= MEMORY_LIMIT_BYTES:
-        # Fails for an undecodable image; if read during training, it is named and replaced.
-        with contextlib.suppress(tf.errors.InvalidArgumentError):
-            arrays = [_read_arrays(builder, split, image, label) for split in splits]
-            return Source(class_names, arrays[0], arrays[1])
-    shards = [_list_shards(builder, split, image, label) for split in splits]
-    return Source(class_names, shards[0], shards[1])
+    with reporting_outages(f"data set {name!r}"):
+        builder = _prepare(name, data_dir)
+        image, label = _find_image_and_label(name, builder.info)
+        names = (train_split, validation_split)
+        splits = [_find_split(name, builder.info.splits, split) for split in names]
+        _check_complete(builder, splits)
+        height, width, channels = builder.info.features[image].shape
+        decoded_bytes = sum(split.num_examples for split in splits) * math.prod(
+            (height or 0, width or 0, channels)
+        )
+        class_names = tuple(builder.info.features[label].names)
+        if 0 < decoded_bytes <= MEMORY_LIMIT_BYTES:
+            # Fails for an undecodable image; if read during training, it is named and replaced.
+            with contextlib.suppress(tf.errors.InvalidArgumentError):
+                arrays = [_read_arrays(builder, split, image, label) for split in splits]
+                return Source(class_names, arrays[0], arrays[1])
+        shards = [_list_shards(builder, split, image, label) for split in splits]
+        return Source(class_names, shards[0], shards[1])
 
 
 def describe_tfds(name: str, data_dir: str, train_split: str, validation_split: str) -> Description:
@@ -90,21 +92,22 @@ def locate_tfds(name: str, data_dir: str) -> str:
 
 
 def _find_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
-    if data_dir and not tf.io.gfile.isdir(data_dir):
+    if data_dir and not is_folder(data_dir):
         raise UsageError(
             f"data.data_dir={data_dir!r} is not a folder: expected the folder of prepared TFDS"
             " sets, or '' for TFDS's default"
         )
-    try:
-        return tfds.builder(name, data_dir=data_dir or None, try_gcs=False)
-    except (tfds.core.registered.DatasetNotFoundError, ValueError, AssertionError):
-        raise _unknown_name(name) from None
-    # TFDS raises many kinds of errors for damaged files.
-    except Exception as error:
-        raise UsageError(
-            f"data set {name!r} in {data_dir or 'the default folder of TFDS'} cannot be opened"
-            f" ({first_line(error)}): prepare it again"
-        ) from error
+    with reporting_outages(f"data set {name!r}"):
+        try:
+            return tfds.builder(name, data_dir=data_dir or None, try_gcs=False)
+        except (tfds.core.registered.DatasetNotFoundError, ValueError, AssertionError):
+            raise _unknown_name(name) from None
+        # TFDS raises many kinds of errors for damaged files.
+        except Exception as error:
+            raise UsageError(
+                f"data set {name!r} in {data_dir or 'the default folder of TFDS'} cannot be opened"
+                f" ({first_line(error)}): prepare it again"
+            ) from error
 
 
 def _prepare(name: str, data_dir: str) -> tfds.core.DatasetBuilder:

@@ -3,7 +3,6 @@
 Serving needs the layer library and TensorFlow alone, not the extra "train".
 """
 
-import contextlib
 import os
 import pathlib
 import threading
@@ -22,7 +21,7 @@ from bn_keras.inference.network_description import FILE_NAME, NetworkDescription
 from bn_keras.inference.onnx_export import ONNXNetwork, check_onnx
 from bn_keras.inference.tflite_export import TFLiteNetwork
 from bn_keras.inference.tflite_metadata import read_description
-from bn_keras.storage import exists, is_folder, is_local, literal_path, local_copy, read
+from bn_keras.storage import exists, is_folder, literal_path, local_copy, local_folder, read
 from bn_keras.text import first_line
 
 # Folder of a SavedModel for files that TensorFlow does not read.
@@ -87,6 +86,7 @@ def load_exported(
     Raises:
       UsageError: no such file, a damaged one, a network that does not map images to classes, or an
         ONNX file without the extra "onnx".
+      StorageError: the file is in a bucket that does not answer, or permissions are missing.
     """
     path = os.fspath(path)
     is_saved_model = exists(os.path.join(path, "saved_model.pb"))
@@ -100,16 +100,16 @@ def load_exported(
     if suffix == ".onnx" and not is_saved_model:
         check_onnx()
     strategy = strategy or tf.distribute.get_strategy()
-    try:
-        with strategy.scope():
-            if is_saved_model:
-                model, description = _read_saved_model(path)
-            else:
-                with local_copy(path) as copied:
-                    model, description = _READERS[suffix](copied)
-    # Keras and the runtimes raise errors of many types for a damaged or foreign file.
-    except Exception as error:
-        raise UsageError(f"{path} cannot be read as a network: {first_line(error)}") from error
+    # TensorFlow's loader reports an outage of a bucket like a damaged file; a copy fails before.
+    copying = local_folder if is_saved_model else local_copy
+    read_network = _read_saved_model if is_saved_model else _READERS[suffix]
+    with copying(path) as copied:
+        try:
+            with strategy.scope():
+                model, description = read_network(copied)
+        # Keras and the runtimes raise errors of many types for a damaged or foreign file.
+        except Exception as error:
+            raise UsageError(f"{path} cannot be read as a network: {first_line(error)}") from error
     shapes = [tensor.shape for tensor in (*model.inputs, *model.outputs)]
     if [len(shape) for shape in shapes] != [4, 2] or None in shapes[0][1:]:
         raise UsageError(
@@ -134,14 +134,13 @@ def _read_keras(path: pathlib.Path) -> _Read:
     return keras.saving.load_model(path, compile=False), description
 
 
-def _read_saved_model(path: str) -> _Read:
-    with contextlib.ExitStack() as opened:
-        folder = os.fspath(opened.enter_context(literal_path(path))) if is_local(path) else path
+def _read_saved_model(path: pathlib.Path) -> _Read:
+    with literal_path(path) as folder:
         signatures = tf.saved_model.load(folder).signatures
         _, arguments = signatures["images"].structured_input_signature
         network = keras.layers.TFSMLayer(folder, call_endpoint="images")
     images = keras.Input(arguments["images"].shape[1:])
-    text = read(os.path.join(path, EXTRA_ASSETS, FILE_NAME))
+    text = read(path / EXTRA_ASSETS / FILE_NAME)
     description = NetworkDescription.from_json(text) if text else None
     return keras.Model(images, network(images)["logits"]), description
 

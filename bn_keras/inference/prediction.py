@@ -11,12 +11,12 @@ from absl import logging
 
 from bn_keras import storage
 from bn_keras.cores import usable_cores
-from bn_keras.data.folder_walk import EXTENSIONS, walk_classes
+from bn_keras.data.folder_walk import EXTENSIONS, walk_folder
 from bn_keras.data.multi_crop import SINGLE_CROP, CropPreprocessing, Crops
 from bn_keras.data.single_image import read_encoded, read_image, reporting_undecodable
 from bn_keras.errors import BucketUnavailableError, StorageError, UsageError
 from bn_keras.inference.loading import load_trained
-from bn_keras.storage import is_local, read_text, reading
+from bn_keras.storage import read_text, reading
 from bn_keras.training.evaluator import make_scorer
 
 # Largest number of crops that a network is called with.
@@ -199,23 +199,15 @@ def find_images(paths: Iterable[Path], lists: Iterable[Path] = ()) -> list[str]:
         if not storage.is_folder(path):
             found.append(path)
             continue
-        images = _images_below(path)
+        with reading(path):
+            images = walk_folder(path).images
         if not images:
             raise UsageError(
                 f"folder {path} has no images: expected files ending in {', '.join(EXTENSIONS)}"
             )
-        found += images
+        found += [image.path for image in images]
     for path in [os.fspath(path) for path in lists]:
         text = read_text(path, "list", "a file with one path per line")
         # Not splitlines, which also splits at characters that a name may contain.
         found += [line.strip() for line in io.StringIO(text, newline=None) if line.strip()]
     return found
-
-
-def _images_below(folder: str) -> list[str]:
-    """Returns the paths of the images below a folder, in sorted order."""
-    top = os.path.abspath(folder) if is_local(folder) else folder.rstrip("/")
-    parent, name = os.path.split(top)
-    with reading(folder):
-        images = walk_classes(parent, [name])[name].images
-    return [os.path.join(folder, os.path.relpath(image.path, top)) for image in images]
