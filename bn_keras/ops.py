@@ -385,7 +385,10 @@ def _in_current_graph(*tensors: tf.Tensor) -> list[tf.Tensor]:
     if tf.executing_eagerly():
         return list(tensors)
     graph = tf.compat.v1.get_default_graph()
-    return [t if t.graph is graph else tf.identity(t) for t in tensors]
+    # tape.jacobian builds a graph of the gradient of an eager call: the conversion captures eager
+    # tensors.
+    captured = map(tf.convert_to_tensor, tensors)
+    return [t if t.graph is graph else tf.identity(t) for t in captured]
 
 
 # --- Ordinary operations.

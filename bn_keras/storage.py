@@ -218,16 +218,24 @@ def move(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(output: Path) -> Iterator[pathlib.Path]:
+def replacing(output: Path, folder: bool = False) -> Iterator[pathlib.Path]:
     """Yields a local path for a file or a folder, which replaces the output if the block succeeds.
 
     If the block or the replacement fails, a local output is as it was. A folder in a bucket cannot
     be replaced atomically: its own files, such as the saved_model.pb of a SavedModel, are written
     after those of folders in it.
 
+    Args:
+      output: path of the output, which may exist.
+      folder: whether the block writes a folder; it writes a file otherwise.
+
     Raises:
+      UsageError: the output is a folder, and the block writes a file, or the other way round.
       StorageError: the output cannot be written.
     """
+    if exists(output) and is_folder(output) != folder:
+        found, expected = ("file", "folder") if folder else ("folder", "file")
+        raise UsageError(f"output {output} is a {found}: expected the path of a {expected}")
     name = os.path.basename(os.fspath(output))
     with contextlib.ExitStack() as cleanup:
         with writing(f"output {output}"):
@@ -236,9 +244,9 @@ def replacing(output: Path) -> Iterator[pathlib.Path]:
                 # In the same folder: a move is atomic only within one file system.
                 parent = os.path.dirname(os.path.abspath(output))
                 os.makedirs(parent, exist_ok=True)
-            folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{name}.", dir=parent))
-        cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
-        unfinished = folder / name
+            temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{name}.", dir=parent))
+        cleanup.callback(shutil.rmtree, temporary, ignore_errors=True)
+        unfinished = temporary / name
         yield unfinished
         with writing(f"output {output}"):
             if not is_local(output):
@@ -247,7 +255,7 @@ def replacing(output: Path) -> Iterator[pathlib.Path]:
             if not os.path.isdir(output):
                 os.replace(unfinished, output)
                 return
-            previous = folder / "previous"
+            previous = temporary / "previous"
             os.rename(output, previous)
             try:
                 os.replace(unfinished, output)

@@ -47,6 +47,7 @@ def main() -> None:
     """Trains all combinations and prints the results, best first."""
     from bn_keras.experiments.run_all import train_all
     from bn_keras.text import counted
+    from bn_keras.training.build import build_initializer
     from bn_keras.training.plan import describe_input, describe_length
 
     for flag in (_INITIALIZERS, _BASE_RATES, _SEEDS):
@@ -61,6 +62,8 @@ def main() -> None:
     for initializer, base_rate in settings:
         for seed in _SEEDS.value:
             config = _CONFIG.value.copy_and_resolve_references()
+            # An unknown name would otherwise be reported when its first run starts.
+            build_initializer(initializer, config.model.initializer_stddev)
             config.model.initializer = initializer
             config.schedule.base_rate = cli.parse_item(float, base_rate, "--base_rates")
             config.seed = cli.parse_item(int, seed, "--seeds")

@@ -181,6 +181,13 @@ def test_a_search_says_how_long_its_runs_are(tmp_path):
     assert f"runs      1 in {tmp_path}, 3 epochs each" in done.stderr
 
 
+def test_a_search_checks_all_settings_before_it_trains(tmp_path):
+    choices = ("--initializers=he_normal,glorot_unifrom", "--base_rates=0.1", "--seeds=0")
+    done = launch("search", *DIGITS, *choices, f"--workdir={tmp_path / 'search'}")
+    assert_fails_on_one_line(done, 2, "unknown model.initializer 'glorot_unifrom'")
+    assert not (tmp_path / "search").exists()
+
+
 # The config.
 
 

@@ -280,6 +280,26 @@ def test_small_mini_batches_of_bn_are_warned_of(settings, replicas, size, advise
     assert lines == ([f"BN normalizes only {size}, {statistics}, {advised}"] if size else [])
 
 
+@pytest.mark.parametrize(
+    "micro_batches, steps, warns", [(1, 16, True), (4, 16, False), (4, 4, True)]
+)
+def test_initial_moving_statistics_fade_with_each_micro_batch(micro_batches, steps, warns):
+    settings = {"train.micro_batches": micro_batches, "train.steps": steps}
+    config = small_mlp(**{"train.global_batch_size": 128} | settings)
+    model = build_model(config, (8, 8, 1), 10)
+    lines = find_pitfalls(config, ExamplesSchedule(0.1, 128), model)
+    # 0.9 ** 16 is 19%, and 0.75 ** 16 is 1%.
+    advice = "19% of the average is still the initial value"
+    assert any(advice in line and "momentum=0.75 instead" in line for line in lines) == warns
+
+
+@pytest.mark.parametrize("key, value", [("dropout", 0.5), ("width", 2.0), ("modules", ("3a",))])
+def test_settings_without_effect_on_the_mlp_are_refused(key, value):
+    message = rf"model.{key}=.* has no effect on model.name='mlp': leave it at"
+    with pytest.raises(UsageError, match=message):
+        build_model(small_mlp(**{f"model.{key}": value}), (8, 8, 1), 10)
+
+
 def test_frozen_bn_has_no_mini_batch():
     config = small_mlp(**{"train.global_batch_size": 8, "population.when": "end"})
     model = build_model(config, (8, 8, 1), 10)

@@ -53,6 +53,14 @@ def test_each_network_is_trained_once_and_divergence_is_a_result(tmp_path, monke
     assert not (tmp_path / "new").exists()
 
 
+def test_all_configs_are_checked_before_any_training(tmp_path):
+    configs = {"good": small_mlp(**FEW), "bad": small_mlp(**FEW, **{"schedule.base_rate": -1.0})}
+    for use in (train_all, list_remaining):
+        with pytest.raises(UsageError, match="schedule.base_rate=-1.0 is invalid"):
+            use(configs, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.job
 def test_a_parallel_run_equals_a_run_alone(tmp_path):
     bad = small_mlp(**FEW, **{"model.variant": "baseline", "schedule.base_rate": 1e38})

@@ -16,6 +16,7 @@ from bn_keras.runs.checkpoint import Checkpoints
 from bn_keras.runs.history import Run
 from bn_keras.runs.saved_config import flatten
 from bn_keras.runs.workdir import Workdir
+from bn_keras.training.config import check_config
 from bn_keras.training.graphs import Graphs
 from bn_keras.training.length import finish_reason
 from bn_keras.training.loop import train_and_evaluate
@@ -48,9 +49,12 @@ def train_all(
       The runs by title, in the order of the configs.
 
     Raises:
-      UsageError: see `train_and_evaluate`; all workdirs are checked before any training.
+      UsageError: see `train_and_evaluate`; all configs and workdirs are checked before any
+        training.
       TrainingStoppedError: SIGTERM or SIGINT arrived.
     """
+    for config in configs.values():
+        check_config(config)
     workdirs = {title: workdir_of(folder, title) for title in configs}
     due = [title for title in configs if _is_due(Workdir(workdirs[title]), configs[title])]
     for title, workdir in workdirs.items():
@@ -93,6 +97,7 @@ def list_remaining(
     """Returns what `train_all` would do with the same arguments; raises the same UsageErrors."""
     remaining = []
     for title, config in configs.items():
+        check_config(config)
         run = Workdir(workdir_of(folder, title))
         steps = 0
         if _is_due(run, config):

@@ -149,7 +149,7 @@ def export_workdir(
     fold_report = None
     if fold:
         model, fold_report = fold_batch_norm(model)
-    with replacing(path) as unfinished:
+    with replacing(path, folder=not _FORMATS[file_format].suffix) as unfinished:
         with writing(f"output {path}"):
             if examples is None:
                 _FORMATS[file_format].write(model, description, unfinished)

@@ -2,12 +2,13 @@
 
 from matplotlib.figure import Figure
 
+from bn_keras.errors import UsageError
 from bn_keras.experiments.titles import INCEPTION, LONGER_INCEPTION
 from bn_keras.report import published
 from bn_keras.report.figure_2 import draw_accuracy
 from bn_keras.report.figure_3 import compare_numbers, describe_fastest
 from bn_keras.report.five_networks import FiveNetworks
-from bn_keras.report.margins import ended_runs
+from bn_keras.report.margins import NotRunError, ended_runs
 from bn_keras.report.plots import FIGURE_WIDTH
 from bn_keras.report.sections import Section
 from bn_keras.runs.history import Results
@@ -19,10 +20,13 @@ def select_with_longer_inception(results: Results) -> FiveNetworks:
     """Selects the five networks, with the longer run in place of Inception's.
 
     Raises:
-      NotRunError: the longer run is missing or unfinished.
-      UsageError: see `FiveNetworks.select`.
+      NotRunError: the longer run is missing or unfinished, or the networks share no seed with it.
     """
-    return FiveNetworks.select({**results, INCEPTION: ended_runs(results, LONGER_INCEPTION)})
+    longer = ended_runs(results, LONGER_INCEPTION)
+    try:
+        return FiveNetworks.select({**results, INCEPTION: longer})
+    except UsageError as error:
+        raise NotRunError(str(error)) from None
 
 
 def build_longer_inception(networks: FiveNetworks) -> Section:

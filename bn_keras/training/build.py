@@ -14,6 +14,7 @@ from bn_keras.data.splits import Source
 from bn_keras.errors import UsageError
 from bn_keras.models import BNInception, SigmoidMLP
 from bn_keras.text import counted
+from bn_keras.training.config import default_config
 from bn_keras.training.fine_tuning import freeze
 from bn_keras.training.length import global_micro_batch_size, num_steps
 from bn_keras.training.schedule import ExamplesSchedule
@@ -90,7 +91,7 @@ def build_model(
             variant=config.model.variant,
             classes=classes,
             input_shape=input_shape,
-            kernel_initializer=_initializer(
+            kernel_initializer=build_initializer(
                 config.model.initializer, config.model.initializer_stddev
             ),
             **batch_norm,
@@ -211,13 +212,23 @@ def _build_inception(model: ConfigDict, training: bool, **options: Any) -> keras
 
 
 def _build_mlp(model: ConfigDict, training: bool, **options: Any) -> keras.Model:
+    defaults = default_config().model
+    for key in set(defaults) - _MLP_SETTINGS:
+        if model.get(key, defaults[key]) != defaults[key]:
+            raise UsageError(
+                f"model.{key}={model[key]!r} has no effect on model.name='mlp': leave it at"
+                f" {defaults[key]!r}"
+            )
     return SigmoidMLP(**options)
 
 
 _BUILDERS = {"inception": _build_inception, "mlp": _build_mlp}
+# Settings in config.model that section 4.1's network uses.
+_MLP_SETTINGS = {"name", "variant", "initializer", "initializer_stddev", "init_from", "freeze"}
 
 
-def _initializer(name: str, stddev: float) -> keras.initializers.Initializer:
+def build_initializer(name: str, stddev: float) -> keras.initializers.Initializer:
+    """Builds config.model.initializer; raises UsageError for an unknown name."""
     if name == "normal":
         return keras.initializers.RandomNormal(stddev=stddev)
     try:

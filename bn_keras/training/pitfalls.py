@@ -54,10 +54,11 @@ def find_pitfalls(
     if trains_batch_norm:
         lines += _describe_small_mini_batch(config, replicas)
     if config.population.when == "never" and trains_batch_norm:
-        share = momentum**steps
+        updates = steps * config.train.micro_batches
+        share = momentum**updates
         if share > _MAX_INITIAL_SHARE and not config.model.init_from:
             # Two digits of the share of each step, because those of the momentum may all be 9.
-            advised = 1 - float(f"{1 - _ADVISED_INITIAL_SHARE ** (1 / steps):.2g}")
+            advised = 1 - float(f"{1 - _ADVISED_INITIAL_SHARE ** (1 / updates):.2g}")
             lines.append(
                 f"BN averages its mean and variance over more than the {counted(steps, 'step')} of"
                 f" this run: at the end, {share:.0%} of the average is still the initial value, and"
