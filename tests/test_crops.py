@@ -66,6 +66,28 @@ def test_the_144_crops_equal_the_reference(height, width):
     np.testing.assert_array_equal(crops[::2], crops[1::2, :, ::-1])
 
 
+@pytest.mark.parametrize("height, width", [(20, 161), (21, 1000), (400, 10), (1, 40), (60, 1)])
+def test_images_of_extreme_aspect_ratio_have_the_same_crops(height, width):
+    """Their middle is cut out first, after which the longer side is rounded differently."""
+    image = photograph(height, width)
+    squares = GOOGLENET.extract_squares(image[None], 224)
+    crops = GOOGLENET.cut(squares, 224).numpy()
+    difference = np.abs(crops - googlenet_crops(image))
+    assert difference.max() < 8 and difference.mean() < 0.1
+
+
+def test_the_memory_does_not_grow_with_the_aspect_ratio(monkeypatch):
+    """A line of 1x6000 pixels, resized to 352 pixels by its shorter side, would take 9 GB."""
+    sizes = []
+    resize = tf.image.resize
+    monkeypatch.setattr(
+        tf.image, "resize", lambda x, size: sizes.append(np.prod(size)) or resize(x, size)
+    )
+    for shape in [(1, 6000), (6000, 1), (7, 100_000)]:
+        GOOGLENET.extract_squares(tf.zeros([1, *shape, 3], tf.uint8), 224)
+    assert len(sizes) == 12 and max(sizes) <= 8 * 352**2
+
+
 def test_the_list_describes_the_crops():
     image = photograph(300, 470)
     crops = GOOGLENET.cut(GOOGLENET.extract_squares(image[None], 224), 224).numpy()

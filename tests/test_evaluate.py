@@ -49,10 +49,9 @@ def small_network(seed, softmax=False):
         # With large weights, the mean of probabilities differs from that of logits.
         keras.layers.Dense(CLASSES, kernel_initializer=keras.initializers.RandomNormal(stddev=2.0)),
     ]
-    model = keras.Sequential([keras.Input((SIZE, SIZE, 3)), *layers])
     if softmax:
-        return keras.Sequential([*model.layers, keras.layers.Activation("softmax")])
-    return model
+        layers.append(keras.layers.Activation("softmax"))
+    return keras.Sequential([keras.Input((SIZE, SIZE, 3)), *layers])
 
 
 def mean_probabilities(model, crops, images):
@@ -141,15 +140,58 @@ def test_a_batch_that_the_replicas_do_not_divide_is_rejected(two_replicas):
         Evaluator([small_network(0)], data, two_replicas, 15, Crops.parse("10"))
 
 
-def test_logits_and_probabilities_are_distinguished():
+def softmax_of(network):
+    """Returns the operation keras.ops.softmax on a network's output."""
+    return keras.Model(network.inputs[0], keras.ops.softmax(network.outputs[0]))
+
+
+def nested(network):
+    images = keras.Input((SIZE, SIZE, 3))
+    return keras.Model(images, keras.Sequential([network])(images))
+
+
+def averaged(network):
+    images = keras.Input((SIZE, SIZE, 3))
+    return keras.Model(images, keras.layers.Average()([network(images), network(images)]))
+
+
+def with_one_image(network):
+    images = keras.Input(batch_shape=(1, SIZE, SIZE, 3))
+    return keras.Model(images, network(images))
+
+
+FOREIGN = {
+    "logits": lambda: small_network(0),
+    "activation": lambda: small_network(0, softmax=True),
+    "operation": lambda: softmax_of(small_network(0)),
+    "nested": lambda: nested(small_network(0, softmax=True)),
+    "nested operation": lambda: nested(softmax_of(small_network(0))),
+    "average": lambda: averaged(small_network(0, softmax=True)),
+    "one image": lambda: with_one_image(small_network(0, softmax=True)),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_foreign_network_may_return_logits_or_probabilities(kind, tmp_path, two_replicas):
     images = tf.random.stateless_normal([4, SIZE, SIZE, 3], [0, 0])
     single = CropPreprocessing(small_data()[0].preprocessing, SINGLE_CROP)
-    models = [small_network(0), small_network(0, softmax=True)]
-    models[1].set_weights(models[0].get_weights())
-    logits, probabilities, ensemble = make_scorer(models, single, 4)(images)
-    np.testing.assert_allclose(logits, tf.nn.log_softmax(models[0](images)), atol=1e-6)
-    np.testing.assert_allclose(probabilities, logits, atol=1e-4)
-    np.testing.assert_allclose(ensemble, logits, atol=1e-4)
+    expected = tf.nn.log_softmax(small_network(0)(images))
+    FOREIGN[kind]().save(tmp_path / "net.keras")
+    for strategy in (None, two_replicas) if kind == "nested" else (None,):
+        network = load_exported(tmp_path / "net.keras", strategy)
+        assert network.num_classes == CLASSES and network.input_shape == (SIZE, SIZE, 3)
+        batch_size = 1 if kind == "one image" else 4
+        [found] = make_scorer([network.model], single, batch_size)(images)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_improbable_classes_of_a_foreign_network_are_possible(tmp_path):
+    """Their probabilities are 0 in float32, and the mean loss of all images would be infinite."""
+    images = keras.Input((1, 3, 1))
+    model = keras.Model(images, keras.ops.softmax(keras.layers.Flatten()(images)))
+    model.save(tmp_path / "net.keras")
+    logits = load_exported(tmp_path / "net.keras").model(tf.constant([[[[0.0], [-9], [-400]]]]))
+    assert logits[0, 2] < -80 and np.isfinite(logits).all()
 
 
 def test_improbable_classes_keep_their_order():
@@ -341,6 +383,56 @@ def test_members_with_other_preprocessing_are_rejected(runs, tmp_path):
     with pytest.raises(UsageError, match="data.binary is True, but the network in .*False") as e:
         evaluate_networks([runs[0], tmp_path])
     assert "\n" not in str(e.value)
+
+
+def test_members_that_were_trained_on_other_crops_are_rejected(runs, tmp_path):
+    cropped = shutil.copytree(runs[0], tmp_path / "cropped")
+    config = Workdir(cropped).read_config()
+    (cropped / "config.json").write_text(replaced(config, {"data.crop": "inception"}).to_json())
+    message = "data.crop is none, but the network in .*cropped was trained with data.crop=inception"
+    with pytest.raises(UsageError, match=message) as caught:
+        evaluate_networks([runs[0], cropped])
+    assert str(caught.value).endswith("evaluated one at a time") and "\n" not in str(caught.value)
+    # A single network with another config, too.
+    with pytest.raises(UsageError, match="--config=WORKDIR, or --config.data.crop=inception;"):
+        evaluate_networks([cropped], config)
+    # Several crops are cut from the whole image, whatever the training's crop is.
+    ten = [Crops.parse("10")]
+    *_, ensemble = evaluate_networks([runs[0], cropped], crops=ten)
+    *_, twice = evaluate_networks([runs[0], runs[0]], crops=ten)
+    assert ensemble["loss"] == pytest.approx(twice["loss"], rel=1e-6)
+
+
+def test_whole_images_are_evaluated_alike_whether_training_shifts_them(runs):
+    [expected] = evaluate_networks([runs[0]])
+    config = replaced(Workdir(runs[0]).read_config(), {"data.crop": "shift"})
+    [found] = evaluate_networks([runs[0]], config)
+    assert found["loss"] == expected["loss"]
+    # Resized images are not whole: "shift" keeps their aspect ratio.
+    with pytest.raises(UsageError, match="data.crop=none"):
+        evaluate_networks([runs[0]], replaced(config, {"data.image_size": 8}))
+
+
+@pytest.mark.parametrize("when, statistics", [("end", "moving"), ("evaluations", "population")])
+def test_the_best_network_is_evaluated_as_it_was_in_training(
+    when, statistics, tmp_path, monkeypatch
+):
+    accuracies = iter([0.5, 0.9, 0.7])
+    evaluate = Evaluator.__call__
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Evaluator,
+            "__call__",
+            lambda self: [evaluate(self)[0] | {"accuracy": next(accuracies)}],
+        )
+        train_and_evaluate(
+            small_mlp(**{"population.when": when, "population.num_batches": 2}), tmp_path
+        )
+    [recorded] = Workdir(tmp_path).evaluations(40)
+    [found] = evaluate_networks([tmp_path], best=True)
+    assert (found["step"], found["statistics"]) == (40, statistics)
+    assert recorded["validation/statistics"] == statistics
+    assert found["loss"] == pytest.approx(recorded["validation/loss"], rel=1e-6)
 
 
 def test_exported_networks_are_evaluated_like_runs(runs, tmp_path):

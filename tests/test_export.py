@@ -26,6 +26,7 @@ from bn_keras.inference.exporter import export_workdir
 from bn_keras.inference.loading import load_trained
 from bn_keras.inference.network_description import NetworkDescription
 from bn_keras.inference.quantization import check_quantized, read_training_images
+from bn_keras.inference.tflite_export import TFLiteNetwork, restore_rounded, write_tflite
 from bn_keras.inference.tflite_metadata import add_metadata, read_description
 from bn_keras.training.loop import train_and_evaluate
 
@@ -402,6 +403,46 @@ def test_int8_stays_close_to_the_network(workdir, tmp_path):
     levels = runner(images=(255 * images()).astype(np.uint8))["probabilities"]
     expected = tf.nn.softmax(logits_of(workdir))
     np.testing.assert_allclose(levels / 256, expected, atol=0.1)
+
+
+@pytest.mark.parametrize("num_classes", [3, 100, 1000])
+def test_int8_is_read_back_with_the_probabilities_of_the_file(num_classes, tmp_path):
+    """A floor of one step per class, which is how zeros were read, takes .8 of 1,000 classes."""
+    generator = np.random.default_rng(0)
+    x = generator.uniform(-1, 1, (200, 8, 8, 1)).astype(np.float32)
+    model = keras.Sequential(
+        [keras.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(num_classes)]
+    )
+    model.layers[-1].kernel.assign(generator.normal(scale=0.8, size=(64, num_classes)))
+    names = [f"class {i}" for i in range(num_classes)]
+    path = tmp_path / "net.tflite"
+    write_tflite(model, describe(names, binary=False), path, x)
+    in_file = TFLiteNetwork(path.read_bytes())(x)
+    found = tf.nn.softmax(load_exported(path).model(x)).numpy()
+    # Steps that were rounded up can add to a sum above 1, which is normalized.
+    in_file /= np.maximum(1, in_file.sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(found, in_file, atol=1 / 256)
+    np.testing.assert_allclose(found, tf.nn.softmax(model(x)), atol=0.15)
+    np.testing.assert_array_equal(found.argmax(axis=1), in_file.argmax(axis=1))
+
+
+def test_probabilities_that_were_rounded_to_0_share_the_missing_mass():
+    step = 1 / 256
+    rows = np.array(
+        [
+            [0.5, 0.25 + 250 / 1024, 0, 0, 0],
+            [0.5, 0.5, 0, 0, 0],
+            [0.5, 0.5 + step, 0, 0, 0],
+            [0.5, 0.25, 0, 0, 0],
+            [0.5, 0.25, 0.25, step, step],
+        ],
+        np.float32,
+    )
+    found = restore_rounded(rows, step)
+    for row, zero in zip(found[:4], [6 / 1024 / 3, step / 6, step / 6, step / 2], strict=True):
+        np.testing.assert_allclose(row[2:], zero, rtol=1e-6)
+    np.testing.assert_array_equal(found[rows > 0], rows[rows > 0])
+    assert found[0].sum() == pytest.approx(1) and found.dtype == np.float32
 
 
 def test_a_quantization_that_does_not_distinguish_images_is_refused():

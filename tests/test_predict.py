@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -128,6 +129,30 @@ def test_networks_with_other_preprocessing_are_rejected(runs, tmp_path):
         make_predictor([runs[0], tmp_path])
     with pytest.raises(UsageError, match="workdirs is empty"):
         make_predictor([])
+
+
+def test_networks_that_were_trained_on_other_crops_predict_together_with_several(runs, tmp_path):
+    image = tmp_path / "image.png"
+    image.write_bytes(as_file(photograph(), "PNG"))
+    cropped = shutil.copytree(runs[0], tmp_path / "cropped")
+    config = json.loads((cropped / "config.json").read_text())
+    config["data"]["crop"] = "inception"
+    (cropped / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="cropped differs from that in .* or its preprocessing"):
+        make_predictor([runs[0], cropped])
+    ten = Crops.parse("10")
+    found, alone = (
+        make_predictor(members, ten)(image) for members in ([runs[0], cropped], runs[:1])
+    )
+    assert [p.class_name for p in found] == [p.class_name for p in alone]
+    assert [p.probability for p in found] == pytest.approx([p.probability for p in alone])
+
+
+def test_an_extreme_aspect_ratio_is_classified(runs, tmp_path):
+    path = tmp_path / "line.png"
+    path.write_bytes(as_file(photograph(1, 3000), "PNG"))
+    for crops in (SINGLE_CROP, Crops.parse("144")):
+        assert len(make_predictor([runs[0]], crops)(path)) == 5
 
 
 def test_a_file_name_may_have_any_bytes(runs, tmp_path):

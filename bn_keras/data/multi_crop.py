@@ -30,6 +30,8 @@ SQUARES = (0, 1, 2)
 # Vertical and horizontal position of a window in its square, likewise; None is the whole square.
 WINDOWS = ((0, 0), (0, 2), (2, 0), (2, 2), (1, 1), None)
 MIRRORS = (False, True)
+# Images with a larger ratio of the longer side to the shorter are shortened before resizing.
+_MAX_RATIO = 8
 
 # Squares and windows for each accepted count; n scales are the first n, as are n mirrorings.
 _SQUARES_BY_COUNT = {1: SQUARES[1:2], 3: SQUARES}
@@ -121,9 +123,11 @@ class Crops:
         Returns:
           A tensor for each scale, float32 [n, squares, side, side, C].
         """
+        images = _shorten(images)
         return tuple(self._extract_squares(images, side) for side in self.shorter_sides(size))
 
     def _extract_squares(self, images: tf.Tensor, side: int) -> tf.Tensor:
+        """Resizes images so that their shorter side is `side`, and cuts the squares."""
         lengths = tf.cast(tf.shape(images)[1:3], tf.float64)
         resized = tf.cast(tf.round(lengths * side / tf.reduce_min(lengths)), tf.int32)
         pixels = tf.image.resize(images, resized)
@@ -164,6 +168,25 @@ class Crops:
                 top, left = ((side - size) * halves // 2 for halves in position)
                 windows.append(squares[:, :, top : top + size, left : left + size])
         return tf.stack(windows, axis=2)
+
+
+def _shorten(images: tf.Tensor) -> tf.Tensor:
+    """Cuts out what no square shows from images of an extreme aspect ratio, [n, H, W, C].
+
+    Resized by their shorter side as a whole, they might not fit into memory: a line of 1x600 pixels
+    takes gigabytes. Both ends and the centre are kept, each at least twice as long as a square.
+    """
+    height, width = tf.unstack(tf.shape(images)[1:3])
+    shorter, longer = tf.minimum(height, width), tf.maximum(height, width)
+    margin = (longer - 2 * shorter) // 2
+    pieces = [(0, 2 * shorter), (margin, longer - margin), (longer - 2 * shorter, longer)]
+
+    def gather_pieces() -> tf.Tensor:
+        kept = tf.concat([tf.range(*piece) for piece in pieces], axis=0)
+        shortened = tf.gather(images, kept, axis=tf.where(width > height, 2, 1))
+        return tf.ensure_shape(shortened, [images.shape[0], None, None, images.shape[-1]])
+
+    return tf.cond(longer > _MAX_RATIO * shorter, gather_pieces, lambda: images)
 
 
 SINGLE_CROP = Crops()

@@ -30,6 +30,9 @@ _TRAINING_ONLY = {
     for name in ("initializer", "initializer_stddev", "initializer_scale", "init_from", "freeze")
 }
 
+# Values of data.crop whose evaluation shows the whole image, unless it is resized.
+_WHOLE_IMAGES = {"none", "shift"}
+
 
 class _Subject(TypedDict):
     """A network that is evaluated, or the ensemble of all networks."""
@@ -66,12 +69,14 @@ def evaluate_networks(
     """Evaluates the networks of runs, exported networks and, of several networks, the ensemble.
 
     The finished network of a run is evaluated, or else that of its latest checkpoint. If this has
-    only moving statistics and the config uses population statistics, these are estimated first.
+    only moving statistics and the config uses population statistics, these are estimated first. The
+    best network is evaluated as during training: population.when=end does not concern it.
 
     Args:
       workdirs: folders of the runs.
       config: config of the evaluation; None uses that of the first run. If there are runs, its
-        model must be that of one of them; the location of the data and the devices may differ.
+        model must be that of one of them; the location of the data and the devices may differ. The
+        preprocessing must be that of each network's training.
       crops: each network is evaluated with each of these.
       exported: paths of exported networks; see `load_exported`. Their input is
         preprocessed as the config says.
@@ -82,8 +87,9 @@ def evaluate_networks(
       For each choice of crops: one row per network and, for several networks, one for the ensemble.
 
     Raises:
-      UsageError: no network at a path, a config of another network, data with a class that a
-        network does not have, or crops that the network's input does not allow.
+      UsageError: no network at a path, a config of another network or of another preprocessing,
+        data with a class that a network does not have, or crops that the network's input does not
+        allow.
       WorkerLostError: another worker has ended or does not answer.
     """
     if not (workdirs or exported):
@@ -95,15 +101,19 @@ def evaluate_networks(
         *(load_exported(path, strategy) for path in exported),
     ]
     paths = [os.fspath(path) for path in (*workdirs, *exported)]
-    needs_training_images = config.population.when != "never" and any(
+    # The best network was evaluated before the end, or has population statistics already.
+    by_population = config.population.when == "evaluations" or (
+        config.population.when == "end" and not best
+    )
+    needs_training_images = by_population and any(
         isinstance(n, TrainedNetwork) and n.lacks_population_statistics for n in networks
     )
     data = build_data(config, validation_only=not needs_training_images)
     for path, network in zip(paths, networks, strict=True):
-        _check_fits(network, path, data, config.data.name)
+        _check_fits(network, path, data, config, crops)
     class_names = _match_classes(networks, paths, data)
     with reporting_lost_workers(strategy):
-        if config.population.when != "never":
+        if by_population:
             networks = [
                 _with_population_statistics(
                     network,
@@ -230,9 +240,13 @@ def check_classes(data: pipeline.Data, class_names: Sequence[str], path: str) ->
 
 
 def _check_fits(
-    network: TrainedNetwork | ExportedNetwork, path: str, data: pipeline.Data, data_name: str
+    network: TrainedNetwork | ExportedNetwork,
+    path: str,
+    data: pipeline.Data,
+    config: ConfigDict,
+    crops: Sequence[Crops],
 ) -> None:
-    """Raises UsageError if the data differs from what the network was trained on."""
+    """Raises UsageError if the network was trained on images that are preprocessed differently."""
     if data.input_shape != network.input_shape:
         height, width, channels = network.input_shape
         if channels != data.input_shape[-1]:
@@ -242,16 +256,23 @@ def _check_fits(
         else:
             advice = _advise("data.image_size", height)
         raise UsageError(
-            f"{data_name} has images of shape {data.input_shape}, but the network in {path} was"
-            f" trained on images of shape {network.input_shape}: {advice}"
+            f"{config.data.name} has images of shape {data.input_shape}, but the network in {path}"
+            f" was trained on images of shape {network.input_shape}: {advice}"
         )
-    binary = data.preprocessing.binary
-    if network.preprocessing is not None and network.preprocessing.binary != binary:
-        raise UsageError(
-            f"data.binary is {binary}, but the network in {path} was trained with"
-            f" data.binary={not binary}: {_advise('data.binary', not binary)}; networks that differ"
-            " in it are evaluated one at a time"
-        )
+    if network.preprocessing is None:
+        return
+    given, trained = data.preprocessing, network.preprocessing
+    compared: list[tuple[str, object, object]] = [("data.binary", given.binary, trained.binary)]
+    shows_whole_images = not config.data.image_size and {given.crop, trained.crop} <= _WHOLE_IMAGES
+    # Several crops are cut from whole images, whatever data.crop is.
+    if SINGLE_CROP in crops and not shows_whole_images:
+        compared.append(("data.crop", given.crop, trained.crop))
+    for key, value, expected in compared:
+        if value != expected:
+            raise UsageError(
+                f"{key} is {value}, but the network in {path} was trained with {key}={expected}:"
+                f" {_advise(key, expected)}; networks that differ in it are evaluated one at a time"
+            )
 
 
 def _advise(key: str, value: object) -> str:

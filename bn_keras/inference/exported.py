@@ -32,7 +32,8 @@ class ExportedNetwork(NamedTuple):
     """A network exported by `export_workdir`, or any other Keras model for images.
 
     Attributes:
-      model: network from images float32 [N, *input_shape] to logits or probabilities [N, classes].
+      model: network from images float32 [N, *input_shape] to logits [N, classes]; those of a model
+        that returns probabilities are their logarithms.
       input_shape: (height, width, channels).
       num_classes: size of its output.
       class_names: name of each class, in order; None if the file has none.
@@ -120,7 +121,36 @@ def load_exported(
     names, preprocessing = None, None
     if description:
         names, preprocessing = description.class_names, description.preprocessing
+    elif _returns_probabilities(model):
+        with strategy.scope():
+            model = _with_logits(model)
     return ExportedNetwork(model, tuple(images[1:]), outputs[1], names, preprocessing)
+
+
+def _returns_probabilities(model: keras.Model) -> bool:
+    """Returns whether the outputs for a few images are probabilities.
+
+    The structure of a foreign model does not tell: a softmax may be in a nested model, in an
+    operation, or before the mean of several outputs.
+    """
+    batch_size, *shape = model.inputs[0].shape
+    batch_size = batch_size or 4
+    noise = np.random.default_rng(0).uniform(size=(batch_size, *shape))
+    # The range of the model's input is not known.
+    scales = np.geomspace(255, 1, batch_size).reshape(-1, 1, 1, 1)
+    call = tf.function(lambda images: model(images, training=False), autograph=False)
+    outputs = tf.cast(call(tf.cast(scales * noise, tf.float32)), tf.float32).numpy()
+    # The tolerance is that of bfloat16.
+    return bool(np.all(outputs >= 0) and np.allclose(outputs.sum(axis=1), 1, rtol=0, atol=0.01))
+
+
+def _with_logits(model: keras.Model) -> keras.Model:
+    """Returns a model of the logarithms of a model's probabilities."""
+    images = keras.Input(batch_shape=model.inputs[0].shape)
+    probabilities = keras.ops.cast(model(images), "float32")
+    # A probability that underflows to 0 would make the mean loss of all images infinite.
+    tiny = float(np.finfo(np.float32).tiny)
+    return keras.Model(images, keras.ops.log(keras.ops.maximum(probabilities, tiny)))
 
 
 _Read = tuple[keras.Model, NetworkDescription | None]
@@ -148,11 +178,8 @@ def _read_saved_model(path: pathlib.Path) -> _Read:
 def _read_tflite(path: pathlib.Path) -> _Read:
     content = path.read_bytes()
     network = TFLiteNetwork(content)
-
-    def call(images: np.ndarray) -> np.ndarray:
-        return np.log(np.maximum(network(images), network.smallest))
-
-    return _as_model(call, network.input_shape, network.num_classes), read_description(content)
+    model = _as_model(network.logits, network.input_shape, network.num_classes)
+    return model, read_description(content)
 
 
 def _read_onnx(path: pathlib.Path) -> _Read:

@@ -13,9 +13,9 @@ from bn_keras import storage
 from bn_keras.cores import usable_cores
 from bn_keras.data.folder_walk import EXTENSIONS, walk_folder
 from bn_keras.data.multi_crop import SINGLE_CROP, CropPreprocessing, Crops
-from bn_keras.data.single_image import read_encoded, read_image, reporting_undecodable
+from bn_keras.data.single_image import read_encoded, reporting_undecodable
 from bn_keras.errors import BucketUnavailableError, StorageError, UsageError
-from bn_keras.inference.loading import load_trained
+from bn_keras.inference.loading import TrainedNetwork, load_trained
 from bn_keras.storage import read_text, reading
 from bn_keras.training.evaluator import make_scorer
 
@@ -81,7 +81,12 @@ class Predictor:
         self._most_probable = most_probable
 
     def __call__(self, path: Path) -> list[Prediction]:
-        """Returns the most probable classes of an image; raises what `read_image` raises."""
+        """Returns the most probable classes of an image.
+
+        Raises:
+          UsageError: the file does not exist or is not a complete image.
+          BucketUnavailableError: it is in a bucket that does not answer.
+        """
         return self._predict([self._open(path)])[0]
 
     def predict_all(self, paths: Iterable[Path]) -> Iterator[ImagePrediction]:
@@ -108,11 +113,6 @@ class Predictor:
                     yield ImagePrediction(path, [] if error else next(predicted), error)
 
     def _open(self, path: Path) -> tf.Tensor | tuple[tf.Tensor, ...]:
-        if self._preprocessing.crops.count > 1:
-            # Several crops are cut from the image resized by its shorter side: this limits its
-            # aspect ratio.
-            encoded, _ = read_image(path, self._channels)
-            return self._read(encoded)
         encoded = read_encoded(path)
         with reporting_undecodable(path, encoded):
             return self._read(encoded)
@@ -169,10 +169,16 @@ def make_predictor(
         raise UsageError("workdirs is empty: expected the folder of at least one run")
     networks = [load_trained(workdir, best=best) for workdir in workdirs]
     first = networks[0]
+
+    def kind(network: TrainedNetwork) -> tuple[object, ...]:
+        preprocessing = network.preprocessing
+        # Several crops are cut from whole images, whatever data.crop is.
+        crop = preprocessing.crop if crops.count == 1 else None
+        return network.class_names, network.input_shape, preprocessing.binary, crop
+
     for workdir, network in zip(workdirs, networks, strict=True):
         logging.info("%s: step %d, %s statistics", workdir, network.step, network.statistics)
-        kind = (network.class_names, network.input_shape, network.preprocessing.binary)
-        if kind != (first.class_names, first.input_shape, first.preprocessing.binary):
+        if kind(network) != kind(first):
             raise UsageError(
                 f"the network in {workdir} differs from that in {workdirs[0]} in its classes or its"
                 " preprocessing: predict with each network alone"

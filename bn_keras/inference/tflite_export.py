@@ -92,7 +92,6 @@ class TFLiteNetwork:
     Attributes:
       input_shape: (height, width, channels).
       num_classes: size of its output.
-      smallest: smallest positive probability that its output can express.
     """
 
     def __init__(self, content: bytes) -> None:
@@ -109,11 +108,12 @@ class TFLiteNetwork:
         self._output = self._run.get_output_details()["probabilities"]
         self.input_shape = tuple(self._input["shape"][1:].tolist())
         self.num_classes = int(self._output["shape"][-1])
-        scale, _ = self._output["quantization"]
-        self.smallest = scale or float(np.finfo(np.float32).tiny)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Returns the probabilities, float32 [N, classes], of images float32 [N, *input_shape]."""
+        """Returns the probabilities, float32 [N, classes], of images float32 [N, *input_shape].
+
+        An int8 file rounds them to steps of 1/256.
+        """
         scale, zero_point = self._input["quantization"]
         if scale:
             levels = np.iinfo(self._input["dtype"])
@@ -121,3 +121,28 @@ class TFLiteNetwork:
         found = self._run(images=images.astype(self._input["dtype"]))["probabilities"]
         scale, zero_point = self._output["quantization"]
         return scale * (found.astype(np.float32) - zero_point) if scale else found
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """Returns the logarithms of positive probabilities, likewise; see `restore_rounded`."""
+        step, _ = self._output["quantization"]
+        probabilities = self(images)
+        if step:
+            probabilities = restore_rounded(probabilities, step)
+        return np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
+
+
+def restore_rounded(probabilities: np.ndarray, step: float) -> np.ndarray:
+    """Replaces the zeros among quantized probabilities by positive estimates.
+
+    The classes that were rounded to 0 share equally what is missing from a sum of 1, up to half a
+    step each. Where nothing is missing, they share half a step, the largest error of rounding. The
+    other probabilities are thus kept, however many classes there are.
+
+    Args:
+      probabilities: float32 [N, classes], multiples of the step.
+      step: step of the quantization.
+    """
+    num_zeros = np.sum(probabilities == 0, axis=1, keepdims=True)
+    missing = np.maximum(1 - probabilities.sum(axis=1, keepdims=True), step / 2)
+    share = np.minimum(missing / np.maximum(num_zeros, 1), step / 2)
+    return np.where(probabilities == 0, share, probabilities).astype(np.float32)

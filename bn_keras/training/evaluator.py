@@ -40,7 +40,7 @@ class Evaluator:
     statistics are merged before each evaluation, so that all replicas use the same.
 
     Args:
-      models: map images to logits or, if they end in a softmax, to probabilities.
+      models: map images to logits.
       data: data set whose validation examples are evaluated.
       strategy: strategy in whose scope the models were made.
       global_batch_size: crops per step, over all replicas, but at least one image per replica; the
@@ -199,7 +199,7 @@ def make_scorer(
     underflow.
 
     Args:
-      models: map images to logits, or to probabilities if their last layer is a softmax.
+      models: map images to logits.
       preprocessing: cuts the crops.
       max_batch_size: largest batch that a model is called with. The batch is the largest one up to
         this limit that divides the number of crops.
@@ -225,10 +225,9 @@ def _log_probabilities(model: keras.Model, images: tf.Tensor, max_batch_size: in
     """Calls a model on images [n, ...], in batches; returns float32 [n, classes]."""
     num_images = images.shape[0]
     batch_size = next(b for b in range(max_batch_size, 0, -1) if num_images % b == 0)
-    to_log = tf.math.log if _ends_in_softmax(model) else tf.nn.log_softmax
 
     def call(batch: tf.Tensor) -> tf.Tensor:
-        return to_log(tf.cast(model(batch, training=False), tf.float32))
+        return tf.nn.log_softmax(tf.cast(model(batch, training=False), tf.float32))
 
     if batch_size == num_images:
         return call(images)
@@ -236,13 +235,6 @@ def _log_probabilities(model: keras.Model, images: tf.Tensor, max_batch_size: in
     # In sequence: each batch keeps the whole device busy.
     logs = tf.map_fn(call, batches, parallel_iterations=1)
     return tf.reshape(logs, [num_images, logs.shape[-1]])
-
-
-def _ends_in_softmax(model: keras.Model) -> bool:
-    last = model.layers[-1]
-    return isinstance(last, keras.layers.Softmax) or (
-        getattr(last, "activation", None) is keras.activations.softmax
-    )
 
 
 def _log_mean(logs: tf.Tensor, axis: int) -> tf.Tensor:
