@@ -18,8 +18,9 @@ from bn_keras.data import pipeline, shard_batches, sources, tfds_sets
 from bn_keras.data.array_batches import ArrayBatches
 from bn_keras.data.random_numbers import RandomNumbers
 from bn_keras.data.shard_batches import ShardBatches
-from bn_keras.data.splits import spread_over_classes
+from bn_keras.data.splits import FINGERPRINTS, spread_over_classes
 from bn_keras.errors import UsageError
+from bn_keras.runs.workdir import Workdir
 from bn_keras.training.config import default_config
 from bn_keras.training.config_files import load_config
 
@@ -83,6 +84,49 @@ def data_dir(tmp_path_factory):
         settings = tfds.download.DownloadConfig(num_shards=NUM_SHARDS)
         builder(data_dir=folder).download_and_prepare(download_config=settings)
     return str(folder)
+
+
+def write_set(folder, images, labels, num_bytes=1000, name="odd", **feature):
+    """Writes a TFDS set of two classes without its code, as a converter would.
+
+    Args:
+      folder: folder of prepared sets.
+      images: images of the training split; the first half is the validation split, too.
+      labels: labels of each split.
+      num_bytes: what the metadata states as the size of each split.
+      name: name of the set.
+      **feature: arguments of the image feature.
+    """
+    root = f"{folder}/{name}/1.0.0"
+    os.makedirs(root, exist_ok=True)
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(**feature),
+            "label": tfds.features.ClassLabel(names=["cat", "dog"]),
+        }
+    )
+    splits = []
+    for split, split_labels in labels.items():
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=root, dataset_name=name, split=split, filetype_suffix="tfrecord"
+        )
+        path = str(template.sharded_filepath(shard_index=0, num_shards=1))
+        with tf.io.TFRecordWriter(path) as writer:
+            for image, label in zip(images, split_labels, strict=False):
+                example = features.encode_example({"image": image, "label": label})
+                writer.write(features.serialize_example(example))
+        lengths = [len(split_labels)]
+        splits.append(tfds.core.SplitInfo(split, lengths, num_bytes, filename_template=template))
+    tfds.folder_dataset.write_metadata(
+        data_dir=root, features=features, split_infos=splits, supervised_keys=("image", "label")
+    )
+
+
+def random_images(*shape, dtype=np.uint8, seed=0):
+    return np.random.default_rng(seed).integers(0, np.iinfo(dtype).max, shape, dtype)
+
+
+LABELS = {"train": [0, 1] * 8, "validation": [1, 0] * 4}
 
 
 def settings(**changes):
@@ -603,3 +647,95 @@ def test_a_damaged_description_of_a_set_is_reported_on_one_line(data_dir, tmp_pa
         info.write_text("{")
     with pytest.raises(UsageError, match="'tiny_thumbnails' .* cannot be opened .* prepare it"):
         pipeline.open_data(**settings(name="tiny_thumbnails", data_dir=str(copied)), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "found"),
+    [
+        (np.uint16, (8, 8, 1), "uint16 images with 1 channel:"),
+        (np.uint16, (None, None, 3), "uint16 images with 3 channels:"),
+        (np.uint8, (8, 8, 4), "uint8 images with 4 channels:"),
+        (np.uint8, (None, None, 4), "uint8 images with 4 channels:"),
+    ],
+)
+def test_images_that_would_be_misread_are_rejected(tmp_path, dtype, shape, found):
+    images = random_images(16, 8, 8, shape[-1], dtype=dtype)
+    write_set(tmp_path, images, LABELS, dtype=dtype, shape=shape)
+    config = settings(name="odd", data_dir=str(tmp_path))
+    for open_set in (lambda: pipeline.open_data(**config, seed=0), lambda: describe(config)):
+        with pytest.raises(UsageError, match=f"'odd' has {found} expected uint8.*1 or 3") as caught:
+            open_set()
+        assert "\n" not in str(caught.value)
+
+
+def describe(config):
+    names = ("name", "data_dir", "train_split", "validation_split", "image_size")
+    return sources.describe(*(config[name] for name in names))
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 1), (None, None, 1)], ids=["arrays", "shards"])
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_split_without_labels_is_rejected_at_the_start(tmp_path, shape, split):
+    """TFDS stores hidden labels as -1."""
+    hidden = LABELS | {split: [-1] * len(LABELS[split])}
+    write_set(tmp_path, random_images(16, 8, 8, 1), hidden, shape=shape)
+    config = settings(name="odd", data_dir=str(tmp_path))
+    with pytest.raises(UsageError, match=f"split '{split}' of data set 'odd' has no labels") as e:
+        pipeline.open_data(**config, seed=0)
+    assert "\n" not in str(e.value)
+
+
+def test_a_few_invalid_labels_in_a_small_set_count_as_unreadable_examples(tmp_path):
+    labels = LABELS | {"train": [0, -1, *LABELS["train"][2:]]}
+    write_set(tmp_path, random_images(16, 8, 8, 1), labels, shape=(8, 8, 1))
+    config = settings(name="odd", data_dir=str(tmp_path), max_bad_examples=1)
+    data = pipeline.open_data(**config, seed=0)
+    assert labels_of(train_batches(data, 2)).min() == 0
+    config.max_bad_examples = 0
+    data = pipeline.open_data(**config, seed=0)
+    expected = "unreadable example record 1 of .*max_bad_examples=0 is exceeded"
+    with pytest.raises(UsageError, match=expected), data.reporting_errors():
+        train_batches(data, 2)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1], ids=["unknown", "wrong"])
+def test_a_set_may_not_state_its_size(tmp_path, num_bytes):
+    images = random_images(16, 8, 8, 3)
+    write_set(tmp_path, images, LABELS, num_bytes=num_bytes, shape=(None, None, 3))
+    data = pipeline.open_data(**settings(name="odd", data_dir=str(tmp_path)), seed=0)
+    assert labels_of(train_batches(data, 2)).tolist().count(0) == 8
+    shards = data._source.train
+    assert shards.example_bytes == (1 if num_bytes else os.path.getsize(shards.paths[0]) // 16)
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 1), (None, None, 1)], ids=["arrays", "shards"])
+def test_other_examples_under_the_same_name_have_another_fingerprint(tmp_path, shape):
+    def fingerprint(folder, seed=0, labels=LABELS, num_bytes=1000):
+        images = random_images(16, 8, 8, 1, seed=seed)
+        write_set(tmp_path / folder, images, labels, num_bytes, shape=shape)
+        splits = ("train", "validation")
+        return tfds_sets.open_tfds("odd", str(tmp_path / folder), *splits).fingerprint
+
+    first = fingerprint("one")
+    assert first and first == fingerprint("another")
+    assert first.keys() <= FINGERPRINTS.keys()
+    fewer = LABELS | {"validation": [1, 0]}
+    changes = {"labels": fewer}, {"seed": 1, "num_bytes": 1001}
+    for number, change in enumerate(changes):
+        other = fingerprint(str(number), **change)
+        assert other.keys() == first.keys() and other != first
+
+
+def test_a_run_does_not_resume_on_other_images_of_the_same_set(tmp_path):
+    def open_tfds(seed):
+        write_set(tmp_path, random_images(16, 8, 8, 1, seed=seed), LABELS, shape=(8, 8, 1))
+        return pipeline.open_data(**settings(name="odd", data_dir=str(tmp_path)), seed=0)
+
+    run, config = Workdir(tmp_path / "run"), default_config()
+    interface = (8, 8, 1), ("cat", "dog"), 16
+    # A run of an older version has no fingerprint.
+    run.create(config, *interface)
+    run.create(config, *interface, open_tfds(0).fingerprint)
+    run.check_data(*interface, open_tfds(0).fingerprint)
+    with pytest.raises(UsageError, match="was started on data with other examples"):
+        run.check_data(*interface, open_tfds(1).fingerprint)

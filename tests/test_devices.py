@@ -34,11 +34,15 @@ class Driver:
 def gpus(monkeypatch):
     """Returns a function that pretends that the machine has GPUs."""
 
-    def pretend(memories, driver=None):
+    def pretend(memories, driver=None, visible=slice(None)):
         gpus = [types.SimpleNamespace(name=f"GPU {i}") for i in range(len(memories))]
-        monkeypatch.setattr(
-            tf.config, "list_physical_devices", lambda kind: gpus if kind == "GPU" else []
-        )
+        for function, found in (
+            ("list_physical_devices", gpus),
+            ("get_visible_devices", gpus[visible]),
+        ):
+            monkeypatch.setattr(
+                tf.config, function, lambda kind, found=found: found if kind == "GPU" else []
+            )
         monkeypatch.setattr(
             tf.config.experimental, "get_device_details", lambda gpu: {"device_name": "H100"}
         )
@@ -66,6 +70,11 @@ def gpus(monkeypatch):
 def test_each_gpu_in_use_has_its_memory(strategy, replicas, expected, gpus):
     gpus([80 * GIB, 40 * GIB])
     assert describe_devices(strategy, replicas) == expected
+
+
+def test_a_gpu_is_described_as_tensorflow_numbers_those_that_it_sees(gpus):
+    gpus([80 * GIB, 40 * GIB, 20 * GIB], visible=slice(1, 3))
+    assert describe_devices("one_device", 0) == "GPU:0 (H100, 40.0 GiB)"
 
 
 @pytest.mark.parametrize("driver", [OSError(), Driver([GIB], status=3)])

@@ -63,6 +63,64 @@ def test_an_unused_cpu_is_split_into_replicas():
     assert done.stdout.strip() == "3"
 
 
+@pytest.fixture
+def gpus(monkeypatch):
+    """Pretends that the machine has four GPUs; returns those that TensorFlow sees."""
+    present = [f"GPU {i}" for i in range(4)]
+    visible = list(present)
+
+    def set_visible(devices, kind):
+        assert kind == "GPU"
+        visible[:] = devices
+
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: present)
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: list(visible))
+    monkeypatch.setattr(tf.config, "set_visible_devices", set_visible)
+    monkeypatch.setattr(tf.distribute, "MirroredStrategy", lambda devices: devices)
+    return visible
+
+
+def test_tensorflow_sees_only_the_gpus_that_it_uses(gpus):
+    """It takes the memory of all that it sees, even of those that another run uses."""
+    assert make_strategy("mirrored") == ["GPU:0", "GPU:1", "GPU:2", "GPU:3"]
+    assert gpus == ["GPU 0", "GPU 1", "GPU 2", "GPU 3"]
+    assert make_strategy("mirrored", 3) == ["GPU:0", "GPU:1", "GPU:2"]
+    assert gpus == ["GPU 0", "GPU 1", "GPU 2"]
+    make_strategy("one_device")
+    assert gpus == ["GPU 0"]
+
+
+def test_a_run_keeps_to_the_gpus_of_its_share(gpus):
+    """Runs in parallel each see other GPUs; see `Share.restrict_process`."""
+    gpus[:] = ["GPU 2", "GPU 3"]
+    assert make_strategy("mirrored", 2) == ["GPU:0", "GPU:1"]
+    assert gpus == ["GPU 2", "GPU 3"]
+    make_strategy("one_device")
+    assert gpus == ["GPU 2"]
+
+
+def test_gpus_stay_visible_once_tensorflow_has_started(gpus, monkeypatch):
+    def refuse(devices, kind):
+        raise RuntimeError("Visible devices cannot be modified after being initialized")
+
+    monkeypatch.setattr(tf.config, "set_visible_devices", refuse)
+    assert make_strategy("one_device").num_replicas_in_sync == 1
+    assert make_strategy("mirrored", 2) == ["GPU:0", "GPU:1"]
+
+
+def test_gpus_hidden_by_an_earlier_strategy_are_missed(gpus, caplog):
+    make_strategy("one_device")
+    with pytest.raises(UsageError, match="sees 1 of 4 accelerators, because.*start a new process"):
+        make_strategy("mirrored", 2)
+    assert make_strategy("mirrored") == ["GPU:0"]
+    assert "mirrored uses 1 of 4 accelerators" in caplog.text
+
+
+def test_more_replicas_than_gpus_are_rejected(gpus):
+    with pytest.raises(UsageError, match="this machine has 4 accelerators; set it to 0"):
+        make_strategy("mirrored", 5)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from small import small_mlp
 
+from bn_keras.data.splits import FINGERPRINTS
 from bn_keras.errors import UsageError
 from bn_keras.runs.workdir import Workdir
 from bn_keras.training import workers
@@ -180,15 +181,15 @@ def test_workers_with_different_data_are_rejected(pairs, folder):
 
 
 @pytest.mark.parametrize("here, there, accepted", [(7, 7, True), (7, 8, False), (None, 8, True)])
-def test_only_known_hashes_of_the_data_are_compared(here, there, accepted, monkeypatch):
-    def data(size):
-        fingerprint = {"file_names": "a"} | ({"file_sizes": size} if size else {})
+@pytest.mark.parametrize("key", FINGERPRINTS)
+def test_only_known_hashes_of_the_data_are_compared(key, here, there, accepted, monkeypatch):
+    def data(value):
         return types.SimpleNamespace(
             input_shape=(8, 8, 1),
             class_names=("cat", "dog"),
             num_train_examples=4,
             num_validation_examples=2,
-            fingerprint=fingerprint,
+            fingerprint={key: value} if value else {},
         )
 
     numbers = []
@@ -196,8 +197,8 @@ def test_only_known_hashes_of_the_data_are_compared(here, there, accepted, monke
     workers.check_same_data(None, data(there))
     theirs = iter(numbers)
     monkeypatch.setattr(workers, "gather_from_workers", lambda _, n: [n, next(theirs)])
-    expected = contextlib.nullcontext() if accepted else pytest.raises(UsageError, match="sizes of")
-    with expected:
+    expected = pytest.raises(UsageError, match=f"read different {FINGERPRINTS[key]}: copy")
+    with contextlib.nullcontext() if accepted else expected:
         workers.check_same_data(None, data(here))
 
 

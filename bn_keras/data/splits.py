@@ -13,6 +13,13 @@ from bn_keras.text import counted
 
 # Part of the error for a truncated or damaged file of records; the pipeline looks for it.
 TOO_FEW_RECORDS = "fewer readable records than expected in"
+# The keys of a fingerprint, and for errors what each of its hashes covers.
+FINGERPRINTS = {
+    "file_names": "names of image files",
+    "file_sizes": "sizes of image files",
+    "tfrecord_files": "TFRecord files",
+    "examples": "images or labels",
+}
 # Size of the read buffer of each TFRecord file.
 _READ_AHEAD_BYTES = 2**20
 
@@ -225,7 +232,8 @@ class Source:
     Attributes:
       class_names: names of the classes, in the order of the labels.
       train, validation: the splits.
-      fingerprint: hashes that show whether a run resumes on the same files; empty if unknown.
+      fingerprint: hashes that show whether a run resumes on the same data, with keys of
+        FINGERPRINTS; empty for a set that is always the same.
     """
 
     class_names: tuple[str, ...]

@@ -2,6 +2,8 @@
 
 import contextlib
 import difflib
+import hashlib
+import json
 import math
 import os
 import socket
@@ -17,11 +19,13 @@ import tensorflow_datasets as tfds
 from bn_keras.data.built_in import IMAGENET_TRAIN_EXAMPLES, NOT_IN_TFDS
 from bn_keras.data.splits import Arrays, Description, Shards, Source, unknown_split
 from bn_keras.errors import UsageError
-from bn_keras.storage import is_folder, list_folder, reason_of, reporting_outages
+from bn_keras.storage import is_folder, list_folder, reading, reason_of, reporting_outages
 from bn_keras.text import counted, first_line, first_of
 
 # Sets with more bytes of decoded images are read from their files during training.
 MEMORY_LIMIT_BYTES = 2**30
+# A split in files is rejected at the start if none of this many first records has a label.
+_CHECKED_RECORDS = 16
 # Timeout for connecting to the server from which a set is downloaded.
 CONNECTION_SECONDS = 5
 
@@ -58,12 +62,14 @@ def open_tfds(name: str, data_dir: str, train_split: str, validation_split: str)
         )
         class_names = tuple(builder.info.features[label].names)
         if 0 < decoded_bytes <= MEMORY_LIMIT_BYTES:
-            # Fails for an undecodable image; if read during training, it is named and replaced.
+            # Fails for an unreadable example; if read during training, it is named and replaced.
             with contextlib.suppress(tf.errors.InvalidArgumentError):
                 arrays = [_read_arrays(builder, split, image, label) for split in splits]
-                return Source(class_names, arrays[0], arrays[1])
+                fingerprint = {"examples": _hash_examples(arrays)}
+                return Source(class_names, arrays[0], arrays[1], fingerprint)
         shards = [_list_shards(builder, split, image, label) for split in splits]
-        return Source(class_names, shards[0], shards[1])
+        fingerprint = {"tfrecord_files": _hash_files(builder, shards)}
+        return Source(class_names, shards[0], shards[1], fingerprint)
 
 
 def describe_tfds(name: str, data_dir: str, train_split: str, validation_split: str) -> Description:
@@ -159,11 +165,23 @@ def _find_image_and_label(name: str, info: tfds.core.DatasetInfo) -> tuple[str, 
         isinstance(key, str) and key in features and isinstance(features[key], kind)
         for key, kind in zip(keys, kinds, strict=True)
     ):
+        _check_format(name, features[keys[0]])
         return keys
     raise UsageError(
         f"data set {name!r} has no image with a class label (its features: {', '.join(features)}):"
         " choose an image classification set"
     )
+
+
+def _check_format(name: str, image: tfds.features.Image) -> None:
+    """Raises UsageError for images that are stored in another form than the pipeline reads."""
+    channels = image.shape[-1]
+    if image.np_dtype != np.uint8 or channels not in (1, 3):
+        raise UsageError(
+            f"data set {name!r} has {np.dtype(image.np_dtype)} images with"
+            f" {counted(channels, 'channel')}: expected uint8 images with 1 or 3 channels; choose"
+            " another data set"
+        )
 
 
 def _known_splits(builder: tfds.core.DatasetBuilder) -> tfds.core.splits.SplitDict | None:
@@ -236,22 +254,50 @@ def _list_shards(
         return tf.where((labels >= 0) & (labels < len(classes)), labels, -1)
 
     files = split.file_instructions
-    num_records = sum(whole.num_examples for whole in builder.info.splits.values())
-    return Shards(
+    shards = Shards(
         paths=tuple(file.filename for file in files),
         skips=tuple(file.skip for file in files),
         lengths=tuple(file.take for file in files),
-        example_bytes=builder.info.dataset_size // num_records,
+        example_bytes=_mean_record_bytes(builder, split),
         image_shape=builder.info.features[image].shape,
         parse=parse,
         read_labels=read_labels,
     )
+    _check_labelled(builder, split, _first_labels(shards) >= 0)
+    return shards
+
+
+def _first_labels(shards: Shards) -> np.ndarray:
+    """Returns the labels of the first records; reading all records would take too long."""
+    count = min(_CHECKED_RECORDS, shards.lengths[0])
+    records = tf.data.TFRecordDataset(shards.paths[0]).skip(shards.skips[0]).take(count)
+    # A damaged file or record is reported, or replaced, when it is used.
+    damages = (tf.errors.DataLossError, tf.errors.InvalidArgumentError)
+    with reading(shards.paths[0]), contextlib.suppress(*damages):
+        for batch in records.batch(count):
+            return shards.read_labels(batch).numpy()
+    return np.zeros(count, np.int32)
+
+
+def _mean_record_bytes(builder: tfds.core.DatasetBuilder, split: tfds.core.SplitInfo) -> int:
+    """Returns the mean size of a record of the set, or of the split's files if it is unknown."""
+    files = split.file_instructions
+    num_bytes = builder.info.dataset_size
+    num_records = sum(whole.num_examples for whole in builder.info.splits.values())
+    if not num_bytes:
+        num_bytes = sum(tf.io.gfile.stat(file.filename).length for file in files)
+        num_records = sum(file.examples_in_shard for file in files)
+    return max(1, num_bytes // num_records)
 
 
 def _read_arrays(
     builder: tfds.core.DatasetBuilder, split: tfds.core.SplitInfo, image: str, label: str
 ) -> Arrays:
-    """Reads a whole split into memory, in the order of its files."""
+    """Reads a whole split into memory, in the order of its files.
+
+    Raises:
+      tf.errors.InvalidArgumentError: an image cannot be decoded, or a label is not a class.
+    """
     try:
         examples = builder.as_dataset(split=split.name, shuffle_files=False, batch_size=-1)
     except tf.errors.DataLossError as error:
@@ -259,7 +305,46 @@ def _read_arrays(
             f"a file of data set {builder.name!r} in {builder.data_dir} is damaged"
             f" ({reason_of(error)}): prepare the data set again"
         ) from None
-    return Arrays(examples[image].numpy(), examples[label].numpy().astype(np.int32))
+    labels = examples[label].numpy().astype(np.int32)
+    is_class = (labels >= 0) & (labels < builder.info.features[label].num_classes)
+    _check_labelled(builder, split, is_class)
+    if not is_class.all():
+        raise tf.errors.InvalidArgumentError(None, None, "a label is not a class")
+    return Arrays(examples[image].numpy(), labels)
+
+
+def _check_labelled(
+    builder: tfds.core.DatasetBuilder, split: tfds.core.SplitInfo, is_class: np.ndarray
+) -> None:
+    """Raises UsageError if no label is a class: TFDS stores hidden labels as -1."""
+    if not is_class.any():
+        raise UsageError(
+            f"split {split.name!r} of data set {builder.name!r} has no labels: set"
+            " data.train_split and data.validation_split to splits with labels"
+        )
+
+
+def _hash_examples(splits: Sequence[Arrays]) -> str:
+    """Returns a hash of all images and labels; takes a fiftieth of the time for reading them."""
+    digest = hashlib.sha256()
+    for split in splits:
+        digest.update(split.images.data)
+        digest.update(split.labels.data)
+    return digest.hexdigest()
+
+
+def _hash_files(builder: tfds.core.DatasetBuilder, splits: Sequence[Shards]) -> str:
+    """Returns a hash of the version and the sizes of a set, from its metadata.
+
+    It covers all splits, because the order of the examples depends on the mean size of all records.
+    """
+    whole = {
+        name: (split.shard_lengths, int(split.num_bytes))
+        for name, split in builder.info.splits.items()
+    }
+    record_bytes = [split.example_bytes for split in splits]
+    description = json.dumps([builder.info.full_name, whole, record_bytes], sort_keys=True)
+    return hashlib.sha256(description.encode()).hexdigest()
 
 
 def _unknown_name(name: str) -> UsageError:

@@ -30,12 +30,12 @@ class Device(NamedTuple):
 
 
 def list_gpus() -> list[Device]:
-    """Returns the GPUs that TensorFlow sees; does not initialize them."""
+    """Returns the GPUs that TensorFlow sees, as it numbers them; does not initialize them."""
     gpus = tf.config.list_physical_devices("GPU")
     memories = _cuda_memories(len(gpus))
     return [
-        Device(f"GPU:{i}", _model(gpu), memory)
-        for i, (gpu, memory) in enumerate(zip(gpus, memories, strict=True))
+        Device(f"GPU:{i}", _model(gpu), memories[gpus.index(gpu)])
+        for i, gpu in enumerate(tf.config.get_visible_devices("GPU"))
     ]
 
 

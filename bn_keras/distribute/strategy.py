@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 from tensorflow.python.data.ops import multi_device_iterator_ops
 
 from bn_keras.cores import usable_cores
@@ -52,7 +53,9 @@ def without_other_workers(strategy: str) -> str:
 def make_strategy(strategy: str, replicas: int = 0) -> tf.distribute.Strategy:
     """Builds the strategy that distributes a run.
 
-    The CPU can be split into several replicas only before TensorFlow uses a device.
+    The CPU can be split into several replicas only before TensorFlow uses a device. Until then,
+    GPUs that the strategy does not use are hidden from TensorFlow, which would take their memory;
+    they remain hidden for the rest of the process.
 
     Args:
       strategy: one of STRATEGIES.
@@ -65,9 +68,9 @@ def make_strategy(strategy: str, replicas: int = 0) -> tf.distribute.Strategy:
         machine without accelerators. The other strategies accept 0 only ("one_device" also 1).
 
     Raises:
-      UsageError: an unknown name, more replicas than accelerators, no TPU, a CPU that can no longer
-        be split, no cluster or an invalid one, or a strategy other than "multi_worker" in one of
-        several processes that were started together.
+      UsageError: an unknown name, more replicas than visible accelerators, no TPU, a CPU that can
+        no longer be split, no cluster or an invalid one, or a strategy other than "multi_worker" in
+        one of several processes that were started together.
       WorkerLostError: another worker did not start in time, or the workers could not connect.
     """
     check_strategy(strategy, replicas)
@@ -75,6 +78,7 @@ def make_strategy(strategy: str, replicas: int = 0) -> tf.distribute.Strategy:
         check_alone(strategy)
     _disable_device_iterator_autotuning()
     if strategy == "one_device":
+        _hide_gpus_after(1)
         # TensorFlow's default strategy uses the first accelerator or the CPU.
         return tf.distribute.get_strategy()
     if strategy == "mirrored":
@@ -142,16 +146,34 @@ def _cluster_of(strategy: tf.distribute.Strategy) -> Cluster | None:
 
 
 def _mirrored(replicas: int) -> tf.distribute.Strategy:
-    accelerators = tf.config.list_physical_devices("GPU")
-    if not accelerators:
+    num_present = len(tf.config.list_physical_devices("GPU"))
+    num_visible = len(tf.config.get_visible_devices("GPU"))
+    if not num_visible:
         return _mirrored_on_cpu(replicas or 1)
-    if replicas > len(accelerators):
+    visible = f"{num_visible} of {counted(num_present, 'accelerator')}"
+    if num_visible < replicas <= num_present:
+        raise UsageError(
+            f"distribution.replicas={replicas} is invalid: TensorFlow sees {visible}, because the"
+            " others were hidden earlier in this process; start a new process"
+        )
+    if replicas > num_present:
         raise UsageError(
             f"distribution.replicas={replicas} is invalid: this machine has"
-            f" {counted(len(accelerators), 'accelerator')}; set it to 0 to use them all"
+            f" {counted(num_present, 'accelerator')}; set it to 0 to use them all"
         )
-    count = replicas or len(accelerators)
+    if not replicas and num_visible < num_present:
+        logging.warning("mirrored uses %s: the others were hidden earlier in this process", visible)
+    count = replicas or num_visible
+    _hide_gpus_after(count)
     return tf.distribute.MirroredStrategy([f"GPU:{i}" for i in range(count)])
+
+
+def _hide_gpus_after(count: int) -> None:
+    """Hides GPUs from TensorFlow, which takes the memory of all that it sees when it starts."""
+    visible = tf.config.get_visible_devices("GPU")
+    # It has already started: the memory is taken.
+    with contextlib.suppress(RuntimeError):
+        tf.config.set_visible_devices(visible[:count], "GPU")
 
 
 def _mirrored_on_cpu(count: int) -> tf.distribute.Strategy:

@@ -8,6 +8,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from bn_keras.data.pipeline import Data
+from bn_keras.data.splits import FINGERPRINTS
 from bn_keras.distribute import gather_from_workers
 from bn_keras.errors import UsageError
 from bn_keras.runs.workdir import Workdir
@@ -35,8 +36,7 @@ def check_same_data(strategy: tf.distribute.Strategy, data: Data) -> None:
         "classes": data.class_names,
         "numbers of training images": data.num_train_examples,
         "numbers of validation images": data.num_validation_examples,
-        "names of image files": data.fingerprint.get("file_names"),
-        "sizes of image files": data.fingerprint.get("file_sizes"),
+        **{what: data.fingerprint.get(key) for key, what in FINGERPRINTS.items()},
     }
     for what, value in values.items():
         found = gather_from_workers(strategy, _digest(value) if value else 0)
