@@ -18,6 +18,7 @@ from absl import flags
 from . import cli
 from .cloud import control
 from .cloud.control import Cloud
+from .cloud.gcloud import GcloudError
 from .cloud.job import (
     Job,
     check_data,
@@ -53,7 +54,7 @@ _VALID_UNTIL = flags.DEFINE_string(
 _MAX_HOURS = flags.DEFINE_float(
     "max_hours",
     None,
-    "Like --valid_until, in hours; watch then deletes the job even if it is running.",
+    "Like --valid_until, in hours; watch deletes the job then, or when its training ends.",
     lower_bound=0.01,
     upper_bound=8760,
 )
@@ -95,6 +96,7 @@ def _submit(cloud: Cloud) -> None:
         --accelerator_type=v5litepod-8 --workdir=gs://my-bucket/runs/bn_x30 \
         --config=bn_x30 --config.data.data_dir=gs://my-bucket/data \
         --config.train.global_batch_size=256 --config.train.epochs=150 \
+        --config.train.steps_per_loop=100 \
         --max_hours=12 --price_per_hour=9.60 --dry_run
     """
     job = _make_job(cloud.now())
@@ -147,7 +149,10 @@ def _describe_cost() -> str:
     if not hours:
         return f"  cost: no limit, accrues{rate} until the job is deleted; --max_hours sets a limit"
     total = f"{rate}, at most {hours * price:.2f}" if price else ""
-    return f"  cost: up to {hours:g} hours{total}; keep `watch` running, which then deletes the job"
+    return (
+        f"  cost: up to {hours:g} hours{total}, provided that `watch` runs: it deletes the job when"
+        " the training ends or the time is up"
+    )
 
 
 def _print_status(job: Job, cloud: Cloud) -> None:
@@ -173,7 +178,8 @@ def _print_logs(job: Job, cloud: Cloud) -> None:
 def _watch(job: Job, cloud: Cloud) -> None:
     """Follows a job until it ends, and creates it again when its VM is preempted.
 
-    The job still exists afterwards: the last line is the command that deletes it.
+    A job with --max_hours is then deleted. Any other job is kept, and costs money until you delete
+    it with the command that is printed.
 
     Example:
       bn-keras tpu watch --workdir=gs://my-bucket/runs/bn_x30
@@ -181,14 +187,15 @@ def _watch(job: Job, cloud: Cloud) -> None:
     cloud.echo(str(job))
     try:
         metrics = control.watch(job, cloud, _MAX_RETRIES.value, _POLL_SECONDS.value)
-        cloud.echo(f"Job {job.name} is done. Run: {job.workdir}. Last metrics:\n{metrics}")
+    except GcloudError:
+        control.remind_of_cost(job, cloud)
+        raise
     except KeyboardInterrupt:
+        control.remind_of_cost(job, cloud)
         raise CommandError(
             "interrupted: the job is unchanged, and nothing enforces its --max_hours", 130
         ) from None
-    finally:
-        command = control.format_command("delete", job)
-        cloud.echo(f"It costs money until it is deleted: {command}")
+    cloud.echo(f"Job {job.name} is done. Run: {job.workdir}. Last metrics:\n{metrics}")
 
 
 def _delete(job: Job, cloud: Cloud) -> None:

@@ -518,6 +518,7 @@ def test_watch_follows_a_job_from_the_queue_over_two_preemptions_to_its_end(clou
         *("WAITING_FOR_RESOURCES", "ACTIVE READY", "SUSPENDING", "SUSPENDED"),
         *(deleted, "creating the job again in 120 s (2/3)"),
         *("ACTIVE READY", "DONE"),
+        f"It costs money until it is deleted: python -m launch.tpu delete --workdir={WORKDIR}",
     ]
     assert len(cloud.calls("queued-resources create")) == 3
     assert len(cloud.calls("queued-resources delete")) == 2
@@ -594,7 +595,7 @@ def test_a_creation_whose_answer_is_lost_counts(cloud):
     silence = ["create", "ERROR: (gcloud.x) DEADLINE_EXCEEDED: no answer", "after all"]
     (cloud.folder / "refusals.json").write_text(json.dumps([silence]))
     control.watch(make_job(), cloud, 3, 60)
-    assert cloud.lines[-1].endswith("DONE")
+    assert cloud.lines[-2].endswith("DONE")
 
 
 def test_a_creation_whose_answer_is_lost_counts_although_the_status_fails_first(cloud, monkeypatch):
@@ -612,7 +613,7 @@ def test_a_creation_whose_answer_is_lost_counts_although_the_status_fails_first(
 
     monkeypatch.setattr(cloud, "echo_with_time", echo_and_fail_next)
     control.watch(make_job(), cloud, 3, 60)
-    assert cloud.lines[-1].endswith("DONE")
+    assert cloud.lines[-2].endswith("DONE")
 
 
 def test_watch_survives_polls_without_an_answer(cloud):
@@ -650,6 +651,84 @@ def test_a_job_lost_after_its_time_limit_is_not_created_again(cloud):
     assert len(cloud.calls("queued-resources create")) == 1
 
 
+@pytest.mark.parametrize("refusals", [0, 4])
+@pytest.mark.parametrize("marker", ["DONE", "FAILED"])
+def test_watch_deletes_a_job_with_a_time_limit_when_it_ends(cloud, marker, refusals):
+    """Otherwise a training that ends early would cost more than the maximum."""
+    job = make_job(delete_at=NOON + datetime.timedelta(hours=12))
+    silence = ["delete", "ERROR: (gcloud.x) DEADLINE_EXCEEDED: no answer"]
+    failure = pytest.raises(JobFailedError, match="job one failed: status 3")
+    with failure if marker == "FAILED" else contextlib.nullcontext():
+        watched(cloud, job, lives=[["ACTIVE", f"{marker}:status 3"]], refusals=[silence] * refusals)
+    assert not cloud.exists(job) and not [line for line in cloud.lines if "costs money" in line]
+
+
+# A VM without a log.
+
+
+def report_creation_of_vm(cloud, created, state="READY"):
+    """Adds what the service knows about a VM to the answers of the fake gcloud."""
+    account = {"email": "vm@p.iam.gserviceaccount.com", "scope": []}
+    node = {"state": state, "createTime": created, "serviceAccount": account}
+    run = cloud.run
+
+    def run_with_creation(command):
+        outcome = run(command)
+        described = "tpu-vm" in command.argv and outcome.status == 0
+        return Outcome(0, json.dumps(node)) if described else outcome
+
+    cloud.run = run_with_creation
+
+
+SILENCE = (
+    "but its VM has sent no log since its creation 20 minutes ago: the service account"
+    " vm@p.iam.gserviceaccount.com probably lacks Storage Object Admin on the bucket; grant it with"
+    " `gcloud storage buckets add-iam-policy-binding gs://bucket"
+    " --member=serviceAccount:vm@p.iam.gserviceaccount.com --role=roles/storage.objectAdmin`"
+)
+
+
+def test_the_status_and_the_logs_say_why_a_vm_sends_no_log(cloud):
+    cloud.plan(["ACTIVE"])
+    control.submit(make_job(), cloud)
+    report_creation_of_vm(cloud, "2026-01-31T11:40:00.123456789Z")
+    assert str(control.read_status(make_job(), cloud)) == "ACTIVE READY"
+    with pytest.raises(CommandError, match="ACTIVE READY: a VM sends its first log a minute after"):
+        control.read_logs(make_job(), cloud)
+    cloud.sleep(1)
+    assert str(control.read_status(make_job(), cloud)) == f"ACTIVE READY, {SILENCE}"
+    with pytest.raises(CommandError) as raised:
+        control.read_logs(make_job(), cloud)
+    assert str(raised.value) == f"job one has no log yet, and is ACTIVE READY, {SILENCE}"
+
+
+def test_a_vm_with_a_log_or_an_end_or_in_creation_is_not_silent(cloud):
+    cloud.plan(["ACTIVE"], ["ACTIVE"])
+    control.submit(make_job(), cloud)
+    created = NOON - datetime.timedelta(hours=3)
+    report_creation_of_vm(cloud, created.isoformat(), "CREATING")
+    assert control.read_status(make_job(), cloud) == Status("ACTIVE", "CREATING")
+    report_creation_of_vm(cloud, created.isoformat())
+    cloud.write(f"{WORKDIR}.job/FAILED", "")
+    assert str(control.read_status(make_job(), cloud)) == "FAILED"
+    cloud.write(f"{WORKDIR}.job/logs/1.log", "")
+    assert control.read_status(make_job(), cloud) == Status("ACTIVE", "READY", "FAILED")
+
+
+@pytest.mark.parametrize("hours", [0, 12])
+def test_watch_gives_up_on_a_vm_without_a_log(cloud, hours):
+    job = make_job(delete_at=NOON + datetime.timedelta(hours=hours) if hours else None)
+    report_creation_of_vm(cloud, NOON.isoformat())
+    cloud.plan(["ACTIVE"] * 4 + ["DONE:"])
+    control.submit(job, cloud)
+    with pytest.raises(JobFailedError) as raised:
+        control.watch(job, cloud, 3, poll_seconds=600)
+    assert str(raised.value) == f"job one is ACTIVE READY, {SILENCE}" and raised.value.status == 4
+    assert cloud.now() - NOON == datetime.timedelta(minutes=20)
+    assert cloud.exists(job) == (not hours)
+    assert ("costs money until it is deleted" in cloud.lines[-1]) == (not hours)
+
+
 # The command line.
 
 
@@ -675,7 +754,8 @@ def test_the_command_submits_inspects_and_deletes_a_job(cloud):
     assert dry.returncode == 0 and not cloud.calls(), dry.stderr
     submitted = launch(*SUBMIT, *options)
     assert submitted.returncode == 0, submitted.stderr
-    for text in ("v6e-8 spot", "up to 12 hours", "at 2.50 per hour, at most 30.00", "steps=7"):
+    cost = "up to 12 hours at 2.50 per hour, at most 30.00, provided that `watch` runs: it deletes"
+    for text in ("v6e-8 spot", cost, "when the training ends or the time is up", "steps=7"):
         assert text in dry.stdout and text in submitted.stdout
     create = cloud.calls("create")[0]
     printed = next(line for line in dry.stdout.splitlines() if "queued-resources create" in line)
@@ -710,7 +790,7 @@ def test_watch_prints_the_end_and_how_to_delete_the_job(cloud, ending, status):
     control.submit(make_job(), cloud)
     done = launch("watch", f"--workdir={WORKDIR}")
     assert done.returncode == status, done.stderr
-    assert done.stdout.endswith(f"deleted: python -m launch.tpu delete --workdir={WORKDIR}\n")
+    assert f"deleted: python -m launch.tpu delete --workdir={WORKDIR}\n" in done.stdout
     assert (METRICS in done.stdout) == (status == 0)
     assert done.stderr == ("" if status == 0 else "error: job one failed: status 2, error: no\n")
 
@@ -753,9 +833,11 @@ def test_a_watch_interrupted_between_two_vms_says_that_the_job_is_deleted(cloud)
     cloud.plan(["SUSPENDED"])
     control.submit(make_job(), cloud)
     cloud.sleep = interrupt
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(CommandError) as raised:
         control.watch(make_job(), cloud, 3, 60)
-    assert "Job one is deleted and not created again: submit it to resume the run." in cloud.lines
+    assert raised.value.status == 130
+    reason = "job one is deleted and not created again: submit it to resume the run"
+    assert str(raised.value) == f"interrupted: {reason}"
 
 
 @pytest.mark.parametrize(
@@ -906,6 +988,23 @@ def test_a_preempted_vm_writes_no_marker_and_the_next_one_resumes(cloud):
 
 
 @needs_flock
+def test_a_preempted_container_has_time_to_save(cloud):
+    """A spot VM has 30 seconds; Docker gives a container 10 by default."""
+    vm = Vm(cloud, [[0, ""]])
+    vm.boot()
+    (run,) = vm.docker("run")
+    assert "--stop-timeout=25" in run[: run.index("train")]
+
+
+@needs_flock
+def test_a_container_of_an_earlier_script_can_save_before_it_is_removed(cloud):
+    vm = Vm(cloud, [[0, ""]])
+    vm.boot()
+    calls = [json.loads(line) for line in (cloud.folder / "docker.jsonl").read_text().splitlines()]
+    assert [call[0] for call in calls] == ["pull", "stop", "rm", "run"]
+
+
+@needs_flock
 def test_two_trainers_never_run_at_once(cloud):
     vm = Vm(cloud, [["hang", ""], ["hang", ""]])
     first = vm.start()
@@ -1003,6 +1102,25 @@ def test_the_script_waits_for_an_unreadable_bucket(cloud):
 
 
 @needs_flock
+def test_a_script_that_waits_for_an_unreadable_bucket_sends_its_log(cloud):
+    vm = Vm(cloud, [])
+    denied = "ERROR: (gcloud.storage.ls) HTTPError 403: vm@p does not have storage.objects.list"
+    cloud.plan(refusals=[["storage ls", denied]] * 1000)
+    script = vm.start()
+    logs = cloud.folder / "buckets" / vm.job.folder.removeprefix("gs://") / "logs"
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        if any("does not have" in log.read_text() for log in logs.glob("*")):
+            break
+        time.sleep(0.01)
+    script.terminate()
+    assert script.wait(timeout=60) == 143 and not vm.docker("run")
+    # Sent before the script ended, and not by its trap.
+    assert time.monotonic() < deadline, "no log"
+    vm.wait_for_end(script)
+
+
+@needs_flock
 def test_the_script_retries_until_the_marker_is_written(cloud):
     vm = Vm(cloud, [[0, ""]])
     cloud.plan(refusals=[["/DONE", "ERROR: 503"], ["/DONE", "ERROR: 503"]])
@@ -1046,13 +1164,14 @@ def test_the_real_gcloud_has_every_flag_in_use(cloud, monkeypatch, tmp_path):
         *control.submit_commands(job),
         *(jobs.describe_node_command(job), jobs.delete_command(job)),
         *(jobs.read_command("gs://b/x", 100), jobs.remove_command("gs://b/x")),
+        jobs.grant_command(job, "a@b"),
     ]
     used = {}
     for argv in [list(command.argv[1:]) for command in commands] + cloud.calls():
-        length = 2 if argv[0] in ("storage", "auth") else 4
+        length = 3 if "buckets" in argv else 2 if argv[0] in ("storage", "auth") else 4
         flags = {a.partition("=")[0] for a in argv if a.startswith("--")}
         used.setdefault(tuple(argv[:length]), set()).update(flags)
-    assert len(used) == 8
+    assert len(used) == 9
     for groups, flags in used.items():
         assert flags <= known_flags(real, *groups), groups
 
@@ -1062,7 +1181,7 @@ def test_the_real_docker_has_every_flag_in_use(cloud):
     vm = Vm(cloud, [[0, ""]], image="")
     vm.boot()
     real = shutil.which("docker", path=REAL_PATH)
-    for verb in ("run", "rm", "build"):
+    for verb in ("run", "stop", "rm", "build"):
         for call in vm.docker(verb):
             ours = call[: call.index("train")] if verb == "run" else call
             flags = {a.partition("=")[0] for a in ours if a.startswith("--")}

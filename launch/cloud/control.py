@@ -25,13 +25,15 @@ from .job import Job
 _MAX_REPEATS = 10
 # Only the end of metrics.jsonl is read; a line has a few hundred bytes.
 _LAST_BYTES = 65_536
+# A VM sends its first log a minute after it has booted, which takes a few minutes.
+_MAX_SILENCE = datetime.timedelta(minutes=20)
 _BY_USER = "by a user"
 
 Answer = TypeVar("Answer")
 
 
 class JobFailedError(CommandError):
-    """The job ended, and its training is unfinished."""
+    """The job ended or cannot run, and its training is unfinished."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, status=4)
@@ -45,14 +47,17 @@ class Status:
       state: state of the queued resource, or of its VM if the VM is lost; "ABSENT" without a job.
       detail: the service's explanation.
       marker: "DONE" or "FAILED" once the startup script has written it; "" before.
+      problem: what probably keeps an active VM from training, and what to do; "" without a problem.
     """
 
     state: str
     detail: str = ""
     marker: str = ""
+    problem: str = ""
 
     def __str__(self) -> str:
-        return self.marker or " ".join(filter(None, (self.state, self.detail)))
+        state = " ".join(filter(None, (self.state, self.detail)))
+        return self.marker or ", but ".join(filter(None, (state, self.problem)))
 
 
 def _utc_now() -> datetime.datetime:
@@ -101,7 +106,8 @@ def read_status(job: Job, cloud: Cloud) -> Status:
     # Read last: a job whose VM is lost after the marker was written has ended.
     files = list_files(job, cloud)
     marker = next((m for m in (jobs.DONE, jobs.FAILED) if m in files), "")
-    return dataclasses.replace(status, marker=marker)
+    problem = "" if marker or "logs" in files else status.problem
+    return dataclasses.replace(status, marker=marker, problem=problem)
 
 
 def _node_status(job: Job, cloud: Cloud) -> Status:
@@ -109,8 +115,25 @@ def _node_status(job: Job, cloud: Cloud) -> Status:
         node = json.loads(cloud.execute(jobs.describe_node_command(job)))
     except NotFoundInCloudError:
         return Status("TERMINATED")
-    lost = node["state"] in ("PREEMPTED", "TERMINATED")
-    return Status(node["state"]) if lost else Status("ACTIVE", node["state"])
+    if node["state"] in ("PREEMPTED", "TERMINATED"):
+        return Status(node["state"])
+    return Status("ACTIVE", node["state"], problem=_explain_silence(job, node, cloud.now()))
+
+
+def _explain_silence(job: Job, node: dict, now: datetime.datetime) -> str:
+    """Returns why a VM without a log has not sent one; "" while that is not overdue."""
+    created = node.get("createTime")
+    if node["state"] != "READY" or not created:
+        return ""
+    age = now - datetime.datetime.fromisoformat(created)
+    if age < _MAX_SILENCE:
+        return ""
+    account = node.get("serviceAccount", {}).get("email", "ACCOUNT")
+    return (
+        f"its VM has sent no log since its creation {age // datetime.timedelta(minutes=1)} minutes"
+        f" ago: the service account {account} probably lacks Storage Object Admin on the bucket;"
+        f" grant it with `{jobs.grant_command(job, account)}`"
+    )
 
 
 def _detail(state: dict) -> str:
@@ -217,6 +240,9 @@ def load_job(workdir: str, cloud: Cloud) -> Job:
 def watch(job: Job, cloud: Cloud, max_retries: int, poll_seconds: float) -> str:
     """Follows a job until it ends, and creates it again when its VM is preempted.
 
+    A job with a time limit is deleted when it ends, because its VM costs money until then and its
+    user expects a maximum cost. Any other job is kept, as its user may want to inspect the VM.
+
     Args:
       job: a submitted job.
       cloud: see `Cloud`.
@@ -228,7 +254,7 @@ def watch(job: Job, cloud: Cloud, max_retries: int, poll_seconds: float) -> str:
 
     Raises:
       JobFailedError: the training failed, the job was deleted or suspended by a user, its time
-        limit is past, or its VM was lost too often.
+        limit is past, or its VM sends no log or was lost too often.
     """
     retries = iter(range(1, max_retries + 1))
     while not _wait_until_done(job, cloud, poll_seconds):
@@ -245,6 +271,11 @@ def _wait_until_done(job: Job, cloud: Cloud, poll_seconds: float) -> bool:
         if str(status) != reported:
             reported = str(status)
             cloud.echo_with_time(reported)
+        if status.marker or status.problem:
+            # Before any other request, whose failure would leave a job with a maximum cost running.
+            _retrying(_delete_or_remind, job, cloud, poll_seconds)
+        if status.problem:
+            raise JobFailedError(f"job {job.name} is {status}")
         if status.marker == jobs.DONE:
             return True
         if status.marker == jobs.FAILED:
@@ -292,8 +323,11 @@ def _create_again(
     try:
         _try_to_create(job, cloud, retries, max_retries, poll_seconds)
     except KeyboardInterrupt:
-        cloud.echo(f"Job {job.name} is deleted and not created again: submit it to resume the run.")
-        raise
+        raise CommandError(
+            f"interrupted: job {job.name} is deleted and not created again: submit it to resume the"
+            " run",
+            130,
+        ) from None
 
 
 def _try_to_create(
@@ -333,10 +367,9 @@ def read_logs(job: Job, cloud: Cloud) -> str:
     try:
         return cloud.execute(jobs.read_command(f"{job.folder}/logs/*"))
     except NotFoundInCloudError:
-        raise CommandError(
-            f"job {job.name} has no log yet, and is {read_status(job, cloud)}: a VM sends its first"
-            " log a minute after it starts"
-        ) from None
+        status = read_status(job, cloud)
+        advice = "" if status.problem else ": a VM sends its first log a minute after it starts"
+        raise CommandError(f"job {job.name} has no log yet, and is {status}{advice}") from None
 
 
 def delete(job: Job, cloud: Cloud) -> None:
@@ -347,6 +380,19 @@ def delete(job: Job, cloud: Cloud) -> None:
         cloud.echo(f"Job {job.name} in {job.zone} does not exist.")
     else:
         cloud.echo(f"Job {job.name} is deleted. The run stays in {job.workdir}.")
+
+
+def remind_of_cost(job: Job, cloud: Cloud) -> None:
+    """Prints the command that deletes a job."""
+    cloud.echo(f"It costs money until it is deleted: {format_command('delete', job)}")
+
+
+def _delete_or_remind(job: Job, cloud: Cloud) -> None:
+    """Deletes a job with a time limit, and prints the command that deletes any other job."""
+    if job.delete_at:
+        delete(job, cloud)
+    else:
+        remind_of_cost(job, cloud)
 
 
 def format_command(subcommand: str, job: Job) -> str:

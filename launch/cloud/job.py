@@ -98,7 +98,8 @@ class Job:
       service_account: account of the VM; "" is the project's default.
       spot: use a spot VM: cheaper, and preemptible.
       valid_until: time at which a request that is still queued expires; None: never.
-      delete_at: time at which `watch` deletes the job, even if it is running; None: never.
+      delete_at: time limit: `watch` deletes the job then, or when its training ends; None: `watch`
+        keeps the job.
 
     Raises:
       CommandError: an invalid value.
@@ -388,6 +389,13 @@ def list_command(folder: str) -> Command:
 def remove_command(url: str) -> Command:
     """Returns the command that deletes a file in a bucket."""
     return Command((*_STORAGE, "rm", url, "--quiet"))
+
+
+def grant_command(job: Job, account: str) -> Command:
+    """Returns the command that lets a service account read and write the job's bucket."""
+    bucket = "/".join(job.workdir.split("/")[:3])
+    role = (f"--member=serviceAccount:{account}", "--role=roles/storage.objectAdmin")
+    return Command((*_STORAGE, "buckets", "add-iam-policy-binding", bucket, *role))
 
 
 def _location(job: Job) -> tuple[str, ...]:

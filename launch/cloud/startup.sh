@@ -41,15 +41,17 @@ get_image() {
   fi
 }
 
-# An unreadable bucket does not mean that the job is unfinished: retry until it can be listed.
+# Sends the log every minute until this script ends, even by SIGKILL. Starts first, because a VM
+# without a log is how `watch` recognizes that the bucket is closed to it.
+while sleep 60 && kill -0 $$ 2>/dev/null; do upload_log; done 9>&- &
+trap 'kill $!; upload_log' EXIT
+
+# An unreadable bucket does not mean that the job is unfinished: retry until it can be listed,
+# without a limit, because the VM cannot delete itself and continues once it gets the role.
 until listing=$(gcloud storage ls "$job/"); do sleep 10; done
 if grep --quiet --line-regexp --fixed-strings -e "$job/DONE" -e "$job/FAILED" <<<"$listing"; then
   exit 0
 fi
-
-# Sends the log every minute until this script ends, even by SIGKILL.
-while sleep 60 && kill -0 $$ 2>/dev/null; do upload_log; done 9>&- &
-trap 'kill $!; upload_log' EXIT
 
 for pause in 10 60 300 end; do
   get_image && break
@@ -58,11 +60,14 @@ for pause in 10 60 300 end; do
 done
 
 train() {
-  # A container of an earlier run of this script may still exist.
+  # A container of an earlier run of this script may still exist: let it save.
+  docker stop bn_keras >/dev/null 2>&1 || true
   docker rm --force bn_keras >/dev/null 2>&1 || true
   status=0
+  # A preempted VM has 30 s, of which 25 are for the save and the rest for the log. Docker's default
+  # is 10.
   docker run --rm --init --name bn_keras --privileged --network=host --shm-size=16G \
-    "${image:-bn_keras}" train "${arguments[@]}" 9>&- || status=$?
+    --stop-timeout=25 "${image:-bn_keras}" train "${arguments[@]}" 9>&- || status=$?
 }
 
 # Statuses 2 (invalid request) and 3 (divergence) would recur. After status 75 the training resumes
