@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from bn_keras.errors import UsageError
 
@@ -123,11 +124,12 @@ def as_size(name: str, value: Any) -> int | None:
     return None if value is None else as_positive_integer(name, value)
 
 
-def as_renorm_clipping(clipping: Any) -> dict[str, float | None]:
-    """Returns the bounds of batch renormalization as floats, by name.
+def as_renorm_clipping(clipping: Any) -> dict[str, Any]:
+    """Returns the bounds of batch renormalization by name: floats, None, or variables as they are.
 
     Raises:
-      UsageError: a bound is unknown, negative or not a number, or rmax is less than rmin.
+      UsageError: a bound is unknown, negative or not a number, or rmax is less than rmin. Variables
+        are checked at their current values.
     """
     if not isinstance(clipping or {}, dict):
         raise UsageError(
@@ -138,21 +140,34 @@ def as_renorm_clipping(clipping: Any) -> dict[str, float | None]:
         raise UsageError(
             f"Received invalid keys for renorm_clipping: {bounds}; expected {list(_RENORM_BOUNDS)}"
         )
-    for name, value in bounds.items():
-        if value is None:
-            continue
-        bounds[name] = _to_float(value)
-        if not bounds[name] >= 0:
+    values = {name: value for name, value in read_variables(bounds).items() if value is not None}
+    numbers = {name: _to_float(value) for name, value in values.items()}
+    for name, number in numbers.items():
+        if not number >= 0:
             raise UsageError(
-                f"{name} should be non-negative in renorm_clipping: {name}={value}; expected a"
-                " number or None"
+                f"{name} should be non-negative in renorm_clipping: {name}={values[name]}; expected"
+                " a number, a variable or None"
             )
-    rmin, rmax = bounds.get("rmin"), bounds.get("rmax")
-    if rmin is not None and rmax is not None and rmax < rmin:
+    rmin, rmax = numbers.get("rmin", 0.0), numbers.get("rmax", math.inf)
+    if rmax < rmin:
         raise UsageError(
             f"rmax should be at least rmin in renorm_clipping: rmax={rmax}, rmin={rmin}"
         )
-    return bounds
+    return {n: v if is_variable(v) else numbers.get(n) for n, v in bounds.items()}
+
+
+def is_variable(value: Any) -> bool:
+    """Returns whether an argument is a variable, whose value may change during training."""
+    return isinstance(value, tf.Variable | keras.Variable)
+
+
+def read_variables(bounds: Any) -> Any:
+    """Returns the bounds with the current values of variables in their place."""
+    return tf.nest.map_structure(
+        # A variable with a copy on each replica has no float().
+        lambda bound: _to_float(tf.convert_to_tensor(bound)) if is_variable(bound) else bound,
+        bounds,
+    )
 
 
 def _is_positive_integer(value: Any) -> bool:

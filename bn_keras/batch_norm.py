@@ -16,6 +16,8 @@ from bn_keras.arguments import (
     as_momentum,
     as_renorm_clipping,
     as_size,
+    is_variable,
+    read_variables,
 )
 from bn_keras.errors import UsageError
 from bn_keras.replicas import gather_replicas, num_replicas, per_replica_sum
@@ -60,7 +62,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
       beta_constraint, gamma_constraint: projections of the parameters after each update.
       renorm: whether to use batch renormalization (Ioffe 2017).
       renorm_clipping: bounds "rmin", "rmax" and "dmax" of the corrections r and d; a missing bound
-        does not clip.
+        does not clip. Variables among them change the bounds during training; a config has their
+        current values.
       renorm_momentum: like momentum, for the statistics that renorm corrects towards; not None.
       synchronized: whether the replicas share the statistics of their batches, with one collective
         forward and one backward.
@@ -103,7 +106,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         beta_constraint: Constraint | None = None,
         gamma_constraint: Constraint | None = None,
         renorm: bool = False,
-        renorm_clipping: dict[str, float | None] | None = None,
+        renorm_clipping: dict[str, float | tf.Variable | keras.Variable | None] | None = None,
         renorm_momentum: float = 0.99,
         synchronized: bool = False,
         *,
@@ -134,7 +137,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self.axis = as_axis(axis)
         self.momentum = momentum
         self.renorm = as_bool("renorm", renorm)
-        self.renorm_clipping = as_renorm_clipping(renorm_clipping) if renorm else renorm_clipping
+        bounds = as_renorm_clipping(renorm_clipping) if renorm else renorm_clipping
+        # object.__setattr__ hides it from Keras, which would train variables among the bounds.
+        object.__setattr__(self, "renorm_clipping", bounds)
         self.renorm_momentum = as_momentum("renorm_momentum", renorm_momentum)
         self.unbiased = as_bool("unbiased", unbiased)
         self.sync_group_size = as_size("sync_group_size", sync_group_size)
@@ -295,21 +300,23 @@ class BatchNormalization(keras.layers.BatchNormalization):
             p if p is None else self._broadcast(tf.cast(p, x_hat.dtype))
             for p in (self.renorm_mean, self.renorm_stddev, gamma, beta)
         )
-        # Constants: no gradient flows through r and d.
-        batch_mean, variance = (
-            self._broadcast(self._unflatten(tf.stop_gradient(t))) for t in moments[1:]
-        )
+        batch_mean, variance = (self._broadcast(self._unflatten(t)) for t in moments[1:])
         stddev = tf.maximum(stddev, self.epsilon**0.5)
         r = tf.sqrt(variance + self.epsilon) / stddev
         d = (batch_mean - mean) / stddev
-        r, d = self._clip(r, d)
+        # Constants: no gradient flows through r and d, or to the bounds.
+        r, d = map(tf.stop_gradient, self._clip(r, d))
         scale, offset = (r, d) if gamma is None else (r * gamma, d * gamma)
         # A masked value may be NaN; where its dy is 0 it must not reach gamma's gradient.
         multiply = tf.multiply if mask is None else tf.math.multiply_no_nan
         return multiply(x_hat, scale) + (offset if beta is None else offset + beta)
 
     def _clip(self, r: tf.Tensor, d: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        rmin, rmax, dmax = map((self.renorm_clipping or {}).get, ("rmin", "rmax", "dmax"))
+        bounds = {
+            name: tf.cast(bound, r.dtype) if is_variable(bound) else bound
+            for name, bound in (self.renorm_clipping or {}).items()
+        }
+        rmin, rmax, dmax = map(bounds.get, ("rmin", "rmax", "dmax"))
         if rmin is not None:
             r = tf.maximum(r, rmin)
         if rmax is not None:
@@ -398,6 +405,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         """
         old = _flatten(variable)
         new = tf.cast(value, old.dtype)
+        if isinstance(weight, tf.Tensor):
+            weight = tf.cast(weight, old.dtype)
         if self.momentum and self.renorm_momentum:
             new = old - (old - new) * weight
         else:
@@ -497,7 +506,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
         return mask
 
     def _check_inputs(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Returns the inputs in a floating-point dtype, with the sizes of `axis` known."""
+        """Returns the inputs in a floating-point dtype, with the sizes of `axis` known.
+
+        The dtype is at least as wide as that of the outputs.
+        """
         if isinstance(inputs, tf.RaggedTensor | tf.SparseTensor):
             is_ragged = isinstance(inputs, tf.RaggedTensor)
             advice = (
@@ -517,6 +529,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
         if not x.dtype.is_floating:
             # Half precision cannot represent large integers.
             x = tf.cast(x, self._weight_dtype)
+        if x.dtype != self.compute_dtype:
+            # With autocast=False the inputs keep their dtype.
+            x = tf.cast(x, keras.backend.result_type(x.dtype.name, self.compute_dtype))
         if None in [x.shape[a] for a in self._axes]:
             sizes = dict(zip(self._axes, self._shape, strict=True))
             x = tf.ensure_shape(x, [sizes.get(a) for a in range(self.input_spec.ndim)])
@@ -562,7 +577,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         accepts, and vice versa.
         """
         additional = {name: getattr(self, name) for name in _NOT_IN_KERAS}
-        return super().get_config() | {name: value for name, value in additional.items() if value}
+        config = super().get_config() | {n: value for n, value in additional.items() if value}
+        return config | {"renorm_clipping": read_variables(self.renorm_clipping)}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:

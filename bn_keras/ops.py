@@ -40,8 +40,9 @@ _INFERENCE_BATCH_SIZE = 1
 _MAX_UNCHECKED_COUNT = 2**15
 
 # Numbers of values that XLA averages before it averages their means: the means of fewer would be
-# nearly as large as x, and the float32 sum of more would be less accurate at large means.
-_MIN_PART, _MAX_PART = 4, 64
+# nearly as large as x, and the float32 sum of more would be less accurate at large means. More than
+# 64 are averaged only if no power of two divides their number, as in images of 149 x 149.
+_MIN_PART, _MAX_POWER_OF_TWO, _MAX_PART = 4, 64, 160
 
 # Stacks the tensors, [...], of the R replicas that share statistics: returns the same [R, ...] on
 # each of them. Differentiable; one collective per call.
@@ -460,11 +461,14 @@ class _Unfused:
         """Returns count, mean, variance, and the deviations from the mean."""
         count = self._count_values(x)
         if self._is_compiled_by_xla:
-            # XLA adds values one by one in float32, so a large mean would lose the deviations.
-            # Subtracting one value of the batch first leaves a small mean.
+            # XLA adds values one by one in float32, so a large mean would lose the deviations. The
+            # differences from one value of the batch are small, unless that value is an outlier;
+            # those from their mean always are.
             parts, size = self._average_parts(x)
-            shift = self._some_value(parts)
-            mean = shift + _divide(self._sum(self._apply_mask(parts - shift)), count / size)
+            mean = self._some_value(parts)
+            for _ in range(2):
+                mean = tf.stop_gradient(mean)
+                mean += _divide(self._sum(self._apply_mask(parts - mean)), count / size)
         else:
             mean = tf.cast(_divide(self._sum_exactly(self._apply_mask(x)), count), x.dtype)
         deviation = x - mean
@@ -483,9 +487,8 @@ class _Unfused:
         if self._mask is not None or x.shape[last] is None or _is_on_accelerator():
             return x, 1
         num_values = math.prod(x.shape[first : last + 1])
-        # A power of two, so that the division by it adds no rounding error.
-        size = min(num_values & -num_values, _MAX_PART)
-        if size < _MIN_PART:
+        size = _part_size(num_values)
+        if size == 1:
             return x, 1
         dims = _reshape_dims(x)
         parts = [1] * (last - first) + [num_values // size, size]
@@ -509,10 +512,10 @@ class _Unfused:
             axes = range(x.shape.rank)
             first = x[tuple(slice(1) if a in self._reduced else slice(None) for a in axes)]
             # The sum of one value, or of none in an empty batch.
-            return tf.stop_gradient(self._sum(first))
+            return self._sum(first)
         masked = tf.where(self._mask, x, x.dtype.min)
         largest = tf.reduce_max(masked, self._reduced, keepdims=self._keepdims)
-        return tf.stop_gradient(tf.where(largest > x.dtype.min, largest, 0.0))
+        return tf.where(largest > x.dtype.min, largest, 0.0)
 
     def _over_replicas(self, *sums: tf.Tensor) -> Sequence[tf.Tensor]:
         """Returns the totals over all replicas that share statistics."""
@@ -524,7 +527,9 @@ class _Unfused:
     def _split(self, x: tf.Tensor) -> tf.Tensor:
         if self._virtual_batch_size is None:
             return x
-        return tf.reshape(x, [-1, self._virtual_batch_size, *_dims(x)[1:]])
+        shape = [-1, self._virtual_batch_size, *_dims(x)[1:]]
+        # XLA drops assertions, but its errors cite names of operations.
+        return tf.reshape(x, shape, name="virtual_batch_size_must_divide_the_batch_size")
 
     def _split_and_cast(self, x: tf.Tensor) -> tf.Tensor:
         return tf.cast(self._split(x), statistics_dtype(x.dtype))
@@ -1011,6 +1016,16 @@ def _size(x: tf.Tensor) -> Count:
     if x.shape.is_fully_defined():
         return float(x.shape.num_elements())
     return tf.cast(tf.size(x), tf.float32)
+
+
+def _part_size(num_values: int) -> int:
+    """Returns the number of values in each of the equal parts that XLA averages; 1 means none."""
+    # The division by a power of two adds no rounding error.
+    size = min(num_values & -num_values, _MAX_POWER_OF_TWO)
+    if size >= _MIN_PART:
+        return size
+    sizes = range(_MAX_PART, _MIN_PART - 1, -1)
+    return next((size for size in sizes if num_values % size == 0), 1)
 
 
 def _divide(t: tf.Tensor, count: Count) -> tf.Tensor:

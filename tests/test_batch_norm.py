@@ -141,6 +141,42 @@ def test_large_float32_inputs_of_a_float64_layer_need_no_cast():
     np.testing.assert_allclose(layer.moving_variance, theirs.moving_variance, rtol=1e-5)
 
 
+@pytest.mark.parametrize("arguments", [{}, {"renorm": True}, {"momentum": None}])
+@pytest.mark.parametrize("kind", ["known", "unknown", "masked"])
+@pytest.mark.parametrize(
+    "dtype, given", [("float32", "float64"), ("float64", "float32"), ("mixed_float16", "float64")]
+)
+def test_inputs_of_any_dtype_train_without_autocast(dtype, given, kind, arguments):
+    x = tf.cast(_data(8, 3), given)
+    mask = np.arange(8) > 2 if kind == "masked" else None
+    layer, expected = (
+        _build(BatchNormalization(dtype=d, autocast=False, **arguments)) for d in (dtype, "float64")
+    )
+    signature = [tf.TensorSpec([None if kind == "unknown" else 8, 3], given)]
+    step = tf.function(lambda x: layer(x, training=True, mask=mask), input_signature=signature)
+    y = step(x)
+    assert y.dtype == layer.compute_dtype
+    tolerance = 2e-3 if dtype == "mixed_float16" else 1e-5
+    exact = expected(tf.cast(x, tf.float64), training=True, mask=mask)
+    np.testing.assert_allclose(tf.cast(y, tf.float64), exact, rtol=tolerance, atol=tolerance)
+    for actual, wanted in zip(layer.get_weights(), expected.get_weights(), strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("given", ["float16", "bfloat16"])
+def test_outputs_are_not_rounded_to_the_dtype_of_the_inputs(given, training):
+    """In float16, which ends at 65,504, they would be infinite."""
+    x = tf.cast(_data(8, 3), given)
+    layer, keras_layer = (
+        cls(autocast=False, gamma_initializer=keras.initializers.Constant(1e5))
+        for cls in (BatchNormalization, keras.layers.BatchNormalization)
+    )
+    y = layer(x, training=training)
+    assert y.dtype == tf.float32
+    np.testing.assert_allclose(y, keras_layer(x, training=training), rtol=1e-4, atol=1)
+
+
 def test_without_momentum_all_batches_weigh_the_same():
     layer = BatchNormalization(momentum=None, unbiased=False)
     batches = [_data(6, 3, seed=s) for s in range(5)]
@@ -358,6 +394,33 @@ def test_renorm_equals_keras():
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
         for a, b in zip(ours.get_weights(), theirs.get_weights(), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [tf.Variable, keras.Variable])
+def test_variables_schedule_the_bounds_of_batch_renormalization(make, tmp_path):
+    """They are no weights, and no gradient reaches them."""
+    bounds = {"rmin": make(1.0), "rmax": make(1.0), "dmax": make(0.0)}
+    layer = _build(BatchNormalization(renorm=True, renorm_clipping=bounds))
+    plain = _build(BatchNormalization())
+    free = _build(BatchNormalization(renorm=True))
+    step = tf.function(lambda x: layer(x, training=True))
+    x = _data(64, 3)
+    np.testing.assert_allclose(step(x), plain(x, training=True), rtol=1e-4, atol=1e-4)
+    layer.set_weights(free.get_weights())
+    for name, bound in (("rmin", 0.0), ("rmax", 1e6), ("dmax", 1e6)):
+        bounds[name].assign(bound)
+    config = layer.get_config()
+    assert json.loads(json.dumps(config))["renorm_clipping"]["rmax"] == 1e6
+    np.testing.assert_allclose(step(x), free(x, training=True), rtol=1e-4, atol=1e-4)
+    assert [v.name for v in layer.weights] == [v.name for v in free.weights]
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(layer(x, training=True) ** 3)
+    sources = [b.value if make is keras.Variable else b for b in bounds.values()]
+    assert tape.gradient(loss, sources) == [None] * 3
+    model = keras.Sequential([keras.Input((3,)), layer])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras").layers[-1]
+    assert loaded.renorm_clipping == {"rmin": 0.0, "rmax": 1e6, "dmax": 1e6}
 
 
 def test_a_masked_nan_does_not_reach_the_gradients_of_batch_renormalization():
@@ -595,7 +658,11 @@ def test_scaling_the_kernel_before_the_layer_changes_nothing():
         *(
             ({"renorm": True, "renorm_clipping": {name: value}}, f"{name} should be non-negative")
             for name in ("rmin", "rmax", "dmax")
-            for value in (-1, np.nan, "x")
+            for value in (-1, np.nan, "x", tf.Variable(-1.0), keras.Variable([1.0, 2.0]))
+        ),
+        (
+            {"renorm": True, "renorm_clipping": {"rmin": 2, "rmax": tf.Variable(1.5)}},
+            r"rmax should be at least rmin in renorm_clipping: rmax=1\.5, rmin=2",
         ),
     ],
 )
@@ -688,4 +755,12 @@ def test_a_batch_of_incomplete_ghost_batches_raises():
     run = tf.function(lambda x: layer(x, training=True), input_signature=[tf.TensorSpec([None, 3])])
     assert run(_data(8, 3)).shape == (8, 3)
     with pytest.raises(tf.errors.InvalidArgumentError, match="virtual_batch_size=4"):
+        run(_data(6, 3))
+
+
+def test_a_batch_of_incomplete_ghost_batches_has_a_hint_under_xla():
+    layer = BatchNormalization(virtual_batch_size=4)
+    signature = [tf.TensorSpec([None, 3])]
+    run = tf.function(lambda x: layer(x, training=True), signature, jit_compile=True)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="virtual_batch_size_must_divide"):
         run(_data(6, 3))

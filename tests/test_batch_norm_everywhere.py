@@ -273,6 +273,32 @@ def test_jacobians_equal_those_of_float64(shape, implementation):
     _assert_close(jacobian("float32"), jacobian("float64").numpy(), 1e-5)
 
 
+@pytest.mark.parametrize(
+    "implementation", ["ordinary", "kernels", "accelerator"], indirect=["implementation"]
+)
+@pytest.mark.parametrize(
+    "arguments", [{}, {"renorm": True}, {"trainable": False}, {"axis": 1, "momentum": None}]
+)
+def test_eager_jacobians_equal_those_of_float64(arguments, implementation):
+    """Per example, and of the gradient: a Hessian."""
+
+    def derivatives(dtype):
+        shape = (5, 2, 2, 3)
+        layer = _built(shape, dtype=dtype, **arguments)
+        x = tf.cast(np.random.default_rng(6).normal(size=shape), dtype)
+        with tf.GradientTape(persistent=True) as outer:
+            outer.watch(x)
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                y = layer(x, training=True)
+                loss = tf.reduce_sum(tf.sin(y) * x)
+            gradient = inner.gradient(loss, x)
+        return outer.batch_jacobian(y, x), outer.jacobian(gradient, x)
+
+    for actual, expected in zip(derivatives("float32"), derivatives("float64"), strict=True):
+        _assert_close(actual, expected.numpy(), 1e-5)
+
+
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("is_graph", [False, True])
 def test_third_derivatives_equal_those_of_float64(is_graph, implementation):
@@ -491,7 +517,9 @@ def test_the_graph_is_lighter_than_that_of_the_keras_layer(shape, largest_share)
 
 
 @pytest.mark.parametrize("is_known", [True, False], ids=["known", "unknown"])
-@pytest.mark.parametrize("shape, axis", [((64, 16, 16, 8), -1), ((64, 8, 16, 16), 1)])
+@pytest.mark.parametrize(
+    "shape, axis", [((64, 16, 16, 8), -1), ((64, 8, 16, 16), 1), ((64, 15, 15, 8), -1)]
+)
 def test_xla_writes_no_more_large_tensors_than_for_the_keras_layer(shape, axis, is_known):
     x = tf.random.normal(shape)
 
@@ -511,10 +539,18 @@ def test_xla_writes_no_more_large_tensors_than_for_the_keras_layer(shape, axis, 
 @pytest.mark.parametrize("is_known", [True, False], ids=["known", "unknown"])
 @pytest.mark.parametrize(
     "shape, axis",
-    [((4096, 32), -1), ((63, 5), -1), ((64, 14, 14, 8), -1), ((64, 8, 16, 16), 1), ((8, 3, 7), 1)],
+    [
+        ((4096, 32), -1),
+        ((63, 5), -1),
+        ((64, 14, 14, 8), -1),
+        ((8, 35, 35, 3), -1),
+        ((2, 149, 149, 2), -1),
+        ((64, 8, 16, 16), 1),
+        ((8, 3, 7), 1),
+    ],
 )
 def test_large_means_lose_nothing_under_xla(shape, axis, is_known):
-    """Means of parts are averaged, if there is a power of two that divides the size."""
+    """Means of parts are averaged, if a suitable number divides the size."""
     x = (1e4 + np.random.default_rng(2).normal(size=shape)).astype(np.float32)
     layer = BatchNormalization(axis=axis, epsilon=EPSILON)
     layer.build((None, *shape[1:]))

@@ -249,6 +249,31 @@ def test_forward_mode_equals_reverse_mode(path, is_graph, monkeypatch):
         _assert_close(actual, expected, 1e-11 if path == "float64" else 1e-5)
 
 
+@pytest.mark.parametrize("path", [*PATHS, "masked"])
+def test_eager_jacobians_and_hessians_equal_those_of_float64(path):
+    """The tape traces the gradient, which holds tensors of the eager call, in a graph."""
+    rng = np.random.default_rng(13)
+    shape = (4, 3, 2)
+    kwargs = dict(PATHS.get(path, {}))
+    if path == "masked":
+        kwargs["mask"] = _random_mask(shape, rng)
+    inputs = [rng.normal(size=shape), rng.uniform(0.5, 2, 2)]
+
+    def derivatives(dtype):
+        x, gamma = (tf.constant(i, dtype) for i in inputs)
+        with tf.GradientTape(persistent=True) as outer:
+            outer.watch([x, gamma])
+            with tf.GradientTape() as inner:
+                inner.watch([x, gamma])
+                y, _ = ops.batch_normalize(x, gamma, None, EPSILON, **kwargs)
+                loss = tf.reduce_sum(tf.sin(y) * x)
+            gradient = inner.gradient(loss, x)
+        return [*outer.jacobian(y, [x, gamma]), *outer.jacobian(gradient, [x, gamma])]
+
+    for actual, expected in zip(derivatives("float32"), derivatives("float64"), strict=True):
+        _assert_close(actual, expected.numpy(), 3e-6)
+
+
 def _in_branch(transform, *tensors):
     return tf.cond(tf.reduce_all(tensors[0] < 1e9), lambda: transform(*tensors), lambda: tensors[0])
 
@@ -337,6 +362,56 @@ def test_large_means_do_not_lose_the_deviations_of_a_large_batch(mean, path, jit
     expected = reference.batch_normalize(x, 1.0, 0.0, EPSILON)
     np.testing.assert_allclose(moments.variance, expected[2], rtol=1e-3)
     np.testing.assert_allclose(y, expected[0], atol=2e-3 + 4 * mean * 2**-24)
+
+
+OUTLIERS = {
+    # Batches of 149 x 149 and 35 x 35 are averaged in parts; a prime number of values is not.
+    "first value": ((8, 149, 149, 2), np.s_[:1, :1, :1]),
+    "first row": ((32, 35, 35, 2), np.s_[:1, :1]),
+    "corners": ((32, 64, 64, 2), np.s_[:, :1, :1]),
+    "prime": ((180_001, 2), np.s_[:1]),
+    "masked": ((8, 149, 149, 2), np.s_[:1, :1, :1]),
+    "synchronized": ((180_001, 2), np.s_[:1]),
+    "ghost": ((8, 22_807, 2), np.s_[::4, :1]),
+}
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e3])
+@pytest.mark.parametrize("path", OUTLIERS)
+def test_outliers_do_not_move_the_mean_under_xla(path, mean):
+    """The value that is subtracted first may be far from all others."""
+    shape, place = OUTLIERS[path]
+    rng = np.random.default_rng(14)
+    x = (mean + rng.normal(size=shape)).astype(np.float32)
+    x[place] = mean + 1000
+    kwargs, mask = dict(PATHS.get(path, {})), None
+    if path == "ghost":
+        kwargs["virtual_batch_size"] = 4
+    if path == "masked":
+        mask = (rng.random((*shape[:-1], 1)) < 0.9) | (x[..., :1] == mean + 1000)
+        kwargs["mask"] = mask
+    _, moments, _ = _run(tf.constant(x), np.ones(2), np.zeros(2), x, True, **kwargs)
+    if path == "ghost":
+        x = x.reshape(2, 4, -1, 2).transpose(1, 2, 0, 3).reshape(-1, 2, 2)
+    weights = np.ones(x.shape[:-1] + (1,)) if mask is None else mask
+    axes = (0,) if path == "ghost" else tuple(range(x.ndim - 1))
+    exact = np.sum(x.astype(float) * weights, axes) / np.sum(weights, axes)
+    stddev = np.sqrt(np.sum((x - exact) ** 2 * weights, axes) / np.sum(weights, axes))
+    np.testing.assert_allclose(moments.mean, exact, rtol=0, atol=3e-6 * stddev.min() + mean * 1e-7)
+    np.testing.assert_allclose(tf.sqrt(moments.variance), stddev, rtol=1e-4)
+
+
+@pytest.mark.parametrize("path", ["plain", "masked"])
+def test_heavy_tails_do_not_move_the_mean_under_xla(path):
+    rng = np.random.default_rng(15)
+    shape = (256, 251, 2)
+    x = rng.lognormal(sigma=2, size=shape).astype(np.float32)
+    x = -np.sort(-x, axis=0)  # the largest first
+    mask = _random_mask(shape, rng) if path == "masked" else None
+    y, moments, _ = _run(tf.constant(x), np.ones(2), np.zeros(2), x, True, mask=mask)
+    expected = reference.batch_normalize(x, 1.0, 0.0, EPSILON, mask=mask)
+    np.testing.assert_allclose(moments.mean, expected[1], rtol=1e-6)
+    np.testing.assert_allclose(y, expected[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
