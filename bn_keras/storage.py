@@ -233,7 +233,8 @@ def replacing(output: Path, folder: bool = False) -> Iterator[pathlib.Path]:
       UsageError: the output is a folder, and the block writes a file, or the other way round.
       StorageError: the output cannot be written.
     """
-    if exists(output) and is_folder(output) != folder:
+    # In a bucket, a file and a folder may have the same name.
+    if is_local(output) and os.path.exists(output) and os.path.isdir(output) != folder:
         found, expected = ("file", "folder") if folder else ("folder", "file")
         raise UsageError(f"output {output} is a {found}: expected the path of a {expected}")
     name = os.path.basename(os.fspath(output))

@@ -608,7 +608,10 @@ def test_an_evaluator_has_nothing_to_do(name, flags, tmp_path):
     variables = config({"worker": TFJOB}, "evaluator", 0, environment="cloud")
     done = launch(name, *flags, f"--workdir={tmp_path}/run", **variables)
     assert done.returncode == 0, done.stderr
-    assert "nothing to do: the evaluator of TF_CONFIG is not needed" in done.stderr
+    assert (
+        "nothing to do: the workers evaluate, so the evaluator of TF_CONFIG is not needed"
+        in done.stderr
+    )
     assert not (tmp_path / "run").exists()
 
 
