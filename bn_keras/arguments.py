@@ -141,19 +141,19 @@ def as_renorm_clipping(clipping: Any) -> dict[str, Any]:
             f"Received invalid keys for renorm_clipping: {bounds}; expected {list(_RENORM_BOUNDS)}"
         )
     values = {name: value for name, value in read_variables(bounds).items() if value is not None}
-    numbers = {name: _to_float(value) for name, value in values.items()}
-    for name, number in numbers.items():
+    floats = {name: _to_float(value) for name, value in values.items()}
+    for name, number in floats.items():
         if not number >= 0:
             raise UsageError(
                 f"{name} should be non-negative in renorm_clipping: {name}={values[name]}; expected"
                 " a number, a variable or None"
             )
-    rmin, rmax = numbers.get("rmin", 0.0), numbers.get("rmax", math.inf)
+    rmin, rmax = floats.get("rmin", 0.0), floats.get("rmax", math.inf)
     if rmax < rmin:
         raise UsageError(
             f"rmax should be at least rmin in renorm_clipping: rmax={rmax}, rmin={rmin}"
         )
-    return {n: v if is_variable(v) else numbers.get(n) for n, v in bounds.items()}
+    return {n: v if is_variable(v) else floats.get(n) for n, v in bounds.items()}
 
 
 def is_variable(value: Any) -> bool:

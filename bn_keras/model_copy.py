@@ -127,8 +127,8 @@ class ModelCopier:
             self.record(weight, weights[weight.name])
             weights[weight.name].assign(weight)
             weights[weight.name].trainable = weight.trainable
-        # What the layer's user has changed, other than the arguments: added attributes, replaced
-        # methods, and the only setting that is not an argument.
+        # The user may have added attributes to the layer, replaced methods, or changed the only
+        # setting that is not an argument.
         for name, value in vars(old).items():
             if not name.startswith("_") and name not in vars(new):
                 vars(new)[name] = self.copy(value)
@@ -298,8 +298,8 @@ class ModelCopier:
 def find_state(values: Iterable[Any]) -> list[Any]:
     """Returns the layers, variables and metrics that objects refer to, wherever ModelCopier copies.
 
-    That is in containers, attributes, weak references, and functions with what they capture. The
-    layers, variables and metrics that are found are not searched themselves.
+    It searches containers, attributes, weak references, and functions with what they capture, but
+    not the layers, variables and metrics that it finds.
     """
     found, queue = [], list(values)
     # By id. The objects are kept alive, so that no other object gets the same id.

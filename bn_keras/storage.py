@@ -474,7 +474,7 @@ def list_bucket(folder: str) -> list[str]:
                 raise
             return []
     if folder.startswith("ram://"):
-        # Unlike in a bucket, a name does not tell whether it is that of a folder.
+        # Unlike in a bucket, names of folders do not end in "/".
         names = [f"{n}/" if is_folder(os.path.join(folder, n)) else n for n in names]
     return sorted(names)
 

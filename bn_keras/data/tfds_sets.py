@@ -325,7 +325,7 @@ def _check_labelled(
 
 
 def _hash_examples(splits: Sequence[Arrays]) -> str:
-    """Returns a hash of all images and labels; takes a fiftieth of the time for reading them."""
+    """Returns a hash of all images and labels, in a fiftieth of the time for reading them."""
     digest = hashlib.sha256()
     for split in splits:
         digest.update(split.images.data)

@@ -78,7 +78,7 @@ def train_all(
 
 
 class RemainingRun(NamedTuple):
-    """What is left to train in a run.
+    """Remaining steps of a run.
 
     Attributes:
       title: title of the run.

@@ -130,7 +130,7 @@ def load_exported(
 def _returns_probabilities(model: keras.Model) -> bool:
     """Returns whether the outputs for a few images are probabilities.
 
-    The structure of a foreign model does not tell: a softmax may be in a nested model, in an
+    The structure of a foreign model does not show this: a softmax may be in a nested model, in an
     operation, or before the mean of several outputs.
     """
     batch_size, *shape = model.inputs[0].shape

@@ -123,7 +123,7 @@ class TFLiteNetwork:
         return scale * (found.astype(np.float32) - zero_point) if scale else found
 
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """Returns the logarithms of positive probabilities, likewise; see `restore_rounded`."""
+        """Returns the logarithms of the probabilities, none of them 0; see `restore_rounded`."""
         step, _ = self._output["quantization"]
         probabilities = self(images)
         if step:

@@ -463,7 +463,8 @@ class _Training:
         """
         if self.signum or not self.timetable.is_evaluation(self.step):
             return
-        self.check_finite()
+        if self.step != self.saved_step:
+            self.check_finite()
         self.metrics.write(self.step, self.validation(self.step))
         self.progress.set_validation_accuracy(self.validation.accuracy)
         self.check_for_signal()
