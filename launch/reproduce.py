@@ -82,7 +82,8 @@ def main(given: list[str]) -> None:
 
     results = _group(trials, runs)
     sections = _build_sections(experiments, results)
-    write_report(_TITLE, sections, results, workdir, _format_command(given))
+    num_missing = len(configs) - len(runs)
+    write_report(_TITLE, sections, results, workdir, _format_command(given), num_missing)
     for section in sections:
         if section.summary:
             print(f"\n{section.title}: {section.summary}")

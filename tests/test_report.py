@@ -121,8 +121,8 @@ def environment(**changes):
     return [start | changes]
 
 
-def provenance(results, tmp_path, command="make it"):
-    write_report("t", [], results, tmp_path, command)
+def provenance(results, tmp_path, command="make it", num_missing=0):
+    write_report("t", [], results, tmp_path, command, num_missing)
     return (tmp_path / "report.md").read_text()
 
 
@@ -423,7 +423,7 @@ def test_the_papers_points_are_drawn_on_imagenet_only():
 # --- Figure 4.
 
 ROWS = [
-    {"model": model, "models": models, "crops": crops, "examples": 400}
+    {"model": model, "models": models, "crops": crops, "examples": 400, "classes": 10, "step": 9}
     | {"top1_error": top1, "top5_error": top1 / 10, "cut": cut, "trained_on": "shift"}
     for crops, cut, errors in (
         (1, [4, 1, 6, 2], (0.3, 0.2, 0.15)),
@@ -438,7 +438,7 @@ def test_errors_are_shown_beside_the_papers():
     body = section.body
     assert section.summary == (
         "2 BN-x30 networks have a mean top-1 error of 25.0% with one crop and 22.5% with 48; their"
-        " ensemble has 10.0% with 48 (paper: 25.2%, 22.0% and 20.1%)."
+        " ensemble has 10.0% with 48 (paper, on ImageNet: 25.2%, 22.0% and 20.1%)."
     )
     lines = re.findall(r"^\| (?:single network|ensemble) .*$", body, re.MULTILINE)
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -452,6 +452,10 @@ def test_errors_are_shown_beside_the_papers():
     ]
     assert "the three squares of a square image are identical" in body
     assert "Training is unfinished for 4 of the 6 networks." in body
+    assert "a top-1 error of 25.0% has a standard error of 2.2 points" in body
+    assert "With 10 classes instead of 1,000, the errors are not comparable" in body
+    imagenet = build_figure_4([row | {"classes": 1_000} for row in ROWS]).body
+    assert "not comparable" not in imagenet
 
 
 def test_a_single_network_or_none_is_no_error():
@@ -647,6 +651,12 @@ def test_each_plot_must_be_shown_once_in_its_section(sections, tmp_path):
 
 
 # --- How the report was made.
+
+
+def test_missing_runs_are_counted(tmp_path):
+    text = provenance(results(), tmp_path, num_missing=3)
+    assert "The report covers 10 of this command's 13 runs." in text
+    assert "The report covers" not in provenance(results(), tmp_path)
 
 
 def test_every_run_is_listed_with_its_status_and_time(tmp_path):

@@ -19,18 +19,26 @@ def test_a_report_follows_from_the_records_of_its_runs(name, tmp_path):
     report = (kept / "report.md").read_text()
     *arguments, workdir = shlex.split(COMMAND.search(report)[1])
     assert workdir.startswith("--workdir=")
-    for config in kept.glob("*/config.json"):
-        shutil.copytree(config.parent, tmp_path / config.parent.name)
+    records = [config.parent for config in kept.glob("*/config.json")]
+    for record in records:
+        shutil.copytree(record, tmp_path / record.name)
+    for evaluation in kept.glob("*.json"):
+        shutil.copy(evaluation, tmp_path)
 
     again = launch("reproduce", *arguments, f"--workdir={tmp_path}", "--report_only")
 
     assert again.returncode == 0, again.stderr
-    assert re.search(r"reporting (\d+) of \1 runs", again.stderr), again.stderr
-    assert COMMAND.sub("", (tmp_path / "report.md").read_text()) == COMMAND.sub("", report)
+    assert f"reporting {len(records)} of " in again.stderr
+    assert comparable((tmp_path / "report.md").read_text()) == comparable(report)
     plots = sorted(path.name for path in kept.glob("*.svg"))
     assert plots == sorted(path.name for path in tmp_path.glob("*.svg"))
     for plot in plots:
         assert labels(tmp_path / plot) == labels(kept / plot), plot
+
+
+def comparable(report):
+    """Returns a report without its command and the rounding errors that it measures anew."""
+    return re.sub(r"\de-\d\d", "rounding", COMMAND.sub("", report))
 
 
 def labels(plot):

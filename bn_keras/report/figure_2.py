@@ -12,6 +12,7 @@ from bn_keras.report.five_networks import FiveNetworks
 from bn_keras.report.plots import FIGURE_WIDTH, STYLES, draw_curves, format_percent, label_lines
 from bn_keras.report.sections import Section, describe_divergence, escape, join_words
 from bn_keras.runs.history import Results, Run
+from bn_keras.training.networks import NETWORKS
 from bn_keras.training.schedule import PAPER_BATCH_SIZE
 
 
@@ -37,7 +38,7 @@ def build_figure_2(results: Results) -> Section:
         f"{_explain_lines(results)} A diamond marks the first evaluation at which a network's line"
         " reaches Inception's highest point (thin grey line)."
         f"{_explain_published_points(results[INCEPTION][0])}",
-        _describe_setup(results[INCEPTION][0]),
+        describe_setup(results[INCEPTION][0]),
         *describe_divergence(results),
     ]
     return Section("Figure 2: accuracy against steps", "\n\n".join(body), {"figure_2.svg": figure})
@@ -104,18 +105,20 @@ def _draw_published(axes: Axes, networks: FiveNetworks) -> None:
 # --- Text.
 
 
-def _describe_setup(inception: Run) -> str:
-    config = inception.config
+def describe_setup(run: Run) -> str:
+    """Describes data, networks, training and validation by one run of the five networks."""
+    config = run.config
+    network = NETWORKS[config.model.variant]
     modules = config.model.get("modules")
     which = f"modules {join_words(modules)} of the paper's" if modules else "the paper's"
     width = "" if config.model.width == 1 else f" at {config.model.width:g} times the width"
     return (
         f"Data: {escape(config.data.name)}. Networks: {which} Figure 5{width}, with the"
-        f" *{escape(config.model.stem)}* stem. Training: {_describe_length(inception)} Inception's"
-        f" base learning rate is {config.schedule.base_rate:g} (paper:"
+        f" *{escape(config.model.stem)}* stem. Training: {_describe_length(run)} Inception's"
+        f" base learning rate is {config.schedule.base_rate / network.rate:g} (paper:"
         f" {published.INCEPTION_RATE:g}); the other networks use the paper's multiples of it."
         f" Validation: split *{escape(config.data.validation_split)}*, with"
-        f" {_describe_statistics(inception)}."
+        f" {_describe_statistics(run)}."
     )
 
 

@@ -1,6 +1,7 @@
 """Figure 4 of the paper: single networks and an ensemble, evaluated with one crop and with many."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ from bn_keras.data.multi_crop import SINGLE_CROP, Crops
 from bn_keras.inference.evaluation import EvaluationRow, evaluate_networks
 from bn_keras.models.bn_inception import ENSEMBLE
 from bn_keras.report import published
+from bn_keras.report.margins import format_points
 from bn_keras.report.saved_evaluation import evaluate_once
 from bn_keras.report.sections import Section, markdown_table
 from bn_keras.runs.history import Spread
@@ -120,7 +122,7 @@ def _summarize(rows: Sequence[EnsembleRow]) -> str:
     if ensemble:
         text += f"; their ensemble has {ensemble[0]:.1%} with {many}"
     _, one, crops, six = (rates.top1 for rates in published.FIGURE_4)
-    return f"{text} (paper: {one:.1%}, {crops:.1%} and {six:.1%})."
+    return f"{text} (paper, on ImageNet: {one:.1%}, {crops:.1%} and {six:.1%})."
 
 
 def _compare_errors(rows: Sequence[EnsembleRow]) -> str:
@@ -162,14 +164,27 @@ def _find_published(is_ensemble: bool, is_single_crop: bool) -> published.ErrorR
 def _explain_terms(rows: Sequence[EnsembleRow]) -> str:
     """Explains the averages, and how the crops differ from the paper's 144."""
     members = [row for row in rows if row["models"] == 1 and row["crops"] == 1]
-    scales, squares, windows, mirrors = members[0]["cut"]
+    first = members[0]
+    scales, squares, windows, mirrors = first["cut"]
+    error = Spread.of(row["top1_error"] for row in members).mean
+    images = first["examples"]
     text = (
-        f"The {len(members)} networks are BN-x30 with the changes of section 4.2.3. They are"
-        " evaluated after their last training step; the command of this report saves their errors"
-        " in `figure_4.json`. *Single network*: mean over the networks, with the lowest and"
-        " the highest error in parentheses. Class probabilities are averaged over crops and"
-        f" networks. Each of the {members[0]['examples']:,} validation images counts once. The"
-        " paper's 144 crops are 4 scales x 3 squares x 6 windows x 2 (with mirror images); here"
+        f"The {len(members)} networks are BN-x30 with the changes of section 4.2.3; they differ in"
+        f" these changes and in their seeds. They are evaluated after their last training step,"
+        f" {first['step']:,}; the command of this report saves their errors in `figure_4.json`."
+        " *Single network*: mean over the networks, with the lowest and the highest error in"
+        " parentheses. Class probabilities are averaged over crops and networks. Each of the"
+        f" {images:,} validation images counts once; a top-1 error of {error:.1%} has a standard"
+        f" error of {format_points(math.sqrt(error * (1 - error) / images))}."
+    )
+    if first["classes"] != published.NUM_CLASSES:
+        text += (
+            f" With {first['classes']} classes instead of {published.NUM_CLASSES:,}, the errors are"
+            " not comparable with the paper's, least of all the top-5 errors: compare which are"
+            " lower, not how low they are."
+        )
+    text += (
+        " The paper's 144 crops are 4 scales x 3 squares x 6 windows x 2 (with mirror images); here"
         f" they are {scales} x {squares} x {windows} x {mirrors}"
     )
     reasons = []
@@ -177,7 +192,7 @@ def _explain_terms(rows: Sequence[EnsembleRow]) -> str:
         reasons.append("the three squares of a square image are identical, so one is enough")
     if scales == 1:
         reasons.append(
-            f"the networks were trained on {_WHOLE_IMAGES[members[0]['trained_on']]}, so only the"
+            f"the networks were trained on {_WHOLE_IMAGES[first['trained_on']]}, so only the"
             " scale that enlarges least is used"
         )
     if mirrors == 1:

@@ -151,14 +151,28 @@ class SeedVariation(NamedTuple):
         """Computes the margin of a sum or difference of mean accuracies over so many seeds each.
 
         Returns:
-          Half the width of its 95% confidence interval by Student's t distribution, at least the
-          standard error of an accuracy; None if the variation is unknown.
+          Half the width of its 95% confidence interval, due to the seeds (Student's t distribution)
+          or to the number of validation images, whichever is wider; None if the variation between
+          seeds is unknown. All seeds classify the same images, so more seeds do not narrow the
+          latter.
         """
         if not self.degrees_of_freedom:
             return None
-        quantile = float(scipy.stats.t.ppf(0.975, self.degrees_of_freedom))
-        error = self.stddev * math.sqrt(sum(1 / count for count in num_seeds))
-        return max(quantile * error, self.standard_error)
+        by_seeds = self.quantile * self.stddev * math.sqrt(sum(1 / count for count in num_seeds))
+        by_images = 1.96 * self.standard_error * math.sqrt(len(num_seeds))
+        return max(by_seeds, by_images)
+
+    @property
+    def quantile(self) -> float:
+        """0.975 quantile of Student's t distribution."""
+        return float(scipy.stats.t.ppf(0.975, self.degrees_of_freedom))
+
+    @property
+    def stddev_interval(self) -> tuple[float, float]:
+        """95% confidence interval of the standard deviation, by the chi-squared distribution."""
+        quantiles = scipy.stats.chi2.ppf((0.975, 0.025), self.degrees_of_freedom)
+        low, high = (self.stddev * math.sqrt(self.degrees_of_freedom / q) for q in quantiles)
+        return low, high
 
 
 def seed_variation(results: Results, step: int, *groups: Group) -> SeedVariation:
@@ -234,6 +248,6 @@ def compare(results: Results, title: str, other: str) -> Difference:
     return Difference(accuracies, first.mean - second.mean, margin)
 
 
-def format_points(difference: float) -> str:
+def format_points(difference: float, decimals: int = 1) -> str:
     """Formats a difference between accuracies in percentage points."""
-    return f"{100 * difference:.1f} points"
+    return f"{100 * difference:.{decimals}f} points"

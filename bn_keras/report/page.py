@@ -37,6 +37,7 @@ def write_report(
     results: Results,
     folder: str | os.PathLike,
     command: str,
+    num_missing: int = 0,
 ) -> None:
     """Writes report.md with its plots, and report.html, which contains the plots.
 
@@ -51,12 +52,13 @@ def write_report(
       results: runs that the sections are about.
       folder: folder of the files, created if missing.
       command: command that reproduces the report.
+      num_missing: number of the command's runs that have not ended.
 
     Raises:
       StorageError: the folder cannot be written.
       ValueError: a section does not show exactly the plots that it has.
     """
-    sections = [*sections, describe_provenance(results, command)]
+    sections = [*sections, describe_provenance(results, command, num_missing)]
     plots = _render_plots(sections)
     contents = "\n".join(f"- [{escape(s.title)}](#{_anchor(s.title)})" for s in sections)
     summary = [s.summary for s in sections if s.summary]

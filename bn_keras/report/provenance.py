@@ -33,15 +33,22 @@ _INCEPTION_ONLY = {
 _OFF = ("0", "off", "-")
 
 
-def describe_provenance(results: Results, command: str) -> Section:
+def describe_provenance(results: Results, command: str, num_missing: int = 0) -> Section:
     """Builds the section on how a report was made.
 
     Args:
       results: runs that the report is about.
       command: command that reproduces the report.
+      num_missing: number of the command's runs that have not ended.
     """
     runs = [run for seeds in results.values() for run in seeds]
     parts = ["\n".join(f"    {line}" for line in command.splitlines())]
+    if num_missing:
+        parts.append(
+            f"The report covers {len(runs)} of this command's {len(runs) + num_missing} runs. With"
+            " `--report_only`, the command makes it again from their records; without, it also"
+            " trains the others."
+        )
     if runs:
         parts += [
             "Unless stated otherwise, all numbers and curves but the paper's come from the files in"

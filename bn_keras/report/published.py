@@ -23,6 +23,9 @@ class NetworkResult(NamedTuple):
     best_accuracy: float
 
 
+# Number of classes of ImageNet.
+NUM_CLASSES = 1_000
+
 # Learning rate of Inception. Source: Ioffe & Szegedy 2015, section 4.2.2.
 INCEPTION_RATE = 0.0015
 
