@@ -21,6 +21,7 @@ from bn_keras.data.unreadable_examples import UnreadableExamples
 from bn_keras.errors import UsageError
 from bn_keras.runs.workdir import Workdir
 from bn_keras.training.config import default_config
+from bn_keras.training.evaluator import Evaluator
 from bn_keras.training.loop import train_and_evaluate
 
 CLASSES = ("cat", "dög 2", "zèbre")
@@ -178,7 +179,7 @@ def remove(path):
         (
             lambda r: (r / "validation" / "none").mkdir(),
             {"train_split": "validation"},
-            "no image in class folder 'none' of 'validation'",
+            "no validation image in class folder 'none' of 'validation'",
         ),
         (None, {"train_split": "trian"}, r"no folder 'trian' in .*has 'train', 'validation'"),
         (None, {"train_split": "train[:5]"}, r"'train\[:5\]' is invalid.*a percentage"),
@@ -333,6 +334,24 @@ def test_an_empty_class_folder_is_treated_as_a_missing_one(root, caplog):
         write(root / "train" / "zèbre" / f"{i}.png", b"")
     open_folder(root, **splits)
     assert "leaves no validation image for 'cat', 'dög 2'" in caplog.text
+    # An evaluation, which opens no training images, accepts what the training did.
+    caplog.clear()
+    open_folder(root, train_split="train[99%:]", validation_split="train[99%:]")
+    assert "leaves no validation image for 'cat', 'dög 2'" in caplog.text
+
+
+def test_images_that_are_listed_twice_are_counted_in_a_warning(root, caplog):
+    for split in ("train", "validation"):
+        (root / split / "cat" / "link.png").symlink_to(
+            root / split / "cat" / "älter" / "bild 0.png"
+        )
+        caplog.clear()
+        open_folder(root)
+        assert f"'{split}' lists 1 image twice or more" in caplog.text
+    assert "'train' lists 1 image twice or more" in caplog.text
+    caplog.clear()
+    open_folder(root, train_split="validation")
+    assert caplog.text.count("twice or more") == 1
 
 
 def test_swapped_class_folders_have_another_fingerprint(root):
@@ -558,6 +577,58 @@ def test_unreadable_validation_examples_do_not_count(root, global_batch_size, st
         if strategy is ONE or wrong > 10:
             with pytest.raises(AssertionError, match="but 2 are unreadable"):
                 data.check_counted(wrong)
+
+
+def test_a_pass_counts_the_examples_that_it_reads(root):
+    """An image may be repaired between two passes, or be listed twice."""
+    rows = [
+        f"train/{p.relative_to(root / 'train')},{p.parts[-2]}" for p in files_of(root / "train")
+    ]
+    broken = root / "train" / "cat" / "bild 1.JPG"
+    whole = broken.read_bytes()
+    write(broken, b"?")
+    text = "\n".join([*rows, "train/cat/bild 1.JPG,cat"])
+    write(root / "labels.csv", text.encode())
+    data = open_folder(
+        root, train_split="labels.csv", validation_split="labels.csv", max_bad_examples=1
+    )
+    assert data.num_validation_examples == len(rows) + 1
+    for content, missing in ((b"?", 2), (whole, 0), (b"?", 2)):
+        write(broken, content)
+        data.begin_validation()
+        num_examples = validate(data)[2].sum()
+        assert num_examples == len(rows) + 1 - missing
+        data.check_counted(num_examples)
+        with pytest.raises(AssertionError, match=f"but {missing} are unreadable"):
+            data.check_counted(num_examples - 1)
+
+
+def files_of(folder):
+    """Returns the images directly in the class folders."""
+    return sorted(path for path in folder.glob("*/*.*") if path.is_file())
+
+
+def test_an_evaluation_accepts_an_image_that_was_repaired(root, tmp_path, monkeypatch):
+    broken = root / "validation" / "cat" / "bild 1.JPG"
+    whole = broken.read_bytes()
+    write(broken, b"?")
+    config = small_mlp(
+        **{"data." + key: value for key, value in settings(root, max_bad_examples=3).items()},
+        **{"train.steps": 4, "train.steps_per_loop": 2, "evaluation.global_batch_size": 8},
+        **{"evaluation.every_steps": 2},
+    )
+    evaluate = Evaluator.__call__
+
+    def repair_afterwards(self, *arguments):
+        found = evaluate(self, *arguments)
+        write(broken, whole)
+        return found
+
+    monkeypatch.setattr(Evaluator, "__call__", repair_afterwards)
+    train_and_evaluate(config, tmp_path / "run")
+    lines = Workdir(tmp_path / "run").read_metrics()
+    examples = [line["validation/examples"] for line in lines if "validation/examples" in line]
+    assert examples == [11, 12]
 
 
 def test_a_run_reports_the_number_of_readable_validation_examples(root, tmp_path):

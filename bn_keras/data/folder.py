@@ -79,12 +79,12 @@ def open_folder(root: str, train_split: str, validation_split: str) -> Source:
             f"the classes of {train_split!r} and {validation_split!r} in {root} differ:"
             f" {'; '.join(extra)}: add the missing class folders, or remove the others"
         )
+    # Where only validation images are needed, they take the place of the training images.
+    is_trained = train_split != validation_split
     empty = [name for name, images in train.items() if not images]
-    if empty:
-        # Where only validation images are needed, they take the place of the training images.
-        noun = "image" if train_split == validation_split else "training image"
+    if empty and is_trained:
         raise UsageError(
-            f"no {noun} in class folder {quoted(empty)} of {train_split!r} in {root}: add"
+            f"no training image in class folder {quoted(empty)} of {train_split!r} in {root}: add"
             f" images ({', '.join(EXTENSIONS)}), or remove the folder from both splits"
         )
     if not any(validation.values()):
@@ -92,8 +92,10 @@ def open_folder(root: str, train_split: str, validation_split: str) -> Source:
             f"{validation_split!r} in {root} has no image: add images, or choose a larger part"
         )
     _check_validation(root, validation_split, validation)
-    if train_split != validation_split:
+    if is_trained:
         _warn_of_overlap(train_split, train, validation_split, validation)
+        _warn_of_repetitions(train_split, train)
+    _warn_of_repetitions(validation_split, validation)
     fingerprint = _fingerprint(root, (train, validation))
     return Source(tuple(train), _label_files(train), _label_files(validation), fingerprint)
 
@@ -119,7 +121,7 @@ def _check_validation(root: str, split: str, validation: Classes) -> None:
 def _warn_of_overlap(
     train_split: str, train: Classes, validation_split: str, validation: Classes
 ) -> None:
-    """Warns of files that are in both splits, or in two classes."""
+    """Warns of validation images that are also training images, or copies of some."""
     trained = {image.real_path for images in train.values() for image in images}
     common = [i.path for images in validation.values() for i in images if i.real_path in trained]
     if common:
@@ -134,9 +136,14 @@ def _warn_of_overlap(
         )
     else:
         _warn_of_copies(train_split, train, validation_split, validation)
-    repeated = sum(map(len, train.values())) - len(trained)
+
+
+def _warn_of_repetitions(split: str, classes: Classes) -> None:
+    """Warns of files that a split lists twice, such as in two classes."""
+    images = [image.real_path for image in itertools.chain(*classes.values())]
+    repeated = len(images) - len(set(images))
     if repeated:
-        logging.warning("%r lists %s twice or more", train_split, counted(repeated, "image"))
+        logging.warning("%r lists %s twice or more", split, counted(repeated, "image"))
 
 
 def _warn_of_copies(

@@ -239,6 +239,10 @@ class Data:
         channels = split.image_shape[-1]
         return name, self.preprocessing.process_encoded(encoded, None, channels).numpy()
 
+    def begin_validation(self) -> None:
+        """Starts the count of unreadable examples of a pass, which `check_counted` compares."""
+        self._unreadable_validation.missing.clear()
+
     def check_counted(self, num_examples: float) -> None:
         """Raises AssertionError unless a validation pass counted every readable example.
 
@@ -253,7 +257,7 @@ class Data:
                 " the files and the permission to read them"
             )
         missing = self.num_validation_examples - num_examples
-        unreadable = self._unreadable_validation.count
+        unreadable = len(self._unreadable_validation.missing)
         if missing != unreadable and (self._reads_all or missing < unreadable):
             raise AssertionError(
                 f"{num_examples:.0f} of {self.num_validation_examples} validation examples were"

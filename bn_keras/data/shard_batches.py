@@ -267,6 +267,9 @@ class ShardBatches:
                 reason = error if encoded is None else UsageError(explain(encoded.numpy(), error))
                 self._unreadable.add(name, reason)
             if self._random is None:
+                # Prefetching reads on into a second epoch, which belongs to no pass.
+                if group < self.num_groups:
+                    self._unreadable.missing.add((int(group), int(index)))
                 return blank
         raise self._unreadable.fail(
             f"none of {ends[-1]:,} training images is readable, the last one {name}: check the"

@@ -17,10 +17,14 @@ class UnreadableExamples:
 
     Attributes:
       error: the error to raise once there are more than `limit`; None before.
+      missing: positions of the examples that the current validation pass left out. Unlike `count`,
+        they include both places of an example that is listed twice, and no example that only an
+        earlier pass could not read.
     """
 
     def __init__(self, limit: int) -> None:
         self.error: ReportedError | None = None
+        self.missing: set[tuple[int, int]] = set()
         self._limit = limit
         self._names: set[str] = set()
         self._lock = threading.Lock()

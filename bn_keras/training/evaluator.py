@@ -101,6 +101,7 @@ class Evaluator:
             merge_moving_statistics(model, self._strategy)
         self._sums.assign(tf.zeros_like(self._sums))
         self._table.assign(tf.zeros_like(self._table))
+        self._data.begin_validation()
         self._run_all_steps(label)
         rows = self._sums.read_value().numpy().tolist()
         for num_examples, *_ in rows:
