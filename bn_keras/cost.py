@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from bn_keras.arguments import check_model
 from bn_keras.errors import UsageError
-from bn_keras.keras_internals import graph_calls
+from bn_keras.keras_internals import Call, graph_calls
 from bn_keras.layer_kinds import DEPTHWISE, SEPARABLE, TRANSPOSED, WITH_KERNEL
 from bn_keras.text import table
 
@@ -272,7 +272,7 @@ def _trace(
     activations = {id(tensor): known for tensor, known in zip(model.inputs, inputs, strict=True)}
     for call in graph_calls(keras.Function(model.inputs, model.outputs)):
         layer, name = call.operation, prefix + call.operation.name
-        call_inputs = [activations[id(tensor)] for tensor in call.input_tensors]
+        call_inputs = [activations[id(tensor)] for tensor in _tensors_read(call)]
         if call.is_input:
             # The input of a nested model is the output of another layer.
             if not prefix:
@@ -287,6 +287,12 @@ def _trace(
             calls.append(_LayerCall(layer, name, call_inputs, outputs, hidden))
         activations.update(zip(map(id, call.outputs), outputs, strict=True))
     return [activations[id(tensor)] for tensor in model.outputs]
+
+
+def _tensors_read(call: Call) -> list[keras.KerasTensor]:
+    """Returns the input tensors of a call without its mask, which Keras passes on by itself."""
+    masks = {id(tensor) for tensor in keras.tree.flatten(call.arguments.kwargs.get("mask"))}
+    return [tensor for tensor in call.input_tensors if id(tensor) not in masks]
 
 
 def _hidden_activations(layer: Any, outputs: Sequence[_Activation]) -> list[_Activation]:

@@ -1,10 +1,11 @@
 """Folds batch normalization into the layers before it: Algorithm 2, line 11."""
 
+import contextlib
 import dataclasses
 import inspect
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -28,7 +29,7 @@ from bn_keras.keras_internals import (
 )
 from bn_keras.layer_kinds import DEPTHWISE, SEPARABLE, TRANSPOSED, WITH_KERNEL
 from bn_keras.model_copy import REMOVED, ModelCopier, describe_layer, find_state
-from bn_keras.population import preserved_state
+from bn_keras.population import find_trained_layers, preserved_state
 from bn_keras.text import first_line
 
 # Random inputs of the comparison: number of examples, and size of the axes that the model leaves
@@ -134,8 +135,10 @@ def fold_batch_norm(model: keras.Model, inputs: Any = None) -> tuple[keras.Model
     Source: Ioffe & Szegedy 2015, Algorithm 2, line 11.
     """
     plan = _Plan(model)
+    inputs = _as_batch(_random_inputs(model.name, plan.inputs) if inputs is None else inputs)
+    with _reporting_invalid_inputs(model):
+        plan.find_always_training(model, inputs)
     folded_model = _Folder(plan).copy_model(model)
-    inputs = _random_inputs(model.name, plan.inputs) if inputs is None else inputs
     return folded_model, _compare_models(plan, model, folded_model, inputs)
 
 
@@ -220,6 +223,17 @@ class _Plan:
         # With channels first, keras.layers.Rescaling adds axes to the scale of a vector.
         is_vector = batch_norm.input_spec.ndim == 2
         return not (is_vector and keras.config.image_data_format() == "channels_first")
+
+    def find_always_training(self, model: keras.Model, inputs: Any) -> None:
+        """Adds the layers that the code of another layer calls with training=True."""
+        inside = [layer for layer in self.batch_norms if layer in self.inside and layer.trainable]
+        if inside:
+            self.always_training.update(find_trained_layers(model, inside, inputs, training=False))
+
+    def reads_integers(self, layer: keras.Layer) -> bool:
+        """Returns whether any input of a layer in a graph has an integer dtype."""
+        tensors = [tensor for call in self._calls[layer] for tensor in call.input_tensors[:1]]
+        return not all(keras.backend.is_float_dtype(tensor.dtype) for tensor in tensors)
 
     def reasons(self) -> dict[str, str]:
         """Returns `kept` by layer name."""
@@ -368,7 +382,7 @@ class _Folder(ModelCopier):
             new.supports_masking = old.supports_masking and batch_norm.supports_masking
             return new
         if old in self._plan.affine:
-            new = self.record(old, _affine_layer(old))
+            new = self.record(old, _affine_layer(old, self._plan.reads_integers(old)))
             new.supports_masking = old.supports_masking
             return new
         new = super().copy_operation(old)
@@ -395,7 +409,7 @@ def _set_weights(layer: keras.Layer, values: Mapping[str, np.ndarray]) -> None:
         variable.assign(values[variable.name].reshape(variable.shape))
 
 
-def _affine_layer(batch_norm: keras.Layer) -> keras.Layer:
+def _affine_layer(batch_norm: keras.Layer, reads_integers: bool) -> keras.Layer:
     """Returns Keras' fastest layer for scale * x + offset."""
     options = {
         "name": batch_norm.name,
@@ -404,7 +418,8 @@ def _affine_layer(batch_norm: keras.Layer) -> keras.Layer:
     }
     rank, axes = batch_norm.input_spec.ndim, _axes(batch_norm)
     scale, offset = _scale_and_offset(batch_norm)
-    if rank == 4 and axes == [3]:
+    # A convolution does not cast integers.
+    if rank == 4 and axes == [3] and not reads_integers:
         # TensorFlow fuses this convolution with the following activation: one pass over the images.
         # The default initializer would draw a seed from Python's global generator.
         layer = keras.layers.DepthwiseConv2D(
@@ -491,15 +506,9 @@ def _compare_models(
 
 
 def _compare_runs(plan: _Plan, before: keras.Model, after: keras.Model, inputs: Any) -> FoldReport:
-    inputs = _as_batch(inputs)
     run_before, run_after = _inference(before), _inference(after)
-    try:
+    with _reporting_invalid_inputs(before):
         expected = run_before(inputs)
-    except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
-        raise UsageError(
-            f"model {before.name!r} does not accept the inputs to compare on ({first_line(error)}):"
-            " pass a batch that it accepts"
-        ) from None
     outputs = run_after(inputs)
     source = f"folded model {before.name!r}"
     difference, size = check_agreement(before, expected, outputs, source)
@@ -514,6 +523,18 @@ def _compare_runs(plan: _Plan, before: keras.Model, after: keras.Model, inputs: 
         milliseconds_before=times[0],
         milliseconds_after=times[1],
     )
+
+
+@contextlib.contextmanager
+def _reporting_invalid_inputs(model: keras.Model) -> Iterator[None]:
+    """Raises UsageError if a `with` block fails because the model does not accept the inputs."""
+    try:
+        yield
+    except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
+        raise UsageError(
+            f"model {model.name!r} does not accept the inputs to compare on ({first_line(error)}):"
+            " pass a batch that it accepts"
+        ) from None
 
 
 def _as_batch(inputs: Any) -> Any:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -18,6 +18,7 @@ from bn_keras.fold import unfoldable_layers
 from bn_keras.keras_internals import (
     all_layers,
     batch_norm_layers,
+    layer_names,
     replaced_method,
     without_traces,
 )
@@ -83,7 +84,9 @@ class Finding:
     """One finding of a check.
 
     Attributes:
-      layer: path of the layer in the model; the model's name if the finding concerns the outputs.
+      layer: name of the layer, unique in the model: its path, with the names of nested models in
+        front if several layers have this path. The model's name if the finding concerns the
+        outputs.
       kind: one of the kinds listed in `check_batch_norm`.
       is_fault: whether inference is wrong or a layer useless; otherwise the finding is a note.
       text: description of the finding.
@@ -235,7 +238,8 @@ def check_batch_norm(
     if not model.built:
         raise UsageError(f"model {model.name!r} is not built: call or build it first")
     layers = [layer for layer in batch_norm_layers(model) if layer.built]
-    findings = _check_weights(model, layers)
+    names = layer_names(model)
+    findings = _check_weights(model, layers, names)
     population, gap, skipped = None, None, []
     obstacle = _obstacle_to_running(dataset, layers, findings)
     if dataset is not None and not obstacle:
@@ -243,7 +247,7 @@ def check_batch_norm(
         inputs = _first_inputs(dataset, strategy)
         estimator = PopulationEstimator(model, strategy)
         trained = estimator.find_trained_layers(inputs)
-        findings = _excuse_untrained(findings, trained)
+        findings = _excuse_untrained(findings, {names[layer] for layer in trained})
         if trained:
             gap, found = _compare_modes(model, inputs, strategy, trained)
             if not found:
@@ -258,40 +262,43 @@ def check_batch_norm(
     if obstacle:
         skipped.append(f"checks on data: {obstacle}")
     try:
-        findings += _check_folding(model) if layers else []
+        findings += _check_folding(model, names) if layers else []
     except UsageError as error:
         skipped.append(f"check of folding: {error}")
 
-    order = {layer.path: i for i, layer in enumerate(all_layers(model, include_self=False))}
+    order = {names[layer]: i for i, layer in enumerate(all_layers(model, include_self=False))}
     # Findings about the whole model come last.
     findings.sort(key=lambda finding: order.get(finding.layer, math.inf))
     channels = sum(math.prod(layer.moving_mean.shape) for layer in layers)
     return HealthReport(len(layers), channels, tuple(findings), population, gap, tuple(skipped))
 
 
-def _check_weights(model: keras.Model, layers: Sequence[keras.Layer]) -> list[Finding]:
-    findings = _check_finite(model)
+def _check_weights(
+    model: keras.Model, layers: Sequence[keras.Layer], names: Mapping[keras.Layer, str]
+) -> list[Finding]:
+    findings = _check_finite(model, names)
     not_finite = {finding.layer for finding in findings}
     for layer in layers:
-        if layer.path not in not_finite:
-            findings += _check_layer(layer)
+        if names[layer] not in not_finite:
+            findings += _check_layer(layer, names[layer])
     return findings
 
 
-def _check_finite(model: keras.Model) -> list[Finding]:
+def _check_finite(model: keras.Model, names: Mapping[keras.Layer, str]) -> list[Finding]:
     """Checks every weight of the model and returns one finding per layer."""
-    names: dict[str, list[str]] = {}
+    # A layer follows those that contain it, so the innermost one remains.
+    owners = {id(v): names[layer] for layer in all_layers(model) for v in layer.variables}
+    weights: dict[str, list[str]] = {}
     for variable in model.variables:
         if not np.isfinite(to_float64(variable)).all():
-            layer, _, name = variable.path.rpartition("/")
-            names.setdefault(layer or model.name, []).append(name)
+            weights.setdefault(owners[id(variable)], []).append(variable.name)
     return [
-        _make_finding(layer, "not_finite", True, f"NaN or infinity in {', '.join(weights)}")
-        for layer, weights in names.items()
+        _make_finding(layer, "not_finite", True, f"NaN or infinity in {', '.join(own)}")
+        for layer, own in weights.items()
     ]
 
 
-def _check_layer(layer: keras.Layer) -> list[Finding]:
+def _check_layer(layer: keras.Layer, layer_name: str) -> list[Finding]:
     """Checks the weights of one BatchNormalization; all of them are finite."""
     findings = []
 
@@ -299,13 +306,13 @@ def _check_layer(layer: keras.Layer) -> list[Finding]:
         channels = tuple(np.flatnonzero(affected).tolist())
         if channels:
             text = f"{text} in {_format_channels(channels, affected.size)}"
-            findings.append(_make_finding(layer.path, kind, is_fault, text, channels))
+            findings.append(_make_finding(layer_name, kind, is_fault, text, channels))
 
     if _has_initial_statistics(layer):
         text = "the moving mean and variance still have their initial values"
         if not layer.trainable:
             text = f"frozen, and {text}"
-        findings.append(_make_finding(layer.path, "never_updated", layer.trainable, text))
+        findings.append(_make_finding(layer_name, "never_updated", layer.trainable, text))
     variance = to_float64(layer.moving_variance).ravel()
     gamma = 1.0 if layer.gamma is None else to_float64(layer.gamma).ravel()
     negative = variance < 0
@@ -353,17 +360,16 @@ def _first_inputs(dataset: Iterable, strategy: tf.distribute.Strategy) -> Any:
     return batch[0] if isinstance(batch, tuple) else batch
 
 
-def _excuse_untrained(findings: Sequence[Finding], trained: Sequence[keras.Layer]) -> list[Finding]:
+def _excuse_untrained(findings: Sequence[Finding], trained: Collection[str]) -> list[Finding]:
     """Makes notes of the faults of layers that are never updated because they are not trained.
 
     Args:
       findings: findings about the weights.
-      trained: the layers that the model calls in training mode.
+      trained: names of the layers that the model calls in training mode.
     """
-    paths = {layer.path for layer in trained}
     return [
         _make_finding(f.layer, f.kind, False, f"never in training mode, and {f.text}")
-        if f.kind == "never_updated" and f.is_fault and f.layer not in paths
+        if f.kind == "never_updated" and f.is_fault and f.layer not in trained
         else f
         for f in findings
     ]
@@ -435,9 +441,9 @@ def _largest_distances(*rows: LayerReport) -> tuple[float, float, float]:
     return distance, smallest, largest
 
 
-def _check_folding(model: keras.Model) -> list[Finding]:
+def _check_folding(model: keras.Model, names: Mapping[keras.Layer, str]) -> list[Finding]:
     return [
-        _make_finding(layer.path, "unfoldable", False, f"cannot be folded: {reason}")
+        _make_finding(names[layer], "unfoldable", False, f"cannot be folded: {reason}")
         for layer, reason in unfoldable_layers(model).items()
     ]
 

@@ -39,6 +39,29 @@ def all_layers(model: keras.Layer, include_self: bool = True) -> list[keras.Laye
     return list(model._flatten_layers(include_self=include_self))
 
 
+def layer_names(model: keras.Layer) -> dict[keras.Layer, str]:
+    """Returns a unique name of each layer of a model, itself included.
+
+    The name is the layer's path. Layers of two nested models may have the same path, such as those
+    of two backbones of one architecture: then the names of the models are added in front.
+    """
+    layers = all_layers(model)
+    count = collections.Counter(layer.path for layer in layers)
+    names = {x: x.path for x in layers if count[x.path] == 1}
+
+    def add_prefixed(parent: keras.Layer, prefix: str) -> None:
+        for child in parent._flatten_layers(include_self=False, recursive=False):
+            name = prefix + child.name
+            if child not in names:
+                names[child] = name if name not in taken else f"{name} ({len(names)})"
+                taken.add(names[child])
+            add_prefixed(child, f"{name}/")
+
+    taken = set(names.values())
+    add_prefixed(model, "")
+    return names | {model: model.name}
+
+
 def batch_norm_layers(model: keras.Layer) -> list[keras.layers.BatchNormalization]:
     """Returns the BatchNormalization layers of a model, ours and Keras', among `all_layers`."""
     return [v for v in all_layers(model) if isinstance(v, keras.layers.BatchNormalization)]

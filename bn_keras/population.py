@@ -20,6 +20,7 @@ from bn_keras.errors import UsageError
 from bn_keras.keras_internals import (
     all_variables,
     batch_norm_layers,
+    layer_names,
     observed_moments,
     replaced_method,
     without_traces,
@@ -35,7 +36,8 @@ class LayerReport:
     Covers all channels, and all replicas if each has moving statistics of its own.
 
     Attributes:
-      layer: path of the layer in the model.
+      layer: name of the layer, unique in the model: its path, with the names of nested models in
+        front if several layers have this path.
       channels: number of channels.
       mean_distance_average, mean_distance_largest: |moving mean - E| / sqrt(Var + epsilon), in
         standard deviations of the layer's input.
@@ -173,8 +175,9 @@ class PopulationEstimator:
                 f"model {model.name!r} has no BatchNormalization to estimate:"
                 f" {len(found)} found, none both built and trainable"
             )
+        names = layer_names(model)
         with strategy.scope():
-            self._sums = [_MomentSums(layer) for layer in layers]
+            self._sums = [_MomentSums(layer, names[layer]) for layer in layers]
 
         def run(inputs: Any) -> None:
             strategy.run(lambda inputs: model(inputs, training=True), args=(inputs,))
@@ -191,18 +194,19 @@ class PopulationEstimator:
         batches = distribute_dataset(dataset, self._strategy)
         with preserved_state(self._model, self._strategy):
             self._sum_moments(batches, num_batches)
-        estimated = [
-            (sums.layer, *sums.compute_population()) for sums in self._sums if sums.is_used
-        ]
+        estimated = [(sums, *sums.compute_population()) for sums in self._sums if sums.is_used]
         if not estimated:
             raise UsageError(
                 f"model {self._model.name!r} calls no BatchNormalization in training mode: its call"
                 " must pass `training` on to its layers"
             )
-        rows = [_compare(*statistics, self._strategy) for statistics in estimated]
+        rows = [
+            _compare(sums.name, sums.layer, mean, variance, self._strategy)
+            for sums, mean, variance in estimated
+        ]
         if update:
-            for statistics in estimated:
-                _assign(*statistics, self._strategy)
+            for sums, mean, variance in estimated:
+                _assign(sums.layer, mean, variance, self._strategy)
         return PopulationReport(num_batches, tuple(rows))
 
     def find_trained_layers(self, inputs: Any) -> list[keras.Layer]:
@@ -305,11 +309,13 @@ class _MomentSums:
 
     Attributes:
       layer: the layer whose moments are added.
+      name: its name in reports.
       is_used: whether the model runs the layer, known once the model is traced.
     """
 
-    def __init__(self, layer: keras.Layer) -> None:
+    def __init__(self, layer: keras.Layer, name: str) -> None:
         self.layer = layer
+        self.name = name
         self.is_used = False
         channels = int(np.prod(layer.moving_mean.shape))
         # Rows: sums of m, of m * mean, of m where m > 1, and of m * unbiased variance where m > 1.
@@ -340,16 +346,41 @@ class _MomentSums:
         count, mean, several, variance = self._sums.read_value().numpy()
         if not np.all(several > 0):
             raise UsageError(
-                f"layer {self.layer.path!r} saw no mini-batch with two or more values in each"
+                f"layer {self.name!r} saw no mini-batch with two or more values in each"
                 " channel, which an unbiased variance needs: use larger batches, or more of them"
             )
         mean, variance = mean / count, variance / several
         if not np.all(np.isfinite([mean, variance])):
             raise UsageError(
-                f"the statistics of layer {self.layer.path!r} are not finite: look for NaN or"
+                f"the statistics of layer {self.name!r} are not finite: look for NaN or"
                 " infinity in the data and in the parameters"
             )
         return mean, variance
+
+
+def find_trained_layers(
+    model: keras.Model, layers: Iterable[keras.Layer], inputs: Any, training: bool
+) -> list[keras.Layer]:
+    """Returns the layers that a model calls in training mode, without running the model.
+
+    Args:
+      model: built model.
+      layers: BatchNormalization layers of the model that are not frozen.
+      inputs: one batch.
+      training: the mode in which the model itself is called.
+    """
+    found: dict[keras.Layer, None] = {}
+
+    def note(layer: keras.Layer, *arguments: Any, **keywords: Any) -> None:
+        found[layer] = None
+
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(_observed(layer, functools.partial(note, layer)))
+        stack.enter_context(without_traces(model))
+        call = tf.function(lambda inputs: model(inputs, training=training), autograph=False)
+        call.get_concrete_function(inputs)
+    return list(found)
 
 
 def _observed(
@@ -418,6 +449,7 @@ def distribute_dataset(dataset: Iterable, strategy: tf.distribute.Strategy) -> I
 
 
 def _compare(
+    name: str,
     layer: keras.Layer,
     mean: np.ndarray,
     variance: np.ndarray,
@@ -430,7 +462,7 @@ def _compare(
     distance = np.abs(moving_mean - mean) / np.sqrt(variance + layer.epsilon)
     ratio = (moving_variance + layer.epsilon) / (variance + layer.epsilon)
     return LayerReport(
-        layer.path,
+        name,
         mean.size,
         float(distance.mean()),
         float(distance.max()),

@@ -186,6 +186,13 @@ def test_a_call_replaced_on_one_layer_is_copied():
     assert not np.array_equal(copied.moving_mean, pinned.moving_mean)
 
 
+def test_a_layer_without_epsilon_is_copied():
+    layers = [keras.Input((5, 3)), KERAS_BN(epsilon=0.0, name="exact"), KERAS_BN(name="usual")]
+    replaced = replace_batch_norm(keras.Sequential(layers))
+    assert [type(layer) for layer in replaced.layers] == [KERAS_BN, BatchNormalization]
+    assert replaced.get_layer("exact").epsilon == 0
+
+
 def test_changes_to_a_keras_layer_are_copied():
     model = keras.Sequential([keras.Input((5, 3)), KERAS_BN(name="bn")])
     norm = model.get_layer("bn")

@@ -318,6 +318,22 @@ def test_uncountable_models_are_rejected(make, message):
         count_cost(make())
 
 
+def test_a_mask_is_no_activation():
+    """Keras passes the mask of an embedding on to the layers after it."""
+
+    def cost_of(mask_zero):
+        tokens = keras.Input((10,))
+        x = L.Embedding(100, 8, mask_zero=mask_zero)(tokens)
+        nested = keras.Sequential([keras.Input((10, 8)), L.Dense(4)])
+        nested.supports_masking = True
+        return count_cost(keras.Model(tokens, L.BatchNormalization()(nested(x))))
+
+    with_mask, without = cost_of(True), cost_of(False)
+    layers = {layer.kind: layer.input_shapes for layer in with_mask.layers}
+    assert layers["Dense"] == ((10, 8),) and layers["BatchNormalization"] == ((10, 4),)
+    assert with_mask.multiply_adds == without.multiply_adds == 10 * 8 * 4
+
+
 def test_an_unknown_dtype_is_rejected():
     with pytest.raises(UsageError, match="dtype='float17' is invalid: expected a dtype"):
         count_cost(SigmoidMLP(), dtype="float17")

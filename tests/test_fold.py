@@ -601,9 +601,9 @@ def test_only_the_argument_called_training_chooses_the_mode():
 class Block(keras.Model):
     """A subclassed model inside a functional one."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, cls=KERAS_BN, **kwargs):
         super().__init__(**kwargs)
-        self.norm = KERAS_BN(name="hidden")
+        self.norm = cls(name="hidden")
 
     def build(self, input_shape):
         self.norm.build(input_shape)
@@ -621,6 +621,35 @@ def test_batch_norm_inside_other_layers_is_kept_and_frozen():
     assert_same(folded, model)
     x = example(model)
     np.testing.assert_allclose(run(folded, x, training=True), run(folded, x))
+
+
+@keras.saving.register_keras_serializable("test_fold")
+class AlwaysTraining(Block):
+    """Normalizes by the statistics of its batch in every mode, as in pix2pix."""
+
+    def call(self, x):
+        return self.norm(x, training=True)
+
+
+@pytest.mark.parametrize("cls", [BatchNormalization, KERAS_BN])
+def test_code_that_always_normalizes_by_batch_statistics_is_kept(cls):
+    blocks = [AlwaysTraining(cls, name="always"), Block(cls, name="by_mode")]
+    model = trained(chain((6, 6, 3), L.Conv2D(4, 3), *blocks))
+    folded, report = fold_batch_norm(model)
+    assert set(report.kept) == {"always/hidden", "by_mode/hidden"}
+    assert folded.get_layer("always").norm.trainable
+    assert not folded.get_layer("by_mode").norm.trainable
+    assert_same(folded, model)
+
+
+def test_batch_norm_of_integer_images_becomes_a_layer_that_casts():
+    images = keras.Input((6, 6, 3), dtype="uint8")
+    x = L.Conv2D(4, 3)(KERAS_BN(name="of_images")(images))
+    model = trained(keras.Model(images, x))
+    folded, report = fold_batch_norm(model)
+    assert list(report.kept) == ["of_images"]
+    x = np.random.default_rng(0).integers(0, 256, (2, 6, 6, 3), np.uint8)
+    np.testing.assert_allclose(run(folded, x), run(model, x), rtol=1e-4, atol=1e-2)
 
 
 def test_trainable_flags_and_adapted_layers_are_kept():

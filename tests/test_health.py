@@ -92,6 +92,45 @@ def test_a_healthy_network_is_reported_with_its_measurements_and_unchanged(cls):
     assert not np.array_equal(value, moving_mean.numpy())
 
 
+class InferenceOnly(keras.layers.Layer):
+    """Calls a model with training=False in both modes."""
+
+    def __init__(self, model, **kwargs):
+        super().__init__(**kwargs)
+        self.model = model
+
+    def call(self, x):
+        return self.model(x, training=False)
+
+
+def two_backbones():
+    """Two nested models of one architecture, whose layers have equal paths."""
+
+    def backbone(name):
+        images = keras.Input([6, 6, 3])
+        x = keras.layers.Conv2D(4, 3, name="conv")(images)
+        return keras.Model(images, BatchNormalization(name="norm")(x), name=name)
+
+    images = keras.Input([6, 6, 3])
+    left, right = backbone("left"), backbone("right")
+    x = keras.layers.Concatenate()([left(images), InferenceOnly(right, name="fixed")(images)])
+    return keras.Model(images, keras.layers.GlobalAveragePooling2D()(x), name="twins"), left, right
+
+
+def test_layers_of_equal_paths_are_judged_and_named_on_their_own():
+    model, left, right = two_backbones()
+    assert left.get_layer("norm").path == right.get_layer("norm").path
+    report = check_batch_norm(model, BATCHES, 2)
+    never_updated = {f.layer: f.is_fault for f in report.findings if f.kind == "never_updated"}
+    assert never_updated == {"left/norm": True, "fixed/right/norm": False}
+    assert [row.layer for row in report.population.rows] == ["left/norm"]
+    set_values(left.get_layer("conv").kernel, 0, lambda v: v * np.nan)
+    set_values(right.get_layer("norm").moving_variance, 1, lambda v: -v)
+    found = {(f.layer, f.kind) for f in check_batch_norm(model).findings}
+    assert {("left/conv", "not_finite"), ("fixed/right/norm", "negative_variance")} <= found
+    assert ("left/norm", "never_updated") in found
+
+
 PLANTED = {
     "NaN in a kernel": (
         lambda m: set_values(layer_of(m, "conv_2").kernel, 1, lambda v: v * np.nan),

@@ -16,7 +16,7 @@ def replace_batch_norm(model: keras.Model) -> keras.Model:
     Layers keep their names, weights, frozen state and semantics: the moving variance stays biased,
     without Bessel's correction, as in Keras (unbiased=False). The layer is replaced wherever it
     occurs: in nested and subclassed models, in wrappers and in cells. Subclasses of it are copied,
-    and so is a layer whose `call` has been replaced.
+    and so are a layer whose `call` has been replaced and one with epsilon=0, which ours rejects.
 
     Everything else is the same in the copy: other layers with their state, whether or not their
     classes have a get_config; shared layers; seeds; the arguments of compile() and the state of the
@@ -44,6 +44,7 @@ class _Replacer(ModelCopier):
     def copy_operation(self, old: keras.Operation) -> Any:
         """Returns our layer as the copy of Keras', and a plain copy of any other."""
         # A subclass may compute something else, and so may a `call` replaced on the layer.
-        if type(old) is keras.layers.BatchNormalization and "call" not in vars(old):
+        is_keras_own = type(old) is keras.layers.BatchNormalization and "call" not in vars(old)
+        if is_keras_own and old.epsilon > 0:
             return self.construct_like(old, BatchNormalization, unbiased=False)
         return super().copy_operation(old)
