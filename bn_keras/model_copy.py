@@ -45,7 +45,8 @@ class ModelCopier:
         preserved: adapted state, LoRA, quantization, frozen weights, seeds.
       - The graph of a model is built again: the copied layers are called as the given ones were.
       - Each object has one copy. What is shared inside the model is shared inside the copy.
-      - A function is shared with the given model, unless it captures layers or variables.
+      - A function is shared with the given model, unless it captures layers or variables, or uses
+        global variables that are layers or variables of the model, as in a notebook.
       - The copy is compiled with copies of the arguments. The state of the optimizer is copied;
         metrics start anew.
     """
@@ -57,6 +58,8 @@ class ModelCopier:
         self._originals: list[Any] = []
         self._copied_calls: set[int] = set()
         self._layers: list[keras.Layer] = []
+        # Ids of the layers and their variables.
+        self._own: set[int] = set()
 
     def copy_model(self, model: keras.Model) -> keras.Model:
         """Returns the copy of a model, in the same strategy.
@@ -65,6 +68,7 @@ class ModelCopier:
           UsageError: the model contains an object that cannot be copied.
         """
         self._layers = internals.all_layers(model)
+        self._own = {id(x) for layer in self._layers for x in (layer, *layer.variables)}
         strategy = model.distribute_strategy
         is_current = strategy is tf.distribute.get_strategy()
         with contextlib.nullcontext() if is_current else strategy.scope():
@@ -263,7 +267,11 @@ class ModelCopier:
             return type(old)(function, *args, **keywords)
         self.record(old, old)  # The function may capture itself.
         cells, defaults = old.__closure__ or (), (old.__defaults__, old.__kwdefaults__)
-        if not any(map(self._has_state, [*map(_cell_contents, cells), *defaults])):
+        own_globals = {
+            name: value for name, value in _globals_used(old).items() if self._is_own(value)
+        }
+        captured = [*map(_cell_contents, cells), *defaults]
+        if not own_globals and not any(map(self._has_state, captured)):
             return old
         new_cells = (
             types.CellType(self._copy_captured(_cell_contents(cell)))
@@ -271,13 +279,22 @@ class ModelCopier:
             else cell
             for cell in cells
         )
-        new = types.FunctionType(old.__code__, old.__globals__, closure=tuple(new_cells))
+        copied = {name: self._copy_captured(value) for name, value in own_globals.items()}
+        # Later changes of other global variables are not seen by the copy.
+        new_globals = old.__globals__ | copied if copied else old.__globals__
+        new = types.FunctionType(old.__code__, new_globals, closure=tuple(new_cells))
         self.record(old, new)
         functools.update_wrapper(new, old, updated=())
         del vars(new)["__wrapped__"]
         new.__defaults__, new.__kwdefaults__ = map(self._copy_captured, defaults)
         vars(new).update({name: self.copy(value) for name, value in vars(old).items()})
         return new
+
+    def _is_own(self, value: Any) -> bool:
+        """Returns whether a value is part of the model, or a function that uses a part of it."""
+        if isinstance(value, types.FunctionType):
+            return self.copy(value) is not value
+        return id(value) in self._own
 
     def _copy_captured(self, value: Any) -> Any:
         new = self.copy(value)
@@ -328,7 +345,8 @@ def _parts(value: Any) -> list[Any]:
         return [value.func, value.args, value.keywords]
     if isinstance(value, types.FunctionType):
         captured = map(_cell_contents, value.__closure__ or ())
-        return [*captured, value.__defaults__, value.__kwdefaults__]
+        used = _globals_used(value).values()
+        return [*captured, *used, value.__defaults__, value.__kwdefaults__]
     if isinstance(value, tf.types.experimental.PolymorphicFunction):
         return [value.python_function]
     if isinstance(value, weakref.ref):
@@ -343,6 +361,25 @@ def _parts(value: Any) -> list[Any]:
 def describe_layer(operation: keras.Operation) -> str:
     """Returns the class and name of a layer, such as "Dense 'dense'"."""
     return f"{type(operation).__name__} {operation.name!r}"
+
+
+def _globals_used(function: types.FunctionType) -> dict[str, Any]:
+    """Returns the global variables of a function that may be, or lead to, parts of a model.
+
+    These are layers, variables and functions of the same module, by name.
+    """
+    codes, names = [function.__code__], set()
+    while codes:
+        code = codes.pop()
+        names.update(code.co_names)
+        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    namespace = function.__globals__
+    return {
+        name: value
+        for name in sorted(names & namespace.keys())
+        if isinstance(value := namespace[name], _WITH_STATE)
+        or (isinstance(value, types.FunctionType) and value.__globals__ is namespace)
+    }
 
 
 def _cell_contents(cell: types.CellType) -> Any:

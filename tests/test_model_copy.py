@@ -398,6 +398,52 @@ def test_a_converted_model_differs_only_in_batch_norm(make):
         assert_close([sum(copied.losses, 0.0)], [sum(model.losses, 0.0)], rtol)
 
 
+NOTEBOOK = """
+import keras
+
+def transpose(x):
+    return keras.ops.transpose(dense.kernel)
+
+dense = keras.layers.Dense(3, name="encoder")
+norm = keras.layers.BatchNormalization(name="norm")
+outside = keras.Variable(2.0)
+inputs = keras.Input((4,))
+x = norm(keras.layers.ReLU()(dense(inputs)))
+decode = keras.layers.Lambda(
+    lambda t: [t @ transpose(t) * outside for _ in range(1)][0], name="decode", output_shape=(4,)
+)
+again = keras.layers.Lambda(lambda t: norm(keras.ops.matmul(t, dense.kernel)), name="again")
+model = keras.Model(inputs, again(decode(x)))
+"""
+
+
+@pytest.mark.parametrize("convert", [replace_batch_norm, fold_batch_norm])
+def test_functions_that_use_global_layers_use_those_of_the_copy(convert):
+    namespace = {"__name__": "notebook"}
+    exec(NOTEBOOK, namespace)
+    model, x = trained(namespace["model"]), random(6, 4)
+    expected = run(model, x)
+    copied = convert(model)
+    if convert is fold_batch_norm:
+        copied, report = copied
+        assert report.kept["norm"] == "is also used by Lambda 'again'"
+    assert_close(run(copied, x), expected)
+    model.get_layer("encoder").kernel.assign(random(4, 3, seed=7))
+    model.get_layer("norm").beta.assign([5.0, 6.0, 7.0])
+    assert_close(run(copied, x), expected)
+    # The kernel is still tied in the copy, and what is not part of the model is shared.
+    copied.get_layer("encoder").kernel.assign(model.get_layer("encoder").kernel)
+    copied.get_layer("norm").beta.assign([5.0, 6.0, 7.0])
+    assert_close(run(copied, x), run(model, x))
+    namespace["outside"].assign(3.0)
+    assert_close(run(copied, x), run(model, x))
+    if convert is replace_batch_norm:
+        assert "norm" not in copied.get_layer("again").function.__code__.co_freevars
+        used = copied.get_layer("again").function.__globals__["norm"]
+        assert used is copied.get_layer("norm") and type(used) is BatchNormalization
+    assert namespace["norm"] is model.get_layer("norm")
+
+
 FOLDABLE = {name: make for name, make in MODELS.items() if make is not _subclassed}
 
 
