@@ -368,7 +368,7 @@ def _globals_used(function: types.FunctionType) -> dict[str, Any]:
 
     These are layers, variables and functions of the same module, by name.
     """
-    codes, names = [function.__code__], set()
+    codes, names = [function.__code__], set[str]()
     while codes:
         code = codes.pop()
         names.update(code.co_names)
