@@ -444,10 +444,10 @@ def test_moving_averages_are_compared_with_equal_weights():
     found = check_claim(claim(beginning), results)
     # Accuracies of 54%, 51% and 20%, times 0.73, 0.77 and 0.8 at the three evaluations.
     assert found.measured == (
-        "BN-x5, 3 evaluations by step 600, difference from population statistics of 100 batches;"
-        " moving averages of momentum 0.99 (about 100 steps): 2.4 points at most, 2.3 points on"
-        " average; moving averages of momentum 0.9997 (about 3,333 steps): 24.8 points at most,"
-        " 23.8 points on average"
+        "BN-x5, compared with population statistics of 100 batches in 3 evaluations by step 600:"
+        " moving averages of momentum 0.99 (about 100 steps) differ by up to 2.4 points (2.3 on"
+        " average) and moving averages of momentum 0.9997 (about 3,333 steps) differ by up to 24.8"
+        " points (23.8 on average)"
     )
     assert "largest at step 600: 43.2% with moving averages of momentum 0.99" in found.note
     assert "40.8% with population statistics" in found.note

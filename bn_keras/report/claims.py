@@ -417,14 +417,14 @@ def _moving_averages_track(results: Results) -> Judgement:
         for run in others
     ]
     measured = [
-        f"{_name_moving_averages(run)}: {format_points(max(gap))} at most,"
-        f" {format_points(statistics.mean(gap))} on average"
+        f"{_name_moving_averages(run)} differ by up to {format_points(max(gap))}"
+        f" ({100 * statistics.mean(gap):.1f} on average)"
         for run, gap in zip(others, gaps, strict=True)
     ]
     text = (
-        f"BN-x5, {counted(len(expected), 'evaluation')} by step {max(expected):,}, difference from"
-        f" population statistics of {population.config.population.num_batches} batches;"
-        f" {'; '.join(measured)}"
+        f"BN-x5, compared with population statistics of {population.config.population.num_batches}"
+        f" batches in {counted(len(expected), 'evaluation')} by step {max(expected):,}:"
+        f" {join_words(measured)}"
     )
     if not all(_is_same_training(run, population) for run in others):
         text += "; not with the same weights, since the training losses differ"
