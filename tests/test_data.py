@@ -1,5 +1,6 @@
 """The order of examples for every kind of source: complete, without repeats, resumable anywhere."""
 
+import concurrent.futures
 import math
 import os
 import pathlib
@@ -8,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -558,6 +560,36 @@ def test_the_error_for_a_failed_download_suggests_a_config_without_one(tmp_path,
     suggested = load_config(re.search(r"--config=(\w+)$", message)[1])
     assert suggested.data.name in sources.NOT_IN_TFDS
     assert pipeline.open_data(**suggested.data, seed=0).num_train_examples == 1442
+
+
+class SlowThumbnails(TinyThumbnails):
+    """A set that two processes prepare at the same time: both read its examples before any ends."""
+
+    BARRIER = threading.Barrier(2, timeout=60)
+
+    def _generate_examples(self, count):
+        yield from super()._generate_examples(count)
+        if count == NUM_VALIDATION_EXAMPLES:
+            self.BARRIER.wait()
+
+
+def test_a_set_is_prepared_without_being_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds_sets, "_read_arrays", None)
+    sources.prepare("tiny_photographs", str(tmp_path))
+    assert TinyPhotographs(data_dir=tmp_path).is_prepared()
+    for name in ("digits", "synthetic", "folder"):
+        sources.prepare(name, "")
+
+
+def test_a_set_may_be_prepared_by_two_processes_at_the_same_time(tmp_path):
+    splits = ("train", "validation")
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        sources = list(
+            threads.map(
+                lambda _: tfds_sets.open_tfds("slow_thumbnails", str(tmp_path), *splits), range(2)
+            )
+        )
+    assert [source.train.num_examples for source in sources] == [NUM_EXAMPLES] * 2
 
 
 def test_the_error_for_missing_imagenet_says_how_to_prepare_it(tmp_path):

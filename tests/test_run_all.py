@@ -10,6 +10,7 @@ import pytest
 from small import small_mlp
 
 from bn_keras.errors import UsageError
+from bn_keras.experiments import parallel, run_all
 from bn_keras.experiments.run_all import list_remaining, read_ended, train_all
 from bn_keras.runs.workdir import Workdir
 
@@ -59,6 +60,24 @@ def test_all_configs_are_checked_before_any_training(tmp_path):
         with pytest.raises(UsageError, match="schedule.base_rate=-1.0 is invalid"):
             use(configs, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_data_are_prepared_once_before_the_processes_start(tmp_path, monkeypatch):
+    """Otherwise each of them would download and prepare the same set."""
+    order = []
+
+    def run_tasks(tasks, shares):
+        order.append(len(tasks))
+        raise InterruptedError
+
+    shares = [parallel.Share((0,), ()), parallel.Share((1,), ())]
+    monkeypatch.setattr(run_all, "divide_machine", lambda *arguments: shares)
+    monkeypatch.setattr(run_all, "prepare_input", lambda config: order.append(config.data.name))
+    monkeypatch.setattr(run_all, "run_tasks", run_tasks)
+    configs = {"a": small_mlp(**FEW), "b": small_mlp(**FEW, **{"train.l2": 0.1})}
+    with pytest.raises(InterruptedError):
+        train_all(configs, tmp_path)
+    assert order == ["digits", 2]
 
 
 @pytest.mark.job

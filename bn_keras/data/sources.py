@@ -6,7 +6,7 @@ To add a data set that TFDS does not have, add it to `built_in.BUILT_IN`.
 from bn_keras.data.built_in import BUILT_IN, NOT_IN_TFDS, make_pool
 from bn_keras.data.folder import open_folder
 from bn_keras.data.splits import Arrays, Description, Source, unknown_split
-from bn_keras.data.tfds_sets import describe_tfds, locate_tfds, open_tfds
+from bn_keras.data.tfds_sets import describe_tfds, locate_tfds, open_tfds, prepare_tfds
 
 
 def open_source(
@@ -69,6 +69,17 @@ def synthesize(description: Description, image_size: int) -> Source:
         Arrays(*pool, num_examples=description.num_train_examples or 0),
         Arrays(*pool, num_examples=description.num_validation_examples or 0),
     )
+
+
+def prepare(name: str, data_dir: str) -> None:
+    """Downloads and prepares a data set if necessary, without reading it.
+
+    Raises:
+      UsageError: there is no such data set, or it cannot be prepared.
+      StorageError: data_dir is in a bucket that cannot be read.
+    """
+    if name not in NOT_IN_TFDS:
+        prepare_tfds(name, data_dir)
 
 
 def locate(name: str, data_dir: str) -> str:

@@ -85,6 +85,13 @@ def describe_tfds(name: str, data_dir: str, train_split: str, validation_split: 
     return Description(features[image].shape, features[label].num_classes, *sizes)
 
 
+def prepare_tfds(name: str, data_dir: str) -> None:
+    """Downloads and prepares a TFDS set if necessary; see `sources.prepare`."""
+    tfds.disable_progress_bar()
+    with reporting_outages(f"data set {name!r}"):
+        _prepare(name, data_dir)
+
+
 def locate_tfds(name: str, data_dir: str) -> str:
     """Returns where a TFDS set is, or how it is obtained; see `sources.locate`."""
     builder = _find_builder(name, data_dir)
@@ -134,6 +141,10 @@ def _prepare(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
             builder.download_and_prepare()
     # TFDS raises many kinds of errors here.
     except Exception as error:
+        # Another process may have prepared the set meanwhile, and left no place for this one's.
+        prepared = _find_builder(name, data_dir)
+        if prepared.is_prepared():
+            return prepared
         raise UsageError(
             f"data set {name!r} is not in {builder.data_dir} and cannot be prepared there"
             f" ({first_line(error)}): set data.data_dir to a folder that holds it, or choose a"
@@ -146,7 +157,7 @@ def _check_reachable(builder: tfds.core.DatasetBuilder) -> None:
     """Raises OSError if a server of the set is unreachable; TFDS would retry for minutes."""
     if urllib.request.getproxies() or builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
         return
-    urls = [urllib.parse.urlsplit(url) for url in builder.url_infos]
+    urls = [urllib.parse.urlsplit(url) for url in builder.url_infos or ()]
     ports = {"http": 80, "https": 443}
     servers = {(u.hostname, u.port or ports[u.scheme]) for u in urls if u.scheme in ports}
     for host, port in sorted(servers):

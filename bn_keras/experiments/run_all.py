@@ -21,7 +21,7 @@ from bn_keras.training.graphs import Graphs
 from bn_keras.training.length import finish_reason
 from bn_keras.training.loop import train_and_evaluate
 from bn_keras.training.networks import replaced
-from bn_keras.training.plan import describe_progress
+from bn_keras.training.plan import describe_progress, prepare_input
 
 # Replaces all seeds, to compare configs regardless of them.
 _SEED = {"seed": 0}
@@ -67,6 +67,9 @@ def train_all(
     # TensorFlow fixes its devices when it starts, so one process cannot change the distribution.
     if len(shares) > 1 or len(set(distributions)) > 1:
         logging.info("training %d of %d runs at a time", len(shares), len(due))
+        # Once, instead of once in each process.
+        for config in {configs[title].data.name: configs[title] for title in due}.values():
+            prepare_input(config)
         tasks = [
             Task(group[0].title, _train_in_process, (group, setup_process))
             for group in _group(due_runs, len(shares))

@@ -51,6 +51,11 @@ def describe_input(config: ConfigDict) -> dict[str, str]:
     }
 
 
+def prepare_input(config: ConfigDict) -> None:
+    """Downloads and prepares the data set of a config if necessary; see `sources.prepare`."""
+    sources.prepare(config.data.name, config.data.data_dir)
+
+
 def describe_length(config: ConfigDict) -> str:
     """Describes the length of a run: "40 epochs", or "60 steps" if the config sets no epochs."""
     if epochs := config.train.epochs:
