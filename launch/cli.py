@@ -17,6 +17,7 @@ Exit statuses:
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import importlib
 import importlib.util
@@ -47,6 +48,11 @@ from .help import HELP_FLAGS, format_help, is_required
 
 # Flags defined in this module belong to the command that calls it: --help lists them there.
 flags.disclaim_key_flags()
+
+# Statuses of errors that would recur if the command were repeated: an invalid request, divergence.
+_RECURRING = (2, 3)
+# Environment variable with a file that receives these statuses; see slurm/train.sbatch.
+_STATUS_FILE = "BN_KERAS_STATUS_FILE"
 
 _LAUNCH = pathlib.Path(__file__).resolve().parent
 _Number = TypeVar("_Number", int, float)
@@ -207,14 +213,25 @@ def exiting_on_error() -> Iterator[None]:
     """Turns an error that ends a command into one line and an exit status."""
     try:
         yield
+        sys.stdout.flush()
     except CommandError as error:
         _fail(error, error.status)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except BrokenPipeError:
-        # Python flushes standard output once more at exit, which must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        # Errors of files have a name or are reported as StorageErrors.
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _discard_stdout()
+        _fail(f"standard output cannot be written: {error.strerror}", 2)
+
+
+def _discard_stdout() -> None:
+    """Redirects standard output, which Python flushes once more at exit, where it must not fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
@@ -249,6 +266,9 @@ def _ending_process() -> Iterator[None]:
 def _fail(reason: object, status: int) -> NoReturn:
     """Prints an error on one line and exits with a status."""
     print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
+    if status in _RECURRING and _STATUS_FILE in os.environ:
+        with contextlib.suppress(OSError), open(os.environ[_STATUS_FILE], "a") as file:
+            file.write(f"{status}\n")
     sys.exit(status)
 
 

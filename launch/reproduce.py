@@ -88,7 +88,7 @@ def main(given: list[str]) -> None:
         if section.summary:
             print(f"\n{section.title}: {section.summary}")
     print(f"\nReport: {workdir}/report.html (self-contained); {workdir}/report.md and its plots")
-    cli.log_lines({"curves": f"tensorboard --logdir={workdir}"})
+    cli.log_lines({"curves": shlex.join(["tensorboard", f"--logdir={workdir}"])})
 
 
 def _choose_experiments(given: list[str]) -> list[str]:

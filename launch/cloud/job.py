@@ -256,11 +256,11 @@ def check_bucket_folder(workdir: str) -> None:
             f"workdir={workdir!r} is invalid: expected a folder in a bucket, gs://BUCKET/FOLDER,"
             " because a preempted VM loses its disk"
         )
-    if not re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]{2,}(/+[^/\s*?\[\]#]+)+/*", workdir):
+    if not re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]{2,}(/[^/\s*?\[\]#]+)+/*", workdir):
         raise CommandError(
             f"workdir={workdir!r} is invalid: expected gs://BUCKET/FOLDER with a bucket name of at"
-            " least 3 characters (a-z, 0-9, -, _ or .) and a folder without spaces or any of"
-            " * ? [ ] #"
+            " least 3 characters (a-z, 0-9, -, _ or .) and a folder without spaces, empty names or"
+            " any of * ? [ ] #"
         )
 
 

@@ -104,7 +104,7 @@ def test_invalid_flags_are_rejected(arguments, message, tmp_path):
 # The script with commands in place of Slurm's. `srun` ends with the status of each attempt.
 
 _FAKES = {
-    "srun": 'exit "$STATUS"',
+    "srun": '[ -z "$OWN" ] || echo "$OWN" >>"$BN_KERAS_STATUS_FILE"; exit "$STATUS"',
     "squeue": "echo RUNNING",
     "scontrol": 'echo "$@" >>"$REQUESTS"',
     "module": "true",
@@ -124,8 +124,11 @@ class FakeSlurm:
             (self._programs / name).write_text(f"#!/bin/sh\n{line}\n")
             (self._programs / name).chmod(0o755)
 
-    def start(self, status, seconds=0):
-        """Runs a training that ends with a status after a time; returns whether it is requeued."""
+    def start(self, status, seconds=0, own=""):
+        """Runs a training that ends with a status after a time; returns whether it is requeued.
+
+        `own` is the status of the process that failed first, if `status` is that of another one.
+        """
         self._requests.write_text("")
         done = subprocess.run(
             ["bash"],
@@ -138,13 +141,14 @@ class FakeSlurm:
                 "SLURM_JOB_ID": "7",
                 "SLURM_RESTART_COUNT": str(next(self._restarts)),
                 "STATUS": str(status),
+                "OWN": str(own),
                 # bash counts on from this value.
                 "SECONDS": str(seconds),
             },
             capture_output=True,
             text=True,
         )
-        assert done.returncode == status, done.stderr
+        assert done.returncode == (own or status), done.stderr
         return self._requests.read_text() == "requeue 7\n"
 
 
@@ -168,6 +172,14 @@ def test_the_job_ends_after_four_quick_failures_in_a_row(ends, requeued, script,
     slurm = FakeSlurm(script, tmp_path)
     assert [slurm.start(*end) for end in ends] == requeued
     assert not list(slurm.folder.iterdir()), "the count is left behind"
+
+
+def test_an_error_of_one_process_that_would_recur_ends_the_job(script, tmp_path):
+    """srun ends with the status of the processes that have lost this one."""
+    slurm = FakeSlurm(script, tmp_path)
+    assert slurm.start(138, 400)
+    assert not slurm.start(138, 400, own=2)
+    assert not list(slurm.folder.iterdir())
 
 
 def test_a_quick_failure_that_cannot_be_counted_ends_the_job(script, tmp_path):
@@ -223,6 +235,11 @@ def test_each_task_finds_its_cluster(layout, slurm):
     [
         ("true", "COMPLETED", 0),
         ("bash -c 'exit 2'", "FAILED", 0),
+        # The other process has lost it.
+        (
+            "bash -c '((SLURM_PROCID)) && exit 138; echo 2 >>$BN_KERAS_STATUS_FILE; exit 2'",
+            *("FAILED", 0),
+        ),
         # The training succeeds after its first restart.
         ("bash -c '((${SLURM_RESTART_COUNT:-0})) || exit 138'", "COMPLETED", 1),
         ("bash -c '((${SLURM_RESTART_COUNT:-0})) || kill -9 $$'", "COMPLETED", 1),
