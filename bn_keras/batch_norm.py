@@ -51,8 +51,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
       axis: axis or list of axes with statistics and parameters of their own; the remaining axes
         are reduced. [1, 2, 3] normalizes each activation of an image separately.
       momentum: fraction of the moving statistics that is kept at each step, in [0, 1] (PyTorch's
-        momentum is 1 minus it). None averages all batches so far equally; the layer then has one
-        more weight, num_updates, the last.
+        momentum is 1 minus it). None averages all batches so far equally, counted for the whole
+        layer, which then has one more weight, num_updates, the last.
       epsilon: added to the variance under the root, > 0.
       center: whether to add beta.
       scale: whether to multiply by gamma.
@@ -209,6 +209,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
           Same shape as inputs, in the compute dtype.
         """
         x = self._check_inputs(inputs)
+        if mask is None and isinstance(training, tf.Tensor):
+            # Keras passes on the mask of its Masking layer only to a call with a single tensor.
+            mask = getattr(inputs, "_keras_mask", None)
         mask = self._expand_mask(mask, x)
         training = self.trainable and _static_value(training)
         if isinstance(training, tf.Tensor):
@@ -359,7 +362,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
             stddev = tf.sqrt(variance + self.epsilon)
             stddev = self._average(self.moving_stddev, stddev, weight, training)
             moving_variance = tf.nn.relu(tf.square(stddev) - self.epsilon)
-            if training is not True or isinstance(weight, tf.Tensor):
+            # A weight that is a number is 0 for an empty batch and for momentum=1.
+            if training is not True or isinstance(weight, tf.Tensor) or not weight:
                 is_update = tf.logical_and(weight > 0, training)
                 old = _flatten(self.moving_variance)
                 moving_variance = tf.where(is_update, moving_variance, old)

@@ -502,7 +502,7 @@ class _Unfused:
         if None not in sizes:
             return float(math.prod(sizes))
         if self._virtual_batch_size is None:
-            return tf.cast(tf.size(x), x.dtype) / math.prod(self._shape)
+            return tf.cast(tf.size(x, tf.int64), x.dtype) / math.prod(self._shape)
         dims = _dims(x)
         return tf.cast(_product([dims[a] for a in self._reduced]), x.dtype)
 
@@ -538,7 +538,9 @@ class _Unfused:
         return x if self._mask is None else tf.where(self._mask, x, 0.0)
 
     def _sum(self, x: tf.Tensor) -> tf.Tensor:
-        if self._sums_like_bias_gradient:
+        # The kernel's limit; unknown sizes are below it.
+        is_small = (x.shape.num_elements() or 0) < 2**31
+        if self._sums_like_bias_gradient and is_small:
             # The same sum without a constant for the axes.
             return tf.raw_ops.BiasAddGrad(out_backprop=x)
         return tf.reduce_sum(x, self._reduced, keepdims=self._keepdims)
@@ -1015,7 +1017,7 @@ def _size(x: tf.Tensor) -> Count:
     """Returns the number of elements."""
     if x.shape.is_fully_defined():
         return float(x.shape.num_elements())
-    return tf.cast(tf.size(x), tf.float32)
+    return tf.cast(tf.size(x, tf.int64), tf.float32)
 
 
 def _part_size(num_values: int) -> int:

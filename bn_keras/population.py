@@ -405,7 +405,7 @@ def _add_keras_moments(
 ) -> None:
     """Passes the moments of one call of keras.layers.BatchNormalization to `add`."""
     if mask is None:
-        count = tf.cast([tf.size(inputs) // inputs.shape[layer.axis]], tf.float64)
+        count = tf.cast([tf.size(inputs, tf.int64) // inputs.shape[layer.axis]], tf.float64)
         if layer.synchronized:
             context = tf.distribute.get_replica_context()
             count = context.all_reduce(tf.distribute.ReduceOp.SUM, count)

@@ -222,6 +222,71 @@ def test_the_first_statistics_of_batch_renormalization_stay_without_an_update(ca
         np.testing.assert_array_equal(old, new)
 
 
+@pytest.mark.parametrize("options", [{}, {"momentum": 1.0}])
+def test_without_weight_a_batch_leaves_the_variance_of_batch_renormalization(options):
+    """The mode is known, and the weight of the batch is a number."""
+    layer = _build(BatchNormalization(renorm=True, **options))
+    layer.moving_variance.assign([4.0, 5.0, 6.0])
+    layer(_data(4 if options else 0, 3), training=True)
+    np.testing.assert_array_equal(layer.moving_variance, [4, 5, 6])
+
+
+def test_a_tensor_for_the_mode_does_not_hide_the_mask_of_a_masking_layer():
+    x = _data(6, 5, 3)
+    x[:, 3:] = 0.0
+    masking = keras.layers.Masking()
+    for training in (True, tf.constant(True), np.bool_(True)):
+        for compiled in (False, True):
+            layer = BatchNormalization(momentum=0.5)
+            layer.build((None, 5, 3))
+
+            def call(mode, layer=layer):
+                return layer(masking(x), training=mode)
+
+            (tf.function(call) if compiled else call)(training)
+            expected = 0.5 * x[:, :3].mean((0, 1))
+            np.testing.assert_allclose(layer.moving_mean, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"synchronized": True}, {"virtual_batch_size": 2}])
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_elements_are_counted_in_64_bits(options, jit_compile):
+    """Their number overflows int32 in large 3-D images."""
+    layer = BatchNormalization(**options)
+    layer.build((None, None, 3))
+    call = tf.function(lambda x: layer(x, training=True), jit_compile=jit_compile)
+    graph = call.get_concrete_function(tf.TensorSpec([None, None, 3])).graph
+    sizes = [op for op in every_operation(graph) if op.type == "Size"]
+    assert all(op.outputs[0].dtype == tf.int64 for op in sizes)
+    assert sizes or options
+
+
+def every_operation(graph):
+    """Returns the operations of a graph and of the functions that it calls."""
+    functions = [f.graph for f in graph._functions.values()]
+    return [op for each in (graph, *functions) for op in each.get_operations()]
+
+
+def test_sums_of_more_values_than_int32_do_not_use_the_bias_gradient():
+    layer = _build(BatchNormalization())
+    graphs = [
+        tf.function(lambda x, m: layer(x, training=True, mask=m))
+        .get_concrete_function(tf.TensorSpec([rows, 3]), tf.TensorSpec([rows], tf.bool))
+        .graph
+        for rows in (2**20, 2**30)
+    ]
+    sizes = [
+        max(
+            op.inputs[0].shape.num_elements()
+            for op in every_operation(graph)
+            if op.type == "BiasAddGrad"
+        )
+        for graph in graphs
+    ]
+    # Only the mask has less than 2^31 elements.
+    assert sizes == [3 * 2**20, 2**30]
+
+
 def test_a_frozen_layer_runs_in_inference_mode():
     layer = _build(BatchNormalization())
     layer.trainable = False

@@ -17,8 +17,9 @@ from commands import launch
 from small import small_mlp
 from test_launch import assert_fails_on_one_line
 
+from bn_keras.data import pipeline
 from bn_keras.data.transforms import Preprocessing
-from bn_keras.errors import StorageError, UsageError
+from bn_keras.errors import ReportedError, StorageError, UsageError
 from bn_keras.inference import exporter
 from bn_keras.inference.evaluation import evaluate_networks
 from bn_keras.inference.exported import load_exported
@@ -461,6 +462,30 @@ def test_training_images_are_drawn_by_the_seed():
     np.testing.assert_array_equal(first, read_training_images(config, 30))
     config.seed += 1
     assert np.any(first != read_training_images(config, 30))
+
+
+OUTAGE = "All 10 retry attempts failed. The last failure: x"
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (tf.errors.AbortedError(None, None, OUTAGE), "does not answer"),
+        (tf.errors.InvalidArgumentError(None, None, "not an image"), "images is readable"),
+    ],
+)
+def test_an_image_that_an_outage_hides_does_not_calibrate_another_network(
+    error, expected, monkeypatch
+):
+    """An unreadable one is left out."""
+
+    def read(self, index):
+        raise error
+
+    monkeypatch.setattr(pipeline.Data, "read_validation_example", read)
+    with pytest.raises(ReportedError, match=expected) as caught:
+        read_training_images(small_mlp(), 30)
+    assert caught.value.status == (75 if expected == "does not answer" else 2)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from bn_keras.data import pipeline
-from bn_keras.errors import AgreementError, UsageError
+from bn_keras.errors import AgreementError, BucketUnavailableError, UsageError
+from bn_keras.storage import is_temporary, reason_of
 from bn_keras.text import first_line
 from bn_keras.training.build import build_data
 from bn_keras.training.evaluator import Evaluator
@@ -55,6 +56,7 @@ def read_training_images(config: ConfigDict, count: int) -> np.ndarray:
 
     Raises:
       UsageError: the data is not available, or no image can be read.
+      BucketUnavailableError: an image is in a bucket that does not answer.
     """
     # The validation examples of the data are read one by one, in the preprocessing of evaluation.
     config = replaced(config, {"data.validation_split": config.data.train_split})
@@ -67,6 +69,11 @@ def read_training_images(config: ConfigDict, count: int) -> np.ndarray:
         try:
             images.append(data.read_validation_example(int(index))[1])
         except tf.errors.OpError as error:
+            if is_temporary(error):
+                # Another image in its place would calibrate the network differently.
+                raise BucketUnavailableError(
+                    f"training image {index} cannot be read: {reason_of(error)}"
+                ) from None
             logging.warning("training image %d is left out: %s", index, first_line(error))
     if not images:
         raise UsageError(f"none of the {total:,} training images is readable: check the files")
