@@ -20,6 +20,7 @@ from bn_keras.arguments import (
     read_variables,
 )
 from bn_keras.errors import UsageError
+from bn_keras.keras_internals import implicit_mask
 from bn_keras.replicas import gather_replicas, num_replicas, per_replica_sum
 
 # As Keras accepts them: an instance, a function, a registered name, or a config.
@@ -211,7 +212,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         x = self._check_inputs(inputs)
         if mask is None and isinstance(training, tf.Tensor):
             # Keras passes on the mask of its Masking layer only to a call with a single tensor.
-            mask = getattr(inputs, "_keras_mask", None)
+            mask = implicit_mask(inputs)
         mask = self._expand_mask(mask, x)
         training = self.trainable and _static_value(training)
         if isinstance(training, tf.Tensor):

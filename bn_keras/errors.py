@@ -77,6 +77,10 @@ class WorkerLostError(ReportedError, ConnectionError):
     status = 138
 
 
+class ProcessKilledError(ReportedError, RuntimeError):
+    """A process of several runs was killed, probably because memory ran out."""
+
+
 class TrainingStoppedError(KeyboardInterrupt):
     """A signal stopped the training after its state was saved.
 

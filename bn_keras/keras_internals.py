@@ -62,6 +62,11 @@ def layer_names(model: keras.Layer) -> dict[keras.Layer, str]:
     return names | {model: model.name}
 
 
+def implicit_mask(tensor: Any) -> tf.Tensor | None:
+    """Returns the mask that a layer such as Masking has attached to its output, or None."""
+    return getattr(tensor, "_keras_mask", None)
+
+
 def batch_norm_layers(model: keras.Layer) -> list[keras.layers.BatchNormalization]:
     """Returns the BatchNormalization layers of a model, ours and Keras', among `all_layers`."""
     return [v for v in all_layers(model) if isinstance(v, keras.layers.BatchNormalization)]

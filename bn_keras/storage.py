@@ -1,6 +1,7 @@
 """Files, local or in a bucket: complete writes, fresh reads, and errors on one line."""
 
 import contextlib
+import errno
 import functools
 import os
 import pathlib
@@ -211,7 +212,7 @@ def move(source: Path, target: Path) -> None:
         _flush(source, os.O_RDWR)  # Windows flushes only files that are open for writing.
         os.replace(source, target)
         if os.name != "nt":
-            _flush(os.path.dirname(os.path.abspath(target)), os.O_RDONLY)
+            _flush_folder(os.path.dirname(os.path.abspath(target)))
     else:
         copy(source, target)
         os.remove(source)
@@ -507,6 +508,15 @@ def _open(path: Path, mode: str) -> IO[Any]:
 
 def _pieces(file: IO[bytes]) -> Iterator[bytes]:
     return iter(lambda: file.read(_PIECE_BYTES), b"")
+
+
+def _flush_folder(path: str) -> None:
+    try:
+        _flush(path, os.O_RDONLY)
+    except OSError as error:
+        # Some file systems, such as VirtualBox's shared folders, flush no folders.
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
 
 
 def _flush(path: Path, flags: int) -> None:

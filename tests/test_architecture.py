@@ -16,7 +16,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # The components of the layer library, each with the components that it may import. A row names only
 # rows above it, so there are no cycles.
 LAYER_LIBRARY = {
-    "cores": "",
+    "cgroups": "",
+    "cores": "cgroups",
     "errors": "",
     "text": "",
     "storage": "errors text",
@@ -26,7 +27,7 @@ LAYER_LIBRARY = {
     "replicas": "errors",
     "agreement": "errors keras_internals",
     "arguments": "errors",
-    "batch_norm": "arguments errors ops replicas",
+    "batch_norm": "arguments errors keras_internals ops replicas",
     "merge": "batch_norm errors keras_internals replicas",
     "population": "arguments batch_norm errors keras_internals ops replicas text",
     "cost": "arguments errors keras_internals layer_kinds text",

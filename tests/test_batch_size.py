@@ -1,5 +1,6 @@
 """Ghost batches of the trainer, and the study of accuracy against the statistical batch size."""
 
+import dataclasses
 import os
 import re
 
@@ -117,6 +118,10 @@ def test_the_summary_names_the_sizes_that_suffice(accuracies, summary):
         last = {"step": config.train.steps, "train/loss": 1.3, "validation/examples": 10_000}
         last |= {"validation/accuracy": accuracy, Workdir.FINISHED: "0123456789abcdef"}
         results[title] = [Run(title, config, [last], [], num_classes=10, num_train_examples=50_000)]
+    # An extension of this run was interrupted before its first step.
+    longest = results[title][0]
+    extended = networks.replaced(longest.config, {"train.steps": 2 * longest.config.train.steps})
+    results[title] = [dataclasses.replace(longest, config=extended)]
     section = build_batch_size(results, [])
     assert section.summary.startswith(summary)
     assert " 1.30 |" in section.body

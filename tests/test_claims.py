@@ -462,6 +462,12 @@ def test_moving_averages_are_compared_with_equal_weights():
     assert "0.9997" not in check_claim(claim(beginning), results).measured
 
 
+def test_moving_averages_are_not_judged_without_an_evaluation():
+    results = all_results()
+    results[titles.POPULATION] = [made_up(titles.POPULATION, 0.5, diverged_at=7)]
+    assert verdict("Moving averages track", results) == NOT_RUN
+
+
 def _group(accuracies, num_diverged=0):
     return Group("", list(accuracies), 0.0, num_diverged)
 

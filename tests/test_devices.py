@@ -1,13 +1,16 @@
 """Devices and their memory. No GPU is needed: the driver and TensorFlow's list are replaced."""
 
 import ctypes
+import pathlib
 import types
 
 import pytest
 import tensorflow as tf
 
+from bn_keras import cgroups, cores
 from bn_keras.distribute import devices
 from bn_keras.distribute.devices import describe_devices
+from bn_keras.experiments import parallel
 
 GIB = 2**30
 
@@ -84,7 +87,7 @@ def test_an_unknown_memory_is_no_error(driver, gpus):
 
 
 def test_the_cpu_has_its_memory(monkeypatch):
-    monkeypatch.setattr(devices, "usable_cores", lambda: [0, 1])
+    monkeypatch.setattr(devices, "num_usable_cores", lambda: 2)
     monkeypatch.setattr(devices, "_cpu_memory", lambda: 3 * GIB)
     assert describe_devices("mirrored", 2) == "2 CPU replicas: CPU (2 cores, 3.0 GiB)"
     assert describe_devices("one_device", 0) == "1 CPU replica: CPU (2 cores, 3.0 GiB)"
@@ -100,18 +103,46 @@ def test_a_worker_names_its_cluster_and_its_own_devices(monkeypatch):
     assert describe_devices("multi_worker", 0) == expected
 
 
-def test_the_limit_of_a_container_lowers_the_memory(tmp_path, monkeypatch):
-    total = devices.cpu().memory
-    group = tmp_path / "slurm" / "job"
-    group.mkdir(parents=True)
-    monkeypatch.setattr(devices, "_CGROUP_ROOT", tmp_path)
-    read = devices.pathlib.Path.read_text
+@pytest.fixture
+def group(tmp_path, monkeypatch):
+    """The folder of this process's control group; its parents have limits, too."""
+    folder = tmp_path / "slurm" / "job"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(cgroups, "_ROOT", tmp_path)
+    read = pathlib.Path.read_text
 
     def read_text(path):
         return "0::/slurm/job\n" if str(path) == "/proc/self/cgroup" else read(path)
 
-    monkeypatch.setattr(devices.pathlib.Path, "read_text", read_text)
+    monkeypatch.setattr(pathlib.Path, "read_text", read_text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "own, outer, expected",
+    [
+        ("max 100000", "max 100000", 64),
+        ("250000 100000", "max 100000", 3),
+        ("max 100000", "200000 100000", 2),
+        ("50000 100000", "400000 100000", 1),
+        ("", None, 64),
+    ],
+)
+def test_the_cpu_quota_of_a_container_lowers_the_number_of_cores(
+    own, outer, expected, group, monkeypatch
+):
+    monkeypatch.setattr(cores, "usable_cores", lambda: list(range(64)))
+    monkeypatch.setattr(parallel, "usable_cores", lambda: list(range(64)))
+    (group / "cpu.max").write_text(f"{own}\n")
+    if outer is not None:
+        (group.parent / "cpu.max").write_text(f"{outer}\n")
+    assert cores.num_usable_cores() == expected
+    assert len(parallel.divide_machine([("one_device", 0)] * 99)) == expected
+
+
+def test_the_limit_of_a_container_lowers_the_memory(group):
+    total = devices.cpu().memory
     (group / "memory.max").write_text("max\n")
     assert devices.cpu().memory == total
-    (tmp_path / "slurm" / "memory.max").write_text(f"{GIB}\n")
+    (group.parent / "memory.max").write_text(f"{GIB}\n")
     assert devices.cpu().memory == GIB

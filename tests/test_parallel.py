@@ -9,7 +9,7 @@ import time
 import pytest
 import tensorflow as tf
 
-from bn_keras.errors import TrainingStoppedError, UsageError
+from bn_keras.errors import ProcessKilledError, TrainingStoppedError, UsageError
 from bn_keras.experiments.parallel import Share, Task, divide_machine, run_tasks
 
 SHARES = [Share((0,), ()), Share((0,), ())]
@@ -69,6 +69,16 @@ def test_an_error_ends_all_tasks(tmp_path):
         run_tasks(tasks, SHARES)
     assert str(raised.value) == "one line" and "in fail" in raised.value.__notes__[0]
     assert not pathlib.Path(files[2]).exists()
+
+
+def die(path):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.job
+def test_a_killed_process_is_reported_with_advice(tmp_path):
+    with pytest.raises(ProcessKilledError, match="the process of one was killed .*--parallel"):
+        run_tasks([Task("one", die, ("",))], SHARES)
 
 
 @pytest.mark.job

@@ -328,6 +328,14 @@ def test_another_batch_size_is_mentioned():
     )
 
 
+def test_a_seed_of_inception_that_diverges_before_its_first_evaluation_leaves_no_target():
+    runs = results()
+    runs["Inception"][1] = run("Inception", (), diverged=True, seed=1)
+    body = build_figure_3(runs).body
+    assert "**Diverged:** Inception (seed 1) at step 17" in build_figure_2(runs).body
+    assert "best at its last evaluation" not in body and "standard error of" not in body
+
+
 def test_diverged_runs_are_reported():
     runs = results()
     runs["BN-x5"][1] = run("BN-x5", (0.3,), diverged=True, seed=1)

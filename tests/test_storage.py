@@ -1,6 +1,9 @@
 """Failed writes raise one-line storage errors and keep the previous file."""
 
+import contextlib
+import errno
 import os
+import stat
 import time
 
 import pytest
@@ -65,6 +68,21 @@ def test_a_failed_write_keeps_the_previous_file(tmp_path):
     assert path.read_text() == "old"
     write_atomically(path, "new")
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("number, is_error", [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_file_system_that_flushes_no_folders_is_accepted(number, is_error, tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def flush_files_only(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush_files_only)
+    with pytest.raises(OSError) if is_error else contextlib.nullcontext():
+        write_atomically(tmp_path / "file", "text")
+    assert (tmp_path / "file").read_text() == "text"
 
 
 @pytest.mark.parametrize("previous", ["file", "folder", None])

@@ -2,17 +2,16 @@
 
 import ctypes
 import os
-import pathlib
 from typing import NamedTuple
 
 import tensorflow as tf
 
-from bn_keras.cores import usable_cores
+from bn_keras.cgroups import read_limits
+from bn_keras.cores import num_usable_cores
 from bn_keras.distribute.detection import require_cluster
 from bn_keras.text import counted
 
 _GIB = 2**30
-_CGROUP_ROOT = pathlib.Path("/sys/fs/cgroup")
 
 
 class Device(NamedTuple):
@@ -41,7 +40,7 @@ def list_gpus() -> list[Device]:
 
 def cpu() -> Device:
     """Returns the CPU, with the cores and the memory that this process may use."""
-    return Device("CPU", counted(len(usable_cores()), "core"), _cpu_memory())
+    return Device("CPU", counted(num_usable_cores(), "core"), _cpu_memory())
 
 
 def describe_devices(strategy: str, replicas: int) -> str:
@@ -106,20 +105,5 @@ def _cpu_memory() -> int | None:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # not on this system
         return None
-    return min([total, *_cgroup_limits()])
-
-
-def _cgroup_limits() -> list[int]:
-    """Returns the memory limits of the control groups (version 2) that contain this process."""
-    try:
-        lines = pathlib.Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    path = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
-    folder = _CGROUP_ROOT / path
-    limits = []
-    for group in (folder, *folder.parents):
-        if group.is_relative_to(_CGROUP_ROOT) and (group / "memory.max").is_file():
-            text = (group / "memory.max").read_text().strip()
-            limits += [int(text)] if text.isdecimal() else []
-    return limits
+    limits = [int(text) for text in read_limits("memory.max") if text.isdecimal()]
+    return min([total, *limits])

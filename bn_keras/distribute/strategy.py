@@ -11,7 +11,7 @@ import tensorflow as tf
 from absl import logging
 from tensorflow.python.data.ops import multi_device_iterator_ops
 
-from bn_keras.cores import usable_cores
+from bn_keras.cores import num_usable_cores
 from bn_keras.distribute.cluster import Cluster
 from bn_keras.distribute.detection import check_alone, find_cluster, require_cluster
 from bn_keras.distribute.gil import releasing_gil
@@ -196,7 +196,7 @@ def _split_cpu(count: int) -> None:
     try:
         # Each replica gets its share of the cores. A small network takes 1.5 times as long if all
         # replicas compete for all cores.
-        threads = max(1, len(usable_cores()) // count)
+        threads = max(1, num_usable_cores() // count)
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.set_logical_device_configuration(
             cpu, [tf.config.LogicalDeviceConfiguration()] * count

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from bn_keras.cores import usable_cores
-from bn_keras.errors import TrainingStoppedError
+from bn_keras.cores import num_usable_cores, usable_cores
+from bn_keras.errors import ProcessKilledError, TrainingStoppedError
 from bn_keras.training.stop_signals import stop_requests
 
 _POLL_SECONDS = 0.5
@@ -67,12 +67,12 @@ def divide_machine(distributions: Sequence[tuple[str, int]], limit: int = 0) -> 
     Returns:
       One share for each training that can run at the same time, at least one.
     """
-    cores = usable_cores()
+    cores, num_cores = usable_cores(), num_usable_cores()
     accelerators = list(range(len(tf.config.list_physical_devices("GPU"))))
-    devices = accelerators or cores
+    num_devices = len(accelerators) or num_cores
     needed = max((_count_devices(*d, len(accelerators)) for d in distributions), default=1)
     num_runs = len(distributions)
-    count = max(1, min(len(devices) // needed, len(cores), num_runs, limit or num_runs))
+    count = max(1, min(num_devices // needed, num_cores, num_runs, limit or num_runs))
     return [Share(_part(cores, i, count), _part(accelerators, i, count)) for i in range(count)]
 
 
@@ -100,6 +100,7 @@ def run_tasks(tasks: Iterable[Task], shares: Iterable[Share]) -> None:
 
     Raises:
       TrainingStoppedError: SIGTERM or SIGINT arrived.
+      ProcessKilledError: a process was killed.
       Exception: the first error of a task.
     """
     waiting, free = deque(tasks), deque(shares)
@@ -114,8 +115,7 @@ def run_tasks(tasks: Iterable[Task], shares: Iterable[Share]) -> None:
             ready = connection.wait(list(running), _POLL_SECONDS)
             for results in [results for results in running if results in ready]:
                 task, share, process = running.pop(results)
-                raised = _receive_error(results, task)
-                process.join()
+                raised = _receive_error(results, task, process)
                 free.append(share)
                 if raised and not error:
                     error = raised
@@ -166,11 +166,27 @@ def _terminate_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _receive_error(results: connection.Connection, task: Task) -> BaseException | None:
+def _receive_error(
+    results: connection.Connection, task: Task, process: BaseProcess
+) -> BaseException | None:
+    """Returns the error of a task that has ended, or None."""
     try:
-        return results.recv()
+        raised = results.recv()
     except EOFError:
-        return RuntimeError(f"the process of {task.label} ended without a result")
+        process.join()
+        return _describe_end(task, process.exitcode or 0)
+    process.join()
+    return raised
+
+
+def _describe_end(task: Task, exitcode: int) -> Exception:
+    """Returns the error for a process that has ended without a result."""
+    if exitcode == -signal.SIGKILL:
+        return ProcessKilledError(
+            f"the process of {task.label} was killed by SIGKILL, as when memory runs out: lower the"
+            " number of processes (--parallel) and repeat the command, which resumes"
+        )
+    return RuntimeError(f"the process of {task.label} ended without a result (status {exitcode})")
 
 
 def _terminate(processes: Iterable[BaseProcess]) -> None:

@@ -10,7 +10,7 @@ import tensorflow as tf
 from absl import logging
 
 from bn_keras import storage
-from bn_keras.cores import usable_cores
+from bn_keras.cores import num_usable_cores
 from bn_keras.data.folder_walk import EXTENSIONS, walk_folder
 from bn_keras.data.multi_crop import SINGLE_CROP, CropPreprocessing, Crops
 from bn_keras.data.single_image import read_encoded, reporting_undecodable
@@ -101,7 +101,7 @@ class Predictor:
           BucketUnavailableError: an image is in a bucket that does not answer.
         """
         names = [os.fspath(path) for path in paths]
-        with ThreadPoolExecutor(len(usable_cores())) as pool:
+        with ThreadPoolExecutor(num_usable_cores()) as pool:
             for start in range(0, len(names), self._batch_size):
                 chunk = names[start : start + self._batch_size]
                 opened = list(pool.map(self._try_open, chunk))

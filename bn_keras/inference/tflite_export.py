@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from bn_keras.cores import usable_cores
+from bn_keras.cores import num_usable_cores
 from bn_keras.inference.network_description import NetworkDescription
 from bn_keras.inference.tflite_metadata import add_metadata
 
@@ -101,7 +101,7 @@ class TFLiteNetwork:
             interpreter = tf.lite.Interpreter(
                 model_content=content,
                 experimental_op_resolver_type=resolver,
-                num_threads=len(usable_cores()),
+                num_threads=num_usable_cores(),
             )
         self._run = interpreter.get_signature_runner(_SIGNATURE)
         self._input = self._run.get_input_details()["images"]

@@ -93,7 +93,7 @@ def build_batch_size(results: Results, rows: Sequence[PopulationRow]) -> Section
         if results.get(title := with_statistical_batch(size))
     }
     points = {
-        size: _Point(run, run.curve(ACCURACY)[run.config.train.steps], population.get(run.title))
+        size: _Point(run, list(run.curve(ACCURACY).values())[-1], population.get(run.title))
         for size, run in runs.items()
         if run.is_finished
     }

@@ -412,6 +412,8 @@ def _moving_averages_track(results: Results) -> Judgement:
     # On ImageNet, BN-x5 itself has the long memory, so there is no separate run.
     others = [*moving, *(ended_runs(results, LONG_MEMORY) if results.get(LONG_MEMORY) else ())]
     expected = population.curve(ACCURACY)
+    if not expected:
+        raise NotRunError(f"{escape(population.title)}: no evaluation")
     gaps = [
         [abs(accuracy_at(run, step) - accuracy) for step, accuracy in expected.items()]
         for run in others

@@ -182,7 +182,8 @@ def _explain_terms(networks: FiveNetworks) -> list[str]:
 
 def _is_still_rising(networks: FiveNetworks) -> bool:
     """Returns whether Inception is best at its last evaluation."""
-    return networks.steps_to_target(INCEPTION) == max(networks.bands[INCEPTION], default=None)
+    steps = networks.steps_to_target(INCEPTION)
+    return steps is not None and steps == max(networks.bands[INCEPTION])
 
 
 def _describe_resolution(inception: Run, accuracy: float) -> str:
@@ -191,7 +192,7 @@ def _describe_resolution(inception: Run, accuracy: float) -> str:
         " counts are no finer than that."
     )
     counts = inception.curve("validation/examples").values()
-    if not counts:
+    if not counts or not math.isfinite(accuracy):
         return text
     error = 100 * inception.standard_error(accuracy)
     return (
@@ -335,7 +336,7 @@ def describe_fastest(networks: FiveNetworks) -> list[str]:
 def _describe_best(networks: FiveNetworks) -> list[str]:
     """Compares the most accurate network with Inception."""
     best = {t: spread.mean for t in networks.results if (spread := networks.best(t))}
-    if len(best) < 2:
+    if len(best) < 2 or INCEPTION not in best:
         return []
     paper = {title: result.best_accuracy for title, result in published.FIGURE_3.items()}
     ours, theirs = (_compare_with_inception(accuracies) for accuracies in (best, paper))

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 import bn_keras
-from bn_keras.cores import usable_cores
+from bn_keras.cores import num_usable_cores
 
 _CHECKOUT = pathlib.Path(bn_keras.__file__).resolve().parents[1]
 
@@ -56,7 +56,7 @@ def describe() -> Environment:
         "machine": {
             "platform": f"{platform.system()} {platform.machine()}",
             "processor": _processor(),
-            "cores": len(usable_cores()),
+            "cores": num_usable_cores(),
             "devices": _devices(),
         },
     }
