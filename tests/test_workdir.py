@@ -92,7 +92,13 @@ def test_only_the_location_of_the_data_may_differ(tmp_path):
     config = default_config()
     Workdir(tmp_path).create(config, *INTERFACE)
     config.data.data_dir = "/elsewhere"
-    Workdir(tmp_path).check(config)
+    run = Workdir(tmp_path)
+    run.check(config)
+    assert run.changes(config) == {"data.data_dir": ("", "/elsewhere")}
+    # Other commands on the run look for the data where they are now.
+    run.create(config, *INTERFACE)
+    assert Workdir(tmp_path).read_config().data.data_dir == "/elsewhere"
+    assert not run.changes(config)
 
 
 def test_a_relative_data_dir_is_saved_as_an_absolute_path(tmp_path, monkeypatch):
@@ -102,6 +108,7 @@ def test_a_relative_data_dir_is_saved_as_an_absolute_path(tmp_path, monkeypatch)
     Workdir(tmp_path / "run").create(config, *INTERFACE)
     assert Workdir(tmp_path / "run").read_config().data.data_dir == str(tmp_path / "pictures")
     assert config.data.data_dir == "pictures"
+    assert not Workdir(tmp_path / "run").changes(config)
     config.data.data_dir = "gs://bucket/data"
     Workdir(tmp_path / "other").create(config, *INTERFACE)
     assert Workdir(tmp_path / "other").read_config().data.data_dir == "gs://bucket/data"

@@ -30,9 +30,8 @@ Metrics = dict[str, float | str | None]
 _SECTIONS = ("model", "batch_norm", "data", "train")
 # Settings that may differ between two starts of a run. They locate the data, say how long the run
 # is, choose the devices, or do not change what is trained.
-_LOCATION = "data.data_dir"
 _CHANGEABLE = (
-    _LOCATION,
+    "data.data_dir",
     "data.max_bad_examples",
     "schedule.cosine_steps",
     "train.epochs",
@@ -130,15 +129,16 @@ class Workdir:
     def changes(self, config: ConfigDict) -> dict[str, tuple[Any, Any]]:
         """Returns the saved and the new value of each setting that differs from the run's config.
 
-        The location of the data is left out. A new run has no changes.
+        A new run has no changes.
         """
         if not self.exists():
             return {}
-        saved, now = flatten(self.read_config()), flatten(config)
+        saved = flatten(self.read_config())
+        now = flatten(ConfigDict(_with_absolute_paths(config)))
         return {
             key: (saved[key], now[key])
             for key in sorted(saved.keys() & now.keys())
-            if saved[key] != now[key] and key != _LOCATION
+            if saved[key] != now[key]
         }
 
     @contextlib.contextmanager
@@ -206,8 +206,6 @@ class Workdir:
         interface = _describe_interface(input_shape, class_names, num_train_examples, fingerprint)
         settings = _with_absolute_paths(config)
         changed = self.changes(config)
-        if changed:
-            settings["data"]["data_dir"] = self.read_config().data.data_dir
         contents: dict[epath.Path, dict[str, Any]] = {self._config: settings}
         if not self._check_interface(interface):
             contents[self._interface] = interface
