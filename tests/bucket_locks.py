@@ -92,6 +92,25 @@ def _raise(error):
     raise error
 
 
+def abandoned_claim():
+    """After an outage, the same process may train again at once, but not beside itself."""
+    bucket_lock._machine = lambda: "here"
+    for end in (BucketLock.abandon, lambda lock: None):
+        lock, again = BucketLock(FOLDER), BucketLock(FOLDER)
+        lock.acquire()
+        end(lock)
+        if end is BucketLock.abandon:
+            again.acquire(lambda: _raise(AssertionError("waits")))
+            again.verify()
+            again.release()
+        else:
+            with pytest.raises(WorkdirInUseError):
+                again.acquire()
+            lock.verify()
+            lock.release()
+        assert names() == []
+
+
 def damaged_claim():
     """A claim that cannot be read is that of an unknown process."""
     FOLDER.mkdir(parents=True)

@@ -481,7 +481,10 @@ def test_a_trainer_that_was_replaced_writes_nothing_more(bucket, commands, train
 
 @pytest.mark.parametrize(
     "scenario",
-    ["dead_holder", "living_holder", "ended_wait", "failed_claim", "damaged_claim", "rush"],
+    [
+        *("dead_holder", "living_holder", "ended_wait", "failed_claim", "damaged_claim", "rush"),
+        "abandoned_claim",
+    ],
 )
 def test_a_lock_in_a_bucket_has_one_holder(scenario, bucket, commands):
     result = commands.run(TESTS / "bucket_locks.py", scenario)

@@ -294,6 +294,16 @@ def test_one_process_at_a_time_trains_in_a_workdir(tmp_path):
     acquire_lock(tmp_path)
 
 
+def test_a_run_copied_from_a_bucket_can_be_locked(tmp_path):
+    Workdir(tmp_path).create(default_config(), *INTERFACE)
+    (tmp_path / "lock").unlink(missing_ok=True)
+    (tmp_path / "lock").mkdir()
+    (tmp_path / "lock" / "0123.claim").write_text("{}")
+    with Workdir(tmp_path).locked(), pytest.raises(WorkdirInUseError):
+        acquire_lock(tmp_path)
+    acquire_lock(tmp_path)
+
+
 def test_a_killed_process_releases_its_lock(tmp_path):
     Workdir(tmp_path).create(default_config(), *INTERFACE)
     ready, locked = os.pipe()

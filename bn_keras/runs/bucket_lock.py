@@ -29,6 +29,10 @@ _POLL_SECONDS = 5.0
 _ATTEMPTS = 5
 _CLAIM, _HEARTBEAT = ".claim", ".alive"
 
+# The claims that this process makes or holds. Any other claim of this process is left over from an
+# outage, during which it could not be deleted.
+_own_claims: set[str] = set()
+
 
 class BucketLock:
     """A lock made of objects: a bucket has no locks, and TensorFlow's client no conditional writes.
@@ -65,12 +69,15 @@ class BucketLock:
           WorkdirInUseError: another process holds the lock.
           StorageError: the folder cannot be read or written.
         """
+        _own_claims.add(self._name)
         try:
             with writing(f"{self._folder}"):
                 self._claim(on_wait)
         except BucketUnavailableError:
+            _own_claims.discard(self._name)
             raise
         except BaseException:
+            _own_claims.discard(self._name)
             self._withdraw()
             raise
         self._is_held = True
@@ -96,6 +103,7 @@ class BucketLock:
     def abandon(self) -> None:
         """Stops the heartbeat without a request, for a bucket that does not answer."""
         self._is_held = False
+        _own_claims.discard(self._name)
         self._is_released.set()
         if self._heartbeat_thread is not None:
             # A thread inside TensorFlow must end before Python's interpreter does.
@@ -138,7 +146,7 @@ class BucketLock:
         heartbeat, process = self._last_heartbeat(name), self._read_claim(name)
         if heartbeat is None or process is None:
             return False
-        holder, is_running = process["holder"], _is_running(process)
+        holder, is_running = process["holder"], _is_running(process, name)
         if is_running is False or (is_running is None and now - heartbeat > DEAD_SECONDS):
             logging.warning("workdir %s: %s is dead and replaced", self._folder.parent, holder)
             self._remove(name)
@@ -213,10 +221,12 @@ def _describe_process() -> dict[str, Any]:
     }
 
 
-def _is_running(process: dict[str, Any]) -> bool | None:
-    """Returns whether a process is alive; None if it may be on another machine."""
+def _is_running(process: dict[str, Any], claim: str) -> bool | None:
+    """Returns whether the process of a claim is alive and needs it; None if on another machine."""
     if not process.get("machine") or process["machine"] != _machine():
         return None
+    if process["pid"] == os.getpid() and claim not in _own_claims:
+        return False
     return _start_time(process["pid"]) == process["started"]
 
 

@@ -49,8 +49,10 @@ class Lock:
         """
         if not _HAS_FLOCK:
             return
-        with writing(f"{self._path}"):
-            self._file = file = open(self._path, "a+b", buffering=0)
+        # In a run copied from a bucket, there is a folder with the claims of `BucketLock`.
+        path = self._path / "local" if self._path.is_dir() else self._path
+        with writing(f"{path}"):
+            self._file = file = open(path, "a+b", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
