@@ -1,6 +1,7 @@
 """TPU jobs from submission to deletion, with the fake gcloud and docker of tests/fakes/."""
 
 import contextlib
+import dataclasses
 import datetime
 import functools
 import json
@@ -439,9 +440,23 @@ def test_a_workdir_has_one_trainer(cloud):
 
 def test_a_finished_training_is_not_submitted(cloud):
     cloud.write(f"{WORKDIR}.job/DONE", "")
-    with pytest.raises(CommandError, match="is done: pass another --workdir"):
+    with pytest.raises(CommandError, match="is done: pass a larger .*, or another --workdir"):
         control.submit(make_job(), cloud)
     assert not cloud.calls("create")
+
+
+def test_a_finished_training_is_continued_by_a_job_with_other_arguments(cloud):
+    cloud.plan(["ACTIVE"], ["ACTIVE"])
+    first = make_job()
+    control.submit(first, cloud)
+    control.delete(first, cloud)
+    cloud.write(f"{WORKDIR}.job/DONE", "")
+    with pytest.raises(CommandError, match="is done"):
+        control.submit(make_job(name="two"), cloud)
+    longer = dataclasses.replace(first, arguments=(*first.arguments, "--config.train.epochs=9"))
+    control.submit(longer, cloud)
+    assert len(cloud.calls("create")) == 2
+    assert jobs.DONE not in control.list_files(longer, cloud)
 
 
 def test_a_failed_training_can_be_submitted_again(cloud):

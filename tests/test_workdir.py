@@ -11,7 +11,7 @@ import pytest
 from full_disk import files_of_at_most
 
 from bn_keras import storage
-from bn_keras.errors import StorageError, UsageError
+from bn_keras.errors import StorageError, UsageError, WorkdirInUseError
 from bn_keras.runs import metrics as metrics_module
 from bn_keras.runs.metrics import MetricsWriter
 from bn_keras.runs.workdir import Workdir

@@ -176,18 +176,25 @@ def submit_commands(job: Job) -> list[jobs.Command]:
 def submit(job: Job, cloud: Cloud) -> None:
     """Queues a job.
 
+    A finished training is continued by a job with other arguments, such as a larger train.steps.
+
     Raises:
       CommandError: the workdir's training is done, another job has the workdir or the name, or
         gcloud fails.
     """
     files = list_files(job, cloud)
-    if jobs.DONE in files:
-        raise CommandError(f"the training in {job.workdir} is done: pass another --workdir")
-    if "job.json" in files:
-        _check_absent(load_job(job.workdir, cloud), cloud)
+    previous = load_job(job.workdir, cloud) if "job.json" in files else None
+    if jobs.DONE in files and (previous is None or previous.arguments == job.arguments):
+        raise CommandError(
+            f"the training in {job.workdir} is done: pass a larger train.steps or train.epochs to"
+            " continue it, or another --workdir"
+        )
+    if previous:
+        _check_absent(previous, cloud)
     _check_name_is_free(job, cloud)
-    if jobs.FAILED in files:
-        cloud.execute(jobs.remove_command(f"{job.folder}/{jobs.FAILED}"))
+    for marker in (jobs.DONE, jobs.FAILED):
+        if marker in files:
+            cloud.execute(jobs.remove_command(f"{job.folder}/{marker}"))
     for command in jobs.upload_commands(job):
         cloud.execute(command)
     try:
