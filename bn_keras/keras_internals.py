@@ -51,13 +51,17 @@ def layer_names(model: keras.Layer) -> dict[keras.Layer, str]:
 
     def add_prefixed(parent: keras.Layer, prefix: str) -> None:
         for child in parent._flatten_layers(include_self=False, recursive=False):
+            # Layers may refer to each other.
+            if child in visited:
+                continue
+            visited.add(child)
             name = prefix + child.name
             if child not in names:
                 names[child] = name if name not in taken else f"{name} ({len(names)})"
                 taken.add(names[child])
             add_prefixed(child, f"{name}/")
 
-    taken = set(names.values())
+    visited, taken = {model}, set(names.values())
     add_prefixed(model, "")
     return names | {model: model.name}
 

@@ -15,7 +15,7 @@ from bn_keras import BatchNormalization, estimate_population_statistics, health
 from bn_keras.errors import UsageError
 from bn_keras.health import check_batch_norm
 from bn_keras.inference.run_check import check_workdir
-from bn_keras.keras_internals import all_layers
+from bn_keras.keras_internals import all_layers, layer_names
 from bn_keras.training.loop import train_and_evaluate
 
 KERAS_BN = keras.layers.BatchNormalization
@@ -129,6 +129,17 @@ def test_layers_of_equal_paths_are_judged_and_named_on_their_own():
     found = {(f.layer, f.kind) for f in check_batch_norm(model).findings}
     assert {("left/conv", "not_finite"), ("fixed/right/norm", "negative_variance")} <= found
     assert ("left/norm", "never_updated") in found
+
+
+def test_layers_that_refer_to_each_other_have_names():
+    pairs = [keras.layers.Layer(name=name) for name in ("left", "right")]
+    for pair in pairs:
+        pair.inner = keras.layers.Dense(2, name="inner")
+        pair.inner.owner = pair
+    model = keras.Sequential(pairs)
+    names = layer_names(model)
+    assert len(set(names.values())) == len(names) == len(all_layers(model))
+    assert {"left/inner", "right/inner"} <= set(names.values())
 
 
 PLANTED = {
