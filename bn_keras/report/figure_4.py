@@ -60,7 +60,11 @@ def evaluate_ensemble(
 
     def evaluate() -> list[EnsembleRow]:
         evaluated = evaluate_networks(finished, crops=[SINGLE_CROP, crops])
-        return [{**row, "cut": cut, "trained_on": crop} for row in evaluated]
+        # The folder's place says nothing about the result.
+        return [
+            {**row, "model": epath.Path(row["model"]).name, "cut": cut, "trained_on": crop}
+            for row in evaluated
+        ]
 
     return evaluate_once(epath.Path(folder) / "figure_4.json", made_of, evaluate)
 
@@ -120,7 +124,11 @@ def _summarize(rows: Sequence[EnsembleRow]) -> str:
     )
     ensemble = [r["top1_error"] for r in rows if r["models"] > 1 and r["crops"] == many]
     if ensemble:
-        text += f"; their ensemble has {ensemble[0]:.1%} with {many}"
+        lower = sum(error > ensemble[0] for error in multi)
+        text += (
+            f"; their ensemble has {ensemble[0]:.1%} with {many}, lower than {lower} of the"
+            f" {len(multi)} alone"
+        )
     _, one, crops, six = (rates.top1 for rates in published.FIGURE_4)
     return f"{text} (paper, on ImageNet: {one:.1%}, {crops:.1%} and {six:.1%})."
 
