@@ -503,7 +503,8 @@ def test_an_evaluation_is_saved_until_a_run_changes(tmp_path, monkeypatch):
         return evaluate_ensemble(paths, tmp_path)
 
     rows = evaluate()
-    assert [row["model"] for row in rows] == [os.fspath(path) for path in paths[:2]]
+    # Without the folder of the runs, which says nothing about the result.
+    assert [row["model"] for row in rows] == ["a", "b"]
     # Digits are square images, and training neither mirrors nor enlarges them.
     assert rows[0]["cut"] == [1, 1, 6, 1] and rows[0]["trained_on"] == "none"
     assert evaluate() == rows and len(evaluated) == 1
