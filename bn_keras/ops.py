@@ -538,9 +538,8 @@ class _Unfused:
         return x if self._mask is None else tf.where(self._mask, x, 0.0)
 
     def _sum(self, x: tf.Tensor) -> tf.Tensor:
-        # The kernel's limit; unknown sizes are below it.
-        is_small = (x.shape.num_elements() or 0) < 2**31
-        if self._sums_like_bias_gradient and is_small:
+        # The kernel accepts fewer than 2^31 elements; unknown sizes are taken to be below that.
+        if self._sums_like_bias_gradient and (x.shape.num_elements() or 0) < 2**31:
             # The same sum without a constant for the axes.
             return tf.raw_ops.BiasAddGrad(out_backprop=x)
         return tf.reduce_sum(x, self._reduced, keepdims=self._keepdims)

@@ -1,8 +1,7 @@
 """The paper's claims that runs can test, each with the measurement and a verdict."""
 
-import contextlib
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -35,7 +34,6 @@ from bn_keras.report.margins import (
     Difference,
     Group,
     NotRunError,
-    SeedVariation,
     accuracy_at,
     best_accuracy_by,
     common_steps,
@@ -308,8 +306,12 @@ def _describe_change(change: str, results: Results) -> str:
     return _CHANGE_NOTES[change](runs, other)
 
 
-def _note_epochs(runs: Sequence[Run], other: Run) -> str:
-    return _note_length(runs[0])
+def _note_length(runs: Sequence[Run], other: Run) -> str:
+    run = runs[0]
+    if not run.num_train_examples:
+        return ""
+    examples = run.config.train.steps * run.config.train.global_batch_size
+    return f"The runs last {examples / run.num_train_examples:.1f} epochs. "
 
 
 def _note_decay(runs: Sequence[Run], other: Run) -> str:
@@ -321,13 +323,13 @@ def _note_decay(runs: Sequence[Run], other: Run) -> str:
 
 
 def _note_shuffling(runs: Sequence[Run], other: Run) -> str:
-    return f"{_note_length(runs[0])}The paper reports a gain of about 1 point. "
+    return f"{_note_length(runs, other)}The paper reports a gain of about 1 point. "
 
 
 def _note_distortions(runs: Sequence[Run], other: Run) -> str:
     before, after = (run.config.data.distortion for run in (other, runs[0]))
     return (
-        f"{_note_length(runs[0])}The strength of the distortions is {after:g} in BN-x5 and"
+        f"{_note_length(runs, other)}The strength of the distortions is {after:g} in BN-x5 and"
         f" {before:g} in the other run. "
     )
 
@@ -335,19 +337,12 @@ def _note_distortions(runs: Sequence[Run], other: Run) -> str:
 # Functions that write the note on a change, by change. Their arguments are the runs of BN-x5, and
 # the run with the change undone.
 _CHANGE_NOTES: Mapping[str, Callable[[Sequence[Run], Run], str]] = {
-    "dropout": _note_epochs,
-    "l2": _note_epochs,
+    "dropout": _note_length,
+    "l2": _note_length,
     "decay": _note_decay,
     "shuffling": _note_shuffling,
     "distortions": _note_distortions,
 }
-
-
-def _note_length(run: Run) -> str:
-    if not run.num_train_examples:
-        return ""
-    examples = run.config.train.steps * run.config.train.global_batch_size
-    return f"The runs last {examples / run.num_train_examples:.1f} epochs. "
 
 
 def _remaining_rate(run: Run) -> float:
@@ -676,10 +671,9 @@ def _describe_variation(results: Results) -> str:
     runs = [run for title in results for run in results[title]]
     parts = []
     for step in sorted({run.config.train.steps for run in runs}, reverse=True):
-        groups = list(_groups_with_several_seeds(results, step))
-        if not groups:
+        variation = seed_variation(results, step)
+        if not variation.degrees_of_freedom:
             continue
-        variation = SeedVariation.of(groups)
         low, high = variation.stddev_interval
         parts.append(
             f"By step {step:,} it is {format_points(variation.stddev, 2)}, with"
@@ -687,15 +681,6 @@ def _describe_variation(results: Results) -> str:
             f" {100 * low:.2f} to {format_points(high, 2)}; t = {variation.quantile:.1f}). "
         )
     return "".join(parts)
-
-
-def _groups_with_several_seeds(results: Results, step: int) -> Iterator[Group]:
-    """Yields the networks that have several seeds and did not diverge by a step."""
-    for title in results:
-        with contextlib.suppress(NotRunError):
-            group = Group.of(ended_runs(results, title), step)
-            if len(group.accuracies) > 1 and not group.num_diverged:
-                yield group
 
 
 def _list_untested(judgements: Mapping[Claim, Judgement]) -> list[str]:

@@ -145,7 +145,7 @@ class SeedVariation(NamedTuple):
         freedom = sum(len(values) - 1 for values in deviations)
         squares = sum(d * d for values in deviations for d in values)
         stddev = math.sqrt(squares / freedom) if freedom else math.nan
-        return cls(stddev, freedom, max(group.standard_error for group in compared))
+        return cls(stddev, freedom, max((group.standard_error for group in compared), default=0.0))
 
     def margin(self, *num_seeds: int) -> float | None:
         """Computes the margin of a sum or difference of mean accuracies over so many seeds each.

@@ -73,12 +73,10 @@ class BucketLock:
         try:
             with writing(f"{self._folder}"):
                 self._claim(on_wait)
-        except BucketUnavailableError:
+        except BaseException as error:
             _own_claims.discard(self._name)
-            raise
-        except BaseException:
-            _own_claims.discard(self._name)
-            self._withdraw()
+            if not isinstance(error, BucketUnavailableError):
+                self._withdraw()
             raise
         self._is_held = True
         self._is_released.clear()
