@@ -173,7 +173,8 @@ class PopulationEstimator:
         if not layers:
             raise UsageError(
                 f"model {model.name!r} has no BatchNormalization to estimate:"
-                f" {len(found)} found, none both built and trainable"
+                f" {len(found)} found, none both built and trainable; call the model once, and set"
+                " trainable=True on the layers to estimate"
             )
         names = layer_names(model)
         with strategy.scope():

@@ -10,7 +10,7 @@ from bn_keras import BatchNormalization  # instead of keras.layers.BatchNormaliz
 
 
 def build_model(input_shape: tuple[int, ...], num_classes: int) -> keras.Model:
-    """Builds convolution, BN, ReLU three times, and a classifier."""
+    """Builds three blocks of convolution, BN and ReLU, and a classifier."""
     model = keras.Sequential([keras.Input(input_shape), keras.layers.Rescaling(1 / 255)])
     for filters in (16, 32, 64):
         # Without a bias: beta of the next layer replaces it.
@@ -27,7 +27,7 @@ def main(images: np.ndarray, labels: np.ndarray, epochs: int = 3) -> keras.Model
     """Trains on nine tenths of the images, [N, height, width, channels] from 0 to 255."""
     model = build_model(images.shape[1:], int(labels.max()) + 1)
     model.compile(
-        # BN accepts higher learning rates than the same network without it.
+        # With BN, a network tolerates higher learning rates than without.
         keras.optimizers.SGD(0.1, momentum=0.9),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],

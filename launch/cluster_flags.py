@@ -13,7 +13,9 @@ def define_cluster() -> None:
     flags.DEFINE_list(
         "workers", [], "HOST:PORT of each worker, without Slurm, SkyPilot or TF_CONFIG."
     )
-    flags.DEFINE_integer("worker", None, "Index of this process in --workers.", lower_bound=0)
+    flags.DEFINE_integer(
+        "worker", None, "Index of this process in --workers, from 0.", lower_bound=0
+    )
 
 
 def apply_flags() -> bool:

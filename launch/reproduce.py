@@ -39,7 +39,9 @@ _SEEDS = flags.DEFINE_integer(
 _STEPS = flags.DEFINE_integer(
     "steps", 0, "Maximum number of steps of each run; 0: no limit.", lower_bound=0
 )
-_DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder of prepared TFDS data sets.")
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", "", "Folder of prepared TFDS data sets; without it, TFDS' default."
+)
 _DRY_RUN = flags.DEFINE_boolean(
     "dry_run", False, "Only list the runs, with their progress and estimated time on one core."
 )

@@ -56,7 +56,9 @@ def main() -> None:
                 f"--{flag.name} is empty: expected one or more values, separated by commas"
             )
         if len(set(flag.value)) < len(flag.value):
-            raise CommandError(f"--{flag.name}={','.join(flag.value)} repeats a value")
+            raise CommandError(
+                f"--{flag.name}={','.join(flag.value)} repeats a value: pass each value once"
+            )
     settings = list(itertools.product(_INITIALIZERS.value, _BASE_RATES.value))
     configs = {}
     for initializer, base_rate in settings:

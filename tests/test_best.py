@@ -47,7 +47,7 @@ def test_the_best_network_predicts(run, tmp_path):
 
 def test_a_missing_best_network_is_reported(run, tmp_path):
     with pytest.raises(
-        UsageError, match="only a run records its best evaluation: pass its workdir"
+        UsageError, match="best=True .* is invalid without a workdir, because an exported network"
     ):
         evaluate_networks(exported=["network.keras"], best=True)
     other = shutil.copytree(run, tmp_path / "other")

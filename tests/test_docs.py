@@ -68,7 +68,8 @@ FOLDERS = ("bn_keras", "launch", "configs", "tests", "benchmarks", "docs", "exam
 
 
 @EACH_PAGE
-def test_python_blocks_run(page):
+def test_python_blocks_run(page, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     # A reader runs the blocks of a page in order, in one session.
     names = {}
     for kind, block in FENCE.findall(page.read_text()):

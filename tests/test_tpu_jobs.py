@@ -560,7 +560,10 @@ def test_a_job_that_is_lost_after_its_end_is_done(cloud):
             ["ACTIVE", "FAILED:the training ended with status 3, error: no"],
             "failed: the training.* 3, er",
         ),
-        (["PROVISIONING", "REFUSED:no such\n network"], "did not get a TPU: no such network"),
+        (
+            ["PROVISIONING", "REFUSED:no such\n network"],
+            "did not get a TPU: no such network; delete the job",
+        ),
         (["ACTIVE", "SUSPENDED:USER"], "suspended by a user"),
     ],
 )
@@ -647,7 +650,7 @@ def test_watch_survives_polls_without_an_answer(cloud):
 def test_watch_deletes_a_job_at_its_time_limit(cloud):
     end = NOON + datetime.timedelta(seconds=150)
     job = make_job(delete_at=end, valid_until=end)
-    with pytest.raises(JobFailedError, match="reached its time limit and is deleted"):
+    with pytest.raises(JobFailedError, match="reached its time limit and is deleted; submit it"):
         watched(cloud, job, lives=[["ACTIVE"]])
     assert cloud.now() == end and not cloud.exists(job)
     assert f"--valid-until-time={end:%Y-%m-%dT%H:%M:%SZ}" in cloud.calls("create")[0]
@@ -655,7 +658,7 @@ def test_watch_deletes_a_job_at_its_time_limit(cloud):
 
 def test_watch_deletes_a_job_at_its_time_limit_over_a_bad_network(cloud):
     silence = ["delete", "ERROR: (gcloud.x) DEADLINE_EXCEEDED: no answer"]
-    with pytest.raises(JobFailedError, match="reached its time limit and is deleted"):
+    with pytest.raises(JobFailedError, match="reached its time limit and is deleted; submit it"):
         watched(cloud, make_job(delete_at=NOON), lives=[["ACTIVE"]], refusals=[silence] * 4)
     assert not cloud.exists(make_job())
 

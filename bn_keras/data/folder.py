@@ -143,7 +143,11 @@ def _warn_of_repetitions(split: str, classes: Classes) -> None:
     images = [image.real_path for image in itertools.chain(*classes.values())]
     repeated = len(images) - len(set(images))
     if repeated:
-        logging.warning("%r lists %s twice or more", split, counted(repeated, "image"))
+        logging.warning(
+            "%r lists %s twice or more; each listing counts: remove the other copies or links",
+            split,
+            counted(repeated, "image"),
+        )
 
 
 def _warn_of_copies(

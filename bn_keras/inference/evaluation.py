@@ -161,7 +161,10 @@ def choose_config(
       UsageError: no config, or one that describes none of the runs' networks.
     """
     if best and not workdirs:
-        raise UsageError("only a run records its best evaluation: pass its workdir")
+        raise UsageError(
+            "best=True (--best) is invalid without a workdir, because an exported network does not"
+            " record its best evaluation: pass the run's workdir, or omit it"
+        )
     if config is None and not workdirs:
         raise UsageError(
             "an exported network does not record its data set: pass a config, such as that of its"

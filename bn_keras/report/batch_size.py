@@ -121,8 +121,8 @@ def _describe_setup(run: Run) -> str:
     rate = schedule.base_rate * train.global_batch_size / schedule.reference_batch_size
     return (
         f"BN-x5 is trained in all runs with the same {train.steps:,} batches of"
-        f" {train.global_batch_size} images and the base learning rate {rate:g}. Only the number of"
-        " examples that BN normalizes together differs (ghost batches). The finished network is"
+        f" {train.global_batch_size} images and the initial learning rate {rate:g}. Only the number"
+        " of examples that BN normalizes together differs (ghost batches). The finished network is"
         " evaluated with the moving averages of the training, and with population statistics"
         f" (Algorithm 2) from {run.config.population.num_batches} training batches."
     )

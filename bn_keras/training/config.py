@@ -56,7 +56,7 @@ def default_config() -> ConfigDict:
     # Threshold pixels at one half to 0 and 1 (section 4.1) instead of scaling them to [-1, 1].
     config.data.binary = False
     # "examples": shuffle within shards; "shards": change only the order of the shards. Data in
-    # memory is one shard; single files are always shuffled.
+    # memory is one shard; the images of a folder are always shuffled one by one.
     config.data.shuffle = "shards"
     # Unreadable images accepted per split and process. Each is named in the log; training replaces
     # it, evaluation leaves it out.

@@ -23,7 +23,10 @@ def check_same_command(
     # The location of the data may differ between machines.
     del settings["data"]["data_dir"]
     if len(set(gather_from_workers(strategy, _digest(settings)))) > 1:
-        raise UsageError("the workers have different configs: start all of them with one command")
+        raise UsageError(
+            "the workers have different configs or --profile_steps: start all of them with the same"
+            " command"
+        )
 
 
 def check_same_data(strategy: tf.distribute.Strategy, data: Data) -> None:

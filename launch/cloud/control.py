@@ -293,7 +293,10 @@ def _wait_until_done(job: Job, cloud: Cloud, poll_seconds: float) -> bool:
         left = _seconds_left(job, cloud)
         if left <= 0:
             _retrying(delete, job, cloud, poll_seconds)
-            raise JobFailedError(f"job {job.name} reached its time limit and is deleted")
+            raise JobFailedError(
+                f"job {job.name} reached its time limit and is deleted; submit it with a larger"
+                " --max_hours to resume the run"
+            )
         cloud.sleep(min(poll_seconds, left))
 
 
@@ -301,11 +304,20 @@ def _is_lost(job: Job, status: Status) -> bool:
     """Returns whether the VM is lost; raises JobFailedError if the job must not be retried."""
     match status.state:
         case "ABSENT":
-            raise JobFailedError(f"job {job.name} does not exist: someone deleted it")
+            raise JobFailedError(
+                f"job {job.name} does not exist: someone deleted it; submit it again to resume the"
+                " run"
+            )
         case "FAILED":
-            raise JobFailedError(f"job {job.name} did not get a TPU: {status.detail}")
+            raise JobFailedError(
+                f"job {job.name} did not get a TPU: {status.detail}; delete the job, then submit it"
+                " again, or with another --zone or --accelerator_type"
+            )
         case "SUSPENDED" if status.detail == _BY_USER:
-            raise JobFailedError(f"job {job.name} was suspended by a user, not preempted")
+            raise JobFailedError(
+                f"job {job.name} was suspended by a user, not preempted; delete the job and submit"
+                " it again to resume the run"
+            )
     return status.state in ("SUSPENDED", "PREEMPTED", "TERMINATED")
 
 
@@ -345,7 +357,10 @@ def _try_to_create(
         cloud.echo_with_time(f"creating the job again in {pause} s ({retry}/{max_retries})")
         cloud.sleep(pause)
         if job.valid_until and cloud.now() >= job.valid_until:
-            raise JobFailedError(f"job {job.name} was lost after its --valid_until")
+            raise JobFailedError(
+                f"job {job.name} was lost after its --valid_until; submit it with a later one, or"
+                " with a larger --max_hours, to resume the run"
+            )
         try:
             cloud.execute(jobs.create_command(job))
             return

@@ -29,9 +29,15 @@ _TEMPLATE = pathlib.Path(__file__).with_name("train.sbatch")
 _CONFIG = cli.define_config()
 _WORKDIR = cli.define_workdir()
 _NODES = flags.DEFINE_integer("nodes", 1, "Number of nodes.", lower_bound=1)
-_GPUS = flags.DEFINE_integer("gpus_per_node", 0, "GPUs of each node.", lower_bound=0)
-_CPUS = flags.DEFINE_integer("cpus_per_node", None, "CPU cores of each node.", lower_bound=1)
-_TIME = flags.DEFINE_string("time", "", "Time limit, such as 24:00:00 or 2-12.")
+_GPUS = flags.DEFINE_integer(
+    "gpus_per_node", 0, "GPUs of each node; 0 requests none.", lower_bound=0
+)
+_CPUS = flags.DEFINE_integer(
+    "cpus_per_node", None, "CPU cores of each node; without it, Slurm's default.", lower_bound=1
+)
+_TIME = flags.DEFINE_string(
+    "time", "", "Time limit, such as 24:00:00 or 2-12; without it, Slurm's default."
+)
 _GRACE = flags.DEFINE_integer(
     "grace_seconds",
     120,
