@@ -74,7 +74,7 @@ def open_photographs(manual_dir, data_dir):
     builder.download_and_prepare(download_config=download)
     config = bn_x30.get_config().data.copy_and_resolve_references()
     config.update({"data_dir": data_dir, "validation_split": f"validation[:{IMAGES}]"})
-    return open_data(**config, seed=0)
+    return open_data(config, seed=0)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def time_small_network(folder):
         config.data_dir = str(folder / "tfds")
     else:
         config.update({"name": "digits", "validation_split": "validation"})
-    data = open_data(**config, seed=0)
+    data = open_data(config, seed=0)
     batches = iter(data.train_batches(STRATEGY, 60))
     train_step = make_mlp_step(data.input_shape)
     constant = next(batches)
@@ -164,7 +164,7 @@ def seconds_per_image(dataset):
 
 
 def train_batches(config):
-    return open_data(**config, seed=0).train_batches(STRATEGY, 32)
+    return open_data(config, seed=0).train_batches(STRATEGY, 32)
 
 
 def hand_written_batches(builder, transform):

@@ -115,7 +115,7 @@ def start(data_dir):
 def checkpoint(data_dir):
     config = inception_config()
     strategy = make_strategy(**config.distribution)
-    data = pipeline.open_data(**config.data, seed=config.seed)
+    data = pipeline.open_data(config.data, seed=config.seed)
     trainer = build_trainer(
         config, strategy, data.input_shape, data.num_classes, data.num_train_examples
     )
@@ -189,7 +189,7 @@ def run(config, steps):
 def make_bare_loop(config):
     """Returns a traced loop over a constant batch, and the seconds to the end of its first step."""
     strategy = make_strategy(**config.distribution)
-    data = pipeline.open_data(**config.data, seed=config.seed)
+    data = pipeline.open_data(config.data, seed=config.seed)
     # Kept alive: TensorFlow may crash if an iterator is destroyed while it prefetches.
     batches = iter(data.train_batches(strategy, config.train.global_batch_size))
     batch = next(batches)

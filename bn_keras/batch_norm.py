@@ -232,7 +232,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
     ) -> tf.Tensor:
         """Normalizes by batch statistics, and updates the moving statistics if `training`."""
         x, parameters = self._check_batch(x), self._parameters()
-        if self._is_plain(mask, training) and ops.kernel_averages(x, *parameters, self._axes):
+        if self._is_plain(mask, training) and ops.uses_averaging_kernel(x, *parameters, self._axes):
             return self._train_in_kernel(x, *parameters)
         dtype = x.dtype
         if self.renorm:

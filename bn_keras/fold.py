@@ -5,7 +5,7 @@ import dataclasses
 import inspect
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -29,8 +29,11 @@ from bn_keras.keras_internals import (
 )
 from bn_keras.layer_kinds import DEPTHWISE, SEPARABLE, TRANSPOSED, WITH_KERNEL
 from bn_keras.model_copy import REMOVED, ModelCopier, describe_layer, find_state
-from bn_keras.population import find_trained_layers, preserved_state
-from bn_keras.text import first_line
+from bn_keras.population import (
+    find_trained_layers,
+    preserved_state,
+    reporting_rejected_inputs,
+)
 
 # Random inputs of the comparison: number of examples, and size of the axes that the model leaves
 # open.
@@ -136,7 +139,7 @@ def fold_batch_norm(model: keras.Model, inputs: Any = None) -> tuple[keras.Model
     """
     plan = _Plan(model)
     inputs = _as_batch(_random_inputs(model.name, plan.inputs) if inputs is None else inputs)
-    with _reporting_invalid_inputs(model):
+    with _reporting_rejected_inputs(model):
         plan.find_always_training(model, inputs)
     folded_model = _Folder(plan).copy_model(model)
     return folded_model, _compare_models(plan, model, folded_model, inputs)
@@ -507,7 +510,7 @@ def _compare_models(
 
 def _compare_runs(plan: _Plan, before: keras.Model, after: keras.Model, inputs: Any) -> FoldReport:
     run_before, run_after = _inference(before), _inference(after)
-    with _reporting_invalid_inputs(before):
+    with _reporting_rejected_inputs(before):
         expected = run_before(inputs)
     outputs = run_after(inputs)
     source = f"folded model {before.name!r}"
@@ -525,16 +528,10 @@ def _compare_runs(plan: _Plan, before: keras.Model, after: keras.Model, inputs: 
     )
 
 
-@contextlib.contextmanager
-def _reporting_invalid_inputs(model: keras.Model) -> Iterator[None]:
-    """Raises UsageError if a `with` block fails because the model does not accept the inputs."""
-    try:
-        yield
-    except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
-        raise UsageError(
-            f"model {model.name!r} does not accept the inputs to compare on ({first_line(error)}):"
-            " pass a batch that it accepts"
-        ) from None
+def _reporting_rejected_inputs(model: keras.Model) -> contextlib.AbstractContextManager:
+    return reporting_rejected_inputs(
+        model, "the inputs to compare on", "pass a batch that it accepts"
+    )
 
 
 def _as_batch(inputs: Any) -> Any:

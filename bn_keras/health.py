@@ -28,7 +28,7 @@ from bn_keras.population import (
     PopulationReport,
     distribute_dataset,
     preserved_state,
-    reporting_invalid_batches,
+    reporting_rejected_inputs,
 )
 from bn_keras.text import counted, first_of
 
@@ -458,7 +458,7 @@ def _outputs(model: keras.Model, inputs: Any, strategy: tf.distribute.Strategy) 
     def run(inputs: Any) -> Any:
         return strategy.run(lambda inputs: model(inputs, training=False), args=(inputs,))
 
-    with reporting_invalid_batches(model), preserved_state(model, strategy):
+    with reporting_rejected_inputs(model), preserved_state(model, strategy):
         # Tracing explicitly avoids TensorFlow's warning about retracing.
         outputs = tf.function(run, autograph=False).get_concrete_function(inputs)(inputs)
     return [

@@ -212,8 +212,8 @@ def batch_normalize_and_average(
 ) -> tuple[tf.Tensor, tuple[tf.Tensor, tf.Tensor]]:
     """Like batch_normalize, and averages the moments into moving statistics.
 
-    The fused kernel does both in one call; call this function only where kernel_averages returns
-    True. An empty batch leaves the moving statistics unchanged.
+    The fused kernel does both in one call; call this function only where uses_averaging_kernel
+    returns True. An empty batch leaves the moving statistics unchanged.
 
     Args:
       x, gamma, beta, epsilon, axes: like those of batch_normalize.
@@ -235,7 +235,7 @@ def batch_normalize_and_average(
     return _run_fused(run, x, axes, gamma, beta)
 
 
-def kernel_averages(
+def uses_averaging_kernel(
     x: tf.Tensor,
     gamma: tf.Tensor | None,
     beta: tf.Tensor | None,

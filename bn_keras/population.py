@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from bn_keras import ops
-from bn_keras.arguments import check_model
+from bn_keras.arguments import as_positive_integer, check_model
 from bn_keras.batch_norm import BatchNormalization
 from bn_keras.errors import UsageError
 from bn_keras.keras_internals import (
@@ -190,8 +190,7 @@ class PopulationEstimator:
         self, dataset: Iterable, num_batches: int, *, update: bool = True
     ) -> PopulationReport:
         """Estimates the statistics; see estimate_population_statistics."""
-        if not (isinstance(num_batches, int | np.integer) and num_batches >= 1):
-            raise UsageError(f"num_batches={num_batches} is invalid: expected a positive integer")
+        num_batches = as_positive_integer("num_batches", num_batches)
         batches = distribute_dataset(dataset, self._strategy)
         with preserved_state(self._model, self._strategy):
             self._sum_moments(batches, num_batches)
@@ -216,7 +215,7 @@ class PopulationEstimator:
         Args:
           inputs: the inputs of one batch, distributed over the replicas.
         """
-        with self._observed_layers(), reporting_invalid_batches(self._model):
+        with self._observed_layers(), reporting_rejected_inputs(self._model):
             # `estimate` uses this trace.
             self._run.get_concrete_function(inputs)
         return [sums.layer for sums in self._sums if sums.is_used]
@@ -238,7 +237,7 @@ class PopulationEstimator:
         # Observed during the whole loop, because a batch of another shape is retraced.
         with _progress_bar(num_batches) as advance, self._observed_layers():
             for batch in itertools.islice(batches, num_batches):
-                with reporting_invalid_batches(self._model):
+                with reporting_rejected_inputs(self._model):
                     self._run(batch[0] if isinstance(batch, tuple) else batch)
                 advance()
                 num_read += 1
@@ -268,8 +267,12 @@ def _progress_bar(total: int) -> Iterator[Callable[[], Any]]:
 
 
 @contextlib.contextmanager
-def reporting_invalid_batches(model: keras.Model) -> Iterator[None]:
-    """Raises UsageError if a `with` block fails because the model does not accept a batch."""
+def reporting_rejected_inputs(
+    model: keras.Model,
+    inputs: str = "a batch of the dataset",
+    advice: str = "expected batches as in training",
+) -> Iterator[None]:
+    """Raises UsageError if a `with` block fails because the model does not accept its inputs."""
     try:
         yield
     except UsageError as error:
@@ -277,8 +280,7 @@ def reporting_invalid_batches(model: keras.Model) -> Iterator[None]:
         raise UsageError(first_line(error)) from error
     except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
         raise UsageError(
-            f"model {model.name!r} does not accept a batch of the dataset ({first_line(error)}):"
-            " expected batches as in training"
+            f"model {model.name!r} does not accept {inputs} ({first_line(error)}): {advice}"
         ) from error
 
 

@@ -17,6 +17,7 @@ Examples:
 
 import contextlib
 import csv
+import io
 import json
 import os
 import sys
@@ -97,36 +98,42 @@ def _open_output(
         yield _print
         return
     with storage.replacing(_OUTPUT.value) as path:
-        # A file name need not be UTF-8; Python then decodes it to surrogates.
-        with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            if extension == ".jsonl":
-                yield lambda image: print(_to_json(image), file=file)
-            else:
-                yield _csv_writer(csv.writer(file), class_names)
+
+        def append(line: str) -> None:
+            # Closed after each line, so that a full disk is noticed where it is reported. A file
+            # name need not be UTF-8; Python then decodes it to surrogates.
+            form: Any = dict(newline="", encoding="utf-8", errors="backslashreplace")
+            with storage.writing(f"output {_OUTPUT.value}"), open(path, "a", **form) as file:
+                file.write(line)
+
+        if extension == ".jsonl":
+            yield lambda image: append(_to_json(image) + "\n")
+            return
+        append(_csv_line("image", "error", *_csv_columns(class_names)))
+        yield lambda image: append(
+            _csv_line(image.path, image.error, *_csv_values(image, class_names))
+        )
 
 
-def _csv_writer(writer: Any, class_names: Sequence[str]) -> Callable[["ImagePrediction"], None]:
-    """Writes the header, and returns a function that writes a row.
+def _csv_line(*values: object) -> str:
+    line = io.StringIO(newline="")
+    csv.writer(line).writerow(values)
+    return line.getvalue()
 
-    All probabilities are in a column for each class; otherwise, the most probable classes are in
-    pairs of columns.
-    """
+
+def _csv_columns(class_names: Sequence[str]) -> Sequence[str]:
+    """Returns a column for each class with --top_k=0, else pairs of columns for the top classes."""
     if _TOP_K.value == 0:
-        writer.writerow(["image", "error", *class_names])
-
-        def write_all(image: "ImagePrediction") -> None:
-            found = dict(image.classes)
-            writer.writerow([image.path, image.error, *(found.get(n, "") for n in class_names)])
-
-        return write_all
+        return class_names
     numbers = range(1, min(_TOP_K.value, len(class_names)) + 1)
-    names = (name for i in numbers for name in (f"class_{i}", f"probability_{i}"))
-    writer.writerow(["image", "error", *names])
+    return [name for i in numbers for name in (f"class_{i}", f"probability_{i}")]
 
-    def write(image: "ImagePrediction") -> None:
-        writer.writerow([image.path, image.error, *(v for pair in image.classes for v in pair)])
 
-    return write
+def _csv_values(image: "ImagePrediction", class_names: Sequence[str]) -> list[object]:
+    if _TOP_K.value == 0:
+        found = dict(image.classes)
+        return [found.get(name, "") for name in class_names]
+    return [value for prediction in image.classes for value in prediction]
 
 
 def _print(image: "ImagePrediction") -> None:

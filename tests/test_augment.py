@@ -260,7 +260,7 @@ def open_augmented(request, folder):
 
     def open_data(**changes):
         config = settings(name=request.param, data_dir=folder, **{**EVERYTHING, **changes})
-        return pipeline.open_data(**config, seed=3)
+        return pipeline.open_data(config, seed=3)
 
     return open_data
 
@@ -324,7 +324,9 @@ def test_rand_augment_is_applied_between_crop_and_distortion():
     draws = np.full([1, transforms.NUM_UNIFORMS], 0.4, np.float32)
     draws = np.concatenate([draws, row(("solarize", 0.6, 0.7))[None]], axis=1)
     plain, full = (
-        Preprocessing(images.shape[1:3], "none", True, distortion, False, magnitude)
+        Preprocessing(
+            images.shape[1:3], "none", mirror=True, distortion=distortion, random_augment=magnitude
+        )
         for distortion, magnitude in ((0.0, 0.0), (1.0, MAGNITUDE))
     )
     mirrored = plain.process_batch(tf.constant(images), [0], tf.constant(draws), 255)
@@ -349,12 +351,12 @@ def test_rand_augment_is_applied_between_crop_and_distortion():
 )
 def test_invalid_settings_are_reported_on_one_line(changes, message):
     with pytest.raises(UsageError, match=message) as caught:
-        pipeline.open_data(**settings(name="synthetic", **changes), seed=0)
+        pipeline.open_data(settings(name="synthetic", **changes), seed=0)
     assert "\n" not in str(caught.value)
 
 
 def test_mixing_needs_an_even_batch_on_each_replica():
-    data = pipeline.open_data(**settings(name="synthetic", mixup=0.2), seed=0)
+    data = pipeline.open_data(settings(name="synthetic", mixup=0.2), seed=0)
     with pytest.raises(UsageError, match="each replica has 3 examples of a batch of 6") as caught:
         data.train_batches(Pipelines(1, 2), 6, mix=True)
     assert "\n" not in str(caught.value)

@@ -42,7 +42,7 @@ def test_the_picture_shows_the_input_of_the_network_with_its_names(tmp_path, fig
     expected = ["distortion 0", "distortion 0.25\n(this config)", "distortion 0.5", "distortion 1"]
     assert names == [*expected, "validation"]
 
-    data = open_data(**config.data, seed=config.seed)
+    data = open_data(config.data, seed=config.seed)
     train = next(iter(data.train_batches(STRATEGY, 5)))
     validation = next(iter(data.validation_sample(STRATEGY, 5)))
     assert [cell.get_title() for cell in rows[4]] == ["0", "2", "4", "6", "8"]
@@ -68,7 +68,7 @@ def test_the_picture_shows_mixed_images_with_the_shares_of_their_classes(tmp_pat
     plain = [f"distortion {strength}" for strength in ("0", "0.5", "1")]
     assert names == [*plain, *mixtures, "validation"]
 
-    data = open_data(**config.data, seed=config.seed)
+    data = open_data(config.data, seed=config.seed)
     batches = iter(data.train_batches(STRATEGY, 4, mix=True))
     for row in rows[3:5]:
         images, shares = (part.numpy() for part in next(batches))

@@ -92,7 +92,7 @@ def open_unequal(request, prepared):
             changes |= {"name": "folder", "data_dir": str(prepared / "images")}
         if request.param == "records":
             changes |= {"name": "tiny_unequal", "data_dir": str(prepared)}
-        return pipeline.open_data(**settings(**changes), seed=5, source=source)
+        return pipeline.open_data(settings(**changes), seed=5, source=source)
 
     return open_data
 
@@ -145,9 +145,7 @@ def test_balanced_batches_depend_on_seed_and_step_only(open_unequal, monkeypatch
 
 def test_another_seed_draws_in_another_order():
     orders = [
-        examples_of(
-            train_batches(pipeline.open_data(**settings(), seed=s, source=make_arrays()), 3)
-        )
+        examples_of(train_batches(pipeline.open_data(settings(), seed=s, source=make_arrays()), 3))
         for s in (5, 6)
     ]
     assert (orders[0] != orders[1]).any()
@@ -170,7 +168,7 @@ def test_mini_batches_and_pairs_of_rows_are_not_all_alike():
 def test_records_are_balanced_within_each_group_of_shards(prepared, monkeypatch):
     monkeypatch.setattr(shard_batches, "GROUP_BYTES", 0)
     config = settings(name="tiny_unequal", data_dir=str(prepared))
-    data = pipeline.open_data(**config, seed=5)
+    data = pipeline.open_data(config, seed=5)
     assert data.num_balanced_groups == NUM_SHARDS
     drawn = examples_of(train_batches(data, len(LABELS_OF_EXAMPLES), global_batch_size=4))
     # Four epochs: each group has as many draws as records, all of them its own.
@@ -186,7 +184,7 @@ def test_unreadable_examples_are_replaced_in_the_balanced_order(prepared, tmp_pa
     bad = sorted((root / "train" / "class 2").iterdir())[0]
     bad.write_bytes(b"?")
     config = settings(name="folder", data_dir=str(root), max_bad_examples=1)
-    data = pipeline.open_data(**config, seed=5)
+    data = pipeline.open_data(config, seed=5)
     expected = train_batches(data, 4)
     assert int(bad.stem) not in examples_of(expected)
     assert_same(train_batches(data, 1, 3), expected[3:])
@@ -194,7 +192,7 @@ def test_unreadable_examples_are_replaced_in_the_balanced_order(prepared, tmp_pa
 
 def test_records_with_a_label_that_is_no_class_are_not_drawn(prepared, monkeypatch):
     data = pipeline.open_data(
-        **settings(name="tiny_unequal", data_dir=str(prepared), balance="weights"), seed=5
+        settings(name="tiny_unequal", data_dir=str(prepared), balance="weights"), seed=5
     )
     split = data._source.train
     records = split.read(tf.range(NUM_SHARDS, dtype=tf.int64)).numpy()
@@ -219,7 +217,7 @@ def test_each_source_knows_the_sizes_of_its_classes(open_unequal):
 def test_the_labels_of_records_are_read_only_for_weights(prepared):
     for balance in ("none", "sampling"):
         config = settings(name="tiny_unequal", data_dir=str(prepared), balance=balance)
-        assert pipeline.open_data(**config, seed=5).class_counts is None
+        assert pipeline.open_data(config, seed=5).class_counts is None
 
 
 def test_a_repeated_pool_counts_every_repetition():
@@ -242,7 +240,7 @@ def test_weights_are_defined_exactly():
 )
 def test_a_balance_that_cannot_work_is_refused(changes, message):
     with pytest.raises(UsageError, match=message) as caught:
-        pipeline.open_data(**settings(**changes), seed=0, source=make_arrays())
+        pipeline.open_data(settings(**changes), seed=0, source=make_arrays())
     assert "\n" not in str(caught.value)
 
 
@@ -314,7 +312,7 @@ def test_an_interrupted_balanced_run_ends_like_an_uninterrupted_one(balance, tmp
 
 
 def test_unequal_absent_and_rare_classes_are_named():
-    data = pipeline.open_data(**settings(balance="none"), seed=0, source=make_arrays())
+    data = pipeline.open_data(settings(balance="none"), seed=0, source=make_arrays())
     lines = "\n".join(find_class_pitfalls(data))
     assert "no training image of: 1" in lines
     assert "fewer than 10 training images, too few to learn from: 0 (9), 2 (2), 3 (4)" in lines
@@ -329,5 +327,5 @@ def test_unequal_absent_and_rare_classes_are_named():
 
 def test_the_log_says_what_balances_the_classes():
     for balance, text in (("weights", "from 0.556 to 2.5"), ("sampling", "an epoch has 15 draws")):
-        data = pipeline.open_data(**settings(balance=balance), seed=0, source=make_arrays())
+        data = pipeline.open_data(settings(balance=balance), seed=0, source=make_arrays())
         assert text in " ".join(describe_balance(data))

@@ -721,7 +721,10 @@ def test_scaling_the_kernel_before_the_layer_changes_nothing():
         ({"renorm": True, "renorm_clipping": {"max": 1}}, "expected only the keys .*rmax"),
         ({"renorm": True, "renorm_clipping": [1, 2, 3]}, "expected a dict of .*rmax"),
         *(
-            ({"renorm": True, "renorm_clipping": {name: value}}, f"{name}=.* in renorm_clipping is invalid")
+            (
+                {"renorm": True, "renorm_clipping": {name: value}},
+                f"{name}=.* in renorm_clip",
+            )
             for name in ("rmin", "rmax", "dmax")
             for value in (-1, np.nan, "x", tf.Variable(-1.0), keras.Variable([1.0, 2.0]))
         ),

@@ -152,7 +152,7 @@ def test_a_shorter_run_is_the_beginning_of_a_longer_one():
 
     def trained(**changes):
         config = small_mlp(**changes)
-        data = pipeline.open_data(**config.data, seed=config.seed)
+        data = pipeline.open_data(config.data, seed=config.seed)
         sizes = (data.input_shape, data.num_classes, data.num_train_examples)
         trainer = build_trainer(config, tf.distribute.get_strategy(), *sizes)
         trainer.train(trainer.open_batches(data, 0), 3)

@@ -105,7 +105,7 @@ def test_examples_are_read_by_position(tmp_path):
     keras.utils.save_img(tmp_path / "validation/b/y.png", np.full((9, 9, 3), 200), scale=False)
     settings = small_mlp().data
     settings.update(name="folder", data_dir=str(tmp_path), image_size=8, train_split="train")
-    data = pipeline.open_data(**settings, seed=0)
+    data = pipeline.open_data(settings, seed=0)
     name, image = data.read_validation_example(1)
     assert name.endswith("validation/b/y.png") and image.mean() > 0
 

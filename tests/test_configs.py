@@ -227,3 +227,16 @@ def test_a_config_that_lacks_settings_is_reported_on_one_line(config, message):
     with pytest.raises(UsageError, match=message) as caught:
         check_config(config)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("crop", "centre", "unknown data.crop 'centre': expected one of inception, shift, none"),
+        ("mixup", -1.0, "data.mixup=-1.0 is invalid: expected 0 or more"),
+    ],
+)
+def test_settings_of_the_data_are_checked_before_the_data_is_opened(key, value, message):
+    config = networks.replaced(load("digits_bn_x5"), {f"data.{key}": value})
+    with pytest.raises(UsageError, match=message):
+        check_config(config)

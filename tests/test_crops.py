@@ -9,7 +9,7 @@ from bn_keras.data.transforms import Preprocessing
 from bn_keras.errors import UsageError
 
 GOOGLENET = Crops.parse("144")
-IMAGENET = Preprocessing((224, 224), "inception", mirror=True, distortion=1.0, binary=False)
+IMAGENET = Preprocessing((224, 224), "inception", mirror=True, distortion=1.0)
 
 
 def photograph(height, width, channels=3, seed=0):
@@ -140,7 +140,7 @@ def test_invalid_crops_are_reported_on_one_line(text):
 
 
 def test_several_crops_need_a_square_input():
-    oblong = Preprocessing((224, 192), "none", mirror=False, distortion=0.0, binary=False)
+    oblong = Preprocessing((224, 192), "none")
     with pytest.raises(UsageError, match="10 crops .* 224x192: .* single crop"):
         CropPreprocessing(oblong, Crops.parse("10"))
     assert CropPreprocessing(oblong, SINGLE_CROP).num_pixels == 224 * 192
@@ -178,7 +178,7 @@ def test_the_single_crop_is_the_centre_window_of_the_first_scale():
 def test_crops_of_images_in_memory_are_in_the_networks_range(binary):
     # Like the digits: one channel, 17 grey levels, 8x8.
     pool = np.random.default_rng(0).integers(0, 17, (5, 8, 8, 1), np.uint8)
-    preprocessing = CropPreprocessing(Preprocessing((8, 8), "none", False, 0.0, binary), GOOGLENET)
+    preprocessing = CropPreprocessing(Preprocessing((8, 8), "none", binary=binary), GOOGLENET)
     squares = preprocessing.process_batch(tf.constant(pool), tf.constant([3, 1]), None, 16)
     crops = preprocessing.cut(squares).numpy().reshape(2, 144, 8, 8, 1)
     pixels = GOOGLENET.cut(GOOGLENET.extract_squares(pool[[3, 1]], 8), 8).numpy()

@@ -146,7 +146,7 @@ def open_tiny(request, data_dir):
 
     def open_data(seed=3, **changes):
         config = settings(name=name, data_dir=data_dir, shuffle=shuffle, **changes)
-        data = pipeline.open_data(**config, seed=seed)
+        data = pipeline.open_data(config, seed=seed)
         assert isinstance(data._train, kind)
         return data
 
@@ -222,7 +222,7 @@ def test_each_epoch_is_a_different_permutation(open_tiny):
 
 def test_shuffling_shards_keeps_the_stored_order_in_memory(data_dir):
     config = settings(name="tiny_thumbnails", data_dir=data_dir, shuffle="shards")
-    data = pipeline.open_data(**config, seed=3)
+    data = pipeline.open_data(config, seed=3)
     assert isinstance(data._train, ArrayBatches)
     steps = NUM_EXAMPLES  # Eight epochs, in batches of 8.
     labels = labels_of(train_batches(data, steps))
@@ -342,9 +342,9 @@ def test_validation_counts_every_example_once(open_tiny, global_batch_size, stra
 
 def test_images_from_files_equal_images_in_memory(data_dir, monkeypatch):
     config = settings(name="tiny_thumbnails", data_dir=data_dir, image_size=0, crop="none")
-    in_memory = pipeline.open_data(**config, seed=0)
+    in_memory = pipeline.open_data(config, seed=0)
     monkeypatch.setattr(tfds_sets, "MEMORY_LIMIT_BYTES", 0)
-    streamed = pipeline.open_data(**config, seed=0)
+    streamed = pipeline.open_data(config, seed=0)
     assert isinstance(streamed._train, ShardBatches)
     assert streamed.input_shape == in_memory.input_shape == (12, 10, 3)
     both = []
@@ -397,7 +397,7 @@ def test_shuffling_shards_keeps_the_order_within_each_shard(data_dir):
     config = settings(name="tiny_photographs", data_dir=data_dir, shuffle="shards")
     shards = shards_in_order(data_dir, "train")
     assert len(shards) == NUM_SHARDS
-    epochs = labels_of(train_batches(pipeline.open_data(**config, seed=0), NUM_EXAMPLES)).reshape(
+    epochs = labels_of(train_batches(pipeline.open_data(config, seed=0), NUM_EXAMPLES)).reshape(
         8, -1
     )
     orders = set()
@@ -415,7 +415,7 @@ def test_shuffling_examples_permutes_within_groups_of_shards(data_dir, monkeypat
     info = TinyPhotographs(data_dir=data_dir).info
     shard_bytes = info.splits["train"].num_bytes / NUM_SHARDS
     monkeypatch.setattr(shard_batches, "GROUP_BYTES", int((group_shards + 0.5) * shard_bytes))
-    epochs = labels_of(train_batches(pipeline.open_data(**config, seed=0), NUM_EXAMPLES)).reshape(
+    epochs = labels_of(train_batches(pipeline.open_data(config, seed=0), NUM_EXAMPLES)).reshape(
         8, -1
     )
     orders = set()
@@ -435,7 +435,7 @@ def test_a_resumed_run_reads_only_the_shards_that_follow(tmp_path, monkeypatch):
     download = tfds.download.DownloadConfig(num_shards=NUM_SHARDS)
     TinyPhotographs(data_dir=tmp_path).download_and_prepare(download_config=download)
     monkeypatch.setattr(shard_batches, "GROUP_BYTES", 0)
-    data = pipeline.open_data(**settings(name="tiny_photographs", data_dir=str(tmp_path)), seed=0)
+    data = pipeline.open_data(settings(name="tiny_photographs", data_dir=str(tmp_path)), seed=0)
     whole = train_batches(data, 22, global_batch_size=2)
     shards = shards_in_order(str(tmp_path), "train")
     last = next(n for n, shard in enumerate(shards) if whole[-1][1][-1] in shard)
@@ -458,7 +458,7 @@ def test_splits_may_be_slices(data_dir, monkeypatch):
     )
     for limit in (tfds_sets.MEMORY_LIMIT_BYTES, 0):
         monkeypatch.setattr(tfds_sets, "MEMORY_LIMIT_BYTES", limit)
-        data = pipeline.open_data(**config, seed=0)
+        data = pipeline.open_data(config, seed=0)
         assert (data.num_train_examples, data.num_validation_examples) == (30, 17)
         trained = set(labels_of(train_batches(data, 5, global_batch_size=6)))
         datasets, num_steps = data.validation_batches(ONE, 17)
@@ -468,7 +468,7 @@ def test_splits_may_be_slices(data_dir, monkeypatch):
 
 def test_digits_are_those_of_scikit_learn():
     plain = {"image_size": 0, "crop": "none", "mirror": False, "distortion": 0.0}
-    data = pipeline.open_data(**settings(name="digits", **plain), seed=0)
+    data = pipeline.open_data(settings(name="digits", **plain), seed=0)
     assert data.input_shape == (8, 8, 1) and data.num_classes == 10
     assert (data.num_train_examples, data.num_validation_examples) == (1442, 355)
 
@@ -488,13 +488,13 @@ def test_digits_are_those_of_scikit_learn():
     [(trained, _)] = train_batches(data, 1, global_batch_size=1442)
     assert len({image.tobytes() for image in [*trained, *images]}) == 1797
 
-    binary = pipeline.open_data(**settings(name="digits", **plain, binary=True), seed=0)
+    binary = pipeline.open_data(settings(name="digits", **plain, binary=True), seed=0)
     [(images, _)] = train_batches(binary, 1)
     assert set(images.ravel()) == {0.0, 1.0}
 
 
 def test_synthetic_images_have_the_size_of_imagenet_and_learnable_labels():
-    data = pipeline.open_data(**settings(name="synthetic", image_size=20), seed=0)
+    data = pipeline.open_data(settings(name="synthetic", image_size=20), seed=0)
     assert data.input_shape == (20, 20, 3) and data.num_classes == 1000
     assert data.num_train_examples == 1_281_167
     batches = train_batches(data, 4, global_batch_size=64)
@@ -540,7 +540,7 @@ def test_invalid_settings_are_reported_on_one_line(data_dir, changes, message):
     config = settings(name="tiny_photographs", data_dir=data_dir)
     config.update(changes)
     with pytest.raises(UsageError, match=message) as caught:
-        pipeline.open_data(**config, seed=0)
+        pipeline.open_data(config, seed=0)
     assert "\n" not in str(caught.value)
 
 
@@ -552,14 +552,14 @@ def test_the_error_for_a_failed_download_suggests_a_config_without_one(tmp_path,
     monkeypatch.setattr("urllib.request.getproxies", dict)
     config = settings(name="cifar100", data_dir=str(tmp_path))
     with pytest.raises(UsageError) as caught:
-        pipeline.open_data(**config, seed=0)
+        pipeline.open_data(config, seed=0)
     message = str(caught.value)
     assert "\n" not in message and "'cifar100'" in message and str(tmp_path) in message
     assert "no connection to www.cs.toronto.edu" in message
     assert not list(tmp_path.iterdir())
     suggested = load_config(re.search(r"--config=(\w+)$", message)[1])
     assert suggested.data.name in sources.NOT_IN_TFDS
-    assert pipeline.open_data(**suggested.data, seed=0).num_train_examples == 1442
+    assert pipeline.open_data(suggested.data, seed=0).num_train_examples == 1442
 
 
 class SlowThumbnails(TinyThumbnails):
@@ -595,7 +595,7 @@ def test_a_set_may_be_prepared_by_two_processes_at_the_same_time(tmp_path):
 def test_the_error_for_missing_imagenet_says_how_to_prepare_it(tmp_path):
     config = settings(name="imagenet2012", data_dir=str(tmp_path))
     with pytest.raises(UsageError, match="imagenet2012.*bn-keras prepare --manual_dir") as caught:
-        pipeline.open_data(**config, seed=0)
+        pipeline.open_data(config, seed=0)
     assert "\n" not in str(caught.value)
 
 
@@ -625,7 +625,7 @@ def test_the_validation_sample_is_spread_over_the_split(open_tiny):
 
 @pytest.mark.parametrize("global_batch_size", [9, 0, -2])
 def test_replicas_must_divide_the_global_batch(two_replicas, global_batch_size):
-    data = pipeline.open_data(**settings(name="digits"), seed=0)
+    data = pipeline.open_data(settings(name="digits"), seed=0)
     for open_batches in (data.train_batches, data.validation_batches):
         with pytest.raises(UsageError, match=f"batch of {global_batch_size} .* 2 replicas"):
             open_batches(two_replicas, global_batch_size)
@@ -642,7 +642,7 @@ from configs import bn_x5
 config = bn_x5.get_config().data.copy_and_resolve_references()
 config.name = "synthetic"
 strategy = make_strategy("mirrored", 1)
-data = pipeline.open_data(**config, seed=0)
+data = pipeline.open_data(config, seed=0)
 for step in range(12):
     next(iter(data.train_batches(strategy, 32, step)))
 """
@@ -667,7 +667,7 @@ def test_damaged_files_of_records_are_reported_on_one_line(data_dir, tmp_path, n
     else:
         path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(UsageError, match=": prepare the data set again") as caught:
-        data = pipeline.open_data(**settings(name=name, data_dir=str(copied)), seed=0)
+        data = pipeline.open_data(settings(name=name, data_dir=str(copied)), seed=0)
         with data.reporting_errors():
             train_batches(data, NUM_EXAMPLES // GLOBAL_BATCH_SIZE)
     assert "\n" not in str(caught.value)
@@ -678,7 +678,7 @@ def test_a_damaged_description_of_a_set_is_reported_on_one_line(data_dir, tmp_pa
     for info in copied.rglob("dataset_info.json"):
         info.write_text("{")
     with pytest.raises(UsageError, match="'tiny_thumbnails' .* cannot be opened .* prepare it"):
-        pipeline.open_data(**settings(name="tiny_thumbnails", data_dir=str(copied)), seed=0)
+        pipeline.open_data(settings(name="tiny_thumbnails", data_dir=str(copied)), seed=0)
 
 
 @pytest.mark.parametrize(
@@ -694,7 +694,7 @@ def test_images_that_would_be_misread_are_rejected(tmp_path, dtype, shape, found
     images = random_images(16, 8, 8, shape[-1], dtype=dtype)
     write_set(tmp_path, images, LABELS, dtype=dtype, shape=shape)
     config = settings(name="odd", data_dir=str(tmp_path))
-    for open_set in (lambda: pipeline.open_data(**config, seed=0), lambda: describe(config)):
+    for open_set in (lambda: pipeline.open_data(config, seed=0), lambda: describe(config)):
         with pytest.raises(UsageError, match=f"'odd' has {found} expected uint8.*1 or 3") as caught:
             open_set()
         assert "\n" not in str(caught.value)
@@ -713,7 +713,7 @@ def test_a_split_without_labels_is_rejected_at_the_start(tmp_path, shape, split)
     write_set(tmp_path, random_images(16, 8, 8, 1), hidden, shape=shape)
     config = settings(name="odd", data_dir=str(tmp_path))
     with pytest.raises(UsageError, match=f"split '{split}' of data set 'odd' has no labels") as e:
-        pipeline.open_data(**config, seed=0)
+        pipeline.open_data(config, seed=0)
     assert "\n" not in str(e.value)
 
 
@@ -721,10 +721,10 @@ def test_a_few_invalid_labels_in_a_small_set_count_as_unreadable_examples(tmp_pa
     labels = LABELS | {"train": [0, -1, *LABELS["train"][2:]]}
     write_set(tmp_path, random_images(16, 8, 8, 1), labels, shape=(8, 8, 1))
     config = settings(name="odd", data_dir=str(tmp_path), max_bad_examples=1)
-    data = pipeline.open_data(**config, seed=0)
+    data = pipeline.open_data(config, seed=0)
     assert labels_of(train_batches(data, 2)).min() == 0
     config.max_bad_examples = 0
-    data = pipeline.open_data(**config, seed=0)
+    data = pipeline.open_data(config, seed=0)
     expected = "unreadable example record 1 of .*max_bad_examples=0 is exceeded"
     with pytest.raises(UsageError, match=expected), data.reporting_errors():
         train_batches(data, 2)
@@ -734,7 +734,7 @@ def test_a_few_invalid_labels_in_a_small_set_count_as_unreadable_examples(tmp_pa
 def test_a_set_may_not_state_its_size(tmp_path, num_bytes):
     images = random_images(16, 8, 8, 3)
     write_set(tmp_path, images, LABELS, num_bytes=num_bytes, shape=(None, None, 3))
-    data = pipeline.open_data(**settings(name="odd", data_dir=str(tmp_path)), seed=0)
+    data = pipeline.open_data(settings(name="odd", data_dir=str(tmp_path)), seed=0)
     assert labels_of(train_batches(data, 2)).tolist().count(0) == 8
     shards = data._source.train
     assert shards.example_bytes == (1 if num_bytes else os.path.getsize(shards.paths[0]) // 16)
@@ -761,7 +761,7 @@ def test_other_examples_under_the_same_name_have_another_fingerprint(tmp_path, s
 def test_a_run_does_not_resume_on_other_images_of_the_same_set(tmp_path):
     def open_tfds(seed):
         write_set(tmp_path, random_images(16, 8, 8, 1, seed=seed), LABELS, shape=(8, 8, 1))
-        return pipeline.open_data(**settings(name="odd", data_dir=str(tmp_path)), seed=0)
+        return pipeline.open_data(settings(name="odd", data_dir=str(tmp_path)), seed=0)
 
     run, config = Workdir(tmp_path / "run"), default_config()
     interface = (8, 8, 1), ("cat", "dog"), 16

@@ -68,7 +68,7 @@ def settings(root, **changes):
 
 
 def open_folder(root, **changes):
-    return pipeline.open_data(**settings(root, **changes), seed=1)
+    return pipeline.open_data(settings(root, **changes), seed=1)
 
 
 def validate(data, global_batch_size=8, strategy=ONE):

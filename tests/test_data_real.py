@@ -42,7 +42,7 @@ def test_small_sets_are_read_completely(name, num_train_examples, input_shape):
     data_dir = folder("tfds", name) and str(DATA / "tfds")
     config = settings(name=name, data_dir=data_dir, validation_split="test", image_size=0)
     config.update({"crop": "none", "mirror": False, "distortion": 0.0})
-    data = pipeline.open_data(**config, seed=0)
+    data = pipeline.open_data(config, seed=0)
     assert (data.input_shape, data.num_classes) == (input_shape, 10)
     assert (data.num_train_examples, data.num_validation_examples) == (num_train_examples, 10_000)
     dataset, num_steps = data.validation_batches(STRATEGY, 300)
@@ -74,7 +74,7 @@ def imagenet(tmp_path_factory):
 
 def test_imagenet_is_augmented_for_training_and_cropped_for_evaluation(imagenet):
     data_dir = str(Path(imagenet.data_dir).parents[1])
-    data = pipeline.open_data(**settings(data_dir=data_dir, shuffle="examples"), seed=0)
+    data = pipeline.open_data(settings(data_dir=data_dir, shuffle="examples"), seed=0)
     assert (data.num_classes, data.input_shape) == (1000, (224, 224, 3))
     num_examples = {name: split.num_examples for name, split in imagenet.info.splits.items()}
     assert data.num_train_examples == num_examples["train"]
@@ -108,7 +108,7 @@ def test_imagenet_is_augmented_for_training_and_cropped_for_evaluation(imagenet)
 
 def test_the_144_crops_of_imagenet_photographs_equal_the_reference(imagenet):
     data_dir = str(Path(imagenet.data_dir).parents[1])
-    data = pipeline.open_data(**settings(data_dir=data_dir), seed=0)
+    data = pipeline.open_data(settings(data_dir=data_dir), seed=0)
     preprocessing = CropPreprocessing(data.preprocessing, Crops.parse("144"))
     dataset, num_steps = data.validation_batches(STRATEGY, 3, preprocessing)
     num_examples = imagenet.info.splits["validation"].num_examples

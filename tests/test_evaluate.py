@@ -37,7 +37,7 @@ def small_data():
         random.integers(0, CLASSES, IMAGES).astype(np.int32),
     )
     source = Source(tuple(map(str, range(CLASSES))), arrays, arrays)
-    preprocessing = Preprocessing((SIZE, SIZE), "inception", True, 1.0, binary=False)
+    preprocessing = Preprocessing((SIZE, SIZE), "inception", mirror=True, distortion=1.0)
     return pipeline.Data(source, preprocessing, 0, "shards"), arrays
 
 
@@ -59,7 +59,7 @@ def mean_probabilities(model, crops, images):
     means = []
     for image in images:
         if crops.count == 1:
-            preprocessing = Preprocessing((SIZE, SIZE), "inception", True, 1.0, binary=False)
+            preprocessing = Preprocessing((SIZE, SIZE), "inception", mirror=True, distortion=1.0)
             cut = preprocessing.process_batch(image[None], tf.constant([0]), None, 255)
         else:
             cut = crops.cut(crops.extract_squares(image[None], SIZE), SIZE) / 127.5 - 1
@@ -199,7 +199,7 @@ def test_improbable_classes_keep_their_order():
     logits = tf.constant([[[0.0, -300.0, -400.0]]])
     images = keras.Input((1, 3))
     model = keras.Model(images, keras.layers.Reshape((3,))(images))
-    single = CropPreprocessing(Preprocessing((1, 3), "none", False, 0.0, False), SINGLE_CROP)
+    single = CropPreprocessing(Preprocessing((1, 3), "none"), SINGLE_CROP)
     scores = make_scorer([model, model], single, 1)(logits)
     np.testing.assert_allclose(scores[-1], [[0.0, -300.0, -400.0]], atol=1e-4)
 
@@ -291,6 +291,25 @@ def test_a_damaged_config_of_a_run_is_reported_on_one_line(runs, tmp_path, key, 
     with pytest.raises(UsageError, match=message) as caught:
         evaluate_networks([tmp_path / "run"])
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_of_a_version_with_fewer_settings_is_evaluated_and_resumed(runs, tmp_path):
+    shutil.copytree(runs[0], tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    older = json.loads(file.read_text())
+    for section, name in (
+        ("batch_norm", "virtual_batch_size"),
+        ("data", "balance"),
+        ("model", "freeze"),
+        ("model", "modules"),
+    ):
+        del older[section][name]
+    file.write_text(json.dumps(older))
+    loaded = load_config(str(tmp_path / "run"))
+    assert loaded == load_config(str(runs[0]))
+    Workdir(tmp_path / "run").check(loaded)
+    [row], [expected] = (evaluate_networks([run], loaded) for run in (tmp_path / "run", runs[0]))
+    assert row | {"model": ""} == expected | {"model": ""}
 
 
 def test_the_config_of_an_evaluation_may_differ_in_what_only_training_uses(tmp_path):

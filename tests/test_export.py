@@ -103,9 +103,10 @@ def test_a_keras_file_loads_with_the_reported_software(workdir, tmp_path):
         np.testing.assert_allclose(y, logits_of(workdir), rtol=1e-4, atol=1e-5)
 
 
-def test_a_saved_model_accepts_image_files(workdir, tmp_path):
-    export_workdir(workdir, tmp_path / "1", "saved_model")
-    served = tf.saved_model.load(tmp_path / "1").signatures
+@pytest.mark.parametrize("name", ["1", "net.onnx", "net.tflite", "net.keras"])
+def test_a_saved_model_accepts_image_files(name, workdir, tmp_path):
+    export_workdir(workdir, tmp_path / name, "saved_model")
+    served = tf.saved_model.load(tmp_path / name).signatures
     assert [n.decode() for n in served["class_names"]()["class_names"].numpy()] == CLASSES
     # PNG is lossless, and images of the network's size are only scaled to its range.
     files = [tf.io.encode_png(255 * x.astype(np.uint8)) for x in images()]
@@ -245,7 +246,7 @@ def test_the_command_exports_and_rejects_invalid_flags(workdir, tmp_path):
 
 
 def describe(names=CLASSES, shape=(8, 8, 1), binary=True, crop="none"):
-    preprocessing = Preprocessing(shape[:2], crop, mirror=False, distortion=0, binary=binary)
+    preprocessing = Preprocessing(shape[:2], crop, binary=binary)
     return NetworkDescription(tuple(names), shape, preprocessing, 60, "moving")
 
 

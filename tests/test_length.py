@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import absl.logging
 import pytest
@@ -166,7 +167,7 @@ def test_a_run_stops_early_and_more_patience_extends_it(tmp_path, caplog):
     config = short(**nothing | {"train.steps": 20, "train.patience": 2})
     last = train_and_evaluate(config, tmp_path)
     assert last["step"] == 6
-    assert "stopped at step 6: no accuracy above" in caplog.text
+    assert re.search(r"\S: stopped at step 6: no accuracy above", caplog.text)
     assert train_and_evaluate(config, tmp_path) == last
     reason = finish_reason(Workdir(tmp_path), config)
     assert reason.startswith("finished at step 6: no accuracy above") and "patience=2" in reason
@@ -202,8 +203,8 @@ def test_other_devices_continue_a_run(tmp_path, caplog):
         (dict(decay_factor=0.5, decay_examples=1000), 100, None),
         (dict(), 100, None),
         # The cosine is low in its last steps, as it should be.
-        (dict(decay="cosine", total_examples=1000), 100, 94),
-        (dict(decay="cosine", total_examples=200), 100, 19),
+        (dict(decay="cosine", cosine_examples=1000), 100, 94),
+        (dict(decay="cosine", cosine_examples=200), 100, 19),
     ],
 )
 def test_the_step_from_which_on_the_rate_vanishes(settings, steps, expected):

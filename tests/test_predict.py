@@ -5,12 +5,15 @@ import io
 import json
 import os
 import pathlib
+import resource
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from commands import launch
+from commands import ROOT, launch
 from PIL import Image
 from small import small_mlp
 
@@ -77,8 +80,7 @@ def test_every_format_decodes_as_pillow_does(kind, mode, tmp_path):
     else:
         path.write_bytes(as_file(image, kind, mode))
         expected = np.array(Image.open(io.BytesIO(path.read_bytes())).convert("RGB"))
-    contents, pixels = read_image(path)
-    assert contents.numpy() == path.read_bytes()
+    pixels = read_image(path)
     assert pixels.shape == (60, 80, 3) and pixels.dtype == tf.uint8
     difference = np.abs(pixels.numpy().astype(int) - expected)
     # JPEG decoders may round differently, and CMYK to RGB has no single definition.
@@ -286,6 +288,24 @@ def test_the_command_writes_a_table(runs, folder, tmp_path):
         assert "cannot be decoded" in rows[2][1] and not rows[0][1]
     numbers = [float(value) for value in rows[0][2:]]
     assert sum(numbers) == pytest.approx(1, abs=1e-5) and header[2:] == list("0123456789")
+
+
+@pytest.mark.parametrize(("name", "num_bytes"), [("found.csv", 20), ("found.jsonl", 20)])
+def test_a_full_disk_is_reported_on_one_line(name, num_bytes, runs, folder, tmp_path):
+    """The process may write no longer files: EFBIG, since ENOSPC would need a file system."""
+    output = tmp_path / name
+    image = find_images([folder])[0]
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.predict"]
+        + [f"--workdir={runs[0]}", image, f"--output={output}"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes)),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    message = f"error: output {output} cannot be written: File too large"
+    assert done.returncode != 0 and done.stderr.strip().splitlines()[-1].startswith(message)
+    assert os.listdir(tmp_path) == ["pictures"]
 
 
 def test_an_unknown_kind_of_table_is_refused():

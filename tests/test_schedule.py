@@ -65,7 +65,7 @@ def test_a_decay_without_its_examples_is_refused():
 
 def test_cosine_falls_from_the_end_of_the_warm_up_to_the_end_of_the_training():
     schedule = ExamplesSchedule(
-        2.0, 32, decay="cosine", warmup_examples=32 * 100, total_examples=32 * 1100
+        2.0, 32, decay="cosine", warmup_examples=32 * 100, cosine_examples=32 * 1100
     )
     done = np.linspace(0, 1, 1001)
     wanted = 1 + np.cos(np.pi * done)
@@ -85,7 +85,7 @@ def test_cosine_is_exact_at_any_length(global_batch_size):
         global_batch_size,
         reference_batch_size=global_batch_size,
         decay="cosine",
-        total_examples=steps * global_batch_size,
+        cosine_examples=steps * global_batch_size,
     )
     for step in (1, steps // 3, steps // 2, steps - 1000, steps - 1):
         wanted = np.sin(np.pi / 2 * (steps - step) / steps) ** 2
@@ -95,7 +95,7 @@ def test_cosine_is_exact_at_any_length(global_batch_size):
 
 def test_cosine_keeps_its_shape_at_another_batch_size():
     small, large = (
-        ExamplesSchedule(0.5, n, decay="cosine", warmup_examples=3200, total_examples=32_000)
+        ExamplesSchedule(0.5, n, decay="cosine", warmup_examples=3200, cosine_examples=32_000)
         for n in (32, 320)
     )
     for step in (10, 50, 99):
@@ -103,9 +103,9 @@ def test_cosine_keeps_its_shape_at_another_batch_size():
 
 
 def test_a_cosine_ignores_the_settings_of_step_decay():
-    plain = ExamplesSchedule(0.5, 32, decay="cosine", total_examples=3200)
+    plain = ExamplesSchedule(0.5, 32, decay="cosine", cosine_examples=3200)
     given = ExamplesSchedule(
-        0.5, 32, decay="cosine", total_examples=3200, decay_factor=0.1, decay_examples=32
+        0.5, 32, decay="cosine", cosine_examples=3200, decay_factor=0.1, decay_examples=32
     )
     assert float(given(70)) == float(plain(70))
 
@@ -114,10 +114,10 @@ def test_a_cosine_ignores_the_settings_of_step_decay():
     "arguments, message",
     [
         (dict(decay="linear"), "unknown schedule.decay 'linear': expected steps or cosine"),
-        (dict(decay="cosine"), "decay='cosine' requires total_examples"),
+        (dict(decay="cosine"), "decay='cosine' requires cosine_examples"),
         (
-            dict(decay="cosine", total_examples=320, warmup_examples=320),
-            "the warm-up of 320 examples leaves none of the training's 320",
+            dict(decay="cosine", cosine_examples=320, warmup_examples=320),
+            "the warm-up of 320 examples leaves none of the 320 of schedule",
         ),
     ],
 )
@@ -139,7 +139,7 @@ def test_an_invalid_cosine_is_refused(arguments, message):
         ),
         (
             ExamplesSchedule(
-                0.045, 1024, decay="cosine", warmup_examples=1_000_001, total_examples=102_400_000
+                0.045, 1024, decay="cosine", warmup_examples=1_000_001, cosine_examples=102_400_000
             ),
             100_000,
             [
@@ -168,7 +168,7 @@ def test_the_description_gives_rate_and_length(schedule, steps, said):
     "arguments",
     [
         dict(decay_factor=0.9, decay_examples=320, warmup_examples=99),
-        dict(decay="cosine", total_examples=2000, warmup_examples=99),
+        dict(decay="cosine", cosine_examples=2000, warmup_examples=99),
     ],
 )
 def test_serialization_keeps_the_schedule(arguments):

@@ -164,7 +164,7 @@ def test_the_finished_network_has_population_statistics(tmp_path):
     """The statistics are those of the first training batches."""
     config = small_mlp(**BY_POPULATION, **{"batch_norm.momentum": 0.99})
     train_and_evaluate(config, tmp_path)
-    data = pipeline.open_data(**config.data, seed=config.seed)
+    data = pipeline.open_data(config.data, seed=config.seed)
     batches = data.train_batches(tf.distribute.get_strategy(), config.train.global_batch_size)
     finished = load_trained(tmp_path)
     assert (finished.step, finished.statistics) == (60, "population")

@@ -150,7 +150,7 @@ def test_a_trainer_is_built_from_a_config():
     config = small_mlp(
         **{"train.ema": 0.9, "train.micro_batches": 2, "train.precision": "mixed_float16"}
     )
-    data = pipeline.open_data(**config.data, seed=0)
+    data = pipeline.open_data(config.data, seed=0)
     trainer = build_trainer(
         config, make_strategy("one_device"), data.input_shape, 10, 1000, rate_factor=0.5
     )

@@ -25,7 +25,7 @@ def main():
     config.train.global_batch_size = 8
     # The CPU is split into logical devices before its first operation: the largest number first.
     strategies = {replicas: make_strategy("mirrored", replicas) for replicas in (4, 2, 1)}
-    data = pipeline.open_data(**config.data, seed=config.seed)
+    data = pipeline.open_data(config.data, seed=config.seed)
     results = {}
     for replicas, strategy in strategies.items():
         trainer = build_trainer(

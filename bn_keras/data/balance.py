@@ -7,7 +7,6 @@ import tensorflow as tf
 
 from bn_keras.data.random_numbers import RandomNumbers
 
-BALANCES = ("none", "weights", "sampling")
 # With one draw of each class per block, the rows of a pair that is mixed would never have the same
 # class, and every mini-batch the same composition.
 DRAWS_PER_BLOCK = 8

@@ -10,22 +10,24 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import tensorflow as tf
 from absl import logging
+from ml_collections import ConfigDict
 
 from bn_keras.data.array_batches import ArrayBatches
 from bn_keras.data.augment import Mixing
-from bn_keras.data.balance import BALANCES, class_weights
+from bn_keras.data.balance import class_weights
 from bn_keras.data.batching import PREFETCH, Rows
 from bn_keras.data.multi_crop import CropPreprocessing
 from bn_keras.data.random_numbers import RandomNumbers
+from bn_keras.data.settings import check_settings
 from bn_keras.data.shard_batches import ShardBatches
 from bn_keras.data.sources import open_source
 from bn_keras.data.splits import TOO_FEW_RECORDS, Arrays, Files, Shards, Source, Split
-from bn_keras.data.transforms import CROP_MODES, Preprocessing
+from bn_keras.data.transforms import Preprocessing
 from bn_keras.data.unreadable_examples import UnreadableExamples
 from bn_keras.errors import BucketUnavailableError, UsageError
 from bn_keras.storage import is_temporary, reason_of
@@ -328,73 +330,55 @@ class Data:
         return batches.prefetch(PREFETCH)
 
 
-def open_data(
-    *,
-    name: str,
-    data_dir: str,
-    train_split: str,
-    validation_split: str,
-    image_size: int,
-    crop: str,
-    mirror: bool,
-    distortion: float,
-    random_augment: float,
-    mixup: float,
-    cutmix: float,
-    binary: bool,
-    shuffle: str,
-    max_bad_examples: int,
-    balance: str,
-    seed: int,
-    source: Source | None = None,
-) -> Data:
-    """Opens a data set: `open_data(**config.data, seed=config.seed)`.
+def open_data(settings: ConfigDict, seed: int, source: Source | None = None) -> Data:
+    """Opens a data set.
 
     Args:
-      name, data_dir, train_split, validation_split, image_size, crop, mirror, distortion,
-        random_augment, mixup, cutmix, binary, shuffle, max_bad_examples, balance: the section
-        `data` of the config; see bn_keras/training/config.py.
+      settings: section `data` of a config; see bn_keras/training/config.py.
       seed: seed of the order and the augmentation of the training examples.
-      source: replaces the source called `name`.
+      source: replaces the source called `settings.name`.
 
     Raises:
       UsageError: an invalid setting, or a data set or split that does not exist or cannot be
         prepared.
     """
-    _check_choice("data.crop", crop, CROP_MODES)
-    _check_choice("data.shuffle", shuffle, ("examples", "shards"))
-    _check_choice("data.balance", balance, BALANCES)
-    if image_size < 0:
-        raise UsageError(f"data.image_size={image_size} is invalid: expected a side in pixels or 0")
-    _check_range("data.distortion", distortion, 0, 1)
-    _check_range("data.random_augment", random_augment, 0, 1)
-    _check_range("data.mixup", mixup, 0)
-    _check_range("data.cutmix", cutmix, 0)
-    _check_range("data.max_bad_examples", max_bad_examples, 0)
-    source = source or open_source(name, data_dir, train_split, validation_split, image_size)
-    if balance == "sampling" and shuffle == "shards" and not isinstance(source.train, Files):
+    check_settings(settings)
+    size = settings.image_size
+    source = source or open_source(
+        settings.name, settings.data_dir, settings.train_split, settings.validation_split, size
+    )
+    keeps_order = settings.shuffle == "shards" and not isinstance(source.train, Files)
+    if settings.balance == "sampling" and keeps_order:
         raise UsageError(
             "data.balance='sampling' draws examples in random order, but data.shuffle='shards'"
             " keeps their stored order: set data.shuffle='examples', or data.balance='weights'"
         )
-    height, width, _ = source.train.image_shape
-    if image_size:
-        height = width = image_size
+    height, width, _ = (size, size, None) if size else source.train.image_shape
     if height is None or width is None:
         raise UsageError(
-            f"data.image_size=0 keeps the size of the images, but those of {name!r} differ in size:"
-            " set the side in pixels"
+            "data.image_size=0 keeps the size of the images, but those of"
+            f" {settings.name!r} differ in size: set the side in pixels"
         )
     preprocessing = Preprocessing(
         (height, width),
-        crop=crop,
-        mirror=mirror,
-        distortion=distortion,
-        binary=binary,
-        random_augment=random_augment,
+        settings.crop,
+        binary=settings.binary,
+        mirror=settings.mirror,
+        distortion=settings.distortion,
+        random_augment=settings.random_augment,
     )
-    mixing = Mixing(mixup, cutmix, len(source.class_names)) if mixup or cutmix else None
-    return Data(source, preprocessing, seed, shuffle, max_bad_examples, mixing, balance)
+    mixing = None
+    if settings.mixup or settings.cutmix:
+        mixing = Mixing(settings.mixup, settings.cutmix, len(source.class_names))
+    return Data(
+        source,
+        preprocessing,
+        seed,
+        settings.shuffle,
+        settings.max_bad_examples,
+        mixing,
+        settings.balance,
+    )
 
 
 def check_divides(strategy: tf.distribute.Strategy, global_batch_size: int) -> None:
@@ -405,14 +389,3 @@ def check_divides(strategy: tf.distribute.Strategy, global_batch_size: int) -> N
             f"a global batch of {global_batch_size} cannot be split evenly over {replicas}"
             " replicas: expected a positive multiple of their number"
         )
-
-
-def _check_choice(key: str, value: str, accepted: Collection[str]) -> None:
-    if value not in accepted:
-        raise UsageError(f"unknown {key} {value!r}: expected one of {', '.join(accepted)}")
-
-
-def _check_range(key: str, value: float, low: float, high: float = math.inf) -> None:
-    if not low <= value <= high or math.isinf(value):
-        expected = f"{low} or more" if math.isinf(high) else f"a number in [{low}, {high}]"
-        raise UsageError(f"{key}={value} is invalid: expected {expected}")

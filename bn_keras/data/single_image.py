@@ -19,18 +19,17 @@ from bn_keras.text import first_line
 MAX_ASPECT = 100
 
 
-def read_image(path: str | os.PathLike, channels: int = 3) -> tuple[tf.Tensor, tf.Tensor]:
+def read_image(path: str | os.PathLike) -> tf.Tensor:
     """Reads and decodes an image file: JPEG, PNG, BMP, WebP, or the first frame of a GIF.
 
-    Grey images and colour images are converted to the requested channels, CMYK to RGB, and 16 bits
-    per channel to 8; transparency is dropped.
+    Grey images and CMYK are converted to RGB, and 16 bits per channel to 8; transparency is
+    dropped.
 
     Args:
       path: path of the file; gs://... is accepted.
-      channels: channels of the result, 1 or 3.
 
     Returns:
-      The contents of the file, a scalar string, and the image, uint8 [H, W, channels].
+      The image, uint8 [H, W, 3].
 
     Raises:
       UsageError: the file does not exist, is not a complete image in one of these formats, or has
@@ -39,14 +38,14 @@ def read_image(path: str | os.PathLike, channels: int = 3) -> tuple[tf.Tensor, t
     """
     encoded = read_encoded(path)
     with reporting_undecodable(path, encoded):
-        image = transforms.decode(encoded, channels)
+        image = transforms.decode(encoded, channels=3)
     height, width, _ = image.shape
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise UsageError(
             f"image {path} is {height} pixels high and {width} wide: expected sides with a ratio of"
             f" at most {MAX_ASPECT}"
         )
-    return encoded, image
+    return image
 
 
 def read_encoded(path: str | os.PathLike) -> tf.Tensor:

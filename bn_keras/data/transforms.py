@@ -23,7 +23,6 @@ NUM_UNIFORMS = 9
 # Further columns, present if RandAugment is on.
 RAND_AUGMENT_COLUMNS = slice(NUM_UNIFORMS, NUM_UNIFORMS + augment.RAND_AUGMENT_UNIFORMS)
 
-CROP_MODES = ("inception", "shift", "none")
 
 # GoogLeNet's training crop (arXiv 1409.4842, section 6).
 MIN_AREA = 0.08
@@ -53,17 +52,18 @@ class Preprocessing:
     Attributes:
       size: height and width of the network's input.
       crop: "inception", "shift" or "none"; see bn_keras/training/config.py.
+      binary: threshold at one half to 0 and 1 instead of scaling to [-1, 1].
       mirror: mirror half of the training images.
       distortion: strength of the photometric distortions in training, 0 for none.
-      binary: threshold at one half to 0 and 1 instead of scaling to [-1, 1].
       random_augment: magnitude of RandAugment in training, 0 for none.
     """
 
     size: tuple[int, int]
     crop: str
-    mirror: bool
-    distortion: float
-    binary: bool
+    _: dataclasses.KW_ONLY
+    binary: bool = False
+    mirror: bool = False
+    distortion: float = 0.0
     random_augment: float = 0.0
 
     @property

@@ -342,17 +342,17 @@ def _verify(
     logits, outputs = model(images, training=False), exported.model(images, training=False)
     probabilities = tf.nn.softmax(logits)
     pairs = [(logits, outputs)]
-    if path.suffix == ".tflite":
-        # The logits of probabilities differ by a constant from those that they were computed from.
-        pairs = [(probabilities, tf.nn.softmax(outputs))]
-    elif path.suffix == ".onnx":
-        pairs.append((probabilities, ONNXNetwork(path.read_bytes())(images)[1]))
-    elif path.is_dir():
+    if path.is_dir():
         encoded = _random_files(description.input_shape)
         with literal_path(path) as folder:
             served = tf.saved_model.load(os.fspath(folder)).signatures["serving_default"]
             found = served(encoded=encoded)["probabilities"]
         pairs.append((_probabilities(model, description.preprocessing, encoded), found))
+    elif path.suffix == ".tflite":
+        # The logits of probabilities differ by a constant from those that they were computed from.
+        pairs = [(probabilities, tf.nn.softmax(outputs))]
+    elif path.suffix == ".onnx":
+        pairs.append((probabilities, ONNXNetwork(path.read_bytes())(images)[1]))
     return check_agreement(
         model,
         [np.asarray(expected, np.float64) for expected, _ in pairs],

@@ -88,14 +88,7 @@ def load_trained(
     statistics = "moving"
     if network.folder != run.checkpoints:
         statistics = _evaluated_statistics(run, step, best, config.population.when)
-    preprocessing = Preprocessing(
-        input_shape[:2],
-        crop=config.data.crop,
-        mirror=config.data.mirror,
-        distortion=config.data.distortion,
-        binary=config.data.binary,
-        random_augment=config.data.random_augment,
-    )
+    preprocessing = Preprocessing(input_shape[:2], crop=config.data.crop, binary=config.data.binary)
     return TrainedNetwork(
         network.model, config, step, statistics, input_shape, network.class_names, preprocessing
     )

@@ -77,13 +77,7 @@ class NetworkDescription(NamedTuple):
         return cls(
             tuple(values["class_names"]),
             (height, width, channels),
-            Preprocessing(
-                (height, width),
-                crop=values["crop"],
-                mirror=False,
-                distortion=0.0,
-                binary=values["binary"],
-            ),
+            Preprocessing((height, width), crop=values["crop"], binary=values["binary"]),
             values["step"],
             values["statistics"],
         )

@@ -45,7 +45,7 @@ def write_preview(config: ConfigDict, path: str | os.PathLike, num_examples: int
     if num_examples < 1:
         raise UsageError(f"cannot show {num_examples} examples: expected a positive integer")
     check_picture(path)
-    data = open_data(**config.data, seed=config.seed)
+    data = open_data(config.data, seed=config.seed)
     rows = list(_open_rows(data, num_examples))
     figure = Figure(
         figsize=(_CELL_INCHES * (num_examples + 0.3), _CELL_INCHES * (len(rows) + 0.6)),

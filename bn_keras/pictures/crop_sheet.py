@@ -50,7 +50,7 @@ def write_crop_sheet(
     if crops.count == 1:
         raise UsageError("a single crop is the centre of the image: choose several crops")
     check_picture(output)
-    _, decoded = read_image(image)
+    decoded = read_image(image)
     listed = crops.list_crops(size)
     cut = crops.cut(crops.extract_squares(decoded[tf.newaxis], size), size).numpy()
     cut = np.clip(np.round(cut), 0, 255).astype(np.uint8)

@@ -6,7 +6,7 @@ import warnings
 from matplotlib.figure import Figure
 
 from bn_keras.errors import UsageError
-from bn_keras.storage import check_writable, is_local, replacing, writing
+from bn_keras.storage import check_writable, replacing, writing
 
 
 def save_picture(figure: Figure, path: str | os.PathLike) -> None:
@@ -41,5 +41,4 @@ def check_picture(path: str | os.PathLike) -> None:
         raise UsageError(
             f"picture {path} is invalid: expected one of the extensions {', '.join(extensions)}"
         )
-    if is_local(path):
-        check_writable(os.path.dirname(os.path.abspath(path)), f"picture {path}")
+    check_writable(os.path.dirname(path), f"picture {path}")

@@ -109,7 +109,7 @@ def describe_setup(run: Run) -> str:
     """Describes data, networks, training and validation by one run of the five networks."""
     config = run.config
     network = NETWORKS[config.model.variant]
-    modules = config.model.get("modules")
+    modules = config.model.modules
     which = f"modules {join_words(modules)} of the paper's" if modules else "the paper's"
     width = "" if config.model.width == 1 else f" at {config.model.width:g} times the width"
     return (

@@ -9,26 +9,13 @@ from bn_keras.runs.history import Results, Run
 from bn_keras.runs.saved_config import flatten
 from bn_keras.runs.workdir import Workdir
 from bn_keras.text import counted, format_duration
+from bn_keras.training.config import MLP_SETTINGS, default_config
 from bn_keras.training.networks import value_of
 
 # The folder of the data does not affect a result, and the seed is part of a run's name.
 _HIDDEN = {"data.data_dir", "seed"}
 # Settings that only Inception networks use.
-_INCEPTION_ONLY = {
-    f"model.{name}"
-    for name in (
-        "preset",
-        "pool_projection",
-        "width",
-        "stem",
-        "modules",
-        "initializer_scale",
-        "dropout",
-        "local_response_normalization",
-        "per_activation_bn",
-        "auxiliary_weight",
-    )
-}
+_INCEPTION_ONLY = {f"model.{name}" for name in set(default_config().model) - MLP_SETTINGS}
 # Formatted values of settings that are off or empty.
 _OFF = ("0", "off", "-")
 

@@ -18,7 +18,7 @@ class Section:
     Attributes:
       title: heading, plain text.
       body: Markdown; HTML in it is shown as text. A plot appears as an image,
-        ![description](name.png). Names chosen by a user are passed through `escape`.
+        ![description](name.svg). Names chosen by a user are passed through `escape`.
       plots: figures by file name, each shown once in the body.
       summary: the results in one or two sentences, for the beginning of the report; Markdown.
     """

@@ -8,11 +8,19 @@ from ml_collections import ConfigDict
 
 from bn_keras.errors import UsageError
 
+# Settings that older versions lacked, with the values that describe what those versions did.
+_LATER_SETTINGS: dict[str, dict[str, Any]] = {
+    "batch_norm": {"virtual_batch_size": 0},
+    "data": {"balance": "none"},
+    "model": {"freeze": "none", "modules": ()},
+}
+
 
 class SavedConfig(ConfigDict):
     """A config read from a file. Access to a missing key raises an error that names the file.
 
-    Only the code that reads a key knows whether it is needed: the error is raised then, not before.
+    Settings that an older version lacked, but whose effect is known, are added. For others, only
+    the code that reads a key knows whether it is needed: the error is raised then, not before.
 
     Args:
       values: values by key; a mapping is a section.
@@ -33,7 +41,8 @@ class SavedConfig(ConfigDict):
         # A plain assignment would add a key to the config.
         object.__setattr__(self, "_file", file)
         object.__setattr__(self, "_section", section)
-        for key, value in (values or {}).items():
+        later = _LATER_SETTINGS.get(section.removesuffix("."), {}) if file else {}
+        for key, value in (later | dict(values or {})).items():
             if isinstance(value, Mapping):
                 value = SavedConfig(value, file, f"{section}{key}.")
             # JSON has no tuples, and the schema no lists.

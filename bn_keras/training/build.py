@@ -1,6 +1,5 @@
 """Builds what a config describes: the data, the model, the schedule, the trainer."""
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,14 +13,14 @@ from bn_keras.data.splits import Source
 from bn_keras.errors import UsageError
 from bn_keras.models import BNInception, SigmoidMLP
 from bn_keras.text import counted
-from bn_keras.training.config import default_config
+from bn_keras.training.config import MLP_SETTINGS, default_config
 from bn_keras.training.fine_tuning import freeze
 from bn_keras.training.length import global_micro_batch_size, num_steps
+from bn_keras.training.networks import replaced
 from bn_keras.training.schedule import ExamplesSchedule
 from bn_keras.training.step import Trainer
 
 _PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
-_DATA_SETTINGS = inspect.signature(open_data).parameters.keys() - {"balance", "seed", "source"}
 
 
 def build_data(
@@ -38,13 +37,9 @@ def build_data(
     Raises:
       UsageError: an invalid setting, or data that is not available.
     """
-    # By attribute: the error of a SavedConfig then names the file and the missing key.
-    settings = {name: getattr(config.data, name) for name in sorted(_DATA_SETTINGS)}
-    # Runs of versions without the setting can still be evaluated.
-    settings["balance"] = config.data.get("balance", "none")
     if validation_only:
-        settings["train_split"] = settings["validation_split"]
-    return open_data(**settings, seed=config.seed, source=source)
+        config = replaced(config, {"data.train_split": config.data.validation_split})
+    return open_data(config.data, config.seed, source)
 
 
 def build_model(
@@ -77,8 +72,7 @@ def build_model(
     batch_norm = dict(
         momentum=config.batch_norm.momentum,
         synchronized=config.batch_norm.synchronized,
-        # Runs of versions without the setting can still be evaluated.
-        virtual_batch_size=config.batch_norm.get("virtual_batch_size", 0) or None,
+        virtual_batch_size=config.batch_norm.virtual_batch_size or None,
     )
     if config.batch_norm.epsilon:
         batch_norm["epsilon"] = config.batch_norm.epsilon
@@ -98,8 +92,7 @@ def build_model(
         )
     finally:
         keras.config.set_dtype_policy(previous_policy)
-    # Runs of versions without the setting can still be evaluated.
-    freeze(model, config.model.get("freeze", "none"))
+    freeze(model, config.model.freeze)
     return model
 
 
@@ -117,7 +110,7 @@ def build_schedule(
         decay_factor=schedule.decay_factor,
         decay_examples=max(1, round(schedule.decay_epochs * num_train_examples)),
         warmup_examples=round(schedule.warmup_epochs * num_train_examples),
-        total_examples=cosine_steps * config.train.global_batch_size,
+        cosine_examples=cosine_steps * config.train.global_batch_size,
     )
 
 
@@ -201,8 +194,7 @@ def _build_inception(model: ConfigDict, training: bool, **options: Any) -> keras
         pool_projection=model.pool_projection or None,
         width=model.width,
         stem=model.stem,
-        # Runs of versions without the setting can still be evaluated.
-        modules=model.get("modules", ()) or None,
+        modules=model.modules or None,
         initializer_scale=model.initializer_scale,
         dropout=model.dropout,
         local_response_normalization=model.local_response_normalization,
@@ -213,7 +205,7 @@ def _build_inception(model: ConfigDict, training: bool, **options: Any) -> keras
 
 def _build_mlp(model: ConfigDict, training: bool, **options: Any) -> keras.Model:
     defaults = default_config().model
-    for key in set(defaults) - _MLP_SETTINGS:
+    for key in set(defaults) - MLP_SETTINGS:
         if model.get(key, defaults[key]) != defaults[key]:
             raise UsageError(
                 f"model.{key}={model[key]!r} has no effect on model.name='mlp': leave it at"
@@ -223,8 +215,6 @@ def _build_mlp(model: ConfigDict, training: bool, **options: Any) -> keras.Model
 
 
 _BUILDERS = {"inception": _build_inception, "mlp": _build_mlp}
-# Settings in config.model that section 4.1's network uses.
-_MLP_SETTINGS = {"name", "variant", "initializer", "initializer_stddev", "init_from", "freeze"}
 
 
 def build_initializer(name: str, stddev: float) -> keras.initializers.Initializer:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from bn_keras.data.settings import check_settings
 from bn_keras.distribute import check_strategy
 from bn_keras.errors import UsageError
 from bn_keras.runs.saved_config import flatten
@@ -228,6 +229,9 @@ def default_config() -> ConfigDict:
     return config.lock()
 
 
+# Settings of config.model that section 4.1's network uses.
+MLP_SETTINGS = {"name", "variant", "initializer", "initializer_stddev", "init_from", "freeze"}
+
 _POSITIVE_INTEGERS = (
     "train.steps",
     "train.global_batch_size",
@@ -285,6 +289,7 @@ def check_config(config: ConfigDict) -> None:
             f"train.micro_batches={train.micro_batches} is invalid: expected a divisor of"
             f" train.global_batch_size={train.global_batch_size}"
         )
+    check_settings(config.data)
     check_strategy(config.distribution.strategy, config.distribution.replicas)
     if config.model.freeze != "none" and not config.model.init_from:
         raise UsageError(

@@ -165,10 +165,9 @@ def _why_new(layer: keras.Layer, weights: PretrainedWeights, class_names: Sequen
         return "not in the source"
     shapes = [tuple(w.shape) for w in given]
     expected = [tuple(w.shape) for w in layer.weights]
-    if not layer.name.endswith("logits"):
-        return "" if shapes == expected else "another shape in the source"
-    if shapes and shapes[0][-1] != len(class_names):
-        return f"{shapes[0][-1]} classes in the source, {len(class_names)} here"
-    if weights.class_names not in (None, tuple(class_names)):
-        return "classes with other names in the source"
+    if layer.name.endswith("logits"):
+        if shapes and shapes[0][-1] != len(class_names):
+            return f"{shapes[0][-1]} classes in the source, {len(class_names)} here"
+        if weights.class_names not in (None, tuple(class_names)):
+            return "classes with other names in the source"
     return "" if shapes == expected else "another shape in the source"

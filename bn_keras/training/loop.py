@@ -138,6 +138,7 @@ def train_and_evaluate(
     run.check_length(config.train.steps)
     label = label or run.path.name
     log(f"{label}: {data.description}")
+    start = _Start(config, run, strategy, data, label, profile_steps, graphs)
     with (
         stop_requests() as stop_request,
         run.locked(lambda: _check_stopped(stop_request, run)),
@@ -145,13 +146,10 @@ def train_and_evaluate(
         while True:
             try:
                 with reporting_lost_workers(strategy):
-                    last = _train(
-                        config, run, strategy, data, stop_request, label, profile_steps, graphs
-                    )
-                    return TrainingResult(last, run.path)
+                    return TrainingResult(_train(start, stop_request), run.path)
             except TrainingDivergedError as error:
                 graphs.clear()
-                _check_retry(run, error, config.train.retries, config.train.retry_factor, label)
+                _check_retry(start, error)
             # Frees the diverged network, whose parts refer to each other, before the next is built.
             gc.collect()
 
@@ -165,36 +163,43 @@ def _check_stopped(stop_request: StopRequest, run: Workdir) -> None:
         )
 
 
-def _check_retry(
-    run: Workdir, error: TrainingDivergedError, retries: int, factor: float, label: str
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """A start of a run: what stays the same until it ends, also after a rollback."""
+
+    config: ConfigDict
+    run: Workdir
+    strategy: tf.distribute.Strategy
+    data: Data
+    label: str
+    profile_steps: int
+    graphs: Graphs
+
+    @property
+    def num_replicas(self) -> int:
+        return self.strategy.num_replicas_in_sync
+
+
+def _check_retry(start: _Start, error: TrainingDivergedError) -> None:
     """Logs a rollback, or raises the error with advice if no retries are left."""
-    retry = run.num_retries() + 1
+    retry, retries = start.run.num_retries() + 1, start.config.train.retries
     if retry > retries:
         advice = "lower schedule.base_rate, or set train.retries, in a new workdir"
         raise TrainingDivergedError(f"{error}; {advice}", error.step) from None
     logging.warning(
         "%s: %s; rolling back to it with %g times the learning rate, retry %d of %d",
-        label,
+        start.label,
         error,
-        factor,
+        start.config.train.retry_factor,
         retry,
         retries,
     )
 
 
-def _train(
-    config: ConfigDict,
-    run: Workdir,
-    strategy: tf.distribute.Strategy,
-    data: Data,
-    stop_request: StopRequest,
-    label: str,
-    profile_steps: int,
-    graphs: Graphs,
-) -> Metrics:
+def _train(start: _Start, stop_request: StopRequest) -> Metrics:
     """Builds a run, or restores it from its last checkpoint, and trains it to its end."""
-    check_same_command(strategy, config, profile_steps)
+    config, run, strategy, data = start.config, start.run, start.strategy, start.data
+    check_same_command(strategy, config, start.profile_steps)
     check_same_data(strategy, data)
     interface = (data.input_shape, data.class_names, data.num_train_examples, data.fingerprint)
     # Before the graph is built, which takes time.
@@ -203,13 +208,13 @@ def _train(
     is_rollback = run.has_diverged() and retries < config.train.retries
     retries += is_rollback
     rate_factor = config.train.retry_factor**retries
-    training = _build(config, run, strategy, data, stop_request, rate_factor, profile_steps, graphs)
+    training = _build(start, stop_request, rate_factor)
     check_same_state(strategy, run, training.step, retries, training.validation.best_accuracy)
 
-    start = _describe_start(training, run, config, strategy.num_replicas_in_sync)
-    _log_start(training, run, config, strategy.num_replicas_in_sync, data, label, rate_factor)
+    record = _describe_start(start, training)
+    _log_start(start, training, rate_factor)
 
-    with Progress(label, training.step, config.train.steps) as training.progress:
+    with Progress(start.label, training.step, config.train.steps) as training.progress:
         training.progress.show_building()
         # Before anything is written: a network that cannot be built leaves no workdir behind.
         training.trainer.trace(training.batches)
@@ -219,7 +224,7 @@ def _train(
         if not training.checkpoints.latest:
             training.checkpoints.save(training.step)
         with (
-            run.recording_start(training.step, start),
+            run.recording_start(training.step, record),
             MetricsWriter(run, training.trainer.global_batch_size) as training.metrics,
             data.reporting_errors(),
         ):
@@ -231,67 +236,56 @@ def _train(
             last = training.train()
     # No worker reads the workdir before the chief has closed its files.
     gather_from_workers(strategy, training.step)
-    graphs.keep(config, rate_factor, training.trainer, training.validation.evaluator)
+    start.graphs.keep(config, rate_factor, training.trainer, training.validation.evaluator)
     return last
 
 
-def _describe_start(
-    training: "_Training", run: Workdir, config: ConfigDict, replicas: int
-) -> dict[str, Any]:
+def _describe_start(start: _Start, training: "_Training") -> dict[str, Any]:
     """Returns the record of a start, for environment.json."""
-    start: dict[str, Any] = environment.describe() | {"replicas": replicas}
-    if changes := run.changes(config):
-        start["changed"] = {key: new for key, (_, new) in changes.items()}
+    record: dict[str, Any] = environment.describe() | {"replicas": start.num_replicas}
+    if changes := start.run.changes(start.config):
+        record["changed"] = {key: new for key, (_, new) in changes.items()}
     if training.initialization:
-        start["init_from"] = training.initialization.to_record()
-    return start
+        record["init_from"] = training.initialization.to_record()
+    return record
 
 
-def _log_start(
-    training: "_Training",
-    run: Workdir,
-    config: ConfigDict,
-    replicas: int,
-    data: Data,
-    label: str,
-    rate_factor: float,
-) -> None:
+def _log_start(start: _Start, training: "_Training", rate_factor: float) -> None:
     """Logs what is trained, what differs from the last start, and likely mistakes."""
+    config, run, data, label = start.config, start.run, start.data, start.label
     num_examples, model = data.num_train_examples, training.trainer.inference_model
     schedule = build_schedule(config, num_examples, rate_factor)
     for line in (
         *describe_changes(run, config, num_examples, training.step),
-        *describe_replicas(run, config, replicas),
+        *describe_replicas(run, config, start.num_replicas),
         count_cost(model).summary(),
         *(training.initialization.describe() if training.initialization else ()),
         *schedule.describe(config.train.steps, num_examples).splitlines(),
         *describe_balance(data),
     ):
         log(f"{label}: {line}")
-    for line in (*find_pitfalls(config, schedule, model, replicas), *find_class_pitfalls(data)):
+    pitfalls = find_pitfalls(config, schedule, model, start.num_replicas)
+    for line in (*pitfalls, *find_class_pitfalls(data)):
         logging.warning("%s: %s", label, line)
 
 
-def _build(
-    config: ConfigDict,
-    run: Workdir,
-    strategy: tf.distribute.Strategy,
-    data: Data,
-    stop_request: StopRequest,
-    rate_factor: float,
-    profile_steps: int,
-    graphs: Graphs,
-) -> "_Training":
+def _build(start: _Start, stop_request: StopRequest, rate_factor: float) -> "_Training":
     """Builds everything that the config describes and restores the last checkpoint.
 
     Writes nothing, and raises UsageError for anything that is invalid.
     """
-    trainer = build_trainer_for(config, strategy, data, rate_factor)
-    trainer = graphs.reuse(config, rate_factor, trainer)
+    config, run, data = start.config, start.run, start.data
+    trainer = build_trainer_for(config, start.strategy, data, rate_factor)
+    trainer = start.graphs.reuse(config, rate_factor, trainer)
     checkpoints = Checkpoints(
         run.checkpoints, trainer.parts, config.checkpoint.keep, run.writes, run.verify_owner
     )
     step = checkpoints.restore()
+    if run.last_step() and not checkpoints.latest:
+        raise UsageError(
+            f"the run in {run.path} reached step {run.last_step()}, but its checkpoints are"
+            " missing: restore them, or use a new workdir"
+        )
     initialization = None
     if not checkpoints.latest:
         initialization = initialize_trainer(config, trainer, data.class_names)
@@ -304,7 +298,7 @@ def _build(
         population=config.population.when,
         population_batches=config.population.num_batches,
         per_class=config.evaluation.per_class,
-        evaluator=graphs.evaluator,
+        evaluator=start.graphs.evaluator,
     )
     recorder = open_recorder(
         trainer,
@@ -314,23 +308,19 @@ def _build(
         config.record.percentiles,
         config.record.num_examples,
     )
-    if run.last_step() and not checkpoints.latest:
-        raise UsageError(
-            f"the run in {run.path} reached step {run.last_step()}, but its checkpoints are"
-            " missing: restore them, or use a new workdir"
-        )
     timetable = Timetable(
         steps=config.train.steps,
         steps_per_loop=config.train.steps_per_loop,
         evaluation_steps=config.evaluation.every_steps,
         checkpoint_steps=config.checkpoint.every_steps,
         record_steps=config.record.every_steps if recorder else None,
-        profile_steps=profile_steps,
+        profile_steps=start.profile_steps,
     )
     return _Training(
         run=run,
         data=data,
         config=config,
+        label=start.label,
         trainer=trainer,
         batches=trainer.open_batches(data, step),
         checkpoints=checkpoints,
@@ -350,6 +340,7 @@ class _Training:
     """A run in progress.
 
     Attributes:
+      label: name of the run in the log.
       initialization: weights that this start has loaded from a trained network; None without.
       step: last step trained.
       saved_step: step of the last checkpoint.
@@ -362,6 +353,7 @@ class _Training:
     run: Workdir
     data: Data
     config: ConfigDict
+    label: str
     trainer: Trainer
     batches: tf.distribute.DistributedIterator
     checkpoints: Checkpoints
@@ -434,7 +426,7 @@ class _Training:
         if finite_steps < steps:
             self.raise_diverged_loss(before, finite_steps)
         self.step = stop
-        self.log(loss, accuracy, steps * self.trainer.global_batch_size / seconds)
+        self.report(loss, accuracy, steps * self.trainer.global_batch_size / seconds)
 
     def profiler(self) -> contextlib.AbstractContextManager:
         """Returns a context that profiles; only the chief does."""
@@ -442,7 +434,7 @@ class _Training:
             return contextlib.nullcontext()
         return tf.profiler.experimental.Profile(os.fspath(self.run.path))
 
-    def log(self, loss: float, accuracy: float, images_per_second: float) -> None:
+    def report(self, loss: float, accuracy: float, images_per_second: float) -> None:
         """Writes a line of metrics and updates the progress bar."""
         metrics: Metrics = {
             "train/loss": loss,
@@ -483,7 +475,7 @@ class _Training:
     def finish(self) -> Metrics:
         """Runs the last evaluation and writes the line that marks the run as finished."""
         if self.step < self.timetable.steps:
-            log(f"stopped at step {self.step:,}: {self.stop_reason}")
+            log(f"{self.label}: stopped at step {self.step:,}: {self.stop_reason}")
         metrics = self.validation(self.step, is_last=True)
         return self.metrics.write(self.step, metrics | {Workdir.FINISHED: self.trainer.hash()})
 

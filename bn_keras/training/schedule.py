@@ -30,12 +30,12 @@ class ExamplesSchedule(keras.optimizers.schedules.LearningRateSchedule):
       global_batch_size: examples per step, over all replicas.
       reference_batch_size: batch size that base_rate was tuned at; the paper's is 32.
       decay: "steps": multiply the rate by decay_factor after each decay_examples. "cosine": half a
-        cosine from the full rate at the end of the warm-up to 0 at total_examples, and 0 after
+        cosine from the full rate at the end of the warm-up to 0 at cosine_examples, and 0 after
         that; decay_factor and decay_examples then have no effect.
       decay_factor: factor on the rate after each decay_examples; 1 keeps it constant.
       decay_examples: examples between two decays; required unless decay_factor is 1.
       warmup_examples: examples over which the rate rises linearly to its full value.
-      total_examples: examples of the whole training; required by "cosine".
+      cosine_examples: examples until the cosine ends; required by "cosine".
 
     Raises:
       UsageError: an unknown decay, a decay without its examples, or a warm-up that leaves no
@@ -56,19 +56,20 @@ class ExamplesSchedule(keras.optimizers.schedules.LearningRateSchedule):
         decay_factor: float = 1.0,
         decay_examples: int = 0,
         warmup_examples: int = 0,
-        total_examples: int = 0,
+        cosine_examples: int = 0,
     ) -> None:
         if decay not in _DECAYS:
             raise UsageError(f"unknown schedule.decay {decay!r}: expected {' or '.join(_DECAYS)}")
         if decay == "steps" and decay_factor != 1 and not decay_examples:
             raise UsageError(f"decay_factor={decay_factor} requires decay_examples")
-        if decay == "cosine" and not total_examples:
-            raise UsageError("decay='cosine' requires total_examples")
-        if decay == "cosine" and warmup_examples >= total_examples:
+        if decay == "cosine" and not cosine_examples:
+            raise UsageError("decay='cosine' requires cosine_examples")
+        if decay == "cosine" and warmup_examples >= cosine_examples:
             raise UsageError(
-                f"the warm-up of {warmup_examples:,} examples leaves none of the training's"
-                f" {total_examples:,} for schedule.decay 'cosine': lower schedule.warmup_epochs or"
-                " train longer (train.epochs or train.steps)"
+                f"the warm-up of {warmup_examples:,} examples leaves none of the"
+                f" {cosine_examples:,} of schedule.decay 'cosine': lower schedule.warmup_epochs,"
+                " raise schedule.cosine_steps if it is set, or train longer (train.epochs or"
+                " train.steps)"
             )
         self.base_rate = base_rate
         self.global_batch_size = global_batch_size
@@ -77,7 +78,7 @@ class ExamplesSchedule(keras.optimizers.schedules.LearningRateSchedule):
         self.decay_factor = decay_factor
         self.decay_examples = decay_examples
         self.warmup_examples = warmup_examples
-        self.total_examples = total_examples
+        self.cosine_examples = cosine_examples
 
     def __call__(self, step: tf.Tensor | int) -> tf.Tensor:
         """Returns the float32 learning rate of a step, counted from 0."""
@@ -95,8 +96,8 @@ class ExamplesSchedule(keras.optimizers.schedules.LearningRateSchedule):
         return rate
 
     def _cosine(self, examples: tf.Tensor) -> tf.Tensor:
-        span = self.total_examples - self.warmup_examples
-        left = tf.clip_by_value(self.total_examples - examples, 0, span)
+        span = self.cosine_examples - self.warmup_examples
+        left = tf.clip_by_value(self.cosine_examples - examples, 0, span)
         # Equals (1 + cos(pi * done)) / 2, without cancellation near the end.
         return tf.square(tf.sin(math.pi / 2 * tf.cast(left, tf.float32) / span))
 

@@ -51,8 +51,7 @@ class Timetable:
 
     def is_loop_end(self, step: int) -> bool:
         """Returns whether metrics, an evaluation or a checkpoint may be due after a step."""
-        periods = (self.steps_per_loop, self.evaluation_steps, self.checkpoint_steps)
-        return step == self.steps or any(step % period == 0 for period in periods)
+        return self.next_loop_end(step - 1) == step
 
     def is_evaluation(self, step: int) -> bool:
         """Returns whether an evaluation is due after a step, apart from the one at the end."""

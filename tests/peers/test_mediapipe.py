@@ -28,7 +28,7 @@ def test_mediapipe_classifies_with_labels_and_normalization(quantized, tmp_path)
     layers = [keras.layers.Conv2D(8, 3, strides=2), BatchNormalization(), keras.layers.ReLU()]
     layers += [keras.layers.Flatten(), keras.layers.Dense(3)]
     model = keras.Sequential([keras.Input((16, 16, 3)), *layers])
-    preprocessing = Preprocessing((16, 16), "none", mirror=False, distortion=0, binary=False)
+    preprocessing = Preprocessing((16, 16), "none")
     description = NetworkDescription(NAMES, (16, 16, 3), preprocessing, 1, "moving")
     examples = np.random.default_rng(0).uniform(-1, 1, (50, 16, 16, 3)).astype(np.float32)
     path = tmp_path / "net.tflite"

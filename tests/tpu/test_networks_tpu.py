@@ -107,7 +107,7 @@ def test_an_evaluation_step_lowers(on_a_core, monkeypatch, crops):
     """For 144 crops the core cuts and resizes them and calls the network in a loop."""
     # Otherwise the replicas' moving statistics are merged first, by TPUStrategy itself.
     config = read_config("bn_x30", **{"data.name": "synthetic", "batch_norm.synchronized": True})
-    data = pipeline.open_data(**config.data, seed=0)
+    data = pipeline.open_data(config.data, seed=0)
     strategy = tf.distribute.get_strategy()
     trainer = build_trainer(config, strategy, IMAGE_SHAPE, CLASSES, TRAIN_EXAMPLES)
     model = trainer.inference_model
