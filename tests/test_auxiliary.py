@@ -47,7 +47,7 @@ def test_auxiliary_classifier_is_saved_and_resumed_but_not_loaded(tmp_path, monk
     unbroken = train_and_evaluate(small_config(), tmp_path / "unbroken")
     with killed_after_a_loop(monkeypatch):
         train_and_evaluate(small_config(), tmp_path / "resumed")
-    assert Workdir(tmp_path / "resumed").last_step() == 2
+    assert Workdir(tmp_path / "resumed").read_metrics().last_step == 2
     resumed = train_and_evaluate(small_config(), tmp_path / "resumed")
     assert resumed["variables_sha256"] == unbroken["variables_sha256"]
 

@@ -12,7 +12,7 @@ from bn_keras.experiments.batch_size_runs import SIZES, get_batch_size_configs
 from bn_keras.experiments.titles import with_statistical_batch
 from bn_keras.models import BNInception
 from bn_keras.report import Run, build_batch_size, evaluate_batch_sizes
-from bn_keras.runs.workdir import Workdir
+from bn_keras.runs.metrics_log import FINISHED
 from bn_keras.training import networks
 from bn_keras.training.build import build_model
 from bn_keras.training.config import check_config
@@ -116,7 +116,7 @@ def test_the_summary_names_the_sizes_that_suffice(accuracies, summary):
     results = {}
     for (title, config), accuracy in zip(configs.items(), accuracies, strict=True):
         last = {"step": config.train.steps, "train/loss": 1.3, "validation/examples": 10_000}
-        last |= {"validation/accuracy": accuracy, Workdir.FINISHED: "0123456789abcdef"}
+        last |= {"validation/accuracy": accuracy, FINISHED: "0123456789abcdef"}
         results[title] = [Run(title, config, [last], [], num_classes=10, num_train_examples=50_000)]
     # An extension of this run was interrupted before its first step.
     longest = results[title][0]

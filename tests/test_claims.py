@@ -16,7 +16,7 @@ from bn_keras.experiments.claim_runs import get_claim_configs
 from bn_keras.report import Run, build_claims, published, scale_invariance, write_report
 from bn_keras.report.claims import CLAIMS, check_claim
 from bn_keras.report.margins import Group, SeedVariation
-from bn_keras.runs.workdir import Workdir
+from bn_keras.runs.metrics_log import DIVERGED, FINISHED
 from bn_keras.training import networks
 from bn_keras.training.build import build_trainer
 from configs import cifar10_inception, digits_inception, inception
@@ -186,7 +186,7 @@ REACHED = {
 }
 SINGLE_SEEDS = {network.title: (0.5,) for network in networks.NETWORKS.values()}
 EQUAL_SEEDS = {title: (0.55, 0.55) for title in SINGLE_SEEDS}
-DIVERGED = {titles.INCEPTION_X5: 37, titles.INCEPTION_X30: 12}
+DIVERGED_RUNS = {titles.INCEPTION_X5: 37, titles.INCEPTION_X30: 12}
 ALL_AT_CHANCE = {"Inception": (0.1, 0.11)}
 ALL_AT_CHANCE |= {with_factor("Inception", factor): (0.1,) for factor in titles.WEIGHT_FACTORS}
 BASE = networks.replaced(
@@ -215,9 +215,9 @@ def made_up(title, accuracy, seed=0, diverged_at=None, **changes):
             }
         )
     if diverged_at:
-        lines.append({"step": diverged_at, Workdir.DIVERGED: True})
+        lines.append({"step": diverged_at, DIVERGED: True})
     else:
-        lines[-1][Workdir.FINISHED] = "0123456789abcdef"
+        lines[-1][FINISHED] = "0123456789abcdef"
     return Run(title, config, lines, [], num_classes=10, num_train_examples=50_000)
 
 
@@ -226,7 +226,7 @@ def all_results(**changes):
     accuracies = dict.fromkeys(CONFIGS, (0.51,)) | REACHED | changes
     return {
         title: [
-            made_up(title, accuracy, seed, DIVERGED.get(title))
+            made_up(title, accuracy, seed, DIVERGED_RUNS.get(title))
             for seed, accuracy in enumerate(accuracies[title])
         ]
         for title in CONFIGS

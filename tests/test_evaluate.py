@@ -447,7 +447,7 @@ def test_the_best_network_is_evaluated_as_it_was_in_training(
         train_and_evaluate(
             small_mlp(**{"population.when": when, "population.num_batches": 2}), tmp_path
         )
-    [recorded] = Workdir(tmp_path).evaluations(40)
+    [recorded] = Workdir(tmp_path).read_metrics().evaluations(40)
     [found] = evaluate_networks([tmp_path], best=True)
     assert (found["step"], found["statistics"]) == (40, statistics)
     assert recorded["validation/statistics"] == statistics

@@ -11,6 +11,7 @@ from bn_keras.errors import UsageError
 from bn_keras.inference.evaluation import evaluate_networks
 from bn_keras.inference.loading import load_trained
 from bn_keras.models import BNInception
+from bn_keras.runs.metrics_log import FINISHED
 from bn_keras.runs.workdir import Workdir
 from bn_keras.training import resume_check
 from bn_keras.training.dry_run import dry_run
@@ -156,7 +157,7 @@ def test_a_resumed_run_needs_its_source_no_more_and_is_exact(pretrained, tmp_pat
     finally:
         source.rename(pretrained)
     resumed = train_and_evaluate(config, tmp_path / "killed")
-    assert resumed[Workdir.FINISHED] == expected[Workdir.FINISHED]
+    assert resumed[FINISHED] == expected[FINISHED]
     first, second = Workdir(tmp_path / "killed").read_environment()
     assert "init_from" in first and "init_from" not in second
     assert resume_check.verify_resume(tuned(pretrained, **{"model.freeze": "1"}))

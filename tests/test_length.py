@@ -11,6 +11,7 @@ from small import killed_after_a_loop, small_mlp
 from bn_keras.errors import UsageError
 from bn_keras.inference.loading import load_trained
 from bn_keras.models import SigmoidMLP
+from bn_keras.runs.metrics_log import FINISHED
 from bn_keras.runs.workdir import Workdir
 from bn_keras.training import plan
 from bn_keras.training.length import early_stop_reason, finish_reason, num_steps
@@ -73,7 +74,7 @@ def test_a_finished_run_is_extended_and_equals_a_longer_one(tmp_path, caplog):
         Workdir(tmp_path / "run"), extended
     )
     last = train_and_evaluate(extended, tmp_path / "run")
-    assert last[Workdir.FINISHED] == long[Workdir.FINISHED] and last["step"] == 8
+    assert last[FINISHED] == long[FINISHED] and last["step"] == 8
     assert "train.steps=8 (was 4)" in caplog.text
     assert saved(tmp_path / "run").train.steps == 8
     assert Workdir(tmp_path / "run").read_environment()[1]["changed"] == {"train.steps": 8}
@@ -129,7 +130,7 @@ def test_settings_that_do_not_change_what_is_trained_may_change_on_any_resume(tm
         "train.steps": 8,
     }
     last = train_and_evaluate(short(**changed), tmp_path / "run")
-    assert last[Workdir.FINISHED] == expected[Workdir.FINISHED]
+    assert last[FINISHED] == expected[FINISHED]
     assert saved(tmp_path / "run").data.max_bad_examples == 7
     assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["steps"] == 8
     for key, value in {"train.l2": 0.5, "model.variant": "baseline", "seed": 1}.items():

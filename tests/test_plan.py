@@ -13,6 +13,7 @@ from bn_keras.data import pipeline, sources
 from bn_keras.data.splits import Description
 from bn_keras.errors import StorageError, UsageError
 from bn_keras.runs.checkpoint import Checkpoints
+from bn_keras.runs.metrics_log import FINISHED
 from bn_keras.runs.workdir import Workdir
 from bn_keras.training.build import build_model
 from bn_keras.training.dry_run import dry_run
@@ -60,7 +61,7 @@ def test_the_description_says_how_far_the_run_is(tmp_path):
     assert (
         describe_training(config, workdir)["workdir"] == f"{workdir}: resuming from step 25 to 60"
     )
-    run.metrics.write_text(json.dumps({"step": 60, Workdir.FINISHED: "0" * 64}) + "\n")
+    run.metrics.write_text(json.dumps({"step": 60, FINISHED: "0" * 64}) + "\n")
     assert "finished at step 60, nothing to do" in describe_training(config, workdir)["workdir"]
     with pytest.raises(UsageError, match="holds a run of another config, with seed=0"):
         describe_training(small_mlp(seed=1), workdir)

@@ -24,6 +24,7 @@ from bn_keras.report import (
     write_report,
 )
 from bn_keras.runs.metrics import MetricsWriter
+from bn_keras.runs.metrics_log import DIVERGED, FINISHED
 from bn_keras.runs.saved_config import SavedConfig
 from bn_keras.runs.workdir import Workdir
 from bn_keras.training import networks
@@ -59,7 +60,7 @@ def run(title, accuracies, losses=(2.0, 1.0), diverged=False, seed=0, **settings
         for i, x in enumerate(losses, 1)
     ]
     if diverged:
-        lines.append({"step": 17, Workdir.DIVERGED: True})
+        lines.append({"step": 17, DIVERGED: True})
     return Run(title, configure(seed, **settings), lines)
 
 
@@ -493,7 +494,7 @@ def test_an_evaluation_is_saved_until_a_run_changes(tmp_path, monkeypatch):
     ends = iter(itertools.count())
 
     def finish(name):
-        lines = [{"step": 10, Workdir.FINISHED: f"{next(ends)}"}]
+        lines = [{"step": 10, FINISHED: f"{next(ends)}"}]
         return write_run(tmp_path / name, digits_bn_x30.get_config(), lines)
 
     paths = [finish("a"), finish("b")]
@@ -671,7 +672,7 @@ def test_missing_runs_are_counted(tmp_path):
 
 def test_every_run_is_listed_with_its_status_and_time(tmp_path):
     runs = results()
-    finished = [*runs["BN-x5"][0].metrics, {"step": 30, Workdir.FINISHED: "0123456789abcdef"}]
+    finished = [*runs["BN-x5"][0].metrics, {"step": 30, FINISHED: "0123456789abcdef"}]
     runs["BN-x5"][0] = dataclasses.replace(
         runs["BN-x5"][0], metrics=finished, environment=environment()
     )

@@ -12,7 +12,7 @@ from small import small_mlp
 from bn_keras.errors import UsageError
 from bn_keras.experiments import parallel, run_all
 from bn_keras.experiments.run_all import list_remaining, read_ended, train_all
-from bn_keras.runs.workdir import Workdir
+from bn_keras.runs.metrics_log import FINISHED
 
 FEW = {"train.steps": 4}
 
@@ -28,7 +28,7 @@ def test_each_network_is_trained_once_and_divergence_is_a_result(tmp_path, monke
     assert [bool(run.diverged_at) for run in first.values()] == [False, True, False]
     assert {p.name for p in tmp_path.iterdir()} == {"good_one", "bad", "good_two"}
     good, _, other = first.values()
-    assert good.metrics[-1][Workdir.FINISHED] != other.metrics[-1][Workdir.FINISHED]
+    assert good.metrics[-1][FINISHED] != other.metrics[-1][FINISHED]
 
     monkeypatch.setattr("bn_keras.data.pipeline.open_data", None)
     assert train_all(configs, tmp_path) == first

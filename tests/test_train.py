@@ -444,7 +444,7 @@ def test_a_signal_ends_the_loop_and_saves(tmp_path, monkeypatch):
     assert f"stopped by {signal.SIGTERM.name} at step 40 of 60" in str(caught.value)
     assert (tmp_path / "resumed" / "checkpoints" / "step-40.index").exists()
     # The evaluation of step 40 might last longer than the process has left.
-    assert not Workdir(tmp_path / "resumed").evaluations(40)
+    assert not Workdir(tmp_path / "resumed").read_metrics().evaluations(40)
     resumed = train_and_evaluate(small_mlp(**TWO_REPLICAS), tmp_path / "resumed")
     assert resumed == uninterrupted
     assert lines_without_times(tmp_path / "resumed") == lines_without_times(

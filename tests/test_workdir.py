@@ -14,6 +14,7 @@ from bn_keras import storage
 from bn_keras.errors import StorageError, UsageError, WorkdirInUseError
 from bn_keras.runs import metrics as metrics_module
 from bn_keras.runs.metrics import MetricsWriter
+from bn_keras.runs.metrics_log import FINISHED
 from bn_keras.runs.workdir import Workdir
 from bn_keras.training.build import build_data, build_model
 from bn_keras.training.config import default_config
@@ -46,7 +47,7 @@ def test_metrics_are_uploaded_to_a_bucket_from_time_to_time(
             uploaded = Workdir(run.path).read_metrics()
             # A save makes the latest lines durable; a second one has nothing to upload.
             metrics.sync()
-            assert Workdir(run.path).last_step() == 999
+            assert Workdir(run.path).read_metrics().last_step == 999
             count = len(sizes)
             metrics.sync()
             assert len(sizes) == count <= most
@@ -140,12 +141,12 @@ def test_an_incomplete_line_and_later_steps_are_dropped(tmp_path):
 
 def test_a_run_is_finished_if_its_last_line_contains_the_hash(tmp_path):
     workdir = Workdir(tmp_path)
-    assert not workdir.is_finished()
+    assert not workdir.read_metrics().is_finished
     with MetricsWriter(workdir, 32) as metrics:
         metrics.write(1, {})
-        assert not workdir.is_finished()
-        metrics.write(2, {Workdir.FINISHED: "0" * 64})
-    assert workdir.is_finished()
+        assert not workdir.read_metrics().is_finished
+        metrics.write(2, {FINISHED: "0" * 64})
+    assert workdir.read_metrics().is_finished
 
 
 def test_values_that_are_not_finite_become_null(tmp_path):
@@ -248,7 +249,7 @@ def test_a_full_disk_keeps_the_lines_written_before(tmp_path):
         metrics.write(2, {"train/loss": 0.5})
     assert "\n" not in str(caught.value)
     assert not run.metrics.read_text().endswith("\n")
-    assert run.last_step() == 1
+    assert run.read_metrics().last_step == 1
     run.drop_metrics_after(1)
     with MetricsWriter(run, 32) as metrics:
         metrics.write(2, {})
@@ -274,7 +275,7 @@ def test_a_full_disk_keeps_the_lines_that_a_resumed_run_needs(tmp_path):
             metrics.write(step, {})
     with files_of_at_most(50), pytest.raises(StorageError, match="metrics.jsonl cannot be written"):
         run.drop_metrics_after(50)
-    assert run.last_step() == 99
+    assert run.read_metrics().last_step == 99
 
 
 def acquire_lock(path):
@@ -371,19 +372,20 @@ def test_evaluations_since_the_best_are_counted_as_in_training(accuracies, expec
     with MetricsWriter(run, 32) as metrics:
         for step, accuracy in enumerate(accuracies, start=1):
             metrics.write(step, {"validation/accuracy": accuracy})
-    assert run.evaluations_since_best(9) == expected
+    assert run.read_metrics().evaluations_since_best == expected
 
 
 def test_the_best_accuracy_is_that_of_evaluations_up_to_a_step(tmp_path):
     run = Workdir(tmp_path)
-    assert run.best_accuracy(9) == 0
+    assert run.read_metrics().best_accuracy == 0
     with MetricsWriter(run, 32) as metrics:
         for step, accuracy in ((1, 0.25), (2, 0.75), (3, 0.5)):
             metrics.write(step, {"train/accuracy": 0.9})
             metrics.write(step, {"validation/accuracy": accuracy})
-    assert [run.best_accuracy(step) for step in range(4)] == [0, 0.25, 0.75, 0.75]
-    assert [line["validation/accuracy"] for line in run.evaluations(2)] == [0.75]
-    assert run.evaluations(4) == []
+    log = run.read_metrics()
+    assert [log.up_to(step).best_accuracy for step in range(4)] == [0, 0.25, 0.75, 0.75]
+    assert [line["validation/accuracy"] for line in log.evaluations(2)] == [0.75]
+    assert log.evaluations(4) == []
 
 
 def test_a_run_does_not_resume_on_other_data(tmp_path):

@@ -3,6 +3,7 @@
 import tensorflow as tf
 
 from bn_keras.runs.checkpoint import Checkpoints
+from bn_keras.runs.metrics_log import FINISHED
 from bn_keras.runs.workdir import Workdir
 
 
@@ -37,6 +38,6 @@ def check_usable(folder, expected):
         steps.append(latest)
     lines = without_times(run.read_metrics())
     # The line that marks a run as finished is written after its last checkpoint.
-    due = [line for line in expected if line["step"] <= steps[0] and Workdir.FINISHED not in line]
+    due = [line for line in expected if line["step"] <= steps[0] and FINISHED not in line]
     assert lines[: len(due)] == due
     return tuple(steps)

@@ -151,7 +151,8 @@ def folder_name(title: str) -> str:
 
 def _is_due(run: Workdir, config: ConfigDict) -> bool:
     run.check(config)
-    if run.has_diverged() and run.num_retries() >= config.train.retries:
+    metrics = run.read_metrics()
+    if metrics.has_diverged and metrics.num_retries >= config.train.retries:
         return False
     return not finish_reason(run, config)
 

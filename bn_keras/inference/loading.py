@@ -12,6 +12,7 @@ from bn_keras.data.transforms import Preprocessing
 from bn_keras.errors import UsageError
 from bn_keras.keras_internals import batch_norm_layers
 from bn_keras.runs.checkpoint import Checkpoints
+from bn_keras.runs.metrics_log import ACCURACY
 from bn_keras.runs.workdir import Workdir
 from bn_keras.training.restoring import restore_network
 
@@ -78,7 +79,9 @@ def load_trained(
     if network is None:
         # A finished run has no training to continue: its checkpoints were deleted, or not copied.
         advice = (
-            "restore it from a copy of the run" if run.is_finished() else "continue its training"
+            "restore it from a copy of the run"
+            if run.read_metrics().is_finished
+            else "continue its training"
         )
         raise UsageError(
             f"the run in {run.path} has no {'best ' if best else ''}checkpoint of a trained network"
@@ -107,9 +110,9 @@ def _finished_or_latest(run: Workdir) -> list[epath.Path]:
 
 def _evaluated_statistics(run: Workdir, step: int, best: bool, population_when: str) -> str:
     """Returns the statistics that the best or the finished network was evaluated with."""
-    lines = run.evaluations(step)
+    lines = run.read_metrics().evaluations(step)
     if best and lines:
-        lines = [max(lines, key=lambda line: line["validation/accuracy"])]
+        lines = [max(lines, key=lambda line: line[ACCURACY])]
     if lines and "validation/statistics" in lines[-1]:
         return lines[-1]["validation/statistics"]
     # Resuming from an earlier checkpoint drops the later lines, but keeps the networks.

@@ -22,7 +22,8 @@ from bn_keras.report.plots import (
 )
 from bn_keras.report.saved_evaluation import evaluate_once
 from bn_keras.report.sections import Section, describe_divergence, markdown_table
-from bn_keras.runs.history import ACCURACY, Results, Run
+from bn_keras.runs.history import Results, Run
+from bn_keras.runs.metrics_log import ACCURACY
 from bn_keras.runs.workdir import Workdir
 from bn_keras.training.networks import replaced
 
@@ -52,7 +53,9 @@ def evaluate_batch_sizes(
       StorageError: batch_size.json cannot be written.
       UsageError: see `evaluate_networks`.
     """
-    finished = {title: path for title, path in workdirs.items() if Workdir(path).is_finished()}
+    finished = {
+        title: path for title, path in workdirs.items() if Workdir(path).read_metrics().is_finished
+    }
     if not finished:
         return []
 

@@ -60,7 +60,8 @@ from bn_keras.report.verdicts import (
     count_verdicts,
     judge,
 )
-from bn_keras.runs.history import ACCURACY, LOSS, Results, Run, Spread
+from bn_keras.runs.history import LOSS, Results, Run, Spread
+from bn_keras.runs.metrics_log import ACCURACY
 from bn_keras.text import counted
 
 # An accuracy below this multiple of the accuracy of guessing is at chance.

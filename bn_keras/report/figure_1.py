@@ -23,7 +23,8 @@ from bn_keras.report.plots import (
 from bn_keras.report.published import CITATION
 from bn_keras.report.sections import Section, describe_divergence, escape, markdown_table
 from bn_keras.report.verdicts import Outcome, exceeds, explain_verdicts, tabulate_verdicts
-from bn_keras.runs.history import ACCURACY, Results, Run, Spread, over_seeds
+from bn_keras.runs.history import Results, Run, Spread, over_seeds
+from bn_keras.runs.metrics_log import ACCURACY
 
 _PERCENTILES = (15, 50, 85)
 # Lower limit of the accuracy axis, as in the paper.

@@ -27,7 +27,8 @@ from bn_keras.report.verdicts import (
     judge,
     tabulate_verdicts,
 )
-from bn_keras.runs.history import ACCURACY, LOSS, Results, Run, Spread, over_seeds
+from bn_keras.runs.history import LOSS, Results, Run, Spread, over_seeds
+from bn_keras.runs.metrics_log import ACCURACY
 from bn_keras.training.networks import value_of
 from bn_keras.training.schedule import PAPER_BATCH_SIZE
 

@@ -50,7 +50,7 @@ def evaluate_ensemble(
       StorageError: figure_4.json cannot be written.
       UsageError: see `evaluate_networks`.
     """
-    finished = [path for path in workdirs if Workdir(path).is_finished()]
+    finished = [path for path in workdirs if Workdir(path).read_metrics().is_finished]
     if not finished:
         return []
     crops = suitable_crops(finished[0])

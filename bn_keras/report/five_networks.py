@@ -7,7 +7,8 @@ from typing import NamedTuple
 from bn_keras.errors import UsageError
 from bn_keras.experiments.titles import INCEPTION
 from bn_keras.report import published
-from bn_keras.runs.history import ACCURACY, Results, Run, Spread, over_seeds
+from bn_keras.runs.history import Results, Run, Spread, over_seeds
+from bn_keras.runs.metrics_log import ACCURACY
 
 
 class FiveNetworks(NamedTuple):

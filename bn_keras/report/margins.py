@@ -18,7 +18,8 @@ from bn_keras.report.verdicts import (
     exceeds,
     judge,
 )
-from bn_keras.runs.history import ACCURACY, Results, Run, Spread
+from bn_keras.runs.history import Results, Run, Spread
+from bn_keras.runs.metrics_log import ACCURACY
 
 
 class NotRunError(Exception):

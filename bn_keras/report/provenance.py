@@ -6,8 +6,8 @@ from typing import Any
 
 from bn_keras.report.sections import Section, escape, markdown_table
 from bn_keras.runs.history import Results, Run
+from bn_keras.runs.metrics_log import FINISHED
 from bn_keras.runs.saved_config import flatten
-from bn_keras.runs.workdir import Workdir
 from bn_keras.text import counted, format_duration
 from bn_keras.training.config import MLP_SETTINGS, default_config
 from bn_keras.training.networks import value_of
@@ -73,7 +73,7 @@ def _tabulate_runs(runs: Iterable[Run]) -> str:
                 escape(run.name),
                 _status(run),
                 _format_time(run.environment[0]["started"]) if run.environment else "-",
-                last.get(Workdir.FINISHED, "-")[:12],
+                last.get(FINISHED, "-")[:12],
                 f"{len(run.environment) or '-'}",
                 f"{last.get('step', 0):,}",
                 format_duration(run.seconds),

@@ -11,9 +11,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from bn_keras.runs.metrics_log import ACCURACY, MetricsLog
 from bn_keras.runs.workdir import Workdir
 
-ACCURACY, LOSS = "validation/accuracy", "train/loss"
+LOSS = "train/loss"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +31,14 @@ class Run:
 
     title: str
     config: ConfigDict
-    metrics: list[dict[str, Any]]
+    metrics: MetricsLog
     environment: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     num_classes: int = 0
     num_train_examples: int = 0
+
+    def __post_init__(self) -> None:
+        # Any lines are accepted.
+        object.__setattr__(self, "metrics", MetricsLog(self.metrics))
 
     @classmethod
     def read(cls, title: str, workdir: str | os.PathLike) -> "Run":
@@ -50,21 +55,21 @@ class Run:
     @property
     def is_finished(self) -> bool:
         """Whether the run reached its last step."""
-        return bool(self.metrics) and Workdir.FINISHED in self.metrics[-1]
+        return self.metrics.is_finished
 
     @property
     def diverged_at(self) -> int | None:
         """Step at which the loss or a weight became non-finite; None if the run did not diverge."""
-        return next((line["step"] for line in self.metrics if Workdir.DIVERGED in line), None)
+        return self.metrics.diverged_at
 
     def curve(self, key: str) -> dict[int, float]:
         """Returns a metric by step, at the steps where it was written."""
-        return {line["step"]: line[key] for line in self.metrics if line.get(key) is not None}
+        return self.metrics.curve(key)
 
     @property
     def best_accuracy(self) -> float:
         """Highest validation accuracy; 0 before the first evaluation."""
-        return max(self.curve(ACCURACY).values(), default=0.0)
+        return self.metrics.best_accuracy
 
     @property
     def lowest_loss(self) -> float:

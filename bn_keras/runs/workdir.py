@@ -19,6 +19,7 @@ from bn_keras.errors import (
     WorkdirInUseError,
 )
 from bn_keras.runs.lock import make_lock
+from bn_keras.runs.metrics_log import ACCURACY, MetricsLog
 from bn_keras.runs.saved_config import SavedConfig, flatten, missing_keys_error
 from bn_keras.storage import is_local, read, writing
 from bn_keras.text import first_line
@@ -65,13 +66,6 @@ class Workdir:
       classes: folder of the last evaluation's report on the classes.
       metrics: path of metrics.jsonl.
     """
-
-    # Key in the last line of a finished run's metrics: a hash over all of its variables.
-    FINISHED = "variables_sha256"
-    # Key in the line of the step at which a run's loss stopped being finite.
-    DIVERGED = "diverged"
-    # Key in the line of the step that a diverged run was rolled back to: number of the retry.
-    RETRY = "retry"
 
     def __init__(self, path: str | os.PathLike) -> None:
         # Refuses URLs of other kinds, which etils reports as a KeyError.
@@ -120,7 +114,7 @@ class Workdir:
 
     def check_length(self, steps: int) -> None:
         """Raises UsageError if the run has already trained more than a number of steps."""
-        if steps < (last := self.last_step()):
+        if steps < (last := self.read_metrics().last_step):
             raise UsageError(
                 f"the run in {self.path} has trained {last} steps, more than the {steps} of this"
                 " config: raise train.steps or train.epochs, or use another workdir"
@@ -350,13 +344,13 @@ class Workdir:
         except (ValueError, KeyError, TypeError, AttributeError):
             return 0, 0
 
-    def read_metrics(self) -> list[dict[str, Any]]:
+    def read_metrics(self) -> MetricsLog:
         """Reads the lines of metrics.jsonl in order; an incomplete last line is left out."""
         try:
             *lines, _ = (read(self.metrics) or b"").decode().split("\n")
         except ValueError as error:
             raise UsageError(f"{self.metrics} cannot be read: {first_line(error)}") from None
-        return [self._parse(number, line) for number, line in enumerate(lines, start=1)]
+        return MetricsLog(self._parse(number, line) for number, line in enumerate(lines, start=1))
 
     def _parse(self, number: int, line: str) -> dict[str, Any]:
         try:
@@ -370,54 +364,11 @@ class Workdir:
             )
         return values
 
-    def last_step(self) -> int:
-        """Returns the last step in the metrics; 0 if there is none."""
-        return max((line["step"] for line in self.read_metrics()), default=0)
-
-    def is_finished(self) -> bool:
-        """Returns whether the run has reached its end."""
-        lines = self.read_metrics()
-        return bool(lines) and self.FINISHED in lines[-1]
-
-    def has_diverged(self) -> bool:
-        """Returns whether the run diverged and has not been rolled back since."""
-        return any(self.DIVERGED in line for line in self.read_metrics()[-1:])
-
-    def num_retries(self) -> int:
-        """Returns how many times the run has been rolled back after it diverged."""
-        return max((line.get(self.RETRY, 0) for line in self.read_metrics()), default=0)
-
-    def best_accuracy(self, step: int) -> float:
-        """Returns the highest validation accuracy up to a step; 0 without an evaluation."""
-        lines = [line for line in self.read_metrics() if line["step"] <= step]
-        return max((line.get("validation/accuracy", 0.0) for line in lines), default=0.0)
-
-    def evaluations_since_best(self, step: int) -> int:
-        """Returns how many evaluations up to a step follow the first one of highest accuracy.
-
-        An accuracy of 0 is never the highest, so that all evaluations count if there is no other.
-        """
-        accuracies: dict[int, float] = {}
-        for line in self.read_metrics():
-            if line["step"] <= step and "validation/accuracy" in line:
-                accuracies.setdefault(line["step"], line["validation/accuracy"])
-        values = [0.0, *accuracies.values()]
-        return len(values) - 1 - values.index(max(values))
-
-    def evaluations(self, step: int) -> list[dict[str, Any]]:
-        """Returns the lines of the evaluations at a step; the last step may have two."""
-        return [
-            line
-            for line in self.read_metrics()
-            if line["step"] == step and "validation/accuracy" in line
-        ]
-
     def drop_metrics_after(self, step: int) -> None:
         """Drops the lines of metrics.jsonl after the step at which the run resumes."""
         if not self.writes:
             return
-        lines = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
-        kept = "".join(lines)
+        kept = "".join(json.dumps(line) + "\n" for line in self.read_metrics().up_to(step))
         if kept.encode() != read(self.metrics):
             with writing(f"{self.metrics}", "it is unchanged"):
                 self._write(self.metrics, kept)
@@ -458,4 +409,4 @@ def _is_line_of_metrics(values: Any) -> bool:
     """Returns whether a value has what the readers of a run's metrics rely on."""
     if not isinstance(values, dict) or not isinstance(values.get("step"), int):
         return False
-    return isinstance(values.get("validation/accuracy", 0.0), int | float)
+    return isinstance(values.get(ACCURACY, 0.0), int | float)

@@ -70,9 +70,10 @@ def finish_reason(run: Workdir, config: ConfigDict) -> str:
       run: folder of the run; its config may differ in such settings.
       config: config of this start.
     """
-    if not run.is_finished():
+    metrics = run.read_metrics()
+    if not metrics.is_finished:
         return ""
-    step, saved = run.last_step(), run.read_config()
+    step, saved = metrics.last_step, run.read_config()
     if config.train.epochs:
         steps = saved.train.steps
         has_last_step = config.train.epochs == saved.train.epochs and step >= steps
@@ -80,5 +81,5 @@ def finish_reason(run: Workdir, config: ConfigDict) -> str:
         has_last_step = step >= config.train.steps
     if has_last_step:
         return f"finished at step {step:,}"
-    reason = early_stop_reason(run.best_accuracy(step), run.evaluations_since_best(step), config)
+    reason = early_stop_reason(metrics.best_accuracy, metrics.evaluations_since_best, config)
     return f"finished at step {step:,}: {reason}" if reason else ""

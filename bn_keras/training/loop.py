@@ -25,6 +25,7 @@ from bn_keras.merge import merge_moving_statistics
 from bn_keras.runs import environment
 from bn_keras.runs.checkpoint import Checkpoints
 from bn_keras.runs.metrics import MetricsWriter
+from bn_keras.runs.metrics_log import DIVERGED, FINISHED, RETRY
 from bn_keras.runs.workdir import Metrics, Workdir
 from bn_keras.training import divergence
 from bn_keras.training.build import build_data, build_schedule, build_trainer_for
@@ -75,8 +76,7 @@ class TrainingResult(dict[str, float | str | None]):
     @property
     def best_accuracy(self) -> float:
         """Highest validation accuracy, a fraction."""
-        run = Workdir(self.workdir)
-        return run.best_accuracy(run.last_step())
+        return Workdir(self.workdir).read_metrics().best_accuracy
 
 
 def train_and_evaluate(
@@ -182,7 +182,7 @@ class _Start:
 
 def _check_retry(start: _Start, error: TrainingDivergedError) -> None:
     """Logs a rollback, or raises the error with advice if no retries are left."""
-    retry, retries = start.run.num_retries() + 1, start.config.train.retries
+    retry, retries = start.run.read_metrics().num_retries + 1, start.config.train.retries
     if retry > retries:
         advice = "lower schedule.base_rate, or set train.retries, in a new workdir"
         raise TrainingDivergedError(f"{error}; {advice}", error.step) from None
@@ -204,9 +204,9 @@ def _train(start: _Start, stop_request: StopRequest) -> Metrics:
     interface = (data.input_shape, data.class_names, data.num_train_examples, data.fingerprint)
     # Before the graph is built, which takes time.
     run.check_data(*interface)
-    retries = run.num_retries()
-    is_rollback = run.has_diverged() and retries < config.train.retries
-    retries += is_rollback
+    before = run.read_metrics()
+    is_rollback = before.has_diverged and before.num_retries < config.train.retries
+    retries = before.num_retries + is_rollback
     rate_factor = config.train.retry_factor**retries
     training = _build(start, stop_request, rate_factor)
     check_same_state(strategy, run, training.step, retries, training.validation.best_accuracy)
@@ -218,7 +218,6 @@ def _train(start: _Start, stop_request: StopRequest) -> Metrics:
         training.progress.show_building()
         # Before anything is written: a network that cannot be built leaves no workdir behind.
         training.trainer.trace(training.batches)
-        is_new = not run.read_metrics()
         run.create(config, *interface)
         run.drop_metrics_after(training.step)
         if not training.checkpoints.latest:
@@ -229,9 +228,9 @@ def _train(start: _Start, stop_request: StopRequest) -> Metrics:
             data.reporting_errors(),
         ):
             # After a rollback, or if an older checkpoint than the rollback's has been restored.
-            if run.num_retries() < retries:
-                training.metrics.write(training.step, {Workdir.RETRY: retries})
-            if is_new and training.recorder:
+            if run.read_metrics().num_retries < retries:
+                training.metrics.write(training.step, {RETRY: retries})
+            if not before and training.recorder:
                 training.metrics.write(training.step, training.recorder())
             last = training.train()
     # No worker reads the workdir before the chief has closed its files.
@@ -281,9 +280,9 @@ def _build(start: _Start, stop_request: StopRequest, rate_factor: float) -> "_Tr
         run.checkpoints, trainer.parts, config.checkpoint.keep, run.writes, run.verify_owner
     )
     step = checkpoints.restore()
-    if run.last_step() and not checkpoints.latest:
+    if not checkpoints.latest and (last_step := run.read_metrics().last_step):
         raise UsageError(
-            f"the run in {run.path} reached step {run.last_step()}, but its checkpoints are"
+            f"the run in {run.path} reached step {last_step}, but its checkpoints are"
             " missing: restore them, or use a new workdir"
         )
     initialization = None
@@ -379,7 +378,7 @@ class _Training:
         """
         self.progress.start()
         self.check_for_signal()
-        if self.step and not self.run.evaluations(self.step):
+        if self.step and not self.run.read_metrics().evaluations(self.step):
             # The last start was stopped before it.
             self.evaluate_if_due()
         while not self.is_over:
@@ -477,7 +476,7 @@ class _Training:
         if self.step < self.timetable.steps:
             log(f"{self.label}: stopped at step {self.step:,}: {self.stop_reason}")
         metrics = self.validation(self.step, is_last=True)
-        return self.metrics.write(self.step, metrics | {Workdir.FINISHED: self.trainer.hash()})
+        return self.metrics.write(self.step, metrics | {FINISHED: self.trainer.hash()})
 
     def raise_stopped(self) -> None:
         """Raises TrainingStoppedError once the chief has saved."""
@@ -492,7 +491,7 @@ class _Training:
         """Raises TrainingDivergedError if a variable is not finite."""
         cause = divergence.non_finite_variable(self.trainer.variables)
         if cause:
-            self.metrics.write(self.step, {Workdir.DIVERGED: True})
+            self.metrics.write(self.step, {DIVERGED: True})
             raise divergence.make_error("network", self.step, self.rate, cause, self.checkpoints)
 
     def raise_diverged_loss(self, before: list[tf.Tensor], finite_steps: int) -> None:
@@ -503,6 +502,6 @@ class _Training:
           finite_steps: steps of the loop whose loss was finite.
         """
         step = self.step + finite_steps + 1
-        self.metrics.write(step, {Workdir.DIVERGED: True})
+        self.metrics.write(step, {DIVERGED: True})
         cause = divergence.find_cause(self.trainer, self.data, before, self.step, finite_steps)
         raise divergence.make_error("loss", step, self.rate, cause, self.checkpoints)

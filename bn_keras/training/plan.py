@@ -71,7 +71,7 @@ def describe_progress(run: Workdir, config: ConfigDict) -> str:
     step = Checkpoints(run.checkpoints, {}).latest_step
     if not step:
         return f"new, to {end}"
-    extending = "extending" if run.is_finished() else "resuming"
+    extending = "extending" if run.read_metrics().is_finished else "resuming"
     return f"{extending} from step {step:,} to {end.removeprefix('step ')}"
 
 

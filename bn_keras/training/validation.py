@@ -74,8 +74,9 @@ class Validation:
             for folder in (run.best, run.finished)
         )
         self.accuracy = 0.0
-        self.best_accuracy = run.best_accuracy(step)
-        self.evaluations_since_best = run.evaluations_since_best(step)
+        earlier = run.read_metrics().up_to(step)
+        self.best_accuracy = earlier.best_accuracy
+        self.evaluations_since_best = earlier.evaluations_since_best
         layers = batch_norm_layers(model)
         # Frozen BN keeps its moving statistics.
         if layers and not any(layer.trainable for layer in layers):
