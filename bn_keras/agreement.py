@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from bn_keras.errors import AgreementError, UsageError
 from bn_keras.keras_internals import all_layers
@@ -56,6 +57,11 @@ def check_agreement(
             " or this is a bug; please report it"
         )
     return difference, size
+
+
+def has_numbers(output: Any) -> bool:
+    """Returns whether an output of a model can be compared: it is neither None nor text."""
+    return output is not None and output.dtype != tf.string
 
 
 def to_float64(values: Any) -> np.ndarray:

@@ -35,7 +35,8 @@ def as_axis(axis: Any) -> int | list[int]:
         raise UsageError(
             f"axis={axis!r} is invalid: expected an integer or a list of integers"
         ) from None
-    return axes[0] if is_single else axes
+    # As the Keras layer, whose configs have no lists.
+    return axes[0] if is_single or len(axes) == 1 else axes
 
 
 def as_bool(name: str, value: Any) -> bool:

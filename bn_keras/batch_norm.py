@@ -136,7 +136,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         )
         # Arguments that the Keras layer does not accept, or checks with other messages.
         self.axis = as_axis(axis)
-        self.momentum = momentum
+        self.momentum: float | tf.Variable | keras.Variable | None = momentum
         self.renorm = as_bool("renorm", renorm)
         bounds = as_renorm_clipping(renorm_clipping) if renorm else renorm_clipping
         # object.__setattr__ hides it from Keras, which would train variables among the bounds.
@@ -182,6 +182,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             self.moving_stddev = self._add_statistic("moving_stddev", self._initial_stddev)
             self.renorm_mean = self._add_statistic("renorm_mean", self.moving_mean_initializer)
             self.renorm_stddev = self._add_statistic("renorm_stddev", self._initial_stddev)
+        self.num_updates: keras.Variable | None = None
         if self.momentum is None:
             self.num_updates = self.add_weight(
                 shape=(), name="num_updates", initializer="zeros", dtype="int64", trainable=False
@@ -203,18 +204,18 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
         Args:
           inputs: any shape of rank 2 or more; integers are cast to the dtype of the statistics.
-          training: a bool, a boolean scalar tensor, or None for inference.
+          training: a bool, a boolean scalar tensor or variable, or None for inference.
           mask: only values where it is nonzero enter the statistics.
 
         Returns:
           Same shape as inputs, in the compute dtype.
         """
         x = self._check_inputs(inputs)
-        if mask is None and isinstance(training, tf.Tensor):
+        if mask is None and (isinstance(training, tf.Tensor) or is_variable(training)):
             # Keras passes on the mask of its Masking layer only to a call with a single tensor.
             mask = implicit_mask(inputs)
         mask = self._expand_mask(mask, x)
-        training = self.trainable and _static_value(training)
+        training = self.trainable and _static_value(training, self.name)
         if isinstance(training, tf.Tensor):
             training = tf.cast(training, tf.bool)
             # No tf.cond: a collective cannot run inside a branch.
@@ -262,6 +263,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             training is True
             and mask is None
             and self.momentum is not None
+            and not is_variable(self.momentum)
             and self.virtual_batch_size is None
             and self.values_since_merge is None
             and self._weight_dtype == "float32"
@@ -384,6 +386,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
         """
         if self.momentum is not None:
             return _weight_where_counted(1 - self.momentum, count)
+        if self.num_updates is None:
+            raise UsageError(
+                f"{self.name}: momentum=None was set after the layer was built, without the counter"
+                " that it needs: pass it to the constructor"
+            )
         is_update = tf.logical_and(tf.reduce_any(count > 0), training)
         num_updates = self.num_updates.value + tf.cast(is_update, tf.int64)
         self.num_updates.assign(num_updates)
@@ -412,7 +419,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         new = tf.cast(value, old.dtype)
         if isinstance(weight, tf.Tensor):
             weight = tf.cast(weight, old.dtype)
-        if self.momentum and self.renorm_momentum:
+        keeps_a_part = not is_variable(self.momentum) and self.momentum and self.renorm_momentum
+        if keeps_a_part:
             new = old - (old - new) * weight
         else:
             # With a weight of 1, the difference above would lose the digits of a small new value.
@@ -583,7 +591,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         """
         additional = {name: getattr(self, name) for name in _NOT_IN_KERAS}
         config = super().get_config() | {n: value for n, value in additional.items() if value}
-        return config | {"renorm_clipping": read_variables(self.renorm_clipping)}
+        variables = {"momentum": self.momentum, "renorm_clipping": self.renorm_clipping}
+        return config | read_variables(variables)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
@@ -592,10 +601,13 @@ class BatchNormalization(keras.layers.BatchNormalization):
         A config without "unbiased" builds a layer with unbiased=False, unless the constructor of a
         subclass does not accept this argument.
         """
+        layer = cls(**config)
         parameters = inspect.signature(cls.__init__).parameters.values()
-        if any(p.name == "unbiased" or p.kind is p.VAR_KEYWORD for p in parameters):
-            config = {"unbiased": False, **config}
-        return cls(**config)
+        is_accepted = any(p.name == "unbiased" or p.kind is p.VAR_KEYWORD for p in parameters)
+        if is_accepted and "unbiased" not in config:
+            # Not as an argument, which a subclass may pass on with a value of its own.
+            layer.unbiased = False
+        return layer
 
 
 _NOT_IN_KERAS = ("unbiased", "sync_group_size", "virtual_batch_size")
@@ -652,14 +664,20 @@ def _weight_where_counted(weight: ops.Count, count: ops.Count) -> ops.Count:
     return tf.minimum(count, weight if isinstance(weight, float) else tf.cast(weight, count.dtype))
 
 
-def _static_value(training: bool | tf.Tensor | None) -> bool | tf.Tensor | None:
-    """Returns `training` as a bool if its value is known while a graph is built."""
-    if training is None:
-        return None
-    if isinstance(training, tf.Variable | keras.Variable):
-        training = tf.convert_to_tensor(training)
-    static = tf.get_static_value(training) if isinstance(training, tf.Tensor) else training
-    return training if static is None else bool(static)
+def _static_value(training: bool | tf.Tensor | None, name: str) -> bool | tf.Tensor | None:
+    """Returns `training` as a bool if its value is known while a graph is built.
+
+    Raises:
+      UsageError: it is not a scalar truth value. The message names the layer, `name`.
+    """
+    if training is None or isinstance(training, bool):
+        return training
+    value = tf.convert_to_tensor(training)
+    is_number = value.dtype.is_bool or value.dtype.is_integer or value.dtype.is_floating
+    if value.shape.rank or not is_number:
+        raise UsageError(f"{name}: training={training!r} is invalid: expected True, False or None")
+    static = tf.get_static_value(value)
+    return value if static is None else bool(static)
 
 
 def _flatten(variable: keras.Variable) -> tf.Tensor:

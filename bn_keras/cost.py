@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import keras
 import tensorflow as tf
@@ -272,7 +272,7 @@ def _trace(
     activations = {id(tensor): known for tensor, known in zip(model.inputs, inputs, strict=True)}
     for call in graph_calls(keras.Function(model.inputs, model.outputs)):
         layer, name = call.operation, prefix + call.operation.name
-        call_inputs = [activations[id(tensor)] for tensor in _tensors_read(call)]
+        call_inputs = [activations[id(tensor)] for tensor in _inputs_of(call)]
         if call.is_input:
             # The input of a nested model is the output of another layer.
             if not prefix:
@@ -287,6 +287,16 @@ def _trace(
             calls.append(_LayerCall(layer, name, call_inputs, outputs, hidden))
         activations.update(zip(map(id, call.outputs), outputs, strict=True))
     return [activations[id(tensor)] for tensor in model.outputs]
+
+
+def _inputs_of(call: Call) -> list[keras.KerasTensor]:
+    """Returns the input tensors of a call; those of a nested model in the order of its inputs."""
+    layer, inputs = call.operation, cast(Any, next(iter(call.arguments.args), None))
+    if _has_graph(layer) and isinstance(inputs, dict):
+        names = [tensor.name for tensor in layer.inputs]
+        if inputs.keys() == set(names):
+            return [inputs[name] for name in names]
+    return _tensors_read(call)
 
 
 def _tensors_read(call: Call) -> list[keras.KerasTensor]:

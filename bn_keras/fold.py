@@ -12,10 +12,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from bn_keras.agreement import check_agreement, to_float64
+from bn_keras.agreement import check_agreement, has_numbers, to_float64
 from bn_keras.arguments import check_model
 from bn_keras.batch_norm import canonical_axes
-from bn_keras.errors import UsageError
+from bn_keras.errors import AgreementError, UsageError
 from bn_keras.keras_internals import (
     Call,
     all_layers,
@@ -503,23 +503,27 @@ def _compare_models(
     plan: _Plan, before: keras.Model, after: keras.Model, inputs: Any
 ) -> FoldReport:
     """Runs both models on the same inputs and reports on their outputs and times."""
-    # Inference changes the states of stateful recurrent layers, and some seeds.
-    with preserved_state(before), preserved_state(after):
-        return _compare_runs(plan, before, after, inputs)
-
-
-def _compare_runs(plan: _Plan, before: keras.Model, after: keras.Model, inputs: Any) -> FoldReport:
     run_before, run_after = _inference(before), _inference(after)
     with _reporting_rejected_inputs(before):
-        expected = run_before(inputs)
-    outputs = run_after(inputs)
+        expected = _run_in_same_state(before, run_before, inputs)
+    if not expected:
+        raise UsageError(
+            f"model {before.name!r} has no output of numbers to compare the folded model on: fold"
+            " the part of it that computes them"
+        )
+    outputs = _run_in_same_state(after, run_after, inputs)
     source = f"folded model {before.name!r}"
-    difference, size = check_agreement(before, expected, outputs, source)
-    times = _median_milliseconds([lambda: run_before(inputs), lambda: run_after(inputs)])
+    try:
+        difference, size = check_agreement(before, expected, outputs, source)
+    except AgreementError:
+        _check_reproducible(before, expected, _run_in_same_state(before, run_before, inputs))
+        raise
+    with preserved_state(before), preserved_state(after):
+        times = _median_milliseconds([lambda: run_before(inputs), lambda: run_after(inputs)])
     return FoldReport(
         folded=tuple(plan.names[x] for x in plan.batch_norms if x not in plan.kept),
         kept=plan.reasons(),
-        input_shapes=tuple(tuple(x.shape) for x in keras.tree.flatten(inputs)),
+        input_shapes=tuple(tuple(x.shape) for x in keras.tree.flatten(inputs) if x is not None),
         largest_difference=difference,
         largest_output=size,
         top1_agreement=_top1_agreement(expected, outputs),
@@ -537,26 +541,49 @@ def _reporting_rejected_inputs(model: keras.Model) -> contextlib.AbstractContext
 def _as_batch(inputs: Any) -> Any:
     """Returns the inputs to compare on as tensors."""
     try:
-        inputs = keras.tree.map_structure(tf.convert_to_tensor, inputs)
+        # None stands for an optional input.
+        inputs = keras.tree.map_structure(
+            lambda x: None if x is None else tf.convert_to_tensor(x), inputs
+        )
     except (TypeError, ValueError):
         raise UsageError(
             f"the inputs to compare on have type {type(inputs).__name__}: expected one batch of"
             " arrays or tensors, as the model is called with"
         ) from None
-    if any(0 in x.shape for x in keras.tree.flatten(inputs)):
+    if any(x is not None and 0 in x.shape for x in keras.tree.flatten(inputs)):
         raise UsageError("the batch to compare on is empty: pass one with examples")
     return inputs
 
 
 def _inference(model: keras.Model) -> Callable[[Any], list[np.ndarray]]:
-    """Returns a compiled function from inputs to a flat list of outputs in float64."""
+    """Returns a compiled function from inputs to a flat list of outputs of numbers in float64."""
     function = tf.function(lambda x: model(x, training=False), autograph=False)
 
     def run(inputs: Any) -> list[np.ndarray]:
-        outputs = keras.tree.flatten(function(inputs))
+        outputs = filter(has_numbers, keras.tree.flatten(function(inputs)))
         return [np.asarray(tf.cast(output, tf.float64)) for output in outputs]
 
     return run
+
+
+def _run_in_same_state(model: keras.Model, run: Callable, inputs: Any) -> list[np.ndarray]:
+    """Runs a model, whose recurrent states and seeds inference may change, and restores them."""
+    with preserved_state(model):
+        return run(inputs)
+
+
+def _check_reproducible(
+    model: keras.Model, outputs: Sequence[np.ndarray], again: Sequence[np.ndarray]
+) -> None:
+    """Raises UsageError if a model's outputs differ between two calls on the same inputs."""
+    try:
+        check_agreement(model, outputs, again, "another call")
+    except AgreementError:
+        raise UsageError(
+            f"model {model.name!r} computes other outputs in each call, since it draws random"
+            " numbers at inference: the folded model cannot be compared with it; fold the part of"
+            " it that draws none"
+        ) from None
 
 
 def _top1_agreement(expected: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> float | None:

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from bn_keras.agreement import to_float64
+from bn_keras.agreement import has_numbers, to_float64
 from bn_keras.arguments import check_model
 from bn_keras.errors import UsageError
 from bn_keras.fold import unfoldable_layers
@@ -449,7 +449,7 @@ def _check_folding(model: keras.Model, names: Mapping[keras.Layer, str]) -> list
 
 
 def _outputs(model: keras.Model, inputs: Any, strategy: tf.distribute.Strategy) -> list[np.ndarray]:
-    """Returns each output of a call with training=False, [N, ...] over all replicas.
+    """Returns each output of numbers of a call with training=False, [N, ...] over all replicas.
 
     A scalar output becomes [1]. The state of the model is restored afterwards: the call changes it
     if a layer is stateful, or if the model always calls a layer in training mode.
@@ -461,11 +461,11 @@ def _outputs(model: keras.Model, inputs: Any, strategy: tf.distribute.Strategy) 
     with reporting_rejected_inputs(model), preserved_state(model, strategy):
         # Tracing explicitly avoids TensorFlow's warning about retracing.
         outputs = tf.function(run, autograph=False).get_concrete_function(inputs)(inputs)
+    by_replica = map(strategy.experimental_local_results, tf.nest.flatten(outputs))
     return [
-        np.concatenate(
-            [np.atleast_1d(to_float64(y)) for y in strategy.experimental_local_results(output)]
-        )
-        for output in tf.nest.flatten(outputs)
+        np.concatenate([np.atleast_1d(to_float64(y)) for y in parts])
+        for parts in by_replica
+        if all(map(has_numbers, parts))
     ]
 
 
@@ -490,14 +490,17 @@ def _training_mode(model: keras.Model, layers: Sequence[keras.Layer]) -> Iterato
 
 
 def _largest_gap(training: Sequence[np.ndarray], inference: Sequence[np.ndarray]) -> float | None:
-    """Returns the largest gap of all outputs; None if an output is the same for all examples."""
+    """Returns the largest gap of all outputs.
+
+    None if there are none, or if an output is the same for all examples.
+    """
     gaps = []
     for by_batch, by_moving in zip(training, inference, strict=True):
         spread = np.sqrt(np.mean(np.square(by_batch - by_batch.mean(axis=0))))
         if spread == 0:
             return None
         gaps.append(float(np.sqrt(np.mean(np.square(by_batch - by_moving))) / spread))
-    return max(gaps)
+    return max(gaps, default=None)
 
 
 def _format_channels(channels: Sequence[int], total: int) -> str:

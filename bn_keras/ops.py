@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import tensorflow as tf
 from tensorflow.python.distribute import device_util
-from tensorflow.python.eager import context, forwardprop_util
+from tensorflow.python.eager import context, forwardprop_util, record
 from tensorflow.python.ops import control_flow_util
 
 # Dtypes that the fused kernels accept. They compute in float32 for all three.
@@ -35,13 +35,21 @@ _MIN_CHANNELS_TO_FUSE = 4
 _TRAINING_BATCH_SIZE = 32
 _INFERENCE_BATCH_SIZE = 1
 
+# Largest number of values per channel that are summed in float32 on a CPU. TensorFlow and its
+# kernels add them one by one, so that squares are lost next to their sum: with this many the
+# variance is up to 0.05% too small, with 16 times as many up to 3%.
+_MAX_FLOAT32_COUNT = 2**20
+# Size assumed for axes other than the batch axis where it is unknown.
+_AXIS_SIZE = 256
+
 # Largest number of values per channel whose float32 sum needs no check: at a mean of 1,000 standard
 # deviations the computed mean is still accurate to a hundredth of a standard deviation.
 _MAX_UNCHECKED_COUNT = 2**15
 
-# Numbers of values that XLA averages before it averages their means: the means of fewer would be
-# nearly as large as x, and the float32 sum of more would be less accurate at large means. More than
-# 64 are averaged only if no power of two divides their number, as in images of 149 x 149.
+# Numbers of values in the parts of x that are summed first, where one float32 sum would be
+# inaccurate: the sums of smaller parts would be nearly as large as x, and those of larger ones less
+# accurate at large means. Parts have more than 64 values only if no power of two divides their
+# number, as in images of 149 x 149.
 _MIN_PART, _MAX_POWER_OF_TWO, _MAX_PART = 4, 64, 160
 
 # Stacks the tensors, [...], of the R replicas that share statistics: returns the same [R, ...] on
@@ -128,7 +136,7 @@ def normalize(
     gamma, beta = (_to_statistics_dtype(p, x) for p in (gamma, beta))
     if _should_fuse_inference(x, axes):
         gamma, beta = _with_defaults(gamma, beta, x, axes)
-        return _run_inference_kernel(x, mean, variance, gamma, beta, epsilon)
+        return _run_inference_kernel_differentiably(x, mean, variance, gamma, beta, epsilon)
     scale = tf.math.rsqrt(variance + epsilon)
     scale = scale if gamma is None else gamma * scale
     offset = -mean * scale if beta is None else beta - mean * scale
@@ -284,6 +292,14 @@ def _is_large(x: tf.Tensor, axes: Sequence[int], batch_size: int, min_size: int)
     return _num_values(x, batch_size) >= min_size and channels >= _MIN_CHANNELS_TO_FUSE
 
 
+def _is_long(x: tf.Tensor, axes: Sequence[int], virtual_batch_size: int | None = None) -> bool:
+    """Returns whether a channel may have too many values for float32 sums on a CPU."""
+    sizes = dict(enumerate(x.shape))
+    sizes[0] = virtual_batch_size or sizes[0] or _TRAINING_BATCH_SIZE
+    count = math.prod(_AXIS_SIZE if d is None else d for a, d in sizes.items() if a not in axes)
+    return count > _MAX_FLOAT32_COUNT and not _is_on_accelerator()
+
+
 def _num_values(x: tf.Tensor, batch_size: int) -> int:
     """Returns the number of values of x; batch_size replaces sizes that are not static."""
     return math.prod(batch_size if d is None else d for d in x.shape)
@@ -384,7 +400,8 @@ def _in_current_graph(*tensors: tf.Tensor) -> list[tf.Tensor]:
     not follow those from outside.
     """
     if tf.executing_eagerly():
-        return list(tensors)
+        # tf.custom_gradient does not accept IndexedSlices, the gradient of tf.gather.
+        return [tf.convert_to_tensor(t) for t in tensors]
     graph = tf.compat.v1.get_default_graph()
     # tape.jacobian builds a graph of the gradient of an eager call: the conversion captures eager
     # tensors.
@@ -414,6 +431,7 @@ class _Unfused:
         self._epsilon = epsilon
         self._virtual_batch_size = virtual_batch_size
         self._gather = gather
+        self._is_long = _is_long(x, axes, virtual_batch_size)
         first = 0 if virtual_batch_size is None else 1
         rank = x.shape.rank
         self._reduced = [a + first for a in range(rank) if a not in axes]
@@ -470,7 +488,7 @@ class _Unfused:
                 mean = tf.stop_gradient(mean)
                 mean += _divide(self._sum(self._apply_mask(parts - mean)), count / size)
         else:
-            mean = tf.cast(_divide(self._sum_exactly(self._apply_mask(x)), count), x.dtype)
+            mean = tf.cast(_divide(self.sum_exactly(self._apply_mask(x)), count), x.dtype)
         deviation = x - mean
         variance = _divide(self._sum(tf.square(self._apply_mask(deviation))), count)
         return count, mean, variance, deviation
@@ -481,10 +499,17 @@ class _Unfused:
         XLA's CPU compiler writes x minus a shift to memory, as large as x, before it sums it. The
         means of parts are few, and a part is so small that its sum is accurate.
         """
+        if self._mask is not None or _is_on_accelerator():
+            return x, 1
+        sums, size = self._sum_parts(x)
+        return (sums / size, size) if size > 1 else (x, 1)
+
+    def _sum_parts(self, x: tf.Tensor) -> tuple[tf.Tensor, int]:
+        """Returns the sums of equal parts of x, with its rank, and the number of values in each."""
         last = first = self._reduced[-1]
         while first - 1 in self._reduced and x.shape[first - 1] is not None:
             first -= 1
-        if self._mask is not None or x.shape[last] is None or _is_on_accelerator():
+        if x.shape[last] is None:
             return x, 1
         num_values = math.prod(x.shape[first : last + 1])
         size = _part_size(num_values)
@@ -493,11 +518,14 @@ class _Unfused:
         dims = _reshape_dims(x)
         parts = [1] * (last - first) + [num_values // size, size]
         x = tf.reshape(x, [*dims[:first], *parts, *dims[last + 1 :]])
-        return tf.reduce_mean(x, last + 1), size
+        return tf.reduce_sum(x, last + 1), size
 
     def _count_values(self, x: tf.Tensor) -> Count:
         if self._mask is not None:
-            return self._sum(tf.cast(self._mask, x.dtype))
+            # Float32 cannot count beyond 2^24.
+            mask = tf.cast(self._mask, tf.int64)
+            count = tf.reduce_sum(mask, self._reduced, keepdims=self._keepdims)
+            return tf.cast(count, x.dtype)
         sizes = [x.shape[a] for a in self._reduced]
         if None not in sizes:
             return float(math.prod(sizes))
@@ -538,6 +566,11 @@ class _Unfused:
         return x if self._mask is None else tf.where(self._mask, x, 0.0)
 
     def _sum(self, x: tf.Tensor) -> tf.Tensor:
+        if self._is_long:
+            return tf.cast(self.sum_exactly(x), x.dtype)
+        return self._add(x)
+
+    def _add(self, x: tf.Tensor) -> tf.Tensor:
         # The kernel accepts fewer than 2^31 elements; unknown sizes are taken to be below that.
         if self._sums_like_bias_gradient and (x.shape.num_elements() or 0) < 2**31:
             # The same sum without a constant for the axes.
@@ -554,11 +587,11 @@ class _Unfused:
     def _is_compiled_by_xla(self) -> bool:
         return _is_compiled_by_xla()
 
-    def _sum_exactly(self, x: tf.Tensor) -> tf.Tensor:
+    def sum_exactly(self, x: tf.Tensor) -> tf.Tensor:
         """Sums without losing large means, in float64.
 
         TensorFlow adds float32 values one by one, except along the innermost axes, where it adds
-        sums of pairs and float32 is accurate enough.
+        sums of pairs and float32 is accurate enough, as it is for small parts.
         """
         end = x.shape.rank
         while end and x.shape[end - 1] == 1:  # Axes of size 1 do not break contiguity.
@@ -566,9 +599,11 @@ class _Unfused:
         inner = [a for a in self._reduced if a < end]
         while inner and inner != list(range(inner[0], end)):
             inner = inner[1:]
-        if inner:
+        if inner and not self._is_compiled_by_xla:
             x = tf.reduce_sum(x, inner, keepdims=True)
-        return self._sum(tf.cast(x, tf.float64))
+        elif self._is_long:
+            x, _ = self._sum_parts(x)
+        return self._add(tf.cast(x, tf.float64))
 
     def _sum_ghosts(self, gradient: tf.Tensor) -> tf.Tensor:
         """Sums a parameter's gradient over the ghost batches, in the shape of the parameter."""
@@ -778,6 +813,10 @@ class _Fused:
         else:
             # With exponential_avg_factor=1, the kernel requires empty moving statistics.
             old, factor = [tf.zeros([0])] * 2, 1.0
+        parameters = [gamma, beta, *old]
+        if _is_long(images, [images.shape.rank - 1]):
+            # On CPUs the last reserve space is empty.
+            return [*_train_exactly(images, parameters, self._epsilon, factor), tf.zeros([0])]
         outputs = tf.raw_ops.FusedBatchNormV3(
             x=images,
             scale=gamma,
@@ -791,7 +830,7 @@ class _Fused:
         is_small = isinstance(size, float) and size <= _MAX_UNCHECKED_COUNT * images.shape[-1]
         if is_small or _is_on_accelerator():
             return outputs
-        return _correct_if_lost(images, size, [gamma, beta, *old], outputs, self._epsilon, factor)
+        return _correct_if_lost(images, size, parameters, outputs, self._epsilon, factor)
 
     def _num_channels(self, images: tf.Tensor) -> int:
         return images.shape[1 if self._data_format == "NCHW" else 3]
@@ -902,7 +941,8 @@ def _correct_if_lost(
     """Recomputes the training kernel's outputs if float32 sums have lost the deviations.
 
     On the CPU the kernel adds values one by one in float32. Once the spacing of the sum exceeds the
-    deviations, they are lost (400,000 values: at a mean of about 300 standard deviations).
+    deviations, they are lost (400,000 values: at a mean of about 300 standard deviations). So are
+    squares next to the sum of very many.
 
     Args:
       images: [N, H, W, C].
@@ -919,10 +959,12 @@ def _correct_if_lost(
     # squares of x - mean, which are all 0 only if every value equals the mean (within 1e-19).
     ratio = tf.math.divide_no_nan(tf.square(mean), variance)
     is_lost = tf.reduce_any(ratio > inverse * inverse)
+    if isinstance(size, tf.Tensor):
+        is_lost |= size > float(_MAX_FLOAT32_COUNT) * images.shape[-1]
     if tf.executing_eagerly():
         if not is_lost:
             return outputs
-        return [*_recompute(images, parameters, epsilon, factor), last]
+        return [*_train_exactly(images, parameters, epsilon, factor), last]
     recompute, keep = _branches(images.dtype, epsilon, factor)
     chosen = tf.raw_ops.StatelessIf(
         cond=is_lost,
@@ -946,7 +988,7 @@ def _branches(
 
     def recompute(*tensors: tf.Tensor) -> Sequence[tf.Tensor]:
         *parameters, images = tensors[5:]
-        return _recompute(images, parameters, epsilon, factor)
+        return _train_exactly(images, parameters, epsilon, factor)
 
     def keep(*tensors: tf.Tensor) -> Sequence[tf.Tensor]:
         return tensors[:5]
@@ -957,37 +999,31 @@ def _branches(
         return tuple(tf.compat.v1.wrap_function(f, signature) for f in (recompute, keep))
 
 
-def _recompute(
+def _train_exactly(
     images: tf.Tensor, parameters: Sequence[tf.Tensor], epsilon: float, factor: float
-) -> Sequence[tf.Tensor]:
-    """Returns the first five outputs of the training kernel for images with a large mean.
-
-    The kernel gets the deviations from the mean, whose sum loses nothing.
-    """
+) -> tuple[tf.Tensor, ...]:
+    """Returns the first five outputs of the training kernel, from sums that lose nothing."""
     gamma, beta, old_mean, old_variance = parameters
-    axes = [0, 1, 2]
-    exact_mean = tf.reduce_mean(tf.cast(images, tf.float64), axes)
-    shift = tf.cast(exact_mean, tf.float32)
-    # Float32 suffices: the difference is rounded only once.
-    deviation = tf.cast(images, tf.float32) - shift
-    y, mean, variance, _, biased, _ = tf.raw_ops.FusedBatchNormV3(
-        x=deviation,
-        scale=gamma,
-        offset=beta,
-        mean=old_mean if factor == 1 else old_mean - shift,
-        variance=old_variance,
-        epsilon=epsilon,
-        exponential_avg_factor=factor,
-    )
+    x = tf.cast(images, tf.float32)
+    sum_exactly = _Unfused(x, [3], epsilon).sum_exactly
+    channels = _dims(x)[3]
+    count = _size(x) / (channels if isinstance(channels, int) else tf.cast(channels, tf.float32))
+    exact_mean = _divide(sum_exactly(x), count)
+    mean = tf.cast(exact_mean, tf.float32)
+    # Float32 suffices: the difference is rounded only once. Its mean is the rounding error of the
+    # mean, which is not left out of the variance: near a large mean, float32 has few values.
+    squares = _divide(sum_exactly(tf.square(x - mean)), count)
+    rounding = tf.cast(mean, tf.float64) - exact_mean
+    variance = tf.cast(tf.nn.relu(squares - tf.square(rounding)), tf.float32)
+    y = _run_inference_kernel(images, mean, variance, gamma, beta, epsilon)
+    unbiased = variance * _bessel(count)
     if factor == 1:
-        # Near a large mean float32 has few values. The kernel's rounding of the squares, the same
-        # for equal values, then adds up.
-        squares = tf.reduce_mean(tf.square(tf.cast(deviation, tf.float64)), axes)
-        rounding = tf.cast(shift, tf.float64) - exact_mean
-        kernel, biased = biased, tf.cast(squares - tf.square(rounding), tf.float32)
-        variance *= tf.math.divide_no_nan(biased, kernel)
-    # The mean of the deviations, which is no more than a rounding error, is left out.
-    return tf.cast(y, images.dtype), mean + shift, variance, shift, biased
+        return y, mean, unbiased, mean, variance
+    averages = (
+        old * (1 - factor) + new * factor
+        for old, new in ((old_mean, mean), (old_variance, unbiased))
+    )
+    return y, *averages, mean, variance
 
 
 def _run_inference_kernel(
@@ -1007,6 +1043,29 @@ def _run_inference_kernel(
         epsilon=epsilon,
         is_training=False,
     )[0]
+
+
+def _run_inference_kernel_differentiably(
+    images: tf.Tensor,
+    mean: tf.Tensor,
+    variance: tf.Tensor,
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+    epsilon: float,
+) -> tf.Tensor:
+    """Like _run_inference_kernel, with gradients of mean and variance, which the kernel lacks.
+
+    The statistics enter gamma and beta in terms whose values are exactly 1 and 0.
+    """
+    if tf.executing_eagerly() and not record.could_possibly_record():
+        return _run_inference_kernel(images, mean, variance, gamma, beta, epsilon)
+    inverse_stddev = tf.math.rsqrt(variance + epsilon)
+    fixed_mean, fixed_variance, fixed_inverse = map(
+        tf.stop_gradient, (mean, variance, inverse_stddev)
+    )
+    beta -= (mean - fixed_mean) * gamma * inverse_stddev
+    gamma *= inverse_stddev / fixed_inverse
+    return _run_inference_kernel(images, fixed_mean, fixed_variance, gamma, beta, epsilon)
 
 
 # --- Arithmetic with counts.

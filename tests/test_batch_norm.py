@@ -273,18 +273,21 @@ def test_sums_of_more_values_than_int32_do_not_use_the_bias_gradient():
         tf.function(lambda x, m: layer(x, training=True, mask=m))
         .get_concrete_function(tf.TensorSpec([rows, 3]), tf.TensorSpec([rows], tf.bool))
         .graph
-        for rows in (2**20, 2**30)
+        # The last is a prime number: its values have no equal parts to be summed first.
+        for rows in (2**20, 2**30, 2**30 + 3)
     ]
     sizes = [
         max(
-            op.inputs[0].shape.num_elements()
-            for op in every_operation(graph)
-            if op.type == "BiasAddGrad"
+            (
+                op.inputs[0].shape.num_elements()
+                for op in every_operation(graph)
+                if op.type == "BiasAddGrad"
+            ),
+            default=0,
         )
         for graph in graphs
     ]
-    # Only the mask has less than 2^31 elements.
-    assert sizes == [3 * 2**20, 2**30]
+    assert sizes == [3 * 2**20, 3 * 2**24, 0]
 
 
 def test_a_frozen_layer_runs_in_inference_mode():
@@ -408,6 +411,14 @@ def test_a_mask_of_a_keras_masking_layer_fits_any_axis():
     np.testing.assert_allclose(layer.moving_variance[1], 1)
 
 
+@pytest.mark.parametrize("make", [bool, np.bool_, tf.constant, tf.Variable, keras.Variable])
+def test_a_mask_of_a_keras_masking_layer_counts_in_every_form_of_the_mode(make):
+    x = np.float32([[[1], [1], [0]], [[1], [0], [0]]])
+    layer = BatchNormalization(momentum=0.0)
+    layer(keras.layers.Masking()(x), training=make(True))
+    np.testing.assert_allclose(layer.moving_mean, [1.0])
+
+
 # --- Ghost batches.
 
 
@@ -459,6 +470,37 @@ def test_renorm_equals_keras():
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
         for a, b in zip(ours.get_weights(), theirs.get_weights(), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(8, 5), (64, 64, 64, 8)], ids=["ordinary", "kernel"])
+@pytest.mark.parametrize("is_graph", [False, True], ids=["eager", "graph"])
+def test_a_variable_schedules_the_momentum(shape, is_graph):
+    layer, x = BatchNormalization(), _data(*shape) + 1
+    layer.build((None, *shape[1:]))
+    layer.momentum = tf.Variable(0.75, trainable=False)
+    run = tf.function(lambda x: layer(x, training=True)) if is_graph else layer
+    mean = x.reshape(-1, shape[-1]).mean(0, dtype=np.float64)
+    for momentum, expected in ((0.75, mean / 4), (1.0, mean / 4), (0.0, mean)):
+        layer.momentum.assign(momentum)
+        run(x) if is_graph else run(x, training=True)
+        np.testing.assert_allclose(layer.moving_mean, expected, rtol=1e-5)
+    assert json.loads(json.dumps(layer.get_config()))["momentum"] == 0
+
+
+def test_a_built_layer_does_not_accept_momentum_none():
+    layer = _build(BatchNormalization())
+    layer.momentum = None
+    with pytest.raises(UsageError, match="momentum=None was set after the layer was built"):
+        layer(_data(6, 3), training=True)
+
+
+@pytest.mark.parametrize("training", ["False", np.array([True, False]), tf.constant("a")], ids=str)
+def test_a_mode_that_is_no_truth_value_raises(training):
+    with pytest.raises(UsageError, match="training=.* is invalid: expected True, False or None"):
+        _build(BatchNormalization())(_data(6, 3), training=training)
+    with pytest.raises(Exception, match="is invalid: expected True, False or None"):
+        run = tf.function(lambda t: _build(BatchNormalization())(_data(6, 3), training=t))
+        run(tf.constant([True, False, True]))
 
 
 @pytest.mark.parametrize("make", [tf.Variable, keras.Variable])
@@ -523,6 +565,14 @@ def test_a_subclass_with_other_arguments_is_built_from_its_config():
             super().__init__(**kwargs)
             self.factor = factor
 
+    class KerasLike(BatchNormalization):
+        def __init__(self, **kwargs):
+            super().__init__(unbiased=False, **kwargs)
+
+    assert not KerasLike.from_config(KerasLike().get_config()).unbiased
+    model = keras.Sequential([keras.Input((3,)), KerasLike(momentum=0.5)])
+    copied = keras.models.clone_model(model).layers[0]
+    assert type(copied) is KerasLike and copied.momentum == 0.5 and not copied.unbiased
     assert Scaled.from_config(Scaled(3.0).get_config()).factor == 3
     # As for the layer itself, a config of Keras means biased moving variances.
     assert not Open.from_config({"factor": 3.0}).unbiased

@@ -334,6 +334,17 @@ def test_a_mask_is_no_activation():
     assert with_mask.multiply_adds == without.multiply_adds == 10 * 8 * 4
 
 
+@pytest.mark.parametrize("names", [("aa", "bb"), ("bb", "aa")])
+def test_inputs_of_a_nested_model_may_be_passed_by_name(names):
+    large, small = keras.Input((8, 8, 3), name=names[0]), keras.Input((6, 6, 2), name=names[1])
+    outputs = [L.Conv2DTranspose(4, 3, strides=2)(small), L.Conv2DTranspose(8, 3)(large)]
+    nested = keras.Model([small, large], outputs)
+    x, y = keras.Input((8, 8, 3)), keras.Input((6, 6, 2))
+    by_name = count_cost(keras.Model([y, x], nested({names[0]: x, names[1]: y})))
+    in_order = count_cost(keras.Model([y, x], nested([y, x])))
+    assert by_name.multiply_adds == in_order.multiply_adds
+
+
 def test_an_unknown_dtype_is_rejected():
     with pytest.raises(UsageError, match="dtype='float17' is invalid: expected a dtype"):
         count_cost(SigmoidMLP(), dtype="float17")

@@ -757,7 +757,13 @@ def _integers():
             tf.data.Dataset.from_tensors(np.zeros((2, 4))),
             "type _TensorDataset: expected one batch",
         ),
-        (lambda: chain((4,), L.Dense(3), KERAS_BN()), [None], "type list: expected one batch"),
+        (lambda: chain((4,), L.Dense(3), KERAS_BN()), [None], "does not accept the inputs"),
+        (lambda: _with_text_output()[1], None, "has no output of numbers to compare"),
+        (
+            lambda: _drawing_noise(),
+            None,
+            "computes other outputs in each call",
+        ),
         (lambda: chain((4,), L.Dense(3), KERAS_BN()), np.zeros((0, 4)), "batch .* is empty"),
         (
             lambda: chain((4,), L.Dense(3), KERAS_BN()),
@@ -772,6 +778,45 @@ def test_invalid_models_and_inputs_are_rejected(make, inputs, message):
     with pytest.raises(UsageError, match=message) as caught:
         fold_batch_norm(make(), inputs)
     assert "\n" not in str(caught.value)
+
+
+def _with_text_output():
+    """Two models that share their layers: of logits and the name of a class, and of the name."""
+    inputs = keras.Input((5,))
+    logits = KERAS_BN()(L.Dense(3)(inputs))
+    names = L.StringLookup(vocabulary=["a", "b", "c"], invert=True, num_oov_indices=0)
+    name = names(keras.ops.argmax(logits, axis=-1))
+    return keras.Model(inputs, [logits, name]), keras.Model(inputs, name)
+
+
+def _drawing_noise():
+    class Noise(L.Layer):
+        def call(self, x):
+            # Unlike tf.random, the time does not depend on the seed of the tests.
+            return x + tf.cast(tf.sin(1e4 * tf.timestamp()), x.dtype)
+
+    return chain((4,), L.Dense(3), KERAS_BN(), Noise())
+
+
+def test_outputs_of_text_are_not_compared():
+    model = trained(_with_text_output()[0])
+    _, report = fold_batch_norm(model)
+    assert len(report.folded) == 1 and report.largest_difference < 1e-5
+
+
+def test_an_optional_input_may_be_none():
+    class Sum(L.Layer):
+        def call(self, inputs):
+            x, other = inputs
+            return x if other is None else x + other
+
+        def compute_output_shape(self, input_shape):
+            return input_shape[0]
+
+    inputs = [keras.Input((4,)), keras.Input((3,), optional=True)]
+    model = keras.Model(inputs, Sum()([KERAS_BN()(L.Dense(3)(inputs[0])), inputs[1]]))
+    _, report = fold_batch_norm(trained(model), [np.ones((2, 4), np.float32), None])
+    assert len(report.folded) == 1 and report.input_shapes == ((2, 4),)
 
 
 def test_a_folded_network_consists_of_keras_layers_only(tmp_path):

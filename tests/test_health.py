@@ -507,6 +507,23 @@ def test_only_the_stale_statistics_are_named(plant, text):
     assert re.fullmatch(text, check_batch_norm(model, BATCHES, 4).findings[0].text)
 
 
+def test_outputs_that_are_none_or_text_are_left_out():
+    class WithAuxiliary(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.bn, self.head = BatchNormalization(momentum=0.0), keras.layers.Dense(2)
+
+        def call(self, x, training=None):
+            logits = self.head(self.bn(x, training=training))
+            text = tf.as_string(tf.argmax(logits, axis=-1))
+            return logits, text, (logits if training else None)
+
+    model = WithAuxiliary()
+    model(BATCHES[0], training=True)
+    report = check_batch_norm(model, BATCHES, 4)
+    assert not report.has_faults and not any(f.kind == "not_finite" for f in report.findings)
+
+
 def test_lagging_statistics_of_a_run_are_stale(tmp_path):
     train_and_evaluate(small_mlp(), tmp_path / "good")
     report = check_workdir(tmp_path / "good", 20)
