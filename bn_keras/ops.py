@@ -958,9 +958,9 @@ def _correct_if_lost(
     # A variance of 0, for which the ratio is 0 too, is right at any mean: the kernel averages the
     # squares of x - mean, which are all 0 only if every value equals the mean (within 1e-19).
     ratio = tf.math.divide_no_nan(tf.square(mean), variance)
-    is_lost = tf.reduce_any(ratio > inverse * inverse)
-    if isinstance(size, tf.Tensor):
-        is_lost |= size > float(_MAX_FLOAT32_COUNT) * images.shape[-1]
+    # Negative, so that any ratio exceeds it, for more values than float32 can sum.
+    limit = inverse * (inverse - 2.0**25 / _MAX_FLOAT32_COUNT)
+    is_lost = tf.reduce_any(ratio > limit)
     if tf.executing_eagerly():
         if not is_lost:
             return outputs
@@ -1010,12 +1010,14 @@ def _train_exactly(
     count = _size(x) / (channels if isinstance(channels, int) else tf.cast(channels, tf.float32))
     exact_mean = _divide(sum_exactly(x), count)
     mean = tf.cast(exact_mean, tf.float32)
-    # Float32 suffices: the difference is rounded only once. Its mean is the rounding error of the
-    # mean, which is not left out of the variance: near a large mean, float32 has few values.
-    squares = _divide(sum_exactly(tf.square(x - mean)), count)
-    rounding = tf.cast(mean, tf.float64) - exact_mean
-    variance = tf.cast(tf.nn.relu(squares - tf.square(rounding)), tf.float32)
-    y = _run_inference_kernel(images, mean, variance, gamma, beta, epsilon)
+    # Float32 suffices: the difference is rounded only once. The rest of the mean counts near a large
+    # mean, where float32 has few values.
+    deviation, rest = x - mean, exact_mean - tf.cast(mean, tf.float64)
+    squares = _divide(sum_exactly(tf.square(deviation)), count)
+    variance = tf.cast(tf.nn.relu(squares - tf.square(rest)), tf.float32)
+    rest = tf.cast(rest, tf.float32)
+    y = _run_inference_kernel(deviation, rest, variance, gamma, beta, epsilon)
+    y = tf.cast(y, images.dtype)
     unbiased = variance * _bessel(count)
     if factor == 1:
         return y, mean, unbiased, mean, variance

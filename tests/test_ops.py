@@ -528,13 +528,13 @@ def test_only_lost_deviations_are_recomputed(mean, step, is_recomputed, is_graph
 
     The values near 1e6 differ by the spacing of float32, in 1% of the places.
     """
-    recompute, calls = ops._recompute, []
+    recompute, calls = ops._train_exactly, []
 
     def counted(*arguments):
         tf.py_function(lambda: calls.append(1), [], [])
         return recompute(*arguments)
 
-    monkeypatch.setattr(ops, "_recompute", counted)
+    monkeypatch.setattr(ops, "_train_exactly", counted)
     ops._branches.cache_clear()
     rng = np.random.default_rng(12)
     x = rng.normal(size=(16, 64, 64, 2)).astype(np.float32)
