@@ -34,7 +34,7 @@ from bn_keras import BatchNormalization
 from bn_keras.keras_internals import graph_calls
 from bn_keras.models.bn_inception import LocalResponseNormalization
 from bn_keras.models.dropout import Dropout
-from bn_keras.training import networks
+from bn_keras.runs.settings import replaced
 
 try:
     import torch
@@ -45,7 +45,7 @@ except ModuleNotFoundError:
 TOLERANCE = 1e-4
 CONFIGS = {
     "as configured": CONFIG,
-    "without LRN": networks.replaced(CONFIG, {"model.local_response_normalization": False}),
+    "without LRN": replaced(CONFIG, {"model.local_response_normalization": False}),
 }
 
 

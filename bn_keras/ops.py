@@ -1010,8 +1010,8 @@ def _train_exactly(
     count = _size(x) / (channels if isinstance(channels, int) else tf.cast(channels, tf.float32))
     exact_mean = _divide(sum_exactly(x), count)
     mean = tf.cast(exact_mean, tf.float32)
-    # Float32 suffices: the difference is rounded only once. The rest of the mean counts near a large
-    # mean, where float32 has few values.
+    # Float32 suffices: the difference is rounded only once. The rest of the mean counts where it is
+    # large, since float32 has few values there.
     deviation, rest = x - mean, exact_mean - tf.cast(mean, tf.float64)
     squares = _divide(sum_exactly(tf.square(deviation)), count)
     variance = tf.cast(tf.nn.relu(squares - tf.square(rest)), tf.float32)

@@ -12,6 +12,7 @@ Evaluate the six together with
 
 from ml_collections import ConfigDict
 
+from bn_keras.runs.settings import replaced
 from bn_keras.training import networks
 
 from . import cifar10_inception
@@ -19,4 +20,4 @@ from . import cifar10_inception
 
 def get_config(number: str = "1") -> ConfigDict:
     config = networks.derive_member(cifar10_inception.get_config(), number)
-    return networks.shortened(networks.replaced(config, {"data.crop": "inception"}), 3)
+    return networks.shortened(replaced(config, {"data.crop": "inception"}), 3)

@@ -76,7 +76,7 @@ def _describe_config() -> dict[str, str]:
     """Returns the config's name and the settings that differ from the schema's defaults."""
     if _CONFIG.config is None:
         return {}
-    from bn_keras.runs.saved_config import flatten
+    from bn_keras.runs.settings import flatten
     from bn_keras.training.config import default_config
 
     defaults = flatten(default_config())

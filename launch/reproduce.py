@@ -104,7 +104,7 @@ def _choose_experiments(given: list[str]) -> list[str]:
 
 
 def _apply_flags(config: ConfigDict) -> ConfigDict:
-    from bn_keras.training.networks import replaced
+    from bn_keras.runs.settings import replaced
 
     steps = min(_STEPS.value or config.train.steps, config.train.steps)
     return replaced(config, {"data.data_dir": _DATA_DIR.value, "train.steps": steps})

@@ -13,6 +13,7 @@ from bn_keras.experiments.titles import with_statistical_batch
 from bn_keras.models import BNInception
 from bn_keras.report import Run, build_batch_size, evaluate_batch_sizes
 from bn_keras.runs.metrics_log import FINISHED
+from bn_keras.runs.settings import replaced
 from bn_keras.training import networks
 from bn_keras.training.build import build_model
 from bn_keras.training.config import check_config
@@ -31,13 +32,13 @@ def test_only_the_statistical_batch_size_differs(module, steps):
         assert config.train.global_batch_size == 128
         assert config.train.steps == steps // 4
         assert (config.batch_norm.virtual_batch_size or 128) == size
-        rest = networks.replaced(config, {"batch_norm.virtual_batch_size": 0})
+        rest = replaced(config, {"batch_norm.virtual_batch_size": 0})
         assert rest == configs[with_statistical_batch(128)]
         assert config.schedule == x5.schedule and config.model == x5.model
 
 
 def test_the_networks_have_ghost_batches():
-    config = networks.replaced(
+    config = replaced(
         networks.derive(digits_inception.get_config(), "bn_x5"),
         {"batch_norm.virtual_batch_size": 4, "model.modules": ("3a",)},
     )
@@ -120,7 +121,7 @@ def test_the_summary_names_the_sizes_that_suffice(accuracies, summary):
         results[title] = [Run(title, config, [last], [], num_classes=10, num_train_examples=50_000)]
     # An extension of this run was interrupted before its first step.
     longest = results[title][0]
-    extended = networks.replaced(longest.config, {"train.steps": 2 * longest.config.train.steps})
+    extended = replaced(longest.config, {"train.steps": 2 * longest.config.train.steps})
     results[title] = [dataclasses.replace(longest, config=extended)]
     section = build_batch_size(results, [])
     assert section.summary.startswith(summary)

@@ -17,6 +17,7 @@ from bn_keras.report import Run, build_claims, published, scale_invariance, writ
 from bn_keras.report.claims import CLAIMS, check_claim
 from bn_keras.report.margins import Group, SeedVariation
 from bn_keras.runs.metrics_log import DIVERGED, FINISHED
+from bn_keras.runs.settings import replaced
 from bn_keras.training import networks
 from bn_keras.training.build import build_trainer
 from configs import cifar10_inception, digits_inception, inception
@@ -189,7 +190,7 @@ EQUAL_SEEDS = {title: (0.55, 0.55) for title in SINGLE_SEEDS}
 DIVERGED_RUNS = {titles.INCEPTION_X5: 37, titles.INCEPTION_X30: 12}
 ALL_AT_CHANCE = {"Inception": (0.1, 0.11)}
 ALL_AT_CHANCE |= {with_factor("Inception", factor): (0.1,) for factor in titles.WEIGHT_FACTORS}
-BASE = networks.replaced(
+BASE = replaced(
     cifar10_inception.get_config(), {"train.steps": 3_000, "evaluation.every_steps": 200}
 )
 CONFIGS = {
@@ -199,7 +200,7 @@ CONFIGS = {
 
 def made_up(title, accuracy, seed=0, diverged_at=None, **changes):
     """Builds a run that reaches an accuracy by step 3,000, and four fifths of it by step 600."""
-    config = networks.replaced(CONFIGS[title], {"seed": seed, **changes})
+    config = replaced(CONFIGS[title], {"seed": seed, **changes})
     lines = []
     for step in range(200, config.train.steps + 1, 200):
         if diverged_at and step >= diverged_at:

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from bn_keras.errors import UsageError
 from bn_keras.models import BNInception, bn_inception
+from bn_keras.runs.settings import replaced
 from bn_keras.training import networks
 from bn_keras.training.build import build_model
 from bn_keras.training.config import check_config, default_config
@@ -200,16 +201,14 @@ def dropout_of(config):
 
 @pytest.mark.parametrize("variant, dropout", [("bn_x30_ensemble_2", 0.05), ("bn_x30", 0)])
 def test_a_variant_brings_its_own_settings(variant, dropout, short_figure_5):
-    config = networks.replaced(
-        load("digits_bn_x30"), {"model.variant": variant, "model.modules": ()}
-    )
+    config = replaced(load("digits_bn_x30"), {"model.variant": variant, "model.modules": ()})
     assert dropout_of(config) == networks.value_of(config, "model.dropout") == dropout
 
 
 def test_a_setting_takes_precedence_over_the_variant(short_figure_5):
     for variant, dropout in (("bn_x30_ensemble_2", 0.2), ("inception", 0.0)):
         values = {"model.variant": variant, "model.dropout": dropout, "model.modules": ()}
-        config = networks.replaced(load("digits_bn_x30"), values)
+        config = replaced(load("digits_bn_x30"), values)
         assert dropout_of(config) == networks.value_of(config, "model.dropout") == dropout
 
 
@@ -237,6 +236,6 @@ def test_a_config_that_lacks_settings_is_reported_on_one_line(config, message):
     ],
 )
 def test_settings_of_the_data_are_checked_before_the_data_is_opened(key, value, message):
-    config = networks.replaced(load("digits_bn_x5"), {f"data.{key}": value})
+    config = replaced(load("digits_bn_x5"), {f"data.{key}": value})
     with pytest.raises(UsageError, match=message):
         check_config(config)

@@ -19,11 +19,11 @@ from bn_keras.inference.evaluation import choose_config, evaluate_networks, form
 from bn_keras.inference.exported import load_exported
 from bn_keras.inference.exporter import export_workdir
 from bn_keras.inference.loading import TrainedNetwork, load_trained
+from bn_keras.runs.settings import replaced
 from bn_keras.runs.workdir import Workdir
 from bn_keras.training.config_files import load_config
 from bn_keras.training.evaluator import Evaluator, make_scorer
 from bn_keras.training.loop import train_and_evaluate
-from bn_keras.training.networks import replaced
 
 ONE_DEVICE = tf.distribute.get_strategy()
 SIZE, CLASSES, IMAGES = 14, 7, 23

@@ -6,7 +6,7 @@ from small import small_mlp
 
 from bn_keras.errors import TrainingDivergedError
 from bn_keras.experiments import run_all
-from bn_keras.training import networks
+from bn_keras.runs.settings import replaced
 from bn_keras.training.graphs import Graphs
 from bn_keras.training.loop import train_and_evaluate
 from bn_keras.training.step import Trainer
@@ -18,7 +18,7 @@ FEW = {"train.steps": 4, "train.steps_per_loop": 2, "evaluation.every_steps": 2}
 def with_dropout(seed):
     """A network whose dropout has a state of its own."""
     values = FEW | {"model.modules": ("3a",), "model.width": 0.03, "seed": seed}
-    return networks.replaced(digits_inception.get_config(), values)
+    return replaced(digits_inception.get_config(), values)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 import bn_keras
-from bn_keras.runs.saved_config import flatten
+from bn_keras.runs.settings import flatten
 from bn_keras.training.config import default_config
 from bn_keras.training.config_files import load_config
 from bn_keras.training.loop import train_and_evaluate

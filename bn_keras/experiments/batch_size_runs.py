@@ -7,7 +7,8 @@ from ml_collections import ConfigDict
 
 from bn_keras.experiments import titles
 from bn_keras.experiments.claim_runs import accelerated_steps
-from bn_keras.training.networks import derive, replaced
+from bn_keras.runs.settings import replaced
+from bn_keras.training.networks import derive
 
 # Statistical batch sizes; the largest is the batch of the gradient in all runs.
 SIZES = (2, 4, 8, 32, 128)

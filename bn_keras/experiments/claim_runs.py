@@ -5,8 +5,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from bn_keras.experiments import titles
+from bn_keras.runs.settings import replaced
 from bn_keras.training.config_files import load_config
-from bn_keras.training.networks import CHANGES, accelerate, derive, replaced, value_of
+from bn_keras.training.networks import CHANGES, accelerate, derive, value_of
 
 
 def accelerated_steps(inception: ConfigDict) -> int:

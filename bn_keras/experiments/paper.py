@@ -13,8 +13,9 @@ from bn_keras.experiments import titles
 from bn_keras.experiments.batch_size_runs import get_batch_size_configs
 from bn_keras.experiments.claim_runs import get_claim_configs
 from bn_keras.models.bn_inception import ENSEMBLE
+from bn_keras.runs.settings import replaced
 from bn_keras.training.config_files import load_config
-from bn_keras.training.networks import NETWORKS, replaced, shortened
+from bn_keras.training.networks import NETWORKS, shortened
 
 EXPERIMENTS = ("figure1", "figure2", "figure3", "figure4", "batch_size", "claims")
 SCALES = ("digits", "cifar10", "imagenet")

@@ -14,13 +14,12 @@ from bn_keras.errors import TrainingDivergedError
 from bn_keras.experiments.parallel import Task, divide_machine, run_tasks
 from bn_keras.runs.checkpoint import Checkpoints
 from bn_keras.runs.history import Run
-from bn_keras.runs.saved_config import flatten
+from bn_keras.runs.settings import flatten, replaced
 from bn_keras.runs.workdir import Workdir
 from bn_keras.training.config import check_config
 from bn_keras.training.graphs import Graphs
 from bn_keras.training.length import finish_reason
 from bn_keras.training.loop import train_and_evaluate
-from bn_keras.training.networks import replaced
 from bn_keras.training.plan import describe_progress, prepare_input
 
 # Replaces all seeds, to compare configs regardless of them.

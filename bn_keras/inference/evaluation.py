@@ -15,6 +15,7 @@ from bn_keras.errors import UsageError
 from bn_keras.inference.exported import ExportedNetwork, load_exported
 from bn_keras.inference.loading import TrainedNetwork, load_trained
 from bn_keras.population import estimate_population_statistics
+from bn_keras.runs.settings import replaced
 from bn_keras.runs.workdir import Workdir
 from bn_keras.text import counted, quoted, table
 from bn_keras.training.build import build_data
@@ -22,7 +23,6 @@ from bn_keras.training.class_report import ClassReport, ClassRow, format_classes
 from bn_keras.training.config_files import read_run_config
 from bn_keras.training.evaluator import EvaluationMetrics, Evaluator
 from bn_keras.training.length import global_micro_batch_size
-from bn_keras.training.networks import replaced
 
 # Settings that do not change what the weights of a trained network compute.
 _TRAINING_ONLY = {

@@ -29,9 +29,9 @@ from bn_keras.inference.quantization import (
 )
 from bn_keras.inference.tflite_export import write_tflite
 from bn_keras.keras_internals import all_layers
+from bn_keras.runs.settings import replaced
 from bn_keras.storage import check_writable, exists, is_folder, literal_path, replacing, writing
 from bn_keras.training.build import build_data, build_model
-from bn_keras.training.networks import replaced
 
 # Images on which the network is compared with its export.
 _NUM_IMAGES = 4

@@ -10,11 +10,11 @@ from ml_collections import ConfigDict
 
 from bn_keras.data import pipeline
 from bn_keras.errors import AgreementError, BucketUnavailableError, UsageError
+from bn_keras.runs.settings import replaced
 from bn_keras.storage import is_temporary, reason_of
 from bn_keras.text import first_line
 from bn_keras.training.build import build_data
 from bn_keras.training.evaluator import Evaluator
-from bn_keras.training.networks import replaced
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,8 +24,8 @@ from bn_keras.report.saved_evaluation import evaluate_once
 from bn_keras.report.sections import Section, describe_divergence, markdown_table
 from bn_keras.runs.history import Results, Run
 from bn_keras.runs.metrics_log import ACCURACY
+from bn_keras.runs.settings import replaced
 from bn_keras.runs.workdir import Workdir
-from bn_keras.training.networks import replaced
 
 # The networks are BN-x5. The second colour is the most distinct one.
 _MOVING, _POPULATION = STYLES[X5].color, STYLES[WITHOUT_BN].color

@@ -7,7 +7,7 @@ from typing import Any
 from bn_keras.report.sections import Section, escape, markdown_table
 from bn_keras.runs.history import Results, Run
 from bn_keras.runs.metrics_log import FINISHED
-from bn_keras.runs.saved_config import flatten
+from bn_keras.runs.settings import flatten
 from bn_keras.text import counted, format_duration
 from bn_keras.training.config import MLP_SETTINGS, default_config
 from bn_keras.training.networks import value_of

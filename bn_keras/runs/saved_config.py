@@ -74,14 +74,3 @@ def missing_keys_error(config: epath.Path, keys: str) -> UsageError:
         f"{config} has no {keys}: an older version of bn_keras wrote it; start training in a new"
         " workdir"
     )
-
-
-def flatten(config: ConfigDict, section: str = "") -> dict[str, Any]:
-    """Returns the settings of a config by key, such as "train.steps"."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            flat |= flatten(value, f"{section}{key}.")
-        else:
-            flat[section + key] = value
-    return flat

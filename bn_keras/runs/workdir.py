@@ -20,7 +20,8 @@ from bn_keras.errors import (
 )
 from bn_keras.runs.lock import make_lock
 from bn_keras.runs.metrics_log import ACCURACY, MetricsLog
-from bn_keras.runs.saved_config import SavedConfig, flatten, missing_keys_error
+from bn_keras.runs.saved_config import SavedConfig, missing_keys_error
+from bn_keras.runs.settings import flatten
 from bn_keras.storage import is_local, read, writing
 from bn_keras.text import first_line
 

@@ -12,11 +12,11 @@ from bn_keras.data.pipeline import Data, open_data
 from bn_keras.data.splits import Source
 from bn_keras.errors import UsageError
 from bn_keras.models import BNInception, SigmoidMLP
+from bn_keras.runs.settings import replaced
 from bn_keras.text import counted
 from bn_keras.training.config import MLP_SETTINGS, default_config
 from bn_keras.training.fine_tuning import freeze
 from bn_keras.training.length import global_micro_batch_size, num_steps
-from bn_keras.training.networks import replaced
 from bn_keras.training.schedule import ExamplesSchedule
 from bn_keras.training.step import Trainer
 

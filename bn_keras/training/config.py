@@ -14,7 +14,7 @@ from ml_collections.config_dict import placeholder
 from bn_keras.data.settings import check_settings
 from bn_keras.distribute import check_strategy
 from bn_keras.errors import UsageError
-from bn_keras.runs.saved_config import flatten
+from bn_keras.runs.settings import flatten
 from bn_keras.text import first_of
 
 

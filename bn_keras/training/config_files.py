@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 
 import bn_keras
 from bn_keras.errors import UsageError
-from bn_keras.runs.saved_config import SavedConfig, flatten
+from bn_keras.runs.saved_config import SavedConfig
+from bn_keras.runs.settings import flatten
 from bn_keras.runs.workdir import Workdir
 from bn_keras.storage import is_local
 from bn_keras.text import first_line

@@ -6,7 +6,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from bn_keras.distribute import make_strategy
-from bn_keras.runs.saved_config import flatten
+from bn_keras.runs.settings import flatten
 from bn_keras.training.evaluator import Evaluator
 from bn_keras.training.step import Trainer
 

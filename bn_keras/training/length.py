@@ -4,9 +4,9 @@ import math
 
 from ml_collections import ConfigDict
 
+from bn_keras.runs.settings import replaced
 from bn_keras.runs.workdir import Workdir
 from bn_keras.text import counted
-from bn_keras.training.networks import replaced
 
 
 def num_steps(config: ConfigDict, num_train_examples: int) -> int:

@@ -3,13 +3,14 @@
 Differences in the network itself are in bn_keras/models/bn_inception.py, VARIANTS.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from bn_keras.errors import UsageError
 from bn_keras.models.bn_inception import ENSEMBLE, VARIANTS
+from bn_keras.runs.settings import replaced
 
 
 class Network(NamedTuple):
@@ -68,13 +69,6 @@ def value_of(config: ConfigDict, key: str) -> Any:
     if value is None and section == "model" and config.model.variant in VARIANTS:
         return getattr(VARIANTS[config.model.variant], name)
     return value
-
-
-def replaced(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
-    """Returns a copy of a config with other values for keys such as "train.l2"."""
-    config = config.copy_and_resolve_references()
-    config.update_from_flattened_dict(values)
-    return config.lock()
 
 
 def shortened(config: ConfigDict, factor: int) -> ConfigDict:

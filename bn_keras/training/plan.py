@@ -7,13 +7,13 @@ from ml_collections import ConfigDict
 from bn_keras.data import sources
 from bn_keras.distribute import describe_devices
 from bn_keras.runs.checkpoint import Checkpoints
+from bn_keras.runs.settings import replaced
 from bn_keras.runs.workdir import Workdir
 from bn_keras.storage import check_writable
 from bn_keras.text import counted
 from bn_keras.training.build import build_schedule
 from bn_keras.training.config import check_config
 from bn_keras.training.length import finish_reason, global_micro_batch_size
-from bn_keras.training.networks import replaced
 
 
 def describe_training(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, str]:
