@@ -358,8 +358,14 @@ def test_staying_at_chance_is_distinguished_from_training():
         found = check_claim(claim(beginning), results)
         assert found.verdict == FAILS
         rate = f"{5 * cifar10_inception.BASE_RATE:g}"
-        assert f"rate of this run is {rate}; the paper's Inception has 0.0015." in found.note
-        assert ("nothing is learned" in found.note) == ("(at chance)" in found.measured) == stays
+        assert f"rate of this run is {rate}; the paper's Inception has 0.0015." in " ".join(
+            found.notes
+        )
+        assert (
+            ("nothing is learned" in " ".join(found.notes))
+            == ("(at chance)" in found.measured)
+            == stays
+        )
         # The claim is about this run alone.
         alone = {titles.INCEPTION_X5: results[titles.INCEPTION_X5]}
         assert check_claim(claim(beginning), alone) == found
@@ -450,9 +456,11 @@ def test_moving_averages_are_compared_with_equal_weights():
         " average) and moving averages of momentum 0.9997 (about 3,333 steps) differ by up to 24.8"
         " points (23.8 on average)"
     )
-    assert "largest at step 600: 43.2% with moving averages of momentum 0.99" in found.note
-    assert "40.8% with population statistics" in found.note
-    assert "the learning rate is still 0.33 times" in found.note
+    assert "largest at step 600: 43.2% with moving averages of momentum 0.99" in " ".join(
+        found.notes
+    )
+    assert "40.8% with population statistics" in " ".join(found.notes)
+    assert "the learning rate is still 0.33 times" in " ".join(found.notes)
     others = [made_up(titles.POPULATION, 0.54, seed=3)]
     assert verdict(beginning, results | {titles.POPULATION: others}) == NOT_RUN
     run = results[titles.POPULATION][0]

@@ -17,13 +17,13 @@ import tensorflow as tf
 from absl import logging
 from ml_collections import ConfigDict
 
+from bn_keras.data.accepted_settings import check_settings
 from bn_keras.data.array_batches import ArrayBatches
 from bn_keras.data.augment import Mixing
 from bn_keras.data.balance import class_weights
 from bn_keras.data.batching import PREFETCH, Rows
 from bn_keras.data.multi_crop import CropPreprocessing
 from bn_keras.data.random_numbers import RandomNumbers
-from bn_keras.data.settings import check_settings
 from bn_keras.data.shard_batches import ShardBatches
 from bn_keras.data.sources import open_source
 from bn_keras.data.splits import TOO_FEW_RECORDS, Arrays, Files, Shards, Source, Split

@@ -1,12 +1,9 @@
 """The paper's claims that runs can test, each with the measurement and a verdict."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
-
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from bn_keras.experiments.titles import (
     ABLATIONS,
@@ -15,77 +12,54 @@ from bn_keras.experiments.titles import (
     INCEPTION,
     INCEPTION_X5,
     INCEPTION_X30,
-    LONG_MEMORY,
-    POPULATION,
     SIGMOID,
     SIGMOID_X5,
-    WEIGHT_FACTORS,
     X5,
     X5_AT_RATE_1,
     X5_SIGMOID,
     X30,
     X30_AT_HALF,
-    with_weight_factor,
 )
-from bn_keras.report import published, scale_invariance
+from bn_keras.report import scale_invariance
+from bn_keras.report.claim_plots import draw_plots
+from bn_keras.report.claim_tests import (
+    CHANCE_FACTOR,
+    TOLERANCE,
+    Judgement,
+    diverges,
+    does_not_hurt,
+    helps,
+    is_better,
+    is_invariant,
+    is_not_worse,
+    is_too_high,
+    moving_averages_track,
+    outpaces_longer_inception,
+    stays_at_chance,
+    tolerates_initial_weights,
+    trains,
+)
 from bn_keras.report.figure_2 import describe_setup
 from bn_keras.report.longer_inception import build_longer_inception, select_with_longer_inception
 from bn_keras.report.margins import (
-    Difference,
-    Group,
     NotRunError,
-    accuracy_at,
-    best_accuracy_by,
-    common_steps,
-    compare,
-    ended_runs,
     format_points,
-    reaches_sooner,
     seed_variation,
-)
-from bn_keras.report.plots import (
-    FIGURE_WIDTH,
-    STYLES,
-    format_percent,
-    replace_frame_by_grid,
-    scale_logarithmically,
 )
 from bn_keras.report.sections import Section, escape, join_words, markdown_table
 from bn_keras.report.verdicts import (
-    FAILS,
     HOLDS,
     NO_VERDICT,
     NOT_RUN,
     TOO_CLOSE,
     count_verdicts,
-    judge,
 )
-from bn_keras.runs.history import LOSS, Results, Run, Spread
+from bn_keras.runs.history import Results, Run, Spread
 from bn_keras.runs.metrics_log import ACCURACY
 from bn_keras.text import counted
 
-# An accuracy below this multiple of the accuracy of guessing is at chance.
-CHANCE_FACTOR = 1.5
-# A network that is worse by less than this is not counted as worse.
-TOLERANCE = 0.01
 # Section of a claim that the paper does not make.
 OURS = "ours"
-# Largest relative deviation that rounding explains.
-ROUNDING = {"float64": 1e-12, "float32": 1e-4}
-
-
-class Judgement(NamedTuple):
-    """Result of testing a claim.
-
-    Attributes:
-      measured: the measurement, Markdown, on one line.
-      verdict: one of the verdicts in verdicts.py.
-      note: facts about the runs that may explain why the claim does not hold; Markdown.
-    """
-
-    measured: str
-    verdict: str
-    note: str = ""
 
 
 class Claim(NamedTuple):
@@ -116,7 +90,7 @@ def build_claims(results: Results) -> Section:
         for claim, judgement in judgements.items()
         if judgement.verdict != NOT_RUN
     ]
-    plots = _draw_plots(results)
+    plots = draw_plots(results)
     longer = _compare_with_longer_inception(results)
     body = [
         *_describe_training(results),
@@ -175,402 +149,103 @@ def _compare_with_longer_inception(results: Results) -> list[Section]:
         return []
 
 
-# --- Tests of whether networks train.
-
-
-def _chance(run: Run) -> float:
-    if not run.num_classes:
-        raise NotRunError(f"{escape(run.title)}: the number of classes is unknown")
-    return 1 / run.num_classes
-
-
-def _is_at_chance(run: Run) -> bool:
-    return run.best_accuracy < CHANCE_FACTOR * _chance(run)
-
-
-def _fails_to_train(run: Run) -> bool:
-    return run.diverged_at is not None or _is_at_chance(run)
-
-
-def _describe_outcomes(runs: Sequence[Run]) -> str:
-    """Describes how each seed of a network ended."""
-
-    def describe(run: Run) -> str:
-        if run.diverged_at is not None:
-            return f"diverged at step {run.diverged_at:,}"
-        return f"{run.best_accuracy:.1%}{' (at chance)' if _is_at_chance(run) else ''}"
-
-    return f"{escape(runs[0].title)}: {', '.join(map(describe, runs))}"
-
-
-def _diverges(title: str, results: Results) -> Judgement:
-    """Tests whether every seed diverges."""
-    runs = ended_runs(results, title)
-    note = _describe_rate(runs[0])
-    if all(_fails_to_train(run) for run in runs):
-        note += f" The loss stays finite for {common_steps(*runs):,} steps, but nothing is learned."
-    verdict = HOLDS if all(run.diverged_at is not None for run in runs) else FAILS
-    return Judgement(_describe_outcomes(runs), verdict, note)
-
-
-def _stays_at_chance(title: str, results: Results) -> Judgement:
-    """Tests whether no seed exceeds chance, even if it diverges later."""
-    runs = ended_runs(results, title)
-    note = f"The paper has 1,000 classes, so chance is 0.1%; here it is {_chance(runs[0]):.1%}."
-    verdict = HOLDS if all(map(_is_at_chance, runs)) else FAILS
-    return Judgement(_describe_outcomes(runs), verdict, note)
-
-
-def _trains(titles: Sequence[str], results: Results) -> Judgement:
-    """Tests whether no seed diverges or stays at chance."""
-    networks = [ended_runs(results, title) for title in titles]
-    fails = any(_fails_to_train(run) for runs in networks for run in runs)
-    return Judgement("; ".join(map(_describe_outcomes, networks)), FAILS if fails else HOLDS)
-
-
-# --- Tests of which network is better.
-
-
-def _is_better(title: str, other: str, results: Results) -> Judgement:
-    difference = compare(results, title, other)
-    return Judgement(difference.measured, difference.verdict, difference.resolution)
-
-
-def _is_too_high(title: str, results: Results) -> Judgement:
-    """Tests whether Inception is better at its own learning rate.
-
-    A network that trains is better than one that does not, whatever the margin.
-    """
-    found = _is_better(INCEPTION, title, results)
-    runs = ended_runs(results, title)
-    found = found._replace(note=f"{_describe_rate(runs[0])} {found.note}")
-    step = common_steps(*runs)
-    trains = all(
-        best_accuracy_by(run, step) >= CHANCE_FACTOR * _chance(run) for run in results[INCEPTION]
-    )
-    if trains and all(map(_fails_to_train, runs)):
-        return found._replace(verdict=HOLDS)
-    return found
-
-
-def _outpaces_longer_inception(results: Results) -> Judgement:
-    """Tests whether BN-x5 reaches the longer run's best accuracy in fewer steps."""
-    networks = select_with_longer_inception(results)
-    longer, runs = networks.results[INCEPTION][0], ended_runs(results, X5)
-    first, second = map(networks.steps_to_target, (INCEPTION, X5))
-    if first is None:
-        raise NotRunError(f"{escape(longer.title)}: no evaluation")
-    measured = (
-        f"Inception is best at step {first:,} of {longer.config.train.steps:,},"
-        f" {networks.target:.1%}; BN-x5"
-        f" {'never reaches this' if second is None else f'reaches this at step {second:,}'}"
-    )
-    outcomes = [reaches_sooner(run, longer, networks.target) for run in runs]
-    return Judgement(measured, judge(outcomes))
-
-
-def _is_not_worse(title: str, other: str, results: Results) -> Judgement:
-    difference = compare(results, title, other)
-    verdict = difference.verdict_not_worse(TOLERANCE)
-    return Judgement(difference.measured, verdict, difference.resolution)
-
-
-def _helps(change: str, results: Results) -> Judgement:
-    """Tests whether BN-x5 is better than without the change."""
-    return _with_note(change, results, _is_better(X5, ABLATIONS[change], results))
-
-
-def _does_not_hurt(change: str, results: Results) -> Judgement:
-    """Tests whether BN-x5 is not worse than without the change."""
-    return _with_note(change, results, _is_not_worse(X5, ABLATIONS[change], results))
-
-
-def _with_note(change: str, results: Results, found: Judgement) -> Judgement:
-    return found._replace(note=f"{_describe_change(change, results)}{found.note}")
-
-
-# --- Notes on the runs.
-
-
-def _describe_rate(run: Run) -> str:
-    return (
-        f"The learning rate of this run is {run.config.schedule.base_rate:g}; the paper's Inception"
-        f" has {published.INCEPTION_RATE:g}."
-    )
-
-
-def _describe_change(change: str, results: Results) -> str:
-    """Returns the note on a change, ending in a space; empty without one, or if a run diverged."""
-    runs, other = ended_runs(results, X5), ended_runs(results, ABLATIONS[change])[0]
-    if change not in _CHANGE_NOTES or any(r.diverged_at is not None for r in (*runs, other)):
-        return ""
-    return _CHANGE_NOTES[change](runs, other)
-
-
-def _note_length(runs: Sequence[Run], other: Run) -> str:
-    run = runs[0]
-    if not run.num_train_examples:
-        return ""
-    examples = run.config.train.steps * run.config.train.global_batch_size
-    return f"The runs last {examples / run.num_train_examples:.1f} epochs. "
-
-
-def _note_decay(runs: Sequence[Run], other: Run) -> str:
-    own, others = (f"{_remaining_rate(run):.2g}" for run in (runs[0], other))
-    return (
-        f"At the end, the learning rate is {own} times its initial value in BN-x5 and"
-        f" {others} times in the run with Inception's decay. "
-    )
-
-
-def _note_shuffling(runs: Sequence[Run], other: Run) -> str:
-    return f"{_note_length(runs, other)}The paper reports a gain of about 1 point. "
-
-
-def _note_distortions(runs: Sequence[Run], other: Run) -> str:
-    before, after = (run.config.data.distortion for run in (other, runs[0]))
-    return (
-        f"{_note_length(runs, other)}The strength of the distortions is {after:g} in BN-x5 and"
-        f" {before:g} in the other run. "
-    )
-
-
-# Functions that write the note on a change, by change. Their arguments are the runs of BN-x5, and
-# the run with the change undone.
-_CHANGE_NOTES: Mapping[str, Callable[[Sequence[Run], Run], str]] = {
-    "dropout": _note_length,
-    "l2": _note_length,
-    "decay": _note_decay,
-    "shuffling": _note_shuffling,
-    "distortions": _note_distortions,
-}
-
-
-def _remaining_rate(run: Run) -> float:
-    rates = list(run.curve("train/learning_rate").values())
-    return rates[-1] / rates[0]
-
-
-# --- Initial weights.
-
-
-def _tolerates_initial_weights(results: Results) -> Judgement:
-    """Tests whether the factor on the initial weights affects BN-Baseline less than Inception."""
-    networks = (INCEPTION, BASELINE)
-    means = {title: [s.mean for s in _sweep(results, title).values()] for title in networks}
-    step = _sweep_steps(results, INCEPTION)
-    measured = f"by step {step:,}, factors {min(WEIGHT_FACTORS):g} to {max(WEIGHT_FACTORS):g}: "
-    measured += ", ".join(
-        f"{title} {min(values):.1%} to {max(values):.1%}" for title, values in means.items()
-    )
-    runs = {title: ended_runs(results, title) for title in networks}
-    if max(means[INCEPTION]) < CHANCE_FACTOR * _chance(runs[INCEPTION][0]):
-        note = "With every factor, Inception is still at chance at this step."
-        return Judgement(measured, NO_VERDICT, note)
-    inception_range, baseline_range = (max(values) - min(values) for values in means.values())
-    variation = seed_variation(results, step, *(Group.of(seeds, step) for seeds in runs.values()))
-    # The difference of two ranges consists of four accuracies, at most factors of single runs.
-    margin = variation.margin(1, 1, 1, 1)
-    difference = Difference(measured, inception_range - baseline_range, margin)
-    return Judgement(difference.measured, difference.verdict, difference.resolution)
-
-
-def _sweep(results: Results, title: str) -> dict[float, Spread]:
-    """Returns the best accuracy by the end of the short runs, by factor on the initial weights."""
-    step = _sweep_steps(results, title)
-    runs = {
-        factor: ended_runs(results, with_weight_factor(title, factor)) for factor in WEIGHT_FACTORS
-    }
-    runs[1.0] = ended_runs(results, title)
-    return {
-        factor: Spread.of(best_accuracy_by(run, step) for run in runs[factor])
-        for factor in sorted(runs)
-    }
-
-
-def _sweep_steps(results: Results, title: str) -> int:
-    titles = [with_weight_factor(title, factor) for factor in WEIGHT_FACTORS]
-    return common_steps(*(run for each in titles for run in ended_runs(results, each)))
-
-
-# --- Moving averages.
-
-
-def _moving_averages_track(results: Results) -> Judgement:
-    """Tests whether moving averages give about the accuracy of population statistics.
-
-    Both are evaluated with the same weights and images, so seeds need no margin.
-    """
-    population = ended_runs(results, POPULATION)[0]
-    moving = [run for run in ended_runs(results, X5) if run.config.seed == population.config.seed]
-    if not moving:
-        raise NotRunError(f"{X5}: no run of seed {population.config.seed}")
-    # On ImageNet, BN-x5 itself has the long memory, so there is no separate run.
-    others = [*moving, *(ended_runs(results, LONG_MEMORY) if results.get(LONG_MEMORY) else ())]
-    expected = population.curve(ACCURACY)
-    if not expected:
-        raise NotRunError(f"{escape(population.title)}: no evaluation")
-    gaps = [
-        [abs(accuracy_at(run, step) - accuracy) for step, accuracy in expected.items()]
-        for run in others
-    ]
-    measured = [
-        f"{_name_moving_averages(run)} differ by up to {format_points(max(gap))}"
-        f" ({100 * statistics.mean(gap):.1f} on average)"
-        for run, gap in zip(others, gaps, strict=True)
-    ]
-    text = (
-        f"BN-x5, compared with population statistics of {population.config.population.num_batches}"
-        f" batches in {counted(len(expected), 'evaluation')} by step {max(expected):,}:"
-        f" {join_words(measured)}"
-    )
-    if not all(_is_same_training(run, population) for run in others):
-        text += "; not with the same weights, since the training losses differ"
-    step, gap = max(zip(expected, gaps[0], strict=True), key=lambda item: item[1])
-    note = (
-        f"The difference is largest at step {step:,}: {accuracy_at(moving[0], step):.1%} with"
-        f" {_name_moving_averages(moving[0])}, and {expected[step]:.1%} with population statistics."
-        f" At step {max(expected):,}, the learning rate is still {_remaining_rate(population):.2g}"
-        " times its initial value."
-    )
-    return Judgement(text, HOLDS if gap <= TOLERANCE else FAILS, note)
-
-
-def _name_moving_averages(run: Run) -> str:
-    momentum = run.config.batch_norm.momentum
-    return f"moving averages of momentum {momentum:g} (about {1 / (1 - momentum):,.0f} steps)"
-
-
-def _is_same_training(run: Run, other: Run) -> bool:
-    """Returns whether the training losses are equal up to the end of the shorter run."""
-    end = common_steps(run, other)
-    first, second = (
-        [point for point in each.curve(LOSS).items() if point[0] <= end] for each in (run, other)
-    )
-    return first == second
-
-
-# --- Scale invariance.
-
-
-def _is_invariant(part: str, results: Results) -> Judgement:
-    """Tests whether only rounding errors remain with a negligible epsilon."""
-    tiny, default = scale_invariance.EPSILONS
-    factors = min(scale_invariance.FACTORS), max(scale_invariance.FACTORS)
-    largest = {
-        dtype: scale_invariance.largest_deviation(part, epsilon=tiny, dtype=dtype)
-        for dtype in scale_invariance.DTYPES
-    }
-    at_smallest, at_largest = (
-        scale_invariance.largest_deviation(part, epsilon=default, factor=factor)
-        for factor in factors
-    )
-    measured = " and ".join(f"{deviation:.0e} in {dtype}" for dtype, deviation in largest.items())
-    text = (
-        f"a from {factors[0]:g} to {factors[1]:g}: largest deviation {measured}; with epsilon"
-        f" {default:g}, {at_smallest:.0%} at the smallest a and {at_largest:.1%} at the largest"
-    )
-    holds = all(deviation <= ROUNDING[dtype] for dtype, deviation in largest.items())
-    return Judgement(text, HOLDS if holds else FAILS)
-
-
 # --- Claims.
 
 # Scale invariance, tested without a run.
 _ABOUT_THE_LAYER = (
-    Claim("3.3", "Except for epsilon, BN((aW)u) = BN(Wu)", partial(_is_invariant, "output")),
+    Claim("3.3", "Except for epsilon, BN((aW)u) = BN(Wu)", partial(is_invariant, "output")),
     Claim(
         "3.3",
         "Except for epsilon, the gradient with respect to u does not depend on a",
-        partial(_is_invariant, "to_input"),
+        partial(is_invariant, "to_input"),
     ),
     Claim(
         "3.3",
         "Except for epsilon, the gradient with respect to aW is 1/a times that with respect to W",
-        partial(_is_invariant, "to_weights"),
+        partial(is_invariant, "to_weights"),
     ),
 )
 
 CLAIMS = (
-    Claim("3.1", "Moving averages track the accuracy during training", _moving_averages_track),
+    Claim("3.1", "Moving averages track the accuracy during training", moving_averages_track),
     *_ABOUT_THE_LAYER,
     Claim(
         "3.3",
         "With BN, networks train at 5 and 30 times Inception's learning rate",
-        partial(_trains, (X5, X30)),
+        partial(trains, (X5, X30)),
     ),
     Claim(
         "3.3",
         "Without BN, a learning rate of 5 times Inception's lowers the accuracy",
-        partial(_is_too_high, INCEPTION_X5),
+        partial(is_too_high, INCEPTION_X5),
     ),
     Claim(
         "1",
         "With BN, the accuracy depends less on the scale of the initial weights",
-        _tolerates_initial_weights,
+        tolerates_initial_weights,
     ),
     Claim(
         "4.2.1",
         "Adding BN alone does not take full advantage of the method: with the other changes, BN-x5"
         " is more accurate than BN-Baseline",
-        partial(_is_better, X5, BASELINE),
+        partial(is_better, X5, BASELINE),
     ),
     Claim(
         OURS,
         "Inception with the same changes, at its own learning rate, is less accurate than BN-x5",
-        partial(_is_better, X5, CONTROL),
+        partial(is_better, X5, CONTROL),
     ),
     Claim(
         "4.2.2",
         "BN-x5 reaches Inception's best accuracy in fewer steps, even if Inception trains as long"
         " as in the paper",
-        _outpaces_longer_inception,
+        outpaces_longer_inception,
     ),
     Claim(
         "4.2.1",
         "With BN, a higher learning rate speeds up training",
-        partial(_is_better, X5, X5_AT_RATE_1),
+        partial(is_better, X5, X5_AT_RATE_1),
     ),
     Claim(
         OURS,
         "BN-x30's learning rate is not too high: at half of it, BN-x30 is not more accurate",
-        partial(_is_not_worse, X30, X30_AT_HALF),
+        partial(is_not_worse, X30, X30_AT_HALF),
     ),
     Claim(
         "4.2.1",
         "Removing dropout makes BN-x5 more accurate after the same number of steps",
-        partial(_helps, "dropout"),
+        partial(helps, "dropout"),
     ),
-    Claim("4.2.1", "Dividing the L2 weight by 5 improves the accuracy", partial(_helps, "l2")),
+    Claim("4.2.1", "Dividing the L2 weight by 5 improves the accuracy", partial(helps, "l2")),
     Claim(
         "4.2.1 (implied)",
         "Decaying the learning rate 6 times faster does not hurt BN-x5",
-        partial(_does_not_hurt, "decay"),
+        partial(does_not_hurt, "decay"),
     ),
-    Claim("4.2.1", "Local response normalization is not needed", partial(_does_not_hurt, "lrn")),
-    Claim("4.2.1", "Within-shard shuffling improves the accuracy", partial(_helps, "shuffling")),
+    Claim("4.2.1", "Local response normalization is not needed", partial(does_not_hurt, "lrn")),
+    Claim("4.2.1", "Within-shard shuffling improves the accuracy", partial(helps, "shuffling")),
     Claim(
         "4.2.1 (implied)",
         "Weaker distortions do not hurt",
-        partial(_does_not_hurt, "distortions"),
+        partial(does_not_hurt, "distortions"),
     ),
     Claim(
         "4.2.2",
         "Inception diverges at 5 times its learning rate",
-        partial(_diverges, INCEPTION_X5),
+        partial(diverges, INCEPTION_X5),
     ),
     Claim(
         OURS,
         "Inception also diverges at 30 times its learning rate",
-        partial(_diverges, INCEPTION_X30),
+        partial(diverges, INCEPTION_X30),
     ),
-    Claim("4.2.2", "Inception with sigmoids stays at chance", partial(_stays_at_chance, SIGMOID)),
+    Claim("4.2.2", "Inception with sigmoids stays at chance", partial(stays_at_chance, SIGMOID)),
     Claim(
         OURS,
         "Inception with sigmoids also stays at chance at 5 times its learning rate",
-        partial(_stays_at_chance, SIGMOID_X5),
+        partial(stays_at_chance, SIGMOID_X5),
     ),
-    Claim("4.2.2", "With BN, a network with sigmoids trains", partial(_trains, (X5_SIGMOID,))),
+    Claim("4.2.2", "With BN, a network with sigmoids trains", partial(trains, (X5_SIGMOID,))),
 )
 
 
@@ -698,9 +373,9 @@ def _list_untested(judgements: Mapping[Claim, Judgement]) -> list[str]:
 
 def _list_notes(judgements: Mapping[Claim, Judgement]) -> list[str]:
     notes = [
-        f"- *{claim.sentence}* ({judgement.verdict}): {judgement.note.strip()}"
+        f"- *{claim.sentence}* ({judgement.verdict}): {' '.join(filter(None, judgement.notes))}"
         for claim, judgement in judgements.items()
-        if judgement.verdict not in (HOLDS, NOT_RUN) and judgement.note.strip()
+        if judgement.verdict not in (HOLDS, NOT_RUN) and any(judgement.notes)
     ]
     if not notes:
         return []
@@ -709,99 +384,3 @@ def _list_notes(judgements: Mapping[Claim, Judgement]) -> list[str]:
         "These facts about the runs may explain the verdicts. Whether they do was not tested.",
         "\n".join(notes),
     ]
-
-
-# --- Plots.
-
-
-class _Plot(NamedTuple):
-    """A plot with its caption.
-
-    Attributes:
-      description: content of the plot, without a full stop.
-      key: sentences that explain its marks.
-      figure: the plot.
-    """
-
-    description: str
-    key: str
-    figure: Figure
-
-
-def _draw_plots(results: Results) -> dict[str, _Plot]:
-    """Draws the plots for which there are runs; returns them by file name."""
-    plots = {}
-    for name, draw in (
-        ("claims_initialization.svg", _draw_sweep),
-        ("claims_ablations.svg", _draw_ablations),
-    ):
-        try:
-            plots[name] = draw(results)
-        except NotRunError:
-            continue
-    return plots
-
-
-def _draw_sweep(results: Results) -> _Plot:
-    figure = Figure(figsize=(FIGURE_WIDTH, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for title, marker in ((INCEPTION, "o"), (BASELINE, "s")):
-        sweep = _sweep(results, title)
-        means = [spread.mean for spread in sweep.values()]
-        bars = [
-            [spread.mean - spread.low for spread in sweep.values()],
-            [spread.high - spread.mean for spread in sweep.values()],
-        ]
-        style = STYLES[title]._asdict()
-        axes.errorbar(list(sweep), means, bars, capsize=3, marker=marker, label=title, **style)
-    factors = sorted((*WEIGHT_FACTORS, 1.0))
-    axes.set(xlabel="factor on the initial weights", ylim=(0, None))
-    axes.set_ylabel(f"accuracy by step {_sweep_steps(results, INCEPTION):,}")
-    scale_logarithmically(axes, factors)
-    format_percent(axes.yaxis)
-    replace_frame_by_grid(axes)
-    axes.legend(loc="best")
-    description = (
-        "Validation accuracy of Inception and BN-Baseline against the factor on the initial weights"
-    )
-    key = (
-        "The points at factor 1 are means over seeds with their ranges; all others are single runs."
-        " A point at 0 is a diverged run."
-    )
-    return _Plot(description, key, figure)
-
-
-def _draw_ablations(results: Results) -> _Plot:
-    titles = [title for title in ABLATIONS.values() if results.get(title)]
-    if not titles:
-        raise NotRunError("no ablations")
-    networks = [ended_runs(results, title) for title in (X5, *titles)]
-    groups = [Group.of(runs, common_steps(*runs)) for runs in networks]
-    figure = Figure(figsize=(FIGURE_WIDTH, 0.9 + 0.36 * len(groups)), layout="constrained")
-    axes = figure.subplots()
-    color = STYLES[X5].color
-    step = common_steps(*(run for runs in networks for run in runs))
-    margin = seed_variation(results, step, *groups).margin(len(groups[0].accuracies), 1)
-    axes.axvline(groups[0].mean, color=color, linewidth=1)
-    if margin is not None:
-        edges = groups[0].mean - margin, groups[0].mean + margin
-        axes.axvspan(*edges, color=color, alpha=0.2, linewidth=0)
-    for row, group in enumerate(groups):
-        for accuracy in group.accuracies:
-            marker = "o" if accuracy else "x"
-            axes.plot(accuracy, row, marker, color=color if row == 0 else "black")
-    axes.set_yticks(range(len(groups)), [group.title for group in groups])
-    # The first network at the top.
-    axes.set_ylim(len(groups) - 0.5, -0.5)
-    axes.set_xlabel("best validation accuracy")
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    format_percent(axes.xaxis)
-    replace_frame_by_grid(axes)
-    description = (
-        "Validation accuracy of BN-x5, and of BN-x5 with one change of section 4.2.1 undone"
-    )
-    key = (
-        "Each point is a run. The line is the mean of BN-x5. The band extends by one margin to"
-        " either side; a network outside it differs from BN-x5. A cross at 0 is a diverged run."
-    )
-    return _Plot(description, key, figure)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from bn_keras.data.settings import check_settings
+from bn_keras.data.accepted_settings import check_settings
 from bn_keras.distribute import check_strategy
 from bn_keras.errors import UsageError
 from bn_keras.runs.settings import flatten
