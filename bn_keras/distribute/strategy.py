@@ -22,7 +22,7 @@ from bn_keras.text import counted, first_line
 STRATEGIES = ("one_device", "mirrored", "multi_worker", "tpu")
 
 
-def check_strategy(strategy: str, replicas: int = 0) -> None:
+def check_strategy(strategy: str, replicas: int) -> None:
     """Raises UsageError for arguments that `make_strategy` accepts on no machine."""
     if strategy not in STRATEGIES:
         raise UsageError(

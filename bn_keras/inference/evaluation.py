@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import NotRequired, TypedDict
+from typing import NotRequired, TypedDict, cast
 
 import tensorflow as tf
 from absl import logging
@@ -105,29 +105,22 @@ def evaluate_networks(
     by_population = config.population.when == "evaluations" or (
         config.population.when == "end" and not best
     )
-    needs_training_images = by_population and any(
-        isinstance(n, TrainedNetwork) and n.lacks_population_statistics for n in networks
-    )
-    data = build_data(config, validation_only=not needs_training_images)
+    lacking = [by_population and _lacks_population_statistics(network) for network in networks]
+    data = build_data(config, validation_only=not any(lacking))
     for path, network in zip(paths, networks, strict=True):
         _check_fits(network, path, data, config, crops)
     class_names = _match_classes(networks, paths, data)
     with reporting_lost_workers(strategy):
-        if by_population:
-            networks = [
-                _with_population_statistics(
-                    network,
-                    data,
-                    strategy,
-                    num_batches=config.population.num_batches,
-                    global_micro_batch_size=global_micro_batch_size(config),
-                )
-                for network in networks
-            ]
+        networks = [
+            _with_population_statistics(cast(TrainedNetwork, network), data, strategy, config)
+            if lacks
+            else network
+            for network, lacks in zip(networks, lacking, strict=True)
+        ]
         subjects = [_subject(path, network) for path, network in zip(paths, networks, strict=True)]
         if len(subjects) > 1:
             subjects.append({"model": "ensemble", "models": len(subjects)})
-        rows = []
+        rows: list[EvaluationRow] = []
         for choice in crops:
             evaluate = Evaluator(
                 [network.model for network in networks],
@@ -137,15 +130,26 @@ def evaluate_networks(
                 choice,
                 class_names,
             )
-            results = evaluate(label=counted(choice.count, "crop"))
-            new_rows = [
-                _row(*pair, choice, len(class_names))
-                for pair in zip(subjects, results, strict=True)
-            ]
-            if per_class:
-                for row, found in zip(new_rows, evaluate.predictions, strict=True):
-                    row["per_class"] = ClassReport(class_names, found).rows()
-            rows += new_rows
+            rows += _evaluate(evaluate, subjects, choice, class_names, per_class)
+    return rows
+
+
+def _evaluate(
+    evaluate: Evaluator,
+    subjects: Sequence[_Subject],
+    crops: Crops,
+    class_names: Sequence[str],
+    per_class: bool,
+) -> list[EvaluationRow]:
+    """Evaluates with one choice of crops, and returns the row of each subject."""
+    results = evaluate(label=counted(crops.count, "crop"))
+    rows = [
+        _row(subject, metrics, crops, len(class_names))
+        for subject, metrics in zip(subjects, results, strict=True)
+    ]
+    if per_class:
+        for row, found in zip(rows, evaluate.predictions, strict=True):
+            row["per_class"] = ClassReport(class_names, found).rows()
     return rows
 
 
@@ -283,20 +287,22 @@ def _advise(key: str, value: object) -> str:
     return f"pass the config of its run, --config=WORKDIR, or --config.{key}={value}"
 
 
+def _lacks_population_statistics(network: TrainedNetwork | ExportedNetwork) -> bool:
+    return isinstance(network, TrainedNetwork) and network.lacks_population_statistics
+
+
 def _with_population_statistics(
-    network: TrainedNetwork | ExportedNetwork,
+    network: TrainedNetwork,
     data: pipeline.Data,
     strategy: tf.distribute.Strategy,
-    *,
-    num_batches: int,
-    global_micro_batch_size: int,
-) -> TrainedNetwork | ExportedNetwork:
-    """Estimates the population statistics of a run's network that has moving statistics only."""
-    if not (isinstance(network, TrainedNetwork) and network.lacks_population_statistics):
-        return network
-    batches = data.train_batches(strategy, global_micro_batch_size)
+    config: ConfigDict,
+) -> TrainedNetwork:
+    """Estimates the population statistics of a run's network, in place."""
+    batches = data.train_batches(strategy, global_micro_batch_size(config))
     with data.reporting_errors():
-        estimate_population_statistics(network.model, batches, num_batches, strategy)
+        estimate_population_statistics(
+            network.model, batches, config.population.num_batches, strategy
+        )
     return network._replace(statistics="population")
 
 

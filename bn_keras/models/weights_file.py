@@ -53,7 +53,7 @@ def assign_layers(
     layers: Mapping[str, keras.Layer],
     given: Mapping[str, Sequence[np.ndarray]],
     subject: str,
-    optional: Sequence[str] = (),
+    optional: Sequence[str],
 ) -> None:
     """Assigns weights to layers by name. If any do not fit, no layer is changed.
 

@@ -20,7 +20,7 @@ _INCEPTION_ONLY = {f"model.{name}" for name in set(default_config().model) - MLP
 _OFF = ("0", "off", "-")
 
 
-def describe_provenance(results: Results, command: str, num_missing: int = 0) -> Section:
+def describe_provenance(results: Results, command: str, num_missing: int) -> Section:
     """Builds the section on how a report was made.
 
     Args:

@@ -55,10 +55,10 @@ class Validation:
         step: int,
         *,
         global_batch_size: int,
-        population: str = "never",
-        population_batches: int = 100,
-        per_class: bool = False,
-        evaluator: Evaluator | None = None,
+        population: str,
+        population_batches: int,
+        per_class: bool,
+        evaluator: Evaluator | None,
     ) -> None:
         self._trainer = trainer
         self._model = model = trainer.inference_model
