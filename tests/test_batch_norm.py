@@ -8,18 +8,13 @@ import pytest
 import reference
 import tensorflow as tf
 
-from bn_keras import BatchNormalization, ops, replace_batch_norm
+from bn_keras import BatchNormalization, replace_batch_norm
 from bn_keras.errors import UsageError
 
 EPSILON = 1e-3
 
 
-@pytest.fixture(autouse=True)
-def fuse_small_inputs(monkeypatch):
-    """Makes small inputs use the fused kernels, which by default only large ones do."""
-    monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_TRAINING", 0)
-    monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_INFERENCE", 0)
-    monkeypatch.setattr(ops, "_MIN_CHANNELS_TO_FUSE", 1)
+pytestmark = pytest.mark.usefixtures("fuse_small_inputs")
 
 
 def _data(*shape, seed=0, mean=2.0):

@@ -18,7 +18,7 @@ import pytest
 import reference
 import tensorflow as tf
 
-from bn_keras import BatchNormalization, ops
+from bn_keras import BatchNormalization
 from bn_keras.errors import UsageError
 from bn_keras.merge import MergeMovingStatistics, merge_moving_statistics
 
@@ -26,12 +26,7 @@ EPSILON = 1e-3
 GAMMA, BETA = np.array([0.5, 1.0, 2.0]), np.array([1.0, -1.0, 0.0])
 
 
-@pytest.fixture(autouse=True)
-def fuse_small_inputs(monkeypatch):
-    """Makes small inputs use the fused kernels, which by default only large ones do."""
-    monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_TRAINING", 0)
-    monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_INFERENCE", 0)
-    monkeypatch.setattr(ops, "_MIN_CHANNELS_TO_FUSE", 1)
+pytestmark = pytest.mark.usefixtures("fuse_small_inputs")
 
 
 def _data(*shape, mean=0.0, seed=0):

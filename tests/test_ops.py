@@ -11,12 +11,7 @@ EPSILON = 1e-3
 TOLERANCE = {"float64": 1e-12, "float32": 3e-6, "float16": 4e-3, "bfloat16": 3e-2}
 
 
-@pytest.fixture(autouse=True)
-def fuse_small_inputs(monkeypatch):
-    """Makes small inputs use the fused kernels, which by default only large ones do."""
-    monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_TRAINING", 0)
-    monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_INFERENCE", 0)
-    monkeypatch.setattr(ops, "_MIN_CHANNELS_TO_FUSE", 1)
+pytestmark = pytest.mark.usefixtures("fuse_small_inputs")
 
 
 def _random_parameters(channels, rng):
