@@ -244,11 +244,8 @@ class Workdir:
 
     def _check_interface(self, interface: Mapping[str, Any]) -> bool:
         """Returns whether interface.json is intact; raises UsageError if its values differ."""
-        try:
-            before = json.loads(read(self._interface) or b"")
-            known = interface.keys() & before.keys()
-        except (ValueError, AttributeError):
-            return False
+        before = self._read_interface()
+        known = interface.keys() & before.keys()
         differing = [key for key in interface if key in known and before[key] != interface[key]]
         if differing:
             key = differing[0]
@@ -287,8 +284,8 @@ class Workdir:
         Raises:
           UsageError: they cannot be read.
         """
+        interface = self._read_interface()
         try:
-            interface = json.loads(read(self._interface) or b"")
             height, width, channels = interface["input_shape"]
             return (height, width, channels), tuple(interface["class_names"])
         except (ValueError, KeyError, TypeError):
@@ -331,19 +328,18 @@ class Workdir:
 
     def read_environment(self) -> list[dict[str, Any]]:
         """Reads the records of the run's starts, in order; empty if the file is damaged."""
-        try:
-            starts = json.loads(read(self._environment) or b"")
-        except ValueError:
-            return []
+        starts = _parse(read(self._environment))
         return starts if isinstance(starts, list) else []
 
     def read_data_sizes(self) -> tuple[int, int]:
         """Reads the numbers of classes and of training examples; 0 if unknown."""
-        try:
-            interface = json.loads(read(self._interface) or b"")
-            return len(interface["class_names"]), interface.get("num_train_examples", 0)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return 0, 0
+        interface = self._read_interface()
+        return len(interface.get("class_names", ())), interface.get("num_train_examples", 0)
+
+    def _read_interface(self) -> dict[str, Any]:
+        """Reads interface.json; empty if it is missing or damaged."""
+        interface = _parse(read(self._interface))
+        return interface if isinstance(interface, dict) else {}
 
     def read_metrics(self) -> MetricsLog:
         """Reads the lines of metrics.jsonl in order; an incomplete last line is left out."""
@@ -351,13 +347,10 @@ class Workdir:
             *lines, _ = (read(self.metrics) or b"").decode().split("\n")
         except ValueError as error:
             raise UsageError(f"{self.metrics} cannot be read: {first_line(error)}") from None
-        return MetricsLog(self._parse(number, line) for number, line in enumerate(lines, start=1))
+        return MetricsLog(self._parse_line(number, line) for number, line in enumerate(lines, 1))
 
-    def _parse(self, number: int, line: str) -> dict[str, Any]:
-        try:
-            values = json.loads(line)
-        except ValueError:
-            values = None
+    def _parse_line(self, number: int, line: str) -> dict[str, Any]:
+        values = _parse(line)
         if not _is_line_of_metrics(values):
             raise UsageError(
                 f"line {number} of {self.metrics} is damaged: fix or delete it, or use a new"
@@ -404,6 +397,14 @@ def _describe_interface(
         "num_train_examples": num_train_examples,
         **(fingerprint or {}),
     }
+
+
+def _parse(text: str | bytes | None) -> Any:
+    """Returns the value of a JSON text; None if it is missing or damaged."""
+    try:
+        return json.loads(text or b"")
+    except ValueError:
+        return None
 
 
 def _is_line_of_metrics(values: Any) -> bool:
