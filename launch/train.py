@@ -79,7 +79,7 @@ def _train() -> None:
     cli.log_lines(
         {
             "finished": f"step {last['step']:,}: validation accuracy {accuracy}, loss {loss}",
-            "result": describe_accuracy(Run.read(run.path.name, workdir)),
+            "result": describe_accuracy(Run.read(run.name, workdir)),
             "written": f"{workdir}: {', '.join(file.name for file in files if file.exists())}",
             "curves": shlex.join(["tensorboard", f"--logdir={workdir}"]),
             "evaluate": shlex.join([*cli.command_line("evaluate"), f"--workdir={workdir}"]),

@@ -23,6 +23,7 @@ from bn_keras.runs.workdir import Workdir
 from bn_keras.training.config import default_config
 from bn_keras.training.evaluator import Evaluator
 from bn_keras.training.loop import train_and_evaluate
+from bn_keras.training.plan import check_workdir
 
 CLASSES = ("cat", "dög 2", "zèbre")
 NUM_TRAIN, NUM_VALIDATION = 10, 4
@@ -242,6 +243,18 @@ def test_each_real_folder_is_visited_once_and_in_its_own_class(root, caplog):
         open_folder(root)
 
 
+@pytest.mark.parametrize("workdir", ["train", "train/cat", "train/cat/../"])
+def test_a_workdir_does_not_lie_among_the_images(workdir, root):
+    config = small_mlp(
+        **{"data.name": "folder", "data.data_dir": str(root), "data.train_split": "train[:90%]"}
+    )
+    with pytest.raises(UsageError, match="is a folder of the images of 'train.* use another"):
+        train_and_evaluate(config, root / workdir)
+    assert not list(root.rglob("config.json"))
+    for apart in (root, root / "train" / "run"):
+        check_workdir(Workdir(apart), config)
+
+
 def test_hidden_folders_and_those_of_runs_are_not_entered(root, caplog):
     content = encoded(np.zeros((9, 9, 3), np.uint8))
     for name in (".ipynb_checkpoints", "@eaDir", "a/.thumbnails", "a/run/plots"):
@@ -401,6 +414,14 @@ def test_labels_are_read_from_a_csv_file(root, delimiter):
     assert (data.num_train_examples, data.num_validation_examples) == (21, 9)
     images, labels, _ = validate(data)
     assert all(level // 60 == c for c, level in zip(labels, levels(images), strict=True))
+
+
+def test_a_space_before_a_quotation_mark_is_no_part_of_a_name(root):
+    images = [file.relative_to(root) for file in (root / "train").rglob("*.*")]
+    rows = [f'{i}, "{i.parts[1]}"' if n % 2 else f"{i},{i.parts[1]}" for n, i in enumerate(images)]
+    (root / "labels.csv").write_text("\n".join(rows))
+    data = open_folder(root, train_split="labels.csv[:70%]", validation_split="labels.csv[70%:]")
+    assert data.class_names == CLASSES
 
 
 @pytest.mark.parametrize("name", ["a\u2028b", "a\x85b", "a\x0cb", "a\nb", "a\r\nb", 'a"b'])

@@ -185,6 +185,26 @@ def test_a_foreign_network_may_return_logits_or_probabilities(kind, tmp_path, tw
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("structure", [lambda x: [x], lambda x: {"out": x}], ids=["list", "dict"])
+def test_a_foreign_network_may_return_its_output_in_a_structure(structure, tmp_path):
+    network = small_network(0, softmax=True)
+    keras.Model([network.inputs[0]], structure(network.outputs[0])).save(tmp_path / "net.keras")
+    images = tf.random.stateless_uniform([3, SIZE, SIZE, 3], [0, 0], -1, 1)
+    logits = load_exported(tmp_path / "net.keras").model(images)
+    np.testing.assert_allclose(tf.nn.softmax(logits), network(images), rtol=1e-5)
+
+
+def test_a_foreign_network_of_integer_images_is_refused(tmp_path):
+    """Preprocessed images, from -1 to 1, would become black."""
+    inputs = keras.Input((8, 8, 1), dtype="uint8")
+    outputs = keras.layers.Dense(10)(
+        keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(inputs))
+    )
+    keras.Model(inputs, outputs).save(tmp_path / "net.keras")
+    with pytest.raises(UsageError, match="a network of uint8 images.*dtype float32"):
+        load_exported(tmp_path / "net.keras")
+
+
 def test_improbable_classes_of_a_foreign_network_are_possible(tmp_path):
     """Their probabilities are 0 in float32, and the mean loss of all images would be infinite."""
     images = keras.Input((1, 3, 1))
@@ -318,6 +338,29 @@ def test_the_config_of_an_evaluation_may_differ_in_what_only_training_uses(tmp_p
     for changes in ({}, {"model.initializer_stddev": 0.5}):
         config = small_mlp(**changes)
         assert choose_config(config, [tmp_path]) == config
+
+
+def test_each_run_has_the_statistics_of_its_own_config(runs, tmp_path):
+    """Whichever run is named first; a config that overrides them applies to all."""
+    config = small_mlp(seed=5, **{"population.when": "end", "population.num_batches": 3})
+    train_and_evaluate(config, tmp_path)
+    shutil.rmtree(tmp_path / "finished")  # As in a run that is not finished.
+    [alone] = evaluate_networks(tmp_path)
+    assert alone["statistics"] == "population"
+    together, reverse = (evaluate_networks(o) for o in ([tmp_path, runs[0]], [runs[0], tmp_path]))
+    assert together[0] == reverse[1] == alone
+    assert together[1] == reverse[0] == evaluate_networks(runs[0])[0]
+    assert reverse[0]["statistics"] == "moving"
+    never = replaced(load_config(str(tmp_path)), {"population.when": "never"})
+    rows = evaluate_networks([tmp_path, runs[0]], never)
+    assert [row["statistics"] for row in rows[:2]] == ["moving", "moving"]
+
+
+def test_evaluators_do_not_cause_warnings_about_retracing(caplog):
+    data, _ = small_data()
+    for _ in range(7):
+        Evaluator([small_network(0)], data, ONE_DEVICE, IMAGES)()
+    assert "retracing" not in caplog.text
 
 
 def test_members_with_other_classes_are_rejected(runs, tmp_path):

@@ -277,6 +277,9 @@ def test_paths_and_class_names_of_any_characters(file_format, workdir, tmp_path)
     assert network.predict([]).shape == (0, 10)
     with pytest.raises(UsageError, match="image 1 cannot be decoded"):
         network.predict([files[0], files[1][:40]])
+    for wrong in (files[0], ["x.png"], [output]):
+        with pytest.raises(UsageError, match="expected a list of the contents of image files"):
+            network.predict(wrong)
 
 
 @pytest.mark.parametrize("names", [ODD_NAMES, ["only"], [f"n{i:08}" for i in range(1000)]])

@@ -229,6 +229,13 @@ def test_images_are_found_below_folders_and_in_lists(folder, tmp_path):
         find_images([tmp_path / "empty"])
 
 
+def test_other_files_of_a_folder_are_named_in_a_warning(folder, caplog):
+    (folder / "a" / "photo.jfif").write_bytes(as_file(photograph(), "JPEG"))
+    (folder / "a" / "photo.heic").write_bytes(b"?")
+    assert str(folder / "a" / "photo.jfif") in find_images([folder])
+    assert "ignoring 2 files in" in caplog.text and "photo.heic" in caplog.text
+
+
 def test_images_are_found_in_a_bucket_and_below_its_folders(memory_bucket):
     names = ["2.PNG", "a/b/1.png"]
     for name in (*names, ".hidden/3.png", "notes.txt"):

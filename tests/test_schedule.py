@@ -164,6 +164,12 @@ def test_the_description_gives_rate_and_length(schedule, steps, said):
     assert schedule.describe(steps, IMAGENET).splitlines() == said
 
 
+@pytest.mark.parametrize(("examples", "period"), [(12, "0.38"), (48, "1.5"), (3200, "100")])
+def test_the_description_does_not_round_short_periods(examples, period):
+    schedule = ExamplesSchedule(0.1, 32, decay_factor=0.96, decay_examples=examples)
+    assert f"multiplied by 0.96 every {period} steps" in schedule.describe(10, 100)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

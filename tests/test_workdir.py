@@ -158,6 +158,12 @@ def test_values_that_are_not_finite_become_null(tmp_path):
     ]
 
 
+def test_a_workdir_has_the_name_of_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Workdir(".").name == Workdir(f"{tmp_path}/").name == tmp_path.name
+    assert Workdir("gs://bucket/runs/a/").name == "a"
+
+
 @pytest.mark.parametrize("text", ["[1]", "{}", '{"model": {}}', '{"model"'])
 def test_a_damaged_config_is_an_error_that_names_it(text, tmp_path):
     (tmp_path / "config.json").write_text(text)

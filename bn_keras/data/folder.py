@@ -11,7 +11,14 @@ from collections.abc import Iterable, Sequence
 from absl import logging
 
 from bn_keras import storage
-from bn_keras.data.folder_walk import EXTENSIONS, Image, is_hidden, walk_classes
+from bn_keras.data.folder_walk import (
+    EXTENSIONS,
+    Image,
+    is_hidden,
+    is_image,
+    log_ignored,
+    walk_classes,
+)
 from bn_keras.data.labels_file import read_labels
 from bn_keras.data.splits import Files, Source
 from bn_keras.errors import UsageError
@@ -211,6 +218,33 @@ def _fingerprint(root: str, splits: Sequence[Classes]) -> dict[str, str]:
     return known | {"file_sizes": sizes.hexdigest()} if are_known else known
 
 
+def check_apart(root: str, splits: Iterable[str], folder: str) -> None:
+    """Raises UsageError if a folder for other files, such as a workdir, holds images of a split.
+
+    Args:
+      root, splits: see `open_folder`.
+      folder: path of the folder, which need not exist.
+    """
+    real = _real_path(folder)
+    for split in splits:
+        images = _real_path(storage.join(root, _parse_split(root, split)["folder"]))
+        if real == images or (os.path.dirname(real) == images and _has_images(real)):
+            raise UsageError(
+                f"workdir {folder} is a folder of the images of {split!r}: use another, because a"
+                " run's own files would be read as images"
+            )
+
+
+def _real_path(path: str) -> str:
+    return os.path.realpath(os.path.expanduser(path)) if is_local(path) else path.rstrip("/")
+
+
+def _has_images(folder: str) -> bool:
+    if is_local(folder):
+        return os.path.isdir(folder) and any(map(is_image, os.listdir(folder)))
+    return any(map(is_image, storage.list_bucket(folder)))
+
+
 def _label_files(classes: Classes) -> Files:
     labelled = [
         (os.fsencode(image.path), label)
@@ -296,10 +330,8 @@ def _list_classes(root: str, split: str, folder: str) -> Classes:
                 )
             classes[spelling] = contents.images
     _check_no_splits(split, folder, classes, names)
-    _log_ignored(folder, [p for c in found.values() for p in c.others], "file", "other extensions")
-    _log_ignored(folder, [p for c in found.values() for p in c.runs], "folder", "runs")
+    log_ignored(folder, found.values())
     repeated = [path for contents in found.values() for path in contents.repeated]
-    _log_ignored(folder, repeated, "link", "folders listed elsewhere")
     same = [path for path in repeated if os.path.dirname(path) == folder.rstrip("/")]
     if same:
         raise UsageError(
@@ -329,15 +361,6 @@ def _normalize(name: str, folder: str) -> str:
         raise UsageError(
             f"the name of class folder {name!r} in {folder} is not UTF-8: rename it"
         ) from None
-
-
-def _log_ignored(folder: str, paths: Sequence[str], noun: str, reason: str) -> None:
-    if paths:
-        what = f"with extensions other than {', '.join(EXTENSIONS)}"
-        what = what if noun == "file" else f"({reason})"
-        logging.warning(
-            "ignoring %s in %s %s: %s", counted(len(paths), noun), folder, what, quoted(paths)
-        )
 
 
 def _list_folders(folder: str) -> list[str]:

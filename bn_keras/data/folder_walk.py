@@ -2,14 +2,18 @@
 
 import collections
 import functools
+import itertools
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from bn_keras.storage import in_parallel, is_local, list_bucket
+from absl import logging
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
+from bn_keras.storage import in_parallel, is_local, list_bucket
+from bn_keras.text import counted, quoted
+
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp")
 
 # Folders that operating systems and archives add; they hold copies and thumbnails.
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
@@ -78,6 +82,21 @@ def walk_folder(folder: str) -> ClassFolder:
     contents = ClassFolder()
     _walk({folder: contents}, pathlib.Path(os.path.realpath(folder)).parents)
     return contents
+
+
+def log_ignored(folder: str, contents: Iterable[ClassFolder]) -> None:
+    """Warns of what the listing of a folder has left out."""
+    contents = list(contents)
+    extensions = ", ".join(EXTENSIONS)
+    for noun, reason, paths in (
+        ("file", f"with extensions other than {extensions}", [c.others for c in contents]),
+        ("folder", "(runs)", [c.runs for c in contents]),
+        ("link", "(folders listed elsewhere)", [c.repeated for c in contents]),
+    ):
+        ignored = list(itertools.chain(*paths))
+        if ignored:
+            what = counted(len(ignored), noun)
+            logging.warning("ignoring %s in %s %s: %s", what, folder, reason, quoted(ignored))
 
 
 def _walk(found: Mapping[str, ClassFolder], containing: Iterable[pathlib.Path]) -> None:

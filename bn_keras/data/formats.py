@@ -25,8 +25,8 @@ _BMP_MAX_SIDE = 2**16
 def decode_other(encoded: tf.Tensor, channels: int) -> tf.Tensor:
     """Decodes an image that is not a JPEG.
 
-    Transparency is dropped; of an animated GIF or PNG the first frame is decoded. An animated WebP
-    is an error, as is a compressed BMP.
+    Transparency is dropped; transparent pixels of a GIF are black. Of an animated GIF or PNG the
+    first frame is decoded. An animated WebP is an error, as is a compressed BMP.
 
     Args:
       encoded: scalar string, a PNG, BMP, GIF or WebP file.

@@ -107,7 +107,10 @@ def _read_rows(text: str, delimiter: str, file: str) -> Iterator[tuple[int, list
     """Yields the number of a line and its cells."""
     # By default, a quotation mark that is never closed swallows all further lines.
     # Without translation of newlines, which a quoted name may contain.
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    # A space before a quotation mark does not make it a part of the name.
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True
+    )
     try:
         for row in reader:
             yield reader.line_num, row

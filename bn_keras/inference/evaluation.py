@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import NotRequired, TypedDict, cast
+from typing import NotRequired, TypedDict
 
 import tensorflow as tf
 from absl import logging
@@ -15,7 +15,7 @@ from bn_keras.errors import UsageError
 from bn_keras.inference.exported import ExportedNetwork, load_exported
 from bn_keras.inference.loading import TrainedNetwork, load_trained
 from bn_keras.population import estimate_population_statistics
-from bn_keras.runs.settings import replaced
+from bn_keras.runs.settings import flatten, replaced
 from bn_keras.runs.workdir import Workdir
 from bn_keras.text import counted, quoted, table
 from bn_keras.training.build import build_data
@@ -69,14 +69,16 @@ def evaluate_networks(
     """Evaluates the networks of runs, exported networks and, of several networks, the ensemble.
 
     The finished network of a run is evaluated, or else that of its latest checkpoint. If this has
-    only moving statistics and the config uses population statistics, these are estimated first. The
-    best network is evaluated as during training: population.when=end does not concern it.
+    only moving statistics and the run's config uses population statistics, these are estimated
+    first. The best network is evaluated as during training: population.when=end does not concern
+    it.
 
     Args:
-      workdirs: folders of the runs.
+      workdirs: folders of the runs, or one of them.
       config: config of the evaluation; None uses that of the first run. If there are runs, its
         model must be that of one of them; the location of the data and the devices may differ. The
-        preprocessing must be that of each network's training.
+        preprocessing must be that of each network's training. Settings that differ from those of
+        the first run replace those of every run.
       crops: each network is evaluated with each of these.
       exported: paths of exported networks; see `load_exported`. Their input is
         preprocessed as the config says.
@@ -92,6 +94,9 @@ def evaluate_networks(
         allow.
       WorkerLostError: another worker has ended or does not answer.
     """
+    workdirs, exported = (
+        [paths] if isinstance(paths, str | os.PathLike) else paths for paths in (workdirs, exported)
+    )
     if not (workdirs or exported):
         raise UsageError("workdirs and exported are empty: pass at least one network")
     config = choose_config(config, workdirs, best)
@@ -101,21 +106,15 @@ def evaluate_networks(
         *(load_exported(path, strategy) for path in exported),
     ]
     paths = [os.fspath(path) for path in (*workdirs, *exported)]
-    # The best network was evaluated before the end, or has population statistics already.
-    by_population = config.population.when == "evaluations" or (
-        config.population.when == "end" and not best
-    )
-    lacking = [by_population and _lacks_population_statistics(network) for network in networks]
-    data = build_data(config, validation_only=not any(lacking))
+    own_configs = [_config_of(network, config, networks[0]) for network in networks]
+    data = build_data(config, validation_only=True)
     for path, network in zip(paths, networks, strict=True):
         _check_fits(network, path, data, config, crops)
     class_names = _match_classes(networks, paths, data)
     with reporting_lost_workers(strategy):
         networks = [
-            _with_population_statistics(cast(TrainedNetwork, network), data, strategy, config)
-            if lacks
-            else network
-            for network, lacks in zip(networks, lacking, strict=True)
+            _with_population_statistics(network, own, strategy, best)
+            for network, own in zip(networks, own_configs, strict=True)
         ]
         subjects = [_subject(path, network) for path, network in zip(paths, networks, strict=True)]
         if len(subjects) > 1:
@@ -287,17 +286,42 @@ def _advise(key: str, value: object) -> str:
     return f"pass the config of its run, --config=WORKDIR, or --config.{key}={value}"
 
 
-def _lacks_population_statistics(network: TrainedNetwork | ExportedNetwork) -> bool:
-    return isinstance(network, TrainedNetwork) and network.lacks_population_statistics
+def _config_of(
+    network: TrainedNetwork | ExportedNetwork,
+    config: ConfigDict,
+    first: TrainedNetwork | ExportedNetwork,
+) -> ConfigDict:
+    """Returns the config of a network's run, with what the config of the evaluation overrides.
+
+    That is what differs from the config of the first run.
+    """
+    if not (isinstance(network, TrainedNetwork) and isinstance(first, TrainedNetwork)):
+        return config
+    own, before = flatten(network.config), flatten(first.config)
+    changed = {
+        key: value
+        for key, value in flatten(config).items()
+        if key in own and before.get(key) != value
+    }
+    return replaced(network.config, changed)
 
 
 def _with_population_statistics(
-    network: TrainedNetwork,
-    data: pipeline.Data,
-    strategy: tf.distribute.Strategy,
+    network: TrainedNetwork | ExportedNetwork,
     config: ConfigDict,
-) -> TrainedNetwork:
-    """Estimates the population statistics of a run's network, in place."""
+    strategy: tf.distribute.Strategy,
+    best: bool,
+) -> TrainedNetwork | ExportedNetwork:
+    """Estimates the population statistics of a network that lacks them but is to have them."""
+    # The best network was evaluated before the end, or has population statistics already.
+    moments = ("evaluations",) if best else ("end", "evaluations")
+    if not (
+        isinstance(network, TrainedNetwork)
+        and network.lacks_population_statistics
+        and config.population.when in moments
+    ):
+        return network
+    data = build_data(config)
     batches = data.train_batches(strategy, global_micro_batch_size(config))
     with data.reporting_errors():
         estimate_population_statistics(

@@ -55,6 +55,13 @@ class ExportedNetwork(NamedTuple):
         Raises:
           UsageError: a file cannot be decoded, or the network's preprocessing is not known.
         """
+        if not all(isinstance(file, bytes) for file in files):
+            raise UsageError(
+                "files are invalid: expected a list of the contents of image files, such as"
+                " [open('image.jpg', 'rb').read()]"
+            )
+        if not files:
+            return np.zeros([0, self.num_classes], np.float32)
         if self.preprocessing is None:
             raise UsageError(
                 "the network's file does not describe its preprocessing: export it again from its"
@@ -108,6 +115,9 @@ def load_exported(
         try:
             with strategy.scope():
                 model, description = read_network(copied)
+                if len(model.inputs) == len(model.outputs) == 1:
+                    # A foreign model may return its only output in a list or a dict.
+                    model = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
         # Keras and the runtimes raise errors of many types for a damaged or foreign file.
         except Exception as error:
             raise UsageError(f"{path} cannot be read as a network: {first_line(error)}") from error
@@ -116,6 +126,11 @@ def load_exported(
         raise UsageError(
             f"{path} is a network with the shapes {', '.join(map(str, shapes))}: expected images"
             " [N, height, width, channels] of one size and one output [N, classes]"
+        )
+    if not keras.backend.is_float_dtype(model.inputs[0].dtype):
+        raise UsageError(
+            f"{path} is a network of {model.inputs[0].dtype} images, but the preprocessed images"
+            " are floating-point numbers: give its input the dtype float32"
         )
     images, outputs = shapes
     names, preprocessing = None, None

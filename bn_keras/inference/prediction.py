@@ -11,7 +11,7 @@ from absl import logging
 
 from bn_keras import storage
 from bn_keras.cores import num_usable_cores
-from bn_keras.data.folder_walk import EXTENSIONS, walk_folder
+from bn_keras.data.folder_walk import EXTENSIONS, log_ignored, walk_folder
 from bn_keras.data.multi_crop import SINGLE_CROP, CropPreprocessing, Crops
 from bn_keras.data.single_image import read_encoded, reporting_undecodable
 from bn_keras.errors import BucketUnavailableError, StorageError, UsageError
@@ -165,6 +165,8 @@ def make_predictor(
     """
     if top_k < 0:
         raise UsageError(f"top_k={top_k} is invalid: expected a positive integer, or 0 for all")
+    if isinstance(workdirs, str | os.PathLike):
+        workdirs = [workdirs]
     if not workdirs:
         raise UsageError("workdirs is empty: expected the folder of at least one run")
     networks = [load_trained(workdir, best=best) for workdir in workdirs]
@@ -206,7 +208,9 @@ def find_images(paths: Iterable[Path], lists: Iterable[Path] = ()) -> list[str]:
             found.append(path)
             continue
         with reading(path):
-            images = walk_folder(path).images
+            contents = walk_folder(path)
+        images = contents.images
+        log_ignored(path, [contents])
         if not images:
             raise UsageError(
                 f"folder {path} has no images: expected files ending in {', '.join(EXTENSIONS)}"

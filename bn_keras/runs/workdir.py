@@ -84,6 +84,12 @@ class Workdir:
         self._lock = make_lock(self.path)
         self._acquire_on_create: Callable[[], None] | None = None
 
+    @property
+    def name(self) -> str:
+        """Name of the folder."""
+        path = os.path.abspath(self.path) if is_local(self.path) else os.fspath(self.path)
+        return os.path.basename(path.rstrip("/"))
+
     def check(self, config: ConfigDict) -> None:
         """Raises UsageError if the path is a file, or the folder of a run of another config.
 

@@ -125,10 +125,12 @@ class Evaluator:
         steps_per_update = math.ceil(self._num_steps / (_PROGRESS_UPDATES if label else 1))
         total = self._data.num_validation_examples
         bar = progress_bar(label, total, unit=" images", is_shown=bool(label))
+        # Tracing explicitly avoids the warning about retracing, which every evaluator does once.
+        run_steps = self._run_steps.get_concrete_function(iterator, tf.constant(0), tf.constant(1))
         with bar, self._data.reporting_errors():
             for start in range(0, self._num_steps, steps_per_update):
                 steps = min(steps_per_update, self._num_steps - start)
-                self._run_steps(iterator, tf.constant(start), tf.constant(steps))
+                run_steps(iterator, tf.constant(start), tf.constant(steps))
                 bar.update(min(steps * self._images_per_step, total - bar.n))
 
     @tf.function

@@ -34,7 +34,7 @@ from bn_keras.training.fine_tuning import Initialization
 from bn_keras.training.graphs import Graphs
 from bn_keras.training.length import early_stop_reason, finish_reason, with_steps
 from bn_keras.training.pitfalls import describe_balance, find_class_pitfalls, find_pitfalls
-from bn_keras.training.plan import describe_changes, describe_replicas
+from bn_keras.training.plan import check_workdir, describe_changes, describe_replicas
 from bn_keras.training.progress import Progress, log
 from bn_keras.training.recorder import Recorder, open_recorder
 from bn_keras.training.restoring import initialize_trainer
@@ -127,7 +127,7 @@ def train_and_evaluate(
     """
     check_config(config)
     run = Workdir(workdir)
-    run.check(config)
+    check_workdir(run, config)
     if finish_reason(run, config):
         return TrainingResult(run.read_metrics()[-1], run.path)
     graphs = graphs or Graphs()
@@ -136,7 +136,7 @@ def train_and_evaluate(
     data = build_data(config)
     config = with_steps(config, data.num_train_examples)
     run.check_length(config.train.steps)
-    label = label or run.path.name
+    label = label or run.name
     log(f"{label}: {data.description}")
     start = _Start(config, run, strategy, data, label, profile_steps, graphs)
     with (

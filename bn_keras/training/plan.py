@@ -5,6 +5,7 @@ import os
 from ml_collections import ConfigDict
 
 from bn_keras.data import sources
+from bn_keras.data.folder import check_apart
 from bn_keras.distribute import describe_devices
 from bn_keras.runs.checkpoint import Checkpoints
 from bn_keras.runs.settings import replaced
@@ -32,10 +33,18 @@ def describe_training(config: ConfigDict, workdir: str | os.PathLike) -> dict[st
     """
     check_config(config)
     run = Workdir(workdir)
-    run.check(config)
+    check_workdir(run, config)
     check_writable(run.path, f"workdir {run.path}")
     progress = describe_progress(run, config)
     return describe_input(config) | {"workdir": f"{run.path}: {progress}"}
+
+
+def check_workdir(run: Workdir, config: ConfigDict) -> None:
+    """Raises UsageError if a config cannot be trained in a workdir; see `Workdir.check`."""
+    run.check(config)
+    data = config.data
+    if data.name == "folder":
+        check_apart(data.data_dir, (data.train_split, data.validation_split), os.fspath(run.path))
 
 
 def describe_input(config: ConfigDict) -> dict[str, str]:

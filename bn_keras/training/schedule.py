@@ -140,7 +140,8 @@ class ExamplesSchedule(keras.optimizers.schedules.LearningRateSchedule):
             rate += ", cosine decay"
         elif self.decay_factor != 1:
             every = self.decay_examples / self.global_batch_size
-            rate += f", multiplied by {self.decay_factor:g} every {every:,.0f} steps"
+            period = f"{every:,.0f}" if every >= 10 else f"{every:.2g}"
+            rate += f", multiplied by {self.decay_factor:g} every {period} steps"
         length = (
             f"{counted(steps, 'step')} of {counted(self.global_batch_size, 'image')} ="
             f" {examples / num_train_examples:,.1f} epochs of"
