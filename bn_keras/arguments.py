@@ -139,20 +139,20 @@ def as_renorm_clipping(clipping: Any) -> dict[str, Any]:
     bounds = dict(clipping or {})
     if set(bounds) - set(_RENORM_BOUNDS):
         raise UsageError(
-            f"renorm_clipping={bounds} is invalid: expected only the keys {list(_RENORM_BOUNDS)}"
+            f"Received invalid keys for renorm_clipping: {bounds}; expected {list(_RENORM_BOUNDS)}"
         )
     values = {name: value for name, value in read_variables(bounds).items() if value is not None}
     floats = {name: _to_float(value) for name, value in values.items()}
     for name, number in floats.items():
         if not number >= 0:
             raise UsageError(
-                f"{name}={values[name]} in renorm_clipping is invalid: expected a non-negative"
-                " number, a variable or None"
+                f"{name} should be non-negative in renorm_clipping: {name}={values[name]}; expected"
+                " a number, a variable or None"
             )
     rmin, rmax = floats.get("rmin", 0.0), floats.get("rmax", math.inf)
     if rmax < rmin:
         raise UsageError(
-            f"rmax={rmax} in renorm_clipping is invalid: expected at least rmin={rmin}"
+            f"rmax should be at least rmin in renorm_clipping: rmax={rmax}, rmin={rmin}"
         )
     return {n: v if is_variable(v) else floats.get(n) for n, v in bounds.items()}
 

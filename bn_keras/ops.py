@@ -941,8 +941,7 @@ def _correct_if_lost(
     """Recomputes the training kernel's outputs if float32 sums have lost the deviations.
 
     On the CPU the kernel adds values one by one in float32. Once the spacing of the sum exceeds the
-    deviations, they are lost (400,000 values: at a mean of about 300 standard deviations). So are
-    squares next to the sum of very many.
+    deviations, they are lost (400,000 values: at a mean of about 300 standard deviations).
 
     Args:
       images: [N, H, W, C].
@@ -958,13 +957,11 @@ def _correct_if_lost(
     # A variance of 0, for which the ratio is 0 too, is right at any mean: the kernel averages the
     # squares of x - mean, which are all 0 only if every value equals the mean (within 1e-19).
     ratio = tf.math.divide_no_nan(tf.square(mean), variance)
-    # Negative, so that any ratio exceeds it, for more values than float32 can sum.
-    limit = inverse * (inverse - 2.0**25 / _MAX_FLOAT32_COUNT)
-    is_lost = tf.reduce_any(ratio > limit)
+    is_lost = tf.reduce_any(ratio > inverse * inverse)
     if tf.executing_eagerly():
         if not is_lost:
             return outputs
-        return [*_train_exactly(images, parameters, epsilon, factor), last]
+        return [*_recompute(images, parameters, epsilon, factor), last]
     recompute, keep = _branches(images.dtype, epsilon, factor)
     chosen = tf.raw_ops.StatelessIf(
         cond=is_lost,
@@ -988,7 +985,7 @@ def _branches(
 
     def recompute(*tensors: tf.Tensor) -> Sequence[tf.Tensor]:
         *parameters, images = tensors[5:]
-        return _train_exactly(images, parameters, epsilon, factor)
+        return _recompute(images, parameters, epsilon, factor)
 
     def keep(*tensors: tf.Tensor) -> Sequence[tf.Tensor]:
         return tensors[:5]
@@ -999,6 +996,39 @@ def _branches(
         return tuple(tf.compat.v1.wrap_function(f, signature) for f in (recompute, keep))
 
 
+def _recompute(
+    images: tf.Tensor, parameters: Sequence[tf.Tensor], epsilon: float, factor: float
+) -> Sequence[tf.Tensor]:
+    """Returns the first five outputs of the training kernel for images with a large mean.
+
+    The kernel gets the deviations from the mean, whose sum loses nothing.
+    """
+    gamma, beta, old_mean, old_variance = parameters
+    axes = [0, 1, 2]
+    exact_mean = tf.reduce_mean(tf.cast(images, tf.float64), axes)
+    shift = tf.cast(exact_mean, tf.float32)
+    # Float32 suffices: the difference is rounded only once.
+    deviation = tf.cast(images, tf.float32) - shift
+    y, mean, variance, _, biased, _ = tf.raw_ops.FusedBatchNormV3(
+        x=deviation,
+        scale=gamma,
+        offset=beta,
+        mean=old_mean if factor == 1 else old_mean - shift,
+        variance=old_variance,
+        epsilon=epsilon,
+        exponential_avg_factor=factor,
+    )
+    if factor == 1:
+        # Near a large mean float32 has few values. The kernel's rounding of the squares, the same
+        # for equal values, then adds up.
+        squares = tf.reduce_mean(tf.square(tf.cast(deviation, tf.float64)), axes)
+        rounding = tf.cast(shift, tf.float64) - exact_mean
+        kernel, biased = biased, tf.cast(squares - tf.square(rounding), tf.float32)
+        variance *= tf.math.divide_no_nan(biased, kernel)
+    # The mean of the deviations, which is no more than a rounding error, is left out.
+    return tf.cast(y, images.dtype), mean + shift, variance, shift, biased
+
+
 def _train_exactly(
     images: tf.Tensor, parameters: Sequence[tf.Tensor], epsilon: float, factor: float
 ) -> tuple[tf.Tensor, ...]:
@@ -1006,8 +1036,7 @@ def _train_exactly(
     gamma, beta, old_mean, old_variance = parameters
     x = tf.cast(images, tf.float32)
     sum_exactly = _Unfused(x, [3], epsilon).sum_exactly
-    channels = _dims(x)[3]
-    count = _size(x) / (channels if isinstance(channels, int) else tf.cast(channels, tf.float32))
+    count = _size(x) / x.shape[3]
     exact_mean = _divide(sum_exactly(x), count)
     mean = tf.cast(exact_mean, tf.float32)
     # Float32 suffices: the difference is rounded only once. The rest of the mean counts where it is

@@ -53,7 +53,7 @@ PYTHON = re.compile(r"(\S+/)?python")
 BN_KERAS = re.compile(r"(\S+/)?bn-keras")
 UNCHECKED = (
     *("gcloud", "kubectl", "sky", "srun", "tensorboard", "curl"),
-    *("source", "export", "for", "wait"),
+    *("source", "export", "for", "wait", "mkdir"),
 )
 DOCKER_FLAGS = {"--gpus", "--privileged", "--network"}
 IMAGE = "bn_keras"

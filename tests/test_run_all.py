@@ -37,10 +37,10 @@ def test_each_network_is_trained_once_and_divergence_is_a_result(tmp_path, monke
     # A run of a version without some setting is reported, but not one with another value.
     saved = tmp_path / "bad" / "config.json"
     older = json.loads(saved.read_text())
-    del older["batch_norm"]["virtual_batch_size"]
+    del older["train"]["label_smoothing"]
     saved.write_text(json.dumps(older))
     assert list(read_ended(configs, tmp_path)) == list(first)
-    with pytest.raises(UsageError, match="has no batch_norm.virtual_batch_size"):
+    with pytest.raises(UsageError, match="has no train.label_smoothing"):
         train_all(configs, tmp_path)
     with pytest.raises(UsageError, match="another config, with .*train.l2=0.0"):
         read_ended({"bad": small_mlp(**{"train.l2": 0.1})}, tmp_path)
