@@ -170,6 +170,11 @@ class PopulationEstimator:
         self._strategy = strategy = strategy or model.distribute_strategy
         found = batch_norm_layers(model)
         layers = [layer for layer in found if layer.built and layer.trainable]
+        if not found:
+            raise UsageError(
+                f"model {model.name!r} has no BatchNormalization, and hence no statistics to"
+                " estimate"
+            )
         if not layers:
             raise UsageError(
                 f"model {model.name!r} has no BatchNormalization to estimate:"

@@ -334,6 +334,16 @@ def test_verdicts_follow_the_accuracies(sentence, changes, expected):
     assert verdict(sentence, all_results(**changes)) == expected
 
 
+def test_runs_that_end_at_very_different_rates_are_not_compared():
+    results = all_results()
+    assert verdict("Decaying the learning rate", results) == HOLDS
+    [run] = results[titles.ABLATIONS["decay"]]
+    constant = [line | {"train/learning_rate": 0.1} for line in run.metrics]
+    results[titles.ABLATIONS["decay"]] = [dataclasses.replace(run, metrics=constant)]
+    found = check_claim(claim("Decaying the learning rate"), results)
+    assert found.verdict == NO_VERDICT and "not comparable" in found.notes[-1]
+
+
 def test_a_diverged_run_is_worse_than_any_other():
     results = all_results()
     assert verdict("Without BN, a learning rate", results) == HOLDS

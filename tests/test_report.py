@@ -692,7 +692,7 @@ def test_every_run_is_listed_with_its_status_and_time(tmp_path):
     assert rows["BN-x30 (seed 1)"][3] == "2"
     assert rows["BN-x30 (seed 1)"][-1] == "over 1 h 30 min"
     assert rows["Inception (seed 0)"][:3] == ["unfinished", "-", "-"]
-    assert "the runs took 3 h 0 min" in text and "last ended 2026-11-21 11:30 UTC." in text
+    assert "the runs took over 3 h 0 min" in text and "last ended 2026-11-21 11:30 UTC." in text
 
 
 def test_a_common_environment_is_described_once(tmp_path):

@@ -44,6 +44,9 @@ from bn_keras.text import counted
 CHANCE_FACTOR = 1.5
 # A network that is worse by less than this is not counted as worse.
 TOLERANCE = 0.01
+# Networks of which one ends at a learning rate more than this multiple of the other's, relative to
+# their initial ones, are not compared.
+MAX_RATE_RATIO = 10
 # Largest relative deviation that rounding explains.
 ROUNDING = {"float64": 1e-12, "float32": 1e-4}
 
@@ -172,8 +175,22 @@ def helps(change: str, results: Results) -> Judgement:
 
 
 def does_not_hurt(change: str, results: Results) -> Judgement:
-    """Tests whether BN-x5 is not worse than without the change."""
-    return _with_notes(change, results, is_not_worse(X5, ABLATIONS[change], results))
+    """Tests whether BN-x5 is not worse than without the change.
+
+    There is no verdict if the runs end at learning rates of different size.
+    """
+    found = _with_notes(change, results, is_not_worse(X5, ABLATIONS[change], results))
+    runs = [*ended_runs(results, X5), *ended_runs(results, ABLATIONS[change])]
+    if any(run.diverged_at is not None for run in runs):
+        return found
+    rates = [_remaining_rate(run) for run in runs]
+    if max(rates) <= MAX_RATE_RATIO * min(rates):
+        return found
+    note = (
+        "At a high learning rate, moving averages give accuracies that are too low, and accuracies"
+        " fluctuate by more than seeds vary, so the last accuracies are not comparable."
+    )
+    return found._replace(verdict=NO_VERDICT, notes=(*found.notes, note))
 
 
 def _with_notes(change: str, results: Results, found: Judgement) -> Judgement:

@@ -24,6 +24,7 @@ from bn_keras.report import scale_invariance
 from bn_keras.report.claim_plots import draw_plots
 from bn_keras.report.claim_tests import (
     CHANCE_FACTOR,
+    MAX_RATE_RATIO,
     TOLERANCE,
     Judgement,
     diverges,
@@ -167,7 +168,11 @@ _ABOUT_THE_LAYER = (
 )
 
 CLAIMS = (
-    Claim("3.1", "Moving averages track the accuracy during training", moving_averages_track),
+    Claim(
+        "3.1",
+        "Moving averages track the accuracy during training within 1 point",
+        moving_averages_track,
+    ),
     *_ABOUT_THE_LAYER,
     Claim(
         "3.3",
@@ -305,13 +310,15 @@ def _list_rules(results: Results) -> str:
         " standard deviation between seeds is taken to be equal for all networks, and is estimated"
         f" from those with several seeds. {_describe_variation(results)}A diverged run counts as"
         " 0%.",
-        "If all networks do vary equally, the rule finds a difference between equally good ones in"
-        " at most one of twenty comparisons. The comparisons are not independent: they share the"
-        " runs of BN-x5 and the estimate of the variation. If that is too low, several are wrong"
-        " together.",
+        "If all networks do vary equally, the rule finds a difference between networks that are"
+        " equally good on these images in at most one of twenty comparisons. The comparisons are"
+        " not independent: they share the runs of BN-x5 and the estimate of the variation. If that"
+        " is too low, several are wrong together. Networks that end at a high learning rate"
+        " probably vary more.",
         f"*{TOO_CLOSE.capitalize()}*: the difference is within the margin.",
         f"*{NO_VERDICT.capitalize()}*: no network has a second seed, or the notes below give"
-        " another reason.",
+        " another reason, such as a network that ends at a learning rate of more than"
+        f" {MAX_RATE_RATIO} times the other's, relative to their initial ones.",
         f"*Does not hurt*, *is not more accurate*: holds if the interval excludes a loss of"
         f" {format_points(TOLERANCE)} or more, the gain that the paper reports for shuffling; a"
         " smaller loss may remain. Does not hold if the network is worse by more than the margin"
@@ -327,7 +334,7 @@ def _list_rules(results: Results) -> str:
         " accuracies.",
         "Moving averages track the accuracy if, at every evaluation, they and population statistics"
         f" give the same weights accuracies that differ by at most {format_points(TOLERANCE)}. The"
-        " momentum of BN-x5 counts.",
+        " momentum of BN-x5 counts. The paper states neither a tolerance nor a momentum.",
     ]
     return "\n".join(f"- {rule}" for rule in rules)
 

@@ -104,7 +104,8 @@ def _describe_time(runs: Sequence[Run]) -> str:
     starts = [start for run in runs for start in run.environment]
     ends = [start["ended"] for start in starts if start["ended"]]
     if ends:
-        wall_time = format_duration(sum(run.wall_seconds for run in runs))
+        over = "over " if len(ends) < len(starts) else ""
+        wall_time = over + format_duration(sum(run.wall_seconds for run in runs))
         first = _format_time(min(start["started"] for start in starts))
         text += (
             f" With compilation, evaluations and checkpoints, the runs took {wall_time}; times of"
