@@ -1,5 +1,6 @@
 """Tests of the paper's claims on runs: each returns the measurement and a verdict."""
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from bn_keras.experiments.titles import (
     X5,
     with_weight_factor,
 )
+from bn_keras.models.bn_inception import VARIANTS
 from bn_keras.report import published, scale_invariance
 from bn_keras.report.longer_inception import select_with_longer_inception
 from bn_keras.report.margins import (
@@ -44,8 +46,8 @@ from bn_keras.text import counted
 CHANCE_FACTOR = 1.5
 # A network that is worse by less than this is not counted as worse.
 TOLERANCE = 0.01
-# Networks of which one ends at a learning rate more than this multiple of the other's, relative to
-# their initial ones, are not compared.
+# Networks with BN are not compared at a step at which one has a learning rate of more than this
+# multiple of the other's, relative to their initial ones.
 MAX_RATE_RATIO = 10
 # Largest relative deviation that rounding explains.
 ROUNDING = {"float64": 1e-12, "float32": 1e-4}
@@ -126,7 +128,8 @@ def trains(titles: Sequence[str], results: Results) -> Judgement:
 def is_better(title: str, other: str, results: Results) -> Judgement:
     """Tests whether a network is better than another."""
     difference = compare(results, title, other)
-    return Judgement(difference.measured, difference.verdict, (difference.resolution,))
+    found = Judgement(difference.measured, difference.verdict, (difference.resolution,))
+    return _unless_rates_differ(title, other, results, found)
 
 
 def is_too_high(title: str, results: Results) -> Judgement:
@@ -166,7 +169,8 @@ def is_not_worse(title: str, other: str, results: Results) -> Judgement:
     """Tests whether a network is worse than another by no more than the tolerance."""
     difference = compare(results, title, other)
     verdict = difference.verdict_not_worse(TOLERANCE)
-    return Judgement(difference.measured, verdict, (difference.resolution,))
+    found = Judgement(difference.measured, verdict, (difference.resolution,))
+    return _unless_rates_differ(title, other, results, found)
 
 
 def helps(change: str, results: Results) -> Judgement:
@@ -175,22 +179,28 @@ def helps(change: str, results: Results) -> Judgement:
 
 
 def does_not_hurt(change: str, results: Results) -> Judgement:
-    """Tests whether BN-x5 is not worse than without the change.
+    """Tests whether BN-x5 is not worse than without the change."""
+    return _with_notes(change, results, is_not_worse(X5, ABLATIONS[change], results))
 
-    There is no verdict if the runs end at learning rates of different size.
-    """
-    found = _with_notes(change, results, is_not_worse(X5, ABLATIONS[change], results))
-    runs = [*ended_runs(results, X5), *ended_runs(results, ABLATIONS[change])]
-    if any(run.diverged_at is not None for run in runs):
+
+def _unless_rates_differ(title: str, other: str, results: Results, found: Judgement) -> Judgement:
+    """Returns a judgement on two networks; without a verdict if one has a much higher rate."""
+    runs = [*ended_runs(results, title), *ended_runs(results, other)]
+    if not all(_is_converging_with_bn(run) for run in runs):
         return found
-    rates = [_remaining_rate(run) for run in runs]
+    step = common_steps(*runs)
+    rates = [_remaining_rate(run, step) for run in runs]
     if max(rates) <= MAX_RATE_RATIO * min(rates):
         return found
     note = (
         "At a high learning rate, moving averages give accuracies that are too low, and accuracies"
-        " fluctuate by more than seeds vary, so the last accuracies are not comparable."
+        " fluctuate by more than seeds vary, so the accuracies are not comparable."
     )
     return found._replace(verdict=NO_VERDICT, notes=(*found.notes, note))
+
+
+def _is_converging_with_bn(run: Run) -> bool:
+    return VARIANTS[run.config.model.variant].batch_norm and run.diverged_at is None
 
 
 def _with_notes(change: str, results: Results, found: Judgement) -> Judgement:
@@ -250,8 +260,9 @@ _CHANGE_NOTES: Mapping[str, Sequence[Callable[[Run, Run], str]]] = {
 }
 
 
-def _remaining_rate(run: Run) -> float:
-    rates = list(run.curve("train/learning_rate").values())
+def _remaining_rate(run: Run, step: float = math.inf) -> float:
+    """Returns the learning rate at a step, by default the last one, relative to the initial one."""
+    rates = [rate for at, rate in run.curve("train/learning_rate").items() if at <= step]
     return rates[-1] / rates[0]
 
 

@@ -317,8 +317,8 @@ def _list_rules(results: Results) -> str:
         " probably vary more.",
         f"*{TOO_CLOSE.capitalize()}*: the difference is within the margin.",
         f"*{NO_VERDICT.capitalize()}*: no network has a second seed, or the notes below give"
-        " another reason, such as a network that ends at a learning rate of more than"
-        f" {MAX_RATE_RATIO} times the other's, relative to their initial ones.",
+        " another reason, such as two networks with BN of which one has more than"
+        f" {MAX_RATE_RATIO} times the other's learning rate, relative to their initial ones.",
         f"*Does not hurt*, *is not more accurate*: holds if the interval excludes a loss of"
         f" {format_points(TOLERANCE)} or more, the gain that the paper reports for shuffling; a"
         " smaller loss may remain. Does not hold if the network is worse by more than the margin"
