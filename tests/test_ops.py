@@ -685,3 +685,17 @@ def test_small_ghost_batches_do_not_unroll_the_graph(shape, size, uses_kernels, 
     assert ("FusedBatchNormV3" in static) == uses_kernels
     if not uses_kernels:
         assert len(static) <= len(operations(None))
+
+
+@pytest.mark.parametrize("is_known", [False, True], ids=["unknown size", "known size"])
+def test_an_empty_batch_of_large_images_produces_no_nan(is_known):
+    shape = [0 if is_known else None, 512, 512, 4]
+    moving = ops.MovingStatistics(tf.fill([4], 2.0), tf.fill([4], 3.0), 0.5, True)
+
+    @tf.function(input_signature=[tf.TensorSpec(shape)])
+    def run(x):
+        return ops.batch_normalize_and_average(x, tf.ones([4]), tf.zeros([4]), EPSILON, moving)
+
+    y, averages = run(tf.zeros([0, 512, 512, 4]))
+    assert y.shape == (0, 512, 512, 4)
+    np.testing.assert_array_equal(averages, [[2.0] * 4, [3.0] * 4])
