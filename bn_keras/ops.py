@@ -136,7 +136,10 @@ def normalize(
     gamma, beta = (_to_statistics_dtype(p, x) for p in (gamma, beta))
     if _should_fuse_inference(x, axes):
         gamma, beta = _with_defaults(gamma, beta, x, axes)
-        return _run_inference_kernel_differentiably(x, mean, variance, gamma, beta, epsilon)
+        statistics = mean, variance, gamma, beta
+        if not tf.executing_eagerly() or record.could_possibly_record():
+            statistics = _move_gradients(*statistics, epsilon)
+        return _run_inference_kernel(x, *statistics, epsilon)
     scale = tf.math.rsqrt(variance + epsilon)
     scale = scale if gamma is None else gamma * scale
     offset = -mean * scale if beta is None else beta - mean * scale
@@ -1076,27 +1079,20 @@ def _run_inference_kernel(
     )[0]
 
 
-def _run_inference_kernel_differentiably(
-    images: tf.Tensor,
-    mean: tf.Tensor,
-    variance: tf.Tensor,
-    gamma: tf.Tensor,
-    beta: tf.Tensor,
-    epsilon: float,
-) -> tf.Tensor:
-    """Like _run_inference_kernel, with gradients of mean and variance, which the kernel lacks.
+def _move_gradients(
+    mean: tf.Tensor, variance: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float
+) -> tuple[tf.Tensor, ...]:
+    """Returns the same values, with the gradients of mean and variance in gamma and beta.
 
-    The statistics enter gamma and beta in terms whose values are exactly 1 and 0.
+    The inference kernel has no gradients of its statistics. These enter gamma and beta in terms
+    whose values are exactly 1 and 0.
     """
-    if tf.executing_eagerly() and not record.could_possibly_record():
-        return _run_inference_kernel(images, mean, variance, gamma, beta, epsilon)
     inverse_stddev = tf.math.rsqrt(variance + epsilon)
     fixed_mean, fixed_variance, fixed_inverse = map(
         tf.stop_gradient, (mean, variance, inverse_stddev)
     )
     beta -= (mean - fixed_mean) * gamma * inverse_stddev
-    gamma *= inverse_stddev / fixed_inverse
-    return _run_inference_kernel(images, fixed_mean, fixed_variance, gamma, beta, epsilon)
+    return fixed_mean, fixed_variance, gamma * (inverse_stddev / fixed_inverse), beta
 
 
 # --- Arithmetic with counts.

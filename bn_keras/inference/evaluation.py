@@ -1,8 +1,9 @@
 """Evaluation of the networks of runs and of exported networks, alone and as an ensemble."""
 
+import itertools
 import os
 from collections.abc import Sequence
-from typing import NotRequired, TypedDict
+from typing import NotRequired, TypedDict, cast
 
 import tensorflow as tf
 from absl import logging
@@ -107,15 +108,23 @@ def evaluate_networks(
     ]
     paths = [os.fspath(path) for path in (*workdirs, *exported)]
     own_configs = [_config_of(network, config, networks[0]) for network in networks]
-    data = build_data(config, validation_only=True)
+    lacking = [
+        _lacks_population_statistics(network, own, best)
+        for network, own in zip(networks, own_configs, strict=True)
+    ]
+    # The training images are usually those of the same data, which is then opened only once.
+    trains_on_data = [flatten(own) == flatten(config) for own in own_configs]
+    needs_training = any(map(all, zip(lacking, trains_on_data, strict=True)))
+    data = build_data(config, validation_only=not needs_training)
     for path, network in zip(paths, networks, strict=True):
         _check_fits(network, path, data, config, crops)
     class_names = _match_classes(networks, paths, data)
     with reporting_lost_workers(strategy):
-        networks = [
-            _with_population_statistics(network, own, strategy, best)
-            for network, own in zip(networks, own_configs, strict=True)
-        ]
+        for number in itertools.compress(range(len(networks)), lacking):
+            own = own_configs[number]
+            own_data = data if trains_on_data[number] else build_data(own)
+            network = cast(TrainedNetwork, networks[number])
+            networks[number] = _with_population_statistics(network, own, own_data, strategy)
         subjects = [_subject(path, network) for path, network in zip(paths, networks, strict=True)]
         if len(subjects) > 1:
             subjects.append({"model": "ensemble", "models": len(subjects)})
@@ -306,22 +315,26 @@ def _config_of(
     return replaced(network.config, changed)
 
 
-def _with_population_statistics(
-    network: TrainedNetwork | ExportedNetwork,
-    config: ConfigDict,
-    strategy: tf.distribute.Strategy,
-    best: bool,
-) -> TrainedNetwork | ExportedNetwork:
-    """Estimates the population statistics of a network that lacks them but is to have them."""
+def _lacks_population_statistics(
+    network: TrainedNetwork | ExportedNetwork, config: ConfigDict, best: bool
+) -> bool:
+    """Returns whether a network has moving statistics only, but its config uses others."""
     # The best network was evaluated before the end, or has population statistics already.
     moments = ("evaluations",) if best else ("end", "evaluations")
-    if not (
+    return (
         isinstance(network, TrainedNetwork)
         and network.lacks_population_statistics
         and config.population.when in moments
-    ):
-        return network
-    data = build_data(config)
+    )
+
+
+def _with_population_statistics(
+    network: TrainedNetwork,
+    config: ConfigDict,
+    data: pipeline.Data,
+    strategy: tf.distribute.Strategy,
+) -> TrainedNetwork:
+    """Estimates the population statistics of a run's network, in place."""
     batches = data.train_batches(strategy, global_micro_batch_size(config))
     with data.reporting_errors():
         estimate_population_statistics(

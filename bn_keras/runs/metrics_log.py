@@ -1,4 +1,4 @@
-"""What the lines of a run's metrics.jsonl say about the run."""
+"""Reads the state of a run from the lines of its metrics.jsonl."""
 
 from typing import Any
 
