@@ -17,8 +17,9 @@ import tensorflow as tf
 from etils import epath
 from etils.epath import gpath, register
 
-from bn_keras import ops, storage
+from bn_keras import storage
 from bn_keras.distribute import make_strategy
+from bn_keras.ops import choice
 
 NUM_REPLICAS = 2
 
@@ -52,9 +53,9 @@ def seeded() -> Iterator[None]:
 @pytest.fixture
 def fuse_small_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes small inputs use the fused kernels, which by default only large ones do."""
-    monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_TRAINING", 0)
-    monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_INFERENCE", 0)
-    monkeypatch.setattr(ops, "_MIN_CHANNELS_TO_FUSE", 1)
+    monkeypatch.setattr(choice, "MIN_SIZE_TO_FUSE_TRAINING", 0)
+    monkeypatch.setattr(choice, "MIN_SIZE_TO_FUSE_INFERENCE", 0)
+    monkeypatch.setattr(choice, "MIN_CHANNELS_TO_FUSE", 1)
 
 
 @pytest.fixture

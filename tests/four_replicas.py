@@ -8,15 +8,15 @@ tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
 )
 
-from bn_keras import ops  # noqa: E402
 from bn_keras.batch_norm import BatchNormalization  # noqa: E402
 from bn_keras.merge import merge_moving_statistics  # noqa: E402
+from bn_keras.ops import choice  # noqa: E402
 
 
 def main():
     # Runs the kernels on small inputs too.
-    ops._MIN_SIZE_TO_FUSE_TRAINING = 0
-    ops._MIN_CHANNELS_TO_FUSE = 1
+    choice.MIN_SIZE_TO_FUSE_TRAINING = 0
+    choice.MIN_CHANNELS_TO_FUSE = 1
     strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(4)])
     rng = np.random.default_rng(0)
     x = (10 * np.arange(8)[:, None] + rng.normal(size=(8, 3))).astype(np.float32)

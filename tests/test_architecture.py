@@ -70,8 +70,8 @@ PUBLIC_DESPITE_UNDERSCORE = {"_asdict", "_exit", "_fields", "_make", "_replace"}
 # TensorFlow has no public API to configure the per-device datasets of MirroredStrategy's iterators.
 PRIVATE_OF_TENSORFLOW = {
     ("bn_keras/distribute/strategy.py", "_create_device_dataset"),
-    ("bn_keras/ops.py", "_FakeOperation"),
-    ("bn_keras/ops.py", "_apply_device_functions"),
+    ("bn_keras/ops/choice.py", "_FakeOperation"),
+    ("bn_keras/ops/choice.py", "_apply_device_functions"),
 }
 
 

@@ -13,7 +13,8 @@ import pytest
 import reference
 import tensorflow as tf
 
-from bn_keras import BatchNormalization, ops
+from bn_keras import BatchNormalization
+from bn_keras.ops import choice
 
 EPSILON = 1e-3
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "mixed_float16": 4e-3, "mixed_bfloat16": 3e-2}
@@ -27,11 +28,11 @@ def implementation(request, monkeypatch):
     The kernels that run are always those for CPUs.
     """
     is_ordinary = request.param == "ordinary"
-    monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_TRAINING", 2**60 if is_ordinary else 0)
-    monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_INFERENCE", 2**60 if is_ordinary else 0)
-    monkeypatch.setattr(ops, "_MIN_CHANNELS_TO_FUSE", 1)
+    monkeypatch.setattr(choice, "MIN_SIZE_TO_FUSE_TRAINING", 2**60 if is_ordinary else 0)
+    monkeypatch.setattr(choice, "MIN_SIZE_TO_FUSE_INFERENCE", 2**60 if is_ordinary else 0)
+    monkeypatch.setattr(choice, "MIN_CHANNELS_TO_FUSE", 1)
     if request.param == "accelerator":
-        monkeypatch.setattr(ops, "_is_on_accelerator", lambda: True)
+        monkeypatch.setattr(choice, "is_on_accelerator", lambda: True)
     return request.param
 
 
@@ -584,7 +585,7 @@ def test_the_device_of_the_layer_decides(scope, is_on_accelerator, is_graph, mon
 
     def ask():
         with tf.device(scope):
-            return ops._is_on_accelerator()
+            return choice.is_on_accelerator()
 
     if is_graph:
         found = []

@@ -6,6 +6,7 @@ import reference
 import tensorflow as tf
 
 from bn_keras import ops
+from bn_keras.ops import choice, kernels
 
 EPSILON = 1e-3
 TOLERANCE = {"float64": 1e-12, "float32": 3e-6, "float16": 4e-3, "bfloat16": 3e-2}
@@ -208,7 +209,7 @@ def test_forward_mode_equals_reverse_mode(path, is_graph, monkeypatch):
     shape = (4, 3, 2)
     kwargs = dict(PATHS.get(path, {}))
     if path == "unfused":
-        monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_TRAINING", 2**30)
+        monkeypatch.setattr(choice, "MIN_SIZE_TO_FUSE_TRAINING", 2**30)
     if path == "masked":
         kwargs["mask"] = _random_mask(shape, rng)
     dtype = "float64" if path == "float64" else "float32"
@@ -289,7 +290,7 @@ def test_branches_and_loops_use_tensors_of_the_graph_around_them(path, control_f
     rng = np.random.default_rng(11)
     shape = (4, 3, 2)
     if path == "unfused":
-        monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_TRAINING", 2**30)
+        monkeypatch.setattr(choice, "MIN_SIZE_TO_FUSE_TRAINING", 2**30)
     inputs = [
         tf.cast(i, tf.float32)
         for i in (rng.normal(size=shape), *_random_parameters(2, rng), rng.normal(size=shape))
@@ -522,14 +523,14 @@ def test_only_lost_deviations_are_recomputed(mean, step, is_recomputed, is_graph
 
     The values near 1e6 differ by the spacing of float32, in 1% of the places.
     """
-    recompute, calls = ops._recompute, []
+    recompute, calls = kernels._recompute, []
 
     def counted(*arguments):
         tf.py_function(lambda: calls.append(1), [], [])
         return recompute(*arguments)
 
-    monkeypatch.setattr(ops, "_recompute", counted)
-    ops._branches.cache_clear()
+    monkeypatch.setattr(kernels, "_recompute", counted)
+    kernels._branches.cache_clear()
     rng = np.random.default_rng(12)
     x = rng.normal(size=(16, 64, 64, 2)).astype(np.float32)
     x[..., 0] = mean + step * (rng.random(x.shape[:-1]) < 0.01)
@@ -539,7 +540,7 @@ def test_only_lost_deviations_are_recomputed(mean, step, is_recomputed, is_graph
         return ops.batch_normalize(x, None, None, EPSILON)
 
     y, moments = (tf.function(normalize) if is_graph else normalize)(x)
-    ops._branches.cache_clear()
+    kernels._branches.cache_clear()
     assert bool(calls) == is_recomputed
     np.testing.assert_allclose(moments.mean, expected[1], rtol=1e-7, atol=1e-6)
     np.testing.assert_allclose(moments.variance, expected[2], rtol=1e-5, atol=1e-14)
@@ -652,8 +653,8 @@ def test_small_inputs_use_ordinary_operations_and_compute_the_same_numbers(monke
 def test_small_inputs_use_the_kernel_if_it_has_no_other_threads_to_wake(
     threads, fused, monkeypatch
 ):
-    monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_TRAINING", 2**16)
-    monkeypatch.setattr(ops.os, "cpu_count", lambda: threads)
+    monkeypatch.setattr(choice, "MIN_SIZE_TO_FUSE_TRAINING", 2**16)
+    monkeypatch.setattr(choice.os, "cpu_count", lambda: threads)
 
     @tf.function
     def transform(x):
@@ -669,7 +670,7 @@ def test_small_inputs_use_the_kernel_if_it_has_no_other_threads_to_wake(
 )
 def test_small_ghost_batches_do_not_unroll_the_graph(shape, size, uses_kernels, monkeypatch):
     """A static batch size must not cost a call of the kernel per ghost batch."""
-    monkeypatch.setattr(ops, "_MIN_SIZE_TO_FUSE_TRAINING", 2**17)
+    monkeypatch.setattr(choice, "MIN_SIZE_TO_FUSE_TRAINING", 2**17)
 
     def operations(first):
         signature = [tf.TensorSpec([first, *shape[1:]])]

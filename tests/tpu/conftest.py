@@ -3,7 +3,8 @@
 import pytest
 import tensorflow as tf
 
-from bn_keras import BatchNormalization, ops
+from bn_keras import BatchNormalization
+from bn_keras.ops import choice
 
 pytest.register_assert_rewrite("lowering")
 
@@ -13,7 +14,7 @@ import lowering  # noqa: E402
 @pytest.fixture
 def on_a_core(monkeypatch):
     """Answers the package's questions about devices and replicas as on a TPU core."""
-    monkeypatch.setattr(ops, "_is_on_accelerator", lambda: True)
+    monkeypatch.setattr(choice, "is_on_accelerator", lambda: True)
     monkeypatch.setattr(tf.distribute, "get_replica_context", lowering.CoreContext)
     monkeypatch.setattr(
         BatchNormalization, "_replicas_may_diverge", lambda layer: not layer.synchronized
