@@ -76,6 +76,11 @@ def batch_norm_layers(model: keras.Layer) -> list[keras.layers.BatchNormalizatio
     return [v for v in all_layers(model) if isinstance(v, keras.layers.BatchNormalization)]
 
 
+def trains_batch_norm(model: keras.Layer) -> bool:
+    """Returns whether a model has a BatchNormalization layer that is not frozen."""
+    return any(layer.trainable for layer in batch_norm_layers(model))
+
+
 # Objects whose attributes may contain variables.
 _OWNERS = (
     keras.Operation,

@@ -17,7 +17,7 @@ import tensorflow as tf
 from bn_keras.errors import BucketUnavailableError, StorageError, UsageError
 from bn_keras.text import first_line
 
-Path = str | os.PathLike
+AnyPath = str | os.PathLike
 
 # Smaller files are read or written in one piece.
 _PIECE_BYTES = 2**26
@@ -38,7 +38,7 @@ _SCHEMES = ("gs", "ram")
 _PATTERN = re.compile(r"[*?\[\]\\\ud800-\udfff]")
 
 
-def is_local(path: Path) -> bool:
+def is_local(path: AnyPath) -> bool:
     """Returns whether a path is on a file system of this machine, not in a bucket.
 
     Raises:
@@ -100,7 +100,7 @@ def reporting_outages(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reading(what: Path) -> Iterator[None]:
+def reading(what: AnyPath) -> Iterator[None]:
     """Turns file errors into StorageError: "WHAT cannot be read: REASON"; see `writing`."""
     with _reporting(f"{what} cannot be read"):
         yield
@@ -130,7 +130,7 @@ def reason_of(error: Exception) -> str:
     return f"the bucket does not answer ({retried[1]})" if retried else reason
 
 
-def read(path: Path) -> bytes | None:
+def read(path: AnyPath) -> bytes | None:
     """Reads a file as it is now; returns None if it does not exist.
 
     Raises:
@@ -146,7 +146,7 @@ def read(path: Path) -> bytes | None:
             return None
 
 
-def read_text(path: Path, what: str, expected: str) -> str:
+def read_text(path: AnyPath, what: str, expected: str) -> str:
     """Reads a text file in UTF-8, with or without a byte order mark.
 
     Args:
@@ -166,7 +166,7 @@ def read_text(path: Path, what: str, expected: str) -> str:
         raise UsageError(f"{what} {path} is not UTF-8: save it in that encoding") from None
 
 
-def copy(source: Path, target: Path) -> bool:
+def copy(source: AnyPath, target: AnyPath) -> bool:
     """Copies a file to or from a bucket; returns whether the source exists.
 
     Raises:
@@ -187,7 +187,7 @@ def copy(source: Path, target: Path) -> bool:
     return True
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: AnyPath, content: str | bytes) -> None:
     """Writes a file; if that fails, the previous file remains."""
     content = content.encode() if isinstance(content, str) else content
     if not is_local(path):
@@ -201,7 +201,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     move(unfinished, path)
 
 
-def move(source: Path, target: Path) -> None:
+def move(source: AnyPath, target: AnyPath) -> None:
     """Moves a local file, and replaces the target completely or not at all.
 
     A local target is in the same file system. The file is flushed to disk before it is renamed, and
@@ -219,7 +219,7 @@ def move(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(output: Path, folder: bool = False) -> Iterator[pathlib.Path]:
+def replacing(output: AnyPath, folder: bool = False) -> Iterator[pathlib.Path]:
     """Yields a local path for a file or a folder, which replaces the output if the block succeeds.
 
     If the block or the replacement fails, a local output is as it was. A folder in a bucket cannot
@@ -290,7 +290,7 @@ def _walk(folder: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def unfinished_folder(target: Path) -> Iterator[pathlib.Path]:
+def unfinished_folder(target: AnyPath) -> Iterator[pathlib.Path]:
     """Creates a local folder for files that are then moved to a folder; removes it at the end.
 
     Its name is always the same, so that the next call removes what an interrupted one has left.
@@ -310,7 +310,7 @@ def unfinished_folder(target: Path) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def local_copy(path: Path) -> Iterator[pathlib.Path]:
+def local_copy(path: AnyPath) -> Iterator[pathlib.Path]:
     """Yields a local path of a file: its own, or that of a temporary copy of a file in a bucket.
 
     If the file does not exist, neither does the path that is yielded.
@@ -329,7 +329,7 @@ def local_copy(path: Path) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def local_folder(path: Path) -> Iterator[pathlib.Path]:
+def local_folder(path: AnyPath) -> Iterator[pathlib.Path]:
     """Yields a local path of a folder: its own, or that of a temporary copy of one in a bucket.
 
     Raises:
@@ -354,7 +354,7 @@ def local_folder(path: Path) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def literal_path(folder: Path) -> Iterator[pathlib.Path]:
+def literal_path(folder: AnyPath) -> Iterator[pathlib.Path]:
     """Yields a path of a local folder that TensorFlow does not read as a pattern.
 
     TensorFlow's readers and writers of checkpoints and SavedModels look for files that match a
@@ -382,13 +382,13 @@ def literal_path(folder: Path) -> Iterator[pathlib.Path]:
         yield link
 
 
-def make_folder(path: Path) -> None:
+def make_folder(path: AnyPath) -> None:
     """Creates a folder and its parents; in a bucket, folders need not be created."""
     if is_local(path):
         os.makedirs(path, exist_ok=True)
 
 
-def check_writable(folder: Path, what: str) -> None:
+def check_writable(folder: AnyPath, what: str) -> None:
     """Checks that a local folder, which need not exist, can be written; skips one in a bucket.
 
     Args:
@@ -422,7 +422,7 @@ def join(folder: str, path: str) -> str:
     return "/".join(name for name in joined.split("/") if name != ".")
 
 
-def exists(path: Path) -> bool:
+def exists(path: AnyPath) -> bool:
     """Returns whether a file or a folder exists.
 
     Raises:
@@ -435,7 +435,7 @@ def exists(path: Path) -> bool:
         return tf.io.gfile.exists(os.fspath(path))
 
 
-def is_folder(path: Path) -> bool:
+def is_folder(path: AnyPath) -> bool:
     """Returns whether a path is an existing folder; raises like `exists`."""
     if is_local(path):
         return os.path.isdir(path)
@@ -447,7 +447,7 @@ def is_folder(path: Path) -> bool:
             return False
 
 
-def list_folder(path: Path) -> list[str]:
+def list_folder(path: AnyPath) -> list[str]:
     """Returns the sorted names in a folder as it is now; none if it does not exist.
 
     In a bucket, it takes a single request.
@@ -480,7 +480,7 @@ def list_bucket(folder: str) -> list[str]:
     return sorted(names)
 
 
-def remove(path: Path) -> None:
+def remove(path: AnyPath) -> None:
     """Removes a file if it exists."""
     with contextlib.suppress(*_MISSING_ERRORS):
         os.remove(path) if is_local(path) else tf.io.gfile.remove(path)
@@ -502,7 +502,7 @@ def in_parallel(calls: Iterable[Callable[[], object]]) -> None:
             pool.shutdown(cancel_futures=True)
 
 
-def _open(path: Path, mode: str) -> IO[Any]:
+def _open(path: AnyPath, mode: str) -> IO[Any]:
     return open(path, mode) if is_local(path) else tf.io.gfile.GFile(os.fspath(path), mode)
 
 
@@ -519,7 +519,7 @@ def _flush_folder(path: str) -> None:
             raise
 
 
-def _flush(path: Path, flags: int) -> None:
+def _flush(path: AnyPath, flags: int) -> None:
     descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)

@@ -231,11 +231,17 @@ def test_a_config_that_lacks_settings_is_reported_on_one_line(config, message):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("crop", "centre", "unknown data.crop 'centre': expected one of inception, shift, none"),
-        ("mixup", -1.0, "data.mixup=-1.0 is invalid: expected 0 or more"),
+        ("data.crop", "centre", "unknown data.crop 'centre': expected one of inception, shift, n"),
+        ("data.mixup", -1.0, "data.mixup=-1.0 is invalid: expected 0 or more"),
+        ("train.precision", "float16", "unknown train.precision 'float16': expected float32, mix"),
+        ("schedule.decay", "linear", "unknown schedule.decay 'linear': expected steps or cosine"),
+        ("batch_norm.momentum", 1.5, "batch_norm.momentum=1.5 is invalid: expected 0 to 1"),
+        ("batch_norm.epsilon", -1.0, "batch_norm.epsilon=-1.0 is invalid: expected 0 or more"),
+        ("model.dropout", 2.0, "model.dropout=2.0 is invalid: expected 0 or more and less than 1"),
+        ("record.unit", -3, "record.unit=-3 is invalid: expected 0 or more"),
     ],
 )
-def test_settings_of_the_data_are_checked_before_the_data_is_opened(key, value, message):
-    config = replaced(load("digits_bn_x5"), {f"data.{key}": value})
+def test_settings_are_checked_before_the_data_is_opened(key, value, message):
+    config = replaced(load("digits_bn_x5"), {key: value})
     with pytest.raises(UsageError, match=message):
         check_config(config)

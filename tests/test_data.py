@@ -22,7 +22,7 @@ from bn_keras.data.random_numbers import RandomNumbers
 from bn_keras.data.shard_batches import ShardBatches
 from bn_keras.data.splits import FINGERPRINTS, spread_over_classes
 from bn_keras.errors import UsageError
-from bn_keras.runs.workdir import Workdir
+from bn_keras.runs.workdir import Interface, Workdir
 from bn_keras.training.config import default_config
 from bn_keras.training.config_files import load_config
 
@@ -764,10 +764,14 @@ def test_a_run_does_not_resume_on_other_images_of_the_same_set(tmp_path):
         return pipeline.open_data(settings(name="odd", data_dir=str(tmp_path)), seed=0)
 
     run, config = Workdir(tmp_path / "run"), default_config()
-    interface = (8, 8, 1), ("cat", "dog"), 16
+    interface = Interface((8, 8, 1), ("cat", "dog"), 16)
+
+    def opened(seed):
+        return interface._replace(fingerprint=open_tfds(seed).fingerprint)
+
     # A run of an older version has no fingerprint.
-    run.create(config, *interface)
-    run.create(config, *interface, open_tfds(0).fingerprint)
-    run.check_data(*interface, open_tfds(0).fingerprint)
+    run.create(config, interface)
+    run.create(config, opened(0))
+    run.check_data(opened(0))
     with pytest.raises(UsageError, match="was started on data with other examples"):
-        run.check_data(*interface, open_tfds(1).fingerprint)
+        run.check_data(opened(1))

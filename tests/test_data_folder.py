@@ -19,7 +19,7 @@ from bn_keras.data import pipeline, shard_batches
 from bn_keras.data.folder_walk import walk_classes
 from bn_keras.data.unreadable_examples import UnreadableExamples
 from bn_keras.errors import UsageError
-from bn_keras.runs.workdir import Workdir
+from bn_keras.runs.workdir import Interface, Workdir
 from bn_keras.training.config import default_config
 from bn_keras.training.evaluator import Evaluator
 from bn_keras.training.loop import train_and_evaluate
@@ -386,17 +386,23 @@ def test_a_run_does_not_resume_on_other_files(root, tmp_path):
     )
     data = open_folder(root)
     run = Workdir(tmp_path / "run")
-    arguments = (config, data.input_shape, data.class_names, data.num_train_examples)
+    interface = Interface(
+        data.input_shape, data.class_names, data.num_train_examples, data.fingerprint
+    )
+    other = interface._replace(fingerprint=data.fingerprint | {"file_sizes": "0"})
     # A run of an older version has no fingerprint; the next start adds it.
-    run.create(*arguments)
-    run.create(*arguments, data.fingerprint)
-    run.create(*arguments, {"file_names": data.fingerprint["file_names"]})
+    run.create(config, interface._replace(fingerprint={}))
+    run.create(config, interface)
+    names = {"file_names": data.fingerprint["file_names"]}
+    run.create(config, interface._replace(fingerprint=names))
     with pytest.raises(UsageError, match="started on data with other file_sizes: use that data"):
-        run.create(*arguments, data.fingerprint | {"file_sizes": "0"})
+        run.create(config, other)
     with pytest.raises(UsageError, match="started on data with other file_sizes: use that data"):
-        run.check_data(*arguments[1:], data.fingerprint | {"file_sizes": "0"})
+        run.check_data(other)
     with pytest.raises(UsageError, match="with other class_names"):
-        run.create(config, data.input_shape, ("a", "b", "c"), data.num_train_examples, {"new": "1"})
+        run.create(
+            config, interface._replace(class_names=("a", "b", "c"), fingerprint={"new": "1"})
+        )
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])

@@ -20,7 +20,7 @@ from bn_keras.inference.exported import load_exported
 from bn_keras.inference.exporter import export_workdir
 from bn_keras.inference.loading import TrainedNetwork, load_trained
 from bn_keras.runs.settings import replaced
-from bn_keras.runs.workdir import Workdir
+from bn_keras.runs.workdir import Interface, Workdir
 from bn_keras.training.config_files import load_config
 from bn_keras.training.evaluator import Evaluator, make_scorer
 from bn_keras.training.loop import train_and_evaluate
@@ -277,7 +277,7 @@ def test_folders_without_a_run_and_other_networks_are_rejected(tmp_path):
     with pytest.raises(UsageError, match="holds no run"):
         evaluate_networks([tmp_path])
     config = small_mlp(**{"train.steps": 2})
-    Workdir(tmp_path).create(config, (8, 8, 1), "0123456789")
+    Workdir(tmp_path).create(config, Interface((8, 8, 1), "0123456789"))
     with pytest.raises(
         UsageError, match="no checkpoint of a trained network.* continue its training"
     ):
@@ -334,7 +334,7 @@ def test_a_run_of_a_version_with_fewer_settings_is_evaluated_and_resumed(runs, t
 
 def test_the_config_of_an_evaluation_may_differ_in_what_only_training_uses(tmp_path):
     trained = small_mlp(**{"model.init_from": "runs/other", "model.freeze": "all_but_head"})
-    Workdir(tmp_path).create(trained, (8, 8, 1), "0123456789")
+    Workdir(tmp_path).create(trained, Interface((8, 8, 1), "0123456789"))
     for changes in ({}, {"model.initializer_stddev": 0.5}):
         config = small_mlp(**changes)
         assert choose_config(config, [tmp_path]) == config

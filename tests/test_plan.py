@@ -14,7 +14,7 @@ from bn_keras.data.splits import Description
 from bn_keras.errors import StorageError, UsageError
 from bn_keras.runs.checkpoint import Checkpoints
 from bn_keras.runs.metrics_log import FINISHED
-from bn_keras.runs.workdir import Workdir
+from bn_keras.runs.workdir import Interface, Workdir
 from bn_keras.training.build import build_model
 from bn_keras.training.dry_run import dry_run
 from bn_keras.training.loop import train_and_evaluate
@@ -53,7 +53,7 @@ def test_the_description_says_how_far_the_run_is(tmp_path):
     assert not list(tmp_path.iterdir())
 
     run = Workdir(workdir)
-    run.create(config, (8, 8, 1), "0123456789")
+    run.create(config, Interface((8, 8, 1), "0123456789"))
     checkpoints = Checkpoints(run.checkpoints, {"model": [keras.Variable(0.0)]})
     checkpoints.save(0)
     assert describe_training(config, workdir)["workdir"] == f"{workdir}: new, to step 60"

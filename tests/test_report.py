@@ -26,7 +26,7 @@ from bn_keras.report import (
 from bn_keras.runs.metrics import MetricsWriter
 from bn_keras.runs.metrics_log import DIVERGED, FINISHED
 from bn_keras.runs.saved_config import SavedConfig
-from bn_keras.runs.workdir import Workdir
+from bn_keras.runs.workdir import Interface, Workdir
 from bn_keras.training import networks
 from configs import (
     cifar10_bn_x30_ensemble,
@@ -476,7 +476,7 @@ def test_a_single_network_or_none_is_no_error():
 
 def write_run(path, config, lines, input_shape=(8, 8, 1)):
     workdir = Workdir(path)
-    workdir.create(config, input_shape, "0123456789")
+    workdir.create(config, Interface(input_shape, "0123456789"))
     with MetricsWriter(workdir, 32) as metrics:
         for line in lines:
             metrics.write(line["step"], {k: v for k, v in line.items() if k != "step"})

@@ -25,7 +25,7 @@ from bn_keras.inference.evaluation import evaluate_networks
 from bn_keras.inference.loading import load_trained
 from bn_keras.models import SigmoidMLP
 from bn_keras.population import estimate_population_statistics
-from bn_keras.runs.workdir import Workdir
+from bn_keras.runs.workdir import Interface, Workdir
 from bn_keras.training import loop, resume_check
 from bn_keras.training.config import default_config
 from bn_keras.training.evaluator import Evaluator
@@ -240,7 +240,8 @@ def test_l2_enters_the_gradient_of_kernels_only():
             variable.assign(value)
         optimizer = keras.optimizers.SGD(1.0)
         trainer = Trainer(model, optimizer, tf.distribute.get_strategy(), 5, l2=l2)
-        trainer.step(images, labels)
+        batch = tf.data.Dataset.from_tensors((images, labels))
+        trainer.train(iter(batch), 1)
         steps.append(
             [b - v.numpy() for b, v in zip(before, model.trainable_variables, strict=True)]
         )
@@ -265,6 +266,19 @@ def test_divergence_names_step_rate_and_checkpoint(tmp_path):
         "examples": 60 * caught.value.step,
         "diverged": True,
     }
+
+
+def test_a_divergence_names_the_rate_of_its_own_step(tmp_path):
+    config = small_mlp(
+        **{"model.variant": "baseline", "schedule.base_rate": 1e38, "schedule.warmup_epochs": 1.0}
+    )
+    assert config.train.steps_per_loop > 2
+    with pytest.raises(TrainingDivergedError) as caught:
+        train_and_evaluate(config, tmp_path)
+    step, num_examples = caught.value.step, 1_500
+    assert step > 1
+    expected = 1e38 * 60 * step / num_examples * (60 / 32)
+    assert f"(learning rate {expected:.6g})" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -679,7 +693,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     for name in ("config.json", "interface.json"):
         (tmp_path / name).unlink()
     other = small_mlp(**{"train.steps": 2, "model.variant": "baseline"})
-    Workdir(tmp_path).create(other, (8, 8, 1), "0123456789")
+    Workdir(tmp_path).create(other, Interface((8, 8, 1), "0123456789"))
     with pytest.raises(UsageError, match="step-2 does not fit this network") as caught:
         load_trained(tmp_path)
     assert "\n" not in str(caught.value)

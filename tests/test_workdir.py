@@ -15,12 +15,12 @@ from bn_keras.errors import StorageError, UsageError, WorkdirInUseError
 from bn_keras.runs import metrics as metrics_module
 from bn_keras.runs.metrics import MetricsWriter
 from bn_keras.runs.metrics_log import FINISHED
-from bn_keras.runs.workdir import Workdir
+from bn_keras.runs.workdir import Interface, Workdir
 from bn_keras.training.build import build_data, build_model
 from bn_keras.training.config import default_config
 from configs import mnist_bn
 
-INTERFACE = ((8, 8, 1), ("cat", "dog"))
+INTERFACE = Interface((8, 8, 1), ("cat", "dog"))
 
 
 @pytest.mark.parametrize("bytes_per_line, most", [(100, 34), (2_000, 25)])
@@ -69,7 +69,7 @@ def test_a_resumed_run_appends_to_its_metrics_in_a_bucket(memory_bucket):
 
 def test_config_and_interface_are_read_as_they_were_written(tmp_path):
     config = default_config()
-    Workdir(tmp_path / "new" / "run").create(config, *INTERFACE)
+    Workdir(tmp_path / "new" / "run").create(config, INTERFACE)
     assert Workdir(tmp_path / "new" / "run").read_config() == config
     assert Workdir(tmp_path / "new" / "run").read_interface() == INTERFACE
     assert Workdir(tmp_path / "new" / "run").read_data_sizes() == (2, 0)
@@ -91,13 +91,13 @@ def test_a_missing_or_damaged_interface_is_an_error_that_names_it(text, tmp_path
 
 def test_only_the_location_of_the_data_may_differ(tmp_path):
     config = default_config()
-    Workdir(tmp_path).create(config, *INTERFACE)
+    Workdir(tmp_path).create(config, INTERFACE)
     config.data.data_dir = "/elsewhere"
     run = Workdir(tmp_path)
     run.check(config)
     assert run.changes(config) == {"data.data_dir": ("", "/elsewhere")}
     # Other commands on the run look for the data where they are now.
-    run.create(config, *INTERFACE)
+    run.create(config, INTERFACE)
     assert Workdir(tmp_path).read_config().data.data_dir == "/elsewhere"
     assert not run.changes(config)
 
@@ -106,12 +106,12 @@ def test_a_relative_data_dir_is_saved_as_an_absolute_path(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     config = default_config()
     config.data.data_dir = "pictures"
-    Workdir(tmp_path / "run").create(config, *INTERFACE)
+    Workdir(tmp_path / "run").create(config, INTERFACE)
     assert Workdir(tmp_path / "run").read_config().data.data_dir == str(tmp_path / "pictures")
     assert config.data.data_dir == "pictures"
     assert not Workdir(tmp_path / "run").changes(config)
     config.data.data_dir = "gs://bucket/data"
-    Workdir(tmp_path / "other").create(config, *INTERFACE)
+    Workdir(tmp_path / "other").create(config, INTERFACE)
     assert Workdir(tmp_path / "other").read_config().data.data_dir == "gs://bucket/data"
 
 
@@ -196,7 +196,7 @@ READERS = {
 def test_a_key_that_an_older_version_did_not_save_is_named(key, readers, tmp_path):
     run = Workdir(tmp_path)
     config = mnist_bn.get_config()
-    run.create(config, *INTERFACE)
+    run.create(config, INTERFACE)
     older = config.to_dict()
     section = older
     *sections, name = key.split(".")
@@ -211,7 +211,7 @@ def test_a_key_that_an_older_version_did_not_save_is_named(key, readers, tmp_pat
 
 def test_a_saved_config_equals_the_original(tmp_path):
     config = default_config()
-    Workdir(tmp_path).create(config, *INTERFACE)
+    Workdir(tmp_path).create(config, INTERFACE)
     read = Workdir(tmp_path).read_config()
     assert read.model == config.model and config.model == read.model
     assert read.copy_and_resolve_references() == config
@@ -234,7 +234,7 @@ def test_a_saved_config_equals_the_original(tmp_path):
 def test_a_damaged_line_of_metrics_is_named_and_kept(line, tmp_path):
     config = default_config()
     workdir = Workdir(tmp_path)
-    workdir.create(config, *INTERFACE)
+    workdir.create(config, INTERFACE)
     damaged = f'{{"step": 1}}\n{line}\n{{"step": 3}}\n'
     workdir.metrics.write_text(damaged)
     with pytest.raises(UsageError, match="line 2 of .*metrics.jsonl is damaged"):
@@ -291,7 +291,7 @@ def acquire_lock(path):
 
 
 def test_one_process_at_a_time_trains_in_a_workdir(tmp_path):
-    Workdir(tmp_path).create(default_config(), *INTERFACE)
+    Workdir(tmp_path).create(default_config(), INTERFACE)
     with Workdir(tmp_path).locked():
         with pytest.raises(UsageError, match="is in use") as caught:
             acquire_lock(tmp_path)
@@ -302,7 +302,7 @@ def test_one_process_at_a_time_trains_in_a_workdir(tmp_path):
 
 
 def test_a_run_copied_from_a_bucket_can_be_locked(tmp_path):
-    Workdir(tmp_path).create(default_config(), *INTERFACE)
+    Workdir(tmp_path).create(default_config(), INTERFACE)
     (tmp_path / "lock").unlink(missing_ok=True)
     (tmp_path / "lock").mkdir()
     (tmp_path / "lock" / "0123.claim").write_text("{}")
@@ -312,7 +312,7 @@ def test_a_run_copied_from_a_bucket_can_be_locked(tmp_path):
 
 
 def test_a_killed_process_releases_its_lock(tmp_path):
-    Workdir(tmp_path).create(default_config(), *INTERFACE)
+    Workdir(tmp_path).create(default_config(), INTERFACE)
     ready, locked = os.pipe()
     child = os.fork()
     if not child:
@@ -331,13 +331,13 @@ def test_a_new_run_is_locked_once_its_folder_exists(tmp_path):
     first, second = (Workdir(tmp_path / "run") for _ in range(2))
     with first.locked(), second.locked():
         assert not (tmp_path / "run").exists()
-        first.create(default_config(), *INTERFACE)
+        first.create(default_config(), INTERFACE)
         with pytest.raises(UsageError, match=f"is in use: process {os.getpid()}"):
-            second.create(default_config(), *INTERFACE)
+            second.create(default_config(), INTERFACE)
         with pytest.raises(UsageError, match="is in use"):
             acquire_lock(tmp_path / "run")
         # A run that is rolled back creates its folder again.
-        first.create(default_config(), *INTERFACE)
+        first.create(default_config(), INTERFACE)
     acquire_lock(tmp_path / "run")
 
 
@@ -345,13 +345,13 @@ def test_a_run_that_another_process_started_and_ended_meanwhile_is_kept(tmp_path
     late, other = Workdir(tmp_path), Workdir(tmp_path)
     with late.locked():
         with other.locked():
-            other.create(default_config(), *INTERFACE)
+            other.create(default_config(), INTERFACE)
         with pytest.raises(UsageError, match="has started a run in .* meanwhile: start again"):
-            late.create(default_config(), *INTERFACE)
+            late.create(default_config(), INTERFACE)
 
 
 def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
-    Workdir(tmp_path).create(default_config(), *INTERFACE)
+    Workdir(tmp_path).create(default_config(), INTERFACE)
 
     def refused(*_):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -397,7 +397,7 @@ def test_the_best_accuracy_is_that_of_evaluations_up_to_a_step(tmp_path):
 def test_a_run_does_not_resume_on_other_data(tmp_path):
     config = mnist_bn.get_config()
     run = Workdir(tmp_path)
-    run.create(config, (8, 8, 1), ("a", "b"), 100)
+    run.create(config, Interface((8, 8, 1), ("a", "b"), 100))
     before = (tmp_path / "interface.json").read_text()
     for shape, names, count, message in (
         ((8, 8, 1), ("a", "b"), 99, r"num_train_examples \(100, now 99\)"),
@@ -405,9 +405,9 @@ def test_a_run_does_not_resume_on_other_data(tmp_path):
         ((8, 8, 3), ("a", "b"), 100, "input_shape"),
     ):
         with pytest.raises(UsageError, match=message):
-            Workdir(tmp_path).create(config, shape, names, count)
+            Workdir(tmp_path).create(config, Interface(shape, names, count))
     assert (tmp_path / "interface.json").read_text() == before
     # A damaged file is written again.
     (tmp_path / "interface.json").write_text(before[:20])
-    Workdir(tmp_path).create(config, (8, 8, 1), ("a", "b"), 100)
+    Workdir(tmp_path).create(config, Interface((8, 8, 1), ("a", "b"), 100))
     assert (tmp_path / "interface.json").read_text() == before

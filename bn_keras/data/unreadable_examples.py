@@ -63,8 +63,8 @@ class UnreadableExamples:
                 raise self.error
             logging.warning("%s (%d of at most %d)", text, self.count, self._limit)
 
-    def fail(self, reason: str) -> UsageError:
-        """Records an error that no limit accepts, and returns it."""
+    def fail(self, reason: str) -> ReportedError:
+        """Records an error that no limit accepts, unless there is one, and returns the recorded."""
         with self._lock:
             self.error = self.error or UsageError(reason)
-            return UsageError(reason)
+            return self.error

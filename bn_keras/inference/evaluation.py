@@ -1,6 +1,6 @@
 """Evaluation of the networks of runs and of exported networks, alone and as an ensemble."""
 
-import itertools
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import NotRequired, TypedDict, cast
@@ -21,6 +21,7 @@ from bn_keras.runs.workdir import Workdir
 from bn_keras.text import counted, quoted, table
 from bn_keras.training.build import build_data
 from bn_keras.training.class_report import ClassReport, ClassRow, format_classes
+from bn_keras.training.config import uses_population
 from bn_keras.training.config_files import read_run_config
 from bn_keras.training.evaluator import EvaluationMetrics, Evaluator
 from bn_keras.training.length import global_micro_batch_size
@@ -49,7 +50,7 @@ class EvaluationRow(_Subject, EvaluationMetrics):
 
     "model" is the path of the network, or "ensemble"; "models" and "crops" are their numbers, and
     "classes" is the number of the network's classes. Only the network of a run has a "step" and
-    "statistics" ("moving" or "population"). "per_class" is present on request.
+    "statistics" ("moving", "population" or "none"). "per_class" is present on request.
     """
 
     crops: int
@@ -57,6 +58,41 @@ class EvaluationRow(_Subject, EvaluationMetrics):
     top1_error: float
     top5_error: float
     per_class: NotRequired[list[ClassRow]]
+
+
+@dataclasses.dataclass
+class _Candidate:
+    """A network to evaluate.
+
+    Attributes:
+      path: path of its run or of its file.
+      network: the network.
+      config: config of its run with the overrides of the evaluation; for an exported network, the
+        config of the evaluation.
+      lacks_statistics: whether it has moving statistics, but its config asks for population
+        statistics.
+    """
+
+    path: str
+    network: TrainedNetwork | ExportedNetwork
+    config: ConfigDict
+    lacks_statistics: bool
+
+    def estimate(self, data: pipeline.Data, strategy: tf.distribute.Strategy) -> None:
+        """Estimates the population statistics of a run's network from the training images."""
+        batches = data.train_batches(strategy, global_micro_batch_size(self.config))
+        with data.reporting_errors():
+            estimate_population_statistics(
+                self.network.model, batches, self.config.population.num_batches, strategy
+            )
+        self.network = cast(TrainedNetwork, self.network)._replace(statistics="population")
+
+    def to_subject(self) -> _Subject:
+        """Returns what the rows say about the network."""
+        subject: _Subject = {"model": self.path, "models": 1}
+        if isinstance(self.network, TrainedNetwork):
+            subject |= {"step": self.network.step, "statistics": self.network.statistics}
+        return subject
 
 
 def evaluate_networks(
@@ -102,36 +138,25 @@ def evaluate_networks(
         raise UsageError("workdirs and exported are empty: pass at least one network")
     config = choose_config(config, workdirs, best)
     strategy = make_strategy(**config.distribution)
-    networks: list[TrainedNetwork | ExportedNetwork] = [
-        *(load_trained(workdir, strategy, best) for workdir in workdirs),
-        *(load_exported(path, strategy) for path in exported),
-    ]
-    paths = [os.fspath(path) for path in (*workdirs, *exported)]
-    own_configs = [_config_of(network, config, networks[0]) for network in networks]
-    lacking = [
-        _lacks_population_statistics(network, own, best)
-        for network, own in zip(networks, own_configs, strict=True)
-    ]
+    candidates = _load_candidates(workdirs, exported, config, strategy, best)
     # The training images are usually those of the same data, which is then opened only once.
-    trains_on_data = [flatten(own) == flatten(config) for own in own_configs]
-    needs_training = any(map(all, zip(lacking, trains_on_data, strict=True)))
+    needs_training = any(c.lacks_statistics and _is_equal(c.config, config) for c in candidates)
     data = build_data(config, validation_only=not needs_training)
-    for path, network in zip(paths, networks, strict=True):
-        _check_fits(network, path, data, config, crops)
-    class_names = _match_classes(networks, paths, data)
+    for candidate in candidates:
+        _check_fits(candidate, data, config, crops)
+    class_names = _match_classes(candidates, data)
     with reporting_lost_workers(strategy):
-        for number in itertools.compress(range(len(networks)), lacking):
-            own = own_configs[number]
-            own_data = data if trains_on_data[number] else build_data(own)
-            network = cast(TrainedNetwork, networks[number])
-            networks[number] = _with_population_statistics(network, own, own_data, strategy)
-        subjects = [_subject(path, network) for path, network in zip(paths, networks, strict=True)]
+        for candidate in candidates:
+            if candidate.lacks_statistics:
+                is_same = _is_equal(candidate.config, config)
+                candidate.estimate(data if is_same else build_data(candidate.config), strategy)
+        subjects = [candidate.to_subject() for candidate in candidates]
         if len(subjects) > 1:
             subjects.append({"model": "ensemble", "models": len(subjects)})
         rows: list[EvaluationRow] = []
         for choice in crops:
             evaluate = Evaluator(
-                [network.model for network in networks],
+                [candidate.network.model for candidate in candidates],
                 data,
                 strategy,
                 config.evaluation.global_batch_size,
@@ -206,24 +231,49 @@ def _describes_same_network(config: ConfigDict, trained: ConfigDict) -> bool:
     )
 
 
-def _match_classes(
-    networks: Sequence[TrainedNetwork | ExportedNetwork], paths: Sequence[str], data: pipeline.Data
-) -> tuple[str, ...]:
+def _load_candidates(
+    workdirs: Sequence[str | os.PathLike],
+    exported: Sequence[str | os.PathLike],
+    config: ConfigDict,
+    strategy: tf.distribute.Strategy,
+    best: bool,
+) -> list[_Candidate]:
+    """Loads the networks of runs and the exported networks, in this order."""
+    candidates = []
+    trained = [load_trained(workdir, strategy, best) for workdir in workdirs]
+    for workdir, network in zip(workdirs, trained, strict=True):
+        own = _with_overrides(network.config, config, trained[0].config)
+        # The best network was evaluated before the end, or has population statistics already.
+        asks = uses_population(own.population.when, is_last=not best)
+        lacks = asks and network.lacks_population_statistics
+        candidates.append(_Candidate(os.fspath(workdir), network, own, lacks))
+    for path in exported:
+        candidates.append(_Candidate(os.fspath(path), load_exported(path, strategy), config, False))
+    return candidates
+
+
+def _is_equal(config: ConfigDict, other: ConfigDict) -> bool:
+    return flatten(config) == flatten(other)
+
+
+def _match_classes(candidates: Sequence[_Candidate], data: pipeline.Data) -> tuple[str, ...]:
     """Returns the classes of the networks' outputs, which contain those of the data.
 
     Raises:
       UsageError: the networks differ in their classes, or the data has a class that they lack.
     """
-    path, count = paths[0], networks[0].num_classes
+    path, count = candidates[0].path, candidates[0].network.num_classes
     # A Keras model that `export_workdir` did not write has no class names.
-    first = next((n.class_names for n in networks if n.class_names is not None), None)
+    named = (c.network.class_names for c in candidates)
+    first = next((names for names in named if names is not None), None)
     if first is None and count == data.num_classes:
         first = data.class_names
-    for network, other in zip(networks, paths, strict=True):
+    for candidate in candidates:
+        network = candidate.network
         if network.num_classes != count or network.class_names not in (None, first):
             raise UsageError(
-                f"the networks in {path} and {other} were trained on different classes: evaluate"
-                " each one alone"
+                f"the networks in {path} and {candidate.path} were trained on different classes:"
+                " evaluate each one alone"
             )
     if first is None:
         raise UsageError(
@@ -255,13 +305,10 @@ def check_classes(data: pipeline.Data, class_names: Sequence[str], path: str) ->
 
 
 def _check_fits(
-    network: TrainedNetwork | ExportedNetwork,
-    path: str,
-    data: pipeline.Data,
-    config: ConfigDict,
-    crops: Sequence[Crops],
+    candidate: _Candidate, data: pipeline.Data, config: ConfigDict, crops: Sequence[Crops]
 ) -> None:
     """Raises UsageError if the network was trained on images that are preprocessed differently."""
+    network, path = candidate.network, candidate.path
     if data.input_shape != network.input_shape:
         height, width, channels = network.input_shape
         if channels != data.input_shape[-1]:
@@ -295,58 +342,18 @@ def _advise(key: str, value: object) -> str:
     return f"pass the config of its run, --config=WORKDIR, or --config.{key}={value}"
 
 
-def _config_of(
-    network: TrainedNetwork | ExportedNetwork,
-    config: ConfigDict,
-    first: TrainedNetwork | ExportedNetwork,
-) -> ConfigDict:
-    """Returns the config of a network's run, with what the config of the evaluation overrides.
+def _with_overrides(trained: ConfigDict, config: ConfigDict, first: ConfigDict) -> ConfigDict:
+    """Returns the config of a run with the overrides of this evaluation.
 
-    That is what differs from the config of the first run.
+    These are the settings in which `config` differs from the config of the first run.
     """
-    if not (isinstance(network, TrainedNetwork) and isinstance(first, TrainedNetwork)):
-        return config
-    own, before = flatten(network.config), flatten(first.config)
+    own, before = flatten(trained), flatten(first)
     changed = {
         key: value
         for key, value in flatten(config).items()
         if key in own and before.get(key) != value
     }
-    return replaced(network.config, changed)
-
-
-def _lacks_population_statistics(
-    network: TrainedNetwork | ExportedNetwork, config: ConfigDict, best: bool
-) -> bool:
-    """Returns whether a network has moving statistics only, but its config uses others."""
-    # The best network was evaluated before the end, or has population statistics already.
-    moments = ("evaluations",) if best else ("end", "evaluations")
-    return (
-        isinstance(network, TrainedNetwork)
-        and network.lacks_population_statistics
-        and config.population.when in moments
-    )
-
-
-def _with_population_statistics(
-    network: TrainedNetwork,
-    config: ConfigDict,
-    data: pipeline.Data,
-    strategy: tf.distribute.Strategy,
-) -> TrainedNetwork:
-    """Estimates the population statistics of a run's network, in place."""
-    batches = data.train_batches(strategy, global_micro_batch_size(config))
-    with data.reporting_errors():
-        estimate_population_statistics(
-            network.model, batches, config.population.num_batches, strategy
-        )
-    return network._replace(statistics="population")
-
-
-def _subject(path: str, network: TrainedNetwork | ExportedNetwork) -> _Subject:
-    if isinstance(network, ExportedNetwork):
-        return {"model": path, "models": 1}
-    return {"model": path, "models": 1, "step": network.step, "statistics": network.statistics}
+    return replaced(trained, changed)
 
 
 def _row(

@@ -18,7 +18,7 @@ from bn_keras.errors import AgreementError, UsageError
 from bn_keras.fold import FoldReport, fold_batch_norm
 from bn_keras.inference.evaluation import check_classes
 from bn_keras.inference.exported import EXTRA_ASSETS, ExportedNetwork, load_exported
-from bn_keras.inference.loading import TrainedNetwork, load_trained
+from bn_keras.inference.loading import TrainedNetwork, describe_statistics, load_trained
 from bn_keras.inference.network_description import FILE_NAME, NetworkDescription
 from bn_keras.inference.onnx_export import ONNXNetwork, check_onnx, write_onnx
 from bn_keras.inference.quantization import (
@@ -68,7 +68,7 @@ class ExportReport:
         lines += [
             f"round trip verified: largest difference {self.largest_difference:.2g} in outputs of"
             f" up to {self.largest_output:.3g}",
-            f"{self.output}: step {self.step}, {self.statistics} statistics,"
+            f"{self.output}: step {self.step}, {describe_statistics(self.statistics)},"
             f" {self.num_bytes / 1e6:.1f} MB, loads with {self.reader}",
         ]
         return "\n".join(lines)

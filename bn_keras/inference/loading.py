@@ -10,10 +10,11 @@ from ml_collections import ConfigDict
 
 from bn_keras.data.transforms import Preprocessing
 from bn_keras.errors import UsageError
-from bn_keras.keras_internals import batch_norm_layers
+from bn_keras.keras_internals import batch_norm_layers, trains_batch_norm
 from bn_keras.runs.checkpoint import Checkpoints
 from bn_keras.runs.metrics_log import ACCURACY
 from bn_keras.runs.workdir import Workdir
+from bn_keras.training.config import uses_population
 from bn_keras.training.restoring import restore_network
 
 
@@ -24,8 +25,8 @@ class TrainedNetwork(NamedTuple):
       model: network from images float32 [N, *input_shape] to logits [N, classes].
       config: config of the run.
       step: step of the checkpoint.
-      statistics: the statistics of its BatchNormalization layers: "moving", or "population" if the
-        run estimated them.
+      statistics: the statistics of its BatchNormalization layers: "moving", "population" if the run
+        estimated them, or "none" without such layers.
       input_shape: (height, width, channels).
       class_names: name of each logit, in order.
       preprocessing: turns an image into the network's input.
@@ -45,15 +46,14 @@ class TrainedNetwork(NamedTuple):
         return len(self.class_names)
 
     @property
-    def is_frozen(self) -> bool:
-        """Whether all BatchNormalization layers are frozen and keep their statistics."""
-        layers = batch_norm_layers(self.model)
-        return bool(layers) and not any(layer.trainable for layer in layers)
-
-    @property
     def lacks_population_statistics(self) -> bool:
-        """Whether its moving statistics can be replaced by population statistics."""
-        return self.statistics != "population" and not self.is_frozen
+        """Whether it has moving statistics in layers that are not frozen."""
+        return self.statistics == "moving" and trains_batch_norm(self.model)
+
+
+def describe_statistics(statistics: str) -> str:
+    """Returns a network's statistics in words, such as "moving statistics"."""
+    return "no BN" if statistics == "none" else f"{statistics} statistics"
 
 
 def load_trained(
@@ -88,8 +88,8 @@ def load_trained(
             f" that can be read: {advice}"
         )
     config, step, input_shape = network.config, network.step, network.input_shape
-    statistics = "moving"
-    if network.folder != run.checkpoints:
+    statistics = "moving" if batch_norm_layers(network.model) else "none"
+    if statistics == "moving" and network.folder != run.checkpoints:
         statistics = _evaluated_statistics(run, step, best, config.population.when)
     preprocessing = Preprocessing(input_shape[:2], crop=config.data.crop, binary=config.data.binary)
     return TrainedNetwork(
@@ -116,5 +116,4 @@ def _evaluated_statistics(run: Workdir, step: int, best: bool, population_when: 
     if lines and "validation/statistics" in lines[-1]:
         return lines[-1]["validation/statistics"]
     # Resuming from an earlier checkpoint drops the later lines, but keeps the networks.
-    with_population = ("evaluations",) if best else ("end", "evaluations")
-    return "population" if population_when in with_population else "moving"
+    return "population" if uses_population(population_when, is_last=not best) else "moving"

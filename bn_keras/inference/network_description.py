@@ -18,7 +18,7 @@ class NetworkDescription(NamedTuple):
       input_shape: (height, width, channels).
       preprocessing: turns an image into the network's input.
       step: step of the run that the weights are from.
-      statistics: "moving" or "population"; see `TrainedNetwork`.
+      statistics: "moving", "population" or "none"; see `TrainedNetwork`.
     """
 
     class_names: tuple[str, ...]

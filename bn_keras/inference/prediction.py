@@ -15,14 +15,12 @@ from bn_keras.data.folder_walk import EXTENSIONS, log_ignored, walk_folder
 from bn_keras.data.multi_crop import SINGLE_CROP, CropPreprocessing, Crops
 from bn_keras.data.single_image import read_encoded, reporting_undecodable
 from bn_keras.errors import BucketUnavailableError, StorageError, UsageError
-from bn_keras.inference.loading import TrainedNetwork, load_trained
-from bn_keras.storage import read_text, reading
+from bn_keras.inference.loading import TrainedNetwork, describe_statistics, load_trained
+from bn_keras.storage import AnyPath, read_text, reading
 from bn_keras.training.evaluator import make_scorer
 
 # Largest number of crops that a network is called with.
 _MAX_BATCH_SIZE = 36
-
-Path = str | os.PathLike
 
 
 class Prediction(NamedTuple):
@@ -62,8 +60,6 @@ class Predictor:
         top_k: int,
     ) -> None:
         self.class_names = tuple(class_names)
-        self._channels = channels
-        self._preprocessing = preprocessing
         self._batch_size = max(1, _MAX_BATCH_SIZE // preprocessing.crops.count)
         self._read = tf.function(
             lambda encoded: preprocessing.process_encoded(encoded, None, channels),
@@ -80,7 +76,7 @@ class Predictor:
 
         self._most_probable = most_probable
 
-    def __call__(self, path: Path) -> list[Prediction]:
+    def __call__(self, path: AnyPath) -> list[Prediction]:
         """Returns the most probable classes of an image.
 
         Raises:
@@ -89,7 +85,7 @@ class Predictor:
         """
         return self._predict([self._open(path)])[0]
 
-    def predict_all(self, paths: Iterable[Path]) -> Iterator[ImagePrediction]:
+    def predict_all(self, paths: Iterable[AnyPath]) -> Iterator[ImagePrediction]:
         """Yields the predictions for images, in order; unreadable ones do not end the iteration.
 
         Images are read in parallel and predicted in batches.
@@ -112,7 +108,7 @@ class Predictor:
                 for path, (_, error) in zip(chunk, opened, strict=True):
                     yield ImagePrediction(path, [] if error else next(predicted), error)
 
-    def _open(self, path: Path) -> tf.Tensor | tuple[tf.Tensor, ...]:
+    def _open(self, path: AnyPath) -> tf.Tensor | tuple[tf.Tensor, ...]:
         encoded = read_encoded(path)
         with reporting_undecodable(path, encoded):
             return self._read(encoded)
@@ -179,7 +175,8 @@ def make_predictor(
         return network.class_names, network.input_shape, preprocessing.binary, crop
 
     for workdir, network in zip(workdirs, networks, strict=True):
-        logging.info("%s: step %d, %s statistics", workdir, network.step, network.statistics)
+        statistics = describe_statistics(network.statistics)
+        logging.info("%s: step %d, %s", workdir, network.step, statistics)
         if kind(network) != kind(first):
             raise UsageError(
                 f"the network in {workdir} differs from that in {workdirs[0]} in its classes or its"
@@ -190,7 +187,7 @@ def make_predictor(
     return Predictor(first.class_names, first.input_shape[-1], preprocessing, score, top_k)
 
 
-def find_images(paths: Iterable[Path], lists: Iterable[Path] = ()) -> list[str]:
+def find_images(paths: Iterable[AnyPath], lists: Iterable[AnyPath] = ()) -> list[str]:
     """Returns the paths of images: files, the images below folders, and the lines of lists.
 
     Args:

@@ -77,7 +77,7 @@ def suitable_crops(workdir: str | os.PathLike) -> Crops:
     smallest scale if it shows whole images only.
     """
     run = Workdir(workdir)
-    config, (input_shape, _) = run.read_config(), run.read_interface()
+    config, input_shape = run.read_config(), run.read_interface().input_shape
     is_square = not config.data.image_size and input_shape[0] == input_shape[1]
     return Crops(
         scales=1 if config.data.crop in _WHOLE_IMAGES else 4,

@@ -72,7 +72,8 @@ class Checkpoints:
         self._keep = keep
         self._writes = writes
         self._verify_owner = verify_owner
-        self._damaged: set[int] = set()
+        # Steps whose files do not count: damaged, or not before the step that is being saved.
+        self._ignored: set[int] = set()
 
     @property
     def latest(self) -> str | None:
@@ -80,13 +81,13 @@ class Checkpoints:
 
         Checkpoints that `restore` found to be damaged do not count.
         """
-        steps = self._files().keys() - self._damaged
+        steps = self._files().keys() - self._ignored
         return self._path(max(steps)) if steps else None
 
     @property
     def latest_step(self) -> int:
         """Step of the latest checkpoint; 0 if there is none."""
-        return max(self._files().keys() - self._damaged, default=0)
+        return max(self._files().keys() - self._ignored, default=0)
 
     def save(self, step: int) -> None:
         """Saves a step, and removes old checkpoints.
@@ -101,26 +102,26 @@ class Checkpoints:
         if not self._writes:
             return
         files = self._files()
-        self._damaged |= {other for other in files if other >= step}
+        self._ignored |= {other for other in files if other >= step}
         intact = "there is no earlier one"
-        if earlier := files.keys() - self._damaged:
+        if earlier := files.keys() - self._ignored:
             intact = f"that of step {max(earlier)} is intact"
         with writing(
             f"the checkpoint of step {step} in {self._folder}",
             f"{intact}; fix the cause and start again",
         ):
             names = self._write(step)
-            self._damaged.discard(step)
+            self._ignored.discard(step)
             files[step] = [self._folder / name for name in names]
             self._verify_owner()
-            kept = set(sorted(files.keys() - self._damaged)[-self._keep :])
+            kept = set(sorted(files.keys() - self._ignored)[-self._keep :])
             storage.in_parallel(
                 [
                     functools.partial(self._write_state, step),
                     *(functools.partial(_remove, files[old]) for old in files.keys() - kept),
                 ]
             )
-            self._damaged &= kept
+            self._ignored.clear()
 
     def restore(self) -> int:
         """Restores the latest checkpoint and returns its step; 0 if there is none.
@@ -140,7 +141,7 @@ class Checkpoints:
             except _DAMAGE_ERRORS as error:
                 # Without files, it is not damaged: a run in progress has removed it meanwhile.
                 if files := self._files().get(step):
-                    self._damaged.add(step)
+                    self._ignored.add(step)
                     reason = f"{path} is damaged ({reason_of(error)})"
                     logging.warning("checkpoint %s: restoring the one before it", reason)
                     # Without an index, it is left from an interrupted save, and nothing is lost.

@@ -54,7 +54,7 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run reached its last step."""
+        """Whether the run has ended normally: at its last step, or by an early stop."""
         return self.metrics.is_finished
 
     @property

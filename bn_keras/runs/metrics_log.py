@@ -6,7 +6,7 @@ from typing import Any
 ACCURACY = "validation/accuracy"
 # Key in the last line of a finished run: a hash over all of its variables.
 FINISHED = "variables_sha256"
-# Key in the line of the step at which a run's loss stopped being finite.
+# Key in the line of the step at which a run's loss or a variable was no longer finite.
 DIVERGED = "diverged"
 # Key in the line of the step that a diverged run was rolled back to: number of the retry.
 RETRY = "retry"
@@ -22,7 +22,7 @@ class MetricsLog(list[dict[str, Any]]):
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run has reached its end."""
+        """Whether the run has ended normally: at its last step, or by an early stop."""
         return any(FINISHED in line for line in self[-1:])
 
     @property

@@ -4,8 +4,9 @@ import contextlib
 import datetime
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 from etils import epath
@@ -27,6 +28,33 @@ from bn_keras.text import first_line
 
 # One line of metrics.jsonl.
 Metrics = dict[str, float | str | None]
+
+
+class Interface(NamedTuple):
+    """What a run takes from its data: the content of interface.json.
+
+    Attributes:
+      input_shape: (height, width, channels) of the network's input.
+      class_names: one per logit, in order.
+      num_train_examples: examples per epoch, which order and schedule depend on.
+      fingerprint: hashes of the data's files by name; those that were unknown before, or are
+        unknown now, are not compared.
+    """
+
+    input_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    num_train_examples: int = 0
+    fingerprint: Mapping[str, str] = types.MappingProxyType({})
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the object of interface.json."""
+        return {
+            "input_shape": list(self.input_shape),
+            "class_names": list(self.class_names),
+            "num_train_examples": self.num_train_examples,
+            **self.fingerprint,
+        }
+
 
 # Sections that every config has.
 _SECTIONS = ("model", "batch_norm", "data", "train")
@@ -177,26 +205,15 @@ class Workdir:
         """Raises WorkdirInUseError if another process has taken over a locked folder."""
         self._lock.verify()
 
-    def create(
-        self,
-        config: ConfigDict,
-        input_shape: Sequence[int],
-        class_names: Sequence[str],
-        num_train_examples: int = 0,
-        fingerprint: Mapping[str, str] | None = None,
-    ) -> None:
-        """Creates the folder and the files that describe the run; keeps those that exist.
+    def create(self, config: ConfigDict, interface: Interface) -> None:
+        """Creates the folder and the files that describe the run.
 
-        Only settings that have changed are replaced in an existing config. A relative data.data_dir
-        is saved as an absolute path, so that the run can be evaluated from any folder.
+        An existing config.json is replaced if a setting has changed. A relative data.data_dir is
+        saved as an absolute path, so that the run can be evaluated from any folder.
 
         Args:
           config: config of the run.
-          input_shape: (height, width, channels) of the network's input.
-          class_names: one per logit, in order.
-          num_train_examples: examples per epoch, which order and schedule depend on.
-          fingerprint: hashes of the data's files by name; those that were unknown before, or are
-            unknown now, are not compared.
+          interface: what the run takes from its data.
 
         Raises:
           UsageError: the run was started on other data, or another process has started a run in
@@ -204,12 +221,7 @@ class Workdir:
           WorkdirInUseError: another process trains in the folder.
           StorageError: the folder cannot be written.
         """
-        interface = _describe_interface(input_shape, class_names, num_train_examples, fingerprint)
-        settings = _with_absolute_paths(config)
-        changed = self.changes(config)
-        contents: dict[epath.Path, dict[str, Any]] = {self._config: settings}
-        if not self._check_interface(interface):
-            contents[self._interface] = interface
+        knows_interface = self.check_data(interface)
         if not self.writes:
             return
         with writing(f"workdir {self.path}"):
@@ -224,21 +236,29 @@ class Workdir:
                     )
             if read(self.metrics) is None:
                 self._write(self.metrics, "")
-            for file, content in contents.items():
-                if file == self._interface or changed or read(file) is None:
-                    self._write(file, json.dumps(content, indent=2) + "\n")
+            if not self.exists() or self.changes(config):
+                self._write_json(self._config, _with_absolute_paths(config))
+            if not knows_interface:
+                self._write_json(self._interface, interface.to_json())
 
-    def check_data(
-        self,
-        input_shape: Sequence[int],
-        class_names: Sequence[str],
-        num_train_examples: int,
-        fingerprint: Mapping[str, str] | None = None,
-    ) -> None:
-        """Raises UsageError if the run was started on other data; see `create`."""
-        self._check_interface(
-            _describe_interface(input_shape, class_names, num_train_examples, fingerprint)
-        )
+    def check_data(self, interface: Interface) -> bool:
+        """Returns whether interface.json exists and has all values.
+
+        Raises:
+          UsageError: the run was started on other data.
+        """
+        now, before = interface.to_json(), self._read_interface()
+        known = now.keys() & before.keys()
+        differing = [key for key in now if key in known and before[key] != now[key]]
+        if differing:
+            key = differing[0]
+            values = f" ({before[key]}, now {now[key]})" if key in _SHORT_VALUES else ""
+            raise UsageError(
+                f"the run in {self.path} was started on data with other {key}{values}: use that"
+                " data, or a new workdir"
+            )
+        # A file of an older version lacks keys, and gets them; none is dropped.
+        return len(known) == len(now)
 
     def exists(self) -> bool:
         """Returns whether there is a run in the folder."""
@@ -248,20 +268,8 @@ class Workdir:
         self.verify_owner()
         storage.write_atomically(path, text)
 
-    def _check_interface(self, interface: Mapping[str, Any]) -> bool:
-        """Returns whether interface.json is intact; raises UsageError if its values differ."""
-        before = self._read_interface()
-        known = interface.keys() & before.keys()
-        differing = [key for key in interface if key in known and before[key] != interface[key]]
-        if differing:
-            key = differing[0]
-            values = f" ({before[key]}, now {interface[key]})" if key in _SHORT_VALUES else ""
-            raise UsageError(
-                f"the run in {self.path} was started on data with other {key}{values}: use that"
-                " data, or a new workdir"
-            )
-        # A file of an older version lacks keys, and gets them; none is dropped.
-        return len(known) == len(interface)
+    def _write_json(self, path: epath.Path, value: Any) -> None:
+        self._write(path, json.dumps(value, indent=2) + "\n")
 
     def read_config(self) -> SavedConfig:
         """Reads the config of the run, locked.
@@ -284,16 +292,17 @@ class Workdir:
             raise UsageError(f"{self._config} is not a config: it has no {', '.join(missing)}")
         return SavedConfig(config, self._config).lock()
 
-    def read_interface(self) -> tuple[tuple[int, int, int], tuple[str, ...]]:
-        """Reads the input shape and the class names of the run's network, as passed to `create`.
+    def read_interface(self) -> Interface:
+        """Reads what the run takes from its data, as passed to `create`.
 
         Raises:
           UsageError: they cannot be read.
         """
-        interface = self._read_interface()
+        values = self._read_interface()
         try:
-            height, width, channels = interface["input_shape"]
-            return (height, width, channels), tuple(interface["class_names"])
+            height, width, channels = values.pop("input_shape")
+            names, count = tuple(values.pop("class_names")), values.pop("num_train_examples", 0)
+            return Interface((height, width, channels), names, count, values)
         except (ValueError, KeyError, TypeError):
             raise UsageError(
                 f"{self._interface} is missing or damaged: start the run's training again, which"
@@ -313,7 +322,7 @@ class Workdir:
 
         def record() -> None:
             if self.writes:
-                self._write(self._environment, json.dumps([*earlier, start], indent=2) + "\n")
+                self._write_json(self._environment, [*earlier, start])
 
         with writing(f"workdir {self.path}"):
             record()
@@ -388,21 +397,6 @@ def _with_absolute_paths(config: ConfigDict) -> dict[str, Any]:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _describe_interface(
-    input_shape: Sequence[int],
-    class_names: Sequence[str],
-    num_train_examples: int,
-    fingerprint: Mapping[str, str] | None,
-) -> dict[str, Any]:
-    """Returns the content of interface.json."""
-    return {
-        "input_shape": list(input_shape),
-        "class_names": list(class_names),
-        "num_train_examples": num_train_examples,
-        **(fingerprint or {}),
-    }
 
 
 def _parse(text: str | bytes | None) -> Any:

@@ -20,8 +20,6 @@ from bn_keras.training.length import global_micro_batch_size, num_steps
 from bn_keras.training.schedule import ExamplesSchedule
 from bn_keras.training.step import Trainer
 
-_PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
-
 
 def build_data(
     config: ConfigDict, source: Source | None = None, validation_only: bool = False
@@ -63,11 +61,6 @@ def build_model(
     if builder is None:
         raise UsageError(
             f"unknown model.name {config.model.name!r}: expected one of {', '.join(_BUILDERS)}"
-        )
-    if config.train.precision not in _PRECISIONS:
-        raise UsageError(
-            f"unknown train.precision {config.train.precision!r}: expected one of"
-            f" {', '.join(_PRECISIONS)}"
         )
     batch_norm = dict(
         momentum=config.batch_norm.momentum,

@@ -7,6 +7,7 @@ source.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -256,7 +257,9 @@ _POSITIVE = (
     "model.initializer_stddev",
 )
 _NOT_NEGATIVE = (
+    "batch_norm.epsilon",
     "batch_norm.virtual_batch_size",
+    "record.unit",
     "train.l2",
     "train.epochs",
     "evaluation.every_epochs",
@@ -266,9 +269,20 @@ _NOT_NEGATIVE = (
     "schedule.warmup_epochs",
     "model.auxiliary_weight",
 )
+_CHOICES = {
+    "train.precision": ("float32", "mixed_bfloat16", "mixed_float16"),
+    "schedule.decay": ("steps", "cosine"),
+    "population.when": ("never", "end", "evaluations"),
+}
 # With a mini-batch of up to a million examples, 64 bits hold the number of examples of a run.
 _LARGEST = 10**12
-_FRACTIONS = ("train.momentum", "train.label_smoothing", "train.ema", "train.until_accuracy")
+_FRACTIONS = (
+    "model.dropout",
+    "train.momentum",
+    "train.label_smoothing",
+    "train.ema",
+    "train.until_accuracy",
+)
 
 
 def check_config(config: ConfigDict) -> None:
@@ -282,6 +296,11 @@ def check_config(config: ConfigDict) -> None:
     _check_range(config, _NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "0 or more")
     _check_range(config, _FRACTIONS, lambda value: 0 <= value < 1, "0 or more and less than 1")
     _check_range(config, ["train.retry_factor"], lambda value: value <= 1, "at most 1")
+    _check_range(config, ["batch_norm.momentum"], lambda value: 0 <= value <= 1, "0 to 1")
+    for key, choices in _CHOICES.items():
+        if (value := _value(config, key)) not in choices:
+            *others, last = choices
+            raise UsageError(f"unknown {key} {value!r}: expected {', '.join(others)} or {last}")
     _check_sizes(config)
     train = config.train
     if train.global_batch_size % train.micro_batches:
@@ -295,11 +314,6 @@ def check_config(config: ConfigDict) -> None:
         raise UsageError(
             f"model.freeze={config.model.freeze!r} would keep random weights: set model.init_from,"
             " or model.freeze='none'"
-        )
-    if config.population.when not in ("never", "end", "evaluations"):
-        raise UsageError(
-            f"unknown population.when {config.population.when!r}: expected never, end or"
-            " evaluations"
         )
     percentiles = config.record.percentiles
     are_numbers = all(isinstance(p, int | float) and 0 <= p <= 100 for p in percentiles)
@@ -355,6 +369,22 @@ def _check_range(
     expected: str,
 ) -> None:
     for key in keys:
-        section, name = key.split(".")
-        if not accepts(config[section][name]):
-            raise UsageError(f"{key}={config[section][name]} is invalid: expected {expected}")
+        value = _value(config, key)
+        if value is not None and not accepts(value):
+            raise UsageError(f"{key}={value} is invalid: expected {expected}")
+
+
+def uses_population(when: str, is_last: bool) -> bool:
+    """Returns whether an evaluation uses population statistics.
+
+    Args:
+      when: config.population.when.
+      is_last: whether it is the evaluation of the finished network.
+    """
+    return when == "evaluations" or (when == "end" and is_last)
+
+
+def _value(config: ConfigDict, key: str) -> Any:
+    """Returns the value of a key such as "train.steps"."""
+    section, name = key.split(".")
+    return config[section][name]

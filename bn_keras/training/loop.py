@@ -26,7 +26,7 @@ from bn_keras.runs import environment
 from bn_keras.runs.checkpoint import Checkpoints
 from bn_keras.runs.metrics import MetricsWriter
 from bn_keras.runs.metrics_log import DIVERGED, FINISHED, RETRY
-from bn_keras.runs.workdir import Metrics, Workdir
+from bn_keras.runs.workdir import Interface, Metrics, Workdir
 from bn_keras.training import divergence
 from bn_keras.training.build import build_data, build_schedule, build_trainer_for
 from bn_keras.training.config import check_config
@@ -38,6 +38,7 @@ from bn_keras.training.plan import check_workdir, describe_changes, describe_rep
 from bn_keras.training.progress import Progress, log
 from bn_keras.training.recorder import Recorder, open_recorder
 from bn_keras.training.restoring import initialize_trainer
+from bn_keras.training.schedule import ExamplesSchedule
 from bn_keras.training.step import Trainer
 from bn_keras.training.stop_signals import StopRequest, stop_requests
 from bn_keras.training.timetable import Timetable
@@ -201,38 +202,41 @@ def _train(start: _Start, stop_request: StopRequest) -> Metrics:
     config, run, strategy, data = start.config, start.run, start.strategy, start.data
     check_same_command(strategy, config, start.profile_steps)
     check_same_data(strategy, data)
-    interface = (data.input_shape, data.class_names, data.num_train_examples, data.fingerprint)
+    interface = Interface(
+        data.input_shape, data.class_names, data.num_train_examples, data.fingerprint
+    )
     # Before the graph is built, which takes time.
-    run.check_data(*interface)
+    run.check_data(interface)
     before = run.read_metrics()
     is_rollback = before.has_diverged and before.num_retries < config.train.retries
     retries = before.num_retries + is_rollback
     rate_factor = config.train.retry_factor**retries
-    training = _build(start, stop_request, rate_factor)
+    schedule = build_schedule(config, data.num_train_examples, rate_factor)
+    training = _build(start, stop_request, schedule, rate_factor)
     check_same_state(strategy, run, training.step, retries, training.validation.best_accuracy)
 
     record = _describe_start(start, training)
-    _log_start(start, training, rate_factor)
+    _log_start(start, training)
 
-    with Progress(start.label, training.step, config.train.steps) as training.progress:
-        training.progress.show_building()
+    with Progress(start.label, training.step, config.train.steps) as progress:
+        progress.show_building()
         # Before anything is written: a network that cannot be built leaves no workdir behind.
         training.trainer.trace(training.batches)
-        run.create(config, *interface)
+        run.create(config, interface)
         run.drop_metrics_after(training.step)
         if not training.checkpoints.latest:
             training.checkpoints.save(training.step)
         with (
             run.recording_start(training.step, record),
-            MetricsWriter(run, training.trainer.global_batch_size) as training.metrics,
+            MetricsWriter(run, training.trainer.global_batch_size) as metrics,
             data.reporting_errors(),
         ):
             # After a rollback, or if an older checkpoint than the rollback's has been restored.
             if run.read_metrics().num_retries < retries:
-                training.metrics.write(training.step, {RETRY: retries})
+                metrics.write(training.step, {RETRY: retries})
             if not before and training.recorder:
-                training.metrics.write(training.step, training.recorder())
-            last = training.train()
+                metrics.write(training.step, training.recorder())
+            last = training.train(progress, metrics)
     # No worker reads the workdir before the chief has closed its files.
     gather_from_workers(strategy, training.step)
     start.graphs.keep(config, rate_factor, training.trainer, training.validation.evaluator)
@@ -249,26 +253,27 @@ def _describe_start(start: _Start, training: "_Training") -> dict[str, Any]:
     return record
 
 
-def _log_start(start: _Start, training: "_Training", rate_factor: float) -> None:
+def _log_start(start: _Start, training: "_Training") -> None:
     """Logs what is trained, what differs from the last start, and likely mistakes."""
     config, run, data, label = start.config, start.run, start.data, start.label
     num_examples, model = data.num_train_examples, training.trainer.inference_model
-    schedule = build_schedule(config, num_examples, rate_factor)
     for line in (
         *describe_changes(run, config, num_examples, training.step),
         *describe_replicas(run, config, start.num_replicas),
         count_cost(model).summary(),
         *(training.initialization.describe() if training.initialization else ()),
-        *schedule.describe(config.train.steps, num_examples).splitlines(),
+        *training.schedule.describe(config.train.steps, num_examples).splitlines(),
         *describe_balance(data),
     ):
         log(f"{label}: {line}")
-    pitfalls = find_pitfalls(config, schedule, model, start.num_replicas)
+    pitfalls = find_pitfalls(config, training.schedule, model, start.num_replicas)
     for line in (*pitfalls, *find_class_pitfalls(data)):
         logging.warning("%s: %s", label, line)
 
 
-def _build(start: _Start, stop_request: StopRequest, rate_factor: float) -> "_Training":
+def _build(
+    start: _Start, stop_request: StopRequest, schedule: ExamplesSchedule, rate_factor: float
+) -> "_Training":
     """Builds everything that the config describes and restores the last checkpoint.
 
     Writes nothing, and raises UsageError for anything that is invalid.
@@ -316,10 +321,8 @@ def _build(start: _Start, stop_request: StopRequest, rate_factor: float) -> "_Tr
         profile_steps=start.profile_steps,
     )
     return _Training(
-        run=run,
-        data=data,
-        config=config,
-        label=start.label,
+        start=start,
+        schedule=schedule,
         trainer=trainer,
         batches=trainer.open_batches(data, step),
         checkpoints=checkpoints,
@@ -339,20 +342,17 @@ class _Training:
     """A run in progress.
 
     Attributes:
-      label: name of the run in the log.
+      schedule: learning rate of the steps.
       initialization: weights that this start has loaded from a trained network; None without.
       step: last step trained.
       saved_step: step of the last checkpoint.
       profile_from: step after which the profiler starts; None if it does not run.
-      rate: learning rate at the start of the last loop of steps.
       signum: number of the signal that stops the training; 0 without one.
       metrics, progress: open while `train` runs.
     """
 
-    run: Workdir
-    data: Data
-    config: ConfigDict
-    label: str
+    start: _Start
+    schedule: ExamplesSchedule
     trainer: Trainer
     batches: tf.distribute.DistributedIterator
     checkpoints: Checkpoints
@@ -364,22 +364,26 @@ class _Training:
     step: int
     saved_step: int
     profile_from: int | None
-    rate: float = 0.0
     signum: int = 0
     metrics: MetricsWriter = dataclasses.field(init=False)
     progress: Progress = dataclasses.field(init=False)
 
-    def train(self) -> Metrics:
+    def train(self, progress: Progress, metrics: MetricsWriter) -> Metrics:
         """Trains to the end and returns the last line of metrics.
+
+        Args:
+          progress: shows each loop of steps.
+          metrics: gets the lines of the loops and the evaluations.
 
         Raises:
           TrainingStoppedError: a signal stopped the training, which has been saved.
           TrainingDivergedError: the loss or a variable is no longer finite.
         """
+        self.progress, self.metrics = progress, metrics
         self.progress.start()
         self.check_for_signal()
-        if self.step and not self.run.read_metrics().evaluations(self.step):
-            # The last start was stopped before it.
+        if self.step and not self.start.run.read_metrics().evaluations(self.step):
+            # The previous start saved this step, but was stopped before its evaluation.
             self.evaluate_if_due()
         while not self.is_over:
             self.train_to_next_stop()
@@ -406,7 +410,7 @@ class _Training:
     def stop_reason(self) -> str:
         """Reason to end the training before its last step; "" for none."""
         best, since = self.validation.best_accuracy, self.validation.evaluations_since_best
-        return early_stop_reason(best, since, self.config)
+        return early_stop_reason(best, since, self.start.config)
 
     def check_for_signal(self) -> None:
         """Sets signum if any worker has received a signal."""
@@ -417,7 +421,7 @@ class _Training:
         stop = self.timetable.next_stop(self.step, self.profile_from)
         steps = stop - self.step
         before = self.trainer.snapshot()
-        self.rate = float(self.trainer.optimizer.learning_rate)
+        rate = float(self.trainer.optimizer.learning_rate)
         began = time.perf_counter()
         with self.profiler() if self.step == self.profile_from else contextlib.nullcontext():
             loss, accuracy, finite_steps = self.trainer.train(self.batches, steps)
@@ -425,20 +429,26 @@ class _Training:
         if finite_steps < steps:
             self.raise_diverged_loss(before, finite_steps)
         self.step = stop
-        self.report(loss, accuracy, steps * self.trainer.global_batch_size / seconds)
+        self.report(loss, accuracy, rate, steps * self.trainer.global_batch_size / seconds)
 
     def profiler(self) -> contextlib.AbstractContextManager:
         """Returns a context that profiles; only the chief does."""
-        if not self.run.writes:
+        if not self.start.run.writes:
             return contextlib.nullcontext()
-        return tf.profiler.experimental.Profile(os.fspath(self.run.path))
+        return tf.profiler.experimental.Profile(os.fspath(self.start.run.path))
 
-    def report(self, loss: float, accuracy: float, images_per_second: float) -> None:
-        """Writes a line of metrics and updates the progress bar."""
+    def report(self, loss: float, accuracy: float, rate: float, images_per_second: float) -> None:
+        """Writes a loop's line of metrics and updates the progress bar.
+
+        Args:
+          loss, accuracy: means over the loop.
+          rate: learning rate of the loop's first step.
+          images_per_second: over all replicas.
+        """
         metrics: Metrics = {
             "train/loss": loss,
             "train/accuracy": accuracy,
-            "train/learning_rate": self.rate,
+            "train/learning_rate": rate,
             "train/images_per_second": images_per_second,
         }
         if self.recorder and self.timetable.is_recording(self.step):
@@ -474,7 +484,7 @@ class _Training:
     def finish(self) -> Metrics:
         """Runs the last evaluation and writes the line that marks the run as finished."""
         if self.step < self.timetable.steps:
-            log(f"{self.label}: stopped at step {self.step:,}: {self.stop_reason}")
+            log(f"{self.start.label}: stopped at step {self.step:,}: {self.stop_reason}")
         metrics = self.validation(self.step, is_last=True)
         return self.metrics.write(self.step, metrics | {FINISHED: self.trainer.hash()})
 
@@ -483,7 +493,7 @@ class _Training:
         gather_from_workers(self.trainer.strategy, self.step)
         raise TrainingStoppedError(
             f"stopped by {signal.Signals(self.signum).name} at step {self.step} of"
-            f" {self.timetable.steps}, saved in {self.run.path}: the same command resumes it",
+            f" {self.timetable.steps}, saved in {self.start.run.path}: the same command resumes it",
             self.signum,
         )
 
@@ -492,7 +502,7 @@ class _Training:
         cause = divergence.non_finite_variable(self.trainer.variables)
         if cause:
             self.metrics.write(self.step, {DIVERGED: True})
-            raise divergence.make_error("network", self.step, self.rate, cause, self.checkpoints)
+            raise self.make_divergence_error("network", self.step, cause)
 
     def raise_diverged_loss(self, before: list[tf.Tensor], finite_steps: int) -> None:
         """Raises TrainingDivergedError for a loss that is not finite, with its cause.
@@ -503,5 +513,11 @@ class _Training:
         """
         step = self.step + finite_steps + 1
         self.metrics.write(step, {DIVERGED: True})
-        cause = divergence.find_cause(self.trainer, self.data, before, self.step, finite_steps)
-        raise divergence.make_error("loss", step, self.rate, cause, self.checkpoints)
+        data = self.start.data
+        cause = divergence.find_cause(self.trainer, data, before, self.step, finite_steps)
+        raise self.make_divergence_error("loss", step, cause)
+
+    def make_divergence_error(self, what: str, step: int, cause: str) -> TrainingDivergedError:
+        """Returns the error of a loss or network, `what`, that is not finite after a step."""
+        rate = float(self.schedule(step - 1))
+        return divergence.make_error(what, step, rate, cause, self.checkpoints)

@@ -5,7 +5,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bn_keras.data.pipeline import Data
-from bn_keras.keras_internals import batch_norm_layers
+from bn_keras.keras_internals import trains_batch_norm
 from bn_keras.text import counted
 from bn_keras.training.class_report import name_rare_classes
 from bn_keras.training.length import global_micro_batch_size
@@ -13,9 +13,9 @@ from bn_keras.training.schedule import PAPER_BATCH_SIZE, ExamplesSchedule
 
 # Ratio of the largest to the smallest class from which the trainer suggests to balance them.
 _UNEQUAL = 10
-# Share of the initial values in BN's moving averages at the end: above the first, the trainer warns
-# and advises a momentum that leaves the second. With a smaller share, the advised momentum would be
-# almost the config's own.
+# The trainer warns if more than _MAX_INITIAL_SHARE of BN's moving averages is still the initial
+# value at the end, and advises a momentum that leaves _ADVISED_INITIAL_SHARE. With a smaller
+# maximum, the advised momentum would be almost the config's own.
 _MAX_INITIAL_SHARE, _ADVISED_INITIAL_SHARE = 0.05, 0.01
 # Number of examples that BN normalizes together below which the trainer warns. The error of a
 # ResNet-50 on ImageNet is 23.6% with 32 examples, 23.7% with 16, 24.8% with 8 and 27.3% with 4
@@ -50,10 +50,9 @@ def find_pitfalls(
             " set schedule.decay='cosine', or train for fewer steps"
         )
     momentum = config.batch_norm.momentum
-    trains_batch_norm = any(layer.trainable for layer in batch_norm_layers(model))
-    if trains_batch_norm:
+    if trains_batch_norm(model):
         lines += _describe_small_mini_batch(config, replicas)
-    if config.population.when == "never" and trains_batch_norm:
+    if config.population.when == "never" and trains_batch_norm(model):
         updates = steps * config.train.micro_batches
         share = momentum**updates
         if share > _MAX_INITIAL_SHARE and not config.model.init_from:

@@ -72,7 +72,7 @@ def restore_network(
       StorageError: a checkpoint cannot be read.
     """
     config = read_run_config(run)
-    input_shape, class_names = run.read_interface()
+    input_shape, class_names, *_ = run.read_interface()
     strategy = strategy or tf.distribute.get_strategy()
     with strategy.scope():
         model = build_model(config, input_shape, len(class_names))

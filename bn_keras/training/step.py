@@ -180,8 +180,10 @@ class Trainer:
         for weight, average in zip(weights, self.averages, strict=True):
             weight.assign(tf.convert_to_tensor(average.value))
 
-    def step(self, images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Trains one step on a replica's part of the global batch.
+    def compute_gradients(
+        self, images: tf.Tensor, labels: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
+        """Computes loss, hits and gradients of a replica's part of a global batch.
 
         Args:
           images: float32 [N, H, W, C].
@@ -189,19 +191,8 @@ class Trainer:
 
         Returns:
           The part's share of the mean loss, and the number of its correctly classified examples,
-          both float32.
-        """
-        loss, hits, gradients = self.compute_gradients(images, labels)
-        self._update(gradients)
-        return loss, hits
-
-    def compute_gradients(
-        self, images: tf.Tensor, labels: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
-        """Computes the loss and hits of `step`, and the gradients of the objective.
-
-        The gradients are those of the model's trainable variables for this replica's part of the
-        batch, multiplied by the loss scale if there is one.
+          both float32; and the gradients of the objective with respect to the model's trainable
+          variables, multiplied by the loss scale if there is one.
         """
         with tf.GradientTape() as tape:
             outputs = tf.nest.flatten(self.model(images, training=True))
@@ -267,7 +258,9 @@ class Trainer:
     # AutoGraph would take a second at every start, and has nothing to convert here.
     @tf.autograph.experimental.do_not_convert
     def _train_whole_batch(self, images: tf.Tensor, labels: tf.Tensor) -> None:
-        self._add_to_sums(*self.step(images, labels))
+        loss, hits, gradients = self.compute_gradients(images, labels)
+        self._update(gradients)
+        self._add_to_sums(loss, hits)
 
     @tf.autograph.experimental.do_not_convert
     def _accumulate_micro_batch(self, images: tf.Tensor, labels: tf.Tensor) -> None:

@@ -8,12 +8,13 @@ from absl import logging
 
 from bn_keras.data.pipeline import Data
 from bn_keras.errors import UsageError
-from bn_keras.keras_internals import batch_norm_layers
+from bn_keras.keras_internals import batch_norm_layers, trains_batch_norm
 from bn_keras.population import PopulationEstimator, preserved_state
 from bn_keras.runs.checkpoint import Checkpoints
 from bn_keras.runs.workdir import Metrics, Workdir
 from bn_keras.storage import writing
 from bn_keras.training.class_report import ClassReport, write_class_report
+from bn_keras.training.config import uses_population
 from bn_keras.training.evaluator import Evaluator
 from bn_keras.training.step import Trainer
 
@@ -62,7 +63,6 @@ class Validation:
     ) -> None:
         self._trainer = trainer
         self._model = model = trainer.inference_model
-        self._population = population
         self._population_batches = population_batches
         self.evaluator = evaluator or Evaluator([model], data, trainer.strategy, global_batch_size)
         self._data = data
@@ -77,25 +77,24 @@ class Validation:
         earlier = run.read_metrics().up_to(step)
         self.best_accuracy = earlier.best_accuracy
         self.evaluations_since_best = earlier.evaluations_since_best
-        layers = batch_norm_layers(model)
+        self._has_batch_norm = bool(batch_norm_layers(model))
+        is_frozen = self._has_batch_norm and not trains_batch_norm(model)
         # Frozen BN keeps its moving statistics.
-        if layers and not any(layer.trainable for layer in layers):
-            self._population = population = "never"
-            layers = []
-        if trainer.averages and layers and population == "never":
+        self._population = "never" if is_frozen else population
+        if trainer.averages and trains_batch_norm(model) and population == "never":
             raise UsageError(
                 "train.ema is set and requires population statistics, because BN's moving"
                 " statistics are those of the trained weights, not of their averages: set"
                 " population.when to 'end' or 'evaluations', or train.ema=0"
             )
-        if population != "never":
+        if self._population != "never":
             self._estimator = PopulationEstimator(model, trainer.strategy)
             # Always the same batches, so that evaluations differ only in the network.
             self._batches = data.train_batches(trainer.strategy, trainer.global_micro_batch_size)
 
     def __call__(self, step: int, is_last: bool = False) -> Metrics:
         """Evaluates the network after a step and returns the metrics under "validation/"."""
-        by_population = self._population == "evaluations" or (self._population == "end" and is_last)
+        by_population = uses_population(self._population, is_last)
         by_ema = bool(self._trainer.averages) and (by_population or self._population == "never")
         with self._evaluation_state(by_population, by_ema):
             [found] = self.evaluator()
@@ -110,7 +109,8 @@ class Validation:
         if is_last and self._per_class:
             self._report_classes()
         metrics = cast(Metrics, dict(found))
-        metrics["statistics"] = "population" if by_population else "moving"
+        statistics = "moving" if self._has_batch_norm else "none"
+        metrics["statistics"] = "population" if by_population else statistics
         if self._trainer.averages:
             metrics["weights"] = "averaged" if by_ema else "trained"
         return {f"validation/{name}": value for name, value in metrics.items()}
