@@ -44,7 +44,7 @@ from bn_keras.data import pipeline
 from bn_keras.distribute import make_strategy
 from bn_keras.runs.checkpoint import Checkpoints
 from bn_keras.training import loop as training_loop
-from bn_keras.training.build import build_trainer
+from bn_keras.training.build import build_trainer_for
 from bn_keras.training.progress import Progress
 from configs import bn_x30, mnist_bn
 
@@ -116,9 +116,7 @@ def checkpoint(data_dir):
     config = inception_config()
     strategy = make_strategy(**config.distribution)
     data = pipeline.open_data(config.data, seed=config.seed)
-    trainer = build_trainer(
-        config, strategy, data.input_shape, data.num_classes, data.num_train_examples
-    )
+    trainer = build_trainer_for(config, strategy, data)
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints(epath.Path(folder), trainer.parts, config.checkpoint.keep)
         seconds = [seconds_of(functools.partial(checkpoints.save, step)) for step in range(1, 10)]
@@ -194,9 +192,7 @@ def make_bare_loop(config):
     batches = iter(data.train_batches(strategy, config.train.global_batch_size))
     batch = next(batches)
     began = time.perf_counter()
-    trainer = build_trainer(
-        config, strategy, data.input_shape, data.num_classes, data.num_train_examples
-    )
+    trainer = build_trainer_for(config, strategy, data)
 
     @tf.function
     def loop(num_steps):

@@ -26,7 +26,7 @@ from .cloud.job import (
     container_arguments,
     delete_command,
     find_source,
-    num_replicas,
+    num_tpu_replicas,
     parse_valid_until,
 )
 from .command_error import CommandError, did_you_mean
@@ -140,7 +140,7 @@ def _check_training(accelerator_type: str) -> None:
     config = _CONFIG.value
     check_data(config.data.name, config.data.data_dir)
     check_initial_weights(config.model.init_from)
-    check_batch_sizes(config, num_replicas(accelerator_type), f"a {accelerator_type}")
+    check_batch_sizes(config, num_tpu_replicas(accelerator_type), f"a {accelerator_type}")
 
 
 def _describe_cost() -> str:

@@ -17,7 +17,7 @@ from bn_keras.errors import UsageError
 from bn_keras.training.loop import train_and_evaluate
 
 MAGNITUDE = 0.4
-NAMES = list(augment.rand_augment_operations(MAGNITUDE))
+NAMES = list(augment.random_augment_operations(MAGNITUDE))
 LUMA = [0.2989, 0.587, 0.114]
 
 
@@ -39,7 +39,7 @@ def row(*operations):
 
 @tf.function
 def augmented(images, uniforms):
-    return augment.rand_augment(images, uniforms, MAGNITUDE)
+    return augment.apply_random_augment(images, uniforms, MAGNITUDE)
 
 
 def normal_magnitude(uniform):
@@ -164,7 +164,7 @@ def test_only_the_color_operation_leaves_grey_images_unchanged():
 
 def test_all_operations_are_equally_likely():
     """Two of the eleven choices, none and color, leave grey images unchanged."""
-    draws = np.random.default_rng(0).random((1100, augment.RAND_AUGMENT_UNIFORMS), np.float32)
+    draws = np.random.default_rng(0).random((1100, augment.RANDOM_AUGMENT_UNIFORMS), np.float32)
     draws[:, 3::3] = row()[3::3]
     images = np.stack([photograph(channels=1)] * 1100)
     same = (augmented(images, draws).numpy() == images).all(axis=(1, 2, 3))
@@ -309,12 +309,12 @@ def test_rand_augment_does_not_change_the_other_random_numbers(open_augmented):
     number, drawn = tf.constant(5, tf.int64), {}
     for magnitude in (0.0, 0.5):
         random = open_augmented(random_augment=magnitude)._train._random
-        assert random == RandomNumbers(3, rand_augment=magnitude > 0)
+        assert random == RandomNumbers(3, draws_random_augment=magnitude > 0)
         drawn[magnitude] = random.draw_for_images(number, [40]).numpy()
     np.testing.assert_array_equal(drawn[0.5][:, : transforms.NUM_UNIFORMS], drawn[0.0])
-    assert drawn[0.5][:, transforms.RAND_AUGMENT_COLUMNS].shape == (
+    assert drawn[0.5][:, transforms.RANDOM_AUGMENT_COLUMNS].shape == (
         40,
-        augment.RAND_AUGMENT_UNIFORMS,
+        augment.RANDOM_AUGMENT_UNIFORMS,
     )
     assert len(np.unique(drawn[0.5])) == drawn[0.5].size
 

@@ -14,7 +14,7 @@ from test_trainer import weights as weights_of
 
 from bn_keras.data import pipeline, shard_batches
 from bn_keras.data.balance import DRAWS_PER_BLOCK, BalancedOrder, class_weights
-from bn_keras.data.random_numbers import RandomNumbers
+from bn_keras.data.random_numbers import RandomNumbers, Stream
 from bn_keras.data.splits import Arrays, Source
 from bn_keras.errors import UsageError
 from bn_keras.training.config import default_config
@@ -153,7 +153,9 @@ def test_another_seed_draws_in_another_order():
 
 def test_a_pipeline_without_a_row_in_a_group_reads_nothing():
     none = tf.constant([], tf.int64)
-    assert RandomNumbers(0).permute_examples(none, 5, tf.constant(0, tf.int64)).shape == (0,)
+    assert RandomNumbers(0).permute(Stream.EXAMPLES, none, 5, tf.constant(0, tf.int64)).shape == (
+        0,
+    )
 
 
 def test_mini_batches_and_pairs_of_rows_are_not_all_alike():

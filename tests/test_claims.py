@@ -19,7 +19,7 @@ from bn_keras.report.margins import Group, SeedVariation
 from bn_keras.runs.metrics_log import DIVERGED, FINISHED
 from bn_keras.runs.settings import replaced
 from bn_keras.training import networks
-from bn_keras.training.build import build_trainer
+from bn_keras.training.build import build_trainer_for
 from configs import cifar10_inception, digits_inception, inception
 
 SCALES = {
@@ -154,8 +154,7 @@ def test_a_shorter_run_is_the_beginning_of_a_longer_one():
     def trained(**changes):
         config = small_mlp(**changes)
         data = pipeline.open_data(config.data, seed=config.seed)
-        sizes = (data.input_shape, data.num_classes, data.num_train_examples)
-        trainer = build_trainer(config, tf.distribute.get_strategy(), *sizes)
+        trainer = build_trainer_for(config, tf.distribute.get_strategy(), data)
         trainer.train(trainer.open_batches(data, 0), 3)
         return [variable.numpy() for variable in trainer.model.variables]
 

@@ -45,10 +45,10 @@ def test_accuracy_and_confusion_by_class():
 
 
 def test_absent_and_rare_classes_are_named():
-    lines = report([0] * 10 + [1] * 9, [0] * 19).find_pitfalls()
+    lines = report([0] * 10 + [1] * 9, [0] * 19).name_rare_classes()
     assert lines[0] == "no validation image of: eel"
     assert lines[1].startswith("fewer than 10 validation images") and "dog (9)" in lines[1]
-    assert report([0] * 10 + [1] * 10 + [2] * 10, [0] * 30).find_pitfalls() == []
+    assert report([0] * 10 + [1] * 10 + [2] * 10, [0] * 30).name_rare_classes() == []
 
 
 def test_the_most_confident_mistakes_come_first():

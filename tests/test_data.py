@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 
 from bn_keras.data import pipeline, shard_batches, sources, tfds_sets
 from bn_keras.data.array_batches import ArrayBatches
-from bn_keras.data.random_numbers import RandomNumbers
+from bn_keras.data.random_numbers import RandomNumbers, Stream
 from bn_keras.data.shard_batches import ShardBatches
 from bn_keras.data.splits import FINGERPRINTS, spread_over_classes
 from bn_keras.errors import UsageError
@@ -240,7 +240,9 @@ def permuted_orders(count, seeds, epochs):
     """Returns the order of `count` examples, a row for each seed and epoch."""
     indices = tf.tile(tf.range(count, dtype=tf.int64), [len(epochs)])
     counters = tf.repeat(tf.constant(epochs, tf.int64), count)
-    rows = [RandomNumbers(seed).permute_examples(indices, count, counters) for seed in seeds]
+    rows = [
+        RandomNumbers(seed).permute(Stream.EXAMPLES, indices, count, counters) for seed in seeds
+    ]
     return np.concatenate([row.numpy().reshape(-1, count) for row in rows])
 
 

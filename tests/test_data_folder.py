@@ -23,7 +23,7 @@ from bn_keras.runs.workdir import Interface, Workdir
 from bn_keras.training.config import default_config
 from bn_keras.training.evaluator import Evaluator
 from bn_keras.training.loop import train_and_evaluate
-from bn_keras.training.plan import check_workdir
+from bn_keras.training.plan import check_startable
 
 CLASSES = ("cat", "dög 2", "zèbre")
 NUM_TRAIN, NUM_VALIDATION = 10, 4
@@ -252,7 +252,7 @@ def test_a_workdir_does_not_lie_among_the_images(workdir, root):
         train_and_evaluate(config, root / workdir)
     assert not list(root.rglob("config.json"))
     for apart in (root, root / "train" / "run"):
-        check_workdir(Workdir(apart), config)
+        check_startable(Workdir(apart), config)
 
 
 def test_hidden_folders_and_those_of_runs_are_not_entered(root, caplog):

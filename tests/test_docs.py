@@ -36,7 +36,7 @@ from bn_keras.training.build import build_schedule
 from bn_keras.training.config import check_config, default_config
 from bn_keras.training.config_files import load_config
 from bn_keras.training.schedule import PAPER_BATCH_SIZE
-from launch.cloud.job import num_replicas
+from launch.cloud.job import num_tpu_replicas
 from launch.main import COMMANDS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -196,7 +196,7 @@ def test_commands_for_several_devices_have_as_many_images_as_the_papers_on_each(
         if job[0] == "slurm":
             devices = int(flags["nodes"]) * int(flags["gpus_per_node"])
         else:
-            devices = num_replicas(flags["accelerator_type"])
+            devices = num_tpu_replicas(flags["accelerator_type"])
         train = ConfigDict(parsed.config).train
         assert train.global_batch_size == PAPER_BATCH_SIZE * devices
         # The number of images, too, is that of the config without these settings.

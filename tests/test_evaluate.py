@@ -38,7 +38,7 @@ def small_data():
     )
     source = Source(tuple(map(str, range(CLASSES))), arrays, arrays)
     preprocessing = Preprocessing((SIZE, SIZE), "inception", mirror=True, distortion=1.0)
-    return pipeline.Data(source, preprocessing, 0, "shards"), arrays
+    return pipeline.Data(source, preprocessing, seed=0, shuffle="shards"), arrays
 
 
 def small_network(seed, softmax=False):

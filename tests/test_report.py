@@ -23,8 +23,8 @@ from bn_keras.report import (
     published,
     write_report,
 )
-from bn_keras.runs.metrics import MetricsWriter
 from bn_keras.runs.metrics_log import DIVERGED, FINISHED
+from bn_keras.runs.metrics_writer import MetricsWriter
 from bn_keras.runs.saved_config import SavedConfig
 from bn_keras.runs.workdir import Interface, Workdir
 from bn_keras.training import networks

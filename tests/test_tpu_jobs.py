@@ -248,7 +248,7 @@ def test_the_container_has_only_the_configs_of_the_checkout(source, name, tmp_pa
     [("v2-8", 8), ("v4-8", 4), ("v5p-8", 4), ("v5litepod-4", 4), ("v6e-1", 1), ("v6e-8", 8)],
 )
 def test_the_replicas_divide_the_batch(accelerator_type, replicas):
-    assert jobs.num_replicas(accelerator_type) == replicas
+    assert jobs.num_tpu_replicas(accelerator_type) == replicas
     for size in range(1, 17):
         config = batch_sizes(size, 1)
         if size % replicas == 0:

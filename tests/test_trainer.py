@@ -9,7 +9,7 @@ from small import small_mlp
 from bn_keras.data import pipeline
 from bn_keras.distribute import make_strategy
 from bn_keras.models import SigmoidMLP
-from bn_keras.training.build import build_trainer
+from bn_keras.training.build import build_trainer_for
 from bn_keras.training.step import Trainer
 
 RNG = np.random.default_rng(0)
@@ -151,9 +151,7 @@ def test_a_trainer_is_built_from_a_config():
         **{"train.ema": 0.9, "train.micro_batches": 2, "train.precision": "mixed_float16"}
     )
     data = pipeline.open_data(config.data, seed=0)
-    trainer = build_trainer(
-        config, make_strategy("one_device"), data.input_shape, 10, 1000, rate_factor=0.5
-    )
+    trainer = build_trainer_for(config, make_strategy("one_device"), data, rate_factor=0.5)
     assert trainer.micro_batches == 2
     assert float(trainer.optimizer.learning_rate) == pytest.approx(0.5 * 0.5 * 60 / 60)
     parts = trainer.parts

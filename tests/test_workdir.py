@@ -12,9 +12,9 @@ from full_disk import files_of_at_most
 
 from bn_keras import storage
 from bn_keras.errors import StorageError, UsageError, WorkdirInUseError
-from bn_keras.runs import metrics as metrics_module
-from bn_keras.runs.metrics import MetricsWriter
+from bn_keras.runs import metrics_writer
 from bn_keras.runs.metrics_log import FINISHED
+from bn_keras.runs.metrics_writer import MetricsWriter
 from bn_keras.runs.workdir import Interface, Workdir
 from bn_keras.training.build import build_data, build_model
 from bn_keras.training.config import default_config
@@ -29,7 +29,7 @@ def test_metrics_are_uploaded_to_a_bucket_from_time_to_time(
 ):
     """Each second brings a line, for 1,000 seconds. A larger file is uploaded less often."""
     now, sizes = 0.0, []
-    copy = metrics_module.storage.copy
+    copy = metrics_writer.storage.copy
 
     def counted_copy(source, target):
         if target == run.metrics:
@@ -38,8 +38,8 @@ def test_metrics_are_uploaded_to_a_bucket_from_time_to_time(
 
     run = Workdir(memory_bucket / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(metrics_module.time, "monotonic", lambda: now)
-        patch.setattr(metrics_module.storage, "copy", counted_copy)
+        patch.setattr(metrics_writer.time, "monotonic", lambda: now)
+        patch.setattr(metrics_writer.storage, "copy", counted_copy)
         with MetricsWriter(run, 32) as metrics:
             for step in range(1000):
                 now += 1
@@ -175,7 +175,7 @@ def test_a_damaged_config_is_an_error_that_names_it(text, tmp_path):
 # The readers of a run's config: evaluation, prediction, check and export build the network and open
 # the data, and a resumed training compares it with its own.
 READERS = {
-    "network": lambda run: build_model(run.read_config(), *INTERFACE),
+    "network": lambda run: build_model(run.read_config(), (8, 8, 1), 2),
     "data": lambda run: build_data(run.read_config()),
     "train": lambda run: run.check(mnist_bn.get_config()),
 }

@@ -7,7 +7,7 @@ import numpy as np
 from bn_keras.data import pipeline
 from bn_keras.distribute import make_strategy
 from bn_keras.models import bn_inception as inception
-from bn_keras.training.build import build_trainer
+from bn_keras.training.build import build_trainer_for
 from configs import digits_bn_x5_sigmoid
 
 LOOPS, STEPS_PER_LOOP = 4, 2
@@ -28,9 +28,7 @@ def main():
     data = pipeline.open_data(config.data, seed=config.seed)
     results = {}
     for replicas, strategy in strategies.items():
-        trainer = build_trainer(
-            config, strategy, data.input_shape, data.num_classes, data.num_train_examples
-        )
+        trainer = build_trainer_for(config, strategy, data)
         batches = iter(data.train_batches(strategy, config.train.global_batch_size))
         losses = [trainer.train(batches, STEPS_PER_LOOP)[0] for _ in range(LOOPS)]
         results[f"{replicas} losses"] = losses

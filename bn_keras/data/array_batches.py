@@ -7,7 +7,7 @@ import tensorflow as tf
 from bn_keras.data.balance import BalancedOrder
 from bn_keras.data.batching import PREFETCH, Rows, without_autotuning
 from bn_keras.data.multi_crop import CropPreprocessing
-from bn_keras.data.random_numbers import RandomNumbers
+from bn_keras.data.random_numbers import RandomNumbers, Stream
 from bn_keras.data.splits import Arrays
 from bn_keras.data.transforms import Preprocessing
 
@@ -81,7 +81,9 @@ class ArrayBatches:
             if self._balanced:
                 examples = self._balanced.find_examples(positions, self._random)
             elif self._is_permuted:
-                examples = self._random.permute_examples(examples, self._num_examples, epochs)
+                examples = self._random.permute(
+                    Stream.EXAMPLES, examples, self._num_examples, epochs
+                )
             weights = []
             # Drawn for the global batch, whatever rows this pipeline keeps.
             drawn = self._random.draw_for_images(chunk, [steps, rows.global_batch_size])

@@ -20,7 +20,7 @@ MAGNITUDE_STDDEV = 0.15
 # Largest value that keras-cv's policy adds to pixels before Solarization inverts them.
 MAX_ADDITION = 110.0
 # Per operation: one number for its choice, two for its magnitude and direction.
-RAND_AUGMENT_UNIFORMS = 3 * NUM_OPERATIONS
+RANDOM_AUGMENT_UNIFORMS = 3 * NUM_OPERATIONS
 
 # Per mixed image: the weight of the other image, and the box's centre, vertical and horizontal.
 MIXING_UNIFORMS = 3
@@ -34,15 +34,15 @@ _BISECTIONS = 30
 Operation = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]
 
 
-def rand_augment(images: tf.Tensor, uniforms: tf.Tensor, magnitude: float) -> tf.Tensor:
+def apply_random_augment(images: tf.Tensor, uniforms: tf.Tensor, magnitude: float) -> tf.Tensor:
     """Applies randomly chosen operations to each image.
 
-    Each operation is one of the ten of `rand_augment_operations`, or none, with equal probability,
-    which corresponds to keras-cv's rate of 10/11.
+    Each operation is one of the ten of `random_augment_operations`, or none, with equal
+    probability, which corresponds to keras-cv's rate of 10/11.
 
     Args:
       images: float32 [n, H, W, 1 or 3] in [0, 255].
-      uniforms: float32 [n, RAND_AUGMENT_UNIFORMS] in [0, 1).
+      uniforms: float32 [n, RANDOM_AUGMENT_UNIFORMS] in [0, 1).
       magnitude: in (0, 1].
 
     Returns:
@@ -50,7 +50,7 @@ def rand_augment(images: tf.Tensor, uniforms: tf.Tensor, magnitude: float) -> tf
 
     Source: Cubuk et al. 2019, arXiv 1909.13719.
     """
-    operations = [*rand_augment_operations(magnitude).values(), lambda image, *_: image]
+    operations = [*random_augment_operations(magnitude).values(), lambda image, *_: image]
 
     def augment_one(arguments: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
         image, row = arguments[0][tf.newaxis], arguments[1]
@@ -71,7 +71,7 @@ def rand_augment(images: tf.Tensor, uniforms: tf.Tensor, magnitude: float) -> tf
     )
 
 
-def rand_augment_operations(magnitude: float) -> dict[str, Operation]:
+def random_augment_operations(magnitude: float) -> dict[str, Operation]:
     """Returns the operations of keras_cv.layers.RandAugment by their names in its policy.
 
     Their values are distributed as in keras-cv: normally around the magnitude, clipped to [0, 1],

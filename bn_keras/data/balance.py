@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from bn_keras.data.random_numbers import RandomNumbers
+from bn_keras.data.random_numbers import RandomNumbers, Stream
 
 # With one draw of each class per block, the rows of a pair that is mixed would never have the same
 # class, and every mini-batch the same composition.
@@ -38,13 +38,13 @@ class BalancedOrder:
         num_classes = tf.size(self._sizes, tf.int64)
         block_size = DRAWS_PER_BLOCK * num_classes
         block = positions // block_size
-        place = random.permute_classes(positions % block_size, block_size, block)
+        place = random.permute(Stream.CLASSES, positions % block_size, block_size, block)
         number = place % num_classes
         draw = block * DRAWS_PER_BLOCK + place // num_classes
         size = tf.gather(self._sizes, number)
         # Each pass through a class has a counter of its own.
         counter = draw // size * num_classes + number
-        member = random.permute_members(draw % size, size, counter)
+        member = random.permute(Stream.MEMBERS, draw % size, size, counter)
         return tf.gather(self._examples, tf.gather(self._begins, number) + member)
 
 

@@ -58,6 +58,7 @@ class Data:
         self,
         source: Source,
         preprocessing: Preprocessing,
+        *,
         seed: int,
         shuffle: str,
         max_bad_examples: int = 0,
@@ -291,7 +292,7 @@ class Data:
             raise UsageError(f"{found[1]} {found[2]}: prepare the data set again") from None
 
     def _open_train(self, preprocessing: Preprocessing) -> ArrayBatches | ShardBatches:
-        random = RandomNumbers(self._seed, rand_augment=preprocessing.random_augment > 0)
+        random = RandomNumbers(self._seed, draws_random_augment=preprocessing.random_augment > 0)
         return self._open_batches(self._source.train, preprocessing, random, self._unreadable_train)
 
     def _open_batches(
@@ -373,11 +374,11 @@ def open_data(settings: ConfigDict, seed: int, source: Source | None = None) -> 
     return Data(
         source,
         preprocessing,
-        seed,
-        settings.shuffle,
-        settings.max_bad_examples,
-        mixing,
-        settings.balance,
+        seed=seed,
+        shuffle=settings.shuffle,
+        max_bad_examples=settings.max_bad_examples,
+        mixing=mixing,
+        balance=settings.balance,
     )
 
 

@@ -1,19 +1,30 @@
 """Random numbers and permutations as pure functions of a seed and a counter; no state."""
 
 import dataclasses
+import enum
 from collections.abc import Sequence
 
 import tensorflow as tf
 
-from bn_keras.data.augment import MIXING_UNIFORMS, RAND_AUGMENT_UNIFORMS
+from bn_keras.data.augment import MIXING_UNIFORMS, RANDOM_AUGMENT_UNIFORMS
 from bn_keras.data.transforms import NUM_UNIFORMS
 
-# Streams of permutations and of uniform numbers. Each use has its own, so that switching one on
-# does not change the others.
-_EXAMPLES, _SHARDS = 0, 1
-# Beyond the range of twice a seed, which the streams are added to.
-_CLASSES, _MEMBERS = 2**33, 2**33 + 1
-_DISTORTIONS, _RAND_AUGMENT, _MIXING = 0, 1, 2
+
+class Stream(enum.IntEnum):
+    """What is permuted. Each use has its own numbers, so that they do not depend on each other.
+
+    The permutations of examples and shards have the keys 2 * seed and 2 * seed + 1. The other
+    streams are larger than these keys, since a seed has 32 bits.
+    """
+
+    EXAMPLES = 0
+    SHARDS = 1
+    CLASSES = 2**33
+    MEMBERS = 2**33 + 1
+
+
+# Streams of uniform numbers.
+_DISTORTIONS, _RANDOM_AUGMENT, _MIXING = 0, 1, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,35 +33,40 @@ class RandomNumbers:
 
     Attributes:
       seed: integer of 32 bits.
-      rand_augment: whether images get numbers for RandAugment as well.
+      draws_random_augment: whether images get numbers for RandAugment as well.
     """
 
     seed: int
-    rand_augment: bool = False
+    draws_random_augment: bool = False
 
-    def permute_examples(
-        self, indices: tf.Tensor, count: int | tf.Tensor, counter: tf.Tensor
+    def permute(
+        self, stream: Stream, indices: tf.Tensor, count: int | tf.Tensor, counter: tf.Tensor
     ) -> tf.Tensor:
-        """Permutes examples; see `_permute`."""
-        return _permute(indices, count, self.seed, _EXAMPLES, counter)
+        """Maps indices through a random permutation of `count` items.
 
-    def permute_shards(
-        self, indices: tf.Tensor, count: int | tf.Tensor, counter: tf.Tensor
-    ) -> tf.Tensor:
-        """Permutes shards; see `_permute`."""
-        return _permute(indices, count, self.seed, _SHARDS, counter)
+        Args:
+          stream: what is permuted.
+          indices: int64 [n] in [0, count).
+          count: number of items: a scalar or int64 [n], one for each index.
+          counter: determines the permutation, with seed and stream. It is int64, such as the epoch:
+            a scalar or [n], one for each index.
 
-    def permute_classes(
-        self, indices: tf.Tensor, count: int | tf.Tensor, counter: tf.Tensor
-    ) -> tf.Tensor:
-        """Permutes draws of classes; see `_permute`."""
-        return _permute(indices, count, self.seed, _CLASSES, counter)
-
-    def permute_members(
-        self, indices: tf.Tensor, count: int | tf.Tensor, counter: tf.Tensor
-    ) -> tf.Tensor:
-        """Permutes the examples of classes; see `_permute`."""
-        return _permute(indices, count, self.seed, _MEMBERS, counter)
+        Returns:
+          int64 [n].
+        """
+        # TensorFlow's index_shuffle kernel, with scrambled seeds and twice its rounds. By itself,
+        # it uses only the lowest byte of each seed and permutes 60,000 items almost identically for
+        # neighbouring seeds (correlation 0.9). It also pads a matrix of seeds wrongly.
+        key = _scramble(tf.constant(2 * self.seed + stream, tf.int64))
+        seeds = _scramble(key + tf.cast(counter, tf.uint64))
+        words = tf.broadcast_to(seeds, tf.shape(indices))[:, None] + tf.constant(
+            [1, 2, 3], tf.uint64
+        )
+        # A scalar would be an error for no indices: a pipeline may have no row in a small group.
+        last = tf.broadcast_to(tf.cast(count, tf.int64) - 1, tf.shape(indices))
+        return tf.raw_ops.RandomIndexShuffle(
+            index=indices, seed=_scramble(words), max_index=last, rounds=8
+        )
 
     def draw_for_images(self, counter: tf.Tensor, shape: Sequence[int | tf.Tensor]) -> tf.Tensor:
         """Draws uniform numbers in [0, 1) for preprocessing, a row for each image.
@@ -63,9 +79,9 @@ class RandomNumbers:
           float32 [*shape, columns], the columns as in `Preprocessing.process_batch`.
         """
         drawn = _draw(self.seed, _DISTORTIONS, counter, [*shape, NUM_UNIFORMS])
-        if not self.rand_augment:
+        if not self.draws_random_augment:
             return drawn
-        others = _draw(self.seed, _RAND_AUGMENT, counter, [*shape, RAND_AUGMENT_UNIFORMS])
+        others = _draw(self.seed, _RANDOM_AUGMENT, counter, [*shape, RANDOM_AUGMENT_UNIFORMS])
         return tf.concat([drawn, others], axis=-1)
 
     def draw_for_mixing(self, step: tf.Tensor, global_batch_size: int) -> tf.Tensor:
@@ -79,35 +95,6 @@ def _draw(
     """Draws numbers in [0, 1), determined by a 32-bit seed, a stream and an int64 counter."""
     words = tf.stack([tf.constant(seed + stream * 2**32, tf.int64), counter])
     return tf.random.stateless_uniform(tf.stack(shape), seed=words)
-
-
-def _permute(
-    indices: tf.Tensor, count: int | tf.Tensor, seed: int, stream: int, counter: tf.Tensor
-) -> tf.Tensor:
-    """Maps indices through a random permutation of `count` items.
-
-    Calls TensorFlow's index_shuffle kernel with scrambled seeds and twice its rounds. By itself,
-    index_shuffle uses only the lowest byte of each seed and permutes 60,000 items almost
-    identically for neighbouring seeds (correlation 0.9). It also pads a matrix of seeds wrongly.
-
-    Args:
-      indices: int64 [n] in [0, count).
-      count: number of items: a scalar or int64 [n], one for each index.
-      seed, stream, counter: determine the permutation. The counter, such as the epoch, is int64: a
-        scalar or [n], one for each index.
-
-    Returns:
-      int64 [n].
-    """
-    key = _scramble(tf.constant(2 * seed + stream, tf.int64)) + tf.cast(counter, tf.uint64)
-    words = tf.broadcast_to(_scramble(key), tf.shape(indices))[:, None] + tf.constant(
-        [1, 2, 3], tf.uint64
-    )
-    # A scalar would be an error for no indices: a pipeline may have no row in a small group.
-    last = tf.broadcast_to(tf.cast(count, tf.int64) - 1, tf.shape(indices))
-    return tf.raw_ops.RandomIndexShuffle(
-        index=indices, seed=_scramble(words), max_index=last, rounds=8
-    )
 
 
 def _scramble(numbers: tf.Tensor) -> tf.Tensor:

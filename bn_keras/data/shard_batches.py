@@ -10,7 +10,7 @@ from bn_keras.data.balance import BalancedOrder
 from bn_keras.data.batching import PREFETCH, Rows, without_autotuning
 from bn_keras.data.decode_errors import explain
 from bn_keras.data.multi_crop import CropPreprocessing
-from bn_keras.data.random_numbers import RandomNumbers
+from bn_keras.data.random_numbers import RandomNumbers, Stream
 from bn_keras.data.splits import Files, Shards
 from bn_keras.data.transforms import Preprocessing
 from bn_keras.data.unreadable_examples import UnreadableExamples
@@ -145,7 +145,7 @@ class ShardBatches:
             # With a single group, these are the positions counted over all epochs.
             return BalancedOrder(labels).find_examples(group * count + index, self._random)
         if self._random is not None and self._permutes_examples:
-            return self._random.permute_examples(index, count, group)
+            return self._random.permute(Stream.EXAMPLES, index, count, group)
         return index
 
     def _shards_of(self, group: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -161,7 +161,7 @@ class ShardBatches:
         # `BalancedOrder` continues its passes through a class from one epoch to the next.
         is_fixed = self._balances and self.num_groups == 1
         if self._random is not None and not is_fixed:
-            order = self._random.permute_shards(order, num_shards, epoch)
+            order = self._random.permute(Stream.SHARDS, order, num_shards, epoch)
         return order, tf.cumsum(tf.gather(_int64(self._shards.lengths), order), exclusive=True)
 
     def _find_group(self, epoch: int, position: int) -> int:

@@ -16,7 +16,7 @@ from bn_keras.text import first_line
 
 # Largest ratio of the longer side to the shorter. Images are resized by the shorter side, and the
 # result has to fit into memory.
-MAX_ASPECT = 100
+_MAX_SIDE_RATIO = 100
 
 
 def read_image(path: str | os.PathLike) -> tf.Tensor:
@@ -40,10 +40,10 @@ def read_image(path: str | os.PathLike) -> tf.Tensor:
     with reporting_undecodable(path, encoded):
         image = transforms.decode(encoded, channels=3)
     height, width, _ = image.shape
-    if max(height, width) > MAX_ASPECT * min(height, width):
+    if max(height, width) > _MAX_SIDE_RATIO * min(height, width):
         raise UsageError(
             f"image {path} is {height} pixels high and {width} wide: expected sides with a ratio of"
-            f" at most {MAX_ASPECT}"
+            f" at most {_MAX_SIDE_RATIO}"
         )
     return image
 

@@ -21,7 +21,7 @@ MIRROR_COLUMN = 4
 COLOUR_COLUMNS = slice(5, 9)
 NUM_UNIFORMS = 9
 # Further columns, present if RandAugment is on.
-RAND_AUGMENT_COLUMNS = slice(NUM_UNIFORMS, NUM_UNIFORMS + augment.RAND_AUGMENT_UNIFORMS)
+RANDOM_AUGMENT_COLUMNS = slice(NUM_UNIFORMS, NUM_UNIFORMS + augment.RANDOM_AUGMENT_UNIFORMS)
 
 
 # GoogLeNet's training crop (arXiv 1409.4842, section 6).
@@ -79,7 +79,7 @@ class Preprocessing:
         Args:
           pool: uint8 [N, H, W, C].
           indices: int32 [n], indices of the batch's images in the pool.
-          uniforms: float32 [n, NUM_UNIFORMS] in [0, 1), with RAND_AUGMENT_COLUMNS appended if
+          uniforms: float32 [n, NUM_UNIFORMS] in [0, 1), with RANDOM_AUGMENT_COLUMNS appended if
             `random_augment`; None for evaluation: the centre crop, not mirrored, not distorted.
           white: value of a white pixel.
 
@@ -171,8 +171,8 @@ class Preprocessing:
         pixels = tf.cast(pixels, tf.float32)
         if uniforms is not None and self.random_augment:
             scale = 255 / white
-            pixels = augment.rand_augment(
-                scale * pixels, uniforms[:, RAND_AUGMENT_COLUMNS], self.random_augment
+            pixels = augment.apply_random_augment(
+                scale * pixels, uniforms[:, RANDOM_AUGMENT_COLUMNS], self.random_augment
             )
             pixels /= scale
         if uniforms is not None and self.distortion:

@@ -1,6 +1,13 @@
 """Reads the state of a run from the lines of its metrics.jsonl."""
 
+import json
 from typing import Any
+
+from bn_keras.errors import UsageError
+from bn_keras.text import first_line
+
+# One line of metrics.jsonl.
+MetricsLine = dict[str, float | str | None]
 
 # Key of the validation accuracy in the line of an evaluation.
 ACCURACY = "validation/accuracy"
@@ -14,6 +21,31 @@ RETRY = "retry"
 
 class MetricsLog(list[dict[str, Any]]):
     """The lines of metrics.jsonl, in order."""
+
+    @classmethod
+    def parse(cls, content: bytes, path: str) -> "MetricsLog":
+        """Parses the content of metrics.jsonl; an incomplete last line is left out.
+
+        Args:
+          content: content of the file.
+          path: path of the file, for errors.
+
+        Raises:
+          UsageError: a line is damaged.
+        """
+        try:
+            *lines, _ = content.decode().split("\n")
+        except ValueError as error:
+            raise UsageError(f"{path} cannot be read: {first_line(error)}") from None
+        log = cls()
+        for number, line in enumerate(lines, 1):
+            values = _parse_line(line)
+            if values is None:
+                raise UsageError(
+                    f"line {number} of {path} is damaged: fix or delete it, or use a new workdir"
+                )
+            log.append(values)
+        return log
 
     @property
     def last_step(self) -> int:
@@ -69,3 +101,14 @@ class MetricsLog(list[dict[str, Any]]):
     def evaluations(self, step: int) -> list[dict[str, Any]]:
         """Returns the lines of the evaluations at a step; the last step may have two."""
         return [line for line in self if line["step"] == step and ACCURACY in line]
+
+
+def _parse_line(line: str) -> dict[str, Any] | None:
+    """Returns the metrics of a line, or None if it lacks what the readers rely on."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        return None
+    return values if isinstance(values.get(ACCURACY, 0.0), int | float) else None

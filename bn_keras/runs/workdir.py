@@ -20,14 +20,11 @@ from bn_keras.errors import (
     WorkdirInUseError,
 )
 from bn_keras.runs.lock import make_lock
-from bn_keras.runs.metrics_log import ACCURACY, MetricsLog
+from bn_keras.runs.metrics_log import MetricsLog
 from bn_keras.runs.saved_config import SavedConfig, missing_keys_error
 from bn_keras.runs.settings import flatten
 from bn_keras.storage import is_local, read, writing
 from bn_keras.text import first_line
-
-# One line of metrics.jsonl.
-Metrics = dict[str, float | str | None]
 
 
 class Interface(NamedTuple):
@@ -357,24 +354,19 @@ class Workdir:
         return interface if isinstance(interface, dict) else {}
 
     def read_metrics(self) -> MetricsLog:
-        """Reads the lines of metrics.jsonl in order; an incomplete last line is left out."""
-        try:
-            *lines, _ = (read(self.metrics) or b"").decode().split("\n")
-        except ValueError as error:
-            raise UsageError(f"{self.metrics} cannot be read: {first_line(error)}") from None
-        return MetricsLog(self._parse_line(number, line) for number, line in enumerate(lines, 1))
+        """Reads the lines of metrics.jsonl in order; an incomplete last line is left out.
 
-    def _parse_line(self, number: int, line: str) -> dict[str, Any]:
-        values = _parse(line)
-        if not _is_line_of_metrics(values):
-            raise UsageError(
-                f"line {number} of {self.metrics} is damaged: fix or delete it, or use a new"
-                " workdir"
-            )
-        return values
+        Raises:
+          UsageError: a line is damaged.
+        """
+        return MetricsLog.parse(read(self.metrics) or b"", os.fspath(self.metrics))
 
     def drop_metrics_after(self, step: int) -> None:
-        """Drops the lines of metrics.jsonl after the step at which the run resumes."""
+        """Drops the lines of metrics.jsonl after the step at which the run resumes.
+
+        Raises:
+          StorageError: the file cannot be written; it is unchanged.
+        """
         if not self.writes:
             return
         kept = "".join(json.dumps(line) + "\n" for line in self.read_metrics().up_to(step))
@@ -405,10 +397,3 @@ def _parse(text: str | bytes | None) -> Any:
         return json.loads(text or b"")
     except ValueError:
         return None
-
-
-def _is_line_of_metrics(values: Any) -> bool:
-    """Returns whether a value has what the readers of a run's metrics rely on."""
-    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
-        return False
-    return isinstance(values.get(ACCURACY, 0.0), int | float)

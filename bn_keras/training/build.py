@@ -110,6 +110,7 @@ def build_schedule(
 def build_trainer(
     config: ConfigDict,
     strategy: tf.distribute.Strategy,
+    *,
     input_shape: Sequence[int],
     num_classes: int,
     num_train_examples: int,
@@ -160,11 +161,11 @@ def build_trainer_for(
     return build_trainer(
         config,
         strategy,
-        data.input_shape,
-        data.num_classes,
-        data.num_train_examples,
-        rate_factor,
-        data.class_weights,
+        input_shape=data.input_shape,
+        num_classes=data.num_classes,
+        num_train_examples=data.num_train_examples,
+        rate_factor=rate_factor,
+        class_weights=data.class_weights,
     )
 
 

@@ -90,7 +90,7 @@ class ClassReport:
         order = np.argsort(-found.probabilities[wrong], kind="stable")
         return wrong[order][:limit]
 
-    def find_pitfalls(self) -> list[str]:
+    def name_rare_classes(self) -> list[str]:
         """Returns lines that name the classes with no or few images."""
         counts = self.confusion.sum(axis=1)
         return name_rare_classes(self.class_names, counts, "validation", "to measure an accuracy")

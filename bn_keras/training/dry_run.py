@@ -34,10 +34,15 @@ def dry_run(config: ConfigDict) -> Iterator[str]:
     """
     check_config(config)
     strategy = make_strategy(**config.distribution)
-    names = ("name", "data_dir", "train_split", "validation_split", "image_size")
-    description = sources.describe(*(config.data[name] for name in names))
-    source = sources.synthesize(description, config.data.image_size)
-    data = build_data(config, source)
+    settings = config.data
+    description = sources.describe(
+        settings.name,
+        settings.data_dir,
+        train_split=settings.train_split,
+        validation_split=settings.validation_split,
+        image_size=settings.image_size,
+    )
+    data = build_data(config, sources.synthesize(description, settings.image_size))
     pipeline.check_divides(strategy, config.evaluation.global_batch_size)
     trainer = build_trainer_for(config, strategy, data)
     cost = count_cost(trainer.model)
@@ -46,13 +51,12 @@ def dry_run(config: ConfigDict) -> Iterator[str]:
         # The synthetic classes have no names: the other lines could be wrong about the head.
         yield initialization.describe()[0]
 
-    num_examples = description.num_train_examples
+    num_examples, replicas = description.num_train_examples, strategy.num_replicas_in_sync
     if num_examples:
         config = with_steps(config, num_examples)
         schedule = build_schedule(config, num_examples)
         yield f"{description}\n{schedule.describe(config.train.steps, num_examples)}"
-        model, replicas = trainer.inference_model, strategy.num_replicas_in_sync
-        yield from find_pitfalls(config, schedule, model, replicas)
+        yield from find_pitfalls(config, schedule, trainer.inference_model, replicas)
     else:
         yield f"{description}\nthe steps per epoch are known once {config.data.name} is prepared"
 
@@ -62,7 +66,6 @@ def dry_run(config: ConfigDict) -> Iterator[str]:
     traced = time.perf_counter()
     loss, _, finite_steps = trainer.train(batches, 1)
     ended = time.perf_counter()
-    replicas = strategy.num_replicas_in_sync
     per_replica_batch_size = trainer.global_micro_batch_size // replicas
     mebibytes = per_replica_batch_size * cost.activation_bytes / 2**20
     note = "" if finite_steps else ", which is not finite"

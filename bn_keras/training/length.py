@@ -36,9 +36,9 @@ def _to_steps(epochs: float, config: ConfigDict, num_train_examples: int) -> int
 
 
 def global_micro_batch_size(config: ConfigDict) -> int:
-    """Returns the size of BN's mini-batch over all replicas: with gradient accumulation, a part.
+    """Returns the number of examples of one micro-batch, over all replicas.
 
-    Replicas that are not synchronized split it further.
+    BN normalizes each replica's part of it, or all of it if synchronized.
     """
     return config.train.global_batch_size // config.train.micro_batches
 

@@ -24,9 +24,9 @@ from bn_keras.errors import TrainingDivergedError, TrainingStoppedError, UsageEr
 from bn_keras.merge import merge_moving_statistics
 from bn_keras.runs import environment
 from bn_keras.runs.checkpoint import Checkpoints
-from bn_keras.runs.metrics import MetricsWriter
-from bn_keras.runs.metrics_log import DIVERGED, FINISHED, RETRY
-from bn_keras.runs.workdir import Interface, Metrics, Workdir
+from bn_keras.runs.metrics_log import DIVERGED, FINISHED, RETRY, MetricsLine
+from bn_keras.runs.metrics_writer import MetricsWriter
+from bn_keras.runs.workdir import Interface, Workdir
 from bn_keras.training import divergence
 from bn_keras.training.build import build_data, build_schedule, build_trainer_for
 from bn_keras.training.config import check_config
@@ -34,7 +34,7 @@ from bn_keras.training.fine_tuning import Initialization
 from bn_keras.training.graphs import Graphs
 from bn_keras.training.length import early_stop_reason, finish_reason, with_steps
 from bn_keras.training.pitfalls import describe_balance, find_class_pitfalls, find_pitfalls
-from bn_keras.training.plan import check_workdir, describe_changes, describe_replicas
+from bn_keras.training.plan import check_startable, describe_changes, describe_replicas
 from bn_keras.training.progress import Progress, log
 from bn_keras.training.recorder import Recorder, open_recorder
 from bn_keras.training.restoring import initialize_trainer
@@ -59,7 +59,7 @@ class TrainingResult(dict[str, float | str | None]):
         accept.
     """
 
-    def __init__(self, metrics: Metrics, workdir: epath.Path) -> None:
+    def __init__(self, metrics: MetricsLine, workdir: epath.Path) -> None:
         super().__init__(metrics)
         self.workdir = workdir
 
@@ -128,7 +128,7 @@ def train_and_evaluate(
     """
     check_config(config)
     run = Workdir(workdir)
-    check_workdir(run, config)
+    check_startable(run, config)
     if finish_reason(run, config):
         return TrainingResult(run.read_metrics()[-1], run.path)
     graphs = graphs or Graphs()
@@ -197,7 +197,7 @@ def _check_retry(start: _Start, error: TrainingDivergedError) -> None:
     )
 
 
-def _train(start: _Start, stop_request: StopRequest) -> Metrics:
+def _train(start: _Start, stop_request: StopRequest) -> MetricsLine:
     """Builds a run, or restores it from its last checkpoint, and trains it to its end."""
     config, run, strategy, data = start.config, start.run, start.strategy, start.data
     check_same_command(strategy, config, start.profile_steps)
@@ -307,10 +307,10 @@ def _build(
     recorder = open_recorder(
         trainer,
         data,
-        config.record.layer,
-        config.record.unit,
-        config.record.percentiles,
-        config.record.num_examples,
+        layer=config.record.layer,
+        unit=config.record.unit,
+        percentiles=config.record.percentiles,
+        num_examples=config.record.num_examples,
     )
     timetable = Timetable(
         steps=config.train.steps,
@@ -368,7 +368,7 @@ class _Training:
     metrics: MetricsWriter = dataclasses.field(init=False)
     progress: Progress = dataclasses.field(init=False)
 
-    def train(self, progress: Progress, metrics: MetricsWriter) -> Metrics:
+    def train(self, progress: Progress, metrics: MetricsWriter) -> MetricsLine:
         """Trains to the end and returns the last line of metrics.
 
         Args:
@@ -445,7 +445,7 @@ class _Training:
           rate: learning rate of the loop's first step.
           images_per_second: over all replicas.
         """
-        metrics: Metrics = {
+        metrics: MetricsLine = {
             "train/loss": loss,
             "train/accuracy": accuracy,
             "train/learning_rate": rate,
@@ -481,7 +481,7 @@ class _Training:
             self.checkpoints.save(self.step)
             self.saved_step = self.step
 
-    def finish(self) -> Metrics:
+    def finish(self) -> MetricsLine:
         """Runs the last evaluation and writes the line that marks the run as finished."""
         if self.step < self.timetable.steps:
             log(f"{self.start.label}: stopped at step {self.step:,}: {self.stop_reason}")

@@ -33,13 +33,13 @@ def describe_training(config: ConfigDict, workdir: str | os.PathLike) -> dict[st
     """
     check_config(config)
     run = Workdir(workdir)
-    check_workdir(run, config)
+    check_startable(run, config)
     check_writable(run.path, f"workdir {run.path}")
     progress = describe_progress(run, config)
     return describe_input(config) | {"workdir": f"{run.path}: {progress}"}
 
 
-def check_workdir(run: Workdir, config: ConfigDict) -> None:
+def check_startable(run: Workdir, config: ConfigDict) -> None:
     """Raises UsageError if a config cannot be trained in a workdir; see `Workdir.check`."""
     run.check(config)
     data = config.data

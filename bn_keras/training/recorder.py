@@ -123,6 +123,7 @@ class Recorder:
 def open_recorder(
     trainer: Trainer,
     data: Data,
+    *,
     layer: str,
     unit: int,
     percentiles: Sequence[float],

@@ -180,6 +180,22 @@ class Trainer:
         for weight, average in zip(weights, self.averages, strict=True):
             weight.assign(tf.convert_to_tensor(average.value))
 
+    def step(self, images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Trains one step on a replica's part of the global batch.
+
+        Only without micro-batches and loss scaling, whose steps consist of several calls; `train`
+        supports both.
+
+        Args:
+          images, labels: see `compute_gradients`.
+
+        Returns:
+          The part's share of the mean loss, and the number of its correctly classified examples.
+        """
+        loss, hits, gradients = self.compute_gradients(images, labels)
+        self._update(gradients)
+        return loss, hits
+
     def compute_gradients(
         self, images: tf.Tensor, labels: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
@@ -258,9 +274,7 @@ class Trainer:
     # AutoGraph would take a second at every start, and has nothing to convert here.
     @tf.autograph.experimental.do_not_convert
     def _train_whole_batch(self, images: tf.Tensor, labels: tf.Tensor) -> None:
-        loss, hits, gradients = self.compute_gradients(images, labels)
-        self._update(gradients)
-        self._add_to_sums(loss, hits)
+        self._add_to_sums(*self.step(images, labels))
 
     @tf.autograph.experimental.do_not_convert
     def _accumulate_micro_batch(self, images: tf.Tensor, labels: tf.Tensor) -> None:

@@ -11,7 +11,8 @@ from bn_keras.errors import UsageError
 from bn_keras.keras_internals import batch_norm_layers, trains_batch_norm
 from bn_keras.population import PopulationEstimator, preserved_state
 from bn_keras.runs.checkpoint import Checkpoints
-from bn_keras.runs.workdir import Metrics, Workdir
+from bn_keras.runs.metrics_log import MetricsLine
+from bn_keras.runs.workdir import Workdir
 from bn_keras.storage import writing
 from bn_keras.training.class_report import ClassReport, write_class_report
 from bn_keras.training.config import uses_population
@@ -92,7 +93,7 @@ class Validation:
             # Always the same batches, so that evaluations differ only in the network.
             self._batches = data.train_batches(trainer.strategy, trainer.global_micro_batch_size)
 
-    def __call__(self, step: int, is_last: bool = False) -> Metrics:
+    def __call__(self, step: int, is_last: bool = False) -> MetricsLine:
         """Evaluates the network after a step and returns the metrics under "validation/"."""
         by_population = uses_population(self._population, is_last)
         by_ema = bool(self._trainer.averages) and (by_population or self._population == "never")
@@ -108,7 +109,7 @@ class Validation:
                 self._finished.save(step)
         if is_last and self._per_class:
             self._report_classes()
-        metrics = cast(Metrics, dict(found))
+        metrics = cast(MetricsLine, dict(found))
         statistics = "moving" if self._has_batch_norm else "none"
         metrics["statistics"] = "population" if by_population else statistics
         if self._trainer.averages:
@@ -123,7 +124,7 @@ class Validation:
         with writing(f"the report on the classes in {self._run.classes}"):
             self._run.verify_owner()
         write_class_report(self._run.classes, report, self._data)
-        for line in report.find_pitfalls():
+        for line in report.name_rare_classes():
             logging.warning("%s", line)
 
     @contextlib.contextmanager

@@ -85,7 +85,7 @@ class Cloud:
     sleep: Callable[[float], None] = time.sleep
     echo: Callable[[str], None] = _echo
 
-    def execute(self, command: jobs.Command) -> str:
+    def execute(self, command: jobs.ShellCommand) -> str:
         """Runs a command and returns its output; raises GcloudError if it fails."""
         return checked_output(self.run(command))
 
@@ -167,7 +167,7 @@ def _read_failure(job: Job, cloud: Cloud) -> str:
     return cloud.execute(jobs.read_command(f"{job.folder}/{jobs.FAILED}")).strip()
 
 
-def submit_commands(job: Job) -> list[jobs.Command]:
+def submit_commands(job: Job) -> list[jobs.ShellCommand]:
     """Returns the commands that submit a job to a new workdir: two checks, then the changes."""
     checks = [jobs.list_command(job.folder), jobs.describe_command(job)]
     return [*checks, *jobs.upload_commands(job), jobs.create_command(job)]

@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Callable
 
 from ..command_error import CommandError
-from .job import Command
+from .job import ShellCommand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Outcome:
     stderr: str = ""
 
 
-Runner = Callable[[Command], Outcome]
+Runner = Callable[[ShellCommand], Outcome]
 
 
 class GcloudError(CommandError):
@@ -69,7 +69,7 @@ _TRANSIENT = (
 )
 
 
-def run_command(command: Command) -> Outcome:
+def run_command(command: ShellCommand) -> Outcome:
     """Runs a command and waits for it.
 
     Raises:
@@ -77,7 +77,7 @@ def run_command(command: Command) -> Outcome:
     """
     stdin = command.stdin
     try:
-        if isinstance(stdin, Command):
+        if isinstance(stdin, ShellCommand):
             producer = subprocess.run(stdin.argv, capture_output=True)
             if producer.returncode:
                 return Outcome(producer.returncode, stderr=producer.stderr.decode(errors="replace"))

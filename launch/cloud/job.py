@@ -62,7 +62,7 @@ _TPU_ZONES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Command:
+class ShellCommand:
     """A program with its arguments and its standard input.
 
     Args:
@@ -71,12 +71,12 @@ class Command:
     """
 
     argv: tuple[str, ...]
-    stdin: "str | Command" = ""
+    stdin: "str | ShellCommand" = ""
 
     def __str__(self) -> str:
         """Returns the command as shell code."""
         line = shlex.join(self.argv)
-        if isinstance(self.stdin, Command):
+        if isinstance(self.stdin, ShellCommand):
             return f"{self.stdin} | {line}"
         if self.stdin:
             return f"{line} <<'END_OF_INPUT'\n{self.stdin.rstrip()}\nEND_OF_INPUT"
@@ -242,7 +242,7 @@ def check_initial_weights(init_from: str) -> None:
         )
 
 
-def num_replicas(accelerator_type: str) -> int:
+def num_tpu_replicas(accelerator_type: str) -> int:
     """Returns the number of replicas of a type of a Job."""
     generation, _, cores = accelerator_type.rpartition("-")
     # These types count cores, of which two form one replica.
@@ -305,7 +305,7 @@ def startup_script(job: Job, folder: str = "/var/lib/bn_keras") -> str:
     return _STARTUP.read_text().replace("# @settings@", "\n".join(lines))
 
 
-def create_command(job: Job) -> Command:
+def create_command(job: Job) -> ShellCommand:
     """Returns the command that queues the job; it reads the startup script from its input."""
     options = [
         f"--accelerator-type={job.accelerator_type}",
@@ -319,36 +319,38 @@ def create_command(job: Job) -> Command:
         options.append(f"--service-account={job.service_account}")
     if job.valid_until:
         options.append(f"--valid-until-time={job.valid_until:%Y-%m-%dT%H:%M:%SZ}")
-    return Command(
+    return ShellCommand(
         (*_QUEUE, "create", job.name, *_location(job), *options, "--quiet"), startup_script(job)
     )
 
 
-def describe_command(job: Job) -> Command:
+def describe_command(job: Job) -> ShellCommand:
     """Returns the command that prints the queued resource as JSON."""
-    return Command((*_QUEUE, "describe", job.name, *_location(job), "--format=json", "--quiet"))
+    return ShellCommand(
+        (*_QUEUE, "describe", job.name, *_location(job), "--format=json", "--quiet")
+    )
 
 
-def describe_node_command(job: Job) -> Command:
+def describe_node_command(job: Job) -> ShellCommand:
     """Returns the command that prints the VM as JSON.
 
     A VM can be preempted while its queued resource is still ACTIVE.
     """
     node = ("gcloud", "compute", "tpus", "tpu-vm", "describe", job.name)
-    return Command((*node, *_location(job), "--format=json", "--quiet"))
+    return ShellCommand((*node, *_location(job), "--format=json", "--quiet"))
 
 
-def delete_command(job: Job) -> Command:
+def delete_command(job: Job) -> ShellCommand:
     """Returns the command that deletes the job with its VM, and waits until both are deleted."""
-    return Command((*_QUEUE, "delete", job.name, *_location(job), "--force", "--quiet"))
+    return ShellCommand((*_QUEUE, "delete", job.name, *_location(job), "--force", "--quiet"))
 
 
-def upload_commands(job: Job) -> list[Command]:
+def upload_commands(job: Job) -> list[ShellCommand]:
     """Returns the commands that upload job.json and, without an image, the source code."""
     commands = []
     if not job.image:
         tar = ("tar", "-czf", "-", "--exclude=__pycache__", "-C", str(find_source()), *SOURCE)
-        commands.append(write_command(f"{job.folder}/source.tar.gz", Command(tar)))
+        commands.append(write_command(f"{job.folder}/source.tar.gz", ShellCommand(tar)))
     commands.append(write_command(f"{job.folder}/job.json", job.to_json()))
     return commands
 
@@ -370,32 +372,32 @@ def find_source() -> pathlib.Path:
     )
 
 
-def write_command(url: str, content: str | Command) -> Command:
+def write_command(url: str, content: str | ShellCommand) -> ShellCommand:
     """Returns the command that writes a file to a bucket."""
-    return Command((*_STORAGE, "cp", "-", url, "--quiet"), content)
+    return ShellCommand((*_STORAGE, "cp", "-", url, "--quiet"), content)
 
 
-def read_command(url: str, last_bytes: int = 0) -> Command:
+def read_command(url: str, last_bytes: int = 0) -> ShellCommand:
     """Returns the command that prints files in a bucket, or the last bytes of one."""
     end = (f"--range=-{last_bytes}",) if last_bytes else ()
-    return Command((*_STORAGE, "cat", url, *end, "--quiet"))
+    return ShellCommand((*_STORAGE, "cat", url, *end, "--quiet"))
 
 
-def list_command(folder: str) -> Command:
+def list_command(folder: str) -> ShellCommand:
     """Returns the command that lists a folder in a bucket."""
-    return Command((*_STORAGE, "ls", f"{folder}/", "--quiet"))
+    return ShellCommand((*_STORAGE, "ls", f"{folder}/", "--quiet"))
 
 
-def remove_command(url: str) -> Command:
+def remove_command(url: str) -> ShellCommand:
     """Returns the command that deletes a file in a bucket."""
-    return Command((*_STORAGE, "rm", url, "--quiet"))
+    return ShellCommand((*_STORAGE, "rm", url, "--quiet"))
 
 
-def grant_command(job: Job, account: str) -> Command:
+def grant_command(job: Job, account: str) -> ShellCommand:
     """Returns the command that lets a service account read and write the job's bucket."""
     bucket = "/".join(job.workdir.split("/")[:3])
     role = (f"--member=serviceAccount:{account}", "--role=roles/storage.objectAdmin")
-    return Command((*_STORAGE, "buckets", "add-iam-policy-binding", bucket, *role))
+    return ShellCommand((*_STORAGE, "buckets", "add-iam-policy-binding", bucket, *role))
 
 
 def _location(job: Job) -> tuple[str, ...]:

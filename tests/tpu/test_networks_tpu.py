@@ -25,6 +25,7 @@ from bn_keras.training.evaluator import Evaluator
 pytest.importorskip("libtpu", reason="the wheel tensorflow-tpu is not installed: make tpu-check")
 
 IMAGE_SHAPE, CLASSES, TRAIN_EXAMPLES = (224, 224, 3), 1000, 1_281_167
+SIZES = dict(input_shape=IMAGE_SHAPE, num_classes=CLASSES, num_train_examples=TRAIN_EXAMPLES)
 PER_REPLICA_BATCH_SIZE = 4
 
 EVERYTHING = {
@@ -77,7 +78,7 @@ def count_batch_norms(model):
 def test_a_training_step_lowers(on_a_core, name):
     config = read_config(name)
     strategy = tf.distribute.get_strategy()
-    trainer = build_trainer(config, strategy, IMAGE_SHAPE, CLASSES, TRAIN_EXAMPLES)
+    trainer = build_trainer(config, strategy, **SIZES)
     steps = lower_steps(trainer, tf.zeros([PER_REPLICA_BATCH_SIZE], tf.int32))
     assert list(steps) == ["_train_whole_batch"]
     counts = lowering.opcodes(steps["_train_whole_batch"])
@@ -90,7 +91,7 @@ def test_a_training_step_with_every_option_lowers(on_a_core):
     """Labels are mixtures, as with MixUp and CutMix."""
     config = read_config("bn_x5", **EVERYTHING)
     strategy = tf.distribute.get_strategy()
-    trainer = build_trainer(config, strategy, IMAGE_SHAPE, CLASSES, TRAIN_EXAMPLES)
+    trainer = build_trainer(config, strategy, **SIZES)
     steps = lower_steps(trainer, tf.zeros([PER_REPLICA_BATCH_SIZE, CLASSES]))
     assert list(steps) == ["_set_to_zero", "_accumulate_micro_batch", "_apply_accumulated"]
     part = steps["_accumulate_micro_batch"]
@@ -109,7 +110,7 @@ def test_an_evaluation_step_lowers(on_a_core, monkeypatch, crops):
     config = read_config("bn_x30", **{"data.name": "synthetic", "batch_norm.synchronized": True})
     data = pipeline.open_data(config.data, seed=0)
     strategy = tf.distribute.get_strategy()
-    trainer = build_trainer(config, strategy, IMAGE_SHAPE, CLASSES, TRAIN_EXAMPLES)
+    trainer = build_trainer(config, strategy, **SIZES)
     model = trainer.inference_model
     recorder = lowering.Recorder(strategy)
     evaluate = Evaluator([model], data, recorder, 32, Crops.parse(crops))

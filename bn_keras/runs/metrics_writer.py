@@ -15,7 +15,8 @@ from etils import epath
 
 from bn_keras import storage
 from bn_keras.errors import BucketUnavailableError, StorageError, WorkdirInUseError
-from bn_keras.runs.workdir import Metrics, Workdir
+from bn_keras.runs.metrics_log import MetricsLine
+from bn_keras.runs.workdir import Workdir
 from bn_keras.storage import is_local, writing
 
 # An upload replaces the whole object. Between saves, the files of a run in a bucket are uploaded at
@@ -61,9 +62,9 @@ class MetricsWriter:
                 self._events = tf.summary.create_noop_writer()
             self._opened = opened.pop_all()
 
-    def write(self, step: int, values: Mapping[str, float | str | None]) -> Metrics:
+    def write(self, step: int, values: Mapping[str, float | str | None]) -> MetricsLine:
         """Writes one line and returns it: "step", "examples", and the values by name."""
-        line: Metrics = {"step": step, "examples": step * self._global_batch_size}
+        line: MetricsLine = {"step": step, "examples": step * self._global_batch_size}
         # JSON has no NaN or infinity.
         line |= {k: None if _is_infinite_or_nan(v) else v for k, v in values.items()}
         with self._writing(f" of step {step}"):
