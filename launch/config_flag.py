@@ -166,7 +166,11 @@ def _replace_epochs(config: ConfigDict, overrides: Mapping[str, Any]) -> dict[st
 
 
 def find_setting(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
-    """Returns the section that holds a setting, and the setting's name in it."""
+    """Returns the section that holds a setting, and the setting's name in it.
+
+    Raises:
+      CommandError: no such setting, or a section.
+    """
     section, node = config, config
     names = key.split(".")
     for i, name in enumerate(names):

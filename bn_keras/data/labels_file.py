@@ -105,9 +105,9 @@ def _find_files(paths: Iterable[str]) -> dict[str, Image]:
 
 def _read_rows(text: str, delimiter: str, file: str) -> Iterator[tuple[int, list[str]]]:
     """Yields the number of a line and its cells."""
-    # By default, a quotation mark that is never closed swallows all further lines.
-    # Without translation of newlines, which a quoted name may contain.
-    # A space before a quotation mark does not make it a part of the name.
+    # newline="": a quoted name may contain newlines. strict: by default, a quotation mark that is
+    # never closed swallows all further lines. skipinitialspace: a space before a quotation mark
+    # does not make the mark a part of the name.
     reader = csv.reader(
         io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True
     )

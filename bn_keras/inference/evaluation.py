@@ -129,6 +129,7 @@ def evaluate_networks(
       UsageError: no network at a path, a config of another network or of another preprocessing,
         data with a class that a network does not have, or crops that the network's input does not
         allow.
+      StorageError: a checkpoint or an exported network cannot be read.
       WorkerLostError: another worker has ended or does not answer.
     """
     workdirs, exported = (

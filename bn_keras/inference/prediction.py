@@ -158,6 +158,7 @@ def make_predictor(
     Raises:
       UsageError: no network in a workdir, networks with different classes or preprocessing, or
         crops that the network's input does not allow.
+      StorageError: a checkpoint cannot be read.
     """
     if top_k < 0:
         raise UsageError(f"top_k={top_k} is invalid: expected a positive integer, or 0 for all")

@@ -22,6 +22,7 @@ def check_workdir(workdir: str | os.PathLike, num_batches: int) -> HealthReport:
 
     Raises:
       UsageError: no run or no checkpoint in the folder.
+      StorageError: a checkpoint cannot be read.
     """
     if num_batches < 0:
         raise UsageError(f"num_batches={num_batches} is invalid: expected a non-negative integer")

@@ -177,7 +177,7 @@ class BucketLock:
             return {"holder": UNKNOWN_HOLDER}
 
     def _last_heartbeat(self, name: str) -> float | None:
-        """Returns the service's time of the last heartbeat; None if there is none."""
+        """Returns the service's time of the last heartbeat, or of the claim if there is none."""
         for ending in (_HEARTBEAT, _CLAIM):
             with contextlib.suppress(tf.errors.NotFoundError):
                 return (

@@ -52,6 +52,9 @@ class Evaluator:
 
     Attributes:
       predictions: predictions of the last evaluation, for each of its results.
+
+    Raises:
+      UsageError: the replicas do not divide global_batch_size.
     """
 
     predictions: list[Predictions]
@@ -96,6 +99,9 @@ class Evaluator:
 
         Returns:
           The metrics of each model and, if there are several, those of their ensemble.
+
+        Raises:
+          UsageError: no validation image can be read, or too many cannot.
         """
         for model in self._models:
             merge_moving_statistics(model, self._strategy)

@@ -109,6 +109,7 @@ def _read_pretrained(config: ConfigDict) -> PretrainedWeights:
     source = config.model.init_from
     run = Workdir(source)
     if not run.exists():
+        # `read_layers` says why there are no "imagenet" weights.
         if storage.is_folder(source) or not (
             source == "imagenet" or source.endswith((".keras", ".weights.h5"))
         ):

@@ -31,7 +31,8 @@ def verify_resume(config: ConfigDict) -> str:
       SHA-256 over all variables, the same for both networks.
 
     Raises:
-      UsageError: an invalid value in the config.
+      UsageError: an invalid value in the config, or data that is not available.
+      StorageError: the temporary checkpoint cannot be written.
       ResumeError: the variables of the two networks differ.
     """
     check_config(config)
