@@ -35,7 +35,7 @@ def check_agreement(
       largest absolute value of that output.
 
     Raises:
-      UsageError: the outputs of the model are not finite.
+      UsageError: the outputs of the model are not finite, or are 0 where the others are not.
       AgreementError: the outputs agree to fewer than half of their digits.
     """
     if not all(np.isfinite(x).all() for x in expected):
@@ -51,6 +51,12 @@ def check_agreement(
     precision = max(_MACHINE_EPSILONS.get(x.compute_dtype, 0) for x in all_layers(model))
     # Written so that a NaN difference fails too.
     if not difference <= precision**0.5 * size:
+        if not size:
+            raise UsageError(
+                f"the outputs of model {model.name!r} on the inputs to compare on are 0, and those"
+                f" of {source} reach {difference:.3g}, which may be rounding errors: pass other"
+                " inputs"
+            )
         raise AgreementError(
             f"{source} computes outputs that differ by up to {difference:.3g} from those of model"
             f" {model.name!r}, which reach {size:.3g}: either the model amplifies rounding errors,"

@@ -50,19 +50,19 @@ def as_bool(name: str, value: Any) -> bool:
     raise UsageError(f"{name}={value!r} is invalid: expected True or False")
 
 
-def as_momentum(name: str, value: Any) -> float:
-    """Returns a momentum as a float.
+def as_momentum(name: str, value: Any) -> Any:
+    """Returns a momentum as a float, or the variable that schedules it.
 
     Raises:
       UsageError: the value is not in [0, 1].
     """
-    number = _to_float(value)
+    number = _to_float(read_variables(value))
     if not 0 <= number <= 1:
         raise UsageError(
             f"{name}={value} is invalid: expected the fraction kept, in [0, 1]"
             " (PyTorch's momentum is 1 minus it)"
         )
-    return number
+    return value if is_variable(value) else number
 
 
 def as_epsilon(value: Any) -> float:
@@ -71,7 +71,7 @@ def as_epsilon(value: Any) -> float:
     Raises:
       UsageError: the value is not positive and finite.
     """
-    number = _to_float(value)
+    number = math.nan if is_variable(value) else _to_float(value)
     if not 0 < number < math.inf:
         raise UsageError(f"epsilon={value} is invalid: expected a positive number")
     return number

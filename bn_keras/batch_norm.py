@@ -94,7 +94,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def __init__(
         self,
         axis: int | Sequence[int] = -1,
-        momentum: float | None = 0.99,
+        momentum: float | tf.Variable | None = 0.99,
         epsilon: float = 1e-3,
         center: bool = True,
         scale: bool = True,
@@ -108,7 +108,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         gamma_constraint: Constraint | None = None,
         renorm: bool = False,
         renorm_clipping: dict[str, float | tf.Variable | keras.Variable | None] | None = None,
-        renorm_momentum: float = 0.99,
+        renorm_momentum: float | tf.Variable = 0.99,
         synchronized: bool = False,
         *,
         unbiased: bool = True,
@@ -119,7 +119,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         # Converted by ours, whose messages say what is expected.
         momentum = None if momentum is None else as_momentum("momentum", momentum)
         super().__init__(
-            momentum=0.99 if momentum is None else momentum,
+            momentum=momentum if isinstance(momentum, float) else 0.99,
             epsilon=as_epsilon(epsilon),
             center=as_bool("center", center),
             scale=as_bool("scale", scale),
@@ -136,12 +136,12 @@ class BatchNormalization(keras.layers.BatchNormalization):
         )
         # Arguments that the Keras layer does not accept, or checks with other messages.
         self.axis = as_axis(axis)
-        self.momentum: float | tf.Variable | keras.Variable | None = momentum
         self.renorm = as_bool("renorm", renorm)
         bounds = as_renorm_clipping(renorm_clipping) if renorm else renorm_clipping
-        # object.__setattr__ hides it from Keras, which would train variables among the bounds.
-        object.__setattr__(self, "renorm_clipping", bounds)
-        self.renorm_momentum = as_momentum("renorm_momentum", renorm_momentum)
+        values = momentum, as_momentum("renorm_momentum", renorm_momentum), bounds
+        for name, value in zip(_SCHEDULES, values, strict=True):
+            # Hidden from Keras, which would take variables among them for weights.
+            object.__setattr__(self, name, value)
         self.unbiased = as_bool("unbiased", unbiased)
         self.sync_group_size = as_size("sync_group_size", sync_group_size)
         self.virtual_batch_size = as_size("virtual_batch_size", virtual_batch_size)
@@ -419,8 +419,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         new = tf.cast(value, old.dtype)
         if isinstance(weight, tf.Tensor):
             weight = tf.cast(weight, old.dtype)
-        keeps_a_part = not is_variable(self.momentum) and self.momentum and self.renorm_momentum
-        if keeps_a_part:
+        momenta = self.momentum, self.renorm_momentum
+        if all(not is_variable(momentum) and momentum for momentum in momenta):
             new = old - (old - new) * weight
         else:
             # With a weight of 1, the difference above would lose the digits of a small new value.
@@ -591,8 +591,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         """
         additional = {name: getattr(self, name) for name in _NOT_IN_KERAS}
         config = super().get_config() | {n: value for n, value in additional.items() if value}
-        variables = {"momentum": self.momentum, "renorm_clipping": self.renorm_clipping}
-        return config | read_variables(variables)
+        return config | read_variables({name: getattr(self, name) for name in _SCHEDULES})
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
@@ -610,6 +609,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         return layer
 
 
+# Arguments that may be, or contain, variables which schedule them.
+_SCHEDULES = ("momentum", "renorm_momentum", "renorm_clipping")
 _NOT_IN_KERAS = ("unbiased", "sync_group_size", "virtual_batch_size")
 
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from bn_keras.arguments import check_model
 from bn_keras.errors import UsageError
-from bn_keras.keras_internals import Call, graph_calls
+from bn_keras.keras_internals import Call, graph_calls, overrides_call
 from bn_keras.layer_kinds import DEPTHWISE, SEPARABLE, TRANSPOSED, WITH_KERNEL
 from bn_keras.text import table
 
@@ -215,24 +215,32 @@ def count_cost(model: keras.Model, dtype: str | None = None) -> Cost:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Activation:
-    """A tensor of one image; activations are compared by identity."""
+    """A tensor in a batch of one image; activations are compared by identity.
 
+    Attributes:
+      rows: size of the first axis: 1, unless an operation has moved other axes into it.
+      shape: sizes of the other axes.
+      dtype: name of the dtype.
+    """
+
+    rows: int
     shape: tuple[int, ...]
     dtype: str
 
     @classmethod
-    def of(cls, tensor: keras.KerasTensor) -> "_Activation":
-        shape = tuple(tensor.shape[1:])
-        if None in shape:
+    def of(cls, tensor: keras.KerasTensor, shape: Sequence[int | None] = ()) -> "_Activation":
+        """Returns the activation of a symbolic tensor, whose shape may be known from a trace."""
+        rows, *others = shape or (1, *tensor.shape[1:])
+        if None in (rows, *others):
             raise UsageError(
                 f"tensor {tensor.name!r} has an unknown size, {tuple(tensor.shape)}: build the"
                 " model for images of a fixed size"
             )
-        return cls(shape, tensor.dtype)
+        return cls(cast(int, rows), tuple(cast(list[int], others)), tensor.dtype)
 
     @property
     def size(self) -> int:
-        return math.prod(self.shape)
+        return self.rows * math.prod(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,8 +269,10 @@ class _LayerCall:
 
 
 def _has_graph(layer: keras.Operation) -> bool:
+    """Returns whether a layer is a built model whose graph is what a call computes."""
     # `inputs` of an unbuilt Sequential raises an AttributeError.
-    return isinstance(layer, keras.Function | keras.Sequential) and hasattr(layer, "inputs")
+    is_model = isinstance(layer, keras.Function | keras.Sequential) and hasattr(layer, "inputs")
+    return is_model and not (isinstance(layer, keras.Layer) and overrides_call(layer))
 
 
 def _trace(
@@ -270,7 +280,9 @@ def _trace(
 ) -> list[_Activation]:
     """Adds the calls in a model's graph to `calls` and returns the model's outputs."""
     activations = {id(tensor): known for tensor, known in zip(model.inputs, inputs, strict=True)}
-    for call in graph_calls(keras.Function(model.inputs, model.outputs)):
+    graph = graph_calls(keras.Function(model.inputs, model.outputs))
+    shapes = _trace_shapes(model, inputs, graph)
+    for call in graph:
         layer, name = call.operation, prefix + call.operation.name
         call_inputs = [activations[id(tensor)] for tensor in _inputs_of(call)]
         if call.is_input:
@@ -282,11 +294,39 @@ def _trace(
         if _has_graph(layer):
             outputs = _trace(layer, call_inputs, f"{name}/", calls)
         else:
-            outputs = [_Activation.of(tensor) for tensor in call.outputs]
+            outputs = [_Activation.of(t, shapes.get(id(t), ())) for t in call.outputs]
             hidden = _hidden_activations(layer, outputs)
             calls.append(_LayerCall(layer, name, call_inputs, outputs, hidden))
         activations.update(zip(map(id, call.outputs), outputs, strict=True))
     return [activations[id(tensor)] for tensor in model.outputs]
+
+
+def _trace_shapes(
+    model: keras.Model, inputs: Sequence[_Activation], graph: Sequence[Call]
+) -> dict[int, Sequence[int | None]]:
+    """Returns the shapes of a model's tensors in a call on these inputs, by the tensors' ids.
+
+    Empty where the symbolic tensors tell them: all operations are layers of Keras or of this
+    package, which keep the first axis, and all sizes are known.
+    """
+    calls = [call for call in graph if not call.is_input]
+    tensors = [tensor for call in calls for tensor in call.outputs]
+    are_known = all(None not in tensor.shape[1:] for tensor in tensors)
+    if are_known and all(x.rows == 1 for x in inputs) and all(map(_keeps_rows, calls)):
+        return {}
+    function = keras.Function(model.inputs, tensors)
+    specs = [tf.TensorSpec((x.rows, *x.shape), x.dtype) for x in inputs]
+    run = tf.function(lambda *images: keras.tree.flatten(function(list(images))), autograph=False)
+    outputs = run.get_concrete_function(*specs).structured_outputs
+    return {id(t): tuple(y.shape) for t, y in zip(tensors, outputs, strict=True)}
+
+
+def _keeps_rows(call: Call) -> bool:
+    """Returns whether an operation is known to keep the first axis: layers, but not functions."""
+    layer = call.operation
+    if not isinstance(layer, keras.Layer) or isinstance(layer, keras.layers.Lambda):
+        return False
+    return type(layer).__module__.partition(".")[0] in ("keras", "bn_keras")
 
 
 def _inputs_of(call: Call) -> list[keras.KerasTensor]:
@@ -310,7 +350,7 @@ def _hidden_activations(layer: Any, outputs: Sequence[_Activation]) -> list[_Act
     if not isinstance(layer, SEPARABLE):
         return []
     channels = math.prod(layer.depthwise_kernel.shape[-2:])
-    return [_Activation((_num_positions(layer, outputs[0]), channels), outputs[0].dtype)]
+    return [_Activation(1, (_num_positions(layer, outputs[0]), channels), outputs[0].dtype)]
 
 
 def _num_positions(layer: keras.Layer, output: _Activation) -> int:

@@ -24,6 +24,7 @@ from bn_keras.keras_internals import (
     build_like,
     graph_calls,
     graph_of,
+    layer_names,
     overrides_call,
     unbuild_optimizer,
 )
@@ -39,6 +40,8 @@ from bn_keras.population import (
 # open.
 _NUM_EXAMPLES = 8
 _IMAGE_SIDE, _VOLUME_SIDE = 224, 32
+# Inputs that are passed as they are; None stands for an optional input.
+_KEPT_INPUTS = (type(None), tf.SparseTensor, tf.RaggedTensor)
 # Timed calls of each model.
 _ROUNDS = 10
 
@@ -108,7 +111,7 @@ def fold_batch_norm(model: keras.Model, inputs: Any = None) -> tuple[keras.Model
         The result therefore needs bn_keras only if other layers of the model do.
       - Inside other layers (TimeDistributed, a subclassed model), BatchNormalization stays and is
         frozen. So does a layer with a `call` of its own, or one that a function of another layer
-        uses. A layer called with training=True stays too: it has no fixed scale and offset.
+        uses. A layer called with training=True stays too: it may use batch statistics.
       - BatchNormalization is not folded into a layer whose weights another layer uses, as in a tied
         autoencoder.
       - BatchNormalization is not folded into the following convolution, since the zeros of that
@@ -271,8 +274,10 @@ class _Plan:
             self._read_graph(graph, f"{name}/")
             return
         self.inside.update(contained)
+        paths = layer_names(layer)
         for x in contained:
-            self.names.setdefault(x, f"{name}/{x.name}")
+            inner = paths[x].removeprefix(f"{layer.path}/")
+            self.names.setdefault(x, f"{name}/{inner}")
 
     def _read_references(self) -> None:
         """Records the layers and variables that an operation may use without a call in a graph.
@@ -295,11 +300,13 @@ class _Plan:
     def _obstacle(self, batch_norm: keras.Layer) -> str | None:
         """Returns why a layer cannot be folded, or None if it can."""
         if batch_norm in self.always_training:
-            return "is called with training=True and normalizes by batch statistics"
+            return "is called with training=True: it may normalize by batch statistics"
         if batch_norm in self.inside:
             return "is inside a layer that is not a Functional or Sequential model"
         if overrides_call(batch_norm):
             return "has a call of its own"
+        if batch_norm.activity_regularizer is not None:
+            return "has an activity_regularizer"
         users = self._other_users(batch_norm, batch_norm)
         if users:
             return f"is also used by {users}"
@@ -329,6 +336,8 @@ class _Plan:
             return f"{follows}, which has a call of its own"
         if layer.activation not in (None, keras.activations.linear):
             return f"{follows}, which includes an activation"
+        if layer.activity_regularizer is not None:
+            return f"{follows}, which has an activity_regularizer"
         users = [
             "the model's outputs" if user is None else describe_layer(user.operation)
             for user in self._consumers[id(call.input_tensors[0])]
@@ -418,6 +427,7 @@ def _affine_layer(batch_norm: keras.Layer, reads_integers: bool) -> keras.Layer:
         "name": batch_norm.name,
         "dtype": batch_norm.dtype_policy,
         "trainable": batch_norm.trainable,
+        "activity_regularizer": batch_norm.activity_regularizer,
     }
     rank, axes = batch_norm.input_spec.ndim, _axes(batch_norm)
     scale, offset = _scale_and_offset(batch_norm)
@@ -541,9 +551,8 @@ def _reporting_rejected_inputs(model: keras.Model) -> contextlib.AbstractContext
 def _as_batch(inputs: Any) -> Any:
     """Returns the inputs to compare on as tensors."""
     try:
-        # None stands for an optional input.
         inputs = keras.tree.map_structure(
-            lambda x: None if x is None else tf.convert_to_tensor(x), inputs
+            lambda x: x if isinstance(x, _KEPT_INPUTS) else tf.convert_to_tensor(x), inputs
         )
     except (TypeError, ValueError):
         raise UsageError(

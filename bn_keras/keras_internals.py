@@ -47,7 +47,8 @@ def layer_names(model: keras.Layer) -> dict[keras.Layer, str]:
     """
     layers = all_layers(model)
     count = collections.Counter(layer.path for layer in layers)
-    names = {x: x.path for x in layers if count[x.path] == 1}
+    # A layer of a model that was not called as a whole may have no path.
+    names = {x: x.path for x in layers if x.path and count[x.path] == 1}
 
     def add_prefixed(parent: keras.Layer, prefix: str) -> None:
         for child in parent._flatten_layers(include_self=False, recursive=False):

@@ -7,7 +7,10 @@ import os
 import pathlib
 import re
 import shutil
+import signal
+import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
@@ -219,10 +222,25 @@ def move(source: AnyPath, target: AnyPath) -> None:
 
 
 @contextlib.contextmanager
+def _exiting_on_sigterm() -> Iterator[None]:
+    """Makes SIGTERM raise SystemExit in the block, unless the program handles it itself."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
 def replacing(output: AnyPath, folder: bool = False) -> Iterator[pathlib.Path]:
     """Yields a local path for a file or a folder, which replaces the output if the block succeeds.
 
-    If the block or the replacement fails, a local output is as it was. A folder in a bucket cannot
+    If the block or the replacement fails, or SIGTERM ends the process, a local output is as it was,
+    and nothing else remains. A folder in a bucket cannot
     be replaced atomically: its own files, such as the saved_model.pb of a SavedModel, are written
     after those of folders in it.
 
@@ -247,6 +265,7 @@ def replacing(output: AnyPath, folder: bool = False) -> Iterator[pathlib.Path]:
                 parent = os.path.dirname(os.path.abspath(output))
                 os.makedirs(parent, exist_ok=True)
             temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{name}.", dir=parent))
+        cleanup.enter_context(_exiting_on_sigterm())
         cleanup.callback(shutil.rmtree, temporary, ignore_errors=True)
         unfinished = temporary / name
         yield unfinished

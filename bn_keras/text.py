@@ -28,8 +28,17 @@ def align(rows: Iterable[Sequence[str]], left: int = 1, min_width: int = 0) -> l
 
 
 def table(rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
-    """Returns the lines of a table with two spaces between columns; see `align`."""
+    """Returns the lines of a table with two spaces between columns; see `align`.
+
+    Line breaks in cells become spaces.
+    """
+    rows = [[on_one_line(cell) for cell in row] for row in rows]
     return ["  ".join(cells).rstrip() for cells in align(rows, left)]
+
+
+def on_one_line(text: str) -> str:
+    """Replaces line breaks, such as those of a class name, by spaces."""
+    return " ".join(text.splitlines())
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:

@@ -18,7 +18,8 @@ def make_server(folder: str, port: int) -> http.server.HTTPServer:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            image = self.rfile.read(int(self.headers["Content-Length"] or 0))
+            length = self.headers["Content-Length"] or ""
+            image = self.rfile.read(int(length)) if length.isdecimal() else b""
             try:
                 found = classify(encoded=tf.constant([image]))
             except tf.errors.InvalidArgumentError:

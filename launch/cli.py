@@ -289,8 +289,8 @@ def _reported_errors() -> Iterator[None]:
         yield
     except (ReportedError, TrainingStoppedError) as error:
         raise CommandError(str(error), error.status) from None
-    except tf.errors.ResourceExhaustedError as error:
-        reason = error.message.splitlines()[0]
+    except (tf.errors.ResourceExhaustedError, MemoryError) as error:
+        reason = (str(error) or "no memory is left").splitlines()[0]
         raise CommandError(
             f"out of memory ({reason}): in training, raise train.micro_batches or lower"
             " train.global_batch_size; in an evaluation, lower evaluation.global_batch_size;"

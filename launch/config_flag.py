@@ -119,22 +119,27 @@ def parse_value(kind: type, text: str) -> Any:
 
 def _override(config: ConfigDict, argument: str) -> tuple[str, Any]:
     """Sets one setting of a config, and returns its key and its new value."""
+    from bn_keras.training.config import default_config
+
     match = _OVERRIDE.fullmatch(argument)
     assert match is not None
     no, key, equals, text = match.groups()
     section, name = find_setting(config, key)
-    kind = section.get_type(name)
+    default_section, _ = find_setting(default_config(), key)
+    kind, is_optional = section.get_type(name), default_section[name] is None
     if kind is bool and not equals:
         text = "false" if no else "true"
     elif no:
         raise CommandError(f"{argument} is invalid: only boolean settings have a --noconfig form")
     try:
-        value = parse_value(kind, text)
-        if kind is tuple and _are_numbers(section[name]) > _are_numbers(value):
+        is_none = is_optional and text == "None"
+        value: Any = None if is_none else parse_value(kind, text)
+        if kind is tuple and _are_numbers(section[name]) and not _are_numbers(value):
             raise ValueError("numbers separated by commas")
         section[name] = value
     except ValueError as error:
-        raise CommandError(f"{argument} is invalid: expected {error}") from None
+        also = " or None" if is_optional else ""
+        raise CommandError(f"{argument} is invalid: expected {error}{also}") from None
     return key, section[name]
 
 
@@ -186,6 +191,8 @@ def find_setting(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
 
 
 def _parse_tuple(text: str) -> tuple:
+    if not text or text == "None":
+        raise ValueError
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -194,7 +201,7 @@ def _parse_tuple(text: str) -> tuple:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _are_numbers(values: tuple) -> bool:
+def _are_numbers(values: Sequence) -> bool:
     return bool(values) and all(isinstance(v, int | float) for v in values)
 
 
@@ -203,5 +210,5 @@ _PARSERS: dict[type, tuple[Callable[[str], Any], str]] = {
     int: (int, "an integer"),
     float: (float, "a number"),
     str: (str, "text"),
-    tuple: (_parse_tuple, "values separated by commas"),
+    tuple: (_parse_tuple, "values separated by commas, or () for none"),
 }

@@ -124,7 +124,8 @@ def _csv_line(*values: object) -> str:
 def _csv_columns(class_names: Sequence[str]) -> Sequence[str]:
     """Returns a column for each class with --top_k=0, else pairs of columns for the top classes."""
     if _TOP_K.value == 0:
-        return class_names
+        # Two columns must not have the same name.
+        return [f"class {n}" if n in ("image", "error") else n for n in class_names]
     numbers = range(1, min(_TOP_K.value, len(class_names)) + 1)
     return [name for i in numbers for name in (f"class_{i}", f"probability_{i}")]
 

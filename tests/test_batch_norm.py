@@ -469,10 +469,14 @@ def test_renorm_equals_keras():
 
 @pytest.mark.parametrize("shape", [(8, 5), (64, 64, 64, 8)], ids=["ordinary", "kernel"])
 @pytest.mark.parametrize("is_graph", [False, True], ids=["eager", "graph"])
-def test_a_variable_schedules_the_momentum(shape, is_graph):
-    layer, x = BatchNormalization(), _data(*shape) + 1
+@pytest.mark.parametrize("make", [None, tf.Variable, keras.Variable])
+def test_a_variable_schedules_the_momentum(shape, is_graph, make):
+    x = _data(*shape) + 1
+    layer = BatchNormalization(momentum=make(0.75) if make else 0.9)
     layer.build((None, *shape[1:]))
-    layer.momentum = tf.Variable(0.75, trainable=False)
+    assert len(layer.weights) == 4
+    if make is None:
+        layer.momentum = tf.Variable(0.75, trainable=False)
     run = tf.function(lambda x: layer(x, training=True)) if is_graph else layer
     mean = x.reshape(-1, shape[-1]).mean(0, dtype=np.float64)
     for momentum, expected in ((0.75, mean / 4), (1.0, mean / 4), (0.0, mean)):
@@ -480,6 +484,30 @@ def test_a_variable_schedules_the_momentum(shape, is_graph):
         run(x) if is_graph else run(x, training=True)
         np.testing.assert_allclose(layer.moving_mean, expected, rtol=1e-5)
     assert json.loads(json.dumps(layer.get_config()))["momentum"] == 0
+
+
+@pytest.mark.parametrize("name", ["momentum", "renorm_momentum"])
+@pytest.mark.parametrize("is_assigned", [False, True], ids=["passed", "assigned"])
+def test_a_variable_schedules_each_momentum_of_renorm(name, is_assigned):
+    variable = tf.Variable(0.0, trainable=False)
+    layer = BatchNormalization(renorm=True, **({} if is_assigned else {name: variable}))
+    x = _data(64, 3) + 1
+    layer.build(x.shape)
+    if is_assigned:
+        setattr(layer, name, variable)
+    run = tf.function(lambda x: layer(x, training=True))
+    average = layer.moving_mean if name == "momentum" else layer.renorm_mean
+    run(x)
+    np.testing.assert_allclose(average, x.mean(0), rtol=1e-5)
+    variable.assign(1.0)
+    run(x + 5)
+    np.testing.assert_allclose(average, x.mean(0), rtol=1e-5)
+    assert json.loads(json.dumps(layer.get_config()))[name] == 1
+
+
+def test_a_variable_as_epsilon_raises():
+    with pytest.raises(UsageError, match="epsilon=.* is invalid: expected a positive number"):
+        BatchNormalization(epsilon=tf.Variable(0.1))
 
 
 def test_a_built_layer_does_not_accept_momentum_none():

@@ -18,7 +18,12 @@ from bn_keras.pictures.classes import Mistake, draw_confusion, draw_mistakes
 from bn_keras.pictures.picture_file import save_picture
 from bn_keras.runs.workdir import Workdir
 from bn_keras.training.build import build_data
-from bn_keras.training.class_report import ClassReport, Predictions, format_classes
+from bn_keras.training.class_report import (
+    ClassReport,
+    Predictions,
+    format_classes,
+    name_rare_classes,
+)
 from bn_keras.training.evaluator import Evaluator
 from bn_keras.training.loop import train_and_evaluate
 
@@ -42,6 +47,15 @@ def test_accuracy_and_confusion_by_class():
     assert found.predictions.balanced_accuracy() == pytest.approx((1 / 3 + 3 / 4) / 2)
     text = format_classes(found.rows())
     assert "33.33%" in text and "dog (2)" in text
+
+
+def test_a_class_name_with_a_line_break_is_shown_on_one_line():
+    [row] = [row for row in report([0] * 10, [0] * 10).rows() if row["label"] == "cat"]
+    text = format_classes([row | {"label": "big\ncat"}])
+    assert "big cat" in text and len(text.splitlines()) == 2
+    assert name_rare_classes(["big\ncat"], [0], "training", "to learn from") == [
+        "no training image of: big cat"
+    ]
 
 
 def test_absent_and_rare_classes_are_named():

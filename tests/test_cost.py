@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import math
 import pathlib
 import re
 
@@ -271,6 +272,41 @@ def test_adapted_statistics_multiply_elementwise():
     x = images = keras.Input((8, 4))
     model = keras.Model(images, L.Normalization(axis=(1, 2))(x))
     assert count_cost(model).uncounted == ()
+
+
+@pytest.mark.parametrize("shape", [(50, 6), (5, 10, 6)])
+def test_axes_that_are_moved_into_the_batch_axis_are_counted(shape):
+    """As in a partition into windows, or in video frames folded into the batch."""
+    rows = math.prod(shape[:-1])
+    inputs, images = keras.Input(shape), keras.Input(shape)
+    norm, dense = BatchNormalization(), L.Dense(8)
+    inner = keras.Sequential([keras.Input((6,)), dense, norm])
+    folded = keras.ops.reshape(inner(keras.ops.reshape(inputs, (-1, 6))), (-1, *shape[:-1], 8))
+    cost = count_cost(keras.Model(inputs, folded))
+    expected = count_cost(keras.Model(images, BatchNormalization()(L.Dense(8)(images))))
+    assert cost.multiply_adds == expected.multiply_adds == rows * 6 * 8
+    by_kind = {layer.kind: layer.activation_bytes for layer in cost.layers}
+    assert by_kind["Dense"] == rows * 8 * 4
+
+
+def test_sizes_that_only_a_call_shows_are_counted():
+    images = keras.Input((5, 6))
+    einsum = L.EinsumDense("abc,cd->abd", (None, 4), bias_axes="d", name="einsum")
+    cost = count_cost(keras.Model(images, L.Dense(3)(einsum(images))))
+    assert cost.multiply_adds == 5 * 4 * 3 and cost.uncounted == ("einsum",)
+
+
+def test_a_model_with_a_call_of_its_own_is_not_counted_by_its_graph():
+    class Twice(keras.Model):
+        def call(self, x, training=None, mask=None):
+            x = super().call(x, training=training)
+            return super().call(x, training=training)
+
+    inputs, images = keras.Input((6,)), keras.Input((6,))
+    twice = Twice(inputs, L.Dense(6)(inputs), name="twice")
+    with pytest.raises(UsageError, match="expected a Functional or Sequential model"):
+        count_cost(twice)
+    assert count_cost(keras.Model(images, twice(images))).uncounted == ("twice",)
 
 
 def test_tied_weights_count_once():

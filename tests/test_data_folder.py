@@ -328,6 +328,12 @@ def test_names_that_are_not_utf8(root):
         with unreadable.reporting_errors():
             train_batches(unreadable, STEPS)
     str(caught.value).encode()
+    os.unlink(data)
+    os.symlink("nothing", data)
+    with pytest.raises(UsageError, match=r"caf\\xe9.png: the file does not exist") as caught:
+        broken = open_folder(root)
+        with broken.reporting_errors():
+            train_batches(broken, STEPS)
     folder.rename(os.fsdecode(os.fsencode(root / "train" / "caf") + b"\xe9"))
     with pytest.raises(UsageError, match="class folder .* is not UTF-8: rename it") as caught:
         open_folder(root)
@@ -420,6 +426,15 @@ def test_labels_are_read_from_a_csv_file(root, delimiter):
     assert (data.num_train_examples, data.num_validation_examples) == (21, 9)
     images, labels, _ = validate(data)
     assert all(level // 60 == c for c, level in zip(labels, levels(images), strict=True))
+
+
+@pytest.mark.parametrize("first", ["{0};red, dark", '"{0}";"red, dark"', "\n{0};red, dark"])
+def test_the_separator_is_recognized_from_many_rows(root, first):
+    images = [file.relative_to(root) for file in (root / "train").rglob("*.*")]
+    rows = [first.format(images[0]), *(f"{image};blue" for image in images[1:])]
+    (root / "labels.csv").write_text("\n".join(rows))
+    data = open_folder(root, train_split="labels.csv", validation_split="labels.csv")
+    assert data.class_names == ("blue", "red, dark")
 
 
 def test_a_space_before_a_quotation_mark_is_no_part_of_a_name(root):
@@ -519,6 +534,9 @@ UNREADABLE = {
         PHOTOGRAPH, "WEBP", save_all=True, append_images=[Image.fromarray(255 - PHOTOGRAPH)]
     ),
     "zero-byte": b"",
+    # The start of a JPEG and of a PNG, not UTF-8.
+    "two-bytes": b"\xff\xd8",
+    "four-bytes": b"\x89PNG",
     "text": b"no image at all",
     "truncated-jpeg": encoded(PHOTOGRAPH, "JPEG")[:300],
     "truncated-png": encoded(PHOTOGRAPH)[:60],
@@ -542,7 +560,9 @@ def corrupt(root):
     """Corrupts three training images, two of them neighbours by name, and a validation image."""
     paths = [root / "train" / "cat" / f"bild {i}.{s}" for i, s in ((1, "JPG"), (2, "bmp"))]
     paths += [root / "train" / "zèbre" / "bild 5.bmp", root / "validation" / "cat" / "bild 1.JPG"]
-    for path, content in zip(paths, [*UNREADABLE.values(), b"?"][:4], strict=True):
+    for path, content in zip(
+        paths, [*list(UNREADABLE.values())[:2], UNREADABLE["two-bytes"], b"?"], strict=True
+    ):
         path.write_bytes(content)
     return paths
 

@@ -109,6 +109,10 @@ def test_the_server_answers_images_and_refuses_other_files(tmp_path):
                 assert json.load(answer) == {"class": "1", "probability": pytest.approx(0.8)}
             with pytest.raises(urllib.error.HTTPError, match="400: not an image"):
                 urllib.request.urlopen(address, b"no image")
+            for length in ("-1", "many"):
+                request = urllib.request.Request(address, bright, {"Content-Length": length})
+                with pytest.raises(urllib.error.HTTPError, match="400: not an image"):
+                    urllib.request.urlopen(request, timeout=60)
         server.shutdown()
 
 

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from bn_keras import BatchNormalization, BNInception, SigmoidMLP, fold, fold_batch_norm
+from bn_keras import (
+    BatchNormalization,
+    BNInception,
+    SigmoidMLP,
+    estimate_population_statistics,
+    fold,
+    fold_batch_norm,
+)
 from bn_keras.errors import UsageError
 from bn_keras.fold import unfoldable_layers
 from bn_keras.keras_internals import all_layers
@@ -829,3 +836,76 @@ def test_a_folded_network_consists_of_keras_layers_only(tmp_path):
     assert all(type(x).__module__.startswith("keras.") for x in all_layers(folded))
     folded.save(tmp_path / "folded.keras")
     assert_same(keras.saving.load_model(tmp_path / "folded.keras"), model)
+
+
+def test_activity_regularizers_penalize_the_same_values():
+    inputs = keras.Input((8, 8, 3))
+    x = L.Conv2D(4, 3, activity_regularizer=keras.regularizers.L2(0.1))(inputs)
+    x = L.ReLU()(BatchNormalization(activity_regularizer=keras.regularizers.L2(0.01))(x))
+    x = L.Dense(5)(L.Flatten()(x))
+    x = BatchNormalization(activity_regularizer=keras.regularizers.L1(0.02))(x)
+    model = trained(keras.Model(inputs, x))
+    folded, report = fold_batch_norm(model)
+    assert not batch_norms(folded)
+    reasons = sorted(report.kept.values())
+    assert reasons == ["has an activity_regularizer"] * 2
+    penalties = []
+    for network in (model, folded):
+        network(example(model), training=False)
+        penalties.append(sum(float(loss) for loss in network.losses))
+    assert penalties[1] == pytest.approx(penalties[0], rel=1e-5)
+
+
+def test_a_layer_with_an_activity_regularizer_is_not_scaled():
+    inputs = keras.Input((6,))
+    x = L.Dense(4, name="dense", activity_regularizer="l2")(inputs)
+    assert list(unfoldable_layers(keras.Model(inputs, BatchNormalization()(x))).values()) == [
+        "follows Dense 'dense', which has an activity_regularizer"
+    ]
+
+
+def test_layers_inside_a_layer_have_different_names():
+    @keras.saving.register_keras_serializable("test_fold")
+    class Stage(L.Layer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.blocks = [
+                keras.Sequential([L.Dense(6, name="d"), BatchNormalization(name="bn")], name=name)
+                for name in ("b1", "b2")
+            ]
+
+        def build(self, shape):
+            for block in self.blocks:
+                block.build(shape)
+
+        def call(self, x):
+            return self.blocks[1](self.blocks[0](x))
+
+    inputs = keras.Input((6,))
+    _, report = fold_batch_norm(keras.Model(inputs, Stage(name="stage")(inputs)))
+    assert set(report.kept) == {"stage/b1/bn", "stage/b2/bn"}
+    assert str(report).startswith("0 of 2 BatchNormalization layers folded")
+
+
+@pytest.mark.parametrize("kind", ["sparse", "ragged"])
+def test_models_of_sparse_and_ragged_inputs_are_folded(kind):
+    if kind == "sparse":
+        inputs = x = keras.Input((6,), sparse=True)
+        batch = tf.sparse.from_dense(np.eye(6, dtype=np.float32))
+    else:
+        inputs = keras.Input((None,), dtype="int32", ragged=True)
+        x = L.GlobalAveragePooling1D()(L.Embedding(5, 3)(inputs))
+        batch = tf.ragged.constant([[1, 2], [3], [0, 4, 2]], dtype=tf.int32)
+    model = trained(keras.Model(inputs, BatchNormalization()(L.Dense(4)(x))))
+    folded, report = fold_batch_norm(model, batch)
+    assert len(report.folded) == 1 and not batch_norms(folded)
+    np.testing.assert_allclose(run(folded, batch), run(model, batch), rtol=1e-4, atol=1e-5)
+
+
+def test_outputs_of_zero_are_no_basis_for_a_comparison():
+    model = trained(keras.Sequential([keras.Input((6,)), L.Dense(4), BatchNormalization()]))
+    batch = np.repeat(example(model, 1), 8, 0)
+    estimate_population_statistics(model, [batch], 1)
+    model.layers[1].beta.assign(np.zeros(4))
+    with pytest.raises(UsageError, match="are 0, .* may be rounding errors: pass other inputs"):
+        fold_batch_norm(model, batch)

@@ -100,7 +100,13 @@ CONFIG_ERRORS = [
     ([*DIGITS, "--config.train.l2=low"], "--config.train.l2=low is invalid: expected a number"),
     ([*DIGITS, "--config.data.mirror=maybe"], "mirror=maybe is invalid: expected true or false"),
     ([*DIGITS, "--config.record.percentiles=x"], "expected numbers separated by commas"),
-    ([*DIGITS, "--config.model.dropout=x"], "model.dropout=x is invalid: expected a number"),
+    (
+        [*DIGITS, "--config.model.dropout=x"],
+        "model.dropout=x is invalid: expected a number or None",
+    ),
+    ([*DIGITS, "--config.train.l2=None"], "train.l2=None is invalid: expected a number"),
+    ([*DIGITS, "--config.model.modules="], "modules= is invalid: expected values separated by com"),
+    ([*DIGITS, "--config.model.modules=None"], "expected values separated by commas, or () for n"),
     ([*DIGITS, "--noconfig.train.steps"], "--noconfig.train.steps is invalid: only boolean settin"),
     ([*DIGITS, "--config.train=3"], "--config.train is a section: override one of ema, epochs"),
 ]
@@ -221,6 +227,8 @@ def load(source, *arguments):
         # The default of the next two is None.
         (["--config.model.dropout=0.1"], "model.dropout", 0.1),
         (["--config.model.per_activation_bn=true"], "model.per_activation_bn", True),
+        (["--config.model.dropout=None"], "model.dropout", None),
+        (["--config.model.modules=()"], "model.modules", ()),
     ],
 )
 def test_an_override_has_the_type_of_its_setting(arguments, key, value):
@@ -491,6 +499,7 @@ def unfiltered():
         (TrainingStoppedError("no", signal.SIGTERM), 143),
         (TrainingStoppedError("no", signal.SIGINT), 130),
         (tf.errors.ResourceExhaustedError(None, None, "no"), 2),
+        (MemoryError("no"), 2),
         (tf.errors.FailedPreconditionError(None, None, "no\n gs://bucket/x"), 2),
         (tf.errors.AbortedError(None, None, "no\n gs://bucket/x"), 75),
         (BucketUnavailableError("no"), 75),

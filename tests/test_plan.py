@@ -199,6 +199,8 @@ def test_a_dry_run_works_for_a_data_set_of_unknown_size(tmp_path, offline):
         ({"evaluation.global_batch_size": 0}, "evaluation.global_batch_size=0 is invalid"),
         ({"data.train_split": "tarin"}, "no split 'tarin'"),
         ({"data.crop": "random"}, "unknown data.crop 'random': expected one of inception"),
+        ({"record.layer": "nowhere"}, "unknown record.layer 'nowhere'"),
+        ({"record.layer": "bn_1", "record.unit": 10**6}, "record.unit=1000000 is invalid: the inp"),
     ],
 )
 def test_a_dry_run_finds_invalid_settings(overrides, message):

@@ -297,6 +297,16 @@ def test_the_command_writes_a_table(runs, folder, tmp_path):
     assert sum(numbers) == pytest.approx(1, abs=1e-5) and header[2:] == list("0123456789")
 
 
+def test_no_two_columns_have_the_same_name():
+    program = (
+        "from launch.predict import _TOP_K, _csv_columns, flags\n"
+        "flags.FLAGS(['predict', '--workdir=w', '--top_k=0'])\n"
+        "print(_csv_columns(['image', 'error', 'cat']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "['class image', 'class error', 'cat']\n", done.stderr
+
+
 @pytest.mark.parametrize(("name", "num_bytes"), [("found.csv", 20), ("found.jsonl", 20)])
 def test_a_full_disk_is_reported_on_one_line(name, num_bytes, runs, folder, tmp_path):
     """The process may write no longer files: EFBIG, since ENOSPC would need a file system."""

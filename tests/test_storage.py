@@ -3,7 +3,10 @@
 import contextlib
 import errno
 import os
+import signal
 import stat
+import subprocess
+import sys
 import time
 
 import pytest
@@ -32,6 +35,16 @@ from bn_keras.storage import (
 from bn_keras.training.config_files import load_config
 
 TENSORFLOW = "{{node save}} a/file; No space left on device [Op:SaveV2]\nand a traceback"
+
+
+def test_sigterm_leaves_no_unfinished_output(tmp_path):
+    program = (
+        "import signal, sys; from bn_keras.storage import replacing\n"
+        "with replacing(sys.argv[1]) as file:\n"
+        "    file.write_text('half'); signal.raise_signal(signal.SIGTERM)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, tmp_path / "file"])
+    assert ended.returncode == 128 + signal.SIGTERM and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

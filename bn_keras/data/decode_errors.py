@@ -29,18 +29,22 @@ _SUPPORTED = (
 )
 
 
+# Errors of files that cannot be read or decoded. TensorFlow raises UnicodeDecodeError if its
+# message would contain bytes that are not UTF-8, such as those of a file name.
+READ_ERRORS = (tf.errors.OpError, UnicodeDecodeError)
+
 # An assertion of this package: in a graph, and in eager mode.
 _ASSERTION = re.compile(r"assertion failed: \[(.*?)\]|Summarized data: b'(.*?)'")
 
 
-def explain(content: bytes, error: tf.errors.OpError) -> str:
+def explain(content: bytes, error: Exception) -> str:
     """Returns why a file cannot be decoded, on one line, with advice where there is any.
 
     Args:
       content: content of the file.
-      error: error of `Preprocessing.process_encoded` or `transforms.decode`.
+      error: one of READ_ERRORS, raised by `Preprocessing.process_encoded` or `transforms.decode`.
     """
-    if refused := _ASSERTION.search(error.message):
+    if refused := _ASSERTION.search(str(error)):
         return refused[1] or refused[2]
     head = content[:_HEAD_BYTES]
     for pattern, reason in _FOREIGN:

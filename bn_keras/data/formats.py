@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
+# Bytes at the start of a file that identify its format.
+_HEAD_BYTES = 21
 # Offset of the flags in an extended WebP, and one of them.
 _WEBP_FLAGS, _WEBP_ANIMATION = 20, 2
-_WEBP_HEAD = 21
 
 # Offsets in a BMP: the first pixel, the size of the second header and its fields.
 _BMP_PIXELS, _BMP_HEADER, _BMP_COLOURS = 10, 14, 46
@@ -35,9 +36,10 @@ def decode_other(encoded: tf.Tensor, channels: int) -> tf.Tensor:
     Returns:
       uint8 [H, W, channels].
     """
-    is_webp = tf.equal(tf.strings.substr(encoded, 8, 4), "WEBP")
-    is_bmp = tf.equal(tf.strings.substr(encoded, 0, 2), "BM")
-    is_gif = tf.equal(tf.strings.substr(encoded, 0, 4), "GIF8")
+    head = _head(encoded)
+    is_webp = tf.equal(tf.strings.substr(head, 8, 4), "WEBP")
+    is_bmp = tf.equal(tf.strings.substr(head, 0, 2), "BM")
+    is_gif = tf.equal(tf.strings.substr(head, 0, 4), "GIF8")
 
     def decode_by_tensorflow(native: int) -> tf.Tensor:
         pixels = tf.io.decode_image(encoded, channels=native, expand_animations=False)
@@ -61,6 +63,16 @@ def decode_other(encoded: tf.Tensor, channels: int) -> tf.Tensor:
     return tf.ensure_shape(pixels, [None, None, channels])
 
 
+def _head(encoded: tf.Tensor) -> tf.Tensor:
+    """Returns the first bytes of a file, padded with zeros.
+
+    TensorFlow's error for a substring beyond the end of a string would contain the string, and
+    raise UnicodeDecodeError if that is not UTF-8.
+    """
+    start = tf.strings.substr(encoded, 0, _HEAD_BYTES)
+    return tf.strings.substr(tf.strings.join([start, b"\0" * _HEAD_BYTES]), 0, _HEAD_BYTES)
+
+
 def outlined(branch: Callable[[], tf.Tensor]) -> Callable[[], tf.Tensor]:
     """Wraps a rare branch in a function that is not inlined.
 
@@ -81,8 +93,8 @@ def _convert(pixels: tf.Tensor, channels: int) -> tf.Tensor:
 
 def _decode_webp(encoded: tf.Tensor) -> tf.Tensor:
     """Decodes a WebP; refuses animations, for which TensorFlow 2.21 corrupts its memory."""
-    is_extended = tf.equal(tf.strings.substr(encoded, 12, 4), "VP8X")
-    head = tf.strings.substr(tf.strings.join([encoded, b"\0" * _WEBP_HEAD]), 0, _WEBP_HEAD)
+    head = _head(encoded)
+    is_extended = tf.equal(tf.strings.substr(head, 12, 4), "VP8X")
     flags = tf.io.decode_raw(head, tf.uint8)[_WEBP_FLAGS]
     is_animated = is_extended & tf.not_equal(flags & _WEBP_ANIMATION, 0)
     check = tf.debugging.Assert(~is_animated, ["an animated WebP: save one frame of it"])

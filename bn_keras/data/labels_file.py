@@ -1,8 +1,10 @@
 """Labels of images from a CSV file."""
 
+import contextlib
 import csv
 import functools
 import io
+import itertools
 import os
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -14,6 +16,8 @@ from bn_keras.storage import is_local
 from bn_keras.text import first_of
 
 _DELIMITERS = ",;\t"
+# Rows from which the delimiter is recognized.
+_NUM_EXAMINED_ROWS = 1_000
 # First row of a file that names its columns.
 _HEADERS = (
     ("path", "file", "filename", "file_name", "image"),
@@ -39,7 +43,7 @@ def read_labels(root: str, file: str) -> dict[str, list[Image]]:
         an image that does not exist or has two labels.
     """
     text = storage.read_text(file, "labels file", "a CSV file with rows PATH,LABEL")
-    delimiter = max(_DELIMITERS, key=text.partition("\n")[0].count)
+    delimiter = max(_DELIMITERS, key=functools.partial(_count_pairs, text))
     labels: dict[str, str] = {}
     # The path as it is written, the path and the label of each row.
     rows: list[tuple[str, str, str]] = []
@@ -79,6 +83,15 @@ def read_labels(root: str, file: str) -> dict[str, list[Image]]:
     for _, path, label in rows:
         classes.setdefault(label, []).append(files[path])
     return {label: sorted(images) for label, images in classes.items()}
+
+
+def _count_pairs(text: str, delimiter: str) -> int:
+    """Returns how many of the first rows are a path and a label if a delimiter separates them."""
+    count = 0
+    with contextlib.suppress(UsageError):
+        for _, row in itertools.islice(_read_rows(text, delimiter, ""), _NUM_EXAMINED_ROWS):
+            count += len(row) == 2 and all(cell.strip() for cell in row)
+    return count
 
 
 def _find_files(paths: Iterable[str]) -> dict[str, Image]:

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from bn_keras.data.balance import BalancedOrder
 from bn_keras.data.batching import PREFETCH, Rows, without_autotuning
-from bn_keras.data.decode_errors import explain
+from bn_keras.data.decode_errors import READ_ERRORS, explain
 from bn_keras.data.multi_crop import CropPreprocessing
 from bn_keras.data.random_numbers import RandomNumbers, Stream
 from bn_keras.data.splits import Files, Shards
@@ -262,9 +262,13 @@ class ShardBatches:
             try:
                 encoded, label = self._shards.parse(tf.constant(record))
                 return tf.nest.flatten(self._process(encoded, label, extra))
-            except tf.errors.OpError as error:
-                # Without content, the file cannot be read, or the label is not a class.
-                reason = error if encoded is None else UsageError(explain(encoded.numpy(), error))
+            except READ_ERRORS as error:
+                reason: Exception = error
+                if encoded is not None:
+                    reason = UsageError(explain(encoded.numpy(), error))
+                elif isinstance(error, UnicodeDecodeError):
+                    reason = UsageError("the file does not exist, or may not be read")
+                # An error of TensorFlow names the reason, such as a label that is not a class.
                 self._unreadable.add(name, reason)
             if self._random is None:
                 # Prefetching reads on into a second epoch, which belongs to no pass.

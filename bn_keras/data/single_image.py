@@ -9,7 +9,7 @@ import tensorflow as tf
 from etils import epath
 
 from bn_keras.data import transforms
-from bn_keras.data.decode_errors import explain
+from bn_keras.data.decode_errors import READ_ERRORS, explain
 from bn_keras.errors import BucketUnavailableError, UsageError
 from bn_keras.storage import is_local, is_temporary, reason_of
 from bn_keras.text import first_line
@@ -68,6 +68,6 @@ def reporting_undecodable(path: str | os.PathLike, encoded: tf.Tensor) -> Iterat
     """Wraps the decoding of a file; raises UsageError if it cannot be decoded."""
     try:
         yield
-    except tf.errors.OpError as error:
+    except READ_ERRORS as error:
         reason = explain(encoded.numpy(), error)
         raise UsageError(f"image {path} cannot be decoded: {reason}") from None

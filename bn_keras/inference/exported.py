@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from bn_keras.data.decode_errors import explain
+from bn_keras.data.decode_errors import READ_ERRORS, explain
 from bn_keras.data.transforms import Preprocessing
 from bn_keras.errors import UsageError
 from bn_keras.inference.network_description import FILE_NAME, NetworkDescription
@@ -73,7 +73,7 @@ class ExportedNetwork(NamedTuple):
                 images[number] = self.preprocessing.process_encoded(
                     tf.constant(encoded), None, self.input_shape[-1]
                 )
-            except tf.errors.OpError as error:
+            except READ_ERRORS as error:
                 reason = explain(encoded, error)
                 raise UsageError(f"image {number} cannot be decoded: {reason}") from None
         return tf.nn.softmax(self.model(images, training=False)).numpy()

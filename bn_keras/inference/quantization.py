@@ -9,6 +9,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from bn_keras.data import pipeline
+from bn_keras.data.decode_errors import READ_ERRORS
 from bn_keras.errors import AgreementError, BucketUnavailableError, UsageError
 from bn_keras.runs.settings import replaced
 from bn_keras.storage import is_temporary, reason_of
@@ -68,7 +69,7 @@ def read_training_images(config: ConfigDict, count: int) -> np.ndarray:
             break
         try:
             images.append(data.read_validation_example(int(index))[1])
-        except tf.errors.OpError as error:
+        except READ_ERRORS as error:
             if is_temporary(error):
                 # Another image in its place would calibrate the network differently.
                 raise BucketUnavailableError(

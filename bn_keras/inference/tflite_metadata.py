@@ -16,6 +16,7 @@ import flatbuffers
 import numpy as np
 
 from bn_keras.inference.network_description import FILE_NAME, NetworkDescription
+from bn_keras.text import on_one_line
 
 LABELS = "labels.txt"
 
@@ -79,7 +80,7 @@ def read_description(model: bytes) -> NetworkDescription | None:
 
 def labels(description: NetworkDescription) -> list[str]:
     """Returns the class names for the file of labels, in which each has one line."""
-    names = (" ".join(name.splitlines()) for name in description.class_names)
+    names = map(on_one_line, description.class_names)
     # A name of a folder that is not UTF-8 contains surrogates, which cannot be encoded.
     return [name.encode("utf-8", "backslashreplace").decode() for name in names]
 

@@ -11,7 +11,7 @@ from etils import epath
 
 from bn_keras import storage
 from bn_keras.data.pipeline import Data
-from bn_keras.text import first_of, table
+from bn_keras.text import first_of, on_one_line, table
 
 # Classes with fewer images are named: one image changes their accuracy by a tenth or more.
 _FEW_IMAGES = 10
@@ -107,7 +107,7 @@ def name_rare_classes(
       split: "training" or "validation".
       purpose: what few images do not suffice for, such as "to measure an accuracy".
     """
-    sizes = list(zip(class_names, counts, strict=True))
+    sizes = list(zip(map(on_one_line, class_names), counts, strict=True))
     absent = [name for name, count in sizes if count == 0]
     few = [f"{name} ({count})" for name, count in sizes if 0 < count < _FEW_IMAGES]
     lines = []

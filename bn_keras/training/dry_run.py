@@ -13,6 +13,7 @@ from bn_keras.training.build import build_data, build_schedule, build_trainer_fo
 from bn_keras.training.config import check_config
 from bn_keras.training.length import with_steps
 from bn_keras.training.pitfalls import find_pitfalls
+from bn_keras.training.recorder import open_recorder
 from bn_keras.training.restoring import initialize_trainer
 
 
@@ -50,6 +51,16 @@ def dry_run(config: ConfigDict) -> Iterator[str]:
     if initialization := initialize_trainer(config, trainer, data.class_names):
         # The synthetic classes have no names: the other lines could be wrong about the head.
         yield initialization.describe()[0]
+
+    if recorder := open_recorder(
+        trainer,
+        data,
+        layer=config.record.layer,
+        unit=config.record.unit,
+        percentiles=config.record.percentiles,
+        num_examples=1,
+    ):
+        recorder()
 
     num_examples, replicas = description.num_train_examples, strategy.num_replicas_in_sync
     if num_examples:
