@@ -3,7 +3,7 @@
 import math
 import os
 
-from bn_keras.cgroups import read_limits
+from bn_keras.cgroups import cpu_quotas
 
 
 def usable_cores() -> list[int]:
@@ -19,11 +19,4 @@ def num_usable_cores() -> int:
     A container with a CPU quota, such as `docker run --cpus=2`, may run on all cores, but not on
     all of them at once.
     """
-    quotas = [math.ceil(int(quota) / int(period)) for quota, period in _quotas()]
-    return max(1, min([len(usable_cores()), *quotas]))
-
-
-def _quotas() -> list[list[str]]:
-    """Returns each limit as CPU time and the period for which it is granted."""
-    limits = [text.split() for text in read_limits("cpu.max")]
-    return [limit for limit in limits if len(limit) == 2 and all(map(str.isdecimal, limit))]
+    return max(1, min([len(usable_cores()), *map(math.ceil, cpu_quotas())]))

@@ -185,7 +185,8 @@ def private_names_defined_in(tree):
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "object.__setattr__":
-            yield node.args[1].value
+            if isinstance(node.args[1], ast.Constant):
+                yield node.args[1].value
 
 
 def private_names_used_in(tree):

@@ -106,16 +106,22 @@ def test_a_worker_names_its_cluster_and_its_own_devices(monkeypatch):
 @pytest.fixture
 def group(tmp_path, monkeypatch):
     """The folder of this process's control group; its parents have limits, too."""
-    folder = tmp_path / "slurm" / "job"
-    folder.mkdir(parents=True)
-    monkeypatch.setattr(cgroups, "_ROOT", tmp_path)
+    return control_group("0::/slurm/job", tmp_path, monkeypatch)
+
+
+def control_group(line, folder, monkeypatch):
+    """Moves this process to a control group whose files are below a folder."""
+    monkeypatch.setattr(cgroups, "_ROOT", folder)
     read = pathlib.Path.read_text
 
     def read_text(path):
-        return "0::/slurm/job\n" if str(path) == "/proc/self/cgroup" else read(path)
+        return f"7:pids:/\n{line}\n" if str(path) == "/proc/self/cgroup" else read(path)
 
     monkeypatch.setattr(pathlib.Path, "read_text", read_text)
-    return folder
+    _, controllers, path = line.split(":")
+    group = folder / controllers.partition(",")[0] / path.strip("/")
+    group.mkdir(parents=True)
+    return group
 
 
 @pytest.mark.parametrize(
@@ -138,6 +144,24 @@ def test_the_cpu_quota_of_a_container_lowers_the_number_of_cores(
         (group.parent / "cpu.max").write_text(f"{outer}\n")
     assert cores.num_usable_cores() == expected
     assert len(parallel.divide_machine([("one_device", 0)] * 99)) == expected
+
+
+@pytest.mark.parametrize(("own", "outer", "expected"), [(-1, -1, 64), (250_000, -1, 3)])
+def test_quotas_of_control_groups_of_version_1(own, outer, expected, tmp_path, monkeypatch):
+    group = control_group("1:cpu,cpuacct:/docker/a", tmp_path, monkeypatch)
+    monkeypatch.setattr(cores, "usable_cores", lambda: list(range(64)))
+    for folder, quota in ((group, own), (group.parent, outer)):
+        (folder / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        (folder / "cpu.cfs_period_us").write_text("100000\n")
+    assert cores.num_usable_cores() == expected
+
+
+def test_limits_of_control_groups_of_version_1(tmp_path, monkeypatch):
+    group = control_group("4:memory:/docker/a", tmp_path, monkeypatch)
+    # Inside a container, its own group is the root.
+    (group.parent.parent / "memory.limit_in_bytes").write_text(f"{GIB}\n")
+    (group / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert devices.cpu().memory == GIB
 
 
 def test_the_limit_of_a_container_lowers_the_memory(group):

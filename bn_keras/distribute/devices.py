@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from bn_keras.cgroups import read_limits
+from bn_keras.cgroups import memory_limits
 from bn_keras.cores import num_usable_cores
 from bn_keras.distribute.detection import require_cluster
 from bn_keras.text import counted
@@ -105,5 +105,4 @@ def _cpu_memory() -> int | None:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # not on this system
         return None
-    limits = [int(text) for text in read_limits("memory.max") if text.isdecimal()]
-    return min([total, *limits])
+    return min([total, *memory_limits()])
