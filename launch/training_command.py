@@ -44,16 +44,13 @@ def locate_config(source: str) -> str:
     Args:
       source: an argument that `load_config` accepts.
     """
-    from bn_keras.training.config_files import config_names
+    from bn_keras.training.config_files import find_run
 
     file, colon, argument = source.partition(":")
     if file.endswith(".py") and os.path.isfile(file):
         return os.path.abspath(file) + colon + argument
-    # A name of the package has precedence over a run's folder.
-    is_run = source not in config_names() and os.path.isfile(os.path.join(source, "config.json"))
-    if is_run or (os.path.basename(source) == "config.json" and os.path.isfile(source)):
-        return os.path.abspath(source)
-    return source
+    is_local_run = find_run(source) is not None and os.path.exists(source)
+    return os.path.abspath(source) if is_local_run else source
 
 
 def check_batch_sizes(config: Any, replicas: int, owner: str) -> None:

@@ -49,11 +49,8 @@ def load_config(source: str) -> ConfigDict:
       UsageError: the config does not exist or does not follow the schema.
     """
     in_bucket = not is_local(source)
-    path = epath.Path(source)
-    if path.name == "config.json":
-        return _load_from_run(path.parent)
-    if source not in config_names() and (path / "config.json").exists():
-        return _load_from_run(path)
+    if (run := find_run(source)) is not None:
+        return _apply_to_schema(Workdir(run).read_config(), str(run / "config.json"))
     if in_bucket:
         raise UsageError(f"no run in {source!r}: expected the folder of a run or its config.json")
     name, colon, argument = source.partition(":")
@@ -81,8 +78,14 @@ def load_config(source: str) -> ConfigDict:
     return _apply_to_schema(config, source)
 
 
-def _load_from_run(workdir: epath.Path) -> ConfigDict:
-    return _apply_to_schema(Workdir(workdir).read_config(), str(workdir / "config.json"))
+def find_run(source: str) -> epath.Path | None:
+    """Returns the folder of the run that a source of `load_config` names; None for a config."""
+    path = epath.Path(source)
+    if path.name == "config.json":
+        return path.parent
+    # A name of the package has precedence over a run's folder.
+    is_run = source not in config_names() and (path / "config.json").exists()
+    return path if is_run else None
 
 
 def read_run_config(run: Workdir) -> SavedConfig:
