@@ -268,9 +268,9 @@ def test_frozen_batch_norm_is_found_inside_nested_models():
     inner = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
     model = keras.Sequential([keras.Input((4,)), inner, keras.layers.Dense(CLASSES)])
     network = TrainedNetwork(model, None, 0, "moving", (2, 2, 1), (), None)
-    assert not network.is_frozen
+    assert network.lacks_population_statistics
     inner.trainable = False
-    assert network.is_frozen
+    assert not network.lacks_population_statistics
 
 
 def test_folders_without_a_run_and_other_networks_are_rejected(tmp_path):
