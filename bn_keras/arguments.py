@@ -35,7 +35,7 @@ def as_axis(axis: Any) -> int | list[int]:
         raise UsageError(
             f"axis={axis!r} is invalid: expected an integer or a list of integers"
         ) from None
-    # As the Keras layer, whose configs have no lists.
+    # A list of one axis becomes an int, so that the Keras layer accepts the config.
     return axes[0] if is_single or len(axes) == 1 else axes
 
 

@@ -116,7 +116,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         virtual_batch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
-        # Converted by ours, whose messages say what is expected.
+        # Checked here first: our messages say what is expected.
         momentum = None if momentum is None else as_momentum("momentum", momentum)
         super().__init__(
             momentum=momentum if isinstance(momentum, float) else 0.99,
@@ -338,9 +338,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
     ) -> None:
         """Updates the moving statistics, unless the batch is empty or entirely masked.
 
-        Every call in training mode has this effect once, in replica context. The fused kernel
-        updates the statistics itself, unless this method is overridden, or replaced on one layer,
-        to use the batch statistics differently.
+        Called once per call in training mode, in replica context. Override it to use the batch
+        statistics differently. If it is neither overridden nor replaced on the layer, the fused
+        kernel may make the same update instead.
 
         Args:
           moments: moments of the call or of its G ghost batches, merged over synchronized replicas;

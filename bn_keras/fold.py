@@ -31,7 +31,7 @@ from bn_keras.keras_internals import (
 from bn_keras.layer_kinds import DEPTHWISE, SEPARABLE, TRANSPOSED, WITH_KERNEL
 from bn_keras.model_copy import REMOVED, ModelCopier, describe_layer, find_state
 from bn_keras.population import (
-    find_trained_layers,
+    find_layers_called_in_training_mode,
     preserved_state,
     reporting_rejected_inputs,
 )
@@ -234,7 +234,9 @@ class _Plan:
         """Adds the layers that the code of another layer calls with training=True."""
         inside = [layer for layer in self.batch_norms if layer in self.inside and layer.trainable]
         if inside:
-            self.always_training.update(find_trained_layers(model, inside, inputs, training=False))
+            self.always_training.update(
+                find_layers_called_in_training_mode(model, inside, inputs, training=False)
+            )
 
     def reads_integers(self, layer: keras.Layer) -> bool:
         """Returns whether any input of a layer in a graph has an integer dtype."""

@@ -317,7 +317,9 @@ def _check_layer(layer: keras.Layer, layer_name: str) -> list[Finding]:
     gamma = 1.0 if layer.gamma is None else to_float64(layer.gamma).ravel()
     negative = variance < 0
     variance = np.maximum(variance, 0)
-    stddev = np.abs(gamma) * np.sqrt(variance / (variance + layer.epsilon))
+    # With epsilon 0, which the Keras layer accepts, a variance of 0 would be divided by 0.
+    scaled = variance / np.where(variance > 0, variance + layer.epsilon, 1)
+    stddev = np.abs(gamma) * np.sqrt(scaled)
     dead = (stddev < MIN_STDDEV) & ~negative
     below = (variance < layer.epsilon) & ~dead & ~negative
     add("negative_variance", True, negative, "negative moving variance")

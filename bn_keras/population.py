@@ -366,7 +366,7 @@ class _MomentSums:
         return mean, variance
 
 
-def find_trained_layers(
+def find_layers_called_in_training_mode(
     model: keras.Model, layers: Iterable[keras.Layer], inputs: Any, training: bool
 ) -> list[keras.Layer]:
     """Returns the layers that a model calls in training mode, without running the model.

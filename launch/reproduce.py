@@ -2,8 +2,8 @@
 
 The experiments are figure1, figure2, figure3, figure4, batch_size (accuracy against the number of
 examples that BN normalizes together) and claims; the default is figure2 figure3. Finished runs are
-kept, and stopped runs resume. The most informative runs are trained first: all networks with the
-first seed, then those with the next.
+kept, and stopped runs resume. At the scales cifar10 and imagenet, all networks are trained with the
+first seed before any with the second, so that a report can compare them early.
 
 Example:
   bn-keras reproduce figure3 claims --scale=digits --workdir=runs/digits

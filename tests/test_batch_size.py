@@ -135,9 +135,14 @@ def test_the_summary_names_the_sizes_that_suffice(accuracies, summary):
 def test_unfinished_runs_are_left_out(workdirs, tmp_path):
     title, path = next(iter(workdirs.items()))
     results = {title: read(workdirs)[title]}
+    unfinished = {with_statistical_batch(8): [dataclasses.replace(results[title][0], metrics=[])]}
     assert evaluate_batch_sizes({title: os.fspath(tmp_path / "none")}, tmp_path) == []
-    section = build_batch_size(results, [])
-    assert " - |" in section.body and "population" not in section.summary
+    section = build_batch_size(results | unfinished, [])
+    assert (
+        " - |" in section.body
+        and "\n| 8 " not in section.body
+        and "population" not in section.summary
+    )
     assert re.fullmatch(r"With statistics of 4 examples, BN-x5 reaches \S+%\.", section.summary)
     with pytest.raises(UsageError, match="no run of the statistical batch sizes has finished"):
         build_batch_size({}, [])

@@ -567,8 +567,7 @@ def test_the_section_counts_verdicts_and_lists_notes():
         " not hold and 1 is too close to call. Of 3 claims about scale invariance, tested on the"
         " layer, 3 hold. Of 4 claims in control experiments of ours, 4 hold. With a longer"
         " run of Inception: BN-x5 and BN-x30 reach Inception's best accuracy,"
-        " 47.0%, in 1,000 steps instead of 1,800, 1.8 times fewer (paper: 14.8 times and 11.5"
-        " times)."
+        " 47.0%, in 1,000 steps instead of 1,800, a speedup of 1.8 (paper: 14.8 and 11.5)."
     )
     claims = section.body.partition("###")[0]
     rows = [line for line in claims.splitlines() if line.startswith("| ")]

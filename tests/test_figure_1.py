@@ -157,6 +157,13 @@ def test_runs_with_little_data_are_shown(runs, expected):
     )
 
 
+def test_two_constant_inputs_are_a_tie():
+    """The ratio of the largest to the smallest spread is infinite for both."""
+    constant = [([0.9], [(1.0, 1.0, 1.0)] * 2)]
+    found = verdicts(build_figure_1(results(constant, constant)))
+    assert "does not hold" not in [verdict for verdict, _ in found[2:]]
+
+
 def test_a_missing_network_is_an_error():
     with pytest.raises(UsageError, match="no run 'without BN': Figure 1 compares two"):
         build_figure_1({WITH_BN: AS_IN_THE_PAPER[WITH_BN]})

@@ -551,3 +551,11 @@ def test_weights_of_a_run_are_checked_without_its_data(tmp_path):
     assert len(report.skipped) == 1 and "nowhere_to_be_found" in report.skipped[0]
     with pytest.raises(UsageError, match="num_batches=-1 is invalid"):
         check_workdir(tmp_path, -1)
+
+
+def test_a_constant_channel_is_dead_with_epsilon_0():
+    norm = keras.layers.BatchNormalization(epsilon=0)
+    model = keras.Sequential([keras.Input((3,)), norm])
+    norm.moving_variance.assign([1.0, 0.0, 2.0])
+    found = {finding.kind: finding.channels for finding in check_batch_norm(model).findings}
+    assert found["dead"] == (1,)

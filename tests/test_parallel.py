@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 
 from bn_keras.errors import ProcessKilledError, TrainingStoppedError, UsageError
+from bn_keras.experiments import parallel
 from bn_keras.experiments.parallel import Share, Task, divide_machine, run_tasks
 
 SHARES = [Share((0,), ()), Share((0,), ())]
@@ -51,7 +52,10 @@ def fail(path):
 
 def wait_for_signal(path):
     def end(number, frame):
-        pathlib.Path(path).write_text("ended")
+        with open(path, "a") as file:
+            file.write(" signal")
+        # Longer than the parent waits between two looks at its processes.
+        time.sleep(3 * parallel._POLL_SECONDS)
         raise TrainingStoppedError("saved", number)
 
     signal.signal(signal.SIGTERM, end)
@@ -95,4 +99,4 @@ def test_a_signal_reaches_each_task_once(tmp_path):
     with pytest.raises(TrainingStoppedError, match="SIGINT") as stopped:
         run_tasks(tasks, SHARES)
     assert stopped.value.signum == signal.SIGINT
-    assert [f.exists() and f.read_text() for f in files] == ["ended", "ended", False]
+    assert [f.exists() and f.read_text() for f in files] == ["started signal"] * 2 + [False]

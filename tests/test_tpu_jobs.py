@@ -1079,7 +1079,6 @@ def test_the_script_waits_for_a_bucket_that_does_not_answer(cloud):
     assert (cloud.folder / "sleeps").read_text().splitlines().count("60") >= 7
 
 
-@needs_flock
 def test_without_an_image_an_installed_package_needs_the_checkout(tmp_path, monkeypatch):
     assert jobs.find_source() == ROOT
     monkeypatch.setattr(jobs, "_LAUNCH", tmp_path / "site-packages" / "bn_keras_launch")
@@ -1090,6 +1089,7 @@ def test_without_an_image_an_installed_package_needs_the_checkout(tmp_path, monk
         jobs.find_source()
 
 
+@needs_flock
 def test_without_an_image_the_vm_builds_one(cloud):
     vm = Vm(cloud, [[0, ""]], image="")
     (cloud.folder / "docker_refusals.json").write_text('["build", "build"]')
@@ -1171,6 +1171,7 @@ def known_flags(program, *groups):
     return set(re.findall(r"--[a-z][-a-z]+", re.sub(r"\x1b\[[0-9;]*m", "", shown)))
 
 
+@needs_flock
 @pytest.mark.job
 @pytest.mark.skipif(not shutil.which("gcloud"), reason="gcloud is not installed")
 def test_the_real_gcloud_has_every_flag_in_use(cloud, monkeypatch, tmp_path):
@@ -1195,6 +1196,7 @@ def test_the_real_gcloud_has_every_flag_in_use(cloud, monkeypatch, tmp_path):
         assert flags <= known_flags(real, *groups), groups
 
 
+@needs_flock
 @pytest.mark.skipif(not shutil.which("docker"), reason="docker is not installed")
 def test_the_real_docker_has_every_flag_in_use(cloud):
     vm = Vm(cloud, [[0, ""]], image="")

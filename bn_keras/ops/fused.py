@@ -99,7 +99,7 @@ class Fused:
         if not moving.unbiased:
             # The kernel averages Bessel-corrected variances, m / (m - 1) times the biased ones. To
             # average biased ones, the moving variance is multiplied by the same factor meanwhile.
-            factor = bessel_correction(size, self._num_channels(images))
+            factor = bessel_correction(size / self._num_channels(images))
             old = moving._replace(variance=moving.variance * factor)
         y, mean, variance, *reserved = self._run(images, size, gamma, beta, old)
         if not moving.unbiased:

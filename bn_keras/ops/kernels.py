@@ -163,7 +163,8 @@ def _recompute(
         rounding = tf.cast(shift, tf.float64) - exact_mean
         kernel, biased = biased, tf.cast(squares - tf.square(rounding), tf.float32)
         variance *= tf.math.divide_no_nan(biased, kernel)
-    # The mean of the deviations, which is no more than a rounding error, is left out.
+    # For the gradient, `shift` is the mean: the mean of the deviations is no more than a rounding
+    # error.
     return tf.cast(y, images.dtype), mean + shift, variance, shift, biased
 
 
@@ -173,14 +174,14 @@ def _train_exactly(
     """Returns the first five outputs of the training kernel, from sums that lose nothing."""
     gamma, beta, old_mean, old_variance = parameters
     x = tf.cast(images, tf.float32)
-    sum_exactly = Unfused(x, [3], epsilon).sum_exactly
+    sum_in_float64 = Unfused(x, [3], epsilon).sum_in_float64
     count = count_elements(x) / x.shape[3]
-    exact_mean = divide(sum_exactly(x), count)
+    exact_mean = divide(sum_in_float64(x), count)
     mean = tf.cast(exact_mean, tf.float32)
     # Float32 suffices: the difference is rounded only once. The rest of the mean counts where it is
     # large, since float32 has few values there.
     deviation, rest = x - mean, exact_mean - tf.cast(mean, tf.float64)
-    squares = divide(sum_exactly(tf.square(deviation)), count)
+    squares = divide(sum_in_float64(tf.square(deviation)), count)
     variance = tf.cast(tf.nn.relu(squares - tf.square(rest)), tf.float32)
     rest = tf.cast(rest, tf.float32)
     y = run_inference_kernel(deviation, rest, variance, gamma, beta, epsilon)

@@ -95,17 +95,11 @@ def unbias(variance: tf.Tensor, count: Count) -> tf.Tensor:
     return tf.math.divide_no_nan(variance * count, count - 1)
 
 
-def bessel_correction(count: Count, unit: float = 1.0) -> Count:
-    """Returns Bessel's correction as the kernels compute it, with m - 1 at least 1.
-
-    Args:
-      count: number m of values, times `unit`.
-      unit: number that each value counts as.
-    """
+def bessel_correction(count: Count) -> Count:
+    """Returns Bessel's correction of m values as the kernels compute it, with m - 1 at least 1."""
     if isinstance(count, float):
-        return count / max(count - unit, unit)
-    unit = tf.constant(unit, count.dtype)
-    return count / tf.maximum(count - unit, unit)
+        return count / max(count - 1, 1.0)
+    return count / tf.maximum(count - 1, 1)
 
 
 def remove_bessel_correction(

@@ -26,8 +26,9 @@ def normalize(
 ) -> tf.Tensor:
     """Computes gamma * (x - mean) / sqrt(variance + epsilon) + beta for given statistics.
 
-    Computed in float32 (float64 for float64) whatever the dtype of x. Small inputs are computed as
-    x * scale + offset, which converters merge with a convolution or a dense layer before it.
+    Computed in float32 (float64 for float64) whatever the dtype of x. On CPUs, large images with
+    channels last use the fused kernel. Everything else is x * scale + offset, which converters
+    merge with a convolution or a dense layer before it.
 
     Args:
       x: activations of any shape.

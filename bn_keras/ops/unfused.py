@@ -105,7 +105,7 @@ class Unfused:
                 mean = tf.stop_gradient(mean)
                 mean += divide(self._sum(self._apply_mask(parts - mean)), count / size)
         else:
-            mean = tf.cast(divide(self.sum_exactly(self._apply_mask(x)), count), x.dtype)
+            mean = tf.cast(divide(self.sum_in_float64(self._apply_mask(x)), count), x.dtype)
         deviation = x - mean
         variance = divide(self._sum(tf.square(self._apply_mask(deviation))), count)
         return count, mean, variance, deviation
@@ -184,7 +184,7 @@ class Unfused:
 
     def _sum(self, x: tf.Tensor) -> tf.Tensor:
         if self._is_long:
-            return tf.cast(self.sum_exactly(x), x.dtype)
+            return tf.cast(self.sum_in_float64(x), x.dtype)
         return self._add(x)
 
     def _add(self, x: tf.Tensor) -> tf.Tensor:
@@ -204,11 +204,12 @@ class Unfused:
     def _is_compiled_by_xla(self) -> bool:
         return choice.is_compiled_by_xla()
 
-    def sum_exactly(self, x: tf.Tensor) -> tf.Tensor:
-        """Sums without losing large means, in float64.
+    def sum_in_float64(self, x: tf.Tensor) -> tf.Tensor:
+        """Returns the sums over all axes but the channels', in float64, whose dtype they have.
 
-        TensorFlow adds float32 values one by one, except along the innermost axes, where it adds
-        sums of pairs and float32 is accurate enough, as it is for small parts.
+        The innermost axes and small parts are summed in float32 first, where that is accurate
+        enough: TensorFlow adds sums of pairs along the innermost axes, and single values along the
+        others.
         """
         end = x.shape.rank
         while end and x.shape[end - 1] == 1:  # Axes of size 1 do not break contiguity.
@@ -262,7 +263,7 @@ class Unfused:
 
 
 def _part_size(num_values: int) -> int:
-    """Returns the number of values in each of the equal parts that XLA averages; 1 means none."""
+    """Returns the number of values in each of the equal parts that are summed first; 1: none."""
     # The division by a power of two adds no rounding error.
     size = min(num_values & -num_values, _MAX_POWER_OF_TWO)
     if size >= _MIN_PART:

@@ -126,7 +126,7 @@ def check_claim(claim: Claim, results: Results) -> Judgement:
 
 
 def _count_verdicts(judgements: Mapping[Claim, Judgement]) -> str:
-    """Counts the verdicts on the paper's claims, those of them on the layer alone, and controls."""
+    """Counts the verdicts on claims about training, on scale invariance, and in our controls."""
     kinds: dict[str, list[str]] = {
         "of the paper about training": [],
         "about scale invariance, tested on the layer": [],
@@ -264,10 +264,13 @@ def _describe_training(results: Results) -> list[str]:
 
 
 def _tabulate_ablations(results: Results) -> list[str]:
-    """Returns a table of BN-x5 and its ablations, explained; none without ablations."""
-    titles = [title for title in ABLATIONS.values() if results.get(title)]
-    networks = [results.get(title, ()) for title in (X5, *titles)]
-    if not titles or not all(run.curve(ACCURACY) for runs in networks for run in runs):
+    """Returns a table of BN-x5 and its ablations, explained; none without ablations.
+
+    A network with a run that was never evaluated is left out.
+    """
+    given = [results[title] for title in (X5, *ABLATIONS.values()) if results.get(title)]
+    networks = [runs for runs in given if all(run.curve(ACCURACY) for run in runs)]
+    if all(runs[0].title == X5 for runs in networks):
         return []
     rows = [
         (
@@ -277,7 +280,6 @@ def _tabulate_ablations(results: Results) -> list[str]:
             f"{Spread.of(map(_last_training_accuracy, runs)):.2%}",
         )
         for runs in networks
-        if runs
     ]
     header = ("network", "best accuracy", "last accuracy", "last training accuracy")
     key = (
@@ -291,9 +293,9 @@ def _tabulate_ablations(results: Results) -> list[str]:
 
 def _last_training_accuracy(run: Run) -> float:
     """Returns the mean training accuracy between the last two evaluations."""
-    *_, before, _ = (0, *run.curve(ACCURACY))
-    values = [value for step, value in run.curve("train/accuracy").items() if step > before]
-    return statistics.mean(values)
+    *_, before, last = (0, *run.curve(ACCURACY))
+    accuracies = run.curve("train/accuracy")
+    return statistics.mean(accuracies[step] for step in accuracies if before < step <= last)
 
 
 def _list_rules(results: Results) -> str:
@@ -346,7 +348,8 @@ def _describe_seeds(results: Results) -> str:
     ]
     if not several:
         return ""
-    return f"{join_words(several)}, shown as mean (lowest to highest); the others have one. "
+    others = "; the others have one" if len(several) < len(results) else ""
+    return f"{join_words(several)}, shown as mean (lowest to highest){others}. "
 
 
 def _describe_variation(results: Results) -> str:

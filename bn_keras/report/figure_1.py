@@ -354,7 +354,10 @@ def _is_better(with_bn: Run, without: Run) -> list[Outcome]:
 def _is_steadier(measure: _Measure, later: bool = False) -> _Test:
     def test(with_bn: Run, without: Run) -> list[Outcome]:
         own, other = (_measure(run, measure, later) for run in (with_bn, without))
-        return [] if own is None or other is None else [exceeds(other - own)]
+        if own is None or other is None:
+            return []
+        # The ratio of two constant inputs is infinite.
+        return [None if own == other else exceeds(other - own)]
 
     return test
 

@@ -158,7 +158,8 @@ def _explain_lines(results: Results) -> str:
     counts = sorted({len(runs) for runs in results.values()})
     if counts == [1]:
         return "Each line is a single run, so the variation between seeds is unknown."
-    several = " to ".join(map(str, counts))
+    least, most = counts[0], counts[-1]
+    several = f"{most}" if least == most else f"{least} to {most}"
     return f"Lines are means over {several} seeds; bands span the lowest to the highest seed."
 
 

@@ -325,12 +325,12 @@ def describe_fastest(networks: FiveNetworks) -> list[str]:
     verb = "reaches" if len(fastest) == 1 else "reach"
     speedup = _format_speedup(steps[INCEPTION], fewest)
     paper = [published.FIGURE_3[title].steps for title in fastest]
-    speedups = [f"{published.INCEPTION_STEPS / s:.1f} times" if s else "never" for s in paper]
+    speedups = [f"{published.INCEPTION_STEPS / s:.1f}" if s else "never" for s in paper]
     still_rising = "; Inception still improves at its end" if _is_still_rising(networks) else ""
     return [
         f"{join_words(fastest)} {verb} Inception's best accuracy, {networks.target:.1%}, in"
-        f" {fewest:,} steps instead of {steps[INCEPTION]:,}, {speedup} times fewer (paper:"
-        f" {join_words(speedups)}){still_rising}."
+        f" {fewest:,} steps instead of {steps[INCEPTION]:,}, a speedup of {speedup}"
+        f" (paper: {join_words(speedups)}){still_rising}."
     ]
 
 

@@ -16,6 +16,7 @@ from bn_keras.report.saved_evaluation import evaluate_once
 from bn_keras.report.sections import Section, markdown_table
 from bn_keras.runs.history import Spread
 from bn_keras.runs.workdir import Workdir
+from bn_keras.text import counted
 
 # The training's crops that show whole images, unlike ImageNet's, by config.data.crop.
 _WHOLE_IMAGES = {"none": "whole images", "shift": "whole images, at most shifted"}
@@ -117,9 +118,9 @@ def _summarize(rows: Sequence[EnsembleRow]) -> str:
         [row["top1_error"] for row in rows if (row["models"], row["crops"]) == (1, crops)]
         for crops in (1, many)
     )
-    networks = "BN-x30 networks" if len(single) > 1 else "BN-x30 network"
+    has = "have a mean top-1 error" if len(single) > 1 else "has a top-1 error"
     text = (
-        f"{len(single)} {networks} have a mean top-1 error of {Spread.of(single).mean:.1%} with one"
+        f"{counted(len(single), 'BN-x30 network')} {has} of {Spread.of(single).mean:.1%} with one"
         f" crop and {Spread.of(multi).mean:.1%} with {many}"
     )
     ensemble = [r["top1_error"] for r in rows if r["models"] > 1 and r["crops"] == many]
@@ -177,8 +178,8 @@ def _explain_terms(rows: Sequence[EnsembleRow]) -> str:
     error = Spread.of(row["top1_error"] for row in members).mean
     images = first["examples"]
     text = (
-        f"The {len(members)} networks are BN-x30 with the changes of section 4.2.3; they differ in"
-        f" these changes and in their seeds. They are evaluated after their last training step,"
+        f"Networks: {len(members)}, BN-x30 with the changes of section 4.2.3, in which they differ,"
+        " as they do in their seeds. They are evaluated after their last training step,"
         f" {first['step']:,}; the command of this report saves their errors in `figure_4.json`."
         " *Single network*: mean over the networks, with the lowest and the highest error in"
         " parentheses. Class probabilities are averaged over crops and networks. Each of the"

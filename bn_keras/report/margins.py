@@ -66,10 +66,10 @@ def reaches_sooner(run: Run, other: Run, accuracy: float) -> Outcome:
 
     Equal numbers of steps are a tie, since evaluations are that far apart.
     """
-    steps = run.steps_to_accuracy(accuracy)
-    if steps is not None and steps == other.steps_to_accuracy(accuracy):
-        return None
-    return run.is_faster(other, accuracy)
+    steps, others = run.steps_to_accuracy(accuracy), other.steps_to_accuracy(accuracy)
+    if steps is None:
+        return False
+    return None if steps == others else others is None or steps < others
 
 
 def tie_margin(*runs: Run) -> float:
@@ -137,11 +137,14 @@ class SeedVariation(NamedTuple):
 
     @classmethod
     def of(cls, compared: Sequence[Group], others: Iterable[Group] = ()) -> "SeedVariation":
-        """Estimates the variation from groups with several seeds; a diverged run counts as 0."""
+        """Estimates the variation from groups with several seeds; a diverged run counts as 0.
+
+        A group whose seeds all diverged says nothing about the variation, and is left out.
+        """
         deviations = [
             [accuracy - group.mean for accuracy in group.accuracies]
             for group in (*compared, *others)
-            if 1 < len(group.accuracies) != group.num_diverged
+            if len(group.accuracies) > 1 and group.num_diverged < len(group.accuracies)
         ]
         freedom = sum(len(values) - 1 for values in deviations)
         squares = sum(d * d for values in deviations for d in values)
@@ -182,7 +185,8 @@ def seed_variation(results: Results, step: int, *groups: Group) -> SeedVariation
     Args:
       results: runs by title. Those with several seeds count if each has an evaluation at the step.
       step: step up to which best accuracies are compared.
-      *groups: the compared groups. Seeds that differ in whether they diverge vary much.
+      *groups: the compared groups. A diverged seed counts as 0 in these; other networks with one
+        are left out.
     """
     others = []
     for title in results:

@@ -81,11 +81,11 @@ def _render_plots(sections: Sequence[Section]) -> dict[str, bytes]:
     """Returns the plots as SVG files, by name."""
     plots: dict[str, bytes] = {}
     for section in sections:
-        shown = set(re.findall(r"!\[[^]]*\]\(([^)]*)\)", section.body))
+        shown = sorted(re.findall(r"!\[[^]]*\]\(([^)]*)\)", section.body))
         valid = {name for name in section.plots if _PLOT_NAME.fullmatch(name)} - plots.keys()
-        if not shown == valid == section.plots.keys():
+        if not shown == sorted(valid) == sorted(section.plots):
             raise ValueError(
-                f"section {section.title!r} shows the plots {sorted(shown)} and has"
+                f"section {section.title!r} shows the plots {shown} and has"
                 f" {sorted(section.plots)}: expected each plot to be shown once, under a name such"
                 " as a_b.svg that is unique in the report"
             )

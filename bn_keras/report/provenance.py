@@ -32,9 +32,9 @@ def describe_provenance(results: Results, command: str, num_missing: int) -> Sec
     parts = ["\n".join(f"    {line}" for line in command.splitlines())]
     if num_missing:
         parts.append(
-            f"The report covers {len(runs)} of this command's {len(runs) + num_missing} runs. With"
-            " `--report_only`, the command makes it again from their records; without, it also"
-            " trains the others."
+            f"The report covers {len(runs)} of this command's {len(runs) + num_missing} runs."
+            " With `--report_only`, the command makes it again from their records; without it, the"
+            " command also trains the missing ones."
         )
     if runs:
         parts += [

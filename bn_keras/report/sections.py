@@ -68,6 +68,6 @@ def describe_divergence(results: Results) -> list[str]:
     if not diverged:
         return []
     return [
-        f"**Diverged:** {', '.join(diverged)}. Results before that step count. A mean over seeds"
-        " ends where the first seed diverges."
+        f"**Diverged:** {', '.join(diverged)}. Results up to that step are included. A mean over"
+        " seeds ends where the first seed diverges."
     ]

@@ -81,11 +81,6 @@ class Run:
         points = self.curve(ACCURACY).items()
         return next((step for step, value in points if value >= accuracy), None)
 
-    def is_faster(self, other: "Run", accuracy: float) -> bool:
-        """Returns whether this run reaches an accuracy in fewer steps than another."""
-        steps, other_steps = self.steps_to_accuracy(accuracy), other.steps_to_accuracy(accuracy)
-        return steps is not None and (other_steps is None or steps < other_steps)
-
     def standard_error(self, accuracy: float) -> float:
         """Returns the standard error of a validation accuracy, due to the number of images.
 
