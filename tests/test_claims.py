@@ -371,7 +371,7 @@ def test_staying_at_chance_is_distinguished_from_training():
             found.notes
         )
         assert (
-            ("nothing is learned" in " ".join(found.notes))
+            ("all evaluations are at chance" in " ".join(found.notes))
             == ("(at chance)" in found.measured)
             == stays
         )

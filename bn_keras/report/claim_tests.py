@@ -93,7 +93,8 @@ def _describe_outcomes(runs: Sequence[Run]) -> str:
             return f"diverged at step {run.diverged_at:,}"
         return f"{run.best_accuracy:.1%}{' (at chance)' if _is_at_chance(run) else ''}"
 
-    return f"{escape(runs[0].title)}: {', '.join(map(describe, runs))}"
+    length = counted(common_steps(*runs), "step")
+    return f"{escape(runs[0].title)}, {length}: {', '.join(map(describe, runs))}"
 
 
 def diverges(title: str, results: Results) -> Judgement:
@@ -102,7 +103,9 @@ def diverges(title: str, results: Results) -> Judgement:
     notes = [_describe_rate(runs[0])]
     if all(_fails_to_train(run) for run in runs):
         steps = common_steps(*runs)
-        notes.append(f"The loss stays finite for {steps:,} steps, but nothing is learned.")
+        notes.append(
+            f"The loss stays finite for {steps:,} steps, but all evaluations are at chance."
+        )
     verdict = HOLDS if all(run.diverged_at is not None for run in runs) else FAILS
     return Judgement(_describe_outcomes(runs), verdict, tuple(notes))
 

@@ -117,8 +117,8 @@ def describe_setup(run: Run) -> str:
         f" *{escape(config.model.stem)}* stem. Training: {_describe_length(run)} Inception's"
         f" base learning rate is {config.schedule.base_rate / network.rate:g} (paper:"
         f" {published.INCEPTION_RATE:g}); the other networks use the paper's multiples of it."
-        f" Validation: split *{escape(config.data.validation_split)}*, with"
-        f" {_describe_statistics(run)}."
+        f" Validation: split *{escape(config.data.validation_split)}*, on whose images the best"
+        f" accuracies are selected, with {_describe_statistics(run)}."
     )
 
 

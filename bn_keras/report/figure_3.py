@@ -56,7 +56,7 @@ def build_figure_3(results: Results) -> Section:
         *_explain_terms(networks),
         "### The paper's statements",
         tabulate_verdicts(outcomes) if outcomes else _name_missing(networks),
-        *([explain_verdicts(len(networks.by_seed))] if outcomes else []),
+        *([explain_verdicts(len(networks.by_seed)), *_explain_bias(networks)] if outcomes else []),
         "### Training of each network",
         _describe_training(networks.results),
         "![Training loss of the networks against steps](figure_3_loss.svg)",
@@ -173,8 +173,8 @@ def _explain_terms(networks: FiveNetworks) -> list[str]:
     source = f"*Paper*: {published.CITATION}, Figure 3. Speedups are computed from its steps."
     if not published.is_comparable(inception):
         source += (
-            " The paper's networks are larger and were trained on ImageNet: compare the ranking and"
-            " roughly the speedups, not the steps and accuracies."
+            " The paper's networks are larger and were trained on ImageNet: compare which networks"
+            " are faster and more accurate than Inception, not the numbers."
         )
     if networks.global_batch_size != PAPER_BATCH_SIZE:
         source += f" The paper's steps are steps of {PAPER_BATCH_SIZE} images."
@@ -201,6 +201,17 @@ def _describe_resolution(inception: Run, accuracy: float) -> str:
         f" error of {error:.2g} percentage points; for the difference of two such accuracies, it is"
         f" {math.sqrt(2) * error:.2g}."
     )
+
+
+def _explain_bias(networks: FiveNetworks) -> list[str]:
+    """Returns a sentence on moving averages; none with population statistics."""
+    runs = [run for seeds in networks.results.values() for run in seeds]
+    if all(run.config.population.when == "evaluations" for run in runs):
+        return []
+    return [
+        "Statements that compare two networks with BN rest on moving averages, which are too low at"
+        " high learning rates: population statistics might change these verdicts."
+    ]
 
 
 def _describe_training(results: Results) -> str:
