@@ -240,9 +240,8 @@ def replacing(output: AnyPath, folder: bool = False) -> Iterator[pathlib.Path]:
     """Yields a local path for a file or a folder, which replaces the output if the block succeeds.
 
     If the block or the replacement fails, or SIGTERM ends the process, a local output is as it was,
-    and nothing else remains. A folder in a bucket cannot
-    be replaced atomically: its own files, such as the saved_model.pb of a SavedModel, are written
-    after those of folders in it.
+    and no temporary file remains. A folder in a bucket cannot be replaced atomically: its own
+    files, such as the saved_model.pb of a SavedModel, are written after those of folders in it.
 
     Args:
       output: path of the output, which may exist.

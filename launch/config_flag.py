@@ -54,11 +54,11 @@ class ConfigFlag:
           UsageError: the config does not exist, does not follow the schema or has an invalid value.
           CommandError: an override is invalid.
         """
-        from bn_keras.training.config import check_config
+        from bn_keras.training.config import check_config, default_config
         from bn_keras.training.config_files import load_config
 
-        config = load_config(source)
-        self.overrides = dict(_override(config, argument) for argument in overrides)
+        config, defaults = load_config(source), default_config()
+        self.overrides = dict(_override(config, defaults, argument) for argument in overrides)
         self.overrides |= _replace_epochs(config, self.overrides)
         check_config(config)
         self.config, self.source = config, source
@@ -117,15 +117,16 @@ def parse_value(kind: type, text: str) -> Any:
         raise ValueError(expected) from None
 
 
-def _override(config: ConfigDict, argument: str) -> tuple[str, Any]:
-    """Sets one setting of a config, and returns its key and its new value."""
-    from bn_keras.training.config import default_config
+def _override(config: ConfigDict, defaults: ConfigDict, argument: str) -> tuple[str, Any]:
+    """Sets one setting of a config, and returns its key and its new value.
 
+    A setting whose default is None accepts None.
+    """
     match = _OVERRIDE.fullmatch(argument)
     assert match is not None
     no, key, equals, text = match.groups()
     section, name = find_setting(config, key)
-    default_section, _ = find_setting(default_config(), key)
+    default_section, _ = find_setting(defaults, key)
     kind, is_optional = section.get_type(name), default_section[name] is None
     if kind is bool and not equals:
         text = "false" if no else "true"

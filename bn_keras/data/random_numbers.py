@@ -11,7 +11,7 @@ from bn_keras.data.transforms import NUM_UNIFORMS
 
 
 class Stream(enum.IntEnum):
-    """What is permuted. Each use has its own numbers, so that they do not depend on each other.
+    """The kinds of items that are permuted, each independently of the others.
 
     The permutations of examples and shards have the keys 2 * seed and 2 * seed + 1. The other
     streams are larger than these keys, since a seed has 32 bits.
@@ -45,7 +45,7 @@ class RandomNumbers:
         """Maps indices through a random permutation of `count` items.
 
         Args:
-          stream: what is permuted.
+          stream: kind of the items.
           indices: int64 [n] in [0, count).
           count: number of items: a scalar or int64 [n], one for each index.
           counter: determines the permutation, with seed and stream. It is int64, such as the epoch:

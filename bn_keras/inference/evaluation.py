@@ -88,7 +88,7 @@ class _Candidate:
         self.network = cast(TrainedNetwork, self.network)._replace(statistics="population")
 
     def to_subject(self) -> _Subject:
-        """Returns what the rows say about the network."""
+        """Returns the columns that describe the network in its rows."""
         subject: _Subject = {"model": self.path, "models": 1}
         if isinstance(self.network, TrainedNetwork):
             subject |= {"step": self.network.step, "statistics": self.network.statistics}

@@ -1,4 +1,4 @@
-"""Which implementation of the transform is used, by size, dtype, device and compiler."""
+"""Chooses the implementation of the transform by size, dtype, device and compiler."""
 
 import math
 import os

@@ -28,7 +28,7 @@ from bn_keras.text import first_line
 
 
 class Interface(NamedTuple):
-    """What a run takes from its data: the content of interface.json.
+    """The properties of the data that a run depends on: the content of interface.json.
 
     Attributes:
       input_shape: (height, width, channels) of the network's input.
@@ -210,7 +210,7 @@ class Workdir:
 
         Args:
           config: config of the run.
-          interface: what the run takes from its data.
+          interface: the properties of the data that the run depends on.
 
         Raises:
           UsageError: the run was started on other data, or another process has started a run in
@@ -290,7 +290,7 @@ class Workdir:
         return SavedConfig(config, self._config).lock()
 
     def read_interface(self) -> Interface:
-        """Reads what the run takes from its data, as passed to `create`.
+        """Reads the properties of the data that the run depends on, as passed to `create`.
 
         Raises:
           UsageError: they cannot be read.

@@ -52,14 +52,7 @@ def dry_run(config: ConfigDict) -> Iterator[str]:
         # The synthetic classes have no names: the other lines could be wrong about the head.
         yield initialization.describe()[0]
 
-    if recorder := open_recorder(
-        trainer,
-        data,
-        layer=config.record.layer,
-        unit=config.record.unit,
-        percentiles=config.record.percentiles,
-        num_examples=1,
-    ):
+    if recorder := open_recorder(trainer, data, config.record, num_examples=1):
         recorder()
 
     num_examples, replicas = description.num_train_examples, strategy.num_replicas_in_sync

@@ -304,14 +304,7 @@ def _build(
         per_class=config.evaluation.per_class,
         evaluator=start.graphs.evaluator,
     )
-    recorder = open_recorder(
-        trainer,
-        data,
-        layer=config.record.layer,
-        unit=config.record.unit,
-        percentiles=config.record.percentiles,
-        num_examples=config.record.num_examples,
-    )
+    recorder = open_recorder(trainer, data, config.record)
     timetable = Timetable(
         steps=config.train.steps,
         steps_per_loop=config.train.steps_per_loop,

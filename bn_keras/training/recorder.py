@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from ml_collections import ConfigDict
 
 from bn_keras.data.pipeline import Data
 from bn_keras.errors import UsageError
@@ -121,32 +122,35 @@ class Recorder:
 
 
 def open_recorder(
-    trainer: Trainer,
-    data: Data,
-    *,
-    layer: str,
-    unit: int,
-    percentiles: Sequence[float],
-    num_examples: int,
+    trainer: Trainer, data: Data, settings: ConfigDict, num_examples: int | None = None
 ) -> Recorder | None:
     """Builds a recorder over the first training examples, in whole mini-batches of BN.
 
     Args:
       trainer: trainer of the model.
       data: training input.
-      layer, unit, percentiles: see `Recorder`.
-      num_examples: examples to record, rounded up to whole mini-batches.
+      settings: config.record.
+      num_examples: examples to record, rounded up to whole mini-batches; None uses the config's.
 
     Returns:
-      The recorder; None if layer is "".
+      The recorder; None if the config names no layer.
     """
-    if not layer:
+    if not settings.layer:
         return None
-    num_batches = math.ceil(num_examples / trainer.global_micro_batch_size)
+    num_batches = math.ceil(
+        (num_examples or settings.num_examples) / trainer.global_micro_batch_size
+    )
     with data.reporting_errors():
         batches = data.train_batches(trainer.strategy, trainer.global_micro_batch_size)
         images = [images for images, _ in itertools.islice(batches, num_batches)]
-        return Recorder(trainer.model, trainer.strategy, images, layer, unit, percentiles)
+        return Recorder(
+            trainer.model,
+            trainer.strategy,
+            images,
+            settings.layer,
+            settings.unit,
+            settings.percentiles,
+        )
 
 
 class _FirstInput(threading.local):
